@@ -1,0 +1,175 @@
+"""Attention as an argument.
+
+Every self-attention call of the UNet goes through an `attend(q, k, v, site)` that the caller hands in; `sdpa` is the plain one.
+A perturbation (SEG, PAG, ...) is therefore another function in the same place, and nothing is ever set on a module.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Site(NamedTuple):
+    """One self-attention call.
+
+    name: the module path, which is also the checkpoint key prefix, e.g. "mid_block.attentions.0.transformer_blocks.3.attn1".
+    grid: (height, width) of the image that the tokens were flattened from, row by row.
+    """
+
+    name: str
+    grid: tuple[int, int]
+
+
+Heads = Float[Tensor, "rows heads tokens dim"]
+Attend = Callable[[Tensor, Tensor, Tensor, Site], Tensor]  # (q, k, v, site) -> out, each Heads
+
+
+def sdpa(
+    q: Float[Tensor, "rows heads tokens dim"],
+    k: Float[Tensor, "rows heads keys dim"],
+    v: Float[Tensor, "rows heads keys dim"],
+    site: Site,
+) -> Float[Tensor, "rows heads tokens dim"]:
+    """Plain attention, softmax(q kᵀ / √dim) v over the keys; the site is not used."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Where a forward pass splits into more rows.
+
+    site: name of the self-attention before which the rows are copied (q, k and v of it are still computed once).
+    index: for each row after the fork, the row before it that it continues.
+
+    Two rows that differ only by a perturbation are equal up to the first perturbed site, so they are computed once up to there.
+    The number of rows must grow: a tensor is known to come from before the fork by having fewer rows.
+    """
+
+    site: str
+    index: Int[Tensor, " rows_out"]
+
+
+def follow(tensor: Tensor, x: Tensor, fork: Fork | None) -> Tensor:
+    """`tensor` with the rows of x: itself where the counts agree, else copied along the fork."""
+    if fork is None or tensor.shape[0] == x.shape[0]:
+        return tensor
+    return tensor[fork.index]  # (rows, ...) -> (rows_out, ...)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with the parameter names of diffusers (to_q, to_k, to_v, to_out.0)."""
+
+    def __init__(self, channels: int, heads: int, context_channels: int | None = None, *, name: str):
+        super().__init__()
+        self.heads = heads
+        self.name = name
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels or channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def qkv(self, x: Float[Tensor, "rows tokens c"], context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected and split into heads: three tensors (rows, heads, tokens or keys, dim)."""
+        projected = (self.to_q(x), self.to_k(context), self.to_v(context))
+        q, k, v = (rearrange(z, "b n (h d) -> b h n d", h=self.heads) for z in projected)
+        return q, k, v
+
+    def merge(self, out: Heads) -> Float[Tensor, "rows tokens c"]:
+        """Heads side by side again, through the output projection."""
+        return self.to_out[0](rearrange(out, "b h n d -> b n (h d)"))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x: Float[Tensor, "rows tokens c"]) -> Float[Tensor, "rows tokens inner"]:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        # index 1 is a dropout in the checkpoints' own code; the keys are net.0.proj and net.2
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Float[Tensor, "rows tokens c"]) -> Float[Tensor, "rows tokens c"]:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention (the site), cross-attention to the text, feed-forward; each with a residual."""
+
+    def __init__(self, channels: int, heads: int, context_channels: int, *, name: str):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads, name=f"{name}.attn1")
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads, context_channels, name=f"{name}.attn2")
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(
+        self,
+        x: Float[Tensor, "rows tokens c"],
+        context: Float[Tensor, "rows_c text dim"],
+        grid: tuple[int, int],
+        attend: Attend,
+        fork: Fork | None,
+    ) -> Float[Tensor, "rows_out tokens c"]:
+        site = Site(self.attn1.name, grid)
+        y = self.norm1(x)
+        q, k, v = self.attn1.qkv(y, y)
+        if fork is not None and fork.site == site.name:
+            x, q, k, v = (z[fork.index] for z in (x, q, k, v))  # rows -> rows_out
+        x = x + self.attn1.merge(attend(q, k, v, site))
+        q, k, v = self.attn2.qkv(self.norm2(x), follow(context, x, fork))
+        x = x + self.attn2.merge(F.scaled_dot_product_attention(q, k, v))
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """A stack of transformer blocks over an image, flattened row by row into tokens (diffusers: Transformer2DModel)."""
+
+    def __init__(
+        self, channels: int, heads: int, depth: int, context_channels: int, groups: int, linear: bool, *, name: str
+    ):
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_channels, name=f"{name}.transformer_blocks.{i}")
+            for i in range(depth)
+        )
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(
+        self,
+        x: Float[Tensor, "rows c h w"],
+        context: Float[Tensor, "rows_c text dim"],
+        attend: Attend,
+        fork: Fork | None,
+    ) -> Float[Tensor, "rows_out c h w"]:
+        grid = (x.shape[2], x.shape[3])
+        residual, x = x, self.norm(x)
+        if not self.linear:
+            x = self.proj_in(x)
+        x = rearrange(x, "b c h w -> b (h w) c")
+        if self.linear:
+            x = self.proj_in(x)
+        for block in self.transformer_blocks:
+            x = block(x, context, grid, attend, fork)
+        if self.linear:
+            x = self.proj_out(x)
+        x = rearrange(x, "b (h w) c -> b c h w", h=grid[0])
+        if not self.linear:
+            x = self.proj_out(x)
+        return x + follow(residual, x, fork)

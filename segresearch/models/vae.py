@@ -1,0 +1,200 @@
+"""SDXL's autoencoder, written out, with the key names of a diffusers checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from segresearch.models.blocks import Downsample, Resnet, Upsample
+
+_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes, in the terms of a diffusers config.json; the defaults are SDXL's. scaling_factor brings latents to unit scale."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.13025
+    shift_factor: float = 0.0
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @staticmethod
+    def from_dict(config: Mapping[str, Any]) -> "VAEConfig":
+        """From a diffusers `vae/config.json`. Raises ValueError, naming key and value, for another architecture."""
+        for key, allowed in (
+            ("act_fn", ("silu",)),
+            ("latents_mean", (None,)),
+            ("latents_std", (None,)),
+        ):
+            if config.get(key, allowed[0]) not in allowed:
+                raise ValueError(f"vae config: {key}={config[key]!r} is not supported, only {allowed[0]!r}")
+        for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            if set(config.get(key, [known])) != {known}:
+                raise ValueError(f"vae config: {key}={config[key]!r} is not supported, only {known}")
+        own = VAEConfig.__dataclass_fields__
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in own and v is not None}
+        return VAEConfig(**values)
+
+    def __post_init__(self) -> None:
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(f"vae config: width {width} is not a multiple of norm_num_groups {self.norm_num_groups}")
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel, along each axis."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class PixelAttention(nn.Module):
+    """One head over all pixels of the lowest grid."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        y = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
+        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        return x + rearrange(self.to_out[0](y), "b 1 (h w) c -> b c h w", h=x.shape[2])
+
+
+class Mid(nn.Module):
+    def __init__(self, channels: int, groups: int, attention: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(Resnet(channels, channels, groups, _EPS) for _ in range(2))
+        self.attentions = nn.ModuleList([PixelAttention(channels, groups)] if attention else [])
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self, channels: int, width: int, layers: int, groups: int, last: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(Resnet(width if i else channels, width, groups, _EPS) for i in range(layers))
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(width, symmetric=False)])
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+        return x
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, channels: int, width: int, layers: int, groups: int, last: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(Resnet(width if i else channels, width, groups, _EPS) for i in range(layers))
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(width)])
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for upsample in self.upsamplers:
+            x = upsample(x, size=(2 * x.shape[2], 2 * x.shape[3]))
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: VAEConfig):
+        super().__init__()
+        widths, g = c.block_out_channels, c.norm_num_groups
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            EncoderBlock(widths[max(i - 1, 0)], width, c.layers_per_block, g, last=i == len(widths) - 1)
+            for i, width in enumerate(widths)
+        )
+        self.mid_block = Mid(widths[-1], g, c.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(g, widths[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c2 h w"]:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, c: VAEConfig):
+        super().__init__()
+        widths, g = c.block_out_channels[::-1], c.norm_num_groups
+        self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = Mid(widths[0], g, c.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            DecoderBlock(widths[max(i - 1, 0)], width, c.layers_per_block + 1, g, last=i == len(widths) - 1)
+            for i, width in enumerate(widths)
+        )
+        self.conv_norm_out = nn.GroupNorm(g, widths[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d H W"]:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """Images in [−1, 1] to latents of unit scale and back. Inputs are cast to the weights' dtype, outputs are fp32 (or fp64)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        c = config
+        self.config = config
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
+        self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1) if c.use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1) if c.use_post_quant_conv else nn.Identity()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.conv_in.weight.dtype
+
+    def moments(self, images: Float[Tensor, "b c H W"]) -> tuple[Float[Tensor, "b l h w"], Float[Tensor, "b l h w"]]:
+        """Mean and log-variance of the latent Gaussian, in the VAE's own units (not scaled).
+
+        Raises ValueError if a side is not a multiple of the downsampling factor.
+        """
+        f = self.config.factor
+        if images.shape[2] % f or images.shape[3] % f:
+            raise ValueError(f"vae: image sides {tuple(images.shape[2:])} must be multiples of {f}: crop or pad the image")
+        mean, logvar = self.quant_conv(self.encoder(images.to(self.dtype))).chunk(2, dim=1)  # (b, 2l, h, w) -> 2 × l
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def encode(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b l h w"]:
+        """Scaled latents: (mean − shift) · scaling_factor, with no sampling, so that an image has one latent."""
+        mean, _ = self.moments(images)
+        mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+        return (mean - self.config.shift_factor) * self.config.scaling_factor
+
+    def decode(self, latents: Float[Tensor, "b l h w"]) -> Float[Tensor, "b c H W"]:
+        """Images from scaled latents, not clamped.
+
+        Computed in the weights' dtype: SDXL's own VAE overflows in fp16, so keep it in fp32 or bf16.
+        """
+        z = latents / self.config.scaling_factor + self.config.shift_factor
+        images = self.decoder(self.post_quant_conv(z.to(self.dtype)))
+        return images.to(torch.promote_types(images.dtype, torch.float32))
