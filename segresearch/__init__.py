@@ -1,0 +1,14 @@
+"""Guidance that perturbs self-attention, on SDXL and on k-diffusion's samplers: a research framework.
+
+Implements Smoothed Energy Guidance (SEG, arXiv 2408.00760), Perturbed-Attention Guidance (PAG, arXiv 2403.17377),
+Self-Attention Guidance (SAG, arXiv 2210.00939) and classifier-free guidance (arXiv 2207.12598) as functions handed to a
+hand-written UNet. Nothing is ever set on a loaded module.
+
+    segresearch.models     the networks, text conditioning, checkpoints and the k-diffusion denoiser
+    segresearch.guidance   perturbations, branches and terms, the guided denoiser
+    segresearch.sampling   the door to k-diffusion: samplers, noise schedules, per-image noise
+
+This module imports nothing: `import segresearch` is immediate, the subpackages load torch when they are imported.
+"""
+
+__version__ = "0.1.0"
