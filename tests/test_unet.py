@@ -1,0 +1,168 @@
+"""The UNet against diffusers' own, and the fork against separate forwards."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from segresearch.models.attention import Fork, sdpa
+from segresearch.models.conditioning import Cond
+from segresearch.models.unet import Control, UNet, UNetConfig
+
+SHARED = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 16,
+    "cross_attention_dim": 24,
+    "sample_size": 16,
+}
+TWO_LEVELS = SHARED | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": (1, 3),
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+    "norm_num_groups": 8,
+}
+THREE_LEVELS = SHARED | {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (32, 64, 96),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 2),
+    "attention_head_dim": (2, 4, 3),
+    "use_linear_projection": False,
+    "norm_num_groups": 16,
+}
+WIDE_STEP = TWO_LEVELS | {"attention_head_dim": 2, "transformer_layers_per_block": 1, "layers_per_block": 3}
+
+
+def pair(config: dict, dtype=torch.float32) -> tuple[UNet2DConditionModel, UNet]:
+    """The same random weights in diffusers' UNet and in ours."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = UNet2DConditionModel(**config).to(dtype).eval()
+    ours = UNet(UNetConfig.from_dict(dict(theirs.config))).to(dtype).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+def inputs(rows: int, h: int, w: int, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor, Cond]:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 4, h, w, generator=g, dtype=dtype)
+    context = torch.randn(rows, 7, 24, generator=g, dtype=dtype)
+    pooled = torch.randn(rows, 16, generator=g, dtype=dtype)
+    ids = torch.tensor([[8.0 * h, 8.0 * w, 0, 0, 8.0 * h, 8.0 * w]]).expand(rows, 6).clone()
+    return x, torch.linspace(1.0, 961.5, rows), Cond(context, pooled, ids)
+
+
+@pytest.mark.parametrize("config", [TWO_LEVELS, THREE_LEVELS, WIDE_STEP])
+@pytest.mark.parametrize("grid", [(16, 16), (8, 20), (9, 13)])
+@torch.no_grad()
+def test_parity_with_diffusers(config, grid):
+    theirs, ours = pair(config)
+    x, t, cond = inputs(3, *grid)
+    added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+    expected = theirs(x, t, cond.context, added_cond_kwargs=added).sample
+    torch.testing.assert_close(ours(x, t, cond), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_control_residuals_match_diffusers():
+    theirs, ours = pair(TWO_LEVELS)
+    x, t, cond = inputs(2, 8, 12)
+    g = torch.Generator().manual_seed(2)
+    shapes = [(32, 8, 12), (32, 8, 12), (32, 4, 6), (64, 4, 6)]
+    down = tuple(torch.randn(2, *s, generator=g) for s in shapes)
+    mid = torch.randn(2, 64, 4, 6, generator=g)
+    added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+    expected = theirs(
+        x, t, cond.context, added_cond_kwargs=added, down_block_additional_residuals=down, mid_block_additional_residual=mid
+    ).sample
+    torch.testing.assert_close(ours(x, t, cond, control=Control(down, mid)), expected, rtol=0, atol=1e-5)
+    index = torch.tensor([0, 1, 1])
+    forked = ours(x, t, cond, control=Control(down, mid), fork=Fork(ours.sites[1], index))
+    torch.testing.assert_close(forked, expected[index], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_fork_equals_separate_forwards_at_every_site():
+    _, ours = pair(THREE_LEVELS, torch.float64)
+    x, t, cond = inputs(2, 8, 12, torch.float64)
+    index = torch.tensor([0, 1, 0, 1, 1])
+
+    def scaled(q, k, v, site):  # another pattern for the copies alone, so that a mix-up of rows would show
+        out = sdpa(q, k, v, site)
+        return torch.cat([out[:2], 0.5 * out[2:]]) if q.shape[0] == 5 else out
+
+    for i, site in enumerate(ours.sites):
+        later = set(ours.sites[i:])
+        halved = ours(x, t, cond, attend=lambda q, k, v, s, later=later: sdpa(q, k, v, s) * (0.5 if s.name in later else 1))
+        expected = torch.cat([ours(x, t, cond), halved[index[2:]]])
+        torch.testing.assert_close(ours(x, t, cond, attend=scaled, fork=Fork(site, index)), expected, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_sites_are_met_in_order_with_their_grid():
+    _, ours = pair(THREE_LEVELS)
+    x, t, cond = inputs(1, 9, 13)
+    met = []
+
+    def spy(q, k, v, site):
+        assert q.shape[2] == site.grid[0] * site.grid[1]
+        assert q.shape[1] == ours.site_heads[site.name]
+        met.append(site)
+        return sdpa(q, k, v, site)
+
+    ours(x, t, cond, attend=spy)
+    assert tuple(s.name for s in met) == ours.sites
+    assert {s.name: s.grid for s in met}["mid_block.attentions.0.transformer_blocks.1.attn1"] == (3, 4)
+    assert set(ours.sites) <= {name.removesuffix(".to_q.weight") for name in ours.state_dict()}
+
+
+def test_full_size_matches_sdxl():
+    with torch.device("meta"):
+        unet = UNet(UNetConfig())
+    assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
+    assert len(unet.sites) == 70 and sum(s.startswith("mid_block") for s in unet.sites) == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"addition_embed_type": None}, "addition_embed_type=None"),
+        ({"mid_block_type": "UNetMidBlock2D"}, "UNetMidBlock2D"),
+        ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
+        ({"block_out_channels": [30, 64]}, "30"),
+        ({"transformer_layers_per_block": [1, 2, 3]}, r"\[1, 2, 3\]"),
+        ({"projection_class_embeddings_input_dim": 48}, "48"),
+    ],
+)
+def test_other_architectures_are_refused_by_name(change, match):
+    with pytest.raises(ValueError, match=match):
+        UNetConfig.from_dict(TWO_LEVELS | change)
+
+
+@torch.no_grad()
+def test_wrong_inputs_are_named():
+    _, ours = pair(TWO_LEVELS)
+    x, t, cond = inputs(2, 8, 8)
+    with pytest.raises(ValueError, match="2 rows of x but 1"):
+        ours(x, t, cond[:1])
+    with pytest.raises(ValueError, match="unknown site 'mid'"):
+        ours(x, t, cond, fork=Fork("mid", torch.tensor([0, 1, 1])))
+    with pytest.raises(ValueError, match="turn 2 into 2"):
+        ours(x, t, cond, fork=Fork(ours.sites[0], torch.tensor([0, 1])))
+    with pytest.raises(ValueError, match="5 channels"):
+        ours(torch.zeros(2, 5, 8, 8), t, cond)
+    with pytest.raises(ValueError, match="3 wide"):
+        ours(x, t, Cond(torch.zeros(2, 7, 3), cond.pooled, cond.time_ids))
+
+
+def test_cond_rows():
+    _, _, cond = inputs(3, 8, 8)
+    assert Cond.cat([cond, cond[:1]]).rows == 4
+    assert torch.equal(cond[torch.tensor([2, 0])].pooled, cond.pooled[[2, 0]])
+    with pytest.raises(ValueError, match="text lengths"):
+        Cond.cat([cond, Cond(cond.context[:, :3], cond.pooled, cond.time_ids)])
+    assert cond.to(dtype=torch.bfloat16).time_ids.dtype == torch.float32
