@@ -1,0 +1,313 @@
+"""Batch rendering of layouts: exact ray intersection per object, 3 x 3 supersampling, shadows, exact depth and edges.
+
+Every object is intersected in its own frame, where its radius is one and its centre the origin: x to its right, y up, z
+towards the camera. Rays are `camera + t * direction`, the direction having length one along the optical axis. Only the
+window of the picture that can hold an object is tested, and objects of one shape and window size are tested together.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from segresearch.data.captions import SHAPES
+from segresearch.data.layout import FOCAL, HEIGHTS, SLOTS, Layout
+
+SUB = 3
+"""Samples per pixel and axis; odd, so that the middle sample is the pixel's centre."""
+BOUND = 1.2
+"""Every shape lies within this many radii of its centre, along each axis of its frame."""
+_CUBE, _CONE, _TORUS, _TUBE = 0.82, 0.475, 0.71, 0.29
+_TIP, _NOTCH, _THICK = 1.12, 0.52, 0.34
+_INF = math.inf
+
+
+def _star_lines() -> tuple[Tensor, Tensor, Tensor]:
+    """Corners of the star's outline (10, 3), its front point and back point."""
+    angle = torch.arange(10, dtype=torch.float64) * math.pi / 5
+    reach = torch.where(torch.arange(10) % 2 == 0, _TIP, _NOTCH)
+    outline = torch.stack([reach * angle.sin(), reach * angle.cos(), torch.zeros(10)], 1)
+    point = torch.tensor([0.0, 0.0, _THICK], dtype=torch.float64)
+    return outline.float(), point.float(), -point.float()
+
+
+def _folded(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The plane folded into a wedge of 36 degrees right of the star's upper tip."""
+    x = x.abs()
+    for sign in (1, -1):
+        kx, ky = sign * math.cos(math.pi / 5), -math.sin(math.pi / 5)
+        over = 2 * (kx * x + ky * y).clamp(min=0)
+        x, y = x - over * kx, y - over * ky
+    return x.abs(), y
+
+
+_RISE, _RUN = _TIP - _NOTCH * math.cos(math.pi / 5), _NOTCH * math.sin(math.pi / 5)
+_EDGE_X, _EDGE_Y = _RISE / math.hypot(_RISE, _RUN), _RUN / math.hypot(_RISE, _RUN)  # outward normal of a folded edge
+
+
+def _hit(shape: str, o: Float[Tensor, "3 n 1 1"], d: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, "n h w"]:
+    """The smallest t > 0 where each ray meets the unit shape, infinite where it misses."""
+    (ox, oy, oz), (dx, dy, dz) = o, d
+    if shape in ("sphere", "cone"):
+        if shape == "sphere":
+            a = dx * dx + dy * dy + dz * dz
+            b = ox * dx + oy * dy + oz * dz
+            c = ox * ox + oy * oy + oz * oz - 1
+        else:  # x^2 + z^2 = k^2 (1 - y)^2 with -1 <= y <= 1
+            k = _CONE**2
+            a = dx * dx + dz * dz - k * dy * dy
+            b = ox * dx + oz * dz + k * (1 - oy) * dy
+            c = ox * ox + oz * oz - k * (1 - oy) ** 2
+        inside = b * b - a * c
+        root = inside.clamp(min=0).sqrt()
+        t = (-b - root) / a
+        if shape == "sphere":
+            return torch.where(inside > 0, t, _INF)
+        other = (-b + root) / a
+        t, other = (torch.where((inside > 0) & (s > 0) & ((oy + s * dy).abs() <= 1), s, _INF) for s in (t, other))
+        return t.minimum(other)
+    if shape == "cube":
+        near, far = None, None
+        for origin, step in ((ox, dx), (oy, dy), (oz, dz)):
+            middle, half = -origin / step, (_CUBE / step).abs()
+            near = middle - half if near is None else near.maximum(middle - half)
+            far = middle + half if far is None else far.minimum(middle + half)
+        return torch.where(near < far, near, _INF)
+    if shape == "ring":  # walks along the ray by the exact distance to the torus, starting on the plane before it
+        length = (dx * dx + dy * dy + dz * dz).rsqrt()
+        t = (_TUBE - oz) / dz
+        for _ in range(9):
+            rim = torch.hypot(ox + t * dx, oy + t * dy) - _TORUS
+            gap = torch.hypot(rim, oz + t * dz) - _TUBE
+            t = t + gap * length
+        return torch.where(gap < 0.01, t, _INF)
+    outline, *points = (corner.to(ox.device) for corner in _star_lines())
+    origin = torch.stack([ox, oy, oz]).flatten(1).T[:, None]  # (n, 1, 3)
+
+    def along(normal: Tensor) -> Tensor:  # (n, 10, 3) -> (n, 10, h, w): normal . direction
+        return (normal[..., 0, None, None] * dx[:, None] + normal[..., 1, None, None] * dy[:, None]
+                + normal[..., 2, None, None] * dz[:, None])
+
+    rim = along(torch.linalg.cross(outline - origin, outline.roll(-1, 0) - origin, dim=-1)) <= 0
+    best = torch.zeros_like(dx)
+    for point, sign in zip(points, (1, -1), strict=True):  # ten facets each; a ray crosses a facet if it passes its sides
+        spoke = along(torch.linalg.cross((point - origin).expand(-1, 10, -1), outline - origin, dim=-1)) <= 0
+        crossed = (spoke & rim & ~spoke.roll(-1, 1)) if sign > 0 else (~spoke & ~rim & spoke.roll(-1, 1))
+        normal = torch.linalg.cross(outline - point, outline.roll(-1, 0) - point, dim=-1)
+        offset = (normal * (point - origin)).sum(-1, keepdim=True)
+        best = best.maximum(torch.where(crossed, along(normal / offset), 0.0).amax(1))
+    return torch.where(best > 0, 1 / best, _INF)
+
+
+def _normal(shape: str, p: Float[Tensor, "3 m"]) -> tuple[Float[Tensor, "3 m"], Int[Tensor, "m"]]:
+    """Outward unit normals at points of the unit shape, and the number of the flat face they lie on (0 if curved)."""
+    x, y, z = p
+    face = torch.zeros_like(x, dtype=torch.long)
+    if shape == "sphere":
+        n = p
+    elif shape == "cone":
+        n = torch.stack([x, _CONE**2 * (1 - y), z])
+    elif shape == "ring":
+        shrink = 1 - _TORUS / torch.hypot(x, y)
+        n = torch.stack([x * shrink, y * shrink, z])
+    elif shape == "cube":
+        face = p.abs().argmax(0)
+        n = F.one_hot(face, 3).T * p.sign()
+    else:
+        turn = torch.atan2(x, y) * (5 / math.pi)
+        wedge = turn.floor()
+        face = wedge.long() % 10 + 10 * (z < 0)
+        # the facet's steepest line points at the edge's normal, mirrored in every other wedge
+        even = torch.remainder(wedge, 2) == 0
+        middle = torch.where(even, wedge, wedge + 1) * (math.pi / 5)
+        ex, ey = torch.where(even, _EDGE_X, -_EDGE_X), _EDGE_Y
+        slope = _THICK / (_EDGE_Y * _TIP)
+        n = torch.stack([slope * (ex * middle.cos() + ey * middle.sin()), slope * (ey * middle.cos() - ex * middle.sin()),
+                         torch.where(z < 0, -1.0, 1.0)])
+    return F.normalize(n, dim=0), face
+
+
+def _shade(shape: str, g: tuple[Tensor, Tensor], s: tuple[Tensor, Tensor]) -> Float[Tensor, "n h w"]:
+    """Signed distance (about) from floor points g to the outline of the unit shape's shadow; s: where a point at height
+    one casts its shadow. Everything in the object's frame, with the floor point below its centre as origin."""
+    (x, z), (sx, sz) = g, s
+    length = torch.hypot(sx, sz)
+    ax, az = sx / length, sz / length
+    along, across = x * ax + z * az, x * az - z * ax
+    if shape == "sphere":
+        return torch.hypot((along - length) / (1 + length**2).sqrt(), across) - 1
+    if shape == "cone":
+        base, tip = 2 * _CONE, 2 * length
+        sin = (base / tip).clamp(max=1)
+        cos, across = (1 - sin**2).sqrt(), across.abs()
+        return torch.where(along * cos > across * sin, across * cos + (along - tip) * sin, torch.hypot(along, across) - base)
+    if shape == "cube":  # a square swept along the shadow's direction: a hexagon
+        x, z = x - _CUBE * sx, z - _CUBE * sz
+        return (x.abs() - _CUBE * (1 + sx.abs())).maximum(z.abs() - _CUBE * (1 + sz.abs())).maximum(
+            across.abs() - _CUBE * (ax.abs() + az.abs()))
+    tall = z / sz  # upright flat shapes: which point of the plane z = 0 casts its shadow here
+    x, y = x - tall * sx, tall - HEIGHTS[SHAPES.index(shape)]
+    if shape == "ring":
+        return (torch.hypot(x, y) - _TORUS).abs() - _TUBE
+    x, y = _folded(x, y)
+    return x * _EDGE_X + (y - _TIP) * _EDGE_Y
+
+
+def _smooth(x: Tensor) -> Tensor:
+    x = x.clamp(0, 1)
+    return x * x * (3 - 2 * x)
+
+
+def _ground(scene: dict[str, Tensor], u: Tensor, v: Tensor, pixel: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Floor colour without shadows (checkers box-filtered over the pixel's footprint), t, and floor x and z per pixel."""
+    cos, sin = scene["pitch"].cos()[:, None, None], scene["pitch"].sin()[:, None, None]
+    down = (sin - v * cos).clamp(min=1e-3)
+    t = scene["height"][:, None, None] / down  # (b, h, 1)
+    x, z = t * u, (t * (cos + v * sin)).expand(-1, -1, u.shape[-1])
+    stretch = t / down
+    wx, wz = pixel * (t + stretch * cos * u.abs()), pixel * stretch
+    turn, side, shift_x, shift_z = scene["tiling"].T[..., None, None]
+    c, s = turn.cos() / side, turn.sin() / side
+
+    def signs(p: Tensor, width: Tensor) -> Tensor:  # mean over the footprint of the square wave of period 2
+        def triangle(q: Tensor) -> Tensor:
+            return (torch.remainder(q, 2) - 1).abs()
+        return (triangle(p - width / 2) - triangle(p + width / 2)) / width
+
+    mix = signs(c * x + s * z + shift_x, c.abs() * wx + s.abs() * wz) * signs(c * z - s * x + shift_z, s.abs() * wx + c.abs() * wz)
+    mix = (0.5 + 0.5 * mix)[:, None]
+    light, dark = scene["tones"][:, 0, :, None, None], scene["tones"][:, 1, :, None, None]
+    return dark + (light - dark) * mix, t, x, z
+
+
+def render(layout: Layout, size: tuple[int, int]) -> tuple[
+    UInt8[Tensor, "b 3 h w"], Float[Tensor, "b h w"], Bool[Tensor, "b h w"], Float[Tensor, "b 4"]
+]:
+    """Pictures, distance from the camera at the pixels' centres (world units, infinite in the sky), edges, and the
+    fraction of each object's outline that is visible."""
+    h, w = size
+    scene = {name: value.float() for name, value in vars(layout).items() if value.is_floating_point()}
+    b, device, scale = len(layout.pitch), layout.pitch.device, min(h, w) / 2
+
+    def rays(n: int, sub: int) -> Tensor:  # direction per picture coordinate at sample centres, u rightwards
+        return ((torch.arange(n * sub, device=device) + 0.5) / sub - n / 2) / (scale * FOCAL)
+
+    u, v = rays(w, 1)[None, None], -rays(h, 1)[None, :, None]
+    floor, t, floor_x, floor_z = _ground(scene, u, v, 1 / (scale * FOCAL))
+
+    image, slot = layout.present.nonzero(as_tuple=True)
+    kind = layout.shape[image, slot]
+    centre, radius, yaw = scene["position"][image, slot], scene["radius"][image, slot], scene["yaw"][image, slot]
+    cy, sy = yaw.cos(), yaw.sin()
+    cp, sp = (f(scene["pitch"])[image] for f in (torch.cos, torch.sin))
+    # picture window: bounds of the eight corners of the box around the object
+    spread = torch.tensor([-BOUND, BOUND], device=device) * radius[:, None]
+    rise, ahead = centre[:, 1] - scene["height"][image], centre[:, 2]
+    depth = (ahead[:, None, None] + spread[:, None]) * cp[:, None, None] - (rise[:, None] + spread)[:, :, None] * sp[:, None, None]
+    reach = scale * FOCAL * (((centre[:, :1] + spread)[:, :, None] / depth.flatten(1)[:, None]).flatten(1))
+    tall = ((rise[:, None] + spread)[:, :, None] * cp[:, None, None] + (ahead[:, None, None] + spread[:, None]) * sp[:, None, None])
+    tall = -scale * FOCAL * (tall / depth).flatten(1)
+    left, top = (reach.amin(1) + w / 2).floor().long(), (tall.amin(1) + h / 2).floor().long()
+    right, bottom = (reach.amax(1) + w / 2).ceil().long(), (tall.amax(1) + h / 2).ceil().long()
+    step = max(2, int(scale / 4))
+    window = (((right - left).maximum(bottom - top) + step - 1) // step * step)
+    left, top = (left.clamp(min=0)).minimum(w - window).clamp(min=0), (top.clamp(min=0)).minimum(h - window).clamp(min=0)
+
+    light = scene["light"][image]
+    local_light = torch.stack([light[:, 0] * cy + light[:, 2] * sy, light[:, 1], light[:, 0] * sy - light[:, 2] * cy])
+    cast = -local_light / local_light[1]
+    eye = torch.stack([-centre[:, 0], -rise, -centre[:, 2]])
+    eye = torch.stack([eye[0] * cy + eye[2] * sy, eye[1], eye[0] * sy - eye[2] * cy]) / radius
+    shadow = torch.zeros(b, h, w, device=device)
+    us, vs = rays(w, SUB), -rays(h, SUB)
+    found: list[tuple[Tensor, ...]] = []
+    for number, shape in enumerate(SHAPES):
+        same = (kind == number).nonzero()[:, 0]
+        if not len(same):
+            continue
+        c, s, r = (value[same, None, None] for value in (cy, sy, radius))
+        gx, gz = floor_x[image[same]] - centre[same, 0, None, None], floor_z[image[same]] - centre[same, 2, None, None]
+        gx, gz = (gx * c + gz * s) / r, (gx * s - gz * c) / r
+        outline = _shade(shape, (gx, gz), (cast[0, same, None, None], cast[2, same, None, None]))
+        dark = _smooth(0.5 - outline / 0.36) * 0.62
+        dark = dark.maximum(0.5 * torch.exp(-2.2 * (gx * gx + gz * gz)))  # the object also hides the sky from the floor
+        for k in range(SLOTS):
+            rows = slot[same] == k
+            where = image[same[rows]]
+            shadow[where] = shadow[where].maximum(dark[rows])
+        for side in window[same].unique().tolist():
+            some = same[window[same] == side]
+            height, width = min(side, h) * SUB, min(side, w) * SUB
+            columns = us[left[some, None] * SUB + torch.arange(width, device=device)][:, None]  # (n, 1, width)
+            lines = vs[top[some, None] * SUB + torch.arange(height, device=device)][:, :, None]
+            c, s, cos, sin = (value[some, None, None] for value in (cy, sy, cp, sp))
+            forward = cos + lines * sin
+            d = (columns * c + forward * s, lines * cos - sin, columns * s - forward * c)
+            hit = _hit(shape, eye[:, some, None, None], d)
+            n, row, column = (hit < _INF).nonzero(as_tuple=True)
+            which = some[n]
+            ray = torch.stack([d[0][n, row, column], d[1][n, row, 0], d[2][n, row, column]])
+            distance = hit[n, row, column]
+            p = eye[:, which] + distance * ray
+            if shape == "ring":  # Newton, from a sample's width to rounding
+                for _ in range(2):
+                    gap = torch.hypot(torch.hypot(p[0], p[1]) - _TORUS, p[2]) - _TUBE
+                    back = (gap / (_normal(shape, p)[0] * ray).sum(0).clamp(max=-0.15))
+                    distance, p = distance - back, p - back * ray
+            normal, face = _normal(shape, p)
+            place = (image[which] * (h * SUB) + top[which] * SUB + row) * (w * SUB) + left[which] * SUB + column
+            found.append((which, place, distance * radius[which], ray, normal, face,
+                          p[1] + HEIGHTS[number]))
+    which, place, near, face, above = (torch.cat([f[i] for f in found]) for i in (0, 1, 2, 5, 6))
+    ray, normal = (torch.cat([f[i] for f in found], 1) for i in (3, 4))
+    nearest = torch.full((b * h * w * SUB * SUB,), _INF, device=device).scatter_reduce_(0, place, near, "amin")
+    seen = nearest[place] == near
+    outline = torch.zeros(len(image), device=device).index_add_(0, which, torch.ones_like(near))
+    which, place, ray, normal, face, above = (value[..., seen] for value in (which, place, ray, normal, face, above))
+    visible = torch.zeros(b, SLOTS, device=device)
+    visible[image, slot] = torch.zeros_like(outline).index_add_(0, which, torch.ones_like(above)) / outline.clamp(min=1)
+
+    # light: sky from above, floor from below, one lamp, one highlight
+    lamp, of = local_light[:, which], image[which]
+    diffuse = (normal * lamp).sum(0).clamp(min=0)
+    half = F.normalize(lamp - F.normalize(ray, dim=0), dim=0)
+    gloss = torch.tensor([0.55, 0.12, 0.15, 0.45, 0.15], device=device)[kind[which]]
+    shine = gloss * (normal * half).sum(0).clamp(min=0) ** 32
+    up = 0.5 + 0.5 * normal[1]
+    open_sky = 0.62 + 0.38 * _smooth(above / 0.7)
+    sky, ground = scene["heavens"][:, 1] * 0.3 + 0.7, scene["tones"].mean(1)
+    ambient = up[:, None] * sky[of] * 0.42 + (1 - up)[:, None] * (0.22 + 0.25 * ground[of])
+    color = scene["albedo"][image, slot][which] * (ambient * open_sky[:, None] + 0.66 * diffuse[:, None]) + shine[:, None]
+
+    pixel = place // (h * w * SUB * SUB) * (h * w) + place // (w * SUB * SUB) % h * w + place % (w * SUB) // SUB
+    total = torch.zeros(b * h * w, 3, device=device).index_add_(0, pixel, color.clamp(0, 1))
+    cover = torch.zeros(b * h * w, device=device).index_add_(0, pixel, torch.ones_like(above))
+
+    sin, cos = (f(scene["pitch"])[:, None, None] for f in (torch.sin, torch.cos))
+    horizon = scene["heavens"][:, 1, :, None, None]
+    haze = (1 - torch.exp(-0.035 * (t - 3).clamp(min=0)))[:, None]
+    floor = floor * (1.06 - shadow[:, None])
+    floor = floor + (horizon - floor) * haze
+    climb = ((v * cos - sin) / 0.55).clamp(0, 1).sqrt()[:, None]
+    sky = horizon + (scene["heavens"][:, 0, :, None, None] - horizon) * climb
+    below = ((sin - v * cos) / cos * (scale * FOCAL) + 0.5).clamp(0, 1)[:, None]  # the floor's share of the pixel
+    back = sky + (floor - sky) * below
+    cover = cover.view(b, 1, h, w) / SUB**2
+    picture = total.view(b, h, w, 3).permute(0, 3, 1, 2) / SUB**2 + (1 - cover) * back
+    picture = (picture.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+
+    middle = nearest.view(b, h, SUB, w, SUB)[:, :, SUB // 2, :, SUB // 2]
+    ground_t = torch.where(v * cos < sin, t, _INF)
+    distances = middle.minimum(ground_t) * (1 + u * u + v * v).sqrt()
+
+    labels = (vs[None, :, None] * cos < sin).to(torch.uint8).expand(b, h * SUB, w * SUB).contiguous()
+    labels.view(-1)[place] = (2 + slot[which] * 24 + face).to(torch.uint8)
+    apart = torch.zeros(b, h * SUB, w * SUB, dtype=torch.bool, device=device)
+    apart[:, :, :-1] = labels[:, :, 1:] != labels[:, :, :-1]
+    apart[:, :-1] |= labels[:, 1:] != labels[:, :-1]
+    apart = apart.view(b, h, SUB, w * SUB)
+    apart = (apart[:, :, 0] | apart[:, :, 1] | apart[:, :, 2]).view(b, h, w, SUB)
+    edges = apart[..., 0] | apart[..., 1] | apart[..., 2]
+    return picture, distances, edges, visible
