@@ -1,0 +1,165 @@
+"""Attention perturbations: calls `(q, k, v, site, attend) -> out` that know nothing of CFG, branches or batches.
+
+`attend` is the attention one may use: the plain one or, where several perturbations meet on a site, the one before it.
+Any function of that signature is a perturbation; `At` says where a plain function acts, SEG and PAG know it themselves.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from segresearch.guidance.blur import INFINITE, blur, check_blur
+from segresearch.guidance.select import Where, check_heads
+from segresearch.models.attention import Attend, Site, sdpa
+
+Perturbation = Callable[[Tensor, Tensor, Tensor, Site, Attend], Tensor]  # (q, k, v, site, attend) -> out, each Heads
+
+
+def _freeze(perturbation: Any) -> None:
+    """Lists (of a config file, say) become tuples, so that equal perturbations compare and hash equal."""
+    where, heads = perturbation.where, perturbation.heads
+    if not isinstance(where, str | int):
+        object.__setattr__(perturbation, "where", tuple(where))
+    if heads is not None:
+        if not heads:
+            raise ValueError("heads=[] perturbs nothing; name at least one head, or None for all")
+        object.__setattr__(perturbation, "heads", tuple(int(h) for h in heads))
+        if min(perturbation.heads) < 0:
+            raise ValueError(f"heads={list(heads)}: head indices start at 0")
+
+
+def _mask(heads: Sequence[int], count: int, site: Site, device: torch.device) -> Bool[Tensor, "1 {count} 1 1"]:
+    check_heads(heads, count, site.name)
+    mask = torch.zeros(count, dtype=torch.bool, device=device)
+    mask[list(heads)] = True
+    return mask[None, :, None, None]
+
+
+@dataclass(frozen=True)
+class SEG:
+    """Smoothed Energy Guidance, arXiv 2408.00760: out = softmax(B Q Kᵀ/√d) V with the blur B of Definition 2.1.
+
+    Blurring the queries blurs the whole map of logits (Proposition 3.1), without ever forming it.
+
+    sigma: standard deviation of the blur in tokens; 0 is plain attention, above 9999 (inf) every query is their mean.
+    where: sites, see `segresearch.guidance.select`. heads: indices of the blurred heads; None is all.
+    on: "q" (the paper), "k" (the dual of its Appendix B: blur the keys) or "qk" (both).
+    boundary: of `blur_matrix`; "reflect" reproduces the official code.
+
+    Raises ValueError for a negative or NaN sigma, an unknown `on` or boundary, and empty or negative heads.
+    """
+
+    sigma: float | int = math.inf
+    where: Where = "mid"
+    heads: Sequence[int] | None = None
+    on: str = "q"
+    boundary: str = "reflect"
+
+    def __post_init__(self) -> None:
+        check_blur(self.sigma, self.boundary)
+        if self.on not in ("q", "k", "qk"):
+            raise ValueError(f'SEG blurs on="q", "k" or "qk", got {self.on!r}')
+        _freeze(self)
+
+    def __call__(
+        self,
+        q: Float[Tensor, "rows heads tokens dim"],
+        k: Float[Tensor, "rows heads tokens dim"],
+        v: Float[Tensor, "rows heads tokens dim"],
+        site: Site,
+        attend: Attend,
+    ) -> Float[Tensor, "rows heads tokens dim"]:
+        """Attention of the blurred queries and/or keys on the site's grid."""
+        if self.sigma > INFINITE and self.on == "q" and self.heads is None and attend is sdpa:
+            # every token has the mean query, so one row of the map is all of them
+            mean = self._smooth(q, site, "q")[:, :, :1]
+            return sdpa(mean, k, v, site).expand_as(q)  # (b, h, 1, d) -> (b, h, n, d)
+        return attend(self._smooth(q, site, "q"), self._smooth(k, site, "k"), v, site)
+
+    def _smooth(self, z: Tensor, site: Site, which: str) -> Tensor:
+        if which not in self.on:
+            return z
+        smooth = blur(z, site.grid, self.sigma, self.boundary)
+        return smooth if self.heads is None else torch.where(_mask(self.heads, z.shape[1], site, z.device), smooth, z)
+
+
+@dataclass(frozen=True)
+class PAG:
+    """Perturbed-Attention Guidance, arXiv 2403.17377: the attention map becomes the identity, so out = V.
+
+    tau: how far: the map is (1 − τ)·softmax + τ·identity, hence out = (1 − τ)·attend(q, k, v) + τ·v. 1 is the paper's
+        PAG and computes no attention; 0 is plain attention; between is SoftPAG (arXiv 2506.10978).
+    where, heads: as in `SEG`.
+
+    Raises ValueError for tau outside [0, 1], and empty or negative heads.
+    """
+
+    where: Where = "mid"
+    heads: Sequence[int] | None = None
+    tau: float | int = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"PAG tau must be in [0, 1], got {self.tau!r}")
+        _freeze(self)
+
+    def __call__(
+        self,
+        q: Float[Tensor, "rows heads tokens dim"],
+        k: Float[Tensor, "rows heads tokens dim"],
+        v: Float[Tensor, "rows heads tokens dim"],
+        site: Site,
+        attend: Attend,
+    ) -> Float[Tensor, "rows heads tokens dim"]:
+        """(1 − τ)·attend(q, k, v) + τ·v."""
+        if self.tau == 1 and self.heads is None:
+            return v
+        plain = attend(q, k, v, site)
+        if self.tau == 0:
+            return plain
+        out = v if self.tau == 1 else torch.lerp(plain, v, self.tau)
+        return out if self.heads is None else torch.where(_mask(self.heads, v.shape[1], site, v.device), out, plain)
+
+
+@dataclass(frozen=True)
+class At:
+    """A plain function as a perturbation with a place.
+
+    function: any `(q, k, v, site, attend) -> out`; it always sees every head.
+    where: sites. heads: only these heads take the function's output, the others plain attention (one further `attend`).
+    """
+
+    function: Perturbation
+    where: Where = "mid"
+    heads: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ValueError(f"a perturbation is a call (q, k, v, site, attend) -> out, got {self.function!r}")
+        _freeze(self)
+
+    def __call__(
+        self,
+        q: Float[Tensor, "rows heads tokens dim"],
+        k: Float[Tensor, "rows heads tokens dim"],
+        v: Float[Tensor, "rows heads tokens dim"],
+        site: Site,
+        attend: Attend,
+    ) -> Float[Tensor, "rows heads tokens dim"]:
+        """The function's output, on the chosen heads."""
+        out = self.function(q, k, v, site, attend)
+        if out.shape != v.shape:
+            raise ValueError(f"{self!r} gave {tuple(out.shape)} at {site.name}, expected {tuple(v.shape)}")
+        if self.heads is None:
+            return out
+        return torch.where(_mask(self.heads, v.shape[1], site, v.device), out, attend(q, k, v, site))
+
+    def __repr__(self) -> str:
+        name = getattr(self.function, "__name__", None) or repr(self.function)
+        heads = f", heads={self.heads}" if self.heads is not None else ""
+        return f"{name}(where={self.where!r}{heads})"

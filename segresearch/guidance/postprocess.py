@@ -1,0 +1,69 @@
+"""What may be done to a guided prediction after the terms are summed.
+
+A post-processor is a call `(guided, plain, x, sigma) -> guided`, on denoised images; `plain` is D[base].
+Unlike the sum of terms these do not commute with the change between eps, denoised and v, so each says where it acts.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+Post = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def rescale(
+    guided: Float[Tensor, "rows c h w"],
+    plain: Float[Tensor, "rows c h w"],
+    x: Float[Tensor, "rows c h w"],
+    phi: float | int,
+) -> Float[Tensor, "rows c h w"]:
+    """Lin et al., arXiv 2305.08891, Section 3.4: bring the guided prediction's spread back to the plain one's, by φ.
+
+    Acts in eps space, ε → φ·ε·std(ε_plain)/std(ε) + (1 − φ)·ε, unbiased std over all axes but the rows. With
+    ε = (x − D)/σ the σ cancels, so it is not asked for.
+    """
+    noise, reference = x - guided, x - plain  # σ·ε
+    ratio = _std(reference) / _std(noise)
+    return x - noise * (phi * ratio + (1 - phi))
+
+
+def _std(z: Tensor) -> Tensor:
+    return z.std(dim=(1, 2, 3), keepdim=True)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """The projection and norm limit of APG (arXiv 2410.02416), without its momentum, which is state between steps.
+
+    Acts in denoised space, on the whole guidance Δ = D − D[base]: Δ is shortened to at most `norm` (L2 norm over an
+    image), then its component along D[base] is multiplied by `eta` (1 keeps it all, 0 removes it).
+
+    Raises ValueError for a negative or NaN eta or norm.
+    """
+
+    eta: float | int = 0.0
+    norm: float | int = math.inf
+
+    def __post_init__(self) -> None:
+        if not (self.eta >= 0 and self.norm >= 0):
+            raise ValueError(f"eta and norm must be >= 0, got {self}")
+
+    def __call__(
+        self,
+        guided: Float[Tensor, "rows c h w"],
+        plain: Float[Tensor, "rows c h w"],
+        x: Float[Tensor, "rows c h w"],
+        sigma: Float[Tensor, " rows"],
+    ) -> Float[Tensor, "rows c h w"]:
+        """D[base] + Δ⊥ + eta·Δ∥."""
+        delta = guided - plain
+        delta = delta * (self.norm / _dot(delta, delta).sqrt().clamp_min(1e-30)).clamp_max(1.0)
+        along = _dot(delta, plain) / _dot(plain, plain).clamp_min(1e-30) * plain
+        return plain + delta - (1 - self.eta) * along
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dim=(1, 2, 3), keepdim=True)

@@ -1,0 +1,140 @@
+"""Self-Attention Guidance (SAG, arXiv 2210.00939): guide away from the image whose salient parts were blurred."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from segresearch.guidance.blur import check_blur, fold_taps, gaussian_taps
+from segresearch.guidance.denoiser import SCHEDULE, GuidedDenoiser
+from segresearch.guidance.terms import ALWAYS, Branch, Scale, Window, check_scale, scale_at, scale_text
+from segresearch.models.attention import Attend, Site
+from segresearch.models.conditioning import Cond
+from segresearch.models.unet import Control
+
+TAPS = 9  # of the latent blur, whatever its sigma, as in the published code
+
+
+class SelfAttentionGuidance:
+    """Two forwards a step: the second denoises x̃ = x̂ + σ·ε, where x̂ is D[base] blurred under the first's attention.
+
+        mask = (attention at the first mid site, mean over heads, sum over queries) > threshold, upsampled nearest
+        x̂    = D[base](x), its masked latents blurred (9 taps, reflect)
+        D    = inner + scale · (x̂ − D[base](x̂ + σ·ε)),   ε = (x − D[base](x))/σ
+
+    The published term is s·(ε − ε̃) between the predictions at x and at x̃ (diffusers: noise_pred − degraded_pred). In
+    denoised space this is x̂ − D(x̃): D(x) − D(x̃) would count the blur itself as guidance. It is added before the
+    inner's rescale and post-processors. Written in denoised space it needs no scheduler, so any sampler works.
+
+    Args:
+        inner: a GuidedDenoiser (its terms stay), or a plain denoiser.
+        scale: s, or s(σ); 1.0 in the SEG paper's comparison, 0.75 by default in diffusers.
+        blur_sigma: of the latent blur, in latent pixels. threshold: of the mask; 1 is the mean attention.
+        base: the conditioning that is degraded. None: "uncond" where the inner evaluates it at this σ anyway (that is,
+            with CFG, as in diffusers), else the inner's base.
+        window: (low, high) in σ in which it acts; outside there is no second forward.
+
+    Raises ValueError for a scale that is not finite, a negative blur_sigma or threshold, a model without mid sites.
+    """
+
+    def __init__(
+        self,
+        inner: Callable[..., Tensor],
+        scale: Scale = 0.75,
+        blur_sigma: float | int = 1.0,
+        threshold: float | int = 1.0,
+        base: str | None = None,
+        window: Window = ALWAYS,
+    ):
+        check_scale(scale, window, "SAG")
+        check_blur(blur_sigma, "reflect")
+        if not threshold >= 0:
+            raise ValueError(f"SAG threshold must be >= 0, got {threshold!r}")
+        self.inner = inner if isinstance(inner, GuidedDenoiser) else GuidedDenoiser(inner, {})
+        mid = [site for site in self.inner.unet.site_heads if site.startswith("mid_block.")]
+        if not mid:
+            raise ValueError("SAG reads the first mid-block self-attention, and this model has none")
+        self.site: str = mid[0]
+        self.scale, self.blur_sigma, self.threshold, self.base, self.window = scale, blur_sigma, threshold, base, window
+
+    def __getattr__(self, name: str) -> Any:
+        if name in SCHEDULE:
+            return getattr(self.inner, name)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}")
+
+    def __call__(
+        self,
+        x: Float[Tensor, "rows c h w"],
+        sigma: Float[Tensor, " rows"],
+        conds: Mapping[str, Cond],
+        control: Control | None = None,
+        attend: Attend | None = None,
+    ) -> Float[Tensor, "rows c h w"]:
+        """The guided denoised image; arguments and errors as for GuidedDenoiser. `control` serves both forwards."""
+        values = sigma.tolist()
+        scales = [scale_at(self.scale, self.window, s, "SAG") for s in values]
+        if not any(scales):
+            return self.inner(x, sigma, conds, control, attend)
+        needed = [self.inner.branches(s) for s in sorted(set(values))]
+        bases = {self._base(branches) for branches in needed}
+        if len(bases) > 1:
+            raise ValueError("SAG: rows of this batch are on both sides of the window of the CFG term; name a base")
+        base = bases.pop()
+        received: list[Tensor] = []
+
+        def watch(q: Tensor, k: Tensor, site: Site) -> None:
+            if site.name == self.site:
+                maps = attention_received(q[: x.shape[0]], k[: x.shape[0]])
+                received.append((maps > self.threshold).unflatten(1, site.grid))  # (b, n) -> (b, h', w')
+
+        branches = list(dict.fromkeys([base, *(b for some in needed for b in some)]))
+        denoised = self.inner.evaluate(x, sigma, branches, conds, control, attend, watch)
+        plain = denoised[base]
+        degraded = self.degrade(plain, received[0])
+        noised = degraded + (x - plain)  # x − D = σ·ε
+        again = self.inner.evaluate(noised, sigma, [base], conds, control, attend)[base]
+        scale = torch.tensor(scales, dtype=plain.dtype, device=plain.device)[:, None, None, None]
+        return self.inner.combine(x, sigma, denoised, extra=scale * (degraded - again))
+
+    def degrade(
+        self, plain: Float[Tensor, "rows c h w"], mask: Bool[Tensor, "rows mask_h mask_w"]
+    ) -> Float[Tensor, "rows c h w"]:
+        """`plain` blurred where the mask is set; the mask may be of any coarser grid."""
+        if self.blur_sigma == 0:
+            return plain
+        h, w = plain.shape[2:]
+        taps = gaussian_taps(self.blur_sigma, TAPS).to(plain)
+        blurred = fold_taps(taps, h, "reflect") @ plain @ fold_taps(taps, w, "reflect").T
+        cover = F.interpolate(mask[:, None].to(plain.dtype), size=(h, w), mode="nearest")  # (b, h', w') -> (b, 1, h, w)
+        return torch.where(cover > 0, blurred, plain)
+
+    def _base(self, needed: list[Branch]) -> Branch:
+        if self.base is not None:
+            return Branch(self.base)
+        return Branch("uncond") if Branch("uncond") in needed else self.inner.base
+
+    def __repr__(self) -> str:
+        first, *rest = repr(self.inner).split("\n")
+        base = self.base or f"uncond where evaluated, else {self.inner.base}"
+        term = scale_text(self.scale, self.window, "(x̂ − D[base](x̂ + σ·ε))")
+        sag = f"  SAG: base {base}; x̂ = D[base] blurred (sigma {self.blur_sigma:g})"
+        where = f" where the attention received at {self.site} > {self.threshold:g}"
+        return "\n".join([f"{first} + {term}", sag + where, *rest, "  and 1 row per image in a second forward"])
+
+
+def attention_received(
+    q: Float[Tensor, "rows heads tokens dim"], k: Float[Tensor, "rows heads tokens dim"], block: int = 256
+) -> Float[Tensor, "rows tokens"]:
+    """Attention that each key gets: softmax over keys, summed over queries, mean over heads; its mean over keys is 1.
+
+    In fp32 (fp64 stays), `block` queries at a time, so the whole map is never in memory.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k = q.to(wide) * q.shape[-1] ** -0.5, k.to(wide)
+    total = torch.zeros(k.shape[:3], dtype=wide, device=k.device)  # (b, h, n)
+    for part in q.split(block, dim=2):
+        total += (part @ k.mT).softmax(dim=-1).sum(dim=2)  # (b, h, block, n) -> (b, h, n)
+    return total.mean(dim=1)

@@ -1,0 +1,191 @@
+"""Guidance as a sum of terms over branches: D = D[base] + Σ s(σ) · (D[pos] − D[neg]).
+
+A branch is what the network is asked: a conditioning, and the perturbations of its self-attention. s is always the
+factor on the difference, so CFG's weight w enters as s = w − 1 (docs/guidance.md translates other conventions).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from segresearch.guidance.perturbations import PAG, SEG, At, Perturbation
+from segresearch.guidance.select import Where
+
+Scale = float | int | Callable[[float], float]  # a number, or s(σ)
+Window = tuple[float | int, float | int]  # (low, high) in σ, both included
+ALWAYS: Window = (0.0, math.inf)
+
+
+def check_scale(scale: Scale, window: Sequence[float | int], what: str) -> None:
+    """ValueError for a scale that is not finite or a window that is not 0 ≤ low ≤ high."""
+    if not callable(scale) and not math.isfinite(scale):
+        raise ValueError(f"the scale of {what} must be finite, got {scale!r}")
+    if len(window) != 2 or not 0 <= window[0] <= window[1]:
+        raise ValueError(f"the window of {what} must be (low, high) in sigma, 0 <= low <= high, got {tuple(window)}")
+
+
+def scale_at(scale: Scale, window: Window, sigma: float, what: str) -> float:
+    """s(σ), and 0 outside the window. ValueError if the schedule gives no finite number."""
+    if not window[0] <= sigma <= window[1]:
+        return 0.0
+    value = float(scale(sigma) if callable(scale) else scale)
+    if not math.isfinite(value):
+        raise ValueError(f"the scale of {what} is {value} at sigma {sigma:g}")
+    return value
+
+
+def scale_text(scale: Scale, window: Window, factor: str) -> str:
+    """How a term is printed: "3·(…) [σ ≤ 5]"."""
+    low, high = window
+    bounds = (f"{low:g} ≤ " if low > 0 else "") + "σ" + (f" ≤ {high:g}" if high < math.inf else "")
+    number = f"{scale:g}" if isinstance(scale, float | int) else _schedule(scale)
+    return f"{number}·{factor}" + (f" [{bounds}]" if bounds != "σ" else "")
+
+
+def _schedule(scale: Callable[[float], float]) -> str:
+    """A function's name with its argument, else the object's own words."""
+    return f"{scale.__name__}(σ)" if hasattr(scale, "__name__") else str(scale)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One evaluation of the network.
+
+    conditioning: key into the `conds` of a call ("cond", "uncond", or any name the caller gives).
+    perturbations: applied in this order; a later one on the same site is handed the earlier ones as its `attend`.
+    name: what follows the ~ when it is printed; needed if there are perturbations. It does not count in comparisons.
+
+    Raises ValueError for perturbations without a name, a name without perturbations, and for perturbations that have no
+    `where` or cannot be hashed.
+    """
+
+    conditioning: str
+    perturbations: tuple[Perturbation, ...] = ()
+    name: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if bool(self.perturbations) != bool(self.name):
+            raise ValueError(f"a branch has perturbations and a name, or neither: {self.perturbations}, {self.name!r}")
+        for p in self.perturbations:
+            if not (callable(p) and hasattr(p, "where")):
+                raise ValueError(f'branch {self}: {p!r} has no place; give one: At(function, where="mid")')
+            if p.__hash__ is None:
+                raise ValueError(f"branch {self}: {p!r} cannot be hashed; make it a function or a frozen dataclass")
+
+    def __str__(self) -> str:
+        return f"{self.conditioning}~{self.name}" if self.name else self.conditioning
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A scale that follows σ: `start` from `sigma_start` up, `stop` from `sigma_stop` down, linear in log σ between.
+
+    Raises ValueError unless sigma_start > sigma_stop > 0 and both scales are finite.
+    """
+
+    start: float | int
+    stop: float | int
+    sigma_start: float | int = 14.614642
+    sigma_stop: float | int = 0.029167
+
+    def __post_init__(self) -> None:
+        if not (math.inf > self.sigma_start > self.sigma_stop > 0) or not math.isfinite(self.start + self.stop):
+            raise ValueError(f"a ramp needs sigma_start > sigma_stop > 0 and finite scales, got {self}")
+
+    def __call__(self, sigma: float) -> float:
+        clamped = min(max(sigma, self.sigma_stop), self.sigma_start)
+        along = math.log(self.sigma_start / clamped) / math.log(self.sigma_start / self.sigma_stop)
+        return self.start + (self.stop - self.start) * along
+
+    def __str__(self) -> str:
+        return f"({self.start:g} → {self.stop:g} for σ {self.sigma_start:g} → {self.sigma_stop:g})"
+
+
+@dataclass(frozen=True)
+class Term:
+    """s(σ) · (D[pos] − D[neg]).
+
+    scale: a finite number, or a call from σ (float) to one. Where it is 0, the term's branches are not evaluated.
+    window: (low, high) in σ, both ends included; outside it the scale is 0.
+
+    Raises ValueError for a scale that is not finite or a window that is not 0 ≤ low ≤ high.
+    """
+
+    pos: Branch
+    neg: Branch
+    scale: Scale
+    window: Window = ALWAYS
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale, self.window, str(self))
+
+    def scale_at(self, sigma: float) -> float:
+        """s(σ), 0 outside the window. Raises ValueError if the schedule gives no finite number."""
+        return scale_at(self.scale, self.window, sigma, str(self))
+
+    @property
+    def mixes_conditionings(self) -> bool:
+        """Whether this is classifier-free guidance: two conditionings, both unperturbed."""
+        return self.pos.conditioning != self.neg.conditioning and not self.pos.name and not self.neg.name
+
+    def __str__(self) -> str:
+        return scale_text(self.scale, self.window, f"(D[{self.pos}] − D[{self.neg}])")
+
+
+def cfg(weight: Scale, window: Sequence[float | int] = ALWAYS, pos: str = "cond", neg: str = "uncond") -> Term:
+    """Classifier-free guidance (arXiv 2207.12598) in the usual weight w: D[uncond] + w·(D[cond] − D[uncond]).
+
+    As a term on D[cond] its scale is w − 1, so at w = 1 `neg` is not evaluated. A callable gives w(σ).
+    """
+    scale = _LessOne(weight) if callable(weight) else weight - 1
+    return Term(Branch(pos), Branch(neg), scale, _window(window))
+
+
+@dataclass(frozen=True)
+class _LessOne:
+    weight: Callable[[float], float]
+
+    def __call__(self, sigma: float) -> float:
+        return self.weight(sigma) - 1
+
+    def __str__(self) -> str:
+        return f"({_schedule(self.weight)} − 1)"
+
+
+def perturbed(
+    name: str,
+    perturbation: Perturbation | Sequence[Perturbation],
+    scale: Scale,
+    base: str = "cond",
+    where: Where | None = None,
+    heads: Sequence[int] | None = None,
+    window: Sequence[float | int] = ALWAYS,
+) -> Term:
+    """Guidance away from a perturbed branch: s·(D[base] − D[base~name]).
+
+    Args:
+        name: of the perturbed branch, as printed.
+        perturbation: SEG(...), PAG(...), any function (q, k, v, site, attend) -> out, or several of them for one
+            branch; a later one that meets an earlier one on a site is handed the earlier as `attend`.
+        scale: s, or s(σ). The paper's γ in eq. (9) of arXiv 2408.00760 is s + 1.
+        base: the conditioning that is perturbed. "cond" is the official code's choice, "uncond" the paper's eq. (10).
+        where, heads: place of the perturbation, if not None in place of its own. A plain function has none of its own
+            and gets where="mid" and every head. Given several perturbations, these apply to each.
+        window: (low, high) of σ in which the term acts.
+    """
+    several = perturbation if isinstance(perturbation, Sequence) else [perturbation]
+    placed = tuple(_place(p, where, heads) for p in several)
+    return Term(Branch(base), Branch(base, placed, name), scale, _window(window))
+
+
+def _window(window: Sequence[float | int]) -> Window:
+    check_scale(0.0, window, "this term")
+    return (window[0], window[1])
+
+
+def _place(p: Perturbation, where: Where | None, heads: Sequence[int] | None) -> Perturbation:
+    if not isinstance(p, SEG | PAG | At):
+        if hasattr(p, "where") and where is None and heads is None:
+            return p
+        p = At(p, getattr(p, "where", "mid"))
+    return replace(p, where=p.where if where is None else where, heads=p.heads if heads is None else heads)
