@@ -1,0 +1,131 @@
+"""The UNet as k-diffusion sees it: model(x, sigma) -> denoised."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from segresearch.models.attention import Attend, Fork, sdpa
+from segresearch.models.conditioning import Cond
+from segresearch.models.unet import Control, UNet
+from segresearch.sampling import k_diffusion
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def alphas_cumprod(config: Mapping[str, Any]) -> Float[Tensor, " steps"]:
+    """ᾱ_t of the training schedule in float64, from a diffusers `scheduler_config.json`; missing values are SDXL's.
+
+    With rescale_betas_zero_snr the betas are shifted as in arXiv 2305.08891, algorithm 1, so that ᾱ ends at 0. σ would be infinite
+    there, so the last ᾱ is 2⁻²⁴ (σ = 4096, as in diffusers); this needs v-prediction, since eps says nothing at zero signal.
+    Raises ValueError, naming key and value, for a schedule that is not supported.
+    """
+    start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
+    steps, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "scaled_linear")
+    if config.get("trained_betas") is not None:
+        raise ValueError(
+            "scheduler config: trained_betas is not supported, only beta_start, beta_end and beta_schedule"
+        )
+    if not 0 < start <= end < 1:
+        raise ValueError(f"scheduler config: beta_start={start}, beta_end={end} must satisfy 0 < start <= end < 1")
+    if schedule == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    elif schedule == "linear":
+        betas = torch.linspace(start, end, steps, dtype=torch.float64)
+    else:
+        raise ValueError(
+            f"scheduler config: beta_schedule={schedule!r} is not supported, only 'scaled_linear' and 'linear'"
+        )
+    alphas = torch.cumprod(1 - betas, dim=0)
+    if config.get("rescale_betas_zero_snr"):
+        if config.get("prediction_type", "epsilon") != "v_prediction":
+            raise ValueError(
+                "scheduler config: rescale_betas_zero_snr=true makes the largest sigma infinite, where an eps-prediction says "
+                "nothing: set prediction_type to v_prediction if the model was trained so, else rescale_betas_zero_snr to false"
+            )
+        roots = alphas.sqrt()
+        alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+        alphas[-1] = 2.0**-24
+    return alphas
+
+
+class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):
+    """A UNet under k-diffusion's contract: x is signal + sigma · unit noise, the result is the estimate of the signal.
+
+    x, sigma and the result are fp32 (fp64 stays fp64); the network runs in its own dtype. With z = x/√(σ²+1):
+    epsilon:       D = x − σ · eps(z, t)
+    v_prediction:  D = x/(σ²+1) − σ/√(σ²+1) · v(z, t)       (v of arXiv 2202.00512, appendix D)
+
+    alphas_cumprod: ᾱ_t of the training steps; steps_offset: the first timestep of the `leading` schedule (SDXL: 1).
+    """
+
+    def __init__(
+        self, unet: UNet, alphas_cumprod: Float[Tensor, " steps"], prediction: str = "epsilon", steps_offset: int = 1
+    ):
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction {prediction!r} is not supported, only {' and '.join(PREDICTIONS)}")
+        if not ((alphas_cumprod > 0) & (alphas_cumprod < 1)).all():
+            raise ValueError("alphas_cumprod must lie strictly between 0 and 1: at 0 sigma is infinite, at 1 it is 0")
+        super().__init__(unet, alphas_cumprod.double(), quantize=False)
+        self.sigmas = self.sigmas.float()
+        self.log_sigmas = (
+            self.sigmas.double().log()
+        )  # of the rounded sigmas, so that each of them gives its integer t exactly
+        self.prediction = prediction
+        self.steps_offset = steps_offset
+
+    @property
+    def unet(self) -> UNet:
+        return self.inner_model
+
+    def sigma_to_t(self, sigma: Float[Tensor, " *rows"], quantize: bool | None = None) -> Float[Tensor, " *rows"]:
+        """Timestep of each sigma, interpolated linearly in log sigma in float64 and clamped to the schedule's ends."""
+        table = self.log_sigmas
+        log_sigma = sigma.double().log()
+        high = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, len(table) - 1)
+        low = high - 1
+        t = low + ((log_sigma - table[low]) / (table[high] - table[low])).clamp(0, 1)
+        t = t.round() if quantize else t
+        return t.to(torch.promote_types(sigma.dtype, torch.float32))
+
+    def t_to_sigma(self, t: Float[Tensor, " *rows"]) -> Float[Tensor, " *rows"]:
+        """Sigma of each timestep, the inverse of sigma_to_t; exactly `sigmas[t]` at integers."""
+        exact = t.double().clamp(0, len(self.sigmas) - 1)
+        low = exact.floor().long()
+        high, weight = exact.ceil().long(), exact.frac()
+        log_sigma = (1 - weight) * self.log_sigmas[low] + weight * self.log_sigmas[high]
+        return log_sigma.exp().to(
+            torch.promote_types(t.dtype, torch.float32) if t.is_floating_point() else torch.float32
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "rows c h w"],
+        sigma: Float[Tensor, " rows"],
+        cond: Cond,
+        attend: Attend = sdpa,
+        control: Control | None = None,
+        fork: Fork | None = None,
+    ) -> Float[Tensor, "rows_out c h w"]:
+        """Denoised x at noise level sigma. With a fork the result has the rows of `fork.index`, x and sigma copied along it."""
+        out = self._network(x, sigma, cond=cond, attend=attend, control=control, fork=fork)
+        if fork is not None:
+            x, sigma = x[fork.index], sigma[fork.index]  # rows -> rows_out
+        sigma = sigma[:, None, None, None]
+        if self.prediction == "epsilon":
+            return x - sigma * out
+        return x / (sigma**2 + 1) - sigma / (sigma**2 + 1).sqrt() * out
+
+    def _network(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+        """The network's own prediction, in the dtype of x."""
+        z = x / (sigma[:, None, None, None] ** 2 + 1).sqrt()
+        return self.inner_model(z, self.sigma_to_t(sigma), **extra).to(x.dtype)
+
+    def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **extra: Any) -> Float[Tensor, " rows"]:
+        """Mean squared error of the network's own prediction (eps or v) at input + sigma · noise, one value a row."""
+        s = sigma[:, None, None, None]
+        target = noise if self.prediction == "epsilon" else (noise - s * input) / (s**2 + 1).sqrt()
+        out = self._network(input + noise * s, sigma, **extra)
+        return (out - target).pow(2).flatten(1).mean(1)

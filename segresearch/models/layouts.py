@@ -1,0 +1,270 @@
+"""The two layouts on disk: what a folder or a file holds, told apart from everything that is not SDXL, and laid out for loading."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from segresearch.models import singlefile
+from segresearch.models.checkpoint import (
+    CheckpointError,
+    Entry,
+    Source,
+    open_weights,
+    read_header,
+    refuse_pickle,
+    unexpected,
+)
+from segresearch.models.text import TOKENIZERS, load_tokenizer
+from segresearch.models.unet import UNet, UNetConfig
+from segresearch.models.vae import VAE, VAEConfig
+
+_CLASSES = (CLIPTextModel, CLIPTextModelWithProjection)
+
+
+@dataclass(frozen=True)
+class Component:
+    """A network still on the meta device, and where its weights lie."""
+
+    module: nn.Module
+    entries: Mapping[str, Entry]
+    sources: Mapping[str, Source] | None
+    what: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The four networks and the facts beside them."""
+
+    unet: Component
+    vae: Component
+    text: tuple[Component, Component]
+    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    scheduler: Mapping[str, Any]
+    zero_negative: bool
+    force_upcast: bool
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: fetch the model again, with its configs")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a config: fetch it again")
+    return value
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    if not (folder / "tokenizer.json").is_file() and not (
+        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    ):
+        raise CheckpointError(f"{folder}: no tokenizer here (vocab.json and merges.txt): fetch the model's tokenizers")
+    return load_tokenizer(folder)
+
+
+def _text_model(which: int, config: Mapping[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        return _CLASSES[which](CLIPTextConfig.from_dict(dict(config)))
+
+
+def _network(kind: type, config_class: type, config: Mapping[str, Any], where: str) -> nn.Module:
+    """A UNet or VAE on the meta device; a config that is not supported becomes one line with its file."""
+    try:
+        with torch.device("meta"):
+            return kind(config_class.from_dict(config))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+# --- the folder layout -------------------------------------------------------------------------------------------------
+
+
+def from_folder(folder: Path, variant: str | None) -> Parts:
+    index = _pipeline_index(folder)
+    unet = _network(UNet, UNetConfig, _json(folder / "unet" / "config.json"), str(folder / "unet"))
+    vae_config = _json(folder / "vae" / "config.json")
+    vae = _network(VAE, VAEConfig, vae_config, str(folder / "vae"))
+    texts = []
+    for which, name in enumerate(("text_encoder", "text_encoder_2")):
+        module = _text_model(which, _json(folder / name / "config.json"))
+        entries = open_weights(folder / name, "model", variant)
+        texts.append(Component(module, entries, _covering(module, entries), name))
+    vae_entries = {_modern(k): e for k, e in open_weights(folder / "vae", "diffusion_pytorch_model", variant).items()}
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    return Parts(
+        Component(unet, open_weights(folder / "unet", "diffusion_pytorch_model", variant), None, "unet"),
+        Component(vae, vae_entries, None, "vae"),
+        (texts[0], texts[1]),
+        (_tokenizer(folder / "tokenizer"), _tokenizer(folder / "tokenizer_2")),
+        _json(scheduler) if scheduler.is_file() else {},
+        bool(index.get("force_zeros_for_empty_prompt", True)),
+        bool(vae_config.get("force_upcast", True)),
+    )
+
+
+def _pipeline_index(folder: Path) -> dict[str, Any]:
+    """model_index.json of an SDXL pipeline folder. Raises CheckpointError, naming what the folder is instead."""
+    hint = "give a folder in the diffusers layout of SDXL (with model_index.json)"
+    if not (folder / "model_index.json").is_file():
+        if (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder} is one component, not a whole model: give the folder above it (with model_index.json)"
+            )
+        files = sorted(folder.glob("*.safetensors"))
+        if files:
+            raise CheckpointError(
+                f"{folder} has no model_index.json but {files[0].name}: give that file's path, if it is the checkpoint"
+            )
+        for path in sorted(folder.glob("*")):
+            refuse_pickle(path)
+        raise CheckpointError(f"{folder}: no model_index.json here: {hint}")
+    index = _json(folder / "model_index.json")
+    kind = str(index.get("_class_name", ""))
+    unet = _json(folder / "unet" / "config.json") if (folder / "unet" / "config.json").is_file() else None
+    if unet is None:
+        raise CheckpointError(f"{folder} is a {kind or 'pipeline'} without unet/config.json, not SDXL; {hint}")
+    width = unet.get("cross_attention_dim")
+    if unet.get("addition_embed_type") != "text_time":
+        name = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}.get(
+            width if isinstance(width, int) else 0, kind or "another model"
+        )
+        raise CheckpointError(
+            f"{folder} is {name} (cross_attention_dim {width}, no size conditioning), not SDXL; {hint}"
+        )
+    if unet.get("in_channels", 4) != unet.get("out_channels", 4):
+        raise CheckpointError(
+            f"{folder} is an inpainting or editing model ({unet['in_channels']} input channels), not supported; {hint}"
+        )
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
+    if encoders == ["text_encoder_2"] and index.get("requires_aesthetics_score"):
+        raise CheckpointError(
+            f"{folder} is the SDXL refiner: it has one text encoder and cannot start from noise; give SDXL base"
+        )
+    for name in ("text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2"):
+        if not (folder / name).is_dir():
+            raise CheckpointError(
+                f"{folder}: {name}/ is missing: SDXL needs two text encoders with tokenizers and a VAE; fetch it too"
+            )
+    if str(index.get("scheduler", [""])[-1]).startswith("EDM"):
+        raise CheckpointError(
+            f"{folder} uses the EDM formulation ({index['scheduler'][-1]}), which is not supported; {hint}"
+        )
+    return index
+
+
+def _covering(module: nn.Module, entries: Mapping[str, Entry]) -> dict[str, Source]:
+    """Text encoder keys as the file writes them: transformers 5.6 dropped the `text_model.` in front of CLIPTextModel's names."""
+    keys = list(module.state_dict())
+    prefix = "text_model."
+    layouts = (lambda k: k, lambda k: prefix + k, lambda k: k.removeprefix(prefix))
+    best = max(layouts, key=lambda layout: sum(layout(k) in entries for k in keys))
+    return {k: Source(best(k)) for k in keys}
+
+
+def _modern(key: str) -> str:
+    """VAE attention names of old diffusers folders as they are called today."""
+    old = re.fullmatch(r"(.+\.mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.(weight|bias)", key)
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    return f"{old[1]}.{names[old[2]]}.{old[3]}" if old else key
+
+
+# --- the single file ---------------------------------------------------------------------------------------------------
+
+
+def from_file(path: Path, config: Path | None, tokenizer: Path | None) -> Parts:
+    entries, metadata = read_header(path)
+    singlefile.refuse_others(entries, str(path))
+    if config is not None and not config.is_dir():
+        raise CheckpointError(f"config={str(config)!r}: no such folder")
+
+    def below(prefix: str) -> dict[str, Entry]:
+        return {k: e for k, e in entries.items() if k.startswith(prefix)}
+
+    def sized(prefix: str, part: str, infer: Any) -> dict[str, Any]:
+        given = config / part / "config.json" if config else None
+        if given is not None and given.is_file():
+            return _json(given)
+        try:
+            return infer({k.removeprefix(prefix): e.shape for k, e in entries.items() if k.startswith(prefix)})
+        except (KeyError, IndexError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: cannot tell the sizes of {prefix}* ({error}): keys are missing, fetch it again"
+            ) from error
+
+    prefixes = (singlefile.UNET, singlefile.CLIP, singlefile.OPEN_CLIP, singlefile.VAE)
+    stray = unexpected(k for k in entries if not k.startswith(prefixes))
+    if stray:
+        raise CheckpointError(f"{path}: {stray} that belong to no part of SDXL")
+    first = sized(singlefile.CLIP, "text_encoder", singlefile.clip_config)
+    second = sized(singlefile.OPEN_CLIP, "text_encoder_2", singlefile.open_clip_config)
+    pooled = second["projection_dim"]
+    unet_config = sized(singlefile.UNET, "unet", lambda shapes: singlefile.unet_config(shapes, pooled))
+    unet = _network(UNet, UNetConfig, unet_config, str(path))
+    vae_config = sized(singlefile.VAE, "vae", singlefile.vae_config)
+    vae = _network(VAE, VAEConfig, vae_config, str(path))
+    maps = (
+        (unet, singlefile.unet_map(unet.config), singlefile.UNET),
+        (vae, singlefile.vae_map(len(vae.config.block_out_channels)), singlefile.VAE),
+        (_text_model(0, first), singlefile.clip_map, singlefile.CLIP),
+        (_text_model(1, second), singlefile.open_clip_map, singlefile.OPEN_CLIP),
+    )
+    unet_part, vae_part, *texts = (
+        Component(module, below(prefix), {k: source(k) for k in module.state_dict()}, prefix + "*")
+        for module, source, prefix in maps
+    )
+    return Parts(
+        unet_part,
+        vae_part,
+        (texts[0], texts[1]),
+        _file_tokenizers(tokenizer, config),
+        _file_scheduler(entries, metadata, config),
+        bool(_json(config / "model_index.json").get("force_zeros_for_empty_prompt", True))
+        if config and (config / "model_index.json").is_file()
+        else True,
+        bool(vae_config.get("force_upcast", True)),
+    )
+
+
+def _file_scheduler(entries: Mapping[str, Entry], metadata: Mapping[str, str], config: Path | None) -> dict[str, Any]:
+    """The noise schedule: of the config folder, else SDXL's with what the file says of itself (keys v_pred and ztsnr)."""
+    given = config / "scheduler" / "scheduler_config.json" if config else None
+    if given is not None and given.is_file():
+        return _json(given)
+    said = str(metadata.get("modelspec.prediction_type", "")).lower()
+    v = "v_pred" in entries or said in ("v", "v_prediction", "velocity")
+    return {"prediction_type": "v_prediction" if v else "epsilon", "rescale_betas_zero_snr": "ztsnr" in entries}
+
+
+def _file_tokenizers(tokenizer: Path | None, config: Path | None) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """From a folder, or the local transformers cache; the second pads with token 0, as OpenCLIP does."""
+    if tokenizer is None and config is not None and (config / "tokenizer").is_dir():
+        tokenizer = config
+    if tokenizer is not None and (tokenizer / "tokenizer").is_dir():
+        return _tokenizer(tokenizer / "tokenizer"), _tokenizer(tokenizer / "tokenizer_2")
+    if tokenizer is not None:
+        first, second = _tokenizer(tokenizer), _tokenizer(tokenizer)
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = [try_to_load_from_cache(name, "vocab.json") for name in TOKENIZERS]
+        # both encoders share one vocabulary, so either tokenizer will do for the other
+        found = [Path(c).parent for c in cached if isinstance(c, str)]
+        if not found:
+            raise CheckpointError(
+                "a single file brings no tokenizer and none is in the local cache: pass tokenizer=<folder with vocab.json and "
+                f'merges.txt>, or fetch it once with: hf download {TOKENIZERS[0]} --include "*.json" "*.txt"'
+            )
+        first, second = _tokenizer(found[0]), _tokenizer(found[-1])
+    second.pad_token = second.convert_ids_to_tokens(0)
+    return first, second

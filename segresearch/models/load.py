@@ -1,0 +1,217 @@
+"""load_sdxl: from a path or a name to a ready SDXL, whatever the layout on disk."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from segresearch.models.checkpoint import CheckpointError, fill, refuse_pickle
+from segresearch.models.conditioning import Cond
+from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.layouts import Parts, from_file, from_folder
+from segresearch.models.text import TextEncoders
+from segresearch.models.unet import UNet
+from segresearch.models.vae import VAE
+
+MINI = Path(__file__).parent.parent / "weights" / "mini"
+
+
+@dataclass(frozen=True)
+class SDXL:
+    """Everything of one loaded model. Frozen: an experiment that wants another behaviour passes another argument.
+
+    name: as it was asked for. zero_negative: no negative prompt means zeros (SDXL), else the encoding of "".
+    """
+
+    unet: UNet
+    vae: VAE
+    text: TextEncoders
+    denoiser: Denoiser = field(repr=False)
+    name: str = "sdxl"
+    zero_negative: bool = True
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.config.latent_channels
+
+    @property
+    def vae_factor(self) -> int:
+        """Image pixels per latent pixel, along each axis."""
+        return self.vae.config.factor
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model was trained at."""
+        side = self.unet.config.sample_size * self.vae_factor
+        return (side, side)
+
+    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """(channels, h, w) of the latents of a picture of `size` = (height, width) in pixels, default the model's own.
+
+        Raises ValueError if a side is not a positive multiple of the VAE's factor.
+        """
+        height, width = size or self.default_size
+        factor = self.vae_factor
+        if height < factor or width < factor or height % factor or width % factor:
+            raise ValueError(f"size={(height, width)}: height and width must be positive multiples of {factor} pixels")
+        return (self.latent_channels, height // factor, width // factor)
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        negative: str | Sequence[str] | None = None,
+        size: tuple[int, int] | None = None,
+        clip_skip: int | None = None,
+    ) -> dict[str, Cond]:
+        """{"cond": ..., "uncond": ...}, one row a prompt, in the UNet's dtype and on its device.
+
+        negative: one text for all rows or one a row; None means zeros where the model says so (SDXL does), else "".
+        size: (height, width) in pixels, default `default_size`; both the original and the target size of the picture, uncropped.
+        clip_skip: as in diffusers, for the prompts only. A prompt "" is encoded like any other: that is what
+        "unconditional" means. Raises ValueError for an empty list, a bare string, unequal lengths or a size that does not fit.
+        """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a list of strings, not the string {prompts!r}: write [{prompts!r}]")
+        if not prompts:
+            raise ValueError('prompts is empty: give at least one, [""] for an unconditional picture')
+        self.latent_shape(size)
+        height, width = size or self.default_size
+        if negative is not None and not isinstance(negative, str) and len(negative) != len(prompts):
+            raise ValueError(f"negative has {len(negative)} texts for {len(prompts)} prompts: give one text or as many")
+        rows, device = len(prompts), self.unet.conv_in.weight.device
+        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device).expand(rows, 6)
+
+        def cond(context: Tensor, pooled: Tensor) -> Cond:
+            return Cond(context, pooled, ids).to(device, self.unet.conv_in.weight.dtype)
+
+        positive = cond(*self.text.encode(prompts, clip_skip))
+        if negative is None and self.zero_negative:
+            return {
+                "cond": positive,
+                "uncond": Cond(torch.zeros_like(positive.context), torch.zeros_like(positive.pooled), ids),
+            }
+        if negative is None or isinstance(negative, str):
+            context, pooled = self.text.encode([negative or ""])
+            context, pooled = context.expand(rows, -1, -1), pooled.expand(rows, -1)  # (1, ...) -> (rows, ...)
+        else:
+            context, pooled = self.text.encode(negative)
+        return {"cond": positive, "uncond": cond(context, pooled)}
+
+
+def load_sdxl(
+    path_or_name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    variant: str | None = None,
+    config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    vae_dtype: torch.dtype | None = None,
+) -> SDXL:
+    """An SDXL from a diffusers folder, a single .safetensors file in the original layout, "mini", or a hub id in the local cache.
+
+    variant: of the weights in a folder, e.g. "fp16"; None takes the plain files, else the fp16 variant if only that is there.
+    config: for a single file, a folder with the configs of the diffusers layout (all or some: unet/config.json, vae/config.json,
+        text_encoder/config.json, text_encoder_2/config.json, scheduler/scheduler_config.json, model_index.json, tokenizers),
+        where the shapes do not tell the sizes (heads that are not 64 wide, another number of groups).
+    tokenizer: for a single file, a folder with tokenizer/ and tokenizer_2/, or with one tokenizer for both encoders;
+        None takes them from `config` or the local transformers cache.
+    vae_dtype: None is `dtype`, but float32 for a VAE that overflows in float16 (SDXL's own; config force_upcast).
+
+    Weights are read one tensor at a time into their place, on the caller's device and in the caller's dtype. Nothing is
+    fetched from a network. Raises CheckpointError, a ValueError of one line, for anything that is not a complete SDXL.
+    """
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"dtype={dtype}: the networks run in float32, bfloat16, float16 or float64")
+    path = _located(path_or_name)
+    if path.is_dir():
+        for name, value in (("config", config), ("tokenizer", tokenizer)):
+            if value is not None:
+                raise ValueError(f"{name}={str(value)!r} is for a single file: the folder {path} brings its own")
+        parts = from_folder(path, variant)
+    else:
+        if variant is not None:
+            raise ValueError(f"variant={variant!r} is for a folder: {path} is a single file")
+        parts = from_file(
+            path, None if config is None else Path(config), None if tokenizer is None else Path(tokenizer)
+        )
+    return _built(parts, str(path_or_name), dtype, torch.device(device), vae_dtype)
+
+
+def _built(parts: Parts, name: str, dtype: torch.dtype, device: torch.device, vae_dtype: torch.dtype | None) -> SDXL:
+    if vae_dtype is None:
+        vae_dtype = torch.float32 if dtype == torch.float16 and parts.force_upcast else dtype
+    unet, vae = parts.unet.module, parts.vae.module
+    encoders = tuple(p.module for p in parts.text)
+    assert isinstance(unet, UNet) and isinstance(vae, VAE)
+    text = TextEncoders(parts.tokenizers, encoders)
+    _agree(unet, vae, text)
+    betas = alphas_cumprod(parts.scheduler).to(device)
+    for part in (parts.unet, *parts.text, parts.vae):
+        fill(
+            part.module,
+            part.entries,
+            part.sources,
+            what=part.what,
+            device=device,
+            dtype=vae_dtype if part.module is vae else dtype,
+        )
+    for encoder in encoders:  # the one buffer that checkpoints do not hold
+        embeddings = getattr(encoder, "text_model", encoder).embeddings
+        embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=device)[None]
+    for module in (unet, vae, *encoders):
+        assert not any(b.is_meta for b in module.buffers()), (
+            f"a buffer of {type(module).__name__} was left on the meta device"
+        )
+    prediction = parts.scheduler.get("prediction_type", "epsilon")
+    denoiser = Denoiser(unet, betas, prediction, int(parts.scheduler.get("steps_offset", 1)))
+    return SDXL(unet, vae, text, denoiser, name, parts.zero_negative)
+
+
+def _agree(unet: UNet, vae: VAE, text: TextEncoders) -> None:
+    """The four networks fit each other. Raises CheckpointError, naming both sides of what does not."""
+    c, first, second = unet.config, *(e.config for e in text.encoders)
+    facts = (
+        ("text width", "text encoders", first.hidden_size + second.hidden_size, "UNet", c.cross_attention_dim),
+        ("pooled text width", "second text encoder", second.projection_dim, "UNet", c.pooled_dim),
+        ("latent channels", "VAE", vae.config.latent_channels, "UNet", c.in_channels),
+    )
+    if c.in_channels != c.out_channels:
+        raise CheckpointError(
+            f"the UNet has {c.in_channels} input channels for {c.out_channels} of output: an inpainting or editing model, not "
+            "supported; give a text-to-image SDXL"
+        )
+    for what, one, a, other, b in facts:
+        if a != b:
+            raise CheckpointError(f"{what}: {a} in the {one}, {b} in the {other}: parts of different models are mixed")
+
+
+def _located(path_or_name: str | Path) -> Path:
+    """The folder or the file that is meant. Raises CheckpointError if there is none."""
+    if str(path_or_name) == "mini":
+        if not (MINI / "model_index.json").is_file():
+            raise CheckpointError(
+                f'"mini": {MINI} holds no model: install the package with its weights, or train it (experiments/mini)'
+            )
+        return MINI
+    path = Path(path_or_name).expanduser()
+    if path.exists():
+        return path
+    name = str(path_or_name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".safetensors", ".ckpt"):
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "model_index.json")
+        if isinstance(cached, str):
+            return Path(cached).parent
+        raise CheckpointError(
+            f"{name!r} is neither a path nor a complete model in the local cache ({constants.HF_HUB_CACHE}); fetch it once with: "
+            f'hf download {name} --include "*.json" "*.txt" "*.fp16.safetensors"'
+        )
+    refuse_pickle(path)
+    raise CheckpointError(
+        f'{name}: no such file or folder; give a diffusers folder, a .safetensors file, a hub id or "mini"'
+    )

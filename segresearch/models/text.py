@@ -1,0 +1,83 @@
+"""SDXL's text conditioning: two CLIP text encoders, the second with a projection, each with its tokenizer."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")  # of SDXL, on the hub
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """Both encoders and their tokenizers. Texts are padded and cut to `length` tokens, begin and end tokens included."""
+
+    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+
+    def __post_init__(self) -> None:
+        for i, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.encoders, strict=True), 1):
+            if len(tokenizer) > encoder.config.vocab_size:
+                raise ValueError(
+                    f"tokenizer {i} knows {len(tokenizer)} tokens, text encoder {i} has {encoder.config.vocab_size}: "
+                    "they are of different models, give the tokenizer of this checkpoint"
+                )
+
+    @property
+    def length(self) -> int:
+        """Tokens of every encoded text (77 for SDXL)."""
+        limits = [t.model_max_length for t in self.tokenizers]
+        return min(limits + [e.config.max_position_embeddings for e in self.encoders])
+
+    @property
+    def layers(self) -> int:
+        """Layers of the shallower encoder."""
+        return min(e.config.num_hidden_layers for e in self.encoders)
+
+    def tokens(self, texts: Sequence[str], which: int) -> Int[Tensor, "rows text"]:
+        """Token ids by tokenizer 0 or 1, padded and cut to `length`; warns of a text that is cut, naming what is lost."""
+        tokenizer = self.tokenizers[which]
+        every = tokenizer(list(texts)).input_ids
+        for ids in every:
+            if len(ids) > self.length:
+                lost = tokenizer.decode(ids[self.length - 1 : -1])
+                warnings.warn(
+                    f"text encoder {which + 1} reads {self.length} tokens, cut off: {lost!r} (of {len(ids)} tokens)",
+                    stacklevel=4,
+                )
+        padded = tokenizer(
+            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        return padded.input_ids
+
+    @torch.no_grad()
+    def encode(
+        self, texts: Sequence[str], clip_skip: int | None = None
+    ) -> tuple[Float[Tensor, "rows text dim"], Float[Tensor, "rows pooled"]]:
+        """Hidden states before the last layer of both encoders, side by side, and the projected end-of-text state of the second.
+
+        clip_skip leaves out that many more layers, as diffusers counts (None and 0: the penultimate states); the pooled
+        vector does not depend on it. Computed in the encoders' dtype. Raises ValueError for a clip_skip out of range.
+        """
+        skip = clip_skip or 0
+        if not 0 <= skip <= self.layers - 1:
+            raise ValueError(
+                f"clip_skip={clip_skip}: must lie between 0 and {self.layers - 1} for encoders of {self.layers} layers"
+            )
+        states = []
+        for which, encoder in enumerate(self.encoders):
+            out = encoder(self.tokens(texts, which).to(encoder.device), output_hidden_states=True)
+            states.append(out.hidden_states[-(skip + 2)])
+        return torch.cat(
+            states, dim=-1
+        ), out.text_embeds  # (rows, text, d1) and (rows, text, d2) -> (rows, text, d1 + d2)
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a local folder (vocab.json and merges.txt, or tokenizer.json)."""
+    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
