@@ -1,5 +1,12 @@
-"""Samplers, noise schedules and per-image noise: k-diffusion behind one door."""
+"""Samplers, noise schedules and per-image noise: the only door to k-diffusion.
+
+    noise = initial_noise(seeds, (4, 128, 128))
+    x0 = sample(model, noise, sampler="euler", schedule="leading", steps=25, conds=conds)
+"""
 
 from segresearch.sampling.doorway import k_diffusion
+from segresearch.sampling.loop import SAMPLERS, sample
+from segresearch.sampling.noise import image_key, initial_noise
+from segresearch.sampling.schedules import SCHEDULES, sigmas, start_scale
 
-__all__ = ["k_diffusion"]
+__all__ = ["SAMPLERS", "SCHEDULES", "image_key", "initial_noise", "k_diffusion", "sample", "sigmas", "start_scale"]

@@ -1,8 +1,8 @@
 """The only door to k-diffusion.
 
-The package k_diffusion 0.1.1.post1 cannot be imported today: its `__init__` imports `clip`, which needs `pkg_resources`,
-which setuptools no longer ships. Its samplers and denoisers are sound. So the package is located without being executed
-and three of its modules are imported below a private package object of the same path.
+The package k_diffusion 0.1.1.post1 cannot be imported today: its `__init__` imports `clip`, which needs
+`pkg_resources`, which setuptools no longer ships. Its samplers and denoisers are sound. So the package is located
+without being executed and three of its modules are imported below a private package object of the same path.
 """
 
 import functools
@@ -23,7 +23,7 @@ INSTALL = f"install it with: pip install k-diffusion=={VERSION}"
 def k_diffusion() -> ModuleType:
     """k-diffusion's `sampling`, `external` and `utils`, as attributes of one private package.
 
-    `k_diffusion/__init__.py` is never executed and `sys.modules["k_diffusion"]` is neither read from nor written to.
+    `k_diffusion/__init__.py` is never executed and `sys.modules["k_diffusion"]` is left as it is.
     ImportError, in one line, where the package is absent, of another version, or lacks something it needs.
     """
     spec = importlib.util.find_spec("k_diffusion")

@@ -1,0 +1,220 @@
+"""`sample()`: from unit noise to latents with any k-diffusion sampler, its traps wrapped.
+
+Deviations from calling k-diffusion directly, each for a reason:
+- Noise drawn at steps is keyed per image; k-diffusion draws one global stream for the whole batch.
+- euler, heun and dpm_2 draw (and throw away) global noise at every step: the global generators are set back
+  afterwards. With churn (`s_churn` above 0) that noise is used, drawn on the model's device: images run one at a time,
+  each from its own key.
+- dpm_adaptive chooses one step size for the whole batch: images run one at a time.
+- dpm_fast and dpm_adaptive stop at the lowest sigma with its noise left in; here one denoised evaluation ends them, as
+  in all the others, so that `steps` evaluations make a dpm_fast image too.
+- dpmpp_2m_sde and dpmpp_3m_sde fail on a single step (they keep a step size that they never computed). One step to zero
+  is the denoised image whatever the sampler, so a single step of these, or of the two above, runs as euler.
+"""
+
+import inspect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from segresearch.sampling.doorway import k_diffusion
+from segresearch.sampling.noise import brownian_noise, image_key, noise_keys, white_noise
+from segresearch.sampling.rows import checked_rows, one_row
+from segresearch.sampling.schedules import checked_levels, choose, sigmas, start_scale
+
+ANCESTRAL = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral")
+SDE = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
+END_TO_END = ("dpm_fast", "dpm_adaptive")  # take the two ends of a schedule, not its levels
+SAMPLERS = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m", *ANCESTRAL, *SDE, *END_TO_END)
+
+OURS = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable", "noise_sampler"}
+OURS |= {"return_info"}
+ADAPTIVE_LIMIT = 10_000  # evaluations for one image; a model that returns NaN would otherwise never end
+
+Callback = Callable[[dict[str, Any]], None]
+
+
+def sample(
+    model: Any,
+    noise: Float[Tensor, "images *latent"],
+    sampler: str = "euler",
+    schedule: str | Float[Tensor, "levels"] = "leading",
+    steps: int = 25,
+    conds: Any = None,
+    seeds: Sequence[int] | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+    options: Mapping[str, Any] | None = None,
+    **extra: Any,
+) -> Float[Tensor, "images *latent"]:
+    """Latents x0 from unit Gaussian `noise` (images, channels, height, width).
+
+    The result is fp32 (fp64 where the noise is) and lies on the model's device, where the noise is moved.
+
+    model: k-diffusion's contract, model(x, sigma, **extra) -> denoised, with `.sigmas`, `.sigma_min`, `.sigma_max`,
+        `.steps_offset`. `conds`, unless None, and everything in `extra` are handed to each call by name.
+    sampler, schedule, steps: names in SAMPLERS and SCHEDULES; `schedule` may be the levels themselves (strictly falling
+        to 0, noise starts at levels[0]), and `steps` is then not read. dpm_fast spends `steps` evaluations between the
+        schedule's ends; dpm_adaptive as many as its tolerance needs.
+    seeds: one per image, keys of the noise drawn at steps (never equal to the initial noise of that seed). None: each
+        image is keyed by its own initial noise. Either way image i does not depend on the batch.
+    callback: is given k-diffusion's dict {x, i, sigma, sigma_hat, denoised, ...} at every step, and `rows`, the slice
+        of the batch that x covers (one image where images run one at a time).
+    progress: a bar with the images per second, silent where the output is not a terminal.
+    options: the sampler's own parameters, as k-diffusion names them (eta, s_noise, s_churn, order, rtol, ...).
+
+    What `conds` and `extra` hold for each image (tensors or objects with `rows`, in mappings, sequences or dataclasses)
+    is cut to one image where images run one at a time. The global random state is not touched.
+
+    ValueError: unknown sampler, schedule or option, steps below 1, noise that is not 4-d, floating and finite, or a
+    count of seeds or of rows in `conds` that is not the count of images. RuntimeError: dpm_adaptive that does not end.
+    """
+    choose(sampler, SAMPLERS, "sampler")
+    if isinstance(schedule, str):
+        levels = sigmas(model, schedule, steps)
+    else:
+        levels, schedule = checked_levels(schedule, "schedule"), "as given"
+    options = checked_options(sampler, options or {})
+    if len(levels) == 2 and sampler in (*SDE, *END_TO_END):
+        sampler, options = "euler", {}
+    check_noise(noise)
+    checked_rows("conds", conds, len(noise))
+
+    dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
+    device = model.sigmas.device
+    x = noise.to(device, dtype) * start_scale(levels, schedule)
+    levels = levels.to(device, dtype)
+    keys = noise_keys(noise, seeds, "steps")
+    arguments = extra if conds is None else {"conds": conds, **extra}
+    churn = options.get("s_churn", 0) > 0
+    apart = len(x) > 1 and (churn or sampler == "dpm_adaptive")
+    groups = [slice(i, i + 1) for i in range(len(x))] if apart else [slice(0, len(x))]
+
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices), Bar(sampler, len(x), levels, progress) as bar:
+        parts = []
+        for rows in groups:
+            if churn:
+                global_generator(device).manual_seed(image_key(keys[rows.start], "churn"))
+            own = one_row(arguments, rows.start, len(x)) if apart else arguments
+            report = reporter(callback, bar, rows)
+            parts.append(integrate(model, x[rows], sampler, levels, keys[rows], options, own, report))
+        return torch.cat(parts)
+
+
+def integrate(
+    model: Any,
+    x: Float[Tensor, "images *latent"],
+    sampler: str,
+    levels: Float[Tensor, "levels"],
+    keys: Sequence[int],
+    options: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    report: Callback | None,
+) -> Float[Tensor, "images *latent"]:
+    """One call of a k-diffusion sampler on rows that may share it, from levels[0] to 0."""
+    function = getattr(k_diffusion().sampling, f"sample_{sampler}")
+    options = dict(options, extra_args=dict(arguments), callback=report, disable=True)
+    if sampler in SDE:
+        options["noise_sampler"] = brownian_noise(x, keys, levels)
+    elif "noise_sampler" in inspect.signature(function).parameters:
+        options["noise_sampler"] = white_noise(x, keys)
+    if sampler not in END_TO_END:
+        return function(model, x, levels, **options)
+
+    high, low = float(levels[0]), float(levels[-2])
+    if sampler == "dpm_fast":
+        x = function(model, x, low, high, len(levels) - 2, **options)
+    else:
+        x = function(limited(model), x, low, high, **options)
+    last = levels[-2:]
+    return k_diffusion().sampling.sample_euler(model, x, last, extra_args=arguments, callback=report, disable=True)
+
+
+def limited(model: Any) -> Callable[..., Tensor]:
+    """`model` for dpm_adaptive, which would never end after a value that is not finite: an error there, or too late."""
+    calls = 0
+
+    def call(x: Tensor, sigma: Tensor, **arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        denoised = model(x, sigma, **arguments)
+        place = f"at sigma {float(sigma[0]):g}"
+        if not denoised.isfinite().all():
+            raise RuntimeError(f"dpm_adaptive: the model returned a value that is not finite {place}")
+        if calls > ADAPTIVE_LIMIT:
+            raise RuntimeError(f"dpm_adaptive: no end after {ADAPTIVE_LIMIT} evaluations, {place}; raise rtol or atol")
+        return denoised
+
+    return call
+
+
+def checked_options(sampler: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` where the sampler takes each of them, else a ValueError that lists what it takes."""
+    parameters = inspect.signature(getattr(k_diffusion().sampling, f"sample_{sampler}")).parameters
+    known = tuple(name for name in parameters if name not in OURS)
+    for name in options:
+        if name not in known:
+            raise ValueError(f"sampler {sampler} has no option {name!r}; it takes {', '.join(known) or 'none'}")
+    return dict(options)
+
+
+def check_noise(noise: Tensor) -> None:
+    """ValueError unless `noise` is (images, channels, height, width), floating and finite, with at least one image."""
+    if noise.ndim != 4 or not len(noise):
+        raise ValueError(f"noise must be (images, channels, height, width), got shape {tuple(noise.shape)}")
+    if not noise.is_floating_point():
+        raise ValueError(f"noise must be floating point, got {noise.dtype}")
+    if not noise.isfinite().all():
+        raise ValueError("noise holds values that are not finite")
+
+
+def global_generator(device: torch.device) -> torch.Generator:
+    """The generator that torch.randn_like draws from on `device`."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+
+def reporter(callback: Callback | None, bar: "Bar", rows: slice) -> Callback | None:
+    """What k-diffusion calls at each step: the bar, and the caller's `callback` with `rows` added and `i` counted on."""
+    if callback is None and bar.silent:
+        return None
+
+    count = itertools.count()
+
+    def report(info: dict[str, Any]) -> None:
+        if callback is not None:
+            callback({**info, "i": next(count), "rows": rows})
+        bar.advance(rows, info["sigma"])
+
+    return report
+
+
+class Bar:
+    """A progress bar in images; a part of an image is the part of the schedule's levels that it has passed."""
+
+    def __init__(self, sampler: str, images: int, levels: Float[Tensor, "levels"], progress: bool):
+        self.levels = levels[:-1]
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}"
+        disable = None if progress else True  # None: quiet unless on a terminal
+        self.tqdm = tqdm(total=images, desc=sampler, unit="image", bar_format=layout, disable=disable, leave=False)
+        self.silent = self.tqdm.disable
+
+    def advance(self, rows: slice, sigma: Tensor) -> None:
+        """Move to where image `rows.stop` stands at `sigma`."""
+        if not self.silent:
+            passed = int((self.levels >= float(sigma) * (1 - 1e-6)).sum()) / len(self.levels)
+            position = rows.start + passed * (rows.stop - rows.start)
+            self.tqdm.update(max(0.0, position - self.tqdm.n))
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.tqdm.close()

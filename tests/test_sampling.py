@@ -1,0 +1,385 @@
+"""Sampling against analytic Gaussian data on SDXL's noise levels, diffusers' Euler schedule and golden numbers."""
+
+import importlib.metadata
+import importlib.util
+import math
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+
+from segresearch.sampling import SAMPLERS, SCHEDULES, initial_noise, k_diffusion, sample, sigmas, start_scale
+from segresearch.sampling.doorway import PRIVATE
+from segresearch.sampling.loop import ANCESTRAL, SDE
+from segresearch.sampling.noise import brownian_noise, checked_seed, image_key, white_noise
+from segresearch.sampling.rows import one_row
+
+SHAPE = (4, 6, 10)
+ODE = tuple(name for name in SAMPLERS if name not in (*ANCESTRAL, *SDE))
+BETAS = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+class Gaussian:
+    """The exact denoiser of data N(0, deviation^2), on SDXL's noise levels: D(x, sigma) = x s^2 / (s^2 + sigma^2)."""
+
+    steps_offset = 1
+
+    def __init__(self, deviation: float = 0.8):
+        alphas = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
+        self.sigmas = ((1 - alphas) / alphas) ** 0.5
+        self.sigma_min, self.sigma_max = self.sigmas[0], self.sigmas[-1]
+        self.variance = deviation**2
+        self.calls = 0
+
+    def __call__(self, x, sigma, conds=None, gain=1.0):
+        self.calls += 1
+        assert sigma.shape == x.shape[:1]
+        variance = self.variance if conds is None else conds["cond"][:, None, None, None]
+        return gain * x * variance / (variance + sigma[:, None, None, None] ** 2)
+
+
+@pytest.fixture
+def noise():
+    return initial_noise(range(8), SHAPE)
+
+
+# --- the door -------------------------------------------------------------------------------------------------------
+
+
+def test_door_opens_without_executing_the_package():
+    package = k_diffusion()
+    assert package is k_diffusion() and package.__name__ == PRIVATE
+    assert package.external.sampling is package.sampling
+    assert issubclass(package.external.DiscreteEpsDDPMDenoiser, torch.nn.Module)
+    assert "k_diffusion" not in sys.modules
+
+
+def test_every_sampler_of_the_pinned_version_is_listed():
+    found = {name.removeprefix("sample_") for name in dir(k_diffusion().sampling) if name.startswith("sample_")}
+    assert found == set(SAMPLERS) and len(SAMPLERS) == 13
+
+
+def test_absent_or_other_version_is_one_line(monkeypatch):
+    door = k_diffusion.__wrapped__
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ImportError, match=r"^k-diffusion is not installed; install it with: pip install k-dif\S+$"):
+            door()
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda name: "0.0.9")
+        with pytest.raises(
+            ImportError, match="^k-diffusion 0.0.9 is installed, but segresearch wraps 0.1.1.post1; .*$"
+        ):
+            door()
+    assert sys.modules[PRIVATE] is k_diffusion()
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+def test_leading_golden_numbers():
+    levels = sigmas(Gaussian(), "leading", 25)
+    assert levels.shape == (26,) and levels.dtype == torch.float32
+    wanted = torch.tensor([11.67604627, 9.33807608, 7.56238795, 0.20179319, 0.04131441, 0.0])
+    torch.testing.assert_close(levels[[0, 1, 2, -3, -2, -1]], wanted, rtol=2e-6, atol=0)
+    assert start_scale(levels, "leading") == pytest.approx(11.71879, abs=1e-5)
+    ten = sigmas(Gaussian(), "leading", 10)
+    assert float(ten[0]) == pytest.approx(8.39068699, rel=2e-6)
+    assert start_scale(ten, "leading") == pytest.approx(8.45006657, rel=2e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 25, 50, 333, 999])
+@pytest.mark.parametrize("schedule", ["leading", "linspace", "trailing", "karras", "exponential"])
+def test_schedules_are_those_of_diffusers(schedule, steps):
+    if schedule == "linspace" and steps == 1:
+        assert sigmas(Gaussian(), schedule, 1).tolist() == [float(Gaussian().sigma_max), 0.0]  # diffusers: t = 0
+        return
+    spacing = schedule if schedule in ("leading", "linspace", "trailing") else "linspace"
+    options = {f"use_{schedule}_sigmas": True} if spacing != schedule else {}
+    reference = EulerDiscreteScheduler(**BETAS, timestep_spacing=spacing, steps_offset=1, **options)
+    if options and steps == 1:
+        reference = EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing", **options)  # its linspace starts at 0
+    reference.set_timesteps(steps)
+    model = Gaussian()
+    levels = sigmas(model, schedule, steps)
+    torch.testing.assert_close(levels, reference.sigmas, rtol=3e-5, atol=0)
+    assert start_scale(levels, schedule) == pytest.approx(float(reference.init_noise_sigma), rel=3e-5)
+
+    alphas = 1 / (1 + model.sigmas.double() ** 2)
+    t = k_diffusion().external.DiscreteEpsDDPMDenoiser(None, alphas, quantize=False).sigma_to_t(levels[:-1].double())
+    exact = schedule in ("leading", "trailing")  # linspace: sigma is linear between two t, t is linear in log sigma
+    torch.testing.assert_close(t, reference.timesteps.double(), rtol=0, atol=2e-2 if exact else 0.1)
+
+
+def test_k_diffusion_own_schedules():
+    model = Gaussian()
+    for schedule in ("karras", "exponential", "polyexponential"):
+        levels = sigmas(model, schedule, 12)
+        assert float(levels[0]) == pytest.approx(14.61464, rel=1e-5)
+        assert float(levels[-2]) == pytest.approx(float(model.sigma_min), rel=1e-5)
+        assert start_scale(levels, schedule) == float(levels[0])
+    torch.testing.assert_close(
+        sigmas(model, "polyexponential", 12), sigmas(model, "exponential", 12), rtol=1e-5, atol=0
+    )
+    assert (sigmas(model, "polyexponential", 12, rho=2.0)[1:-2] < sigmas(model, "exponential", 12)[1:-2]).all()
+    assert (sigmas(model, "karras", 12, rho=2.0)[1:-2] > sigmas(model, "karras", 12)[1:-2]).all()
+
+
+def test_align_your_steps():
+    published = torch.tensor([14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.0])
+    torch.testing.assert_close(sigmas(Gaussian(), "align-your-steps", 10), published, rtol=1e-6, atol=0)
+    twenty = sigmas(Gaussian(), "align-your-steps", 20)
+    torch.testing.assert_close(twenty[:-1:2], published[:-1], rtol=1e-6, atol=0)
+    assert float(twenty[1]) == pytest.approx(math.sqrt(14.615 * 6.315), rel=1e-6)  # log-linear between
+
+
+# --- every sampler --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_with_every_schedule(sampler, schedule, noise):
+    for steps in (1, 2, 3, 9):
+        x0 = sample(Gaussian(), noise[:2], sampler, schedule, steps)
+        assert x0.shape == noise[:2].shape and x0.dtype == torch.float32
+        assert x0.isfinite().all()
+    assert float(x0.abs().max()) < 20
+    if sampler in ODE:  # the probability-flow ODE of Gaussian data: x0 = x s / sqrt(s^2 + sigma^2)
+        model = Gaussian()
+        levels = sigmas(model, schedule, 60)
+        start = noise[:2] * start_scale(levels, schedule)
+        exact = start * (model.variance / (model.variance + levels[0] ** 2)) ** 0.5
+        x0 = sample(model, noise[:2], sampler, schedule, 60)
+        allowed = {"euler": 0.08, "dpm_adaptive": 0.05}.get(sampler, 0.02)
+        assert float((x0 - exact).norm() / exact.norm()) < allowed
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", *SDE])
+def test_stochastic_samplers_reach_the_data_distribution(sampler):
+    noise = initial_noise(range(4), (4, 40, 40))
+    x0 = sample(Gaussian(), noise, sampler, "karras", 60)
+    assert float(x0.std()) == pytest.approx(0.8, rel=0.06)  # Euler's own error at 60 steps is 5 %
+    deterministic = sample(Gaussian(), noise, "heun", "karras", 60)
+    correlation = float((x0 * deterministic).mean() / (x0.std() * deterministic.std()))
+    assert abs(correlation) < 0.1  # the noise of the steps is not the initial noise again
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_does_not_depend_on_its_batch(sampler, seeded, noise):
+    variances = torch.linspace(0.2, 2.0, 8)
+
+    def run(rows, options=None):
+        conds, seeds = {"cond": variances[rows]}, list(range(8))[rows] if seeded else None
+        return sample(Gaussian(), noise[rows], sampler, steps=6, conds=conds, seeds=seeds, options=options)
+
+    churns = [{}, {"s_churn": 4.0}] if sampler in ("euler", "heun", "dpm_2") else [{}]
+    for options in churns:
+        whole = run(slice(0, 8), options)
+        assert torch.equal(run(slice(2, 5), options), whole[2:5])
+        assert torch.equal(run(slice(7, 8), options), whole[7:])
+    if len(churns) > 1:
+        assert not torch.equal(whole, run(slice(0, 8)))
+
+
+@pytest.mark.parametrize("sampler", [*ANCESTRAL, *SDE])
+def test_seeds_key_the_noise_of_the_steps(sampler, noise):
+    first, again, other, unseeded = (
+        sample(Gaussian(), noise[:2], sampler, steps=5, seeds=seeds) for seeds in ([5, 6], [5, 6], [5, 7], None)
+    )
+    assert torch.equal(first, again) and torch.equal(first[0], other[0])
+    assert not torch.equal(first[1], other[1]) and not torch.equal(first, unseeded)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_global_random_state_is_untouched(sampler, noise):
+    before = torch.random.get_rng_state()
+    options = {"s_churn": 2.0} if sampler in ("euler", "heun", "dpm_2") else {}
+    sample(Gaussian(), noise[:2], sampler, steps=4, options=options)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+    def fail(info):
+        raise KeyError("observer")
+
+    with pytest.raises(KeyError, match="observer"):
+        sample(Gaussian(), noise[:2], sampler, steps=4, callback=fail)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_one_step_is_one_denoised_evaluation(sampler, noise):
+    model = Gaussian()
+    x0 = sample(model, noise, sampler, "trailing", steps=1)
+    assert model.calls == 1
+    torch.testing.assert_close(x0, model(noise * model.sigma_max, model.sigma_max.expand(8)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "dpmpp_3m_sde"])
+def test_the_single_step_trap_is_there(sampler, noise):
+    """Raw k-diffusion fails where `sample` does not: once this passes upstream, the wrapper can go."""
+    levels = sigmas(Gaussian(), "trailing", 1)
+    draw = white_noise(noise, range(8))
+    with pytest.raises(UnboundLocalError):
+        getattr(k_diffusion().sampling, f"sample_{sampler}")(
+            Gaussian(), noise, levels, noise_sampler=draw, disable=True
+        )
+
+
+def test_dpm_fast_spends_steps_evaluations_and_leaves_no_noise(noise):
+    for steps in range(1, 9):
+        model = Gaussian()
+        sample(model, noise, "dpm_fast", steps=steps)
+        assert model.calls == steps
+    zero = Gaussian(deviation=0.0)  # data at one point: any noise left in would show
+    assert float(sample(zero, noise, "dpm_fast", steps=8).abs().max()) < 1e-6
+    assert float(sample(zero, noise, "dpm_adaptive").abs().max()) < 1e-6
+
+
+def test_dpm_adaptive_stops_on_what_is_not_finite(noise):
+    with pytest.raises(
+        RuntimeError, match="^dpm_adaptive: the model returned a value that is not finite at sigma 11.676"
+    ):
+        sample(Gaussian(), noise[:1], "dpm_adaptive", gain=math.nan)
+
+
+def test_euler_is_the_loop_of_diffusers(noise):
+    model, reference = Gaussian(), EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1)
+    reference.set_timesteps(12)
+    x = noise.double() * reference.init_noise_sigma
+    for i, t in enumerate(reference.timesteps):
+        sigma = reference.sigmas[i].double()
+        eps = (x - model(x, sigma.expand(8))) / sigma
+        x = reference.step(eps, t, x).prev_sample
+    torch.testing.assert_close(sample(model, noise.double(), steps=12), x, rtol=1e-5, atol=1e-6)
+
+
+# --- noise ----------------------------------------------------------------------------------------------------------
+
+
+def test_initial_noise_is_a_stream_per_image():
+    noise = initial_noise([3, 0, 2**63 - 1], SHAPE)
+    assert noise.dtype == torch.float32 and noise.device.type == "cpu" and noise.shape == (3, *SHAPE)
+    assert torch.equal(noise[0], torch.randn((1, *SHAPE), generator=torch.Generator().manual_seed(3))[0])
+    assert torch.equal(noise[1:2], initial_noise([0], SHAPE))
+    assert abs(float(initial_noise([1], (4, 64, 64)).std()) - 1) < 0.02
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "4", None])
+def test_bad_seed_is_named(seed):
+    with pytest.raises(ValueError, match=r"^a seed must be an integer from 0 to 2\^63 - 1, got "):
+        checked_seed(seed)
+
+
+def test_keys_differ_by_source_and_stream():
+    keys = {image_key(source, stream) for source in (0, 1, 2**40, b"", b"ab") for stream in ("steps", "churn")}
+    assert len(keys) == 10 and all(0 <= key < 2**63 for key in keys)
+    assert image_key(7, "steps") == image_key(7, "steps")
+
+
+def test_brownian_noise_is_one_path_per_image(noise):
+    levels = sigmas(Gaussian(), "leading", 10)
+    draw = brownian_noise(noise[:3], [1, 2, 3], levels)
+    a, b, c = levels[2], levels[3], levels[4]
+    part, rest, whole = draw(a, b), draw(b, c), draw(a, c)
+    assert part.shape == noise[:3].shape and float(part.std()) == pytest.approx(1, abs=0.1)
+    torch.testing.assert_close(
+        part * (a - b).sqrt() + rest * (b - c).sqrt(), whole * (a - c).sqrt(), rtol=1e-4, atol=1e-4
+    )
+    alone = brownian_noise(noise[:1], [2], levels)
+    assert torch.equal(alone(a, c), whole[1:2])  # whatever the batch, and whatever was asked before
+
+
+# --- sample()'s arguments -------------------------------------------------------------------------------------------
+
+
+def test_precision_and_arguments(noise):
+    x32 = sample(Gaussian(), noise, steps=5)
+    x64 = sample(Gaussian(), noise.double(), steps=5)
+    assert x64.dtype == torch.float64 and torch.equal(
+        sample(Gaussian(), noise.half(), steps=5), sample(Gaussian(), noise.half().float(), steps=5)
+    )
+    torch.testing.assert_close(x64.float(), x32, rtol=1e-5, atol=1e-6)
+    for sampler in ("euler_ancestral", "dpmpp_sde"):  # the same noise in either precision
+        low, high = (sample(Gaussian(), n, sampler, steps=5).double() for n in (noise, noise.double()))
+        torch.testing.assert_close(low, high, rtol=0, atol=2e-3)
+    assert float(sample(Gaussian(), noise, steps=3, gain=0.0).abs().max()) < 1e-6
+    given = sample(Gaussian(), noise, schedule=sigmas(Gaussian(), "karras", 5))
+    assert torch.equal(given, sample(Gaussian(), noise, schedule="karras", steps=5))
+    half_eta = sample(Gaussian(), noise, "euler_ancestral", steps=5, options={"eta": 0.0})
+    torch.testing.assert_close(half_eta, x32, rtol=1e-4, atol=1e-5)
+    assert not sample(Gaussian(), noise.clone().requires_grad_(), steps=2).requires_grad
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_callback_sees_every_step(sampler, noise):
+    seen = []
+    sample(Gaussian(), noise[:2], sampler, "karras", 7, callback=seen.append)
+    assert all({"x", "i", "sigma", "denoised", "rows"} <= info.keys() for info in seen)
+    for rows in {(info["rows"].start, info["rows"].stop) for info in seen}:
+        own = [info for info in seen if info["rows"] == slice(*rows)]
+        assert [info["i"] for info in own] == list(range(len(own)))
+        assert all(info["denoised"].shape[0] == rows[1] - rows[0] for info in own)
+        assert float(own[-1]["sigma"]) == pytest.approx(float(sigmas(Gaussian(), "karras", 7)[-2]), rel=1e-4)
+    assert len(seen) == 7 or sampler.startswith("dpm_")
+    assert {info["rows"].stop for info in seen} == ({1, 2} if sampler == "dpm_adaptive" else {2})
+
+
+def test_progress_is_quiet_off_a_terminal(noise, capfd):
+    for sampler in SAMPLERS:
+        sample(Gaussian(), noise[:2], sampler, steps=3, progress=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bar_counts_images(noise, monkeypatch, capfd):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for sampler in ("euler", "dpm_fast", "dpm_adaptive"):
+        sample(Gaussian(), noise, sampler, steps=6, progress=True)
+        text = capfd.readouterr().err
+        assert f"{sampler}:   0%" in text and "image/s" in text
+
+
+def test_wrong_arguments_are_named(noise):
+    model = Gaussian()
+    cases = [
+        (dict(sampler="eular"), "^unknown sampler 'eular': did you mean 'euler'[?] choose one of euler, heun, .*$"),
+        (dict(schedule="karas"), "^unknown schedule 'karas': did you mean 'karras'[?] choose one of leading, .*$"),
+        (dict(steps=0), "^steps must be at least 1, got 0$"),
+        (dict(steps=1000), "^schedule leading with 1000 steps: sigmas must strictly fall"),
+        (
+            dict(schedule=torch.tensor([1.0, 2.0, 0.0])),
+            "^schedule: sigmas must strictly fall, but number 0 is 1 and .* 2;",
+        ),
+        (dict(schedule=torch.tensor([2.0, 1.0])), "^schedule: sigmas must be finite, at least two, and end at 0"),
+        (dict(seeds=[1, 2]), "^seeds must be one per image: got 2 seeds for 8 images$"),
+        (dict(conds={"cond": torch.ones(3)}), r"^conds\['cond'\] has 3 rows for 8 images of noise"),
+        (dict(options={"etta": 1}), "^sampler euler has no option 'etta'; it takes s_churn, s_tmin, s_tmax, s_noise$"),
+        (dict(sampler="dpmpp_2m", options={"eta": 1}), "^sampler dpmpp_2m has no option 'eta'; it takes none$"),
+        (dict(noise=noise[0]), r"^noise must be \(images, channels, height, width\), got shape \(4, 6, 10\)$"),
+        (dict(noise=noise[:0]), r"^noise must be \(images, channels, height, width\), got shape \(0, 4, 6, 10\)$"),
+        (dict(noise=noise / 0), "^noise holds values that are not finite$"),
+    ]
+    for arguments, line in cases:
+        with pytest.raises(ValueError, match=line):
+            sample(model, **{"noise": noise, **arguments})
+    assert model.calls == 0
+    with pytest.raises(ValueError, match="^rho must be positive and is only for karras and polyexponential; got rho=2"):
+        sigmas(model, "exponential", 5, rho=2.0)
+    with pytest.raises(ValueError, match="^initial_noise needs at least one seed$"):
+        initial_noise([], SHAPE)
+
+
+def test_one_row_cuts_what_belongs_to_images():
+    @dataclass(frozen=True)
+    class Hint:
+        image: torch.Tensor
+        scale: float
+        table: torch.Tensor
+
+    hint = Hint(torch.arange(3.0), 0.5, torch.arange(7.0))
+    net = torch.nn.Linear(3, 3)
+    value = {"hint": hint, "pair": (torch.arange(3), None), "net": net, "scalar": torch.tensor(2.0)}
+    cut = one_row(value, 1, 3)
+    assert cut["hint"].image.tolist() == [1.0] and cut["hint"].scale == 0.5 and len(cut["hint"].table) == 7
+    assert cut["pair"][0].tolist() == [1] and cut["pair"][1] is None and cut["net"] is net and cut["scalar"] == 2
