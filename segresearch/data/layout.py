@@ -15,10 +15,10 @@ from torch import Tensor
 from segresearch.data.captions import COLORS, FLOORS, SHAPES, SIZES, SKIES
 
 SLOTS = 4
-FOCAL = 1.92
-"""Focal length in units of half the shorter picture side: a field of view of 55 degrees."""
+FOCAL = 2.15
+"""Focal length in units of half the shorter picture side: a field of view of 50 degrees."""
 RADII = (0.44, 0.64, 0.90)
-_NEAR, _FAR = 3.5, 5.9
+_NEAR, _FAR = 3.5, 5.8
 HEIGHTS = (1.0, 0.82, 1.0, 1.0, 0.906)
 """Height of the centre above the floor by shape, in units of the object's radius."""
 _COLORS = {"red": (0.90, 0.10, 0.10), "green": (0.10, 0.70, 0.16), "blue": (0.12, 0.26, 0.95), "yellow": (0.98, 0.86, 0.08),
@@ -123,9 +123,9 @@ def layout(indices: Int[Tensor, "b"], seed: int = 0) -> Layout:
     def between(low: float, high: float, draw: Tensor) -> Tensor:
         return low + (high - low) * draw
 
-    count = 1 + torch.bucketize(scene[:, 0], torch.tensor([0.28, 0.70, 0.89], device=device, dtype=torch.float64))
+    count = 1 + torch.bucketize(scene[:, 0].contiguous(), torch.tensor([0.28, 0.70, 0.89], device=device, dtype=torch.float64))
     shape, color = (of_slot[..., 0] * len(SHAPES)).long(), (of_slot[..., 1] * len(COLORS)).long()
-    size = torch.bucketize(of_slot[..., 2], torch.tensor([0.28, 0.70], device=device, dtype=torch.float64))
+    size = torch.bucketize(of_slot[..., 2].contiguous(), torch.tensor([0.28, 0.70], device=device, dtype=torch.float64))
     size = torch.where(count[:, None] > 2, size.clamp(max=1) + ((size == 2) & (of_slot[..., 2] > 0.85)).long(), size)
     radius = torch.tensor(RADII, device=device, dtype=torch.float64)[size] * between(0.94, 1.06, of_slot[..., 3])
     y = radius * torch.tensor(HEIGHTS, device=device, dtype=torch.float64)[shape]

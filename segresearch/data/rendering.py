@@ -19,9 +19,14 @@ SUB = 3
 """Samples per pixel and axis; odd, so that the middle sample is the pixel's centre."""
 BOUND = 1.2
 """Every shape lies within this many radii of its centre, along each axis of its frame."""
+_GLOSS = (0.55, 0.12, 0.15, 0.45, 0.15)
 _CUBE, _CONE, _TORUS, _TUBE = 0.82, 0.475, 0.71, 0.29
 _TIP, _NOTCH, _THICK = 1.12, 0.52, 0.34
 _INF = math.inf
+
+
+def _length(x: Tensor, y: Tensor) -> Tensor:
+    return (x * x + y * y).sqrt()
 
 
 def _star_lines() -> tuple[Tensor, Tensor, Tensor]:
@@ -76,13 +81,19 @@ def _hit(shape: str, o: Float[Tensor, "3 n 1 1"], d: tuple[Tensor, Tensor, Tenso
             far = middle + half if far is None else far.minimum(middle + half)
         return torch.where(near < far, near, _INF)
     if shape == "ring":  # walks along the ray by the exact distance to the torus, starting on the plane before it
-        length = (dx * dx + dy * dy + dz * dz).rsqrt()
+        unit = (dx * dx + dy * dy + dz * dz).rsqrt()
         t = (_TUBE - oz) / dz
         for _ in range(9):
-            rim = torch.hypot(ox + t * dx, oy + t * dy) - _TORUS
-            gap = torch.hypot(rim, oz + t * dz) - _TUBE
-            t = t + gap * length
-        return torch.where(gap < 0.01, t, _INF)
+            x, y, z = ox + t * dx, oy + t * dy, oz + t * dz
+            around = _length(x, y)
+            rim = around - _TORUS
+            from_tube = _length(rim, z)
+            gap = from_tube - _TUBE
+            t = t + gap * unit
+        # then one step of Newton, which makes all but grazing rays exact
+        slope = (rim * (x * dx + y * dy) / around + z * dz) / from_tube
+        t = t - gap * unit - gap / slope.clamp(max=-0.2)
+        return torch.where(gap < 0.012, t, _INF)
     outline, *points = (corner.to(ox.device) for corner in _star_lines())
     origin = torch.stack([ox, oy, oz]).flatten(1).T[:, None]  # (n, 1, 3)
 
@@ -92,57 +103,59 @@ def _hit(shape: str, o: Float[Tensor, "3 n 1 1"], d: tuple[Tensor, Tensor, Tenso
 
     rim = along(torch.linalg.cross(outline - origin, outline.roll(-1, 0) - origin, dim=-1)) <= 0
     best = torch.zeros_like(dx)
-    for point, sign in zip(points, (1, -1), strict=True):  # ten facets each; a ray crosses a facet if it passes its sides
+    for point, front in zip(points, (True, False), strict=True):  # ten facets each; a ray crosses a facet if it passes its sides
         spoke = along(torch.linalg.cross((point - origin).expand(-1, 10, -1), outline - origin, dim=-1)) <= 0
-        crossed = (spoke & rim & ~spoke.roll(-1, 1)) if sign > 0 else (~spoke & ~rim & spoke.roll(-1, 1))
+        crossed = (spoke.roll(-1, 1) > spoke) & ~rim if front else (spoke > spoke.roll(-1, 1)) & rim
         normal = torch.linalg.cross(outline - point, outline.roll(-1, 0) - point, dim=-1)
         offset = (normal * (point - origin)).sum(-1, keepdim=True)
         best = best.maximum(torch.where(crossed, along(normal / offset), 0.0).amax(1))
     return torch.where(best > 0, 1 / best, _INF)
 
 
-def _normal(shape: str, p: Float[Tensor, "3 m"]) -> tuple[Float[Tensor, "3 m"], Int[Tensor, "m"]]:
+def _normal(shape: str, p: Float[Tensor, "3 m"]) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | int]:
     """Outward unit normals at points of the unit shape, and the number of the flat face they lie on (0 if curved)."""
     x, y, z = p
-    face = torch.zeros_like(x, dtype=torch.long)
     if shape == "sphere":
-        n = p
-    elif shape == "cone":
-        n = torch.stack([x, _CONE**2 * (1 - y), z])
+        return (x, y, z), 0
+    if shape == "cube":
+        ax, ay, az = p.abs()
+        on_x = (ax > ay) & (ax > az)
+        on_y = ~on_x & (ay > az)
+        on_z = ~(on_x | on_y)
+        return (on_x * x.sign(), on_y * y.sign(), on_z * z.sign()), on_y.long() + 2 * on_z
+    face: Tensor | int = 0
+    if shape == "cone":
+        y = _CONE**2 * (1 - y)
     elif shape == "ring":
-        shrink = 1 - _TORUS / torch.hypot(x, y)
-        n = torch.stack([x * shrink, y * shrink, z])
-    elif shape == "cube":
-        face = p.abs().argmax(0)
-        n = F.one_hot(face, 3).T * p.sign()
+        shrink = 1 - _TORUS / _length(x, y)
+        x, y = x * shrink, y * shrink
     else:
-        turn = torch.atan2(x, y) * (5 / math.pi)
-        wedge = turn.floor()
+        wedge = (torch.atan2(x, y) * (5 / math.pi)).floor()
         face = wedge.long() % 10 + 10 * (z < 0)
-        # the facet's steepest line points at the edge's normal, mirrored in every other wedge
-        even = torch.remainder(wedge, 2) == 0
-        middle = torch.where(even, wedge, wedge + 1) * (math.pi / 5)
-        ex, ey = torch.where(even, _EDGE_X, -_EDGE_X), _EDGE_Y
+        # a facet's steepest line points along its edge's normal, mirrored in every other wedge
+        odd = wedge - 2 * (wedge / 2).floor()
+        tip = (wedge + odd) * (math.pi / 5)
         slope = _THICK / (_EDGE_Y * _TIP)
-        n = torch.stack([slope * (ex * middle.cos() + ey * middle.sin()), slope * (ey * middle.cos() - ex * middle.sin()),
-                         torch.where(z < 0, -1.0, 1.0)])
-    return F.normalize(n, dim=0), face
+        ex, ey, sin, cos = slope * _EDGE_X * (1 - 2 * odd), slope * _EDGE_Y, tip.sin(), tip.cos()
+        x, y, z = ex * cos + ey * sin, ey * cos - ex * sin, torch.where(z < 0, -1.0, 1.0)
+    shorten = (x * x + y * y + z * z).rsqrt()
+    return (x * shorten, y * shorten, z * shorten), face
 
 
 def _shade(shape: str, g: tuple[Tensor, Tensor], s: tuple[Tensor, Tensor]) -> Float[Tensor, "n h w"]:
     """Signed distance (about) from floor points g to the outline of the unit shape's shadow; s: where a point at height
     one casts its shadow. Everything in the object's frame, with the floor point below its centre as origin."""
     (x, z), (sx, sz) = g, s
-    length = torch.hypot(sx, sz)
+    length = _length(sx, sz)
     ax, az = sx / length, sz / length
     along, across = x * ax + z * az, x * az - z * ax
     if shape == "sphere":
-        return torch.hypot((along - length) / (1 + length**2).sqrt(), across) - 1
+        return _length((along - length) / (1 + length**2).sqrt(), across) - 1
     if shape == "cone":
         base, tip = 2 * _CONE, 2 * length
         sin = (base / tip).clamp(max=1)
         cos, across = (1 - sin**2).sqrt(), across.abs()
-        return torch.where(along * cos > across * sin, across * cos + (along - tip) * sin, torch.hypot(along, across) - base)
+        return torch.where(along * cos > across * sin, across * cos + (along - tip) * sin, _length(along, across) - base)
     if shape == "cube":  # a square swept along the shadow's direction: a hexagon
         x, z = x - _CUBE * sx, z - _CUBE * sz
         return (x.abs() - _CUBE * (1 + sx.abs())).maximum(z.abs() - _CUBE * (1 + sz.abs())).maximum(
@@ -150,9 +163,14 @@ def _shade(shape: str, g: tuple[Tensor, Tensor], s: tuple[Tensor, Tensor]) -> Fl
     tall = z / sz  # upright flat shapes: which point of the plane z = 0 casts its shadow here
     x, y = x - tall * sx, tall - HEIGHTS[SHAPES.index(shape)]
     if shape == "ring":
-        return (torch.hypot(x, y) - _TORUS).abs() - _TUBE
+        return (_length(x, y) - _TORUS).abs() - _TUBE
     x, y = _folded(x, y)
     return x * _EDGE_X + (y - _TIP) * _EDGE_Y
+
+
+def _contact(x: Tensor, z: Tensor) -> Tensor:
+    """How much of the sky the unit object hides from floor points around it."""
+    return 0.5 / (1 + (x * x + z * z)).square()
 
 
 def _smooth(x: Tensor) -> Tensor:
@@ -173,7 +191,9 @@ def _ground(scene: dict[str, Tensor], u: Tensor, v: Tensor, pixel: float) -> tup
 
     def signs(p: Tensor, width: Tensor) -> Tensor:  # mean over the footprint of the square wave of period 2
         def triangle(q: Tensor) -> Tensor:
-            return (torch.remainder(q, 2) - 1).abs()
+            return (q - q.floor() - 0.5).abs()
+
+        p, width = p / 2, width / 2
         return (triangle(p - width / 2) - triangle(p + width / 2)) / width
 
     mix = signs(c * x + s * z + shift_x, c.abs() * wx + s.abs() * wz) * signs(c * z - s * x + shift_z, s.abs() * wx + c.abs() * wz)
@@ -216,10 +236,16 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
     left, top = (left.clamp(min=0)).minimum(w - window).clamp(min=0), (top.clamp(min=0)).minimum(h - window).clamp(min=0)
 
     light = scene["light"][image]
-    local_light = torch.stack([light[:, 0] * cy + light[:, 2] * sy, light[:, 1], light[:, 0] * sy - light[:, 2] * cy])
-    cast = -local_light / local_light[1]
+    lamp = torch.stack([light[:, 0] * cy + light[:, 2] * sy, light[:, 1], light[:, 0] * sy - light[:, 2] * cy])
+    cast = -lamp / lamp[1]
     eye = torch.stack([-centre[:, 0], -rise, -centre[:, 2]])
     eye = torch.stack([eye[0] * cy + eye[2] * sy, eye[1], eye[0] * sy - eye[2] * cy]) / radius
+    # what lamp, sky and floor add to the colour of a fully lit point
+    half = F.normalize(lamp + F.normalize(eye, dim=0), dim=0)
+    albedo = scene["albedo"][image, slot]
+    palette = torch.stack([0.66 * albedo, albedo * (0.30 + 0.12 * scene["heavens"][:, 1])[image],
+                           albedo * (0.22 + 0.25 * scene["tones"].mean(1))[image]]).transpose(1, 2).flatten(0, 1)  # (9, objects)
+    corner = (image * (h * SUB) + top * SUB) * (w * SUB) + left * SUB
     shadow = torch.zeros(b, h, w, device=device)
     us, vs = rays(w, SUB), -rays(h, SUB)
     found: list[tuple[Tensor, ...]] = []
@@ -232,7 +258,7 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
         gx, gz = (gx * c + gz * s) / r, (gx * s - gz * c) / r
         outline = _shade(shape, (gx, gz), (cast[0, same, None, None], cast[2, same, None, None]))
         dark = _smooth(0.5 - outline / 0.36) * 0.62
-        dark = dark.maximum(0.5 * torch.exp(-2.2 * (gx * gx + gz * gz)))  # the object also hides the sky from the floor
+        dark = dark.maximum(_contact(gx, gz))
         for k in range(SLOTS):
             rows = slot[same] == k
             where = image[same[rows]]
@@ -245,45 +271,35 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
             c, s, cos, sin = (value[some, None, None] for value in (cy, sy, cp, sp))
             forward = cos + lines * sin
             d = (columns * c + forward * s, lines * cos - sin, columns * s - forward * c)
-            hit = _hit(shape, eye[:, some, None, None], d)
+            origin = eye[:, some, None, None]
+            hit = _hit(shape, origin, d)
             n, row, column = (hit < _INF).nonzero(as_tuple=True)
-            which = some[n]
-            ray = torch.stack([d[0][n, row, column], d[1][n, row, 0], d[2][n, row, column]])
-            distance = hit[n, row, column]
-            p = eye[:, which] + distance * ray
-            if shape == "ring":  # Newton, from a sample's width to rounding
-                for _ in range(2):
-                    gap = torch.hypot(torch.hypot(p[0], p[1]) - _TORUS, p[2]) - _TUBE
-                    back = (gap / (_normal(shape, p)[0] * ray).sum(0).clamp(max=-0.15))
-                    distance, p = distance - back, p - back * ray
-            normal, face = _normal(shape, p)
-            place = (image[which] * (h * SUB) + top[which] * SUB + row) * (w * SUB) + left[which] * SUB + column
-            found.append((which, place, distance * radius[which], ray, normal, face,
-                          p[1] + HEIGHTS[number]))
-    which, place, near, face, above = (torch.cat([f[i] for f in found]) for i in (0, 1, 2, 5, 6))
-    ray, normal = (torch.cat([f[i] for f in found], 1) for i in (3, 4))
+            flat = (n * height + row) * width + column
+            which = some.index_select(0, n)
+            p = torch.stack([(o + hit * step).view(-1).index_select(0, flat) for o, step in zip(origin, d, strict=True)])
+            near = (hit * radius[some, None, None]).view(-1).index_select(0, flat)
+            place = corner.index_select(0, which) + row * (w * SUB) + column
+            (nx, ny, nz), face = _normal(shape, p)
+            lx, ly, lz, hx, hy, hz, *colors = (value.index_select(0, which) for value in (*lamp, *half, *palette))
+            open_sky = 0.62 + 0.38 * _smooth((p[1] + HEIGHTS[number]) / 0.7)
+            shine = (nx * hx + ny * hy + nz * hz).clamp(min=0).square().square().square().square().square()
+            up = (0.5 + 0.5 * ny) * open_sky
+            diffuse, shine = (nx * lx + ny * ly + nz * lz).clamp(min=0), _GLOSS[number] * shine
+            color = torch.stack([diffuse * by_lamp + up * by_sky + (open_sky - up) * by_floor + shine
+                                 for by_lamp, by_sky, by_floor in zip(colors[:3], colors[3:6], colors[6:], strict=True)])
+            found.append((which, place, near, torch.zeros_like(n) + face, color))
+    which, place, near, face, color = (torch.cat(part, -1) for part in zip(*found, strict=True))
     nearest = torch.full((b * h * w * SUB * SUB,), _INF, device=device).scatter_reduce_(0, place, near, "amin")
-    seen = nearest[place] == near
-    outline = torch.zeros(len(image), device=device).index_add_(0, which, torch.ones_like(near))
-    which, place, ray, normal, face, above = (value[..., seen] for value in (which, place, ray, normal, face, above))
+    seen = nearest.index_select(0, place) == near
+    line = place // (w * SUB)
+    pixel = (line // SUB) * w + (place - line * (w * SUB)) // SUB
+    total = torch.zeros(4, b * h * w, device=device)
+    for channel, value in zip(total, (*color.clamp(0, 1), torch.ones_like(near)), strict=True):
+        channel.index_add_(0, pixel, value * seen)
+    outline, whole = (torch.zeros(len(image), device=device).index_add_(0, which, value)
+                      for value in (seen.float(), torch.ones_like(near)))
     visible = torch.zeros(b, SLOTS, device=device)
-    visible[image, slot] = torch.zeros_like(outline).index_add_(0, which, torch.ones_like(above)) / outline.clamp(min=1)
-
-    # light: sky from above, floor from below, one lamp, one highlight
-    lamp, of = local_light[:, which], image[which]
-    diffuse = (normal * lamp).sum(0).clamp(min=0)
-    half = F.normalize(lamp - F.normalize(ray, dim=0), dim=0)
-    gloss = torch.tensor([0.55, 0.12, 0.15, 0.45, 0.15], device=device)[kind[which]]
-    shine = gloss * (normal * half).sum(0).clamp(min=0) ** 32
-    up = 0.5 + 0.5 * normal[1]
-    open_sky = 0.62 + 0.38 * _smooth(above / 0.7)
-    sky, ground = scene["heavens"][:, 1] * 0.3 + 0.7, scene["tones"].mean(1)
-    ambient = up[:, None] * sky[of] * 0.42 + (1 - up)[:, None] * (0.22 + 0.25 * ground[of])
-    color = scene["albedo"][image, slot][which] * (ambient * open_sky[:, None] + 0.66 * diffuse[:, None]) + shine[:, None]
-
-    pixel = place // (h * w * SUB * SUB) * (h * w) + place // (w * SUB * SUB) % h * w + place % (w * SUB) // SUB
-    total = torch.zeros(b * h * w, 3, device=device).index_add_(0, pixel, color.clamp(0, 1))
-    cover = torch.zeros(b * h * w, device=device).index_add_(0, pixel, torch.ones_like(above))
+    visible[image, slot] = outline / whole.clamp(min=1)
 
     sin, cos = (f(scene["pitch"])[:, None, None] for f in (torch.sin, torch.cos))
     horizon = scene["heavens"][:, 1, :, None, None]
@@ -294,8 +310,8 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
     sky = horizon + (scene["heavens"][:, 0, :, None, None] - horizon) * climb
     below = ((sin - v * cos) / cos * (scale * FOCAL) + 0.5).clamp(0, 1)[:, None]  # the floor's share of the pixel
     back = sky + (floor - sky) * below
-    cover = cover.view(b, 1, h, w) / SUB**2
-    picture = total.view(b, h, w, 3).permute(0, 3, 1, 2) / SUB**2 + (1 - cover) * back
+    total = total.view(4, b, h, w).transpose(0, 1) / SUB**2
+    picture = total[:, :3] + (1 - total[:, 3:]) * back
     picture = (picture.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
     middle = nearest.view(b, h, SUB, w, SUB)[:, :, SUB // 2, :, SUB // 2]
@@ -303,7 +319,9 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
     distances = middle.minimum(ground_t) * (1 + u * u + v * v).sqrt()
 
     labels = (vs[None, :, None] * cos < sin).to(torch.uint8).expand(b, h * SUB, w * SUB).contiguous()
-    labels.view(-1)[place] = (2 + slot[which] * 24 + face).to(torch.uint8)
+    front = seen.nonzero()[:, 0]
+    value = 2 + slot.index_select(0, which.index_select(0, front)) * 24 + face.index_select(0, front)
+    labels.view(-1).index_copy_(0, place.index_select(0, front), value.to(torch.uint8))
     apart = torch.zeros(b, h * SUB, w * SUB, dtype=torch.bool, device=device)
     apart[:, :, :-1] = labels[:, :, 1:] != labels[:, :, :-1]
     apart[:, :-1] |= labels[:, 1:] != labels[:, :-1]
