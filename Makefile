@@ -1,0 +1,42 @@
+# make demo    pictures from the embedded model: plain, SAG, PAG and SEG side by side; prints where they are
+# make test    all tests
+# make check   ruff and mypy
+# make clean   away with caches, builds and the environment; runs/ stays
+#
+# Each sets up what it needs: .venv with the versions of constraints.txt, once, and again when these files change.
+# Python 3.11 or 3.12 is looked for; `make demo PYTHON=/path/to/python` names one.
+
+VENV := .venv
+READY := $(VENV)/.ready
+SUITS := import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+
+.PHONY: demo test check clean
+
+demo: $(READY)
+	$(VENV)/bin/python experiments/generate.py experiment=demo
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest
+
+check: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+$(READY): pyproject.toml constraints.txt
+	@if ! $(VENV)/bin/python -c '$(SUITS)' 2>/dev/null; then \
+	    for python in $(PYTHON) python3.12 python3.11 python3 python none; do \
+	        $$python -c '$(SUITS)' 2>/dev/null && break; \
+	    done; \
+	    if [ $$python = none ]; then \
+	        echo "Python 3.11 or 3.12 (with venv) was not found: install one, or name it: make PYTHON=/path/to/python" >&2; \
+	        exit 1; \
+	    fi; \
+	    $$python -m venv --clear $(VENV) || exit 1; \
+	fi
+	@echo "Installing into $(VENV) (several gigabytes where torch brings CUDA; takes some minutes)"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
