@@ -1,0 +1,115 @@
+"""From typed settings to the objects that run: the model and its guidance. Torch is imported when one is made."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from segresearch.config import (
+    CFGTerm,
+    CustomConfig,
+    GuidanceConfig,
+    ModelConfig,
+    PAGConfig,
+    PerturbationConfig,
+    RampConfig,
+)
+from segresearch.typed import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from segresearch.models import SDXL
+
+EVERYWHERE = (0.0, float("inf"))
+
+
+def load_model(config: ModelConfig, device: str = "auto") -> "SDXL":
+    """The model on `device`: "auto" is the first GPU if there is one, else the CPU. ValueError: see `load_sdxl`."""
+    import torch
+
+    from segresearch.models import load_sdxl
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return load_sdxl(
+        config.path,
+        dtype=getattr(torch, config.dtype),
+        device=place,
+        variant=config.variant,
+        config=config.config,
+        tokenizer=config.tokenizer,
+        vae_dtype=config.vae_dtype and getattr(torch, config.vae_dtype),
+    )
+
+
+def build_guidance(config: GuidanceConfig, denoiser: Any) -> Any:
+    """`config` around `denoiser`: a GuidedDenoiser, in a SelfAttentionGuidance if it has `sag`.
+
+    ValueError (ConfigError among them) for what the types cannot see: no such site or head, no such function.
+    """
+    from segresearch.guidance import GuidedDenoiser, Projected, SelfAttentionGuidance, cfg, perturbed
+
+    terms = {}
+    for name, term in config.terms.items():
+        window = term.window or EVERYWHERE
+        if isinstance(term, CFGTerm):
+            terms[name] = cfg(_scale(term.weight), window=window)
+        else:
+            several = term.perturbation if isinstance(term.perturbation, tuple) else (term.perturbation,)
+            made = [build_perturbation(p, f"guidance.terms.{name}.perturbation") for p in several]
+            terms[name] = perturbed(name, made, _scale(term.scale), base=term.base, window=window)
+    post = [] if config.apg is None else [Projected(config.apg.eta, config.apg.norm)]
+    model = GuidedDenoiser(denoiser, terms, rescale=config.rescale, post=post)
+    sag = config.sag
+    if sag is None:
+        return model
+    return SelfAttentionGuidance(
+        model, _scale(sag.scale), sag.blur_sigma, sag.threshold, base=sag.base, window=sag.window or EVERYWHERE
+    )
+
+
+def build_perturbation(config: PerturbationConfig, at: str = "perturbation") -> Callable[..., Any]:
+    """SEG, PAG, or the function or class that `target` names, with its place."""
+    from segresearch.guidance import PAG, SEG, At
+
+    if isinstance(config, PAGConfig):
+        return PAG(where=config.where, heads=config.heads, tau=config.tau)
+    if isinstance(config, CustomConfig):
+        return At(_custom(config, at), where=config.where, heads=config.heads)
+    return SEG(config.sigma, where=config.where, heads=config.heads, on=config.on, boundary=config.boundary)
+
+
+def _scale(value: float | RampConfig) -> Any:
+    if isinstance(value, float):
+        return value
+    from segresearch.guidance import Ramp
+
+    return Ramp(value.start, value.stop, value.sigma_start, value.sigma_stop)
+
+
+def _custom(config: CustomConfig, at: str) -> Callable[..., Any]:
+    """The call behind `target`: a class is made with `options`, a function takes them as keywords at every call."""
+    module_name, _, name = config.target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, ValueError) as error:
+        hint = "write package.module.function"
+        raise ConfigError(f"{at}.target: {config.target!r} cannot be imported ({error}); {hint}") from error
+    except AttributeError:
+        names = [n for n, o in vars(importlib.import_module(module_name)).items() if callable(o) and n[0] != "_"]
+        raise ConfigError(f"{at}.target: {module_name} has no {name!r}{nearest(name, names)}") from None
+    if not callable(found):
+        raise ConfigError(f"{at}.target: {config.target} is not a function or a class but {type(found).__name__}")
+    try:
+        if isinstance(found, type):
+            return found(**config.options)
+        call = functools.partial(found, **config.options) if config.options else found
+        inspect.signature(call).bind(*"qkvsa")  # q, k, v, site, attend
+    except TypeError as error:
+        raise ConfigError(f"{at}: {config.target} cannot be called as (q, k, v, site, attend): {error}") from error
+    return call

@@ -1,0 +1,200 @@
+"""The typed schema of the configs: what Hydra composes from conf/ must fit these dataclasses. Light: no torch."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from segresearch.typed import Bounds, ConfigError
+
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+Count = Annotated[int, Bounds(low=1)]
+Width = Annotated[float, Bounds(low=0)]
+Where = str | int | tuple[str | int, ...]  # a selector of self-attention sites: group, glob, block index, or several
+Heads = tuple[int, ...] | None  # the heads perturbed; None: all
+Seeds = int | str | tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights (the arguments of `load_sdxl`), and what suits them.
+
+    batch_size: images a batch where the run does not say.
+    strengths: useful ones by method, which conf/guidance refers to.
+    """
+
+    name: str
+    path: str
+    dtype: DType = "float32"
+    vae_dtype: DType | None = None
+    variant: str | None = None
+    config: str | None = None
+    tokenizer: str | None = None
+    batch_size: Count = 8
+    strengths: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SEGConfig:
+    """Smoothed Energy Guidance's blur of the queries (or keys); `sigma` in tokens, 0 to inf."""
+
+    kind: Literal["seg"]
+    sigma: Width = math.inf
+    where: Where = "mid"
+    heads: Heads = None
+    on: Literal["q", "k", "qk"] = "q"
+    boundary: Literal["reflect", "symmetric", "circular", "exact"] = "reflect"
+
+
+@dataclass(frozen=True)
+class PAGConfig:
+    """Perturbed-Attention Guidance: the pattern becomes (1 − tau)·pattern + tau·identity."""
+
+    kind: Literal["pag"]
+    tau: Annotated[float, Bounds(0, 1)] = 1.0
+    where: Where = "mid"
+    heads: Heads = None
+
+
+@dataclass(frozen=True)
+class CustomConfig:
+    """Any function (q, k, v, site, attend) -> out, imported from `target`; `options` are further keywords."""
+
+    kind: Literal["custom"]
+    target: str
+    where: Where = "mid"
+    heads: Heads = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+PerturbationConfig = SEGConfig | PAGConfig | CustomConfig
+
+
+@dataclass(frozen=True)
+class RampConfig:
+    """A scale that goes from `start` (sigma_start and above) to `stop` (sigma_stop and below), linear in log sigma."""
+
+    start: float
+    stop: float
+    sigma_start: Width = 14.614642
+    sigma_stop: Width = 0.029167
+
+
+@dataclass(frozen=True)
+class CFGTerm:
+    """Classifier-free guidance of weight w: (w − 1)·(D[cond] − D[uncond]); 1 is no guidance."""
+
+    kind: Literal["cfg"]
+    weight: float | RampConfig
+    window: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class PerturbedTerm:
+    """scale·(D[base] − D[base, perturbed]) while sigma lies in `window`; several perturbations share one branch."""
+
+    kind: Literal["perturbed"]
+    perturbation: PerturbationConfig | tuple[PerturbationConfig, ...]
+    scale: float | RampConfig
+    base: Literal["cond", "uncond"] = "cond"
+    window: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class SAGConfig:
+    """Self-Attention Guidance, wrapped around whatever the terms make; fields as of `SelfAttentionGuidance`."""
+
+    scale: float | RampConfig
+    blur_sigma: Width = 1.0
+    threshold: Width = 1.0
+    base: Literal["cond", "uncond"] | None = None
+    window: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class APGConfig:
+    """Adaptive Projected Guidance's projection and norm limit on the sum of the terms."""
+
+    eta: Width = 0.0
+    norm: Width = math.inf
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """A method: a sum of terms, rescale and APG after it, SAG around it. No term at all is the vanilla model."""
+
+    label: str | None = None
+    terms: dict[str, CFGTerm | PerturbedTerm] = field(default_factory=dict)
+    rescale: Annotated[float, Bounds(0, 1)] = 0.0
+    apg: APGConfig | None = None
+    sag: SAGConfig | None = None
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """A k-diffusion sampler by name, and its own keywords (eta, s_churn, ...)."""
+
+    name: str
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """A noise schedule by name; `rho` bends karras and polyexponential (None: their usual value)."""
+
+    name: str
+    rho: float | None = None
+
+
+@dataclass(frozen=True)
+class PanelConfig:
+    """One block of the grid; what it leaves out (None) it takes from the run."""
+
+    title: str = ""
+    compare: tuple[GuidanceConfig, ...] = ()
+    prompts: str | tuple[str, ...] | None = None
+    negative: str | None = None
+    seeds: Seeds | None = None
+    pairing: Literal["product", "zip"] | None = None
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """How the grid is drawn: pixels a cell (None: by the images' size), most rows a panel, panels side by side."""
+
+    cell: Annotated[int, Bounds(16, 2048)] | None = None
+    rows: Count = 64
+    across: Count = 2
+    title: str | None = None
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Everything of one `generate` run. `out`, `device`, `batch_size` and `grid` do not enter the run's identity."""
+
+    model: ModelConfig
+    sampler: SamplerConfig
+    schedule: ScheduleConfig
+    guidance: GuidanceConfig = GuidanceConfig()
+    name: str = "generate"
+    compare: tuple[GuidanceConfig, ...] = ()
+    panels: tuple[PanelConfig, ...] = ()
+    prompts: str | tuple[str, ...] = ("",)
+    negative: str | None = None
+    seeds: Seeds = "0-3"
+    pairing: Literal["product", "zip"] = "product"
+    steps: Count = 25
+    size: tuple[Count, Count] | None = None
+    batch_size: Count = 8
+    device: str = "auto"
+    out: str = "runs"
+    grid: GridConfig = GridConfig()
+
+
+def conf_dir() -> Path:
+    """The folder of the YAML configs: conf/ of a checkout, segresearch/conf of an installed wheel."""
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "conf", package / "conf"):
+        if (folder / "generate.yaml").is_file():
+            return folder
+    raise ConfigError(f"no configs: neither {package.parent / 'conf'} nor {package / 'conf'} has a generate.yaml")

@@ -1,0 +1,228 @@
+"""Pictures of several methods on the same seeds, each with its settings, and the grid that compares them.
+
+The run folder is named by the content of its settings. A picture that is there already is not made again, so the same
+command resumes a stopped run, and a finished run returns without loading the model.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segresearch import images, runs
+from segresearch.build import build_guidance, load_model
+from segresearch.config import GenerateConfig, GuidanceConfig
+from segresearch.plan import Panel, panels, slug
+from segresearch.typed import ConfigError
+
+if TYPE_CHECKING:
+    from segresearch.models import SDXL
+
+
+VERSION = 1  # of the grid's drawing
+IDENTITY = ("run", "method", "prompt", "seed")  # what tells one picture's settings from any other's
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left: its folder, its grid, how many pictures it made and found, and the seconds spent making them."""
+
+    folder: Path
+    grid: Path
+    made: int
+    found: int
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = f" ({self.made / self.seconds:.2f} images/s)" if self.made and self.seconds else ""
+        done = f"{self.made} images made{rate}" + (f", {self.found} were there already" if self.found else "")
+        return f"{done if self.made else f'all {self.found} images were there already'}\ngrid: {_near(self.grid)}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to be made: where it goes and everything it depends on (its settings are also its PNG's text)."""
+
+    path: Path
+    prompt: str
+    seed: int
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one method that are sampled together, whichever of them are there already."""
+
+    guidance: GuidanceConfig
+    negative: str | None
+    pictures: tuple[Picture, ...]
+
+
+def generate(
+    config: GenerateConfig, model: "SDXL | None" = None, written: Mapping[str, Any] | None = None
+) -> RunResult:
+    """Make what is missing of the run that `config` describes, then its grid.
+
+    model: already loaded; None loads `config.model` if anything is missing. written: put before the settings in config.yaml.
+    ValueError for settings that do not fit the model, OSError where the folder cannot be written. On an
+    interrupt finished pictures stay.
+    """
+    from segresearch.models.load import _located
+
+    plan = panels(config)
+    identity = runs.fingerprint(_located(config.model.path))
+    semantic = semantics(config, plan, identity)
+    folder = runs.run_folder(config.out, config.name, semantic)
+    batches = list(cut(config, plan, semantic, folder))
+    pictures = [p for batch in batches for p in batch.pictures]
+    there = {p.path: images.read_settings(p.path) or {} for p in pictures}
+    missing = {p.path for p in pictures if any(there[p.path].get(k) != p.settings[k] for k in IDENTITY)}
+    others = {found["code"] for path, found in there.items() if path not in missing} - {runs.code_version()}
+    if others:
+        _say(f"images by other code ({', '.join(sorted(others))}) are kept; remove {_near(folder)} to make them anew")
+    runs.write(folder / "config.yaml", written_config(config, plan, written))
+    todo = [batch for batch in batches if any(p.path in missing for p in batch.pictures)]
+    seconds = 0.0
+    if todo:
+        if len(missing) < len(pictures):
+            _say(f"{len(pictures) - len(missing)} of {len(pictures)} images are there already, {len(missing)} to make")
+        sdxl = load_model(config.model, config.device) if model is None else model
+        guided = {id(b.guidance): build_guidance(b.guidance, sdxl.denoiser) for b in todo}  # any fails before one runs
+        sdxl.latent_shape(config.size)
+        start = time.perf_counter()
+        _make(config, sdxl, todo, missing, lambda g: guided[id(g)])
+        seconds = time.perf_counter() - start
+    grid = draw(config, plan, folder, semantic)
+    return RunResult(folder, grid, len(missing), len(pictures) - len(missing), seconds)
+
+
+def semantics(config: GenerateConfig, plan: tuple[Panel, ...], fingerprint: str) -> dict[str, Any]:
+    """What the pictures depend on, and no more: not where they go, the device, or how many are made at a time."""
+    model = {"fingerprint": fingerprint, "dtype": config.model.dtype, "vae_dtype": config.model.vae_dtype}
+    asked = {"sampler": config.sampler, "schedule": config.schedule, "steps": config.steps, "size": config.size}
+    return runs.plain({"model": model, **asked, "panels": plan})
+
+
+def cut(config: GenerateConfig, plan: tuple[Panel, ...], semantic: Mapping[str, Any], folder: Path) -> Iterator[Batch]:
+    """All pictures of the run in batches of `batch_size`. Those already there count, so a resume repeats the same batches."""
+    common = {k: v for k, v in semantic.items() if k != "panels"}
+    common["model"] = {"name": config.model.name, "path": config.model.path, **common["model"]}
+    common |= {"run": runs.digest(semantic), "code": runs.code_version()}
+    for number, panel in enumerate(plan, 1):
+        for method, guidance in panel.methods.items():
+            paths = picture_paths(folder, plan, number, method)
+            pictures = [
+                Picture(path, row.prompt, row.seed, {
+                    **common, "method": method, "guidance": runs.plain(guidance), "prompt": row.prompt,
+                    "negative": panel.negative, "seed": row.seed,
+                })
+                for path, row in zip(paths, panel.rows, strict=True)
+            ]  # fmt: skip
+            for i in range(0, len(pictures), config.batch_size):
+                yield Batch(guidance, panel.negative, tuple(pictures[i : i + config.batch_size]))
+
+
+def picture_paths(folder: Path, plan: tuple[Panel, ...], number: int, method: str) -> list[Path]:
+    """images/[panel/]method/[prompt-]seed.png for every row of panel `number` (from 1); a prompt is called by its number."""
+    panel = plan[number - 1]
+    place = folder / "images"
+    if len(plan) > 1:
+        place /= f"{number}-{slug(panel.title)}" if panel.title else str(number)
+    order = list(dict.fromkeys(row.prompt for row in panel.rows))
+    prefix = {p: f"prompt{i:0{len(str(len(order) - 1))}d}-" if len(order) > 1 else "" for i, p in enumerate(order)}
+    digits = len(str(max(row.seed for row in panel.rows)))
+    return [place / slug(method) / f"{prefix[row.prompt]}seed{row.seed:0{digits}d}.png" for row in panel.rows]
+
+
+def _make(
+    config: GenerateConfig, sdxl: "SDXL", todo: list[Batch], missing: set[Path], guided: Callable[[GuidanceConfig], Any]
+) -> None:
+    import torch
+    from PIL import Image
+    from tqdm import tqdm
+
+    from segresearch.sampling import initial_noise, sample, sigmas
+
+    levels: Any = config.schedule.name
+    if config.schedule.rho is not None:
+        levels = sigmas(sdxl.denoiser, config.schedule.name, config.steps, config.schedule.rho)
+    shape, made = sdxl.latent_shape(config.size), 0
+    with torch.no_grad(), tqdm(total=len(missing), unit="image", disable=None, leave=False) as bar:
+        try:
+            for batch in todo:
+                seeds = [p.seed for p in batch.pictures]
+                bar.set_description(str(batch.pictures[0].settings["method"]))
+                conds = sdxl.encode([p.prompt for p in batch.pictures], negative=batch.negative, size=config.size)
+                latents = sample(
+                    guided(batch.guidance), initial_noise(seeds, shape), sampler=config.sampler.name, schedule=levels,
+                    steps=config.steps, conds=conds, seeds=seeds, options=config.sampler.options,
+                )  # fmt: skip
+                bad = [p.seed for p, z in zip(batch.pictures, latents, strict=True) if not z.isfinite().all()]
+                if bad:
+                    name = batch.pictures[0].settings["method"]
+                    hint = "try model.dtype=float32 or lower scales"
+                    raise ConfigError(f"{name}: the latents of seeds {bad} are not finite; {hint}")
+                pixels = sdxl.vae.decode(latents).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+                for picture, image in zip(batch.pictures, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                    if picture.path in missing:
+                        images.save_png(Image.fromarray(image), picture.path, picture.settings)
+                        made += 1
+                        bar.update()
+        except KeyboardInterrupt:
+            bar.close()
+            print(f"stopped: {made} of {len(missing)} images made, and kept; the same command resumes", file=sys.stderr)
+            raise
+
+
+def draw(config: GenerateConfig, plan: tuple[Panel, ...], folder: Path, semantic: Mapping[str, Any]) -> Path:
+    """grid.png: a block a panel, rows are seeds (and prompts), columns methods. Left alone if it is this grid already."""
+    path, most = folder / "grid.png", config.grid.rows
+    blocks, cut_off = [], 0
+    for number, panel in enumerate(plan, 1):
+        columns = [picture_paths(folder, plan, number, method) for method in panel.methods]
+        rows, cells = panel.rows[:most], [list(row) for row in zip(*columns, strict=True)][:most]
+        cut_off = max(cut_off, len(panel.rows) - most)
+        captions = [(f"seed {row.seed}", row.prompt) for row in rows]
+        title = panel.title
+        if not title and len({row.prompt for row in rows}) == 1 and rows[0].prompt:
+            title, captions = f"“{rows[0].prompt}”", [(first, "") for first, _ in captions]
+        blocks.append(images.Block(title, tuple(panel.methods), captions, cells))
+    sampling = f"{config.model.name}: {config.sampler.name}, {config.steps} steps, {config.schedule.name} schedule"
+    more = f"; the first {most} rows of more" if cut_off > 0 else ""
+    note = f"{sampling}. Every row starts from one noise; columns differ in guidance alone{more}."
+    title = config.grid.title or config.name
+    texts = [(b.title, b.heads, b.captions) for b in blocks]
+    drawn = runs.digest([VERSION, config.grid, texts, title, note])
+    settings = runs.plain({"run": runs.digest(semantic), "drawn": drawn, "settings": semantic})
+    if images.read_settings(path) != settings:
+        cell = config.grid.cell or images.cell_size(blocks[0].paths[0][0])
+        images.save_png(images.draw_grid(blocks, title, note, cell, config.grid.across), path, settings)
+    return path
+
+
+def written_config(config: GenerateConfig, plan: tuple[Panel, ...], written: Mapping[str, Any] | None) -> str:
+    """config.yaml: every setting in full, prompts included, in a form that generate.py takes back."""
+    from omegaconf import OmegaConf
+
+    values = runs.plain(config)
+    for panel, given in zip(plan, values["panels"] or [values], strict=True):
+        given["prompts"] = list(dict.fromkeys(row.prompt for row in panel.rows))
+    values |= {
+        "out": "runs",
+        "device": "auto",
+        "batch_size": "${model.batch_size}",
+    }  # those are of a call, not of the run
+    return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in (dict(written or {}), values) if part)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _near(path: Path) -> Path:
+    try:
+        return path.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path.resolve()

@@ -1,0 +1,205 @@
+"""From a composed config to the images to be made: which method, which prompt, which seed. Light: no torch."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from segresearch.config import (
+    CFGTerm,
+    GenerateConfig,
+    GuidanceConfig,
+    PAGConfig,
+    PerturbedTerm,
+    RampConfig,
+    Seeds,
+    SEGConfig,
+    conf_dir,
+)
+from segresearch.typed import ConfigError, nearest, typed
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a panel: a prompt ("" is unconditional) and the seed of its noise."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Panel:
+    """rows × methods images; `methods` maps a column's label to its guidance."""
+
+    title: str
+    negative: str | None
+    rows: tuple[Row, ...]
+    methods: dict[str, GuidanceConfig]
+
+
+def settings(config: DictConfig | Mapping[str, Any], sources: Sequence[Path] = ()) -> GenerateConfig:
+    """The typed settings of a composed config: interpolations resolved, names in `compare` replaced by their guidance.
+
+    `sources` are folders searched for guidance/NAME.yaml after which come the project's own. Raises ConfigError.
+    """
+    root = config.copy() if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    OmegaConf.set_struct(root, False)
+    folders = [*sources, conf_dir()]
+    given = OmegaConf.to_container(root, resolve=True)
+    assert isinstance(given, dict)
+    given.pop("hydra", None)
+    panels = given.get("panels")
+    holders = [("", given), *((f"panels.{i}.", p) for i, p in enumerate(panels if isinstance(panels, list) else []))]
+    for at, holder in holders:
+        if isinstance(holder, dict) and isinstance(holder.get("compare"), list):
+            entries = enumerate(holder["compare"])
+            holder["compare"] = [_guidance(entry, root, folders, f"{at}compare.{i}") for i, entry in entries]
+    return typed(GenerateConfig, given)
+
+
+def _guidance(entry: Any, root: DictConfig, folders: Sequence[Path], at: str) -> dict[str, Any]:
+    """One entry of `compare` in full: a name, a list of names (their terms together), or a mapping with overrides.
+
+    The mapping may name one or more under `guidance`.
+    """
+    inline = dict(entry) if isinstance(entry, Mapping) else {"guidance": entry}
+    names = inline.pop("guidance", [])
+    parts = [_named(name, folders, at) for name in ([names] if isinstance(names, str) else names)]
+    holder = root.copy()
+    holder.guidance = OmegaConf.merge(*parts, inline)  # below the root, so that ${model...} resolves
+    whole: Any = OmegaConf.to_container(holder.guidance, resolve=True)
+    return whole
+
+
+def _named(name: str, folders: Sequence[Path], at: str) -> DictConfig:
+    """conf/guidance/NAME.yaml, with the files in its defaults list merged before it."""
+    files = {f.stem: f for folder in reversed(folders) for f in sorted((folder / "guidance").glob("*.yaml"))}
+    if name not in files:
+        choices = ", ".join(sorted(files))
+        raise ConfigError(f"{at}: no guidance {name!r}{nearest(str(name), files)} (choices: {choices})")
+    node = OmegaConf.load(files[name])
+    assert isinstance(node, DictConfig)
+    before = [_named(parent, folders, at) for parent in node.pop("defaults", []) if parent != "_self_"]
+    merged = OmegaConf.merge(*before, node)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def parse_seeds(seeds: Seeds, at: str = "seeds") -> tuple[int, ...]:
+    """5, "0-15", "1,4,7-9" or a list of such, in the order given. Raises ConfigError: not of this form, twice, none."""
+    parts = [p for item in ([seeds] if isinstance(seeds, int | str) else seeds) for p in str(item).split(",")]
+    numbers: list[int] = []
+    for part in parts:
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise ConfigError(f'{at}: {part!r} is not a seed or a rising range; write 3, "0-15", "1,4,7-9" or [1, 4]')
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= 2**63 or last - first >= 1_000_000:
+            raise ConfigError(f"{at}: {part!r}: seeds go up to 2^63 - 1, a range holds at most a million")
+        numbers.extend(range(first, last + 1))
+    if len(set(numbers)) < len(numbers):
+        again = next(n for i, n in enumerate(numbers) if n in numbers[:i])
+        raise ConfigError(f"{at}: seed {again} is given twice")
+    return tuple(numbers)
+
+
+def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts") -> tuple[str, ...]:
+    """A list of prompts as it is; text ending in .txt is a file of one prompt a line; other text is one prompt."""
+    if isinstance(prompts, tuple):
+        found = prompts
+    elif prompts.endswith(".txt"):
+        try:
+            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise ConfigError(f"{at}: cannot read {prompts}: {reason}") from error
+        found = tuple(line.strip() for line in lines if line.strip())
+    else:
+        found = (prompts,)
+    if not found:
+        raise ConfigError(f'{at}: no prompt in {prompts!r}; "" is the one for images without a prompt')
+    return found
+
+
+def panels(config: GenerateConfig) -> tuple[Panel, ...]:
+    """What `config` asks for.
+
+    Without `panels` it is one: the methods of `compare`, then `guidance` if it is not among them.
+    """
+    if config.panels:
+        whole = [
+            dataclasses.replace(
+                config,
+                compare=p.compare,
+                guidance=p.compare[-1] if p.compare else config.guidance,
+                prompts=config.prompts if p.prompts is None else p.prompts,
+                negative=config.negative if p.negative is None else p.negative,
+                seeds=config.seeds if p.seeds is None else p.seeds,
+                pairing=p.pairing or config.pairing,
+            )  # fmt: skip
+            for p in config.panels
+        ]
+        pairs = enumerate(zip(whole, config.panels, strict=True))
+        return tuple(_panel(c, p.title, f"panels.{i}.") for i, (c, p) in pairs)
+    return (_panel(config, "", ""),)
+
+
+def _panel(config: GenerateConfig, title: str, at: str) -> Panel:
+    prompts, seeds = read_prompts(config.prompts, at + "prompts"), parse_seeds(config.seeds, at + "seeds")
+    if config.pairing == "zip":
+        if len(prompts) > len(seeds):
+            counts = f"{len(prompts)} prompts, {len(seeds)} seeds"
+            raise ConfigError(f"{at}pairing: zip gives each seed one prompt, so some would be left: {counts}")
+        rows = [Row(prompts[i % len(prompts)], seed) for i, seed in enumerate(seeds)]
+    else:
+        rows = [Row(prompt, seed) for prompt in prompts for seed in seeds]
+    if len(set(rows)) < len(rows):
+        raise ConfigError(f"{at}prompts: the same prompt is given twice")
+    methods: dict[str, GuidanceConfig] = {}
+    for guidance in (*config.compare, config.guidance):
+        bare = dataclasses.replace(guidance, label=None)
+        if guidance is config.guidance and any(dataclasses.replace(m, label=None) == bare for m in methods.values()):
+            continue
+        name = guidance.label or describe(guidance)
+        if name in methods or slug(name) in map(slug, methods):
+            raise ConfigError(f"{at}compare: two methods are called {name!r}; give one of them a label")
+        methods[name] = guidance
+    return Panel(title, config.negative, tuple(rows), methods)
+
+
+def describe(guidance: GuidanceConfig) -> str:
+    """A short name of a method: "CFG 5 + SEG σ=∞", "SAG 0.75", "vanilla"."""
+    words = []
+    for name, term in guidance.terms.items():
+        if isinstance(term, CFGTerm):
+            words.append(f"CFG {_strength(term.weight)}")
+        else:
+            words.append(_describe_term(name, term))
+    if guidance.sag is not None:
+        words.append(f"SAG {_strength(guidance.sag.scale)}")
+    return " + ".join(words) or "vanilla"
+
+
+def _strength(scale: float | RampConfig) -> str:
+    return f"{scale.start:g}→{scale.stop:g}" if isinstance(scale, RampConfig) else f"{scale:g}"
+
+
+def _describe_term(name: str, term: PerturbedTerm) -> str:
+    p, strength = term.perturbation, _strength(term.scale)
+    if isinstance(p, PAGConfig):
+        return f"PAG {strength}" + (f" τ={p.tau:g}" if p.tau != 1 else "")
+    if isinstance(p, SEGConfig):
+        sigma = "∞" if p.sigma == math.inf else format(p.sigma, "g")
+        return f"SEG {strength} σ={sigma}" + ("" if p.on == "q" else f" ({p.on})")
+    return f"{name} {strength}"
+
+
+def slug(text: str) -> str:
+    """`text` as a file name: "SEG σ=∞" is "seg-sigma-inf"."""
+    spelled = text.lower().replace("σ", "sigma ").replace("τ", "tau ").replace("∞", "inf")
+    return re.sub(r"[^a-z0-9.]+", "-", spelled).strip("-.") or "x"

@@ -1,0 +1,119 @@
+"""Content-addressed run folders: a run's settings name its folder, so the same command again is the resume.
+
+Nothing half-written is ever seen under its final name: files are written beside it and moved into place.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+SAMPLES = 16  # places of 4 KiB read from each weight file for its fingerprint
+EDGE = 1 << 16
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings, sequences and paths as what JSON and YAML can hold; infinities become "inf", "-inf"."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def digest(value: Any) -> str:
+    """12 hex digits that depend on the content of `value` alone, not on the order of mappings."""
+    text = json.dumps(plain(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_folder(out: str | Path, name: str, semantic: Mapping[str, Any]) -> Path:
+    """The folder `out`/`name`/<digest of `semantic`>, made if need be. OSError where it cannot be written."""
+    folder = Path(out) / name / digest(semantic)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(13, "not writable", str(folder))
+    return folder
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, moved onto it at the end of the block; removed if the block fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write `content` to `path` atomically; a file that already holds just that is left alone."""
+    data = content.encode() if isinstance(content, str) else content
+    if path.is_file() and path.read_bytes() == data:
+        return
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def fingerprint(path: str | Path) -> str:
+    """A cheap identity of model weights: 12 hex digits, independent of where they lie. No whole weight file is read.
+
+    Of each safetensors file its name, its size, both ends (so the header's start) and 16 places between; of each
+    JSON or text file of a model folder (configs, vocabularies) everything. FileNotFoundError if there is nothing.
+    """
+    path = Path(path)
+    if path.is_file():
+        files = [path]
+    else:
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.is_file())
+    if not any(f.suffix == ".safetensors" for f in files):
+        raise FileNotFoundError(2, "no safetensors weights here", str(path))
+    total = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        total.update(f"{file.relative_to(path) if file != path else 'file'} {size}\n".encode())
+        with file.open("rb") as stream:
+            if file.suffix != ".safetensors" or size <= 4 * EDGE:
+                total.update(stream.read())
+                continue
+            between = [(size * i // (SAMPLES + 1), 4096) for i in range(1, SAMPLES + 1)]
+            for start, count in [(0, EDGE), (size - EDGE, EDGE), *between]:
+                stream.seek(start)
+                total.update(stream.read(count))
+    return total.hexdigest()[:12]
+
+
+@cache
+def code_version() -> str:
+    """The package's version, and in a git checkout the commit, with "+changed" if tracked files differ from it."""
+    try:
+        release = version("segresearch")
+    except PackageNotFoundError:
+        release = "uninstalled"
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return release
+    try:
+        call = ["git", "-C", str(root)]
+        commit = subprocess.run([*call, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
+        changes = subprocess.run([*call, "diff", "--quiet", "HEAD"], capture_output=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return release
+    if commit.returncode:
+        return release
+    return f"{release}+git.{commit.stdout.strip()}{'+changed' if changes.returncode else ''}"
