@@ -1,4 +1,4 @@
-"""Random, tiny SDXL-shaped models, written by diffusers and transformers in the folder layout, and the same weights in one file.
+"""Random, tiny SDXL-shaped models, written by diffusers in the folder layout, and the same weights in one file.
 
 Heads are 64 channels wide as in SDXL, so that the sizes of the single file can be read from its shapes.
 """
@@ -27,7 +27,9 @@ def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> CLIPTokenizer:
     extra = [b for b in range(256) if b not in printable]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(extra))]
     merges = [("r", "e"), ("re", "d</w>"), ("c", "u")]
-    tokens = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = (
+        letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    )
     assert len(tokens) == VOCABULARY
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
@@ -139,7 +141,9 @@ def to_original(weights: dict[str, Tensor], sources: dict[str, Source]) -> dict[
     return out | {name: torch.cat([parts[i] for i in range(3)]) for name, parts in thirds.items()}
 
 
-def write_single(file: Path, pipeline: StableDiffusionXLPipeline, dtype: torch.dtype = torch.float32, **more: Tensor) -> Path:
+def write_single(
+    file: Path, pipeline: StableDiffusionXLPipeline, dtype: torch.dtype = torch.float32, **more: Tensor
+) -> Path:
     """The pipeline in one file in the original layout, with `more` keys beside it."""
     save_file({k: v.to(dtype).contiguous() for k, v in (original_layout(pipeline) | more).items()}, file)
     return file

@@ -33,8 +33,8 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "VAE", "SDXL", "Attend", "CheckpointError", "Cond", "Control", "Denoiser", "Fork", "Heads", "Site", "TextEncoders", "UNet",
-    "UNetConfig", "VAEConfig", "load_sdxl", "sdpa",
+    "VAE", "SDXL", "Attend", "CheckpointError", "Cond", "Control", "Denoiser", "Fork", "Heads", "Site", "TextEncoders",
+    "UNet", "UNetConfig", "VAEConfig", "load_sdxl", "sdpa",
 ]  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Reading safetensors into modules that were built on the meta device: strictly, and with little memory.
 
-A file is read with plain reads at the offsets that its header names, not memory-mapped: mapped pages count as the process's
-memory beside the copy. Each tensor is read straight into its place, or through a small buffer where the dtype or the
-device differs, so the peak while loading is the weights themselves and one buffer.
+A file is read with plain reads at the offsets that its header names, not memory-mapped: mapped pages count as the
+process's memory beside the copy. Each tensor is read straight into its place, or through a small buffer where the dtype
+or the device differs, so the peak while loading is the weights themselves and one buffer.
 """
 
 import json
@@ -59,7 +59,7 @@ def refuse_pickle(path: Path) -> None:
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
             f"{path}: pickle checkpoints can run code when opened and are refused: convert it to .safetensors "
-            "(with the exporter of its trainer, or load it once where you trust it and save it by safetensors.torch.save_file)"
+            "(where you trust its origin, load it once and save its tensors with safetensors.torch.save_file)"
         )
 
 
@@ -177,8 +177,9 @@ def fill(
     """Fills a module that lies on the meta device with stored weights, frozen and in eval mode.
 
     sources names the stored tensor of each parameter; without it the names are equal. Every parameter must be found and
-    every tensor used, except bookkeeping such as position_ids; 1×1 convolutions and linear layers may stand for each other.
-    Raises CheckpointError, naming the first few keys; nothing is read before all keys and shapes are known to fit.
+    every tensor used, except bookkeeping such as position_ids; 1×1 convolutions and linear layers may stand for each
+    other. Raises CheckpointError, naming the first few keys; nothing is read before all keys and shapes are known to
+    fit.
     """
     wanted = {k: tuple(v.shape) for k, v in module.state_dict().items()}
     sources = {k: Source(k) for k in wanted} if sources is None else sources
@@ -221,7 +222,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _read(file: BinaryIO, entry: Entry, dtype: torch.dtype, device: torch.device, buffer: Tensor) -> Tensor:
-    """One tensor in the wanted dtype on the wanted device; the stored bytes go through the buffer where either differs."""
+    """One tensor in the wanted dtype on the wanted device; bytes go through the buffer where either differs."""
     stored = _DTYPES[entry.dtype]
     out = torch.empty(entry.shape, dtype=dtype, device=device)
     flat = out.view(-1)
@@ -239,7 +240,7 @@ def _read(file: BinaryIO, entry: Entry, dtype: torch.dtype, device: torch.device
 
 
 def _fill_bytes(file: BinaryIO, raw: Tensor, entry: Entry) -> None:
-    view = memoryview(raw.numpy())
+    view = memoryview(raw.numpy().data)
     while len(view):
         count = os.readv(file.fileno(), [view[: 2**30]])
         if count == 0:

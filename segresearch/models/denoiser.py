@@ -18,9 +18,9 @@ PREDICTIONS = ("epsilon", "v_prediction")
 def alphas_cumprod(config: Mapping[str, Any]) -> Float[Tensor, " steps"]:
     """ᾱ_t of the training schedule in float64, from a diffusers `scheduler_config.json`; missing values are SDXL's.
 
-    With rescale_betas_zero_snr the betas are shifted as in arXiv 2305.08891, algorithm 1, so that ᾱ ends at 0. σ would be infinite
-    there, so the last ᾱ is 2⁻²⁴ (σ = 4096, as in diffusers); this needs v-prediction, since eps says nothing at zero signal.
-    Raises ValueError, naming key and value, for a schedule that is not supported.
+    With rescale_betas_zero_snr the betas are shifted as in arXiv 2305.08891, algorithm 1, so that ᾱ ends at 0. σ would
+    be infinite there, so the last ᾱ is 2⁻²⁴ (σ = 4096, as in diffusers); this needs v-prediction, since eps says
+    nothing at zero signal. Raises ValueError, naming key and value, for a schedule that is not supported.
     """
     start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
     steps, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "scaled_linear")
@@ -42,8 +42,9 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Float[Tensor, " steps"]:
     if config.get("rescale_betas_zero_snr"):
         if config.get("prediction_type", "epsilon") != "v_prediction":
             raise ValueError(
-                "scheduler config: rescale_betas_zero_snr=true makes the largest sigma infinite, where an eps-prediction says "
-                "nothing: set prediction_type to v_prediction if the model was trained so, else rescale_betas_zero_snr to false"
+                "scheduler config: rescale_betas_zero_snr=true makes the largest sigma infinite, where an "
+                "eps-prediction says nothing: set prediction_type to v_prediction if the model was trained so, else "
+                "rescale_betas_zero_snr to false"
             )
         roots = alphas.sqrt()
         alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
@@ -51,7 +52,7 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Float[Tensor, " steps"]:
     return alphas
 
 
-class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):
+class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[misc]
     """A UNet under k-diffusion's contract: x is signal + sigma · unit noise, the result is the estimate of the signal.
 
     x, sigma and the result are fp32 (fp64 stays fp64); the network runs in its own dtype. With z = x/√(σ²+1):
@@ -69,7 +70,7 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):
         if not ((alphas_cumprod > 0) & (alphas_cumprod < 1)).all():
             raise ValueError("alphas_cumprod must lie strictly between 0 and 1: at 0 sigma is infinite, at 1 it is 0")
         super().__init__(unet, alphas_cumprod.double(), quantize=False)
-        self.sigmas = self.sigmas.float()
+        self.sigmas: Tensor = self.sigmas.float()
         self.log_sigmas = (
             self.sigmas.double().log()
         )  # of the rounded sigmas, so that each of them gives its integer t exactly
@@ -109,7 +110,7 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):
         control: Control | None = None,
         fork: Fork | None = None,
     ) -> Float[Tensor, "rows_out c h w"]:
-        """Denoised x at noise level sigma. With a fork the result has the rows of `fork.index`, x and sigma copied along it."""
+        """Denoised x at noise level sigma; with a fork it has the rows of `fork.index`, x and sigma copied along."""
         out = self._network(x, sigma, cond=cond, attend=attend, control=control, fork=fork)
         if fork is not None:
             x, sigma = x[fork.index], sigma[fork.index]  # rows -> rows_out

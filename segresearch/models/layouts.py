@@ -1,8 +1,8 @@
-"""The two layouts on disk: what a folder or a file holds, told apart from everything that is not SDXL, and laid out for loading."""
+"""The two layouts on disk, a folder and a single file: told apart from what is not SDXL, and laid out for loading."""
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,11 @@ from segresearch.models.text import TOKENIZERS, load_tokenizer
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.models.vae import VAE, VAEConfig
 
-_CLASSES = (CLIPTextModel, CLIPTextModelWithProjection)
-
 
 @dataclass(frozen=True)
-class Component:
-    """A network still on the meta device, and where its weights lie."""
+class Weights:
+    """Where the weights of one network lie; sources as in `checkpoint.fill`."""
 
-    module: nn.Module
     entries: Mapping[str, Entry]
     sources: Mapping[str, Source] | None
     what: str
@@ -40,11 +37,12 @@ class Component:
 
 @dataclass(frozen=True)
 class Parts:
-    """The four networks and the facts beside them."""
+    """The networks, still on the meta device, their weights (unet, vae, encoders), and the facts beside them."""
 
-    unet: Component
-    vae: Component
-    text: tuple[Component, Component]
+    unet: UNet
+    vae: VAE
+    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+    weights: tuple[Weights, Weights, Weights, Weights]
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     scheduler: Mapping[str, Any]
     zero_negative: bool
@@ -71,45 +69,49 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     return load_tokenizer(folder)
 
 
-def _text_model(which: int, config: Mapping[str, Any]) -> nn.Module:
-    with torch.device("meta"):
-        return _CLASSES[which](CLIPTextConfig.from_dict(dict(config)))
-
-
-def _network(kind: type, config_class: type, config: Mapping[str, Any], where: str) -> nn.Module:
-    """A UNet or VAE on the meta device; a config that is not supported becomes one line with its file."""
+def _on_meta(
+    unet: Mapping[str, Any], vae: Mapping[str, Any], first: Mapping[str, Any], second: Mapping[str, Any], where: str
+) -> tuple[UNet, VAE, tuple[CLIPTextModel, CLIPTextModelWithProjection]]:
+    """The networks of the configs, without weights; a config that is not supported becomes one line with its place."""
     try:
         with torch.device("meta"):
-            return kind(config_class.from_dict(config))
-    except CheckpointError:
-        raise
+            texts = (
+                CLIPTextModel(CLIPTextConfig.from_dict(dict(first))),
+                CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(second))),
+            )
+            return UNet(UNetConfig.from_dict(unet)), VAE(VAEConfig.from_dict(vae)), texts
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise CheckpointError(f"{where}: {' '.join(str(error).split())}") from error
 
 
-# --- the folder layout -------------------------------------------------------------------------------------------------
+# --- the folder layout ----------------------------------------------------------------------------
 
 
 def from_folder(folder: Path, variant: str | None) -> Parts:
     index = _pipeline_index(folder)
-    unet = _network(UNet, UNetConfig, _json(folder / "unet" / "config.json"), str(folder / "unet"))
-    vae_config = _json(folder / "vae" / "config.json")
-    vae = _network(VAE, VAEConfig, vae_config, str(folder / "vae"))
+    configs = [_json(folder / name / "config.json") for name in ("unet", "vae", "text_encoder", "text_encoder_2")]
+    unet, vae, encoders = _on_meta(configs[0], configs[1], configs[2], configs[3], str(folder))
     texts = []
-    for which, name in enumerate(("text_encoder", "text_encoder_2")):
-        module = _text_model(which, _json(folder / name / "config.json"))
+    for module, name in zip(encoders, ("text_encoder", "text_encoder_2"), strict=True):
         entries = open_weights(folder / name, "model", variant)
-        texts.append(Component(module, entries, _covering(module, entries), name))
+        texts.append(Weights(entries, _covering(module, entries), name))
     vae_entries = {_modern(k): e for k, e in open_weights(folder / "vae", "diffusion_pytorch_model", variant).items()}
+    weights = (
+        Weights(open_weights(folder / "unet", "diffusion_pytorch_model", variant), None, "unet"),
+        Weights(vae_entries, None, "vae"),
+        texts[0],
+        texts[1],
+    )
     scheduler = folder / "scheduler" / "scheduler_config.json"
     return Parts(
-        Component(unet, open_weights(folder / "unet", "diffusion_pytorch_model", variant), None, "unet"),
-        Component(vae, vae_entries, None, "vae"),
-        (texts[0], texts[1]),
+        unet,
+        vae,
+        encoders,
+        weights,
         (_tokenizer(folder / "tokenizer"), _tokenizer(folder / "tokenizer_2")),
         _json(scheduler) if scheduler.is_file() else {},
         bool(index.get("force_zeros_for_empty_prompt", True)),
-        bool(vae_config.get("force_upcast", True)),
+        bool(configs[1].get("force_upcast", True)),
     )
 
 
@@ -164,7 +166,7 @@ def _pipeline_index(folder: Path) -> dict[str, Any]:
 
 
 def _covering(module: nn.Module, entries: Mapping[str, Entry]) -> dict[str, Source]:
-    """Text encoder keys as the file writes them: transformers 5.6 dropped the `text_model.` in front of CLIPTextModel's names."""
+    """Text encoder keys as the file writes them: transformers 5.6 dropped `text_model.` from CLIPTextModel's names."""
     keys = list(module.state_dict())
     prefix = "text_model."
     layouts = (lambda k: k, lambda k: prefix + k, lambda k: k.removeprefix(prefix))
@@ -179,7 +181,7 @@ def _modern(key: str) -> str:
     return f"{old[1]}.{names[old[2]]}.{old[3]}" if old else key
 
 
-# --- the single file ---------------------------------------------------------------------------------------------------
+# --- the single file ------------------------------------------------------------------------------
 
 
 def from_file(path: Path, config: Path | None, tokenizer: Path | None) -> Parts:
@@ -188,10 +190,7 @@ def from_file(path: Path, config: Path | None, tokenizer: Path | None) -> Parts:
     if config is not None and not config.is_dir():
         raise CheckpointError(f"config={str(config)!r}: no such folder")
 
-    def below(prefix: str) -> dict[str, Entry]:
-        return {k: e for k, e in entries.items() if k.startswith(prefix)}
-
-    def sized(prefix: str, part: str, infer: Any) -> dict[str, Any]:
+    def sized(prefix: str, part: str, infer: Callable[[singlefile.Shapes], dict[str, Any]]) -> dict[str, Any]:
         given = config / part / "config.json" if config else None
         if given is not None and given.is_file():
             return _json(given)
@@ -210,34 +209,33 @@ def from_file(path: Path, config: Path | None, tokenizer: Path | None) -> Parts:
     second = sized(singlefile.OPEN_CLIP, "text_encoder_2", singlefile.open_clip_config)
     pooled = second["projection_dim"]
     unet_config = sized(singlefile.UNET, "unet", lambda shapes: singlefile.unet_config(shapes, pooled))
-    unet = _network(UNet, UNetConfig, unet_config, str(path))
     vae_config = sized(singlefile.VAE, "vae", singlefile.vae_config)
-    vae = _network(VAE, VAEConfig, vae_config, str(path))
-    maps = (
-        (unet, singlefile.unet_map(unet.config), singlefile.UNET),
-        (vae, singlefile.vae_map(len(vae.config.block_out_channels)), singlefile.VAE),
-        (_text_model(0, first), singlefile.clip_map, singlefile.CLIP),
-        (_text_model(1, second), singlefile.open_clip_map, singlefile.OPEN_CLIP),
-    )
-    unet_part, vae_part, *texts = (
-        Component(module, below(prefix), {k: source(k) for k in module.state_dict()}, prefix + "*")
-        for module, source, prefix in maps
-    )
+    unet, vae, encoders = _on_meta(unet_config, vae_config, first, second, where=str(path))
+
+    def weights(module: nn.Module, source: Callable[[str], Source], prefix: str) -> Weights:
+        part = {k: e for k, e in entries.items() if k.startswith(prefix)}
+        return Weights(part, {k: source(k) for k in module.state_dict()}, prefix + "*")
+
+    index = config / "model_index.json" if config else None
     return Parts(
-        unet_part,
-        vae_part,
-        (texts[0], texts[1]),
+        unet,
+        vae,
+        encoders,
+        (
+            weights(unet, singlefile.unet_map(unet.config), singlefile.UNET),
+            weights(vae, singlefile.vae_map(len(vae.config.block_out_channels)), singlefile.VAE),
+            weights(encoders[0], singlefile.clip_map, singlefile.CLIP),
+            weights(encoders[1], singlefile.open_clip_map, singlefile.OPEN_CLIP),
+        ),
         _file_tokenizers(tokenizer, config),
         _file_scheduler(entries, metadata, config),
-        bool(_json(config / "model_index.json").get("force_zeros_for_empty_prompt", True))
-        if config and (config / "model_index.json").is_file()
-        else True,
+        bool((_json(index) if index and index.is_file() else {}).get("force_zeros_for_empty_prompt", True)),
         bool(vae_config.get("force_upcast", True)),
     )
 
 
 def _file_scheduler(entries: Mapping[str, Entry], metadata: Mapping[str, str], config: Path | None) -> dict[str, Any]:
-    """The noise schedule: of the config folder, else SDXL's with what the file says of itself (keys v_pred and ztsnr)."""
+    """The noise schedule: of the config folder, else SDXL's and what the file says (keys v_pred and ztsnr)."""
     given = config / "scheduler" / "scheduler_config.json" if config else None
     if given is not None and given.is_file():
         return _json(given)
@@ -262,8 +260,9 @@ def _file_tokenizers(tokenizer: Path | None, config: Path | None) -> tuple[CLIPT
         found = [Path(c).parent for c in cached if isinstance(c, str)]
         if not found:
             raise CheckpointError(
-                "a single file brings no tokenizer and none is in the local cache: pass tokenizer=<folder with vocab.json and "
-                f'merges.txt>, or fetch it once with: hf download {TOKENIZERS[0]} --include "*.json" "*.txt"'
+                "a single file brings no tokenizer and none is in the local cache: pass "
+                "tokenizer=<folder with vocab.json and merges.txt>, "
+                f'or fetch it once with: hf download {TOKENIZERS[0]} --include "*.json" "*.txt"'
             )
         first, second = _tokenizer(found[0]), _tokenizer(found[-1])
     second.pad_token = second.convert_ids_to_tokens(0)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,9 +70,10 @@ class SDXL:
         """{"cond": ..., "uncond": ...}, one row a prompt, in the UNet's dtype and on its device.
 
         negative: one text for all rows or one a row; None means zeros where the model says so (SDXL does), else "".
-        size: (height, width) in pixels, default `default_size`; both the original and the target size of the picture, uncropped.
-        clip_skip: as in diffusers, for the prompts only. A prompt "" is encoded like any other: that is what
-        "unconditional" means. Raises ValueError for an empty list, a bare string, unequal lengths or a size that does not fit.
+        size: (height, width) in pixels, default `default_size`; both the original and the target size of the picture,
+        uncropped. clip_skip: as in diffusers, for the prompts only. A prompt "" is encoded like any other: that is what
+        "unconditional" means. Raises ValueError for an empty list, a bare string, unequal lengths or a size that does
+        not fit.
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts must be a list of strings, not the string {prompts!r}: write [{prompts!r}]")
@@ -111,12 +113,14 @@ def load_sdxl(
     tokenizer: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
 ) -> SDXL:
-    """An SDXL from a diffusers folder, a single .safetensors file in the original layout, "mini", or a hub id in the local cache.
+    """An SDXL from a diffusers folder, a single .safetensors file in the original layout, "mini", or a hub id in the
+    local cache.
 
-    variant: of the weights in a folder, e.g. "fp16"; None takes the plain files, else the fp16 variant if only that is there.
-    config: for a single file, a folder with the configs of the diffusers layout (all or some: unet/config.json, vae/config.json,
-        text_encoder/config.json, text_encoder_2/config.json, scheduler/scheduler_config.json, model_index.json, tokenizers),
-        where the shapes do not tell the sizes (heads that are not 64 wide, another number of groups).
+    variant: of the weights in a folder, e.g. "fp16"; None takes the plain files, else the fp16 variant if only that is
+    there. config: for a single file, a folder with the configs of the diffusers layout (all or some: unet/config.json,
+    vae/config.json,
+        text_encoder/config.json, text_encoder_2/config.json, scheduler/scheduler_config.json, model_index.json,
+        tokenizers), where the shapes do not tell the sizes (heads that are not 64 wide, another number of groups).
     tokenizer: for a single file, a folder with tokenizer/ and tokenizer_2/, or with one tokenizer for both encoders;
         None takes them from `config` or the local transformers cache.
     vae_dtype: None is `dtype`, but float32 for a VAE that overflows in float16 (SDXL's own; config force_upcast).
@@ -144,30 +148,26 @@ def load_sdxl(
 def _built(parts: Parts, name: str, dtype: torch.dtype, device: torch.device, vae_dtype: torch.dtype | None) -> SDXL:
     if vae_dtype is None:
         vae_dtype = torch.float32 if dtype == torch.float16 and parts.force_upcast else dtype
-    unet, vae = parts.unet.module, parts.vae.module
-    encoders = tuple(p.module for p in parts.text)
-    assert isinstance(unet, UNet) and isinstance(vae, VAE)
-    text = TextEncoders(parts.tokenizers, encoders)
+    unet, vae, text = parts.unet, parts.vae, TextEncoders(parts.tokenizers, parts.encoders)
     _agree(unet, vae, text)
-    betas = alphas_cumprod(parts.scheduler).to(device)
-    for part in (parts.unet, *parts.text, parts.vae):
-        fill(
-            part.module,
-            part.entries,
-            part.sources,
-            what=part.what,
-            device=device,
-            dtype=vae_dtype if part.module is vae else dtype,
-        )
-    for encoder in encoders:  # the one buffer that checkpoints do not hold
-        embeddings = getattr(encoder, "text_model", encoder).embeddings
+    scheduler = parts.scheduler
+    denoiser = Denoiser(
+        unet,
+        alphas_cumprod(scheduler).to(device),
+        scheduler.get("prediction_type", "epsilon"),
+        int(scheduler.get("steps_offset", 1)),
+    )
+    modules = (unet, vae, *text.encoders)
+    for module, w in zip(modules, parts.weights, strict=True):
+        own = vae_dtype if module is vae else dtype
+        fill(module, w.entries, w.sources, dtype=own, device=device, what=w.what)
+    for encoder in text.encoders:  # position_ids, the one buffer that checkpoints do not hold
+        embeddings: Any = getattr(encoder, "text_model", encoder).embeddings
         embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=device)[None]
-    for module in (unet, vae, *encoders):
+    for module in modules:
         assert not any(b.is_meta for b in module.buffers()), (
             f"a buffer of {type(module).__name__} was left on the meta device"
         )
-    prediction = parts.scheduler.get("prediction_type", "epsilon")
-    denoiser = Denoiser(unet, betas, prediction, int(parts.scheduler.get("steps_offset", 1)))
     return SDXL(unet, vae, text, denoiser, name, parts.zero_negative)
 
 
@@ -181,8 +181,8 @@ def _agree(unet: UNet, vae: VAE, text: TextEncoders) -> None:
     )
     if c.in_channels != c.out_channels:
         raise CheckpointError(
-            f"the UNet has {c.in_channels} input channels for {c.out_channels} of output: an inpainting or editing model, not "
-            "supported; give a text-to-image SDXL"
+            f"the UNet has {c.in_channels} input channels for {c.out_channels} of output: an "
+            "inpainting or editing model, not supported; give a text-to-image SDXL"
         )
     for what, one, a, other, b in facts:
         if a != b:
@@ -208,8 +208,8 @@ def _located(path_or_name: str | Path) -> Path:
         if isinstance(cached, str):
             return Path(cached).parent
         raise CheckpointError(
-            f"{name!r} is neither a path nor a complete model in the local cache ({constants.HF_HUB_CACHE}); fetch it once with: "
-            f'hf download {name} --include "*.json" "*.txt" "*.fp16.safetensors"'
+            f"{name!r} is neither a path nor a complete model in the local cache ({constants.HF_HUB_CACHE}); fetch "
+            f'it once with: hf download {name} --include "*.json" "*.txt" "*.fp16.safetensors"'
         )
     refuse_pickle(path)
     raise CheckpointError(

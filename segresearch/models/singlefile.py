@@ -2,11 +2,12 @@
 
     model.diffusion_model.*                            UNet: input_blocks, middle_block, output_blocks, counted through
     conditioner.embedders.0.transformer.text_model.*   CLIP text encoder, names as in transformers
-    conditioner.embedders.1.model.*                    OpenCLIP text encoder: q, k, v in one in_proj, projection transposed
-    first_stage_model.*                                VAE: decoder levels counted from the finest, attention as 1×1 convolutions
+    conditioner.embedders.1.model.*                    OpenCLIP text encoder: q, k, v in one in_proj, projection
+    transposed first_stage_model.*                                VAE: decoder levels counted from the finest, attention
+    as 1×1 convolutions
 
-Sizes are read from the shapes. What shapes cannot tell is SDXL's rule: 64 channels a head, 32 groups, VAE scaling 0.13025,
-quick_gelu in the first text encoder and gelu in the second; a folder of configs overrides it.
+Sizes are read from the shapes. What shapes cannot tell is SDXL's rule: 64 channels a head, 32 groups, VAE scaling
+0.13025, quick_gelu in the first text encoder and gelu in the second; a folder of configs overrides it.
 """
 
 import re
@@ -63,7 +64,7 @@ def refuse_others(entries: Mapping[str, Entry], where: str) -> None:
         raise CheckpointError(f"{where}: the {name} is missing (no {prefix}* keys); {hint}")
 
 
-# --- sizes from shapes -------------------------------------------------------------------------------------------------
+# --- sizes from shapes ----------------------------------------------------------------------------
 
 
 def _span(shapes: Shapes, pattern: str) -> int:
@@ -73,7 +74,7 @@ def _span(shapes: Shapes, pattern: str) -> int:
 
 
 def unet_config(shapes: Shapes, pooled: int) -> dict[str, Any]:
-    """A diffusers `unet/config.json` from the shapes below `model.diffusion_model.`, with `pooled` the width of the pooled text."""
+    """A diffusers `unet/config.json` from the shapes below `model.diffusion_model.`; pooled: its text width."""
     inputs = _span(shapes, r"input_blocks\.(\d+)\.")
     downs = [i for i in range(inputs) if f"input_blocks.{i}.0.op.weight" in shapes]
     starts, ends = [1, *(i + 1 for i in downs)], [*downs, inputs]
@@ -151,7 +152,7 @@ def open_clip_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-# --- the key map: folder layout -> original layout ---------------------------------------------------------------------
+# --- the key map: folder layout -> original layout ------------------------------------------------
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -216,7 +217,7 @@ def unet_map(config: UNetConfig) -> Callable[[str], Source]:
 
 
 def vae_map(levels: int) -> Callable[[str], Source]:
-    """From a VAE key of the folder layout to the original one; the decoder's levels are counted from the finest there."""
+    """From a VAE key of the folder layout to the original one; there the decoder counts levels from the finest."""
 
     def source(key: str) -> Source:
         side, _, rest = key.partition(".")

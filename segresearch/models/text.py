@@ -15,7 +15,7 @@ TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-3
 
 @dataclass(frozen=True)
 class TextEncoders:
-    """Both encoders and their tokenizers. Texts are padded and cut to `length` tokens, begin and end tokens included."""
+    """Both encoders and their tokenizers. Texts are padded and cut to `length` tokens, begin and end included."""
 
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
@@ -40,7 +40,7 @@ class TextEncoders:
         return min(e.config.num_hidden_layers for e in self.encoders)
 
     def tokens(self, texts: Sequence[str], which: int) -> Int[Tensor, "rows text"]:
-        """Token ids by tokenizer 0 or 1, padded and cut to `length`; warns of a text that is cut, naming what is lost."""
+        """Token ids by tokenizer 0 or 1, padded and cut to `length`; warns of a text that is cut, naming the loss."""
         tokenizer = self.tokenizers[which]
         every = tokenizer(list(texts)).input_ids
         for ids in every:
@@ -59,7 +59,8 @@ class TextEncoders:
     def encode(
         self, texts: Sequence[str], clip_skip: int | None = None
     ) -> tuple[Float[Tensor, "rows text dim"], Float[Tensor, "rows pooled"]]:
-        """Hidden states before the last layer of both encoders, side by side, and the projected end-of-text state of the second.
+        """Hidden states before the last layer of both encoders, side by side, and the projected end-of-text state of
+        the second.
 
         clip_skip leaves out that many more layers, as diffusers counts (None and 0: the penultimate states); the pooled
         vector does not depend on it. Computed in the encoders' dtype. Raises ValueError for a clip_skip out of range.
