@@ -1,0 +1,147 @@
+"""What the training scripts share: keyed randomness, learning rate, averaged weights, checkpoints and the loss log.
+
+A training is a function of (seed, step): batch n and its noise are drawn from generators made for step n, so a run that was
+interrupted and resumed from its checkpoint ends at the same weights as one that was not.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Write a file under a temporary name, then put it in place: a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def generator(*key: int) -> torch.Generator:
+    """A generator of its own for a key, such as (seed, stream, step)."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+def batch_indices(count: int, batch: int, step: int, seed: int) -> Tensor:
+    """Indices of batch `step`: epochs are keyed permutations of range(count), the remainder of an epoch is left out."""
+    epoch, at = divmod(step, count // batch)
+    return torch.randperm(count, generator=generator(seed, 101, epoch))[at * batch : (at + 1) * batch]
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.0, hold: float = 0.0) -> float:
+    """Linear warm-up, constant for the fraction `hold` of the run, then a half cosine down to floor · peak at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    start = max(warmup, int(hold * steps))
+    if step < start:
+        return peak
+    progress = min(1.0, (step - start) / max(1, steps - start))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Average:
+    """Exponential moving average of the weights, with a decay that grows from 0 to `decay` as (1 + n) / (10 + n)."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        mine, theirs = list(self.weights.values()), [v.detach() for v in model.state_dict().values()]
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train. stop: end the process early at this step (the schedule still runs to `steps`); minutes: likewise by time."""
+
+    steps: int
+    peak: float = 1e-3
+    warmup: int = 200
+    floor: float = 0.0
+    hold: float = 0.0
+    decay: float = 0.999
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0
+    save_every: int = 500
+    log_every: int = 50
+    stop: int | None = None
+    minutes: float | None = None
+
+
+def train(
+    folder: Path,
+    model: nn.Module,
+    loss_of: Callable[[int], tuple[Tensor, Mapping[str, float]]],
+    plan: Plan,
+    facts: Mapping[str, Any],
+    at_save: Callable[[int, Mapping[str, Tensor]], None] | None = None,
+) -> dict[str, Tensor]:
+    """Train `model` on loss_of(step) -> (loss, things to log); returns the averaged weights.
+
+    <folder>/checkpoint.pt holds the newest state and is resumed from; <folder>/loss.jsonl has one line every log_every steps.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=plan.peak, betas=plan.betas, fused=True)
+    average = Average(model, plan.decay)
+    checkpoint, log, start, spent = folder / "checkpoint.pt", folder / "loss.jsonl", 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.weights = state["average"]
+        start, spent = state["step"], state["seconds"]
+    lines = [line for line in log.read_text().splitlines() if json.loads(line).get("step", 0) <= start] if log.exists() else []
+    lines.append(json.dumps({"step": start, "facts": {**facts, "plan": vars(plan), "threads": torch.get_num_threads()}}))
+    replace_file(log, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()) and None)
+    sums: dict[str, float] = {}
+    began, mark, last = time.monotonic(), time.monotonic(), start
+    stop = min(plan.steps, plan.stop if plan.stop is not None else plan.steps)
+    model.train()
+    for step in range(start, stop):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, plan.steps, plan.peak, plan.warmup, plan.floor, plan.hold)
+        loss, values = loss_of(step)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(model, step)
+        for key, value in {"loss": loss.item(), "norm": norm.item(), **values}.items():
+            sums[key] = sums.get(key, 0.0) + value
+        now, done = time.monotonic(), step + 1
+        if done % plan.log_every == 0 or done == stop:
+            n = done - last
+            line = {"step": done, **{k: round(v / n, 6) for k, v in sums.items()}}
+            line |= {"lr": round(optimizer.param_groups[0]["lr"], 8), "seconds": round(spent + now - began, 1)}
+            line["steps_per_second"] = round(n / (now - mark), 3)
+            with open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            sums, mark, last = {}, now, done
+        out_of_time = plan.minutes is not None and now - began > 60 * plan.minutes
+        if done % plan.save_every == 0 or done == stop or out_of_time:
+            state = {"step": done, "seconds": spent + now - began, "model": model.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "average": average.weights}
+            replace_file(checkpoint, lambda file, state=state: torch.save(state, file))
+            if at_save is not None:
+                at_save(done, average.weights)
+        if out_of_time:
+            break
+    return average.weights

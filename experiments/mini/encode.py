@@ -1,0 +1,65 @@
+"""Pre-encode what does not change while the CLIPs and the UNet train, shard by shard; shards that exist are kept.
+
+    python -m experiments.mini.encode tokens     # <shard>.npy: uint16 (variants, scenes, 48), caption variants by tokenizer 1
+    python -m experiments.mini.encode latents    # <shard>.npy: fp16 (scenes, 4, 16, 16), scaled latents of the trained VAE
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiments.mini.common import replace_file
+from experiments.mini.render import SHARD, shard_path
+from experiments.mini.tokenizer import load_tokenizer, tokenize
+from experiments.mini.train_vae import load_vae
+from segresearch.data.scenes import captions
+
+
+def load_shards(folder: Path, count: int, axis: int) -> torch.Tensor:
+    """The first `count` scenes of tokens (axis 1) or latents (axis 0), in memory."""
+    paths = [shard_path(folder, k) for k in range(-(-count // SHARD))]
+    missing = [p.name for p in paths if not p.exists()]
+    if missing:
+        raise ValueError(f"{folder}: shards {missing[0]} … ({len(missing)} in all) are missing: run experiments.mini.encode")
+    whole = np.concatenate([np.load(p) for p in paths], axis=axis)
+    return torch.from_numpy(whole).narrow(axis, 0, count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tokens", "latents"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of scenes/, tokenizers/, vae/")
+    parser.add_argument("--shards", type=int, default=40)
+    parser.add_argument("--variants", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes")
+    parser.add_argument("--part", default="0/1", help="k/n: only shards k, k + n, ...")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    out = args.runs / args.what
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(args.runs / "tokenizers" / "tokenizer") if args.what == "tokens" else None
+    vae = load_vae(args.runs / "vae" / "vae.pt")[0] if args.what == "latents" else None
+    k, n = map(int, args.part.split("/"))
+    for shard in range(k, args.shards, n):
+        path = shard_path(out, shard)
+        if path.exists():
+            continue
+        if tokenizer is not None:
+            index = range(shard * SHARD, (shard + 1) * SHARD)
+            texts = [captions(index, seed=args.seed, variant=v) for v in range(args.variants)]
+            array = torch.stack([tokenize(tokenizer, t) for t in texts]).numpy().astype(np.uint16)
+        else:
+            assert vae is not None
+            images = torch.from_numpy(np.load(shard_path(args.runs / "scenes", shard)))
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                parts = [vae.encode(part.float() / 127.5 - 1) for part in images.split(128)]
+            array = torch.cat(parts).half().numpy()
+        replace_file(path, lambda file, array=array: np.save(file, array))
+        print(path, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Train mini's autoencoder on the scenes, then fix its latent scale: scaling_factor = 1 / std of the latents.
+
+    python -m experiments.mini.train_vae
+
+Loss: L1 + gradient weight · L1 of the horizontal and vertical differences at two scales + kl weight · KL to the unit Gaussian
+(means over elements; the KL is small, so that the latents are smooth, not so large that it costs sharpness). Writes
+<out>/checkpoint.pt, loss.jsonl, vae.pt ({"config", "weights", "measured"}).
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments.mini.common import Plan, batch_indices, generator, replace_file, train
+from experiments.mini.render import SHARD, open_images, take
+from segresearch.data.scenes import scenes
+from segresearch.models.vae import VAE, VAEConfig
+
+HELD_OUT = 10_000_000  # scenes from this index on are never trained on
+
+CONFIG: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [16, 48, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "force_upcast": False,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_add_attention": False,
+    "norm_num_groups": 8,
+    "out_channels": 3,
+    "sample_size": 64,
+    "scaling_factor": 1.0,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, gradient: float) -> Tensor:
+    """L1 of the pixels and, times `gradient`, of their differences along x and y at full and at half size."""
+    loss = F.l1_loss(output, target)
+    for scale in (1, 2):
+        a, b = (F.avg_pool2d(z, scale) if scale > 1 else z for z in (output, target))
+        loss = loss + gradient * (F.l1_loss(a.diff(dim=-1), b.diff(dim=-1)) + F.l1_loss(a.diff(dim=-2), b.diff(dim=-2)))
+    return loss
+
+
+@torch.no_grad()
+def measure(vae: VAE, count: int = 512) -> dict[str, Any]:
+    """On held-out scenes: std and mean of the raw latents, PSNR (dB, of peak 1) and mean absolute error (of 255)."""
+    images = scenes(range(HELD_OUT, HELD_OUT + count)).images.float() / 127.5 - 1
+    mean, logvar = vae.moments(images)
+    decoded = vae.decode(vae.encode(images)).clamp(-1, 1)
+    error = (decoded - images) / 2
+    return {
+        "latent_std": mean.std().item(),
+        "latent_mean": mean.mean(dim=(0, 2, 3)).tolist(),
+        "latent_std_by_channel": mean.std(dim=(0, 2, 3)).tolist(),
+        "posterior_std": (0.5 * logvar).exp().mean().item(),
+        "psnr": (-10 * error.square().mean(dim=(1, 2, 3)).log10()).mean().item(),
+        "mae_255": 255 * error.abs().mean().item(),
+    }
+
+
+def finish(out: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Measure the averaged weights on held-out scenes and write vae.pt with its scaling factor."""
+    vae = VAE(VAEConfig.from_dict(CONFIG)).eval()
+    vae.load_state_dict(weights)
+    measured = measure(vae)
+    config = {**CONFIG, "scaling_factor": round(1 / measured["latent_std"], 5)}
+    packed = {"config": json.dumps(config), "weights": dict(weights), "measured": json.dumps(measured)}
+    replace_file(out / "vae.pt", lambda file: torch.save(packed, file))
+    return measured
+
+
+def load_vae(path: Path) -> tuple[VAE, dict[str, Any]]:
+    """The trained VAE and its diffusers config."""
+    packed = torch.load(path, weights_only=True)
+    config = json.loads(packed["config"])
+    vae = VAE(VAEConfig.from_dict(config)).eval()
+    vae.load_state_dict(packed["weights"])
+    return vae, config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=Path, default=Path("runs/mini/scenes"))
+    parser.add_argument("--out", type=Path, default=Path("runs/mini/vae"))
+    parser.add_argument("--images", type=int, default=4 * SHARD, help="scenes 0 … are trained on")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--peak", type=float, default=2e-3)
+    parser.add_argument("--gradient", type=float, default=0.5)
+    parser.add_argument("--kl", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--stop", type=int)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shards = open_images(args.scenes, args.images)
+    torch.manual_seed(args.seed)
+    vae = VAE(VAEConfig.from_dict(CONFIG))
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        images = take(shards, batch_indices(args.images, args.batch, step, args.seed))
+        if step % 2:
+            images = images.flip(-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, logvar = (z.float() for z in vae.moments(images))
+            noise = torch.randn(mean.shape, generator=generator(args.seed, 102, step))
+            output = vae.decode(mean + (0.5 * logvar).exp() * noise)  # scaling_factor is still 1
+        reconstruction = reconstruction_loss(output.float(), images, args.gradient)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        mse = F.mse_loss(output.detach().float(), images)
+        return reconstruction + args.kl * kl, {"kl": kl.item(), "mse": mse.item()}
+
+    plan = Plan(args.steps, peak=args.peak, warmup=100, hold=0.3, decay=0.998, stop=args.stop, save_every=250)
+    facts = {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}
+    weights = train(args.out, vae, loss_of, plan, facts)
+    print(json.dumps(finish(args.out, weights), indent=1))
+
+
+if __name__ == "__main__":
+    main()
