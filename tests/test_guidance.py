@@ -9,11 +9,24 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from guidance_models import CONFIG, denoiser, noisy
 
-from segresearch.guidance import PAG, SEG, Branch, GuidedDenoiser, Projected, Ramp, Term, cfg, perturbed, rescale
+from segresearch.guidance import (
+    PAG,
+    SEG,
+    Branch,
+    GuidedDenoiser,
+    Projected,
+    Ramp,
+    SelfAttentionGuidance,
+    Term,
+    cfg,
+    perturbed,
+    rescale,
+)
 from segresearch.models.attention import Site, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
 from segresearch.models.unet import Control, UNet, UNetConfig
+from segresearch.sampling import initial_noise, sample
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
@@ -378,3 +391,17 @@ def test_pag_parity_with_diffusers():
     model = GuidedDenoiser(inner, {"pag": perturbed("pag", PAG(), 3.0)})
     assert (eps - eps_perturbed).abs().max() > 1e-3
     torch.testing.assert_close(model(x, sigma, conds=conds), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde"])
+def test_any_sampler_runs_guidance(sampler):
+    """CFG, SEG in a window, and SAG over four steps: finite, and image i does not depend on the batch."""
+    terms = {"cfg": cfg(5.0), "seg": perturbed("seg", SEG(), 3.0, window=(1.0, 20.0))}
+    model = SelfAttentionGuidance(GuidedDenoiser(denoiser(), terms), 0.5)
+    conds, noise = noisy(2)[2], initial_noise([3, 4], (4, 8, 12)).double()
+    both = sample(model, noise, sampler=sampler, steps=4, conds=conds)
+    assert both.isfinite().all()
+    alone = sample(model, noise[1:], sampler=sampler, steps=4, conds={name: c[[1]] for name, c in conds.items()})
+    torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-8)
+    plain = sample(GuidedDenoiser(denoiser(), {}), noise, sampler=sampler, steps=4, conds=conds)
+    assert (both - plain).abs().max() > 1e-2
