@@ -5,6 +5,7 @@ towards the camera. Rays are `camera + t * direction`, the direction having leng
 window of the picture that can hold an object is tested, and objects of one shape and window size are tested together.
 """
 
+import itertools
 import math
 
 import torch
@@ -17,8 +18,8 @@ from segresearch.data.layout import FOCAL, HEIGHTS, SLOTS, Layout
 
 SUB = 3
 """Samples per pixel and axis; odd, so that the middle sample is the pixel's centre."""
-BOUND = 1.2
-"""Every shape lies within this many radii of its centre, along each axis of its frame."""
+_BOX = ((1.02, 1.02, 0.34), (0.82, 0.82, 0.82), (0.95, 1.0, 0.95), (1.0, 1.0, 0.29), (1.12, 1.12, 0.34))
+"""Half the sides of a box, in the object's frame, that hides the shape from any camera of the layouts."""
 _GLOSS = (0.55, 0.12, 0.15, 0.45, 0.15)
 _CUBE, _CONE, _TORUS, _TUBE = 0.82, 0.475, 0.71, 0.29
 _TIP, _NOTCH, _THICK = 1.12, 0.52, 0.34
@@ -29,13 +30,8 @@ def _length(x: Tensor, y: Tensor) -> Tensor:
     return (x * x + y * y).sqrt()
 
 
-def _star_lines() -> tuple[Tensor, Tensor, Tensor]:
-    """Corners of the star's outline (10, 3), its front point and back point."""
-    angle = torch.arange(10, dtype=torch.float64) * math.pi / 5
-    reach = torch.where(torch.arange(10) % 2 == 0, _TIP, _NOTCH)
-    outline = torch.stack([reach * angle.sin(), reach * angle.cos(), torch.zeros(10)], 1)
-    point = torch.tensor([0.0, 0.0, _THICK], dtype=torch.float64)
-    return outline.float(), point.float(), -point.float()
+_OUTLINE = [((_NOTCH if k % 2 else _TIP) * math.sin(k * math.pi / 5), (_NOTCH if k % 2 else _TIP) * math.cos(k * math.pi / 5),
+             0.0) for k in range(10)]  # the star's corners, clockwise from the upper tip
 
 
 def _folded(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,36 +76,44 @@ def _hit(shape: str, o: Float[Tensor, "3 n 1 1"], d: tuple[Tensor, Tensor, Tenso
             near = middle - half if near is None else near.maximum(middle - half)
             far = middle + half if far is None else far.minimum(middle + half)
         return torch.where(near < far, near, _INF)
-    if shape == "ring":  # walks along the ray by the exact distance to the torus, starting on the plane before it
-        unit = (dx * dx + dy * dy + dz * dz).rsqrt()
-        t = (_TUBE - oz) / dz
-        for _ in range(9):
-            x, y, z = ox + t * dx, oy + t * dy, oz + t * dz
-            around = _length(x, y)
-            rim = around - _TORUS
-            from_tube = _length(rim, z)
-            gap = from_tube - _TUBE
-            t = t + gap * unit
-        # then one step of Newton, which makes all but grazing rays exact
-        slope = (rim * (x * dx + y * dy) / around + z * dz) / from_tube
-        t = t - gap * unit - gap / slope.clamp(max=-0.2)
-        return torch.where(gap < 0.012, t, _INF)
-    outline, *points = (corner.to(ox.device) for corner in _star_lines())
+    if shape == "ring":  # meets the sphere around the nearest point of the tube's middle line, and finds that point anew
+        square = dx * dx + dy * dy + dz * dz
+        t = (0.5 * _TUBE - oz) / dz
+        for _ in range(4):
+            x, y = ox + t * dx, oy + t * dy
+            shrink = _TORUS / _length(x, y)
+            x, y = ox - x * shrink, oy - y * shrink
+            b = x * dx + y * dy + oz * dz
+            inside = b * b - square * (x * x + y * y + (oz * oz - _TUBE**2))
+            t = (-b - inside.clamp(min=0).sqrt()) / square
+        return torch.where(inside > 0, t, _INF)
+    # The star: its ten front facets, all in view from where layouts put the camera, so none hides another. A ray crosses
+    # the facet whose three sides it passes on the inner hand: side . direction, which is linear in the direction.
     origin = torch.stack([ox, oy, oz]).flatten(1).T[:, None]  # (n, 1, 3)
+    corners, point = (torch.tensor(part, dtype=torch.float32, device=ox.device) for part in (_OUTLINE, (0.0, 0.0, _THICK)))
+    following = corners.roll(-1, 0)
+    rims = torch.linalg.cross(corners - origin, following - origin, dim=-1)
+    spokes = torch.linalg.cross((point - origin).expand(-1, 10, -1), corners - origin, dim=-1)
+    facets = torch.linalg.cross(corners - point, following - point, dim=-1)
+    facets = facets / (facets * (point - origin)).sum(-1, keepdim=True)
+    # direction = column part + row part
+    first = (dx[:, :1, :1], dy[:, :1], dz[:, :1, :1])
+    columns = (dx[:, :1] - first[0], dz[:, :1] - first[2])
+    rows = (dx[:, :, :1], dy, dz[:, :, :1])
 
-    def along(normal: Tensor) -> Tensor:  # (n, 10, 3) -> (n, 10, h, w): normal . direction
-        return (normal[..., 0, None, None] * dx[:, None] + normal[..., 1, None, None] * dy[:, None]
-                + normal[..., 2, None, None] * dz[:, None])
+    def across(normals: Tensor) -> tuple[Tensor, Tensor]:  # (n, 10, 3) -> (n, 10, 1, w), (n, 10, h, 1)
+        x, y, z = normals.movedim(-1, 0)[..., None, None]
+        return x * columns[0][:, None] + z * columns[1][:, None], x * rows[0][:, None] + y * rows[1][:, None] + z * rows[2][:, None]
 
-    rim = along(torch.linalg.cross(outline - origin, outline.roll(-1, 0) - origin, dim=-1)) <= 0
-    best = torch.zeros_like(dx)
-    for point, front in zip(points, (True, False), strict=True):  # ten facets each; a ray crosses a facet if it passes its sides
-        spoke = along(torch.linalg.cross((point - origin).expand(-1, 10, -1), outline - origin, dim=-1)) <= 0
-        crossed = (spoke.roll(-1, 1) > spoke) & ~rim if front else (spoke > spoke.roll(-1, 1)) & rim
-        normal = torch.linalg.cross(outline - point, outline.roll(-1, 0) - point, dim=-1)
-        offset = (normal * (point - origin)).sum(-1, keepdim=True)
-        best = best.maximum(torch.where(crossed, along(normal / offset), 0.0).amax(1))
-    return torch.where(best > 0, 1 / best, _INF)
+    spoke_column, spoke_row = across(spokes)
+    rim_column, rim_row = across(rims)
+    facet_column, facet_row = across(facets)
+    left = [spoke_column[:, k] > -spoke_row[:, k] for k in range(10)]
+    inverse = torch.zeros_like(dx)
+    for k in range(10):
+        crossed = (left[k] > left[(k + 1) % 10]) & (rim_column[:, k] > -rim_row[:, k])
+        inverse += crossed * (facet_column[:, k] + facet_row[:, k])
+    return torch.where(inverse > 0, 1 / inverse, _INF)
 
 
 def _normal(shape: str, p: Float[Tensor, "3 m"]) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | int]:
@@ -222,13 +226,14 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
     centre, radius, yaw = scene["position"][image, slot], scene["radius"][image, slot], scene["yaw"][image, slot]
     cy, sy = yaw.cos(), yaw.sin()
     cp, sp = (f(scene["pitch"])[image] for f in (torch.cos, torch.sin))
-    # picture window: bounds of the eight corners of the box around the object
-    spread = torch.tensor([-BOUND, BOUND], device=device) * radius[:, None]
+    # picture window: bounds of the corners of the box around the object
     rise, ahead = centre[:, 1] - scene["height"][image], centre[:, 2]
-    depth = (ahead[:, None, None] + spread[:, None]) * cp[:, None, None] - (rise[:, None] + spread)[:, :, None] * sp[:, None, None]
-    reach = scale * FOCAL * (((centre[:, :1] + spread)[:, :, None] / depth.flatten(1)[:, None]).flatten(1))
-    tall = ((rise[:, None] + spread)[:, :, None] * cp[:, None, None] + (ahead[:, None, None] + spread[:, None]) * sp[:, None, None])
-    tall = -scale * FOCAL * (tall / depth).flatten(1)
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), device=device).T
+    bx, by, bz = torch.tensor(_BOX, device=device)[kind].T[:, :, None] * radius[:, None] * signs[:, None]  # each (n, 8)
+    by, bx, bz = rise[:, None] + by, bx * cy[:, None] + bz * sy[:, None], ahead[:, None] + bx * sy[:, None] - bz * cy[:, None]
+    depth = bz * cp[:, None] - by * sp[:, None]
+    reach = scale * FOCAL * (centre[:, :1] + bx) / depth
+    tall = -scale * FOCAL * (by * cp[:, None] + bz * sp[:, None]) / depth
     left, top = (reach.amin(1) + w / 2).floor().long(), (tall.amin(1) + h / 2).floor().long()
     right, bottom = (reach.amax(1) + w / 2).ceil().long(), (tall.amax(1) + h / 2).ceil().long()
     step = max(2, int(scale / 4))
