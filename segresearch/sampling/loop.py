@@ -182,7 +182,7 @@ def global_generator(device: torch.device) -> torch.Generator:
 
 
 def reporter(callback: Callback | None, bar: "Bar", rows: slice) -> Callback | None:
-    """What k-diffusion calls at each step: the bar, and the caller's `callback` with `rows` added and `i` counted on."""
+    """What k-diffusion calls at each step: the bar, and the caller's `callback` with `rows` and a running `i`."""
     if callback is None and bar.silent:
         return None
 

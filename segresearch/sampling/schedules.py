@@ -90,7 +90,7 @@ def interpolate(table: Float[Tensor, "entries"], at: Float[Tensor, "points"]) ->
 
 def checked_levels(levels: Float[Tensor, "levels"], name: str) -> Float[Tensor, "levels"]:
     """`levels` where they are what every sampler relies on: finite, strictly falling, at least one step, zero last."""
-    if len(levels) < 2 or not levels.isfinite().all() or levels[-1] != 0:
+    if levels.ndim != 1 or len(levels) < 2 or not levels.isfinite().all() or levels[-1] != 0:
         raise ValueError(f"{name}: sigmas must be finite, at least two, and end at 0; got {levels.tolist()[:8]}")
     repeated = (levels.diff() >= 0).nonzero()
     if len(repeated):
