@@ -1,0 +1,60 @@
+"""Whole pictures against diffusers' own pipelines, from the same folder, prompts and latents."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPAGPipeline, StableDiffusionXLPipeline
+from make_models import write_folder
+
+from segresearch.guidance import PAG, GuidedDenoiser, cfg, perturbed
+from segresearch.models import load_sdxl
+from segresearch.models.load import MINI
+from segresearch.sampling import initial_noise, sample
+
+PROMPTS = ["a red cup", "two cubes"]
+
+
+def theirs(folder, noise, height, width, *, weight=1.0, pag=None, steps=4, output="latent"):
+    kind = StableDiffusionXLPipeline if pag is None else StableDiffusionXLPAGPipeline
+    pipe = kind.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    extra = {} if pag is None else {"pag_scale": pag}
+    return pipe(
+        PROMPTS, latents=noise, height=height, width=width, num_inference_steps=steps, guidance_scale=weight,
+        output_type=output, **extra,
+    ).images  # fmt: skip
+
+
+def ours(sdxl, noise, height, width, *, weight=1.0, pag=None, steps=4):
+    terms = {"cfg": cfg(weight)}
+    if pag is not None:
+        terms["pag"] = perturbed("pag", PAG(where="mid"), scale=pag)
+    conds = sdxl.encode(PROMPTS, size=(height, width))
+    return sample(GuidedDenoiser(sdxl.denoiser, terms), noise, steps=steps, conds=conds)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model") / "sdxl")
+
+
+METHODS = [{}, {"weight": 4.0}, {"pag": 2.0}, {"weight": 4.0, "pag": 2.0}]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_euler_loop_of_a_random_model(folder, method):
+    sdxl = load_sdxl(folder)
+    factor, channels = sdxl.vae.config.factor, sdxl.vae.config.latent_channels
+    noise = initial_noise([3, 4], (channels, 8, 12))
+    size = (8 * factor, 12 * factor)
+    expected = theirs(folder, noise, *size, **method)
+    torch.testing.assert_close(ours(sdxl, noise, *size, **method), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mini_gives_diffusers_pictures(method):
+    sdxl = load_sdxl("mini")
+    noise = initial_noise([3, 4], (4, 16, 16))
+    expected = torch.from_numpy(theirs(MINI, noise, 64, 64, **method, output="np")).permute(0, 3, 1, 2)  # in [0, 1]
+    with torch.no_grad():
+        pictures = sdxl.vae.decode(ours(sdxl, noise, 64, 64, **method)).clamp(-1, 1) / 2 + 0.5
+    assert (pictures - expected).abs().max() <= 2 / 255
