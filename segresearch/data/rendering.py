@@ -126,7 +126,7 @@ def _normal(shape: str, p: Float[Tensor, "3 m"]) -> tuple[tuple[Tensor, Tensor, 
         on_x = (ax > ay) & (ax > az)
         on_y = ~on_x & (ay > az)
         on_z = ~(on_x | on_y)
-        return (on_x * x.sign(), on_y * y.sign(), on_z * z.sign()), on_y.long() + 2 * on_z
+        return (on_x * x.sign(), on_y * y.sign(), on_z * z.sign()), on_y.to(torch.uint8) + 2 * on_z.to(torch.uint8)
     face: Tensor | int = 0
     if shape == "cone":
         y = _CONE**2 * (1 - y)
@@ -135,13 +135,13 @@ def _normal(shape: str, p: Float[Tensor, "3 m"]) -> tuple[tuple[Tensor, Tensor, 
         x, y = x * shrink, y * shrink
     else:
         wedge = (torch.atan2(x, y) * (5 / math.pi)).floor()
-        face = wedge.long() % 10 + 10 * (z < 0)
+        face = (wedge + 5).to(torch.uint8)
         # a facet's steepest line points along its edge's normal, mirrored in every other wedge
         odd = wedge - 2 * (wedge / 2).floor()
         tip = (wedge + odd) * (math.pi / 5)
         slope = _THICK / (_EDGE_Y * _TIP)
         ex, ey, sin, cos = slope * _EDGE_X * (1 - 2 * odd), slope * _EDGE_Y, tip.sin(), tip.cos()
-        x, y, z = ex * cos + ey * sin, ey * cos - ex * sin, torch.where(z < 0, -1.0, 1.0)
+        x, y, z = ex * cos + ey * sin, ey * cos - ex * sin, torch.ones_like(z)
     shorten = (x * x + y * y + z * z).rsqrt()
     return (x * shorten, y * shorten, z * shorten), face
 
@@ -250,7 +250,10 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
     albedo = scene["albedo"][image, slot]
     palette = torch.stack([0.66 * albedo, albedo * (0.30 + 0.12 * scene["heavens"][:, 1])[image],
                            albedo * (0.22 + 0.25 * scene["tones"].mean(1))[image]]).transpose(1, 2).flatten(0, 1)  # (9, objects)
-    corner = (image * (h * SUB) + top * SUB) * (w * SUB) + left * SUB
+    corner = (image * (h * SUB) + top * SUB) * (w * SUB) + left * SUB  # of the window, among samples and among pixels
+    corner_pixel = (image * 4 * h + top) * w + left
+    thirds = torch.arange(max(h, w) * SUB, device=device) // SUB
+    first_label, whole = (2 + slot * 24).to(torch.uint8), torch.zeros(len(image), dtype=torch.long, device=device)
     shadow = torch.zeros(b, h, w, device=device)
     us, vs = rays(w, SUB), -rays(h, SUB)
     found: list[tuple[Tensor, ...]] = []
@@ -281,30 +284,36 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
             n, row, column = (hit < _INF).nonzero(as_tuple=True)
             flat = (n * height + row) * width + column
             which = some.index_select(0, n)
-            p = torch.stack([(o + hit * step).view(-1).index_select(0, flat) for o, step in zip(origin, d, strict=True)])
+            p = torch.stack([torch.addcmul(o, hit, step).view(-1).index_select(0, flat) for o, step in zip(origin, d, strict=True)])
             near = (hit * radius[some, None, None]).view(-1).index_select(0, flat)
             place = corner.index_select(0, which) + row * (w * SUB) + column
+            pixel = (corner_pixel.index_select(0, which) + (thirds * w).index_select(0, row)
+                     + thirds.index_select(0, column))
             (nx, ny, nz), face = _normal(shape, p)
             lx, ly, lz, hx, hy, hz, *colors = (value.index_select(0, which) for value in (*lamp, *half, *palette))
             open_sky = 0.62 + 0.38 * _smooth((p[1] + HEIGHTS[number]) / 0.7)
             shine = (nx * hx + ny * hy + nz * hz).clamp(min=0).square().square().square().square().square()
             up = (0.5 + 0.5 * ny) * open_sky
             diffuse, shine = (nx * lx + ny * ly + nz * lz).clamp(min=0), _GLOSS[number] * shine
-            color = torch.stack([diffuse * by_lamp + up * by_sky + (open_sky - up) * by_floor + shine
-                                 for by_lamp, by_sky, by_floor in zip(colors[:3], colors[3:6], colors[6:], strict=True)])
-            found.append((which, place, near, torch.zeros_like(n) + face, color))
-    which, place, near, face, color = (torch.cat(part, -1) for part in zip(*found, strict=True))
+            down = open_sky - up
+            for channel, (by_lamp, by_sky, by_floor) in enumerate(zip(colors[:3], colors[3:6], colors[6:], strict=True)):
+                color = torch.addcmul(torch.addcmul(torch.addcmul(shine, diffuse, by_lamp), up, by_sky), down, by_floor)
+                colors[channel] = color.clamp_(0, 1)
+            label = first_label.index_select(0, which) + face
+            found.append((which, place, pixel, near, label, *colors[:3]))
+            whole.index_add_(0, some, (hit < _INF).flatten(1).sum(1))
+    which, place, pixel, near, label, *color = (torch.cat(part) for part in zip(*found, strict=True))
     nearest = torch.full((b * h * w * SUB * SUB,), _INF, device=device).scatter_reduce_(0, place, near, "amin")
-    seen = nearest.index_select(0, place) == near
-    line = place // (w * SUB)
-    pixel = (line // SUB) * w + (place - line * (w * SUB)) // SUB
-    total = torch.zeros(4, b * h * w, device=device)
-    for channel, value in zip(total, (*color.clamp(0, 1), torch.ones_like(near)), strict=True):
-        channel.index_add_(0, pixel, value * seen)
-    outline, whole = (torch.zeros(len(image), device=device).index_add_(0, which, value)
-                      for value in (seen.float(), torch.ones_like(near)))
-    visible = torch.zeros(b, SLOTS, device=device)
-    visible[image, slot] = outline / whole.clamp(min=1)
+    hidden = (nearest.index_select(0, place) < near).nonzero()[:, 0]
+    visible = torch.ones(b, SLOTS, device=device)
+    visible[image, slot] -= torch.bincount(which[hidden], minlength=len(image)) / whole.clamp(min=1)
+
+    # hidden samples go to a cell of their own, past the end
+    place, pixel = place.index_fill(0, hidden, b * h * w * SUB * SUB), pixel.index_fill(0, hidden, 4 * b * h * w)
+    total = torch.zeros(4 * b * h * w + 4 * h * w, device=device)
+    for channel, value in enumerate((*color, torch.ones_like(near))):
+        total[channel * h * w :].index_add_(0, pixel, value)
+    total = total[: 4 * b * h * w].view(b, 4, h, w) / SUB**2
 
     sin, cos = (f(scene["pitch"])[:, None, None] for f in (torch.sin, torch.cos))
     horizon = scene["heavens"][:, 1, :, None, None]
@@ -315,18 +324,16 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
     sky = horizon + (scene["heavens"][:, 0, :, None, None] - horizon) * climb
     below = ((sin - v * cos) / cos * (scale * FOCAL) + 0.5).clamp(0, 1)[:, None]  # the floor's share of the pixel
     back = sky + (floor - sky) * below
-    total = total.view(4, b, h, w).transpose(0, 1) / SUB**2
-    picture = total[:, :3] + (1 - total[:, 3:]) * back
-    picture = (picture.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+    picture = torch.addcmul(total[:, :3], 1 - total[:, 3:], back)
+    picture = picture.clamp_(0, 1).mul_(255).add_(0.5).to(torch.uint8)
 
     middle = nearest.view(b, h, SUB, w, SUB)[:, :, SUB // 2, :, SUB // 2]
     ground_t = torch.where(v * cos < sin, t, _INF)
     distances = middle.minimum(ground_t) * (1 + u * u + v * v).sqrt()
 
-    labels = (vs[None, :, None] * cos < sin).to(torch.uint8).expand(b, h * SUB, w * SUB).contiguous()
-    front = seen.nonzero()[:, 0]
-    value = 2 + slot.index_select(0, which.index_select(0, front)) * 24 + face.index_select(0, front)
-    labels.view(-1).index_copy_(0, place.index_select(0, front), value.to(torch.uint8))
+    labels = torch.empty(b * h * w * SUB * SUB + 1, dtype=torch.uint8, device=device)
+    labels[:-1].view(b, h * SUB, w * SUB).copy_(vs[None, :, None] * cos < sin)
+    labels = labels.index_copy_(0, place, label)[:-1].view(b, h * SUB, w * SUB)
     apart = torch.zeros(b, h * SUB, w * SUB, dtype=torch.bool, device=device)
     apart[:, :, :-1] = labels[:, :, 1:] != labels[:, :, :-1]
     apart[:, :-1] |= labels[:, 1:] != labels[:, :-1]
