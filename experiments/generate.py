@@ -10,7 +10,7 @@ Settings live in conf/generate.yaml and the groups beside it; `--help` lists the
 
 from typing import Any
 
-from segresearch.command import command, hydra_settings, sources
+from segresearch.command import command, sources
 
 
 @command("generate")
@@ -23,7 +23,7 @@ def main(config: Any) -> None:
 
     from segresearch.generate import generate
 
-    print(generate(typed, written=hydra_settings()))
+    print(generate(typed))
 
 
 if __name__ == "__main__":

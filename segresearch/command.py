@@ -4,12 +4,13 @@ Exit codes: 2 a setting or a file that is wrong, 5 no room on the disk, 130 inte
 keeps its traceback. HYDRA_FULL_ERROR=1 shows every traceback.
 """
 
+import contextlib
 import errno
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from segresearch.config import conf_dir
 from segresearch.typed import ConfigError, nearest, unknown
 
 FULL = "HYDRA_FULL_ERROR"
+INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -25,43 +27,48 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
         @functools.wraps(main)
-        def job(config: Any) -> None:
-            try:
-                main(config)
-            except (Exception, KeyboardInterrupt) as error:
-                _end(error)
-
-        @functools.wraps(main)
         def run() -> None:
             import hydra
 
-            asked = FULL in os.environ
-            os.environ.setdefault(FULL, "1")  # errors are to reach `_end`, not to be printed by Hydra
+            shown = FULL in os.environ  # errors are to come here, not to be printed by Hydra
+            os.environ.setdefault(FULL, "1")
+
+            @functools.wraps(main)
+            def job(config: Any) -> None:
+                with _ending(shown):
+                    main(config)
+
             try:
-                hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
-            except (Exception, KeyboardInterrupt) as error:
-                if asked:
-                    raise
-                _end(_translated(error, config_name))
+                with _ending(shown, config_name):
+                    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
+            finally:
+                if not shown:
+                    os.environ.pop(FULL)
 
-        def _end(error: BaseException) -> None:
-            code = exit_code(error)
-            if code is None or shown:
-                raise error
-            if code != 130:
-                print(f"error: {line(error)}", file=sys.stderr)
-            raise SystemExit(code) from None
-
-        shown = FULL in os.environ
         return run
 
     return decorate
 
 
+@contextlib.contextmanager
+def _ending(shown: bool, config_name: str = "") -> Iterator[None]:
+    """Ends the process with a line and a code for errors that have one, unless tracebacks are to be `shown`."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        said = _translated(error, config_name) if config_name and not shown else error
+        code = exit_code(said)
+        if code is None or shown:
+            raise
+        if code != INTERRUPTED:
+            print(f"error: {line(said)}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
 def exit_code(error: BaseException) -> int | None:
     """The exit code of an error that one line explains, or None for a defect."""
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return INTERRUPTED
     if isinstance(error, OSError):
         return 5 if error.errno in NO_ROOM else 2
     composed = type(error).__module__ in ("hydra.errors", "omegaconf.errors")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from segresearch import images, runs
 from segresearch.build import build_guidance, load_model
+from segresearch.command import hydra_settings
 from segresearch.config import GenerateConfig, GuidanceConfig
 from segresearch.plan import Panel, panels, slug
 from segresearch.typed import ConfigError
@@ -60,12 +61,10 @@ class Batch:
     pictures: tuple[Picture, ...]
 
 
-def generate(
-    config: GenerateConfig, model: "SDXL | None" = None, written: Mapping[str, Any] | None = None
-) -> RunResult:
+def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
     """Make what is missing of the run that `config` describes, then its grid.
 
-    model: already loaded; None loads `config.model` if anything is missing. written: put before the settings in config.yaml.
+    model: already loaded; None loads `config.model` if anything is missing.
     ValueError for settings that do not fit the model, OSError where the folder cannot be written. On an
     interrupt finished pictures stay.
     """
@@ -82,7 +81,7 @@ def generate(
     others = {found["code"] for path, found in there.items() if path not in missing} - {runs.code_version()}
     if others:
         _say(f"images by other code ({', '.join(sorted(others))}) are kept; remove {_near(folder)} to make them anew")
-    runs.write(folder / "config.yaml", written_config(config, plan, written))
+    runs.write(folder / "config.yaml", written_config(config, plan))
     todo = [batch for batch in batches if any(p.path in missing for p in batch.pictures)]
     seconds = 0.0
     if todo:
@@ -106,7 +105,7 @@ def semantics(config: GenerateConfig, plan: tuple[Panel, ...], fingerprint: str)
 
 
 def cut(config: GenerateConfig, plan: tuple[Panel, ...], semantic: Mapping[str, Any], folder: Path) -> Iterator[Batch]:
-    """All pictures of the run in batches of `batch_size`. Those already there count, so a resume repeats the same batches."""
+    """All pictures of the run in batches; those already there count, so a resume repeats the same batches."""
     common = {k: v for k, v in semantic.items() if k != "panels"}
     common["model"] = {"name": config.model.name, "path": config.model.path, **common["model"]}
     common |= {"run": runs.digest(semantic), "code": runs.code_version()}
@@ -125,7 +124,7 @@ def cut(config: GenerateConfig, plan: tuple[Panel, ...], semantic: Mapping[str, 
 
 
 def picture_paths(folder: Path, plan: tuple[Panel, ...], number: int, method: str) -> list[Path]:
-    """images/[panel/]method/[prompt-]seed.png for every row of panel `number` (from 1); a prompt is called by its number."""
+    """images/[panel/]method/[prompt-]seed.png for every row of panel `number` (from 1); prompts are numbered."""
     panel = plan[number - 1]
     place = folder / "images"
     if len(plan) > 1:
@@ -177,7 +176,7 @@ def _make(
 
 
 def draw(config: GenerateConfig, plan: tuple[Panel, ...], folder: Path, semantic: Mapping[str, Any]) -> Path:
-    """grid.png: a block a panel, rows are seeds (and prompts), columns methods. Left alone if it is this grid already."""
+    """grid.png: a block a panel, rows are seeds (and prompts), columns methods; kept if it is this grid already."""
     path, most = folder / "grid.png", config.grid.rows
     blocks, cut_off = [], 0
     for number, panel in enumerate(plan, 1):
@@ -202,7 +201,7 @@ def draw(config: GenerateConfig, plan: tuple[Panel, ...], folder: Path, semantic
     return path
 
 
-def written_config(config: GenerateConfig, plan: tuple[Panel, ...], written: Mapping[str, Any] | None) -> str:
+def written_config(config: GenerateConfig, plan: tuple[Panel, ...]) -> str:
     """config.yaml: every setting in full, prompts included, in a form that generate.py takes back."""
     from omegaconf import OmegaConf
 
@@ -214,7 +213,7 @@ def written_config(config: GenerateConfig, plan: tuple[Panel, ...], written: Map
         "device": "auto",
         "batch_size": "${model.batch_size}",
     }  # those are of a call, not of the run
-    return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in (dict(written or {}), values) if part)
+    return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in (hydra_settings(), values))
 
 
 def _say(text: str) -> None:

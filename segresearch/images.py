@@ -5,6 +5,7 @@ still says how it was made.
 """
 
 import functools
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from segresearch.runs import plain, replacing
 
 KEY = "segresearch"
+END = b"IEND\xaeB`\x82"  # of a whole PNG
 INK, QUIET, PAPER, RULE = "#16181d", "#5f6672", "#ffffff", "#d9dce1"
 SPELLED = {"σ": "sigma", "τ": "tau", "γ": "gamma", "φ": "phi", "∞": "inf", "→": "->", "×": "x", "·": "-", "−": "-"}
 FONTS = ("DejaVuSans.ttf", "Arial.ttf", "LiberationSans-Regular.ttf", "Helvetica.ttc")
@@ -33,7 +35,10 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> Non
 def read_settings(path: Path) -> dict[str, Any] | None:
     """The settings in a PNG of ours, or None where there is no such file, it is damaged, or it carries none."""
     try:
-        with Image.open(path) as image:
+        data = path.read_bytes()
+        if not data.endswith(END):  # a cut file would be read as far as it goes
+            return None
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
             text = image.info.get(KEY)
         return json.loads(text) if text else None

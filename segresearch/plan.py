@@ -42,7 +42,7 @@ class Panel:
     methods: dict[str, GuidanceConfig]
 
 
-def settings(config: DictConfig | Mapping[str, Any], sources: Sequence[Path] = ()) -> GenerateConfig:
+def settings(config: Mapping[str, Any], sources: Sequence[Path] = ()) -> GenerateConfig:
     """The typed settings of a composed config: interpolations resolved, names in `compare` replaced by their guidance.
 
     `sources` are folders searched for guidance/NAME.yaml after which come the project's own. Raises ConfigError.
@@ -52,7 +52,8 @@ def settings(config: DictConfig | Mapping[str, Any], sources: Sequence[Path] = (
     folders = [*sources, conf_dir()]
     given = OmegaConf.to_container(root, resolve=True)
     assert isinstance(given, dict)
-    given.pop("hydra", None)
+    for key in ("hydra", "defaults"):  # Hydra's own, still there where the mapping was not composed by it
+        given.pop(key, None)
     panels = given.get("panels")
     holders = [("", given), *((f"panels.{i}.", p) for i, p in enumerate(panels if isinstance(panels, list) else []))]
     for at, holder in holders:
@@ -62,7 +63,7 @@ def settings(config: DictConfig | Mapping[str, Any], sources: Sequence[Path] = (
     return typed(GenerateConfig, given)
 
 
-def _guidance(entry: Any, root: DictConfig, folders: Sequence[Path], at: str) -> dict[str, Any]:
+def _guidance(entry: Any, root: Any, folders: Sequence[Path], at: str) -> dict[str, Any]:
     """One entry of `compare` in full: a name, a list of names (their terms together), or a mapping with overrides.
 
     The mapping may name one or more under `guidance`.
@@ -76,7 +77,7 @@ def _guidance(entry: Any, root: DictConfig, folders: Sequence[Path], at: str) ->
     return whole
 
 
-def _named(name: str, folders: Sequence[Path], at: str) -> DictConfig:
+def _named(name: str, folders: Sequence[Path], at: str) -> Any:
     """conf/guidance/NAME.yaml, with the files in its defaults list merged before it."""
     files = {f.stem: f for folder in reversed(folders) for f in sorted((folder / "guidance").glob("*.yaml"))}
     if name not in files:

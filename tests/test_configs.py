@@ -1,0 +1,237 @@
+"""Every config composes, fits its types and is built on a tiny denoiser; every slip is one clear line."""
+
+import importlib.util
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from guidance_models import denoiser, noisy
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from segresearch.build import build_guidance
+from segresearch.config import (
+    GenerateConfig,
+    GuidanceConfig,
+    ModelConfig,
+    PerturbedTerm,
+    SamplerConfig,
+    ScheduleConfig,
+    SEGConfig,
+    conf_dir,
+)
+from segresearch.plan import panels, parse_seeds, read_prompts, settings, slug
+from segresearch.sampling import SAMPLERS, SCHEDULES
+from segresearch.sampling.loop import checked_options
+from segresearch.typed import ConfigError, typed
+
+CONF = conf_dir()
+SCRIPT = CONF.parent / "experiments" / "generate.py"
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides: str) -> GenerateConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return settings(compose("generate", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment_composes_and_instantiates(experiment):
+    config = composed(f"experiment={experiment}")
+    assert config.name == experiment
+    plan = panels(config)
+    assert plan and all(panel.rows and panel.methods for panel in plan)
+    x, sigma, conds = noisy()
+    for panel in plan:
+        for guidance in panel.methods.values():
+            out = build_guidance(guidance, denoiser())(x, sigma, conds=conds)
+            assert out.shape == x.shape and out.isfinite().all()
+
+
+@pytest.mark.parametrize("guidance", names("guidance"))
+def test_every_guidance_composes_and_instantiates(guidance):
+    own = ["guidance.terms.custom.perturbation.target=test_configs.keep_values"] if guidance == "custom" else []
+    config = composed(f"guidance={guidance}", "model=sdxl" if "cfg" in guidance else "model=mini", *own)
+    x, sigma, conds = noisy()
+    out = build_guidance(config.guidance, denoiser())(x, sigma, conds=conds)
+    plain = build_guidance(GuidanceConfig(), denoiser())(x, sigma, conds=conds)
+    assert torch.equal(out, plain) == (guidance == "none")
+
+
+def keep_values(q, k, v, site, attend):
+    return v
+
+
+def mixture(q, k, v, site, attend, share):
+    return share * v + (1 - share) * attend(q, k, v, site)
+
+
+def test_a_function_of_ones_own_is_reached_from_the_config():
+    x, sigma, conds = noisy()
+
+    def run(*overrides: str) -> torch.Tensor:
+        return build_guidance(composed(*overrides).guidance, denoiser())(x, sigma, conds=conds)
+
+    at, scale = "guidance.terms.custom.perturbation", "guidance.terms.custom.scale=1"
+    pag = run("guidance=pag", "guidance.terms.pag.perturbation.tau=0.25")
+    assert torch.equal(run("guidance=custom", f"{at}.target=test_configs.keep_values", scale), run("guidance=pag"))
+    assert (
+        run("guidance=custom", f"{at}.target=test_configs.mixture", f"+{at}.options.share=0.25") - pag
+    ).abs().max() < 1e-10
+    for target, words in (("test_configs.keep_value", "did you mean keep_values"), ("math.pi", "not a function")):
+        with pytest.raises(ConfigError, match=words):
+            run("guidance=custom", f"{at}.target={target}")
+    with pytest.raises(ConfigError, match="cannot be called as"):
+        run("guidance=custom", f"{at}.target=test_configs.mixture")
+
+
+def test_guidance_is_what_the_config_says():
+    from segresearch.guidance import SEG, GuidedDenoiser, Ramp, cfg, perturbed
+
+    seg = "guidance.terms.seg"
+    config = composed(
+        "guidance=seg_cfg", "model=sdxl", f"{seg}.perturbation.sigma=2", f"{seg}.perturbation.on=k",
+        f"{seg}.base=uncond",
+        f"{seg}.perturbation.heads=[1]", f"{seg}.window=[1,inf]", f"{seg}.perturbation.where=[mid,up.0.0,-1]",
+        "guidance.terms.cfg.weight={start: 7, stop: 2}", "guidance.rescale=0.5",
+    )  # fmt: skip
+    place = {"where": ("mid", "up.0.0", -1), "heads": [1]}
+    terms = {
+        "cfg": cfg(Ramp(7.0, 2.0)),
+        "seg": perturbed("seg", SEG(2.0, on="k", **place), 3.0, base="uncond", window=(1.0, math.inf)),
+    }
+    expected = GuidedDenoiser(denoiser(), terms, rescale=0.5)
+    built = build_guidance(config.guidance, denoiser())
+    assert repr(built) == repr(expected) and built.terms == expected.terms
+
+
+def test_groups_are_the_samplers_and_schedules_with_options_they_take():
+    assert set(names("sampler")) == set(SAMPLERS) and set(names("schedule")) == set(SCHEDULES)
+    for sampler in SAMPLERS:
+        config = typed(SamplerConfig, OmegaConf.to_container(OmegaConf.load(CONF / "sampler" / f"{sampler}.yaml")))
+        assert config.name == sampler
+        checked_options(sampler, config.options)
+    for schedule in SCHEDULES:
+        node = OmegaConf.to_container(OmegaConf.load(CONF / "schedule" / f"{schedule}.yaml"))
+        assert typed(ScheduleConfig, node).name == schedule
+    config = composed("sampler=heun", "schedule=karras", "schedule.rho=5", "steps=7")
+    assert (config.sampler.name, config.schedule, config.steps) == ("heun", ScheduleConfig("karras", 5.0), 7)
+
+
+def test_compare_takes_names_lists_and_inline_overrides_and_adds_guidance_once():
+    columns = panels(composed("compare=[none,sag,pag,seg]"))[0].methods
+    assert list(columns) == ["vanilla", "SAG 0.75", "PAG 1", "SEG 1 σ=∞"]
+    inline = "{guidance: [cfg, seg], label: mine, terms: {seg: {scale: 2, perturbation: {on: k, sigma: 4}}}}"
+    columns = panels(composed("model=sdxl", f"compare=[none,{inline}]", "guidance=pag"))[0].methods
+    assert list(columns) == ["vanilla", "mine", "PAG 3"]
+    term = columns["mine"].terms["seg"]
+    assert term == PerturbedTerm("perturbed", SEGConfig("seg", 4.0, on="k"), 2.0) and "cfg" in columns["mine"].terms
+
+
+def test_seeds_and_prompts(tmp_path):
+    assert parse_seeds("0-3") == (0, 1, 2, 3) and parse_seeds(5) == (5,) and parse_seeds("1,4, 7-9") == (1, 4, 7, 8, 9)
+    assert parse_seeds((3, "5-6")) == (3, 5, 6) and parse_seeds(str(2**63 - 1)) == (2**63 - 1,)
+    for wrong in ("-1", "3-1", "a", "", "1,,2", "0-3,2", 2**63, "1.5"):
+        with pytest.raises(ConfigError, match="seed"):
+            parse_seeds(wrong)
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red cube\n\n  two rings  \n", encoding="utf-8")
+    assert read_prompts(str(file)) == ("a red cube", "two rings") and read_prompts("a cube") == ("a cube",)
+    assert read_prompts("") == ("",)
+    for wrong in (str(tmp_path / "none.txt"), ()):
+        with pytest.raises(ConfigError, match="prompts"):
+            read_prompts(wrong)
+
+
+def test_pairing_of_prompts_and_seeds():
+    two = 'prompts=["a","b"]'
+    rows = [(r.prompt, r.seed) for r in panels(composed(two, "seeds=0-1"))[0].rows]
+    assert rows == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    rows = [(r.prompt, r.seed) for r in panels(composed(two, "seeds=0-2", "pairing=zip"))[0].rows]
+    assert rows == [("a", 0), ("b", 1), ("a", 2)]
+    for wrong in ((two, "seeds=0", "pairing=zip"), ('prompts=["a","a"]',)):
+        with pytest.raises(ConfigError):
+            panels(composed(*wrong))
+
+
+def test_types_are_strict_and_say_so():
+    assert typed(float, "inf") == math.inf and typed(float, 3) == 3.0 and typed(tuple[int, ...], [1, 2]) == (1, 2)
+    model = {"name": "m", "path": "p"}
+    cases = [
+        (
+            GuidanceConfig,
+            {"terms": {"a": {"kind": "perturbde"}}},
+            "terms.a.kind: 'perturbde' is not one of cfg, perturbed; did",
+        ),
+        (GuidanceConfig, {"terms": {"a": {"scale": 1}}}, "terms.a.kind: missing"),
+        (GuidanceConfig, {"terms": {"a": {"kind": "cfg"}}}, "terms.a.weight: missing; it must be a number"),
+        (GuidanceConfig, {"rescale": 2}, "rescale: 2 is out of range; it must be a number from 0 to 1"),
+        (GuidanceConfig, {"rescale": True}, "rescale: True is not a number"),
+        (GuidanceConfig, {"rescale": "nan"}, "rescale: 'nan' is not a number"),
+        (ModelConfig, {**model, "dtpe": 1}, "dtpe: no such setting; did you mean dtype?"),
+        (ModelConfig, {**model, "path": "???"}, "path: missing"),
+        (ModelConfig, {**model, "batch_size": 0}, "batch_size: 0 is out of range"),
+        (ModelConfig, {**model, "batch_size": 1.5}, "batch_size: 1.5 is not a whole number"),
+        (ModelConfig, "mini", "'mini' is not a mapping"),
+    ]
+    for hint, value, words in cases:
+        with pytest.raises(ConfigError) as caught:
+            typed(hint, value)
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert slug("CFG + SEG σ=∞") == "cfg-seg-sigma-inf" and slug("日本") == "x"
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("stps=10", "stps: no such setting; did you mean steps?"),
+        ("sampler=eulr", "sampler: no 'eulr'; did you mean euler? (choices: dpm_2,"),
+        ("guidance.terms.seg.perturbation.sgima=1", "perturbation.sgima: no such setting; did you mean sigma? (settings"),
+        ("guidance.terms.sge.scale=1", "guidance.terms.sge: no such setting; did you mean seg?"),
+        ("guidance.terms.seg.perturbation.sigma=-1", "sigma: -1 is out of range; it must be a number >= 0"),
+        ("guidance.terms.seg.perturbation.boundary=reflct", "did you mean reflect?"),
+        ("steps=abc", "steps: 'abc' is not a whole number"),
+        ("compare=[pga]", "compare.0: no guidance 'pga'; did you mean pag? (choices: cfg"),
+        ("seeds=1,4", "a bare comma"),
+        ("prompts=[a", "not key=value"),
+        ("+own.key=1", "own: no such setting"),
+        ("guidance=custom", "perturbation.target: missing"),
+        ("compare=[none,{label: vanilla}]", "two methods are called 'vanilla'"),
+    ],
+)  # fmt: skip
+def test_a_slip_on_the_command_line_is_one_line_and_code_2(argument, words, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["generate.py", argument])
+    with pytest.raises(SystemExit) as caught:
+        script.main()
+    said = capsys.readouterr()
+    assert caught.value.code == 2 and said.out == ""
+    assert words in said.err and said.err.startswith("error: ") and said.err.count("\n") == 1
+
+
+LIGHT = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    print("code", end.code, "heavy", sorted({"torch", "transformers", "PIL"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "words"), [("--help", 0, "seg_cfg"), ("steps=0", 2, "steps: 0 is out of range")]
+)
+def test_help_and_slips_load_nothing_heavy_and_leave_nothing(argument, code, words, tmp_path):
+    call = [sys.executable, "-c", LIGHT, str(SCRIPT), argument]
+    ended = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
+    assert f"code {code} heavy []" in ended.stdout and words in ended.stdout + ended.stderr
+    assert list(tmp_path.iterdir()) == []

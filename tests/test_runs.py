@@ -1,0 +1,99 @@
+"""Run folders: identities that depend on content alone, files that are never half there."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from segresearch import images, runs
+from segresearch.config import SEGConfig
+
+
+def test_digest_depends_on_content_alone():
+    a = {"x": 1.0, "y": [math.inf, None], "p": SEGConfig("seg", 2.0)}
+    b = {"p": SEGConfig("seg", 2.0), "y": (math.inf, None), "x": 1.0}
+    assert runs.digest(a) == runs.digest(b)
+    assert (
+        len({runs.digest(v) for v in (a, {**a, "x": 2.0}, {**a, "p": SEGConfig("seg", 3.0)}, {**a, "y": [1.0]})}) == 4
+    )
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    runs.write(path, "old")
+    with pytest.raises(KeyboardInterrupt), runs.replacing(path) as temporary:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and os.listdir(path.parent) == ["file.txt"]
+    before = path.stat().st_mtime_ns
+    runs.write(path, "old")
+    assert path.stat().st_mtime_ns == before
+    runs.write(path, "new")
+    assert path.read_text() == "new"
+
+
+def model(folder: Path, fill: float, size: int = 200_000) -> Path:
+    import numpy as np
+
+    folder.mkdir()
+    save_file({"w": np.full(size, fill, dtype=np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"width": 8}')
+    return folder
+
+
+def test_fingerprint_follows_weights_and_configs_but_not_the_place(tmp_path):
+    a, b, other = model(tmp_path / "a", 1.0), model(tmp_path / "b", 1.0), model(tmp_path / "c", 2.0)
+    assert runs.fingerprint(a) == runs.fingerprint(b) != runs.fingerprint(other)
+    assert runs.fingerprint(a / "model.safetensors") == runs.fingerprint(b / "model.safetensors")
+    (b / "config.json").write_text('{"width": 9}')
+    assert runs.fingerprint(a) != runs.fingerprint(b)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError):
+        runs.fingerprint(tmp_path / "empty")
+
+
+def test_png_settings_read_back_and_a_damaged_file_reads_as_none(tmp_path):
+    path, settings = tmp_path / "a.png", {"prompt": "σ “red” cube\n日本", "sigma": math.inf, "seed": 3}
+    images.save_png(Image.new("RGB", (8, 4), "red"), path, settings)
+    assert images.read_settings(path) == {**settings, "sigma": "inf"}
+    data = path.read_bytes()
+    images.save_png(Image.new("RGB", (8, 4), "red"), path, settings)
+    assert path.read_bytes() == data
+    path.write_bytes(data[:-20])
+    assert images.read_settings(path) is None
+    assert images.read_settings(tmp_path / "none.png") is None
+    Image.new("RGB", (8, 4)).save(path)
+    assert images.read_settings(path) is None
+
+
+@pytest.mark.parametrize("greek", [True, False])
+def test_grid_is_drawn_with_every_picture_in_its_place(tmp_path, monkeypatch, greek):
+    if not greek:
+        monkeypatch.setattr(images, "FONTS", ())
+    images._font.cache_clear()
+    colours, paths = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (90, 90, 0)], []
+    for i, colour in enumerate(colours):
+        paths.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (48, 32), colour).save(paths[-1])
+    captions = [
+        ("seed 1", "a very long prompt " * 12),
+        ("seed 2", "Donaudampfschifffahrtsgesellschaftskapitänsmützen" * 2),
+    ]
+    block = images.Block(
+        "Title", ["SEG σ=∞", "a head that is far too long for one line"], captions, [paths[:2], paths[2:]]
+    )
+    sheet = images.draw_grid([block, block], "Two blocks", "A note " * 60, cell=96)
+    images._font.cache_clear()
+    counts = {colour: sum(n for n, c in sheet.getcolors(1 << 20) if c == colour) for colour in colours}
+    assert counts == dict.fromkeys(colours, 2 * 144 * 96)  # whole, unsmoothed, not square, once in each block
+
+
+def test_a_run_folder_that_cannot_be_made_is_an_oserror(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        runs.run_folder(tmp_path / "file", "x", {"a": 1})
+    folder = runs.run_folder(tmp_path, "x", {"a": 1})
+    assert folder == runs.run_folder(tmp_path, "x", {"a": 1}) and folder.parent == tmp_path / "x"
