@@ -6,11 +6,11 @@ or the device differs, so the peak while loading is the weights themselves and o
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -221,7 +221,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
 
 
-def _read(file: BinaryIO, entry: Entry, dtype: torch.dtype, device: torch.device, buffer: Tensor) -> Tensor:
+def _read(file: FileIO, entry: Entry, dtype: torch.dtype, device: torch.device, buffer: Tensor) -> Tensor:
     """One tensor in the wanted dtype on the wanted device; bytes go through the buffer where either differs."""
     stored = _DTYPES[entry.dtype]
     out = torch.empty(entry.shape, dtype=dtype, device=device)
@@ -239,10 +239,10 @@ def _read(file: BinaryIO, entry: Entry, dtype: torch.dtype, device: torch.device
     return out
 
 
-def _fill_bytes(file: BinaryIO, raw: Tensor, entry: Entry) -> None:
+def _fill_bytes(file: FileIO, raw: Tensor, entry: Entry) -> None:
     view = memoryview(raw.numpy().data)
     while len(view):
-        count = os.readv(file.fileno(), [view[: 2**30]])
+        count = file.readinto(view)
         if count == 0:
             raise CheckpointError(f"{entry.file} ended inside {entry.key}: the file changed while it was read")
         view = view[count:]

@@ -42,7 +42,7 @@ class TextEncoders:
     def tokens(self, texts: Sequence[str], which: int) -> Int[Tensor, "rows text"]:
         """Token ids by tokenizer 0 or 1, padded and cut to `length`; warns of a text that is cut, naming the loss."""
         tokenizer = self.tokenizers[which]
-        every = tokenizer(list(texts)).input_ids
+        every = tokenizer(list(texts), verbose=False).input_ids
         for ids in every:
             if len(ids) > self.length:
                 lost = tokenizer.decode(ids[self.length - 1 : -1])
