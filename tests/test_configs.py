@@ -191,7 +191,7 @@ def test_types_are_strict_and_say_so():
     [
         ("stps=10", "stps: no such setting; did you mean steps?"),
         ("sampler=eulr", "sampler: no 'eulr'; did you mean euler? (choices: dpm_2,"),
-        ("guidance.terms.seg.perturbation.sgima=1", "perturbation.sgima: no such setting; did you mean sigma? (settings"),
+        ("guidance.terms.seg.perturbation.sgima=1", "perturbation.sgima: no such setting; did you mean sigma?"),
         ("guidance.terms.sge.scale=1", "guidance.terms.sge: no such setting; did you mean seg?"),
         ("guidance.terms.seg.perturbation.sigma=-1", "sigma: -1 is out of range; it must be a number >= 0"),
         ("guidance.terms.seg.perturbation.boundary=reflct", "did you mean reflect?"),
