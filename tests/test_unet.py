@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+
 from segresearch.models.attention import Fork, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.unet import Control, UNet, UNetConfig
@@ -77,7 +78,12 @@ def test_control_residuals_match_diffusers():
     mid = torch.randn(2, 64, 4, 6, generator=g)
     added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
     expected = theirs(
-        x, t, cond.context, added_cond_kwargs=added, down_block_additional_residuals=down, mid_block_additional_residual=mid
+        x,
+        t,
+        cond.context,
+        added_cond_kwargs=added,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=mid,
     ).sample
     torch.testing.assert_close(ours(x, t, cond, control=Control(down, mid)), expected, rtol=0, atol=1e-5)
     index = torch.tensor([0, 1, 1])
@@ -97,9 +103,13 @@ def test_fork_equals_separate_forwards_at_every_site():
 
     for i, site in enumerate(ours.sites):
         later = set(ours.sites[i:])
-        halved = ours(x, t, cond, attend=lambda q, k, v, s, later=later: sdpa(q, k, v, s) * (0.5 if s.name in later else 1))
+        halved = ours(
+            x, t, cond, attend=lambda q, k, v, s, later=later: sdpa(q, k, v, s) * (0.5 if s.name in later else 1)
+        )
         expected = torch.cat([ours(x, t, cond), halved[index[2:]]])
-        torch.testing.assert_close(ours(x, t, cond, attend=scaled, fork=Fork(site, index)), expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            ours(x, t, cond, attend=scaled, fork=Fork(site, index)), expected, rtol=0, atol=1e-10
+        )
 
 
 @torch.no_grad()

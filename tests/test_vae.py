@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL
+
 from segresearch.models.vae import VAE, VAEConfig
 
 SMALL = {

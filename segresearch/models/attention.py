@@ -1,7 +1,8 @@
 """Attention as an argument.
 
-Every self-attention call of the UNet goes through an `attend(q, k, v, site)` that the caller hands in; `sdpa` is the plain one.
-A perturbation (SEG, PAG, ...) is therefore another function in the same place, and nothing is ever set on a module.
+Every self-attention call of the UNet goes through an `attend(q, k, v, site)` that the caller hands in; `sdpa` is the
+plain one. A perturbation (SEG, PAG, ...) is therefore another function in the same place, and nothing is ever set on a
+module.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 class Site(NamedTuple):
     """One self-attention call.
 
-    name: the module path, which is also the checkpoint key prefix, e.g. "mid_block.attentions.0.transformer_blocks.3.attn1".
+    name: the module path, which is also the checkpoint key prefix, such as
+        "mid_block.attentions.0.transformer_blocks.3.attn1".
     grid: (height, width) of the image that the tokens were flattened from, row by row.
     """
 
@@ -46,8 +48,8 @@ class Fork:
     site: name of the self-attention before which the rows are copied (q, k and v of it are still computed once).
     index: for each row after the fork, the row before it that it continues.
 
-    Two rows that differ only by a perturbation are equal up to the first perturbed site, so they are computed once up to there.
-    The number of rows must grow: a tensor is known to come from before the fork by having fewer rows.
+    Two rows that differ only by a perturbation are equal up to the first perturbed site, so they are computed once up to
+    there. The number of rows must grow: a tensor is known to come from before the fork by having fewer rows.
     """
 
     site: str

@@ -8,7 +8,7 @@ from segresearch.models.attention import Fork, follow
 
 
 class Resnet(nn.Module):
-    """GroupNorm, SiLU, 3×3 convolution, twice; between them the time embedding, if there is one, is added per channel."""
+    """GroupNorm, SiLU, 3×3 convolution, twice; between them the time embedding, if any, is added per channel."""
 
     def __init__(self, channels: int, out_channels: int, groups: int, eps: float, emb_channels: int | None = None):
         super().__init__()
@@ -34,7 +34,7 @@ class Resnet(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3×3 convolution with stride 2; `symmetric` pads one pixel on every side (UNet), else right and below only (VAE)."""
+    """3×3 convolution, stride 2; `symmetric` pads one pixel on every side (UNet), else right and below only (VAE)."""
 
     def __init__(self, channels: int, symmetric: bool):
         super().__init__()

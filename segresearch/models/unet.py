@@ -1,4 +1,4 @@
-"""The SDXL UNet, written out. Module names are the key names of a diffusers checkpoint, so it loads without a converter.
+"""The SDXL UNet, written out. Module names are the key names of a diffusers checkpoint: it loads with no converter.
 
     x (rows, 4, h, w) ─ conv_in ─ down_blocks ─ mid_block ─ up_blocks ─ conv_out ─ eps (rows_out, 4, h, w)
                                        └────────── skips ──────┘
@@ -92,7 +92,10 @@ class UNetConfig:
         if "addition_embed_type" not in config:
             raise ValueError("unet config: addition_embed_type is missing: not an SDXL UNet (SDXL's has text_time)")
         types = {name: tuple(config[name]) for name in ("down_block_types", "up_block_types") if name in config}
-        for kind, known in (("down", ("DownBlock2D", "CrossAttnDownBlock2D")), ("up", ("UpBlock2D", "CrossAttnUpBlock2D"))):
+        for kind, known in (
+            ("down", ("DownBlock2D", "CrossAttnDownBlock2D")),
+            ("up", ("UpBlock2D", "CrossAttnUpBlock2D")),
+        ):
             for name in types.get(f"{kind}_block_types", ()):
                 if name not in known:
                     raise ValueError(f"unet config: {kind}_block_types has {name!r}, supported are {known}")
@@ -100,10 +103,10 @@ class UNetConfig:
         n = len(widths)
         if config.get("reverse_transformer_layers_per_block") is not None:
             raise ValueError("unet config: reverse_transformer_layers_per_block is not supported")
-        # diffusers' historical quirk: `attention_head_dim` holds the number of heads unless num_attention_heads is given
+        # a quirk of diffusers: `attention_head_dim` holds the number of heads unless num_attention_heads is given
         heads = config.get("num_attention_heads") or config.get("attention_head_dim", list(UNetConfig.heads))
         own = {f.name for f in fields(UNetConfig)} - {"heads", "layers_per_block", "transformer_layers_per_block"}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in own}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in own}
         values |= types | {"block_out_channels": widths}
         return UNetConfig(
             **values,
@@ -129,8 +132,8 @@ class UNetConfig:
                 )
         if self.pooled_dim < 1:
             raise ValueError(
-                f"unet config: projection_class_embeddings_input_dim={self.projection_class_embeddings_input_dim} leaves "
-                f"no room for pooled text beside 6 × addition_time_embed_dim={self.addition_time_embed_dim}"
+                f"unet config: projection_class_embeddings_input_dim={self.projection_class_embeddings_input_dim} "
+                f"leaves no room for pooled text beside 6 × addition_time_embed_dim={self.addition_time_embed_dim}"
             )
 
     @property
@@ -228,7 +231,11 @@ class UpBlock(nn.Module):
         layers = range(c.layers_per_block[level] + 1)
         self.resnets = nn.ModuleList(
             Resnet(
-                (width if i else before) + (below if i == layers[-1] else width), width, c.norm_num_groups, c.norm_eps, emb
+                (width if i else before) + (below if i == layers[-1] else width),
+                width,
+                c.norm_num_groups,
+                c.norm_eps,
+                emb,
             )
             for i in layers
         )
@@ -323,7 +330,9 @@ class UNet(nn.Module):
         x = self.mid_block(x, emb, context, attend, fork)
         if control is not None:
             x = x + follow(control.mid.to(x.dtype), x, fork)
-            skips = [follow(s, r, fork) + follow(r.to(s.dtype), s, fork) for s, r in zip(skips, control.down, strict=True)]
+            skips = [
+                follow(s, r, fork) + follow(r.to(s.dtype), s, fork) for s, r in zip(skips, control.down, strict=True)
+            ]
         for up in self.up_blocks:
             x = up(x, skips, emb, context, attend, fork)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
@@ -337,8 +346,8 @@ class UNet(nn.Module):
         widths = (cond.context.shape[-1], cond.pooled.shape[-1])
         if widths != (c.cross_attention_dim, c.pooled_dim):
             raise ValueError(
-                f"unet: conditioning is {widths[0]} wide (pooled {widths[1]}), this model takes {c.cross_attention_dim} "
-                f"(pooled {c.pooled_dim}): encode the prompts with this model's own text encoders"
+                f"unet: conditioning is {widths[0]} wide (pooled {widths[1]}), this model takes "
+                f"{c.cross_attention_dim} (pooled {c.pooled_dim}): encode the prompts with this model's own text encoders"
             )
         if control is not None:
             skips = 1 + sum(c.layers_per_block) + len(c.block_out_channels) - 1

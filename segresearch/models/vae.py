@@ -17,7 +17,7 @@ _EPS = 1e-6
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes, in the terms of a diffusers config.json; the defaults are SDXL's. scaling_factor brings latents to unit scale."""
+    """Sizes, in the terms of a diffusers config.json; the defaults are SDXL's. scaling_factor gives latents unit scale."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -45,13 +45,16 @@ class VAEConfig:
             if set(config.get(key, [known])) != {known}:
                 raise ValueError(f"vae config: {key}={config[key]!r} is not supported, only {known}")
         own = VAEConfig.__dataclass_fields__
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in own and v is not None}
+        given = {k: v for k, v in config.items() if k in own and v is not None}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         return VAEConfig(**values)
 
     def __post_init__(self) -> None:
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
-                raise ValueError(f"vae config: width {width} is not a multiple of norm_num_groups {self.norm_num_groups}")
+                raise ValueError(
+                    f"vae config: width {width} is not a multiple of norm_num_groups {self.norm_num_groups}"
+                )
 
     @property
     def factor(self) -> int:
@@ -158,7 +161,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Images in [−1, 1] to latents of unit scale and back. Inputs are cast to the weights' dtype, outputs are fp32 (or fp64)."""
+    """Images in [−1, 1] to latents of unit scale and back. It computes in the weights' dtype and returns fp32 (or fp64)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -166,8 +169,12 @@ class VAE(nn.Module):
         self.config = config
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
-        self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1) if c.use_quant_conv else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1) if c.use_post_quant_conv else nn.Identity()
+        self.quant_conv = (
+            nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1) if c.use_quant_conv else nn.Identity()
+        )
+        self.post_quant_conv = (
+            nn.Conv2d(c.latent_channels, c.latent_channels, 1) if c.use_post_quant_conv else nn.Identity()
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,7 +187,9 @@ class VAE(nn.Module):
         """
         f = self.config.factor
         if images.shape[2] % f or images.shape[3] % f:
-            raise ValueError(f"vae: image sides {tuple(images.shape[2:])} must be multiples of {f}: crop or pad the image")
+            raise ValueError(
+                f"vae: image sides {tuple(images.shape[2:])} must be multiples of {f}: crop or pad the image"
+            )
         mean, logvar = self.quant_conv(self.encoder(images.to(self.dtype))).chunk(2, dim=1)  # (b, 2l, h, w) -> 2 × l
         return mean, logvar.clamp(-30.0, 20.0)
 
