@@ -48,7 +48,7 @@ class Fork:
     site: name of the self-attention before which the rows are copied (q, k and v of it are still computed once).
     index: for each row after the fork, the row before it that it continues.
 
-    Two rows that differ only by a perturbation are equal up to the first perturbed site, so they are computed once up to
+    Two rows that differ only by a perturbation are equal up to the first perturbed site and computed once up to
     there. The number of rows must grow: a tensor is known to come from before the fork by having fewer rows.
     """
 

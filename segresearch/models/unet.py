@@ -347,7 +347,7 @@ class UNet(nn.Module):
         if widths != (c.cross_attention_dim, c.pooled_dim):
             raise ValueError(
                 f"unet: conditioning is {widths[0]} wide (pooled {widths[1]}), this model takes "
-                f"{c.cross_attention_dim} (pooled {c.pooled_dim}): encode the prompts with this model's own text encoders"
+                f"{c.cross_attention_dim} (pooled {c.pooled_dim}): encode prompts with this model's own text encoders"
             )
         if control is not None:
             skips = 1 + sum(c.layers_per_block) + len(c.block_out_channels) - 1

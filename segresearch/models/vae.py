@@ -17,7 +17,10 @@ _EPS = 1e-6
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes, in the terms of a diffusers config.json; the defaults are SDXL's. scaling_factor gives latents unit scale."""
+    """Sizes, in the terms of a diffusers config.json; the defaults are SDXL's.
+
+    scaling_factor gives latents unit scale.
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -161,7 +164,10 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Images in [−1, 1] to latents of unit scale and back. It computes in the weights' dtype and returns fp32 (or fp64)."""
+    """Images in [−1, 1] to latents of unit scale and back.
+
+    It computes in the weights' dtype and returns fp32 (fp64 stays fp64).
+    """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
