@@ -1,7 +1,6 @@
 """Captions of procedural scenes: varied wording over a closed lower-case vocabulary, always true of the picture.
 
-Every object of a scene is mentioned; floor, sky and sizes are mentioned sometimes. Words and punctuation marks are
-separated as a tokenizer would separate them: ``len(words(caption)) <= 44``.
+A caption mentions every object of its scene, and sometimes sizes, floor and sky. It has at most 44 `words`.
 """
 
 import re
@@ -26,12 +25,12 @@ _RIGHT = ("right of", "right of", "to the right of", "on the right of")
 _BEHIND = ("behind", "behind", "further away than")
 _FRONT = ("in front of", "in front of", "closer than")
 _OPENINGS = ("a scene with", "a picture of", "an image of", "a render of", "there is")
-_OTHER = ("a an and are at checkered closer far floor from front further further away than ground image in is it left "
-          "little big medium near of objects on picture render right scene shapes sky small large than the there "
-          "things tiled to under above with next beside behind one two three four , :").split()
+_OTHER = ("a above an and are at away behind beside big checkered closer far floor four from front further ground "
+          "image in is it large left little medium near next objects of on one picture render right scene shapes sky small "
+          "than the there things three tiled to two under with , :").split()
 VOCABULARY: tuple[str, ...] = tuple(sorted({*SHAPES, *COLORS, *FLOORS, *SKIES, *_SYNONYMS.values(),
                                             *_PLURALS.values(), *_OTHER}))
-"""Every word and punctuation mark that a caption can hold."""
+"""Every word and punctuation mark that a caption can hold, and a few more that people may write."""
 
 
 class Thing(NamedTuple):
@@ -52,7 +51,7 @@ def words(caption: str) -> list[str]:
 
 
 def relations(a: Thing, b: Thing) -> list[str]:
-    """Which of left, right, behind, front, beside hold of `a` towards `b`, with a margin that makes them plain to see."""
+    """Which of left, right, behind, front, beside hold of `a` towards `b`, by a margin that makes them plain to see."""
     found = []
     dx, dz = b.x - a.x, b.distance - a.distance
     margin = 0.6 * max(a.radius, b.radius) + 0.05
@@ -95,8 +94,9 @@ def caption(things: Sequence[Thing], floor: str, sky: str, draws: Sequence[float
         counts: dict[tuple[str, str], list[Thing]] = {}
         for thing in some:
             counts.setdefault(nouns[id(thing)], []).append(thing)
-        parts = [one(same[0]) if len(same) == 1 else f"{_NUMBERS[len(same)]} {adjective} {_PLURALS[shape]}".replace("  ", " ")
+        parts = [one(same[0]) if len(same) == 1 else f"{_NUMBERS[len(same)]} {adjective} {_PLURALS[shape]}"
                  for (adjective, shape), same in counts.items()]
+        parts = [part.replace("  ", " ") for part in parts]  # no adjective
         return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
     order = list(things)
@@ -127,7 +127,7 @@ def caption(things: Sequence[Thing], floor: str, sky: str, draws: Sequence[float
         text = pick(_OPENINGS[:4]) + " " + listed(order)
     text = (text or listed(order)).replace(" :", ":")
     ground = pick((f"a {floor} checkered floor", f"a {floor} floor", f"a {floor} tiled floor", f"{floor} ground"))
-    above = f"a {sky} sky"
+    above = f"{'an' if sky[0] in 'aeiou' else 'a'} {sky} sky"
     match int(next(numbers) * 20):
         case 0 | 1 | 2 | 3:
             return f"{text} on {ground} under {above}"

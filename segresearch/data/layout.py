@@ -1,10 +1,9 @@
-"""What is in a procedural scene and where: drawn from a counter-based hash, so scene (seed, index) never depends on the batch.
+"""What is in a procedural scene and where, drawn from a counter-based hash: scene (seed, index) knows of no batch.
 
-World units: one is a bit more than a medium object's radius; x right, y up, z forward, floor at y = 0, camera above the
-origin. Picture coordinates (u, v): u right, v up, the shorter side of the picture spans -1 to 1.
+World: x right, y up, z forward, floor at y = 0, camera above the origin; a large object's radius is 0.9 units.
+Picture coordinates (u, v): u right, v up, the shorter side of the picture spans -1 to 1.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -12,21 +11,29 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from segresearch.data.captions import COLORS, FLOORS, SHAPES, SIZES, SKIES
+from segresearch.data.captions import COLORS, FLOORS, SHAPES, SKIES
 
 SLOTS = 4
 FOCAL = 2.15
 """Focal length in units of half the shorter picture side: a field of view of 50 degrees."""
 RADII = (0.44, 0.64, 0.90)
+"""Small, medium, large; give or take 6 %, and less in a crowd."""
+_CROWD = (1.0, 1.0, 0.88, 0.76)
 _NEAR, _FAR = 3.5, 5.8
 HEIGHTS = (1.0, 0.82, 1.0, 1.0, 0.906)
 """Height of the centre above the floor by shape, in units of the object's radius."""
-_COLORS = {"red": (0.90, 0.10, 0.10), "green": (0.10, 0.70, 0.16), "blue": (0.12, 0.26, 0.95), "yellow": (0.98, 0.86, 0.08),
-           "purple": (0.60, 0.14, 0.80), "cyan": (0.08, 0.82, 0.88), "orange": (1.00, 0.50, 0.04), "white": (0.97, 0.97, 0.97)}
-_FLOORS = {"grey": (0.52, 0.52, 0.54), "brown": (0.52, 0.36, 0.24), "green": (0.34, 0.50, 0.34), "blue": (0.32, 0.42, 0.62),
-           "purple": (0.48, 0.36, 0.58), "beige": (0.76, 0.68, 0.54), "pink": (0.74, 0.50, 0.56), "teal": (0.26, 0.50, 0.50)}
-_SKIES = {"blue": (0.36, 0.56, 0.84), "purple": (0.48, 0.36, 0.66), "pink": (0.86, 0.58, 0.68), "grey": (0.58, 0.60, 0.64),
-          "teal": (0.26, 0.54, 0.56), "orange": (0.84, 0.54, 0.34), "beige": (0.84, 0.78, 0.64), "dark": (0.10, 0.11, 0.18)}
+_COLORS = {
+    "red": (0.90, 0.10, 0.10), "green": (0.10, 0.70, 0.16), "blue": (0.12, 0.26, 0.95), "yellow": (0.98, 0.86, 0.08),
+    "purple": (0.60, 0.14, 0.80), "cyan": (0.08, 0.82, 0.88), "orange": (1.00, 0.50, 0.04), "white": (0.97, 0.97, 0.97),
+}
+_FLOORS = {
+    "grey": (0.52, 0.52, 0.54), "brown": (0.52, 0.36, 0.24), "green": (0.34, 0.50, 0.34), "blue": (0.32, 0.42, 0.62),
+    "purple": (0.48, 0.36, 0.58), "beige": (0.76, 0.68, 0.54), "pink": (0.74, 0.50, 0.56), "teal": (0.26, 0.50, 0.50),
+}
+_SKIES = {
+    "blue": (0.36, 0.56, 0.84), "purple": (0.48, 0.36, 0.66), "pink": (0.86, 0.58, 0.68), "grey": (0.58, 0.60, 0.64),
+    "teal": (0.26, 0.54, 0.56), "orange": (0.84, 0.54, 0.34), "beige": (0.84, 0.78, 0.64), "dark": (0.10, 0.11, 0.18),
+}
 
 
 def _signed(value: int) -> int:
@@ -53,7 +60,7 @@ def uniform(indices: Int[Tensor, "b"], seed: int, stream: int, count: int) -> Fl
 
 @dataclass(frozen=True)
 class Layout:
-    """The parameters of b scenes of up to four objects. Angles in radians, colours in [0, 1], lengths in world units."""
+    """The parameters of b scenes of up to four objects: radians, colours in [0, 1], lengths in world units."""
 
     shape: Int[Tensor, "b 4"]
     color: Int[Tensor, "b 4"]
@@ -83,9 +90,9 @@ def _placed(draws: Float[Tensor, "b n"], radius: Float[Tensor, "b 4"], y: Float[
             height: Float[Tensor, "b 1"], pitch: Float[Tensor, "b 1"]) -> Float[Tensor, "7 b 4"]:
     """x, z, u, v, depth along the optical axis, disc radius and whether it fits, of the slots one after the other.
 
-    A slot takes the first of its candidates that is clear of the slots before it: bounding discs in the picture at least
-    0.74 of their touching distance apart (a disc then hides at most about a third of an equal one) and footprints on
-    the floor disjoint. A slot without a clear candidate does not fit and is left empty.
+    A slot takes the first of its candidates that is clear of the slots before it: bounding discs in the picture at
+    least 0.7 of their touching distance apart (one then hides about a fifth of an equal one) and footprints on the
+    floor disjoint. A slot without a clear candidate does not fit and is left empty.
     """
     tries = draws.shape[1] // (2 * SLOTS)
     draws = draws.reshape(-1, SLOTS, 2, tries)
@@ -101,7 +108,7 @@ def _placed(draws: Float[Tensor, "b n"], radius: Float[Tensor, "b 4"], y: Float[
         x = u * ahead / FOCAL
         clear = torch.ones_like(u)
         for other, (x0, z0, u0, v0, _, disc0, fits0) in enumerate(slots):
-            seen = torch.hypot(u - u0, v - v0) / (0.74 * (disc + disc0))
+            seen = torch.hypot(u - u0, v - v0) / (0.7 * (disc + disc0))
             floor = torch.hypot(x - x0, z - z0) / (1.18 * (r + radius[:, other, None]))
             clear = torch.where(fits0 > 0, clear.minimum(seen).minimum(floor), clear)
         best = (clear - order).argmax(1, keepdim=True)
@@ -110,25 +117,25 @@ def _placed(draws: Float[Tensor, "b n"], radius: Float[Tensor, "b 4"], y: Float[
     return torch.cat(slots, 2)
 
 
-def _table(values: Sequence[Sequence[float]], device: torch.device) -> Float[Tensor, "n 3"]:
+def _table(values: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Float[Tensor, "n *rest"]:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def layout(indices: Int[Tensor, "b"], seed: int = 0) -> Layout:
     """The scenes (seed, index), one to four objects each, in float64 (so that rounding never reaches the pixels)."""
     device = indices.device
-    scene, of_slot, places = (uniform(indices, seed, stream, count) for stream, count in ((0, 32), (1, 32), (2, 128)))
+    scene, of_slot, places = (uniform(indices, seed, stream, count) for stream, count in ((0, 32), (1, 32), (2, 256)))
     of_slot = of_slot.view(-1, SLOTS, 8)
 
     def between(low: float, high: float, draw: Tensor) -> Tensor:
         return low + (high - low) * draw
 
-    count = 1 + torch.bucketize(scene[:, 0].contiguous(), torch.tensor([0.28, 0.70, 0.89], device=device, dtype=torch.float64))
+    count = 1 + (scene[:, 0, None] > _table((0.28, 0.70, 0.89), device)).sum(1)
     shape, color = (of_slot[..., 0] * len(SHAPES)).long(), (of_slot[..., 1] * len(COLORS)).long()
-    size = torch.bucketize(of_slot[..., 2].contiguous(), torch.tensor([0.28, 0.70], device=device, dtype=torch.float64))
-    size = torch.where(count[:, None] > 2, size.clamp(max=1) + ((size == 2) & (of_slot[..., 2] > 0.85)).long(), size)
-    radius = torch.tensor(RADII, device=device, dtype=torch.float64)[size] * between(0.94, 1.06, of_slot[..., 3])
-    y = radius * torch.tensor(HEIGHTS, device=device, dtype=torch.float64)[shape]
+    large = torch.where(count > 2, 0.85, 0.70)  # fewer large ones in a crowd
+    size = (of_slot[..., 2] > 0.28).long() + (of_slot[..., 2] > large[:, None])
+    radius = _table(RADII, device)[size] * between(0.94, 1.06, of_slot[..., 3]) * _table(_CROWD, device)[count - 1, None]
+    y = radius * _table(HEIGHTS, device)[shape]
     height, pitch = between(1.5, 2.1, scene[:, 1]), torch.deg2rad(between(7.0, 13.0, scene[:, 2]))
     x, z, u, v, ahead, _, fits = _placed(places, radius, y, height[:, None], pitch[:, None])
 

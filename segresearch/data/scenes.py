@@ -13,14 +13,14 @@ from segresearch.data.rendering import render
 
 __all__ = ["COLORS", "FLOORS", "SHAPES", "SIZES", "SKIES", "VOCABULARY", "SceneObject", "Scenes", "captions", "scenes"]
 
-_CHUNK = 64 * 64 * 32  # pixels rendered together: what the caches hold
+_CHUNK = 64 * 64 * 128  # pixels rendered together: a balance of cache misses and calls
 _WORDING = 16  # stream of the first caption variant
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object. x, y: pixel coordinates of its centre (0, 0 is the upper left corner of the picture); distance: from
-    the camera to its centre, world units; radius: world units; visible: the fraction of its outline not hidden by others."""
+    """One object. x, y: its centre in pixels from the picture's upper left corner; distance: from the camera to its
+    centre, in world units like radius; visible: the fraction of its outline that no other object hides."""
 
     shape: str
     color: str
@@ -73,7 +73,10 @@ def captions(indices: Sequence[int], seed: int = 0, variant: int = 0) -> list[st
 
 
 def scenes(indices: Sequence[int], seed: int = 0, size: int | tuple[int, int] = 64) -> Scenes:
-    """The scenes (seed, index), each the same whatever the batch. size: pixels, one side or (height, width), at least 16."""
+    """The scenes (seed, index), each the same whatever the batch. size: one side or (height, width), in pixels.
+
+    Raises ValueError for no indices, or sides under 16 pixels.
+    """
     h, w = (size, size) if isinstance(size, int) else size
     if min(h, w) < 16:
         raise ValueError(f"scenes of size {(h, w)}: each side needs at least 16 pixels")
@@ -85,8 +88,8 @@ def scenes(indices: Sequence[int], seed: int = 0, size: int | tuple[int, int] = 
     scale = min(h, w) / 2
     columns = (drawn.present, drawn.shape, drawn.color, drawn.size, w / 2 + scale * drawn.u, h / 2 - scale * drawn.v,
                drawn.distance, drawn.radius, visible)
-    objects = [
-        [SceneObject(SHAPES[s], COLORS[c], SIZES[z], *rest) for there, s, c, z, *rest in zip(*slots, strict=True) if there]
-        for slots in zip(*(column.tolist() for column in columns), strict=True)]
+    objects = [[SceneObject(SHAPES[s], COLORS[c], SIZES[z], *rest)
+                for there, s, c, z, *rest in zip(*slots, strict=True) if there]
+               for slots in zip(*(column.tolist() for column in columns), strict=True)]
     return Scenes(images, _captions(drawn, rows, seed, 0), depth, edges, objects,
                   [FLOORS[k] for k in drawn.floor.tolist()], [SKIES[k] for k in drawn.sky.tolist()])
