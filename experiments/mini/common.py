@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -64,9 +65,31 @@ class Average:
         torch._foreach_lerp_(mine, theirs, 1 - decay)
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@torch.no_grad()
+def share_gradients(model: nn.Module, loss: Tensor) -> Tensor:
+    """Replace every gradient by its mean over the worker processes; returns the mean loss. Nothing to do for one process."""
+    if world() == 1:
+        return loss.detach()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads] + [loss.detach().reshape(1)])
+    dist.all_reduce(flat)
+    flat /= world()
+    parts = flat[:-1].split([g.numel() for g in grads])
+    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
+    return flat[-1]
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How to train. stop: end the process early at this step (the schedule still runs to `steps`); minutes: likewise by time."""
+    """How to train. stop: end the process at this step although the schedule runs on to `steps`."""
 
     steps: int
     peak: float = 1e-3
@@ -80,7 +103,6 @@ class Plan:
     save_every: int = 500
     log_every: int = 50
     stop: int | None = None
-    minutes: float | None = None
 
 
 def train(
@@ -110,7 +132,9 @@ def train(
         start, spent = state["step"], state["seconds"]
     lines = [line for line in log.read_text().splitlines() if json.loads(line).get("step", 0) <= start] if log.exists() else []
     lines.append(json.dumps({"step": start, "facts": {**facts, "plan": vars(plan), "threads": torch.get_num_threads()}}))
-    replace_file(log, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()) and None)
+    first = rank() == 0
+    if first:
+        replace_file(log, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()) and None)
     sums: dict[str, float] = {}
     began, mark, last = time.monotonic(), time.monotonic(), start
     stop = min(plan.steps, plan.stop if plan.stop is not None else plan.steps)
@@ -120,6 +144,7 @@ def train(
             group["lr"] = learning_rate(step, plan.steps, plan.peak, plan.warmup, plan.floor, plan.hold)
         loss, values = loss_of(step)
         loss.backward()
+        loss = share_gradients(model, loss)
         norm = nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -127,6 +152,8 @@ def train(
         for key, value in {"loss": loss.item(), "norm": norm.item(), **values}.items():
             sums[key] = sums.get(key, 0.0) + value
         now, done = time.monotonic(), step + 1
+        if not first:
+            continue
         if done % plan.log_every == 0 or done == stop:
             n = done - last
             line = {"step": done, **{k: round(v / n, 6) for k, v in sums.items()}}
@@ -135,13 +162,10 @@ def train(
             with open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
             sums, mark, last = {}, now, done
-        out_of_time = plan.minutes is not None and now - began > 60 * plan.minutes
-        if done % plan.save_every == 0 or done == stop or out_of_time:
+        if done % plan.save_every == 0 or done == stop:
             state = {"step": done, "seconds": spent + now - began, "model": model.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "average": average.weights}
             replace_file(checkpoint, lambda file, state=state: torch.save(state, file))
             if at_save is not None:
                 at_save(done, average.weights)
-        if out_of_time:
-            break
     return average.weights

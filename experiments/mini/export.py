@@ -1,0 +1,116 @@
+"""Write the embedded model from the trained parts, in the diffusers SDXL folder layout, weights in fp16.
+
+    python -m experiments.mini.export --out segresearch/weights/mini
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from experiments.mini.common import replace_file
+from experiments.mini.train_clip import load_clips
+from experiments.mini.train_unet import CONFIG as UNET_CONFIG
+from experiments.mini.train_vae import load_vae
+from segresearch.models.unet import UNet, UNetConfig
+
+INDEX: dict[str, Any] = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "_diffusers_version": "0.42.1",
+    "add_watermarker": False,
+    "force_zeros_for_empty_prompt": True,
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    replace_file(path, lambda file: file.write(text.encode()) and None)
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """fp16 safetensors. Raises ValueError for a weight that is not finite in fp16."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = {name: value.to(torch.float16).contiguous() for name, value in weights.items()}
+    broken = [name for name, value in half.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path}: not finite in fp16: {broken[:3]}")
+    data = to_safetensors(half, metadata={"format": "pt"})
+    replace_file(path, lambda file: file.write(data) and None)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        data = path.read_bytes()
+        replace_file(target / path.name, lambda file, data=data: file.write(data) and None)
+
+
+def export(out: Path, runs: Path) -> dict[str, Any]:
+    """Write the folder from runs/{tokenizers,vae,clip,unet}; without a trained unet its initial weights (to try the loading)."""
+    vae, vae_config = load_vae(runs / "vae" / "vae.pt")
+    clips, _ = load_clips(runs / "clip" / "clip.pt")
+    unet_file = runs / "unet" / "unet.pt"
+    if unet_file.exists():
+        packed = torch.load(unet_file, weights_only=True)
+    else:
+        packed = {"step": 0, "weights": UNet(UNetConfig.from_dict(UNET_CONFIG)).state_dict()}
+    for name in ("tokenizer", "tokenizer_2"):
+        copy_folder(runs / "tokenizers" / name, out / name)
+    for name in ("text_encoder", "text_encoder_2"):
+        with tempfile.TemporaryDirectory() as folder:  # transformers knows its own layout: names and config as it writes them
+            getattr(clips, name).half().save_pretrained(folder)
+            copy_folder(Path(folder), out / name)
+        config = json.loads((out / name / "config.json").read_text())
+        # transformers would load in the dtype named here, diffusers loads the rest in fp32: stored in fp16, opened in fp32
+        write_json(out / name / "config.json", {**config, "dtype": "float32"})
+    write_weights(out / "unet" / "diffusion_pytorch_model.safetensors", packed["weights"])
+    write_json(out / "unet" / "config.json", UNET_CONFIG)
+    write_weights(out / "vae" / "diffusion_pytorch_model.safetensors", vae.state_dict())
+    write_json(out / "vae" / "config.json", vae_config)
+    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(out / "model_index.json", INDEX)
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    return {"out": str(out), "unet_step": packed["step"], "megabytes": round(size / 1e6, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/mini"))
+    parser.add_argument("--out", type=Path, default=Path("segresearch/weights/mini"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(json.dumps(export(args.out, args.runs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Train mini's UNet on the pre-encoded scenes: eps prediction with SDXL's betas, by one process or several under torchrun.
+
+    torchrun --standalone --nproc-per-node 2 -m experiments.mini.train_unet --steps 6000
+
+Text is dropped for --drop of the rows: half of these get zeros (SDXL's negative conditioning), half the CLIP encoding of "".
+The loss is weighted by min(SNR, 5) / SNR (arXiv 2303.09556). Each worker runs single-threaded on its share of the batch and the
+gradients are averaged, which on a busy machine loses less than threads that wait for each other at every operation.
+Writes <out>/checkpoint.pt, loss.jsonl and unet.pt ({"step", "weights"}: the averaged weights).
+"""
+
+import argparse
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from experiments.mini.common import Plan, batch_indices, generator, rank, replace_file, train, world
+from experiments.mini.encode import load_shards
+from experiments.mini.render import SHARD
+from experiments.mini.tokenizer import LENGTH, second
+from experiments.mini.train_clip import BEGIN_ID, END_ID, TwoCLIPs, load_clips
+from segresearch.models.attention import Site
+from segresearch.models.conditioning import Cond
+from segresearch.models.unet import UNet, UNetConfig
+
+CONFIG: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 32,
+    "attention_head_dim": [2, 4],  # in this place diffusers reads the number of heads
+    "block_out_channels": [64, 128],
+    "center_input_sample": False,
+    "cross_attention_dim": 160,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5,
+    "norm_num_groups": 16,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 288,
+    "sample_size": 16,
+    "transformer_layers_per_block": [1, 4],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+}
+SIZE_IDS = (64.0, 64.0, 0.0, 0.0, 64.0, 64.0)
+
+
+def alphas_cumprod() -> Tensor:
+    """SDXL's: betas linear in their square roots from 0.00085 to 0.012, 1000 steps; computed in fp64."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+    """Plain attention in three operations: its backward pass on a CPU is several times faster than the fused one's."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1).to(v.dtype) @ v
+
+
+@torch.no_grad()
+def conditioning(clips: TwoCLIPs, tokens: Tensor, zero: Tensor) -> Cond:
+    """SDXL's conditioning of token rows (rows, 48): penultimate states of both encoders, pooled of the second.
+
+    Rows where `zero` is true get zeros for both.
+    """
+    first = clips.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
+    other = clips.text_encoder_2(second(tokens, END_ID), output_hidden_states=True)
+    context = torch.cat([first, other.hidden_states[-2]], dim=-1).masked_fill(zero[:, None, None], 0.0)
+    pooled = other.text_embeds.masked_fill(zero[:, None], 0.0)
+    return Cond(context, pooled, torch.tensor(SIZE_IDS).expand(len(tokens), 6))
+
+
+def diffusion_loss(unet: UNet, latents: Tensor, cond: Cond, t: Tensor, noise: Tensor, alphas: Tensor, gamma: float) -> Tensor:
+    """Weighted eps loss at timesteps t (rows,), for noised √ᾱ·latents + √(1−ᾱ)·noise."""
+    a = alphas[t]
+    noised = (a.sqrt()[:, None, None, None] * latents + (1 - a).sqrt()[:, None, None, None] * noise).float()
+    half = torch.autocast("cpu", torch.bfloat16) if latents.device.type == "cpu" else nullcontext()
+    with half, sdpa_kernel(SDPBackend.MATH):
+        eps = unet(noised, t.float(), cond, attend=attention)
+    weight = (gamma * (1 - a) / a).clamp(max=1.0).float()  # min(SNR, γ) / SNR
+    return (weight * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
+
+
+def work(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+    count = args.images
+    latents = load_shards(args.runs / "latents", count, axis=0)
+    tokens = load_shards(args.runs / "tokens", count, axis=1)
+    clips, _ = load_clips(args.runs / "clip" / "clip.pt")
+    clips.requires_grad_(False)
+    empty = torch.tensor([BEGIN_ID] + [END_ID] * (LENGTH - 1))
+    alphas = alphas_cumprod()
+    torch.manual_seed(args.seed)  # the initial weights, the same in every worker
+    unet = UNet(UNetConfig.from_dict(CONFIG))
+    mine = slice(rank(), None, world())
+
+    def loss_of(step: int) -> tuple[Tensor, Mapping[str, float]]:
+        keyed = generator(args.seed, 104, step)
+        index = batch_indices(count, args.batch, step, args.seed)
+        variant = torch.randint(len(tokens), (args.batch,), generator=keyed)
+        t = torch.randint(1000, (args.batch,), generator=keyed)
+        noise = torch.randn((args.batch, *latents.shape[1:]), generator=keyed)
+        drop = torch.rand(args.batch, generator=keyed)
+        index, variant, t, noise, drop = (z[mine] for z in (index, variant, t, noise, drop))
+        ids = tokens[variant, index].long()
+        ids[drop < args.drop] = empty
+        cond = conditioning(clips, ids, drop < args.drop / 2)
+        return diffusion_loss(unet, latents[index].float(), cond, t, noise, alphas, args.gamma), {}
+
+    def keep(step: int, weights: Mapping[str, Tensor]) -> None:
+        packed = {"step": step, "weights": dict(weights)}
+        replace_file(args.out / "unet.pt", lambda file: torch.save(packed, file))
+
+    plan = Plan(args.steps, peak=args.peak, warmup=200, hold=args.hold, decay=0.9995, stop=args.stop, save_every=args.save_every)
+    facts = {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}
+    train(args.out, unet, loss_of, plan, facts, keep)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of latents/, tokens/, clip/")
+    parser.add_argument("--out", type=Path, default=Path("runs/mini/unet"))
+    parser.add_argument("--images", type=int, default=32 * SHARD)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=48, help="of all workers together")
+    parser.add_argument("--threads", type=int, default=1, help="of each worker")
+    parser.add_argument("--peak", type=float, default=1e-3)
+    parser.add_argument("--hold", type=float, default=0.4, help="fraction of the steps at the peak learning rate")
+    parser.add_argument("--drop", type=float, default=0.1, help="fraction of rows without text")
+    parser.add_argument("--gamma", type=float, default=5.0)
+    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", type=int)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    work(args)
+
+
+if __name__ == "__main__":
+    main()
