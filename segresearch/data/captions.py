@@ -4,7 +4,8 @@ A caption mentions every object of its scene, and sometimes sizes, floor and sky
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 SHAPES = ("sphere", "cube", "cone", "ring", "star")
@@ -26,8 +27,8 @@ _BEHIND = ("behind", "behind", "further away than")
 _FRONT = ("in front of", "in front of", "closer than")
 _OPENINGS = ("a scene with", "a picture of", "an image of", "a render of", "there is")
 _OTHER = ("a above an and are at away behind beside big checkered closer far floor four from front further ground "
-          "image in is it large left little medium near next objects of on one picture render right scene shapes sky small "
-          "than the there things three tiled to two under with , :").split()
+          "image in is it large left little medium near next objects of on one picture render right scene shapes sky "
+          "small than the there things three tiled to two under with , :").split()
 VOCABULARY: tuple[str, ...] = tuple(sorted({*SHAPES, *COLORS, *FLOORS, *SKIES, *_SYNONYMS.values(),
                                             *_PLURALS.values(), *_OTHER}))
 """Every word and punctuation mark that a caption can hold, and a few more that people may write."""
@@ -43,6 +44,12 @@ class Thing(NamedTuple):
     x: float
     distance: float
     radius: float
+
+
+class _Named(NamedTuple):
+    thing: Thing
+    adjective: str
+    noun: str
 
 
 def words(caption: str) -> list[str]:
@@ -67,72 +74,79 @@ def relations(a: Thing, b: Thing) -> list[str]:
 _WORDING = {"left": _LEFT, "right": _RIGHT, "behind": _BEHIND, "front": _FRONT, "beside": ("next to", "beside")}
 
 
+def _pick(options: Sequence[str], draw: float) -> str:
+    return options[int(draw * len(options))]
+
+
+def _one(named: _Named) -> str:
+    text = f"{named.adjective} {named.noun}".strip()
+    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+
+
+def _listed(some: Sequence[_Named]) -> str:
+    """An enumeration in which things of one name are counted."""
+    counts: dict[tuple[str, str], list[_Named]] = {}
+    for named in some:
+        counts.setdefault((named.adjective, named.noun), []).append(named)
+    parts = [_one(same[0]) if len(same) == 1 else f"{_NUMBERS[len(same)]} {adjective} {_PLURALS[noun]}"
+             for (adjective, noun), same in counts.items()]
+    parts = [part.replace("  ", " ") for part in parts]  # no adjective
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _related(a: _Named, b: _Named, rest: Sequence[_Named], numbers: Iterator[float]) -> str:
+    """What `a` is to `b`, then the rest; empty if there is nothing plain to tell."""
+    true = relations(a.thing, b.thing)
+    if not true:
+        return ""
+    sideways = [name for name in true if name in ("left", "right")]
+    if sideways and next(numbers) < 0.6:
+        true = sideways
+    relation = _pick(_WORDING[_pick(true, next(numbers))], next(numbers))
+    text = f"{_one(a)} {'is ' if next(numbers) < 0.12 else ''}{relation} {_one(b)}"
+    return text + _pick((", with ", ", and ", " and "), next(numbers)) + _listed(rest) if rest else text
+
+
+def _ordered(order: Sequence[_Named]) -> str:
+    """From left to right; empty if some neighbours are not plainly apart."""
+    by_x = sorted(order, key=lambda named: named.thing.x)
+    if not all("left" in relations(a.thing, b.thing) for a, b in pairwise(by_x)):
+        return ""
+    return "from left to right: " + ", ".join(map(_one, by_x[:-1])) + " and " + _one(by_x[-1])
+
+
 def caption(things: Sequence[Thing], floor: str, sky: str, draws: Sequence[float]) -> str:
     """One true description of the scene; `draws` (`DRAWS` uniform numbers) alone decides the wording."""
     numbers = iter(draws)
-
-    def chance(p: float) -> bool:
-        return next(numbers) < p
-
-    def pick(options: Sequence[str]) -> str:
-        return options[int(next(numbers) * len(options))]
-
-    sized, synonyms, colored = chance(0.25), chance(0.2), not chance(0.04)
-
-    def noun(thing: Thing) -> tuple[str, str]:
-        parts = [pick(_SIZE_WORDS[thing.size])] if sized and thing.size != "medium" else []
+    sized, synonyms, colored = next(numbers) < 0.25, next(numbers) < 0.2, next(numbers) >= 0.04
+    order = []
+    for thing in things:
+        parts = [_pick(_SIZE_WORDS[thing.size], next(numbers))] if sized and thing.size != "medium" else []
         parts += [thing.color] if colored else []
-        return " ".join(parts), _SYNONYMS[thing.shape] if synonyms else thing.shape
-
-    nouns = {id(thing): noun(thing) for thing in things}
-
-    def one(thing: Thing) -> str:
-        text = " ".join(nouns[id(thing)]).strip()
-        return ("an " if text[0] in "aeiou" else "a ") + text
-
-    def listed(some: Sequence[Thing]) -> str:
-        counts: dict[tuple[str, str], list[Thing]] = {}
-        for thing in some:
-            counts.setdefault(nouns[id(thing)], []).append(thing)
-        parts = [one(same[0]) if len(same) == 1 else f"{_NUMBERS[len(same)]} {adjective} {_PLURALS[shape]}"
-                 for (adjective, shape), same in counts.items()]
-        parts = [part.replace("  ", " ") for part in parts]  # no adjective
-        return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-    order = list(things)
+        order.append(_Named(thing, " ".join(parts), _SYNONYMS[thing.shape] if synonyms else thing.shape))
     for i in range(len(order) - 1, 0, -1):
         j = int(next(numbers) * (i + 1))
         order[i], order[j] = order[j], order[i]
     style = next(numbers)
     text = ""
     if len(order) == 1:
-        text = (pick(_OPENINGS) + " " if style < 0.15 else "") + one(order[0])
+        text = (_pick(_OPENINGS, next(numbers)) + " " if style < 0.15 else "") + _one(order[0])
     elif style < 0.6:
-        a, b, rest = order[0], order[1], order[2:]
-        true = relations(a, b)
-        if true:
-            lateral = [name for name in true if name in ("left", "right")]
-            relation = pick(_WORDING[pick(lateral if lateral and chance(0.6) else true)])
-            joint = " is " if chance(0.12) else " "
-            text = one(a) + joint + relation + " " + one(b)
-            if rest:
-                text += pick((", with ", ", and ", " and ")) + listed(rest)
+        text = _related(order[0], order[1], order[2:], numbers)
     elif style < 0.7:
-        by_x = sorted(order, key=lambda thing: thing.x)
-        if all("left" in relations(a, b) for a, b in zip(by_x, by_x[1:])):
-            text = "from left to right : " + ", ".join(map(one, by_x[:-1])) + " and " + one(by_x[-1])
+        text = _ordered(order)
     elif style < 0.78:
-        text = f"{_NUMBERS[len(order)]} {pick(('objects', 'shapes', 'things'))} : {listed(order)}"
+        text = f"{_NUMBERS[len(order)]} {_pick(('objects', 'shapes', 'things'), next(numbers))}: {_listed(order)}"
     elif style < 0.84:
-        text = pick(_OPENINGS[:4]) + " " + listed(order)
-    text = (text or listed(order)).replace(" :", ":")
-    ground = pick((f"a {floor} checkered floor", f"a {floor} floor", f"a {floor} tiled floor", f"{floor} ground"))
-    above = f"{'an' if sky[0] in 'aeiou' else 'a'} {sky} sky"
+        text = _pick(_OPENINGS[:4], next(numbers)) + " " + _listed(order)
+    text = text or _listed(order)
+    ground = (f"a {floor} checkered floor", f"a {floor} floor", f"a {floor} tiled floor", f"{floor} ground")
+    below, above = _pick(ground, next(numbers)), f"{'an' if sky[0] in 'aeiou' else 'a'} {sky} sky"
     match int(next(numbers) * 20):
         case 0 | 1 | 2 | 3:
-            return f"{text} on {ground} under {above}"
+            return f"{text} on {below} under {above}"
         case 4 | 5:
-            return f"{text} on {ground}"
+            return f"{text} on {below}"
         case 6 | 7:
             return f"{text} under {above}"
         case 8:

@@ -215,7 +215,9 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
     picture = picture.clamp_(0, 1).mul_(255).add_(0.5).to(torch.uint8)
 
     middle = nearest.view(b, h, SUB, w, SUB)[:, :, SUB // 2, :, SUB // 2]
-    distance = middle.minimum(torch.where(v * cos < sin, t, math.inf)) * (1 + u * u + v * v).sqrt()
+    fall = sin - v * cos
+    ground = torch.where(fall > 0, scene["height"][:, None, None] / fall, math.inf)
+    distance = middle.minimum(ground) * (1 + u * u + v * v).sqrt()
 
     labels = torch.empty(b * h * w * SUB**2 + 1, dtype=torch.uint8, device=device)
     labels[:-1].view(b, h * SUB, w * SUB).copy_(vs[None, :, None] * cos < sin)

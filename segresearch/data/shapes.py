@@ -54,7 +54,7 @@ def _star_hit(o: tuple[Tensor, Tensor, Tensor], d: tuple[Tensor, Tensor, Tensor]
     spokes = torch.linalg.cross((point - origin).expand(-1, 10, -1), corners - origin, dim=-1)
     facets = torch.linalg.cross(corners - point, following - point, dim=-1)
     facets = facets / (facets * (point - origin)).sum(-1, keepdim=True)
-    rows = torch.stack([dx[:, :, :1], dy, dz[:, :, :1]], 1)  # (n, 3, h, 1)
+    rows = torch.stack([dx[:, :, :1], dy[:, :, :1], dz[:, :, :1]], 1)  # (n, 3, h, 1)
     columns = torch.stack([dx[:, :1] - dx[:, :1, :1], dz[:, :1] - dz[:, :1, :1]], 1)  # (n, 2, 1, w); added to a row
 
     def across(normals: Tensor) -> tuple[Tensor, Tensor]:  # (n, 10, 3) -> (n, 10, 1, w), (n, 10, h, 1)
