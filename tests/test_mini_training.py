@@ -1,4 +1,4 @@
-"""The training scripts of the embedded model: tokenizer, schedules, keyed batches, interrupted training, the export's layout."""
+"""The training scripts of the embedded model: tokenizer, schedules, keyed batches, interrupted training, losses."""
 
 import json
 
@@ -162,7 +162,11 @@ def test_dropped_rows_get_zeros_and_padding_does_not_reach_the_pooled_text(token
     ids = tokenize(tokenizers[0], ["a red cube", "a blue star", ""])
     cond = conditioning(clips, ids, torch.tensor([False, True, False]))
     assert cond.context.shape == (3, LENGTH, 160) and cond.pooled.shape == (3, 96)
-    assert cond.context[1].eq(0).all() and cond.pooled[1].eq(0).all() and cond.time_ids[1].tolist() == [64, 64, 0, 0, 64, 64]
+    assert (
+        cond.context[1].eq(0).all()
+        and cond.pooled[1].eq(0).all()
+        and cond.time_ids[1].tolist() == [64, 64, 0, 0, 64, 64]
+    )
     assert cond.context[2].abs().sum() > 0
     with torch.no_grad():
         short = clips.text_encoder_2(second(trim(ids), END_ID)).text_embeds

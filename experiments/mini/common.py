@@ -1,7 +1,7 @@
 """What the training scripts share: keyed randomness, learning rate, averaged weights, checkpoints and the loss log.
 
-A training is a function of (seed, step): batch n and its noise are drawn from generators made for step n, so a run that was
-interrupted and resumed from its checkpoint ends at the same weights as one that was not.
+A training is a function of (seed, step): batch n and its noise are drawn from generators made for step n, so a run that
+was interrupted and resumed from its checkpoint ends at the same weights as one that was not.
 """
 
 import json
@@ -19,19 +19,35 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Write a file under a temporary name, then put it in place: a reader never sees half of it."""
+def replace_file(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Write a file, given its bytes or a function that writes them, under a temporary name and then put it in place.
+
+    A reader never sees half of it, and a failed write leaves the old file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    replace_file(path, lambda file: np.save(file, array))
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    replace_file(path, lambda file: torch.save(dict(state), file))
 
 
 def generator(*key: int) -> torch.Generator:
     """A generator of its own for a key, such as (seed, stream, step)."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    )
 
 
 def batch_indices(count: int, batch: int, step: int, seed: int) -> Tensor:
@@ -41,7 +57,7 @@ def batch_indices(count: int, batch: int, step: int, seed: int) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.0, hold: float = 0.0) -> float:
-    """Linear warm-up, constant for the fraction `hold` of the run, then a half cosine down to floor · peak at `steps`."""
+    """Linear warm-up, constant until the fraction `hold` of the run, then half a cosine to floor · peak at `steps`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     start = max(warmup, int(hold * steps))
@@ -75,7 +91,7 @@ def world() -> int:
 
 @torch.no_grad()
 def share_gradients(model: nn.Module, loss: Tensor) -> Tensor:
-    """Replace every gradient by its mean over the worker processes; returns the mean loss. Nothing to do for one process."""
+    """Replace every gradient by its mean over the worker processes, if there are several; returns the mean loss."""
     if world() == 1:
         return loss.detach()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -115,11 +131,12 @@ def train(
 ) -> dict[str, Tensor]:
     """Train `model` on loss_of(step) -> (loss, things to log); returns the averaged weights.
 
-    <folder>/checkpoint.pt holds the newest state and is resumed from; <folder>/loss.jsonl has one line every log_every steps.
+    <folder>/checkpoint.pt holds the newest state and is resumed from; <folder>/loss.jsonl gets a line every log_every
+    steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed, plain = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=plan.peak, betas=plan.betas, fused=True)
     average = Average(model, plan.decay)
@@ -130,11 +147,17 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         average.weights = state["average"]
         start, spent = state["step"], state["seconds"]
-    lines = [line for line in log.read_text().splitlines() if json.loads(line).get("step", 0) <= start] if log.exists() else []
-    lines.append(json.dumps({"step": start, "facts": {**facts, "plan": vars(plan), "threads": torch.get_num_threads()}}))
+    lines = (
+        [line for line in log.read_text().splitlines() if json.loads(line).get("step", 0) <= start]
+        if log.exists()
+        else []
+    )
+    lines.append(
+        json.dumps({"step": start, "facts": {**facts, "plan": vars(plan), "threads": torch.get_num_threads()}})
+    )
     first = rank() == 0
     if first:
-        replace_file(log, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()) and None)
+        replace_file(log, "".join(f"{line}\n" for line in lines).encode())
     sums: dict[str, float] = {}
     began, mark, last = time.monotonic(), time.monotonic(), start
     stop = min(plan.steps, plan.stop if plan.stop is not None else plan.steps)
@@ -165,7 +188,7 @@ def train(
         if done % plan.save_every == 0 or done == stop:
             state = {"step": done, "seconds": spent + now - began, "model": model.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "average": average.weights}
-            replace_file(checkpoint, lambda file, state=state: torch.save(state, file))
+            save_state(checkpoint, state)
             if at_save is not None:
                 at_save(done, average.weights)
     return average.weights

@@ -1,7 +1,7 @@
 """Pre-encode what does not change while the CLIPs and the UNet train, shard by shard; shards that exist are kept.
 
-    python -m experiments.mini.encode tokens     # <shard>.npy: uint16 (variants, scenes, 48), caption variants by tokenizer 1
-    python -m experiments.mini.encode latents    # <shard>.npy: fp16 (scenes, 4, 16, 16), scaled latents of the trained VAE
+python -m experiments.mini.encode tokens     # <shard>.npy: uint16 (variants, scenes, 48), by the first tokenizer
+python -m experiments.mini.encode latents    # <shard>.npy: fp16 (scenes, 4, 16, 16), scaled latents of the trained VAE
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.mini.common import replace_file
+from experiments.mini.common import save_array
 from experiments.mini.render import SHARD, shard_path
 from experiments.mini.tokenizer import load_tokenizer, tokenize
 from experiments.mini.train_vae import load_vae
@@ -22,7 +22,9 @@ def load_shards(folder: Path, count: int, axis: int) -> torch.Tensor:
     paths = [shard_path(folder, k) for k in range(-(-count // SHARD))]
     missing = [p.name for p in paths if not p.exists()]
     if missing:
-        raise ValueError(f"{folder}: shards {missing[0]} … ({len(missing)} in all) are missing: run experiments.mini.encode")
+        raise ValueError(
+            f"{folder}: shards {missing[0]} … ({len(missing)} in all) are missing: run experiments.mini.encode"
+        )
     whole = np.concatenate([np.load(p) for p in paths], axis=axis)
     return torch.from_numpy(whole).narrow(axis, 0, count)
 
@@ -57,7 +59,7 @@ def main() -> None:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 parts = [vae.encode(part.float() / 127.5 - 1) for part in images.split(128)]
             array = torch.cat(parts).half().numpy()
-        replace_file(path, lambda file, array=array: np.save(file, array))
+        save_array(path, array)
         print(path, flush=True)
 
 

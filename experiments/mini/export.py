@@ -1,6 +1,6 @@
 """Write the embedded model from the trained parts, in the diffusers SDXL folder layout, weights in fp16.
 
-    python -m experiments.mini.export --out segresearch/weights/mini
+python -m experiments.mini.export --out segresearch/weights/mini
 """
 
 import argparse
@@ -54,7 +54,7 @@ SCHEDULER: dict[str, Any] = {
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    replace_file(path, lambda file: file.write(text.encode()) and None)
+    replace_file(path, text.encode())
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -65,18 +65,17 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     if broken:
         raise ValueError(f"{path}: not finite in fp16: {broken[:3]}")
     data = to_safetensors(half, metadata={"format": "pt"})
-    replace_file(path, lambda file: file.write(data) and None)
+    replace_file(path, data)
 
 
 def copy_folder(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        data = path.read_bytes()
-        replace_file(target / path.name, lambda file, data=data: file.write(data) and None)
+        replace_file(target / path.name, path.read_bytes())
 
 
 def export(out: Path, runs: Path) -> dict[str, Any]:
-    """Write the folder from runs/{tokenizers,vae,clip,unet}; without a trained unet its initial weights (to try the loading)."""
+    """Write the folder from runs/{tokenizers,vae,clip,unet}; without a trained unet, with its initial weights."""
     vae, vae_config = load_vae(runs / "vae" / "vae.pt")
     clips, _ = load_clips(runs / "clip" / "clip.pt")
     unet_file = runs / "unet" / "unet.pt"
@@ -87,11 +86,13 @@ def export(out: Path, runs: Path) -> dict[str, Any]:
     for name in ("tokenizer", "tokenizer_2"):
         copy_folder(runs / "tokenizers" / name, out / name)
     for name in ("text_encoder", "text_encoder_2"):
-        with tempfile.TemporaryDirectory() as folder:  # transformers knows its own layout: names and config as it writes them
+        with (
+            tempfile.TemporaryDirectory() as folder
+        ):  # transformers knows its own layout: names and config as it writes them
             getattr(clips, name).half().save_pretrained(folder)
             copy_folder(Path(folder), out / name)
         config = json.loads((out / name / "config.json").read_text())
-        # transformers would load in the dtype named here, diffusers loads the rest in fp32: stored in fp16, opened in fp32
+        # transformers loads in the dtype named here, diffusers the other parts in fp32: fp32 for all, stored in fp16
         write_json(out / name / "config.json", {**config, "dtype": "float32"})
     write_weights(out / "unet" / "diffusion_pytorch_model.safetensors", packed["weights"])
     write_json(out / "unet" / "config.json", UNET_CONFIG)

@@ -1,7 +1,7 @@
 """Render the training scenes once, into shards that the other scripts read: <out>/00000.npy, uint8 (scenes, 3, 64, 64).
 
-Scene i is scenes([i], seed): the shard number and the seed fix every pixel. Shards that exist are kept, so running it again
-is the resume, and several processes may share the work with --part k/n.
+Scene i is scenes([i], seed): the shard number and the seed fix every pixel. Shards that exist are kept, so running it
+again is the resume, and several processes may share the work with --part k/n.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.mini.common import replace_file
+from experiments.mini.common import save_array
 from segresearch.data.scenes import scenes
 
 SHARD = 4096
@@ -25,7 +25,9 @@ def open_images(folder: Path, count: int) -> list[np.ndarray]:
     paths = [shard_path(folder, k) for k in range(-(-count // SHARD))]
     missing = [p.name for p in paths if not p.exists()]
     if missing:
-        raise ValueError(f"{folder}: shards {missing[0]} … ({len(missing)} in all) are missing: run experiments.mini.render")
+        raise ValueError(
+            f"{folder}: shards {missing[0]} … ({len(missing)} in all) are missing: run experiments.mini.render"
+        )
     return [np.load(p, mmap_mode="r") for p in paths]
 
 
@@ -49,8 +51,7 @@ def main() -> None:
     for shard in range(k, args.shards, n):
         path = shard_path(args.out, shard)
         if not path.exists():
-            images = scenes(range(shard * SHARD, (shard + 1) * SHARD), seed=args.seed).images.numpy()
-            replace_file(path, lambda file, images=images: np.save(file, images))
+            save_array(path, scenes(range(shard * SHARD, (shard + 1) * SHARD), seed=args.seed).images.numpy())
             print(f"{path}", flush=True)
 
 

@@ -31,7 +31,7 @@ def byte_alphabet() -> list[str]:
 
 
 def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first (ties by order of the letters), until every (ASCII) word is one piece."""
+    """Byte-pair merges, most frequent pair first (ties in alphabetical order), until every ASCII word is one piece."""
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
     merges: list[tuple[str, str]] = []
     while any(len(p) > 1 for p in pieces):
@@ -63,7 +63,7 @@ def write_tokenizer(folder: Path, pad: str) -> None:
         "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
     }
     for name, text in files.items():
-        replace_file(folder / name, lambda file, text=text: file.write(text.encode()) and None)
+        replace_file(folder / name, text.encode())
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:

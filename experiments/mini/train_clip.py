@@ -2,9 +2,9 @@
 
     python -m experiments.mini.train_clip
 
-Both text towers share one convolutional vision trunk, each with its own projection of it: a CLIPTextModel (64 wide, with a
-projection that only this training uses) and a CLIPTextModelWithProjection (96 wide). Two captions of a batch can describe
-both pictures equally well ("a red cube"); those are common, so accuracy below 1 is not all error. Writes <out>/clip.pt
+Both text towers share one convolutional vision trunk, each with its own projection of it: a CLIPTextModel (64 wide,
+with a projection that only this training uses) and a CLIPTextModelWithProjection (96 wide). Short captions ("a red cube")
+often fit several pictures of a batch, so accuracy below 1 is not all error. Writes <out>/clip.pt
 (weights of the text towers and, for image features, of the vision tower) and the retrieval accuracy on held-out scenes.
 """
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from experiments.mini.common import Plan, batch_indices, generator, replace_file, train
+from experiments.mini.common import Plan, batch_indices, generator, save_state, train
 from experiments.mini.encode import load_shards
 from experiments.mini.render import SHARD, open_images, take
 from experiments.mini.tokenizer import LENGTH, load_tokenizer, second, tokenize
@@ -34,14 +34,15 @@ def text_config(which: int, vocabulary: int = END_ID + 1) -> CLIPTextConfig:
     """Sizes of text encoder 0 (64 wide, quick_gelu) and 1 (96 wide, gelu, projected to 96), after SDXL's two."""
     width, heads, act = ((64, 4, "quick_gelu"), (96, 4, "gelu"))[which]
     return CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4, num_attention_heads=heads,
-        max_position_embeddings=LENGTH, hidden_act=act, projection_dim=width, bos_token_id=vocabulary - 2,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+        num_hidden_layers=4, num_attention_heads=heads,
+        max_position_embeddings=LENGTH, hidden_act=act, bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1, pad_token_id=(vocabulary - 1, 0)[which],
     )  # fmt: skip
 
 
 class Vision(nn.Module):
-    """Strided convolutions, 64 px to a 4×4 grid, kept as a grid into the last layer so that left and right are told apart."""
+    """Strided convolutions, 64 px to a 4×4 grid, all of which the last layer sees: it can tell left from right."""
 
     def __init__(self, width: int = 32, features: int = 256):
         super().__init__()
@@ -71,7 +72,9 @@ class TwoCLIPs(nn.Module):
         self.text_projection = nn.Linear(64, 64, bias=False)
         self.vision_projections = nn.ModuleList([nn.Linear(256, 64, bias=False), nn.Linear(256, 96, bias=False)])
         self.log_scale = nn.Parameter(torch.full((2,), math.log(14.0)))
-        with torch.no_grad():  # transformers starts embeddings at 0.02, the rest likewise small; towers this thin want more
+        with (
+            torch.no_grad()
+        ):  # transformers starts embeddings at 0.02, the rest likewise small; towers this thin want more
             for encoder in (self.text_encoder, self.text_encoder_2):
                 for name, p in encoder.named_parameters():
                     if p.ndim == 2 and "embedding" not in name:
@@ -97,7 +100,7 @@ def trim(tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(model: TwoCLIPs, tokenizer_folder: Path, count: int = 1024) -> dict[str, Any]:
-    """Retrieval among `count` held-out scenes in groups of 64: how often the right caption (image) of 64 comes first."""
+    """Retrieval in groups of 64 held-out scenes: how often the right caption (image) of the 64 comes first."""
     held = scenes(range(HELD_OUT, HELD_OUT + count))
     images = held.images.float() / 127.5 - 1
     tokens = tokenize(load_tokenizer(tokenizer_folder), held.captions)
@@ -109,7 +112,9 @@ def measure(model: TwoCLIPs, tokenizer_folder: Path, count: int = 1024) -> dict[
             logits = group[which][0] @ group[which][1].T
             target = torch.arange(len(logits))
             hits.append([(logits.argmax(d) == target).float().mean() for d in (1, 0)])
-        result[f"clip{which + 1}_text_of_64"], result[f"clip{which + 1}_image_of_64"] = torch.tensor(hits).mean(0).tolist()
+        result[f"clip{which + 1}_text_of_64"], result[f"clip{which + 1}_image_of_64"] = (
+            torch.tensor(hits).mean(0).tolist()
+        )
     return result
 
 
@@ -118,7 +123,7 @@ def finish(out: Path, weights: Mapping[str, Tensor], tokenizer_folder: Path) -> 
     model.load_state_dict(weights)
     measured = measure(model, tokenizer_folder)
     packed = {"weights": dict(weights), "measured": json.dumps(measured)}
-    replace_file(out / "clip.pt", lambda file: torch.save(packed, file))
+    save_state(out / "clip.pt", packed)
     return measured
 
 
@@ -145,8 +150,10 @@ def main() -> None:
     tokenizer_folder = args.runs / "tokenizers" / "tokenizer"
     tokenizer = load_tokenizer(tokenizer_folder)
     if (tokenizer.bos_token_id, tokenizer.eos_token_id) != (BEGIN_ID, END_ID):
-        raise ValueError(f"{tokenizer_folder}: begin and end tokens {tokenizer.bos_token_id, tokenizer.eos_token_id} "
-                         f"are not {BEGIN_ID, END_ID}: the scenes' vocabulary has changed, set the two constants")  # fmt: skip
+        raise ValueError(
+            f"{tokenizer_folder}: begin and end tokens {tokenizer.bos_token_id, tokenizer.eos_token_id} are not "
+            f"{BEGIN_ID, END_ID}: the scenes' vocabulary has changed, set the two constants"
+        )
     shards = open_images(args.runs / "scenes", args.images)
     tokens = load_shards(args.runs / "tokens", args.images, axis=1)
     torch.manual_seed(args.seed)
@@ -166,7 +173,9 @@ def main() -> None:
             logged[f"accuracy{which + 1}"] = (logits.argmax(1) == target).float().mean().item()
         return loss, logged
 
-    plan = Plan(args.steps, peak=args.peak, warmup=100, hold=0.2, decay=0.995, weight_decay=0.02, stop=args.stop, save_every=250)
+    plan = Plan(
+        args.steps, peak=args.peak, warmup=100, hold=0.2, decay=0.995, weight_decay=0.02, stop=args.stop, save_every=250
+    )
     weights = train(args.out, model, loss_of, plan, {k: str(v) for k, v in vars(args).items()})
     print(json.dumps(finish(args.out, weights, tokenizer_folder), indent=1))
 

@@ -1,10 +1,11 @@
-"""Train mini's UNet on the pre-encoded scenes: eps prediction with SDXL's betas, by one process or several under torchrun.
+"""Train mini's UNet on the pre-encoded scenes (eps prediction, SDXL's betas), in one process or several under torchrun.
 
     torchrun --standalone --nproc-per-node 2 -m experiments.mini.train_unet --steps 6000
 
-Text is dropped for --drop of the rows: half of these get zeros (SDXL's negative conditioning), half the CLIP encoding of "".
-The loss is weighted by min(SNR, 5) / SNR (arXiv 2303.09556). Each worker runs single-threaded on its share of the batch and the
-gradients are averaged, which on a busy machine loses less than threads that wait for each other at every operation.
+Text is dropped for --drop of the rows: half of these get zeros (SDXL's negative conditioning), half the CLIP encoding
+of "". The loss is weighted by min(SNR, 5) / SNR (arXiv 2303.09556). Each worker runs single-threaded on its share of
+the batch and the gradients are averaged: on a busy machine that loses less than threads which wait for each other at every
+operation.
 Writes <out>/checkpoint.pt, loss.jsonl and unet.pt ({"step", "weights"}: the averaged weights).
 """
 
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from experiments.mini.common import Plan, batch_indices, generator, rank, replace_file, train, world
+from experiments.mini.common import Plan, batch_indices, generator, rank, save_state, train, world
 from experiments.mini.encode import load_shards
 from experiments.mini.render import SHARD
 from experiments.mini.tokenizer import LENGTH, second
@@ -81,7 +82,9 @@ def conditioning(clips: TwoCLIPs, tokens: Tensor, zero: Tensor) -> Cond:
     return Cond(context, pooled, torch.tensor(SIZE_IDS).expand(len(tokens), 6))
 
 
-def diffusion_loss(unet: UNet, latents: Tensor, cond: Cond, t: Tensor, noise: Tensor, alphas: Tensor, gamma: float) -> Tensor:
+def diffusion_loss(
+    unet: UNet, latents: Tensor, cond: Cond, t: Tensor, noise: Tensor, alphas: Tensor, gamma: float
+) -> Tensor:
     """Weighted eps loss at timesteps t (rows,), for noised √ᾱ·latents + √(1−ᾱ)·noise."""
     a = alphas[t]
     noised = (a.sqrt()[:, None, None, None] * latents + (1 - a).sqrt()[:, None, None, None] * noise).float()
@@ -122,9 +125,11 @@ def work(args: argparse.Namespace) -> None:
 
     def keep(step: int, weights: Mapping[str, Tensor]) -> None:
         packed = {"step": step, "weights": dict(weights)}
-        replace_file(args.out / "unet.pt", lambda file: torch.save(packed, file))
+        save_state(args.out / "unet.pt", packed)
 
-    plan = Plan(args.steps, peak=args.peak, warmup=200, hold=args.hold, decay=0.9995, stop=args.stop, save_every=args.save_every)
+    plan = Plan(
+        args.steps, peak=args.peak, warmup=200, hold=args.hold, decay=0.9995, stop=args.stop, save_every=args.save_every
+    )
     facts = {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}
     train(args.out, unet, loss_of, plan, facts, keep)
     if dist.is_initialized():

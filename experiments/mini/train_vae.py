@@ -2,9 +2,10 @@
 
     python -m experiments.mini.train_vae
 
-Loss: L1 + gradient weight · L1 of the horizontal and vertical differences at two scales + kl weight · KL to the unit Gaussian
-(means over elements; the KL is small, so that the latents are smooth, not so large that it costs sharpness). Writes
-<out>/checkpoint.pt, loss.jsonl, vae.pt ({"config", "weights", "measured"}).
+Loss: L1 + gradient weight · L1 of the horizontal and vertical differences at two scales + kl weight · KL to the unit
+Gaussian (means over elements; the KL is small, so that the latents are smooth, not so large that it costs sharpness).
+With --decoder-of vae.pt the encoder of that VAE and its scale are kept and the decoder alone is trained on, so that
+latents made before stay valid. Writes <out>/checkpoint.pt, loss.jsonl, vae.pt ({"config", "weights", "measured"}).
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.mini.common import Plan, batch_indices, generator, replace_file, train
+from experiments.mini.common import Plan, batch_indices, generator, save_state, train
 from experiments.mini.render import SHARD, open_images, take
 from segresearch.data.scenes import scenes
 from segresearch.models.vae import VAE, VAEConfig
@@ -68,14 +69,14 @@ def measure(vae: VAE, count: int = 512) -> dict[str, Any]:
     }
 
 
-def finish(out: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Measure the averaged weights on held-out scenes and write vae.pt with its scaling factor."""
+def finish(out: Path, weights: Mapping[str, Tensor], scaling_factor: float | None = None) -> dict[str, Any]:
+    """Measure the averaged weights on held-out scenes and write vae.pt with its scaling factor (measured, or the given)."""
     vae = VAE(VAEConfig.from_dict(CONFIG)).eval()
     vae.load_state_dict(weights)
     measured = measure(vae)
-    config = {**CONFIG, "scaling_factor": round(1 / measured["latent_std"], 5)}
+    config = {**CONFIG, "scaling_factor": scaling_factor or round(1 / measured["latent_std"], 5)}
     packed = {"config": json.dumps(config), "weights": dict(weights), "measured": json.dumps(measured)}
-    replace_file(out / "vae.pt", lambda file: torch.save(packed, file))
+    save_state(out / "vae.pt", packed)
     return measured
 
 
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=2e-3)
     parser.add_argument("--gradient", type=float, default=0.5)
     parser.add_argument("--kl", type=float, default=5e-4)
+    parser.add_argument("--decoder-of", type=Path, help="a vae.pt whose encoder is kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--stop", type=int)
@@ -106,6 +108,13 @@ def main() -> None:
     shards = open_images(args.scenes, args.images)
     torch.manual_seed(args.seed)
     vae = VAE(VAEConfig.from_dict(CONFIG))
+    scaling_factor = None
+    if args.decoder_of is not None:
+        source, config = load_vae(args.decoder_of)
+        scaling_factor = config["scaling_factor"]
+        vae.load_state_dict(source.state_dict())
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         images = take(shards, batch_indices(args.images, args.batch, step, args.seed))
@@ -123,7 +132,7 @@ def main() -> None:
     plan = Plan(args.steps, peak=args.peak, warmup=100, hold=0.3, decay=0.998, stop=args.stop, save_every=250)
     facts = {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}
     weights = train(args.out, vae, loss_of, plan, facts)
-    print(json.dumps(finish(args.out, weights), indent=1))
+    print(json.dumps(finish(args.out, weights, scaling_factor), indent=1))
 
 
 if __name__ == "__main__":
