@@ -3,9 +3,9 @@
     python -m experiments.mini.train_clip
 
 Both text towers share one convolutional vision trunk, each with its own projection of it: a CLIPTextModel (64 wide,
-with a projection that only this training uses) and a CLIPTextModelWithProjection (96 wide). Short captions ("a red cube")
-often fit several pictures of a batch, so accuracy below 1 is not all error. Writes <out>/clip.pt
-(weights of the text towers and, for image features, of the vision tower) and the retrieval accuracy on held-out scenes.
+with a projection that only this training uses) and a CLIPTextModelWithProjection (96 wide). Short captions ("a red
+cube") often fit several pictures of a batch, so accuracy below 1 is not all error. Writes <out>/clip.pt (weights of
+the text towers and, for image features, of the vision tower) and the retrieval accuracy on held-out scenes.
 """
 
 import argparse

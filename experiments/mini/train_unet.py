@@ -4,9 +4,8 @@
 
 Text is dropped for --drop of the rows: half of these get zeros (SDXL's negative conditioning), half the CLIP encoding
 of "". The loss is weighted by min(SNR, 5) / SNR (arXiv 2303.09556). Each worker runs single-threaded on its share of
-the batch and the gradients are averaged: on a busy machine that loses less than threads which wait for each other at every
-operation.
-Writes <out>/checkpoint.pt, loss.jsonl and unet.pt ({"step", "weights"}: the averaged weights).
+the batch and the gradients are averaged: on a busy machine that loses less than threads which wait for each other at
+every operation. Writes <out>/checkpoint.pt, loss.jsonl and unet.pt ({"step", "weights"}: the averaged weights).
 """
 
 import argparse

@@ -70,7 +70,7 @@ def measure(vae: VAE, count: int = 512) -> dict[str, Any]:
 
 
 def finish(out: Path, weights: Mapping[str, Tensor], scaling_factor: float | None = None) -> dict[str, Any]:
-    """Measure the averaged weights on held-out scenes and write vae.pt with its scaling factor (measured, or the given)."""
+    """Measure the averaged weights on held-out scenes and write vae.pt; scaling_factor: None to measure it."""
     vae = VAE(VAEConfig.from_dict(CONFIG)).eval()
     vae.load_state_dict(weights)
     measured = measure(vae)
