@@ -1,0 +1,97 @@
+"""Measure an exported mini on held-out scenes: UNet loss, and whether its pictures show what the captions say.
+
+    python -m experiments.mini.measure --count 256
+
+The second is retrieval by the training's own CLIP vision tower: of the captions in groups of 64, how often is the one
+that a picture was made from the best match for it? Chance is 1/64; the real pictures of the captions give the ceiling.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.mini.common import generator, replace_file
+from experiments.mini.train_clip import TwoCLIPs, load_clips, trim
+from experiments.mini.train_unet import alphas_cumprod
+from experiments.mini.train_vae import HELD_OUT
+from segresearch.data.scenes import scenes
+from segresearch.guidance import GuidedDenoiser, cfg
+from segresearch.models import load_sdxl
+from segresearch.models.load import SDXL
+from segresearch.sampling import initial_noise, sample
+
+FIRST = HELD_OUT + 100_000
+BATCH = 64
+
+
+def matches(clips: TwoCLIPs, images: Tensor, tokens: Tensor) -> list[float]:
+    """For both CLIPs, the fraction of rows whose own text is the best of its group of 64."""
+    hits: list[list[float]] = [[], []]
+    for group, text in zip(images.split(BATCH), tokens.split(BATCH)):
+        for which, (seen, said) in enumerate(clips.embed(group, trim(text))):
+            hits[which] += ((seen @ said.T).argmax(1) == torch.arange(len(seen))).float().tolist()
+    return [round(sum(h) / len(h), 4) for h in hits]
+
+
+def eps_loss(model: SDXL, latents: Tensor, captions: list[str]) -> float:
+    """Unweighted mean squared error of eps, one keyed timestep a scene, in fp32."""
+    alphas = alphas_cumprod()
+    t = torch.randint(1000, (len(latents),), generator=generator(0, 201))
+    noise = torch.randn(latents.shape, generator=generator(0, 202))
+    a = alphas[t][:, None, None, None]
+    noised = (a.sqrt() * latents + (1 - a).sqrt() * noise).float()
+    cond, total = model.encode(captions)["cond"], 0.0
+    for start in range(0, len(latents), BATCH):
+        rows = slice(start, start + BATCH)
+        eps = model.unet(noised[rows], t[rows].float(), cond[rows])
+        total += (eps - noise[rows]).square().mean(dim=(1, 2, 3)).sum().item()
+    return total / len(latents)
+
+
+@torch.no_grad()
+def measure(folder: Path, clip_file: Path, count: int, steps: int, weights: list[float]) -> dict[str, Any]:
+    model, (clips, _) = load_sdxl(str(folder)), load_clips(clip_file)
+    held = scenes(range(FIRST, FIRST + count))
+    images = held.images.float() / 127.5 - 1
+    tokens = model.text.tokens(held.captions, 0)
+    latents = torch.cat([model.vae.encode(part) for part in images.split(BATCH)])
+    decoded = torch.cat([model.vae.decode(part).clamp(-1, 1) for part in latents.split(BATCH)])
+    psnr = (-10 * ((decoded - images) / 2).square().mean(dim=(1, 2, 3)).log10()).mean().item()
+    result: dict[str, Any] = {"count": count, "steps": steps, "vae_psnr_db": round(psnr, 2)}
+    result["latent_std"] = round(latents.std().item(), 4)
+    result["eps_mse"] = round(eps_loss(model, latents, held.captions), 5)
+    result["own_caption_first_of_64"] = {"real pictures": matches(clips, images, tokens)}
+    for weight in weights:
+        guided = GuidedDenoiser(model.denoiser, {"cfg": cfg(weight)} if weight != 1 else {})
+        made = []
+        for start in range(0, count, BATCH):
+            seeds = list(range(start, min(count, start + BATCH)))
+            noise = initial_noise(seeds, model.latent_shape())
+            x0 = sample(guided, noise, steps=steps, conds=model.encode(held.captions[start : start + BATCH]))
+            made.append(model.vae.decode(x0).clamp(-1, 1))
+        result["own_caption_first_of_64"][f"cfg weight {weight:g}"] = matches(clips, torch.cat(made), tokens)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("segresearch/weights/mini"))
+    parser.add_argument("--clip", type=Path, default=Path("runs/mini/clip/clip.pt"))
+    parser.add_argument("--out", type=Path, default=Path("runs/mini/measured.json"))
+    parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--weights", type=float, nargs="*", default=[1.0, 4.0], help="of CFG; 1 is none")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    result = measure(args.folder, args.clip, args.count, args.steps, args.weights)
+    replace_file(args.out, (json.dumps(result, indent=1) + "\n").encode())
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
