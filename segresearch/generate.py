@@ -4,6 +4,7 @@ The run folder is named by the content of its settings. A picture that is there 
 command resumes a stopped run, and a finished run returns without loading the model.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -81,16 +82,23 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
     others = {found["code"] for path, found in there.items() if path not in missing} - {runs.code_version()}
     if others:
         _say(f"images by other code ({', '.join(sorted(others))}) are kept; remove {_near(folder)} to make them anew")
-    runs.write(folder / "config.yaml", written_config(config, plan))
     todo = [batch for batch in batches if any(p.path in missing for p in batch.pictures)]
     seconds = 0.0
     if todo:
         if len(missing) < len(pictures):
             _say(f"{len(pictures) - len(missing)} of {len(pictures)} images are there already, {len(missing)} to make")
-        sdxl = load_model(config.model, config.device) if model is None else model
-        guided = {id(b.guidance): build_guidance(b.guidance, sdxl.denoiser) for b in todo}  # any fails before one runs
-        sdxl.latent_shape(config.size)
+        try:
+            sdxl = load_model(config.model, config.device) if model is None else model
+            guided = {
+                id(b.guidance): build_guidance(b.guidance, sdxl.denoiser) for b in todo
+            }  # any fails before one runs
+            sdxl.latent_shape(config.size)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if it is empty
+            raise
         start = time.perf_counter()
+        runs.write(folder / "config.yaml", written_config(config, plan))
         _make(config, sdxl, todo, missing, lambda g: guided[id(g)])
         seconds = time.perf_counter() - start
     grid = draw(config, plan, folder, semantic)
