@@ -16,6 +16,7 @@ from segresearch import images, runs
 from segresearch.build import build_guidance, load_model
 from segresearch.command import hydra_settings
 from segresearch.config import GenerateConfig, GuidanceConfig
+from segresearch.models.locate import located
 from segresearch.plan import Panel, panels, slug
 from segresearch.typed import ConfigError
 
@@ -69,10 +70,8 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
     ValueError for settings that do not fit the model, OSError where the folder cannot be written. On an
     interrupt finished pictures stay.
     """
-    from segresearch.models.load import _located
-
     plan = panels(config)
-    identity = runs.fingerprint(_located(config.model.path))
+    identity = runs.fingerprint(located(config.model.path))
     semantic = semantics(config, plan, identity)
     folder = runs.run_folder(config.out, config.name, semantic)
     batches = list(cut(config, plan, semantic, folder))

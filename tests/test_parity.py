@@ -7,7 +7,7 @@ from make_models import write_folder
 
 from segresearch.guidance import PAG, GuidedDenoiser, cfg, perturbed
 from segresearch.models import load_sdxl
-from segresearch.models.load import MINI
+from segresearch.models.locate import MINI
 from segresearch.sampling import initial_noise, sample
 
 PROMPTS = ["a red cup", "two cubes"]

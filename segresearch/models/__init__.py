@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from segresearch.models.attention import Attend, Fork, Heads, Site, sdpa
-    from segresearch.models.checkpoint import CheckpointError
     from segresearch.models.conditioning import Cond
     from segresearch.models.denoiser import Denoiser
     from segresearch.models.load import SDXL, load_sdxl
+    from segresearch.models.locate import CheckpointError
     from segresearch.models.text import TextEncoders
     from segresearch.models.unet import Control, UNet, UNetConfig
     from segresearch.models.vae import VAE, VAEConfig
 
 _HOMES = {
     "attention": ("Attend", "Fork", "Heads", "Site", "sdpa"),
-    "checkpoint": ("CheckpointError",),
     "conditioning": ("Cond",),
     "denoiser": ("Denoiser",),
     "load": ("SDXL", "load_sdxl"),
+    "locate": ("CheckpointError",),
     "text": ("TextEncoders",),
     "unet": ("Control", "UNet", "UNetConfig"),
     "vae": ("VAE", "VAEConfig"),

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from segresearch.models.locate import CheckpointError, refuse_pickle
+
 BUFFER = 16 * 2**20  # bytes
 _DTYPES = {
     "F64": torch.float64,
@@ -24,16 +26,11 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # Bookkeeping that training code leaves in checkpoints; the networks do not need it.
 _IGNORED = re.compile(
     r"(^|\.)(position_ids|logit_scale|edm_mean|edm_std|v_pred|ztsnr)$|^(model_ema|denoiser|loss|first_stage_model\.loss)\.|"
     r"^(global_step|logvar|alphas_cumprod.*|betas|log_one_minus_.*|posterior_.*|sqrt_.*|__.*)$"
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded: one line says what it is and how to mend it."""
 
 
 class Entry(NamedTuple):
@@ -52,15 +49,6 @@ class Source(NamedTuple):
     key: str
     third: int | None = None
     transpose: bool = False
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raises CheckpointError for a file name of a pickled checkpoint."""
-    if path.suffix.lower() in PICKLES:
-        raise CheckpointError(
-            f"{path}: pickle checkpoints can run code when opened and are refused: convert it to .safetensors "
-            "(where you trust its origin, load it once and save its tensors with safetensors.torch.save_file)"
-        )
 
 
 def _not_safetensors(path: Path, start: bytes) -> str:

@@ -13,14 +13,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from segresearch.models import singlefile
 from segresearch.models.checkpoint import (
-    CheckpointError,
     Entry,
     Source,
     open_weights,
     read_header,
-    refuse_pickle,
     unexpected,
 )
+from segresearch.models.locate import CheckpointError, refuse_pickle
 from segresearch.models.text import TOKENIZERS, load_tokenizer
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.models.vae import VAE, VAEConfig

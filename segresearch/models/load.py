@@ -1,6 +1,5 @@
 """load_sdxl: from a path or a name to a ready SDXL, whatever the layout on disk."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segresearch.models.checkpoint import CheckpointError, fill, refuse_pickle
+from segresearch.models.checkpoint import fill
 from segresearch.models.conditioning import Cond
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
 from segresearch.models.layouts import Parts, from_file, from_folder
+from segresearch.models.locate import CheckpointError, located
 from segresearch.models.text import TextEncoders
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE
-
-MINI = Path(__file__).parent.parent / "weights" / "mini"
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def load_sdxl(
     """
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"dtype={dtype}: the networks run in float32, bfloat16, float16 or float64")
-    path = _located(path_or_name)
+    path = located(path_or_name)
     if path.is_dir():
         for name, value in (("config", config), ("tokenizer", tokenizer)):
             if value is not None:
@@ -187,31 +185,3 @@ def _agree(unet: UNet, vae: VAE, text: TextEncoders) -> None:
     for what, one, a, other, b in facts:
         if a != b:
             raise CheckpointError(f"{what}: {a} in the {one}, {b} in the {other}: parts of different models are mixed")
-
-
-def _located(path_or_name: str | Path) -> Path:
-    """The folder or the file that is meant. Raises CheckpointError if there is none."""
-    if str(path_or_name) == "mini":
-        if not (MINI / "model_index.json").is_file():
-            raise CheckpointError(
-                f'"mini": {MINI} holds no model: install the package with its weights, or train it (experiments/mini)'
-            )
-        return MINI
-    path = Path(path_or_name).expanduser()
-    if path.exists():
-        return path
-    name = str(path_or_name)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".safetensors", ".ckpt"):
-        from huggingface_hub import constants, try_to_load_from_cache
-
-        cached = try_to_load_from_cache(name, "model_index.json")
-        if isinstance(cached, str):
-            return Path(cached).parent
-        raise CheckpointError(
-            f"{name!r} is neither a path nor a complete model in the local cache ({constants.HF_HUB_CACHE}); fetch "
-            f'it once with: hf download {name} --include "*.json" "*.txt" "*.fp16.safetensors"'
-        )
-    refuse_pickle(path)
-    raise CheckpointError(
-        f'{name}: no such file or folder; give a diffusers folder, a .safetensors file, a hub id or "mini"'
-    )

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
 
-from segresearch.models.checkpoint import CheckpointError, Entry, Source
+from segresearch.models.checkpoint import Entry, Source
+from segresearch.models.locate import CheckpointError
 from segresearch.models.unet import UNetConfig
 
 UNET = "model.diffusion_model."

@@ -1,0 +1,48 @@
+"""Where the weights of a path or a name lie. Light: no torch."""
+
+import re
+from pathlib import Path
+
+MINI = Path(__file__).parent.parent / "weights" / "mini"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded: one line says what it is and how to mend it."""
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises CheckpointError for a file name of a pickled checkpoint."""
+    if path.suffix.lower() in PICKLES:
+        raise CheckpointError(
+            f"{path}: pickle checkpoints can run code when opened and are refused: convert it to .safetensors "
+            "(where you trust its origin, load it once and save its tensors with safetensors.torch.save_file)"
+        )
+
+
+def located(path_or_name: str | Path) -> Path:
+    """The folder or the file that is meant. Raises CheckpointError if there is none."""
+    if str(path_or_name) == "mini":
+        if not (MINI / "model_index.json").is_file():
+            raise CheckpointError(
+                f'"mini": {MINI} holds no model: install the package with its weights, or train it (experiments/mini)'
+            )
+        return MINI
+    path = Path(path_or_name).expanduser()
+    if path.exists():
+        return path
+    name = str(path_or_name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".safetensors", ".ckpt"):
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "model_index.json")
+        if isinstance(cached, str):
+            return Path(cached).parent
+        raise CheckpointError(
+            f"{name!r} is neither a path nor a complete model in the local cache ({constants.HF_HUB_CACHE}); fetch "
+            f'it once with: hf download {name} --include "*.json" "*.txt" "*.fp16.safetensors"'
+        )
+    refuse_pickle(path)
+    raise CheckpointError(
+        f'{name}: no such file or folder; give a diffusers folder, a .safetensors file, a hub id or "mini"'
+    )
