@@ -12,17 +12,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from segresearch.guidance.perturbations import Perturbation
+from segresearch.guidance.perturbations import Perturbation, checked_out
 from segresearch.guidance.postprocess import Post, rescale
 from segresearch.guidance.select import check_heads, select_sites
 from segresearch.guidance.terms import Branch, Term
-from segresearch.models.attention import Attend, Fork, Site, sdpa
+from segresearch.models.attention import Attend, Fork, Site, Watched, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.unet import Control
 
 # read through from the inner denoiser
 SCHEDULE = ("unet", "sigmas", "sigma_min", "sigma_max", "sigma_to_t", "t_to_sigma", "steps_offset")
 Watch = Callable[[Tensor, Tensor, Site], None]  # (q, k, site), before any perturbation
+# (q, k, v, site, branches): what the innermost attention is handed, under the perturbations. The rows are as many equal
+# blocks as there are entries in `branches`, each with the names of the branches that it is computed for.
+Note = Callable[[Tensor, Tensor, Tensor, Site, list[tuple[str, ...]]], None]
+Record = Callable[[Tensor], Note | None]  # called once per forward with its sigma (rows,); None: not this one
 
 
 class GuidedDenoiser:
@@ -54,6 +58,13 @@ class GuidedDenoiser:
         attend: Attend = sdpa,
         fork: bool = True,
     ):
+        if isinstance(denoiser, GuidedDenoiser) or isinstance(getattr(denoiser, "inner", None), GuidedDenoiser):
+            raise ValueError(
+                "a GuidedDenoiser takes the plain denoiser, not a guided one; put all terms into one GuidedDenoiser"
+            )
+        for name, term in terms.items():
+            if not isinstance(term, Term):
+                raise ValueError(f"terms[{name!r}] is {term!r}; a term is cfg(...), perturbed(...) or Term(...)")
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale must be in [0, 1], got {rescale!r}")
         self.denoiser = denoiser
@@ -102,8 +113,11 @@ class GuidedDenoiser:
         conds: Mapping[str, Cond],
         control: Control | None = None,
         attend: Attend | None = None,
+        record: Record | None = None,
     ) -> Float[Tensor, "rows c h w"]:
         """The guided denoised image. `attend`, if given, is the innermost attention of this call only.
+
+        `record` is shown what the innermost attention sees (`segresearch.analysis.record`); it changes no output bit.
 
         conds: by name; each of one row an image, or of one row for all. control: rows as x, the same for every branch.
         sigma may differ between rows: scales are taken per row, and a branch that any row needs is evaluated for all.
@@ -111,7 +125,7 @@ class GuidedDenoiser:
         Raises ValueError for a conditioning that `conds` lacks, or with a wrong number of rows.
         """
         branches = list(dict.fromkeys(b for s in sorted(set(sigma.tolist())) for b in self.branches(s)))
-        return self.combine(x, sigma, self.evaluate(x, sigma, branches, conds, control, attend))
+        return self.combine(x, sigma, self.evaluate(x, sigma, branches, conds, control, attend, record=record))
 
     def evaluate(
         self,
@@ -122,6 +136,7 @@ class GuidedDenoiser:
         control: Control | None = None,
         attend: Attend | None = None,
         watch: Watch | None = None,
+        record: Record | None = None,
     ) -> dict[Branch, Float[Tensor, "rows c h w"]]:
         """D of every branch, in one forward. The rows of branches[0] come first everywhere, so a `watch` finds them."""
         names = list(dict.fromkeys(branch.conditioning for branch in branches))
@@ -140,7 +155,7 @@ class GuidedDenoiser:
             x.repeat(n, 1, 1, 1),  # (b, c, h, w) -> (n·b, c, h, w)
             sigma.repeat(n),
             cond=Cond.cat([_rows(name, conds[name], rows) for name in blocks]),
-            attend=self._attention(branches, rows, attend or self.attend, watch),
+            attend=self._attention(branches, rows, attend or self.attend, watch, record and record(sigma)),
             control=None if control is None else _repeat(control, n),
             fork=fork,
         )
@@ -178,7 +193,9 @@ class GuidedDenoiser:
         perturbed = {site for branch in branches for site in self._places.get(branch, ())}
         return next(site for site in self.unet.site_heads if site in perturbed)
 
-    def _attention(self, branches: Sequence[Branch], rows: int, attend: Attend, watch: Watch | None) -> Attend:
+    def _attention(
+        self, branches: Sequence[Branch], rows: int, attend: Attend, watch: Watch | None, note: Note | None
+    ) -> Attend:
         """The attention of all branches: at each site, blocks of rows under the same perturbations go together."""
         sites = {site for branch in branches for site in self._places.get(branch, ())}
         plan: dict[str, dict[tuple[Perturbation, ...], list[int]]] = {site: {} for site in sites}
@@ -186,15 +203,23 @@ class GuidedDenoiser:
             for block, branch in enumerate(branches):
                 groups.setdefault(self._places.get(branch, {}).get(site, ()), []).append(block)
 
+        after: list[tuple[str, ...]] = [(str(branch),) for branch in branches]  # the fork: a block for each branch
+        conditionings = list(dict.fromkeys(branch.conditioning for branch in branches))  # before it: for each of these
+        before = [tuple(str(b) for b in branches if b.conditioning == name) for name in conditionings]
+
+        def noted(blocks: list[tuple[str, ...]]) -> Attend:
+            return attend if note is None else Watched(attend, lambda q, k, v, site: note(q, k, v, site, blocks))
+
         def composed(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
             if watch is not None:
                 watch(q, k, site)
             if site.name not in plan:
-                return attend(q, k, v, site)
+                return noted(after if len(q) == len(after) * rows else before)(q, k, v, site)
             out = [v[:0]] * len(branches)
             for perturbations, blocks in plan[site.name].items():
                 mine = [_blocks(z, blocks, rows) for z in (q, k, v)]
-                parts = _through(perturbations, attend)(mine[0], mine[1], mine[2], site).split(rows)
+                inner = noted([after[i] for i in blocks])
+                parts = _through(perturbations, inner)(mine[0], mine[1], mine[2], site).split(rows)
                 for block, part in zip(blocks, parts, strict=True):
                     out[block] = part
             return torch.cat(out)
@@ -232,7 +257,7 @@ def _through(perturbations: Sequence[Perturbation], attend: Attend) -> Attend:
 
 
 def _under(perturbation: Perturbation, attend: Attend) -> Attend:
-    return lambda q, k, v, site: perturbation(q, k, v, site, attend)
+    return lambda q, k, v, site: checked_out(perturbation(q, k, v, site, attend), v, perturbation, site)
 
 
 def _rows(name: str, cond: Cond, rows: int) -> Cond:

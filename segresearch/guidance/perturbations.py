@@ -15,20 +15,34 @@ from torch import Tensor
 
 from segresearch.guidance.blur import INFINITE, blur, check_blur
 from segresearch.guidance.select import Where, check_heads
-from segresearch.models.attention import Attend, Site, sdpa
+from segresearch.models.attention import Attend, Site, is_plain
 
 Perturbation = Callable[[Tensor, Tensor, Tensor, Site, Attend], Tensor]  # (q, k, v, site, attend) -> out, each Heads
+
+
+def checked_out(
+    out: Any, v: Float[Tensor, "rows heads tokens dim"], perturbation: Any, site: Site
+) -> Float[Tensor, "rows heads tokens dim"]:
+    """`out` where it is a tensor of v's shape, else a ValueError that names the perturbation and the site."""
+    found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if found != tuple(v.shape):
+        raise ValueError(f"{perturbation!r} gave {found} at {site.name}, expected {tuple(v.shape)}")
+    return out
 
 
 def _freeze(perturbation: Any) -> None:
     """Lists (of a config file, say) become tuples, so that equal perturbations compare and hash equal."""
     where, heads = perturbation.where, perturbation.heads
+    if isinstance(where, bool) or not isinstance(where, str | int | Sequence):
+        raise ValueError(f"where={where!r}: a selector is a text, an index or a list of these")
     if not isinstance(where, str | int):
         object.__setattr__(perturbation, "where", tuple(where))
     if heads is not None:
+        if not isinstance(heads, Sequence) or not all(isinstance(h, int) for h in heads):
+            raise ValueError(f"heads={heads!r}: a list of head indices, or None for all")
         if not heads:
             raise ValueError("heads=[] perturbs nothing; name at least one head, or None for all")
-        object.__setattr__(perturbation, "heads", tuple(int(h) for h in heads))
+        object.__setattr__(perturbation, "heads", tuple(heads))
         if min(perturbation.heads) < 0:
             raise ValueError(f"heads={list(heads)}: head indices start at 0")
 
@@ -75,10 +89,10 @@ class SEG:
         attend: Attend,
     ) -> Float[Tensor, "rows heads tokens dim"]:
         """Attention of the blurred queries and/or keys on the site's grid."""
-        if self.sigma > INFINITE and self.on == "q" and self.heads is None and attend is sdpa:
+        if self.sigma > INFINITE and self.on == "q" and self.heads is None and is_plain(attend):
             # every token has the mean query, so one row of the map is all of them
             mean = self._smooth(q, site, "q")[:, :, :1]
-            return sdpa(mean, k, v, site).expand_as(q)  # (b, h, 1, d) -> (b, h, n, d)
+            return attend(mean, k, v, site).expand_as(q)  # (b, h, 1, d) -> (b, h, n, d)
         return attend(self._smooth(q, site, "q"), self._smooth(k, site, "k"), v, site)
 
     def _smooth(self, z: Tensor, site: Site, which: str) -> Tensor:
@@ -139,7 +153,7 @@ class At:
     heads: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.function):
+        if not callable(self.function) or isinstance(self.function, type):
             raise ValueError(f"a perturbation is a call (q, k, v, site, attend) -> out, got {self.function!r}")
         _freeze(self)
 
@@ -152,12 +166,11 @@ class At:
         attend: Attend,
     ) -> Float[Tensor, "rows heads tokens dim"]:
         """The function's output, on the chosen heads."""
-        out = self.function(q, k, v, site, attend)
-        if out.shape != v.shape:
-            raise ValueError(f"{self!r} gave {tuple(out.shape)} at {site.name}, expected {tuple(v.shape)}")
         if self.heads is None:
-            return out
-        return torch.where(_mask(self.heads, v.shape[1], site, v.device), out, attend(q, k, v, site))
+            return checked_out(self.function(q, k, v, site, attend), v, self, site)
+        plain = attend(q, k, v, site)  # first, should the function work in place
+        out = checked_out(self.function(q, k, v, site, attend), v, self, site)
+        return torch.where(_mask(self.heads, v.shape[1], site, v.device), out, plain)
 
     def __repr__(self) -> str:
         name = getattr(self.function, "__name__", None) or repr(self.function)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from segresearch.guidance.blur import check_blur, fold_taps, gaussian_taps
-from segresearch.guidance.denoiser import SCHEDULE, GuidedDenoiser
+from segresearch.guidance.denoiser import SCHEDULE, GuidedDenoiser, Record
 from segresearch.guidance.terms import ALWAYS, Branch, Scale, Window, check_scale, scale_at, scale_text
 from segresearch.models.attention import Attend, Site
 from segresearch.models.conditioning import Cond
@@ -72,12 +72,16 @@ class SelfAttentionGuidance:
         conds: Mapping[str, Cond],
         control: Control | None = None,
         attend: Attend | None = None,
+        record: Record | None = None,
     ) -> Float[Tensor, "rows c h w"]:
-        """The guided denoised image; arguments and errors as for GuidedDenoiser. `control` serves both forwards."""
+        """The guided denoised image; arguments and errors as for GuidedDenoiser.
+
+        `control` and `attend` serve both forwards, `record` sees the first.
+        """
         values = sigma.tolist()
         scales = [scale_at(self.scale, self.window, s, "SAG") for s in values]
         if not any(scales):
-            return self.inner(x, sigma, conds, control, attend)
+            return self.inner(x, sigma, conds, control, attend, record)
         needed = [self.inner.branches(s) for s in sorted(set(values))]
         bases = {self._base(branches) for branches in needed}
         if len(bases) > 1:
@@ -91,7 +95,7 @@ class SelfAttentionGuidance:
                 received.append((maps > self.threshold).unflatten(1, site.grid))  # (b, n) -> (b, h', w')
 
         branches = list(dict.fromkeys([base, *(b for some in needed for b in some)]))
-        denoised = self.inner.evaluate(x, sigma, branches, conds, control, attend, watch)
+        denoised = self.inner.evaluate(x, sigma, branches, conds, control, attend, watch, record)
         plain = denoised[base]
         degraded = self.degrade(plain, received[0])
         noised = degraded + (x - plain)  # x − D = σ·ε
@@ -122,7 +126,8 @@ class SelfAttentionGuidance:
         term = scale_text(self.scale, self.window, "(x̂ − D[base](x̂ + σ·ε))")
         sag = f"  SAG: base {base}; x̂ = D[base] blurred (sigma {self.blur_sigma:g})"
         where = f" where the attention received at {self.site} > {self.threshold:g}"
-        return "\n".join([f"{first} + {term}", sag + where, *rest, "  and 1 row per image in a second forward"])
+        base_row = "" if self.base in (None, self.inner.base.conditioning) else f"D[{self.base}] if not among them, and "
+        return "\n".join([f"{first} + {term}", sag + where, *rest, f"  and {base_row}1 row per image in a second forward"])
 
 
 def attention_received(

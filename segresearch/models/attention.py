@@ -42,6 +42,29 @@ def sdpa(
 
 
 @dataclass(frozen=True)
+class Watched:
+    """`attend` that shows its arguments to `watch` first. The output is that of `attend`, bit for bit."""
+
+    attend: Attend
+    watch: Callable[[Tensor, Tensor, Tensor, Site], None]
+
+    def __call__(
+        self,
+        q: Float[Tensor, "rows heads tokens dim"],
+        k: Float[Tensor, "rows heads keys dim"],
+        v: Float[Tensor, "rows heads keys dim"],
+        site: Site,
+    ) -> Float[Tensor, "rows heads tokens dim"]:
+        self.watch(q, k, v, site)
+        return self.attend(q, k, v, site)
+
+
+def is_plain(attend: Attend) -> bool:
+    """Whether `attend` is `sdpa`, watched or not: it then takes queries of any number and treats each on its own."""
+    return (attend.attend if isinstance(attend, Watched) else attend) is sdpa
+
+
+@dataclass(frozen=True)
 class Fork:
     """Where a forward pass splits into more rows.
 

@@ -1,0 +1,130 @@
+"""The recorder sees exactly what the softmax sees, of every branch, and changes no output bit."""
+
+import math
+
+import pytest
+import torch
+from guidance_models import denoiser, noisy
+
+from segresearch.analysis.record import Recorder, Recording
+from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, blur, cfg, perturbed
+from segresearch.models.attention import sdpa
+from segresearch.sampling import initial_noise, sample
+
+LABELS = [{"prompt": "a", "seed": 3}, {"prompt": "", "seed": 4}]
+SITES = denoiser().unet.site_heads
+
+
+def both(sigma: float = math.inf, **options) -> GuidedDenoiser:
+    terms = {"cfg": cfg(5.0), "seg": perturbed("seg", SEG(sigma, **options), 2.0)}
+    return GuidedDenoiser(denoiser(torch.float32), terms)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GuidedDenoiser(denoiser(torch.float32), {}),
+        both(),
+        both(1.0),
+        both(math.inf, heads=[1]),
+        both(math.inf, where="*"),
+        GuidedDenoiser(denoiser(torch.float32), {"pag": perturbed("pag", PAG(tau=0.5), 2.0)}),
+        GuidedDenoiser(denoiser(torch.float32), {"two": perturbed("two", [SEG(), SEG(1.0)], 2.0)}),
+        SelfAttentionGuidance(both(), 0.5),
+    ],
+)
+def test_recording_changes_no_output_bit(model, tmp_path):
+    x, sigma, conds = noisy(2, dtype=torch.float32)
+    plain = model(x, sigma, conds=conds)
+    for folder in (None, tmp_path / "r"):
+        recorder = Recorder(SITES, values=True, folder=folder)
+        assert torch.equal(model(x, sigma, conds=conds, record=recorder.run(LABELS)), plain)
+        assert len(recorder.recording) >= len(SITES)
+
+
+@pytest.mark.parametrize("sigma", [1.0, math.inf])
+def test_what_is_recorded_is_what_the_branch_attends_with(sigma):
+    """Against an `attend` of our own, one branch at a time; the queries of the first perturbed site are blurred."""
+    model = both(sigma, boundary="exact")
+    x, level, conds = noisy(2, dtype=torch.float32)
+    recorder = Recorder(SITES)
+    model(x, level, conds=conds, record=recorder.run(LABELS))
+    recording = recorder.recording
+    assert recording.branches == ("cond", "cond~seg", "uncond") and recording.sites == tuple(SITES)
+    for branch in model.branches(3.0):
+        seen = {}
+
+        def attend(q, k, v, site, seen=seen):
+            seen[site.name] = (q, k)
+            return sdpa(q, k, v, site)
+
+        model.evaluate(x, level, [branch], conds, attend=attend)
+        for site in SITES:
+            (entry,) = recording.select(site, str(branch))
+            assert entry.heads == tuple(range(SITES[site])) and entry.sigma == (3.0, 3.0) and entry.images == (*LABELS,)
+            torch.testing.assert_close(entry.q, seen[site][0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(entry.k, seen[site][1], rtol=1e-4, atol=1e-5)
+    (plain,), (smooth,) = (recording.select("mid.0.0", name) for name in ("cond", "cond~seg"))
+    torch.testing.assert_close(smooth.q, blur(plain.q, plain.grid, sigma, "exact"), rtol=1e-4, atol=1e-5)
+    (shared,) = recording.select("down.0", "cond~seg")
+    assert shared.branches == ("cond", "cond~seg")  # still equal there, and stored once
+
+
+def test_streamed_is_what_is_kept_in_memory(tmp_path):
+    conds, noise = noisy(2)[2], initial_noise([3, 4], (4, 8, 12)).double()
+    model = GuidedDenoiser(denoiser(), {"seg": perturbed("seg", SEG(), 2.0)})
+    chosen = {"where": ["mid", 0], "heads": [1], "steps": [0, 2], "values": True}
+    kept, streamed = Recorder(SITES, **chosen), Recorder(SITES, **chosen, folder=tmp_path / "streamed")
+    for recorder in (kept, streamed):
+        sample(model, noise, steps=3, conds=conds, record=recorder.run(LABELS))
+    again = Recording.open(tmp_path / "streamed")
+    assert again.entries == kept.recording.entries == streamed.recording.entries
+    assert again.steps == (0, 2) and again.branches == ("cond", "cond~seg") and len(again.sites) == 4
+    for mine, theirs in zip(kept.recording, again, strict=True):
+        h, w = mine.grid
+        for a, b in ((mine.q, theirs.q), (mine.k, theirs.k), (mine.v, theirs.v)):
+            assert torch.equal(a, b) and a.dtype == torch.float64 and a.shape[:3] == (2, 1, h * w)
+    sigmas = [entry.sigma[0] for entry in again.select("mid.0.0", "cond")]
+    assert sigmas == sorted(sigmas, reverse=True) and len(sigmas) == 2
+    stored = sum(z.nbytes for entry in again for z in entry.load().values())
+    assert kept.bytes == streamed.bytes == stored
+    (perturbed_entry,) = again.select("mid.0.0", "cond~seg", 2)
+    assert perturbed_entry.load()["q"].shape[2] == 1 < perturbed_entry.q.shape[2]  # the mean query alone
+
+
+def test_pag_computes_no_attention_and_leaves_no_entry():
+    x, sigma, conds = noisy(2)
+    recorder = Recorder(SITES, branches=["cond~pag"])
+    model = GuidedDenoiser(denoiser(), {"cfg": cfg(2.0), "pag": perturbed("pag", PAG(), 2.0)})
+    model(x, sigma, conds=conds, record=recorder.run(LABELS))
+    recording = recorder.recording
+    assert not [site for site in recording.sites if site.startswith("mid")]
+    assert all("cond~pag" in entry.branches for entry in recording) and "uncond" not in recording.branches
+
+
+def test_memory_is_bounded_and_slips_are_said(tmp_path):
+    x, sigma, conds = noisy(2)
+    model = GuidedDenoiser(denoiser(), {})
+    recorder = Recorder(SITES, where="mid", limit=20_000)
+    with pytest.raises(ValueError, match=r"limit of 0 MiB at step 0, mid_block.*give a folder"):
+        model(x, sigma, conds=conds, record=recorder.run(LABELS))
+    assert 0 < recorder.bytes <= 20_000
+    with pytest.raises(ValueError, match="1 labels for 2 images"):
+        model(x, sigma, conds=conds, record=Recorder(SITES).run(LABELS[:1]))
+    for wrong, message in (({"where": "middle"}, "matches no self-attention site"), ({"heads": [2]}, "no head 2")):
+        with pytest.raises(ValueError, match=message):
+            Recorder(SITES, **wrong)
+    with pytest.raises(ValueError, match="holds no recording"):
+        Recording.open(tmp_path)
+    streamed = Recorder(SITES, where=-1, folder=tmp_path)
+    model(x, sigma, conds=conds, record=streamed.run(LABELS))
+    with pytest.raises(ValueError, match="holds a recording already"):
+        Recorder(SITES, folder=tmp_path)
+    with (tmp_path / "index.jsonl").open("a") as index:  # stopped in the middle of a line
+        index.write('{"site": "mid')
+    (entry,) = Recording.open(tmp_path)
+    with pytest.raises(ValueError, match="values were not recorded"):
+        _ = entry.v
+    for wrong, message in (({"branch": "uncond"}, "was not recorded; there are cond"), ({"step": 1}, "step=1 ")):
+        with pytest.raises(ValueError, match=message):
+            streamed.recording.select(**wrong)
