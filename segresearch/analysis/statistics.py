@@ -1,0 +1,264 @@
+"""Statistics of attention logits along a named axis, without the n×n map.
+
+a = q kᵀ/√d has two axes, and each claim belongs to one of them. Along "queries" there is one column per key: this is the
+axis on which a blur of the queries acts, and the one of Definition 2.1 of SEG (arXiv 2408.00760). Along "keys" there is
+one row per query: the axis of attention's own softmax, and the dual of the paper's Appendix B. Here *column* means the
+n entries along the named axis, whichever it is.
+
+Mean and variance are exact from the moments of one side: mean(Q)·k and kᵀ Cov(Q) k. Everything that needs exp is
+streamed over blocks of whole columns. Logits and exp are in the dtype of q and k (at least fp32); sums are fp64.
+Memory beside the inputs and the (rows, heads, m) results: about `8 * BLOCK` numbers, whatever the size of the map.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from segresearch.guidance.blur import blur
+
+AXES = ("queries", "keys")
+BLOCK = 2**18  # logits held at once: 1 MiB in fp32, which stays in cache
+
+
+def sides(q: Tensor, k: Tensor, axis: str) -> tuple[Tensor, Tensor]:
+    """(entries, vectors): the side that is run over along `axis`, and the side with one column per token.
+
+    Raises ValueError for an unknown axis and for q and k that do not fit each other.
+    """
+    if axis not in AXES:
+        raise ValueError(f'axis must be "queries" (Definition 2.1) or "keys" (its dual), got {axis!r}')
+    if q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in rows, heads and dim")
+    return (q, k) if axis == "queries" else (k, q)
+
+
+def blurred(
+    q: Float[Tensor, "rows heads queries dim"],
+    k: Float[Tensor, "rows heads keys dim"],
+    grid: tuple[int, int],
+    sigma: float | int,
+    boundary: str = "reflect",
+    on: str = "q",
+) -> tuple[Float[Tensor, "rows heads queries dim"], Float[Tensor, "rows heads keys dim"]]:
+    """q and k after SEG's blur of `on` = "q", "k" or "qk"; "queries" and "keys", the axis, name the same sides."""
+    on = {"queries": "q", "keys": "k"}.get(on, on)
+    if on not in ("q", "k", "qk"):
+        raise ValueError(f'a blur is on="q", "k" or "qk", got {on!r}')
+    return (
+        blur(q, grid, sigma, boundary) if "q" in on else q,
+        blur(k, grid, sigma, boundary) if "k" in on else k,
+    )
+
+
+class Columns:
+    """A block of whole columns of logits, (groups, columns, n), and what several measures share of it."""
+
+    def __init__(self, a: Float[Tensor, "groups columns n"], groups: slice):
+        self.a = a
+        self.groups = groups  # which of the rows·heads the block belongs to
+
+    @cached_property
+    def top(self) -> Tensor:
+        return self.a.amax(dim=-1, keepdim=True)
+
+    @cached_property
+    def exp(self) -> Tensor:
+        """exp(a − max a): 1 at the top, so that it never overflows."""
+        return (self.a - self.top).exp_()
+
+    @cached_property
+    def total(self) -> Tensor:
+        """Σ exp(a − max a), fp64, between 1 and n."""
+        return self.exp.sum(dim=-1, dtype=torch.float64)
+
+    @cached_property
+    def lse(self) -> Tensor:
+        return self.top.squeeze(-1).double() + self.total.log()
+
+    @cached_property
+    def softmax(self) -> Tensor:
+        return self.exp / self.total.unsqueeze(-1).to(self.a.dtype)
+
+    def entropy(self) -> Tensor:
+        """−Σ ξ log ξ in nats, fp64."""
+        # the weights exp(a − top) are 0 where a − top is −inf or nearly so: no 0·∞ arises, logits are finite
+        first = ((self.a - self.top) * self.exp).sum(dim=-1, dtype=torch.float64)
+        return (self.total.log() - first / self.total).clamp_min(0)
+
+    def concentration(self) -> Tensor:
+        """Σ ξ², fp64, between 1/n and 1."""
+        return self.exp.square().sum(dim=-1, dtype=torch.float64) / self.total.square()
+
+
+def blocks(
+    entries: Float[Tensor, "rows heads n dim"], vectors: Float[Tensor, "rows heads m dim"], block: int = BLOCK
+) -> Iterator[tuple[slice, slice, Columns]]:
+    """(groups, columns, logits) until every column was seen once; a group is one (row, head), row by row.
+
+    Each block holds at most about `block` logits, at least one whole column.
+    """
+    n, m, dim = entries.shape[2], vectors.shape[2], entries.shape[3]
+    dtype = torch.promote_types(entries.dtype, torch.float32)
+    flat = entries.flatten(0, 1), vectors.flatten(0, 1)  # (r, h, n, d) -> (g, n, d)
+    per_group = max(1, block // max(n * m, 1))
+    per_column = m if n * m <= block else max(1, block // n)
+    for g in range(0, flat[0].shape[0], per_group):
+        groups = slice(g, min(g + per_group, flat[0].shape[0]))
+        side = flat[0][groups].to(dtype).transpose(1, 2)  # (g, n, d) -> (g, d, n)
+        for c in range(0, m, per_column):
+            columns = slice(c, min(c + per_column, m))
+            chosen = flat[1][groups, columns].to(dtype) / math.sqrt(dim)
+            yield groups, columns, Columns(chosen @ side, groups)  # (g, c, d) (g, d, n) -> (g, c, n)
+
+
+def stream(
+    entries: Float[Tensor, "rows heads n dim"],
+    vectors: Float[Tensor, "rows heads m dim"],
+    measures: Mapping[str, Callable[[Columns], Tensor]],
+    block: int = BLOCK,
+) -> dict[str, Tensor]:
+    """Each measure of every column, (rows, heads, m) fp64, in one pass over the logits."""
+    rows, heads, m = vectors.shape[:3]
+    out = {name: torch.empty(rows * heads, m, dtype=torch.float64, device=vectors.device) for name in measures}
+    for groups, columns, logits in blocks(entries, vectors, block):
+        for name, measure in measures.items():
+            out[name][groups, columns] = measure(logits).double()
+    return {name: values.reshape(rows, heads, m) for name, values in out.items()}
+
+
+def moments(
+    q: Float[Tensor, "rows heads queries dim"],
+    k: Float[Tensor, "rows heads keys dim"],
+    axis: str,
+    weights: Float[Tensor, " n"] | None = None,
+) -> tuple[Float[Tensor, "rows heads m"], Float[Tensor, "rows heads m"]]:
+    """Mean and population variance of each column, fp64, exact and without any logit.
+
+    mean = mean(entries)·v/√d and variance = vᵀ Cov(entries) v/d. `weights` (n,) ≥ 0 weigh the entries (see
+    `end_weights`); None is equal weights.
+    """
+    entries, vectors = sides(q, k, axis)
+    rows, heads, m, dim = vectors.shape
+    n = entries.shape[2]
+    w = torch.ones(n, dtype=torch.float64, device=entries.device) if weights is None else weights.double()
+    w = w / w.sum()
+    mean = torch.empty(rows * heads, m, dtype=torch.float64, device=entries.device)
+    variance = torch.empty_like(mean)
+    for g, (side, other) in enumerate(zip(entries.flatten(0, 1), vectors.flatten(0, 1))):  # one head at a time, fp64
+        side, other = side.double(), other.double() / math.sqrt(dim)
+        centre = w @ side  # (n) (n, d) -> (d)
+        side = side - centre
+        covariance = side.T @ (side * w[:, None])  # (d, d)
+        mean[g] = other @ centre
+        variance[g] = ((other @ covariance) * other).sum(dim=-1).clamp_min(0)
+    return mean.reshape(rows, heads, m), variance.reshape(rows, heads, m)
+
+
+def log_sum_exp(
+    q: Float[Tensor, "rows heads queries dim"],
+    k: Float[Tensor, "rows heads keys dim"],
+    axis: str,
+    weights: Float[Tensor, " n"] | None = None,
+    block: int = BLOCK,
+) -> Float[Tensor, "rows heads m"]:
+    """lse = log Σ_i w_i exp(a_i) of each column, fp64, streamed; weights (n,) > 0, None is 1."""
+    entries, vectors = sides(q, k, axis)
+    if weights is None:
+        return stream(entries, vectors, {"lse": lambda c: c.lse}, block)["lse"]
+    log_weights = weights.log()
+    return stream(entries, vectors, {"lse": lambda c: Columns(c.a + log_weights.to(c.a), c.groups).lse}, block)["lse"]
+
+
+def end_weights(grid: tuple[int, int]) -> Float[Tensor, " n"]:
+    """Weights ½ at both ends of each axis (¼ in corners): the reflect blur keeps *this* weighted mean exactly.
+
+    The reflecting extension has period 2n − 2 and holds the end samples once and the others twice. So with these
+    weights Lemmas 3.1 and 3.2 of arXiv 2408.00760 are true for the official boundary too.
+    """
+    weights = [torch.ones(side, dtype=torch.float64) for side in grid]
+    for side in weights:
+        if side.shape[0] > 1:
+            side[0] = side[-1] = 0.5
+    return torch.outer(*weights).flatten()  # (h), (w) -> (h·w)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of every column along `axis`; m is the number of keys (axis "queries") or queries (axis "keys"). All fp64.
+
+    n: entries in a column. mean, variance: of the logits (population variance). lse: log Σ exp. entropy: of
+    ξ = softmax, nats. concentration: Σ ξ².
+    """
+
+    axis: str
+    n: int
+    mean: Float[Tensor, "rows heads m"]
+    variance: Float[Tensor, "rows heads m"]
+    lse: Float[Tensor, "rows heads m"]
+    entropy: Float[Tensor, "rows heads m"]
+    concentration: Float[Tensor, "rows heads m"]
+
+    @property
+    def effective_rank(self) -> Float[Tensor, "rows heads m"]:
+        """exp(entropy), from 1 (one-hot) to n (uniform): how many tokens a pattern is spread over."""
+        return self.entropy.exp()
+
+    @property
+    def taylor_lse(self) -> Float[Tensor, "rows heads m"]:
+        """log n + mean + ½ variance: lse to second order about the mean, the step of Lemma 3.2's proof."""
+        return math.log(self.n) + self.mean + self.variance / 2
+
+    @property
+    def log_product(self) -> Float[Tensor, "rows heads m"]:
+        """log Π ξ_i = Σ a − n·lse, the size that eq. (20) of arXiv 2408.00760 gives to det H."""
+        return self.n * (self.mean - self.lse)
+
+
+MEASURES: dict[str, Callable[[Columns], Tensor]] = {
+    "lse": lambda c: c.lse,
+    "entropy": Columns.entropy,
+    "concentration": Columns.concentration,
+}
+
+
+def statistics(
+    q: Float[Tensor, "rows heads queries dim"], k: Float[Tensor, "rows heads keys dim"], axis: str, block: int = BLOCK
+) -> Statistics:
+    """The statistics of q kᵀ/√d along `axis`; of blurred logits with `statistics(*blurred(q, k, ...), axis)`.
+
+    Raises ValueError for an unknown axis or shapes that do not fit.
+    """
+    entries, vectors = sides(q, k, axis)
+    mean, variance = moments(q, k, axis)
+    return Statistics(axis, entries.shape[2], mean, variance, **stream(entries, vectors, MEASURES, block))
+
+
+def columns(
+    q: Float[Tensor, "rows heads queries dim"],
+    k: Float[Tensor, "rows heads keys dim"],
+    axis: str,
+    index: Int[Tensor, " samples"],
+) -> Float[Tensor, "rows heads samples n"]:
+    """The chosen columns of logits themselves, fp64: of the keys (axis "queries") or queries (axis "keys") `index`."""
+    entries, vectors = sides(q, k, axis)
+    chosen = vectors[:, :, index].double() / math.sqrt(q.shape[-1])
+    return chosen @ entries.double().transpose(2, 3)  # (r, h, s, d) (r, h, d, n) -> (r, h, s, n)
+
+
+def map_rank(
+    q: Float[Tensor, "rows heads queries dim"], k: Float[Tensor, "rows heads keys dim"]
+) -> Float[Tensor, "rows heads"]:
+    """Effective rank of the map of logits q kᵀ: exp of the entropy of its singular values, normalised to sum 1.
+
+    Between 1 and dim, from QR factors alone (R_q R_kᵀ has the map's singular values); 0 where the map is 0.
+    """
+    r_q, r_k = (torch.linalg.qr(z.double(), mode="r").R for z in (q, k))  # (r, h, min(n, d), d)
+    values = torch.linalg.svdvals(r_q @ r_k.transpose(2, 3))
+    share = values / values.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    rank = torch.special.entr(share).sum(dim=-1).exp()
+    return torch.where(values[..., 0] > 0, rank, torch.zeros_like(rank))
