@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from segresearch.guidance import PAG, SEG, At, blur_matrix, perturbed, select_sites
+from segresearch.guidance import PAG, SEG, At, blur, blur_matrix, perturbed, select_sites
 from segresearch.models.attention import Site, sdpa
 
 SITE = Site("mid_block.attentions.0.transformer_blocks.0.attn1", (3, 5))
@@ -165,3 +165,38 @@ def test_a_selector_without_match_lists_real_names(where):
         ValueError, match=r"matches no self-attention site.*mid_block.attentions.0.transformer_blocks.0.attn1"
     ):
         select_sites(where, SITES)
+
+
+def test_heads_of_a_function_that_works_in_place():
+    """The other heads keep plain attention even if the function spoils the q it is handed."""
+    q, k, v = heads(count=3)
+    site = SITE
+
+    def halved(q, k, v, site, attend):
+        return attend(q.mul_(0.5), k, v, site)
+
+    expected = sdpa(q, k, v, site)
+    expected[:, :1] = sdpa(q[:, :1] / 2, k[:, :1], v[:, :1], site)
+    out = At(halved, heads=[0])(q.clone(), k, v, site, sdpa)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+def test_gradients_after_a_blur_in_inference_mode():
+    z = torch.randn(1, 1, 35, 2, dtype=torch.float64)
+    with torch.inference_mode():
+        blur(z, (5, 7), 1.83)
+    z.requires_grad_()
+    blur(z, (5, 7), 1.83).sum().backward()
+    assert z.grad is not None and z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("out", [None, torch.zeros(1)])
+def test_what_a_function_returns_is_checked(out):
+    q = torch.zeros(1, 2, 4, 3)
+    with pytest.raises(ValueError, match="gave .* at mid, expected"):
+        At(lambda q, k, v, site, attend: out)(q, q, q, Site("mid", (2, 2)), sdpa)
+
+
+def test_a_truth_value_is_no_place():
+    with pytest.raises(ValueError, match="where=True"):
+        PAG(where=True)

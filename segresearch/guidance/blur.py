@@ -49,6 +49,7 @@ def fold_taps(taps: Float[Tensor, " size"], n: int, boundary: str) -> Float[Tens
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # a cached tensor must serve gradients too
 def _matrix(n: int, sigma: float | int, boundary: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     if sigma == 0:
         matrix = torch.eye(n, dtype=torch.float64)

@@ -26,7 +26,7 @@ def rescale(
     ε = (x − D)/σ the σ cancels, so it is not asked for.
     """
     noise, reference = x - guided, x - plain  # σ·ε
-    ratio = _std(reference) / _std(noise)
+    ratio = _std(reference) / _std(noise).clamp_min(1e-30)
     return x - noise * (phi * ratio + (1 - phi))
 
 

@@ -126,8 +126,8 @@ class SelfAttentionGuidance:
         term = scale_text(self.scale, self.window, "(x̂ − D[base](x̂ + σ·ε))")
         sag = f"  SAG: base {base}; x̂ = D[base] blurred (sigma {self.blur_sigma:g})"
         where = f" where the attention received at {self.site} > {self.threshold:g}"
-        base_row = "" if self.base in (None, self.inner.base.conditioning) else f"D[{self.base}] if not among them, and "
-        return "\n".join([f"{first} + {term}", sag + where, *rest, f"  and {base_row}1 row per image in a second forward"])
+        own = "" if self.base in (None, self.inner.base.conditioning) else f"D[{self.base}] if not among them, and "
+        return "\n".join([f"{first} + {term}", sag + where, *rest, f"  and {own}1 row per image in a second forward"])
 
 
 def attention_received(

@@ -18,7 +18,7 @@ ALWAYS: Window = (0.0, math.inf)
 
 def check_scale(scale: Scale, window: Sequence[float | int], what: str) -> None:
     """ValueError for a scale that is not finite or a window that is not 0 ≤ low ≤ high."""
-    if not callable(scale) and not math.isfinite(scale):
+    if not callable(scale) and not (isinstance(scale, float | int) and math.isfinite(scale)):
         raise ValueError(f"the scale of {what} must be finite, got {scale!r}")
     if len(window) != 2 or not 0 <= window[0] <= window[1]:
         raise ValueError(f"the window of {what} must be (low, high) in sigma, 0 <= low <= high, got {tuple(window)}")
@@ -67,10 +67,14 @@ class Branch:
         if bool(self.perturbations) != bool(self.name):
             raise ValueError(f"a branch has perturbations and a name, or neither: {self.perturbations}, {self.name!r}")
         for p in self.perturbations:
-            if not (callable(p) and hasattr(p, "where")):
+            if not (callable(p) and hasattr(p, "where")) or isinstance(p, type):
                 raise ValueError(f'branch {self}: {p!r} has no place; give one: At(function, where="mid")')
-            if p.__hash__ is None:
-                raise ValueError(f"branch {self}: {p!r} cannot be hashed; make it a function or a frozen dataclass")
+            try:
+                hash(p)
+            except TypeError as error:
+                raise ValueError(
+                    f"branch {self}: {p!r} cannot be hashed ({error}); make it a function or a frozen dataclass"
+                ) from error
 
     def __str__(self) -> str:
         return f"{self.conditioning}~{self.name}" if self.name else self.conditioning
@@ -137,6 +141,7 @@ def cfg(weight: Scale, window: Sequence[float | int] = ALWAYS, pos: str = "cond"
 
     As a term on D[cond] its scale is w − 1, so at w = 1 `neg` is not evaluated. A callable gives w(σ).
     """
+    check_scale(weight, ALWAYS, "cfg")
     scale = _LessOne(weight) if callable(weight) else weight - 1
     return Term(Branch(pos), Branch(neg), scale, _window(window))
 

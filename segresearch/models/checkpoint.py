@@ -28,7 +28,9 @@ _DTYPES = {
 }
 # Bookkeeping that training code leaves in checkpoints; the networks do not need it.
 _IGNORED = re.compile(
-    r"(^|\.)(position_ids|logit_scale|edm_mean|edm_std|v_pred|ztsnr)$|^(model_ema|denoiser|loss|first_stage_model\.loss)\.|"
+    r"(^|\.)(position_ids|attn_mask|logit_scale|edm_mean|edm_std|v_pred|ztsnr)$|"
+    r"^(model_ema|denoiser|loss|first_stage_model\.loss)\.|"
+    r"^conditioner\.embedders\.0\.transformer\.text_projection\.weight$|"  # of CLIP; SDXL pools the second encoder
     r"^(global_step|logvar|alphas_cumprod.*|betas|log_one_minus_.*|posterior_.*|sqrt_.*|__.*)$"
 )
 

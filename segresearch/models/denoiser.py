@@ -24,6 +24,11 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Float[Tensor, " steps"]:
     """
     start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
     steps, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "scaled_linear")
+    if not (isinstance(start, float | int) and isinstance(end, float | int) and isinstance(steps, int) and steps > 1):
+        raise ValueError(
+            f"scheduler config: beta_start={start!r}, beta_end={end!r} and num_train_timesteps={steps!r} must be "
+            "numbers, with at least 2 timesteps"
+        )
     if config.get("trained_betas") is not None:
         raise ValueError(
             "scheduler config: trained_betas is not supported, only beta_start, beta_end and beta_schedule"

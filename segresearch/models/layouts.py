@@ -51,8 +51,13 @@ class Parts:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: fetch the model again, with its configs")
+    text = path.read_text(errors="replace")
+    if text.startswith("version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a git-lfs pointer: run `git lfs pull` in its repository, or download the file"
+        )
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(text)
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from error
     if not isinstance(value, dict):
@@ -65,7 +70,15 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
         (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     ):
         raise CheckpointError(f"{folder}: no tokenizer here (vocab.json and merges.txt): fetch the model's tokenizers")
-    return load_tokenizer(folder)
+    for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            _json(folder / name)
+    try:
+        return load_tokenizer(folder)
+    except Exception as error:  # the tokenizers' own errors have no common class
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())}): fetch its files again"
+        ) from error
 
 
 def _on_meta(
@@ -79,8 +92,13 @@ def _on_meta(
                 CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(second))),
             )
             return UNet(UNetConfig.from_dict(unet)), VAE(VAEConfig.from_dict(vae)), texts
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{where}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # transformers checks its configs with errors of its own classes
+        kind = (
+            ""
+            if isinstance(error, ValueError)
+            else f"a config that no model can be built from, {type(error).__name__}: "
+        )
+        raise CheckpointError(f"{where}: {kind}{' '.join(str(error).split())}") from error
 
 
 # --- the folder layout ----------------------------------------------------------------------------

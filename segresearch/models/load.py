@@ -52,6 +52,8 @@ class SDXL:
 
         Raises ValueError if a side is not a positive multiple of the VAE's factor.
         """
+        if size is not None and not (isinstance(size, tuple | list) and len(size) == 2):
+            raise ValueError(f"size={size!r}: give (height, width) in pixels")
         height, width = size or self.default_size
         factor = self.vae_factor
         if height < factor or width < factor or height % factor or width % factor:
@@ -77,6 +79,9 @@ class SDXL:
             raise ValueError(f"prompts must be a list of strings, not the string {prompts!r}: write [{prompts!r}]")
         if not prompts:
             raise ValueError('prompts is empty: give at least one, [""] for an unconditional picture')
+        for text in (*prompts, *(negative if isinstance(negative, list | tuple) else ())):
+            if not isinstance(text, str):
+                raise ValueError(f"{text!r} among the prompts is not a string")
         self.latent_shape(size)
         height, width = size or self.default_size
         if negative is not None and not isinstance(negative, str) and len(negative) != len(prompts):
@@ -126,8 +131,11 @@ def load_sdxl(
     Weights are read one tensor at a time into their place, on the caller's device and in the caller's dtype. Nothing is
     fetched from a network. Raises CheckpointError, a ValueError of one line, for anything that is not a complete SDXL.
     """
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"dtype={dtype}: the networks run in float32, bfloat16, float16 or float64")
+    for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
+        if value not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"{name}={value!r}: the networks run in torch.float32, bfloat16, float16 or float64")
+    if torch.device(device).type == "meta" or (torch.device(device).type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device={str(device)!r} cannot run the networks here: give another, such as 'cpu'")
     path = located(path_or_name)
     if path.is_dir():
         for name, value in (("config", config), ("tokenizer", tokenizer)):
@@ -148,13 +156,11 @@ def _built(parts: Parts, name: str, dtype: torch.dtype, device: torch.device, va
         vae_dtype = torch.float32 if dtype == torch.float16 and parts.force_upcast else dtype
     unet, vae, text = parts.unet, parts.vae, TextEncoders(parts.tokenizers, parts.encoders)
     _agree(unet, vae, text)
-    scheduler = parts.scheduler
-    denoiser = Denoiser(
-        unet,
-        alphas_cumprod(scheduler).to(device),
-        scheduler.get("prediction_type", "epsilon"),
-        int(scheduler.get("steps_offset", 1)),
-    )
+    try:
+        schedule, offset = alphas_cumprod(parts.scheduler).to(device), int(parts.scheduler.get("steps_offset", 1))
+        denoiser = Denoiser(unet, schedule, parts.scheduler.get("prediction_type", "epsilon"), offset)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{name}: {error}") from error
     modules = (unet, vae, *text.encoders)
     for module, w in zip(modules, parts.weights, strict=True):
         own = vae_dtype if module is vae else dtype

@@ -52,10 +52,12 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _per_block(value: int | list | tuple, blocks: int, name: str) -> tuple[int, ...]:
-    values = (value,) * blocks if isinstance(value, int) else tuple(value)
-    if len(values) != blocks or not all(isinstance(v, int) and v > 0 for v in values):
-        raise ValueError(f"unet config: {name}={value!r} must be a positive integer or one for each of {blocks} blocks")
+def _per_block(value: int | list | tuple, blocks: int, name: str, least: int = 1) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,) * blocks
+    if len(values) != blocks or not all(isinstance(v, int) and v >= least for v in values):
+        raise ValueError(
+            f"unet config: {name}={value!r} must be an integer from {least} up or one for each of {blocks} blocks"
+        )
     return values
 
 
@@ -99,21 +101,27 @@ class UNetConfig:
             for name in types.get(f"{kind}_block_types", ()):
                 if name not in known:
                     raise ValueError(f"unet config: {kind}_block_types has {name!r}, supported are {known}")
-        widths = tuple(config.get("block_out_channels", UNetConfig.block_out_channels))
-        n = len(widths)
+        given = config.get("block_out_channels", UNetConfig.block_out_channels)
+        n = len(given) if isinstance(given, list | tuple) else 1
+        widths = _per_block(given, n, "block_out_channels")
+        contexts = set(_per_block(config.get("cross_attention_dim", 2048), n, "cross_attention_dim"))
+        if len(contexts) > 1:
+            raise ValueError(f"unet config: cross_attention_dim={config['cross_attention_dim']!r} must be one width")
         if config.get("reverse_transformer_layers_per_block") is not None:
             raise ValueError("unet config: reverse_transformer_layers_per_block is not supported")
         # a quirk of diffusers: `attention_head_dim` holds the number of heads unless num_attention_heads is given
         heads = config.get("num_attention_heads") or config.get("attention_head_dim", list(UNetConfig.heads))
         own = {f.name for f in fields(UNetConfig)} - {"heads", "layers_per_block", "transformer_layers_per_block"}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in own}
-        values |= types | {"block_out_channels": widths}
+        values |= types | {"block_out_channels": widths, "cross_attention_dim": contexts.pop()}
+        for name in ("in_channels", "out_channels", "sample_size", "addition_time_embed_dim", "norm_num_groups"):
+            _per_block(values.get(name, 1), 1, name)
         return UNetConfig(
             **values,
             heads=_per_block(heads, n, "attention_head_dim (the number of heads)"),
             layers_per_block=_per_block(config.get("layers_per_block", 2), n, "layers_per_block"),
             transformer_layers_per_block=_per_block(
-                config.get("transformer_layers_per_block", 1), n, "transformer_layers_per_block"
+                config.get("transformer_layers_per_block", 1), n, "transformer_layers_per_block", least=0
             ),
         )
 

@@ -210,6 +210,10 @@ class VAE(nn.Module):
 
         Computed in the weights' dtype: SDXL's own VAE overflows in fp16, so keep it in fp32 or bf16.
         """
+        if latents.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"vae: latents of {latents.shape[1]} channels, this model's have {self.config.latent_channels}"
+            )
         z = latents / self.config.scaling_factor + self.config.shift_factor
         images = self.decoder(self.post_quant_conv(z.to(self.dtype)))
         return images.to(torch.promote_types(images.dtype, torch.float32))

@@ -43,7 +43,7 @@ def sample(
     model: Any,
     noise: Float[Tensor, "images *latent"],
     sampler: str = "euler",
-    schedule: str | Float[Tensor, "levels"] = "leading",
+    schedule: str | Float[Tensor, "levels"] | Sequence[float] = "leading",
     steps: int = 25,
     conds: Any = None,
     seeds: Sequence[int] | None = None,
@@ -78,7 +78,7 @@ def sample(
     if isinstance(schedule, str):
         levels = sigmas(model, schedule, steps)
     else:
-        levels, schedule = checked_levels(schedule, "schedule"), "as given"
+        levels, schedule = checked_levels(torch.as_tensor(schedule), "schedule"), "as given"
     options = checked_options(sampler, options or {})
     if len(levels) == 2 and sampler in (*SDE, *END_TO_END):
         sampler, options = "euler", {}

@@ -46,7 +46,7 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor,
     if not shape or min(shape) < 1:
         raise ValueError(f"the shape of one image's noise must have positive sides, got {tuple(shape)}")
     generators = [torch.Generator().manual_seed(checked_seed(seed)) for seed in seeds]
-    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
+    return torch.stack([torch.randn(*shape, generator=generator, dtype=torch.float32) for generator in generators])
 
 
 def noise_keys(noise: Float[Tensor, "images *latent"], seeds: Sequence[int] | None, stream: str) -> list[int]:
@@ -65,7 +65,7 @@ def white_noise(x: Float[Tensor, "images *latent"], keys: Sequence[int]) -> Nois
     shape = x.shape[1:]
 
     def draw(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(x)
+        return torch.stack([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]).to(x)
 
     return draw
 

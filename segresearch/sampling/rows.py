@@ -16,10 +16,10 @@ def row_count(value: Any) -> int | None:
 
 
 def checked_rows(name: str, value: Any, images: int) -> None:
-    """ValueError, with the place in `value`, where something in it has a count of rows that is not `images`."""
+    """ValueError, with the place in `value`, where something in it has rows that are neither one nor `images`."""
     rows = row_count(value)
-    if rows is not None and rows != images:
-        raise ValueError(f"{name} has {rows} rows for {images} images of noise; give one row per image")
+    if rows is not None and rows not in (1, images):
+        raise ValueError(f"{name} has {rows} rows for {images} images of noise; give one row per image, or one for all")
     if rows is None and isinstance(value, Mapping):
         for key, item in value.items():
             checked_rows(f"{name}[{key!r}]", item, images)

@@ -46,8 +46,8 @@ def sigmas(
     ValueError: unknown schedule, `steps` below 1 or so large that levels repeat, `rho` where it has no meaning.
     """
     choose(schedule, SCHEDULES, "schedule")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
     if rho is not None and (schedule not in RHO or not rho > 0):
         raise ValueError(f"rho must be positive and is only for {' and '.join(RHO)}; got rho={rho} for {schedule}")
     levels = positive_levels(denoiser, schedule, steps, RHO.get(schedule) if rho is None else rho)
