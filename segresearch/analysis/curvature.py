@@ -7,9 +7,9 @@ pseudo-determinant up to the factor n that every matrix here shares. Traces and 
 
 Two matrices are called the Hessian of the blurred energy:
 - *entrywise*, eq. (19): H̃ = H(ã) ∘ B with ã = Ba;
-- *chain rule*: Bᵀ H(ã) B, the Hessian of a ↦ −lse(Ba). Its pseudo-determinant is pdet H(ã)·(det B)² for every B whose rows sum
-  to 1, doubly stochastic or not: with P = −H(ã) and u = B⁻ᵀ1, pdet(BᵀPB) = det(BᵀPB + 11ᵀ/n) = (det B)² det(P + uuᵀ/n), and
-  adj P = (pdet P/n) 11ᵀ and 1ᵀu = n give det(P + uuᵀ/n) = pdet P.
+- *chain rule*: Bᵀ H(ã) B, the Hessian of a ↦ −lse(Ba). Its pseudo-determinant is pdet H(ã)·(det B)² for every B whose
+  rows sum to 1, doubly stochastic or not: with P = −H(ã) and u = B⁻ᵀ1, pdet(BᵀPB) = det(BᵀPB + 11ᵀ/n) =
+  (det B)² det(P + uuᵀ/n), and adj P = (pdet P/n) 11ᵀ and 1ᵀu = n give det(P + uuᵀ/n) = pdet P.
 
 `curvature` measures every column of a site, streamed and without n×n matrices; functions of one column `a`
 (last axis) come first, and the dense matrices are for small grids and checks.
@@ -24,7 +24,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.analysis.smoothing import Smoothing
-from segresearch.analysis.statistics import BLOCK, MEASURES, Columns, Statistics, blurred, moments, sides, stream
+from segresearch.analysis.statistics import (
+    BLOCK,
+    MEASURES,
+    Columns,
+    Statistics,
+    blurred,
+    moments,
+    precision,
+    sides,
+    stream,
+)
 
 
 def hessian(a: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n n"]:
@@ -96,13 +106,11 @@ def spectral_norm(columns: Columns) -> Float[Tensor, "groups columns"]:
     return rho.squeeze(-1).double() / columns.total
 
 
-def chain_norm(
-    xi: Float[Tensor, "*batch n"], smoothing: Smoothing, steps: int = 24
-) -> Float[Tensor, "*batch"]:
+def chain_norm(xi: Float[Tensor, "*batch n"], smoothing: Smoothing, steps: int = 24) -> Float[Tensor, "*batch"]:
     """Largest eigenvalue of Bᵀ(diag ξ − ξξᵀ)B by `steps` of Lanczos, fp64; a lower bound that converges from below.
 
-    The non-zero eigenvalues are those of D·BBᵀ, D = diag ξ − ξξᵀ, which is symmetric under ⟨x, y⟩ = xᵀBBᵀy: one pass over
-    the factors per step, and no matrix. The start is one fixed random vector, so the result is reproducible.
+    The non-zero eigenvalues are those of D·BBᵀ, D = diag ξ − ξξᵀ, which is symmetric under ⟨x, y⟩ = xᵀBBᵀy: one pass
+    over the factors per step, and no matrix. The start is one fixed random vector, so the result is reproducible.
     """
     n = xi.shape[-1]
     steps = min(steps, n)
@@ -142,9 +150,10 @@ def gaussian_curvature(
 class Curvature:
     """Of every column along an axis, at the blurred logits ã = Ba (at a itself for σ = 0). All (rows, heads, m) fp64.
 
-    log_pdet: of H(ã). log_product: log Π ξ(ã)_i. entrywise_log_product: log Π ξ(ã)_i b_ii (eqs. 20–21). chain_log_pdet: of
-    Bᵀ H(ã) B. trace, norm: of −H(ã), 1 − Σ ξ² and the largest eigenvalue. entrywise_trace, chain_trace: of −H̃ and −BᵀH(ã)B.
-    chain_norm: largest eigenvalue of −BᵀH(ã)B, None unless asked for. statistics: of ã, from the same pass.
+    log_pdet: of H(ã). log_product: log Π ξ(ã)_i. entrywise_log_product: log Π ξ(ã)_i b_ii (eqs. 20–21).
+    chain_log_pdet: of Bᵀ H(ã) B. trace, norm: of −H(ã), 1 − Σ ξ² and the largest eigenvalue.
+    entrywise_trace, chain_trace: of −H̃ and −BᵀH(ã)B. chain_norm: largest eigenvalue of −BᵀH(ã)B, None unless asked for.
+    statistics: of ã, from the same pass.
     """
 
     smoothing: Smoothing
@@ -194,7 +203,7 @@ def curvature(
             measures["chain_norm"] = lambda c: chain_norm(c.softmax, smoothing)
     found = stream(entries, vectors, measures, block)
     mean, variance = moments(q, k, axis)
-    summary = Statistics(axis, smoothing.n, mean, variance, *(found[name] for name in MEASURES))
+    summary = Statistics(axis, smoothing.n, precision(q), mean, variance, *(found[name] for name in MEASURES))
     product, trace = summary.log_product, (1 - summary.concentration).clamp_min(0)
     log_pdet = math.log(smoothing.n) + product
     return Curvature(

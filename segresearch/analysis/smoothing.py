@@ -14,8 +14,8 @@ from segresearch.guidance.blur import INFINITE, blur_matrix, check_blur
 def log_spectrum(n: int, sigma: float | int, boundary: str) -> Float[Tensor, " {n}"]:
     """log |λ| of the n eigenvalues of `blur_matrix(n, sigma, boundary)`, fp64; −inf where it is singular.
 
-    Each boundary has its cosines: period n (circular), half samples (symmetric, exact) and whole samples (reflect, whose
-    matrix is not symmetric but similar to a diagonal one). Of a cut filter the eigenvalue is the first row times
+    Each boundary has its cosines: period n (circular), half samples (symmetric, exact) and whole samples (reflect,
+    whose matrix is not symmetric but similar to a diagonal one). Of a cut filter the eigenvalue is the first row times
     the cosine, and one below 8n·eps counts as 0. The exact Gaussian has theta functions for eigenvalues, by
     Poisson's sum ∝ Σ_m exp(−½σ²(ω + 2πm)²): in log space they are good to any σ, far below what a matrix can hold.
     """

@@ -1,9 +1,9 @@
 """Statistics of attention logits along a named axis, without the n×n map.
 
-a = q kᵀ/√d has two axes, and each claim belongs to one of them. Along "queries" there is one column per key: this is the
-axis on which a blur of the queries acts, and the one of Definition 2.1 of SEG (arXiv 2408.00760). Along "keys" there is
-one row per query: the axis of attention's own softmax, and the dual of the paper's Appendix B. Here *column* means the
-n entries along the named axis, whichever it is.
+a = q kᵀ/√d has two axes, and each claim belongs to one of them. Along "queries" there is one column per key: this is
+the axis on which a blur of the queries acts, and that of Definition 2.1 of SEG (arXiv 2408.00760). Along "keys" there
+is one row per query: the axis of attention's own softmax, and the dual of the paper's Appendix B. Here *column* means
+the n entries along the named axis, whichever it is.
 
 Mean and variance are exact from the moments of one side: mean(Q)·k and kᵀ Cov(Q) k. Everything that needs exp is
 streamed over blocks of whole columns. Logits and exp are in the dtype of q and k (at least fp32); sums are fp64.
@@ -37,6 +37,11 @@ def sides(q: Tensor, k: Tensor, axis: str) -> tuple[Tensor, Tensor]:
     return (q, k) if axis == "queries" else (k, q)
 
 
+def precision(q: Tensor) -> float:
+    """Machine epsilon of the dtype that logits of q are computed in."""
+    return torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
+
+
 def blurred(
     q: Float[Tensor, "rows heads queries dim"],
     k: Float[Tensor, "rows heads keys dim"],
@@ -49,6 +54,7 @@ def blurred(
     on = {"queries": "q", "keys": "k"}.get(on, on)
     if on not in ("q", "k", "qk"):
         raise ValueError(f'a blur is on="q", "k" or "qk", got {on!r}')
+    q, k = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (q, k))  # of half precisions, no second rounding
     return (
         blur(q, grid, sigma, boundary) if "q" in on else q,
         blur(k, grid, sigma, boundary) if "k" in on else k,
@@ -192,11 +198,12 @@ class Statistics:
     """Of every column along `axis`; m is the number of keys (axis "queries") or queries (axis "keys"). All fp64.
 
     n: entries in a column. mean, variance: of the logits (population variance). lse: log Σ exp. entropy: of
-    ξ = softmax, nats. concentration: Σ ξ².
+    ξ = softmax, nats. concentration: Σ ξ². eps: relative rounding of the logits behind exp (1.2e-7 for fp32 inputs).
     """
 
     axis: str
     n: int
+    eps: float
     mean: Float[Tensor, "rows heads m"]
     variance: Float[Tensor, "rows heads m"]
     lse: Float[Tensor, "rows heads m"]
@@ -235,7 +242,7 @@ def statistics(
     """
     entries, vectors = sides(q, k, axis)
     mean, variance = moments(q, k, axis)
-    return Statistics(axis, entries.shape[2], mean, variance, **stream(entries, vectors, MEASURES, block))
+    return Statistics(axis, entries.shape[2], precision(q), mean, variance, **stream(entries, vectors, MEASURES, block))
 
 
 def columns(
