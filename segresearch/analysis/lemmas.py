@@ -1,7 +1,7 @@
 """The claims of SEG's section 3 (arXiv 2408.00760), judged one by one on measured logits.
 
-Every function of (before, after, smoothing) takes the `Statistics` of the logits a and of the blurred logits ã = Ba along
-the same axis, needs nothing else, and returns a `Verdict` with both sides for every column. `judge` starts from q and k.
+A function of (before, after, smoothing) takes the `Statistics` of the logits a and of the blurred logits ã = Ba along
+the same axis, needs nothing else, and returns a `Verdict` with both sides of every column. `judge` starts from q and k.
 The axis "queries" with blurred queries is the paper's text, the axis "keys" with blurred keys its dual (Appendix B).
 
 Known beforehand, and tested: with a doubly stochastic B (symmetric, circular, exact) Lemmas 3.1 and 3.2 hold without
@@ -56,13 +56,13 @@ def _slack(before: Statistics, power: int) -> Tensor:
 
 def mean_kept(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Lemma 3.1, first half: the blur keeps the mean. True for all a if and only if B's columns sum to 1."""
-    return _verdict("Lemma 3.1, mean", "mean(Ba) = mean(a)", "=", after, smoothing, after.mean, before.mean,
+    return _verdict("mean_kept", "Lemma 3.1: mean(Ba) = mean(a)", "=", after, smoothing, after.mean, before.mean,
                     _slack(before, 1))  # fmt: skip
 
 
 def variance_falls(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Lemma 3.1, second half: the blur never raises the variance. Certain for doubly stochastic B."""
-    return _verdict("Lemma 3.1, variance", "var(Ba) <= var(a)", "<=", after, smoothing, after.variance, before.variance,
+    return _verdict("variance_falls", "Lemma 3.1: var(Ba) ≤ var(a)", "<=", after, smoothing, after.variance, before.variance,
                     _slack(before, 2))  # fmt: skip
 
 
@@ -71,47 +71,49 @@ def lse_falls(before: Statistics, after: Statistics, smoothing: Smoothing) -> Ve
 
     For doubly stochastic B without any approximation: Ba is majorised by a, and Σ exp is Schur-convex.
     """
-    return _verdict("Lemma 3.2", "lse(Ba) <= lse(a)", "<=", after, smoothing, after.lse, before.lse, _slack(before, 0))
+    return _verdict(
+        "lse_falls", "Lemma 3.2: lse(Ba) ≤ lse(a)", "<=", after, smoothing, after.lse, before.lse, _slack(before, 0)
+    )
 
 
 def lse_taylor(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Lemma 3.2 by the paper's step: lse to second order, log n + mean + ½ variance, falls."""
-    return _verdict("Lemma 3.2, second order", "log n + mean + var/2 of Ba <= of a", "<=", after, smoothing,
+    return _verdict("lse_taylor", "Lemma 3.2, second order: log n + mean + ½ var of Ba ≤ of a", "<=", after, smoothing,
                     after.taylor_lse, before.taylor_lse, _slack(before, 1) + _slack(before, 2))  # fmt: skip
 
 
 def trace_falls(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Beside the determinants (no claim of the paper): does tr −H(ã) = 1 − Σ ξ² fall? Sharp columns say no."""
-    return _verdict("trace", "tr -H(Ba) <= tr -H(a)", "<=", after, smoothing, 1 - after.concentration,
+    return _verdict("trace_falls", "Trace: tr −H(Ba) ≤ tr −H(a)", "<=", after, smoothing, 1 - after.concentration,
                     1 - before.concentration, 16 * before.eps * torch.ones_like(before.mean))  # fmt: skip
 
 
 def product_is_determinant(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Eq. (20), |det H| ≈ Π ξ_i, in logs at ã. det H is 0; the pseudo-determinant is n·Π ξ_i, so the gap is log n."""
     product = after.log_product
-    return _verdict("eq. (20)", "log prod xi = log pdet H", "=", after, smoothing, product,
+    return _verdict("product_is_determinant", "Eq. (20): log Π ξ(Ba) = log pdet H(Ba)", "=", after, smoothing, product,
                     product + math.log(after.n), after.n * _slack(before, 0))  # fmt: skip
 
 
 def diagonal_shrinks(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Eq. (21): Π ξ(ã)_i b_ii < Π ξ(ã)_i, in logs. True where b_ii < 1; the gap is Σ log b_ii."""
     product = after.log_product
-    return _verdict("eq. (21)", "log prod xi(Ba) b_ii < log prod xi(Ba)", "<", after, smoothing,
+    return _verdict("diagonal_shrinks", "Eq. (21): log Π ξ(Ba)·b_ii < log Π ξ(Ba)", "<", after, smoothing,
                     product + smoothing.log_diagonal, product, torch.zeros_like(product))  # fmt: skip
 
 
 def product_falls(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Eq. (22): Π ξ(ã)_i ≤ Π ξ(a)_i, in logs. Reversed where the mean stays and lse falls."""
-    return _verdict("eq. (22)", "log prod xi(Ba) <= log prod xi(a)", "<=", after, smoothing, after.log_product,
+    return _verdict("product_falls", "Eq. (22): log Π ξ(Ba) ≤ log Π ξ(a)", "<=", after, smoothing, after.log_product,
                     before.log_product, after.n * _slack(before, 0))  # fmt: skip
 
 
-def theorem_entrywise(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
+def theorem_paper(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Theorem 3.1 by eqs. (19)–(23), as the paper argues: Π ξ(ã)_i b_ii < Π ξ(a)_i, in logs.
 
     With the mean kept: if and only if n·(lse(a) − lse(ã)) < −Σ log b_ii. True for soft, false for sharp attention.
     """
-    return _verdict("Theorem 3.1, eq. (20)", "log prod xi(Ba) b_ii < log prod xi(a)", "<", after, smoothing,
+    return _verdict("theorem_paper", "Theorem 3.1 by eqs. (19)–(23): log Π ξ(Ba)·b_ii < log Π ξ(a)", "<", after, smoothing,
                     after.log_product + smoothing.log_diagonal, before.log_product,
                     after.n * _slack(before, 0))  # fmt: skip
 
@@ -122,7 +124,7 @@ def theorem_chain(before: Statistics, after: Statistics, smoothing: Smoothing) -
     With the mean kept: if and only if n·(lse(a) − lse(ã)) < −2 log |det B|.
     """
     log_n = math.log(after.n)
-    return _verdict("Theorem 3.1, chain rule", "log pdet B'H(Ba)B < log pdet H(a)", "<", after, smoothing,
+    return _verdict("theorem_chain", "Theorem 3.1 by the chain rule: log pdet BᵀH(Ba)B < log pdet H(a)", "<", after, smoothing,
                     log_n + after.log_product + 2 * smoothing.log_det, log_n + before.log_product,
                     after.n * _slack(before, 0))  # fmt: skip
 
@@ -135,7 +137,7 @@ CLAIMS = (
     product_is_determinant,
     diagonal_shrinks,
     product_falls,
-    theorem_entrywise,
+    theorem_paper,
     theorem_chain,
     trace_falls,
 )
@@ -191,11 +193,11 @@ def corrected(
     (mean, variance), (mean_after, variance_after) = moments(q, k, axis, weights), moments(*smooth, axis, weights)
     lse, lse_after = log_sum_exp(q, k, axis, weights), log_sum_exp(*smooth, axis, weights)
     return (
-        _verdict("Lemma 3.1, mean, end weights", "mean_w(Ba) = mean_w(a)", "=", plain, smoothing, mean_after, mean,
+        _verdict("mean_kept_weighted", "Lemma 3.1 with end weights: mean(Ba) = mean(a)", "=", plain, smoothing, mean_after, mean,
                  _slack(plain, 1)),
-        _verdict("Lemma 3.1, variance, end weights", "var_w(Ba) <= var_w(a)", "<=", plain, smoothing, variance_after,
+        _verdict("variance_falls_weighted", "Lemma 3.1 with end weights: var(Ba) ≤ var(a)", "<=", plain, smoothing, variance_after,
                  variance, _slack(plain, 2)),
-        _verdict("Lemma 3.2, end weights", "lse_w(Ba) <= lse_w(a)", "<=", plain, smoothing, lse_after, lse,
+        _verdict("lse_falls_weighted", "Lemma 3.2 with end weights: lse(Ba) ≤ lse(a)", "<=", plain, smoothing, lse_after, lse,
                  _slack(plain, 0)),
     )  # fmt: skip
 
@@ -222,6 +224,6 @@ def blur_commutes(
     gap, size = gap.reshape(rows, heads, m), size.reshape(rows, heads, m)
     # one logit is a sum of dim products, each as large as |q||k|/√d, which may cancel
     bound = math.sqrt(q.shape[-1]) * q.abs().max().double() * k.abs().max().double()
-    return Verdict("Proposition 3.1", "max |blur(Q)K' - blur(QK')| = 0", "=", axis, smoothing.sigma,
+    return Verdict("blur_commutes", "Proposition 3.1: max |blur(Q)Kᵀ − blur(QKᵀ)| = 0", "=", axis, smoothing.sigma,
                    smoothing.boundary, smoothing.n, gap, torch.zeros_like(gap),
                    16 * precision(q) * (size + bound))  # fmt: skip

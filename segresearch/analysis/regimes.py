@@ -82,7 +82,7 @@ def limit_zero(
     sigma: float | int = 0.1,
 ) -> Verdict:
     """σ → 0 is the identity: at the small `sigma`, rms(Ba − a) is under 0.1 % of the column's spread."""
-    return _limit(q, k, axis, Smoothing(grid, sigma, boundary), 0, "limit of small sigma", "rms(Ba - a) = 0")
+    return _limit(q, k, axis, Smoothing(grid, sigma, boundary), 0, "limit_zero", "σ → 0: rms(Ba − a) = 0")
 
 
 def limit_infinity(
@@ -98,7 +98,7 @@ def limit_infinity(
     At σ = inf every boundary is the mean exactly. Up to 9999 only "exact" gets there; the cut kernels, the official
     "reflect" among them, do not, so that for them infinity is a jump.
     """
-    return _limit(q, k, axis, Smoothing(grid, sigma, boundary), 1, "limit of large sigma", "rms(Ba - mean a) = 0")
+    return _limit(q, k, axis, Smoothing(grid, sigma, boundary), 1, "limit_infinity", "σ → ∞: rms(Ba − mean a) = 0")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ RELATIONS = ("=", "<=", "<")
 class Verdict:
     """Both sides of one claim `left relation right`, for every column. All tensors (rows, heads, m) fp64.
 
-    claim: its name in arXiv 2408.00760. statement: what left and right are. relation: "=", "<=" or "<".
+    claim: the name of the function that judged it. statement: its place in arXiv 2408.00760, then what left and right
+    are. relation: "=", "<=" or "<".
     axis, sigma, boundary: of the columns and the blur. n: entries in a column.
     tolerance: what the rounding of both sides can account for. A "<" holds only beyond it, "<=" and "=" up to it.
     """
