@@ -31,20 +31,31 @@ from segresearch.analysis.statistics import (
 )
 from segresearch.analysis.verdict import Verdict
 
+# claim: its relation, and where it stands in the paper with what is on both sides of the relation
+STATEMENTS = {
+    "mean_kept": ("=", "Lemma 3.1: mean(Ba) = mean(a)"),
+    "variance_falls": ("<=", "Lemma 3.1: var(Ba) ≤ var(a)"),
+    "lse_falls": ("<=", "Lemma 3.2: lse(Ba) ≤ lse(a)"),
+    "lse_taylor": ("<=", "Lemma 3.2, second order: log n + mean + ½ var of Ba ≤ of a"),
+    "product_is_determinant": ("=", "Eq. (20): log Π ξ(Ba) = log pdet H(Ba)"),
+    "diagonal_shrinks": ("<", "Eq. (21): log Π ξ(Ba)·b_ii < log Π ξ(Ba)"),
+    "product_falls": ("<=", "Eq. (22): log Π ξ(Ba) ≤ log Π ξ(a)"),
+    "theorem_paper": ("<", "Theorem 3.1 by eqs. (19)–(23): log Π ξ(Ba)·b_ii < log Π ξ(a)"),
+    "theorem_chain": ("<", "Theorem 3.1 by the chain rule: log pdet BᵀH(Ba)B < log pdet H(a)"),
+    "trace_falls": ("<=", "Trace: tr −H(Ba) ≤ tr −H(a)"),
+    "mean_kept_weighted": ("=", "Lemma 3.1 with end weights: mean(Ba) = mean(a)"),
+    "variance_falls_weighted": ("<=", "Lemma 3.1 with end weights: var(Ba) ≤ var(a)"),
+    "lse_falls_weighted": ("<=", "Lemma 3.2 with end weights: lse(Ba) ≤ lse(a)"),
+    "blur_commutes": ("=", "Proposition 3.1: max |blur(Q)Kᵀ − blur(QKᵀ)| = 0"),
+}
+
 
 def _verdict(
-    claim: str,
-    statement: str,
-    relation: str,
-    after: Statistics,
-    smoothing: Smoothing,
-    left: Tensor,
-    right: Tensor,
-    tolerance: Tensor,
+    claim: str, after: Statistics, smoothing: Smoothing, left: Tensor, right: Tensor, tolerance: Tensor
 ) -> Verdict:
-    return Verdict(
-        claim, statement, relation, after.axis, smoothing.sigma, smoothing.boundary, after.n, left, right, tolerance
-    )
+    relation, statement = STATEMENTS[claim]
+    sigma, boundary = smoothing.sigma, smoothing.boundary
+    return Verdict(claim, statement, relation, after.axis, sigma, boundary, after.n, left, right, tolerance)
 
 
 def _slack(before: Statistics, power: int) -> Tensor:
@@ -56,14 +67,12 @@ def _slack(before: Statistics, power: int) -> Tensor:
 
 def mean_kept(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Lemma 3.1, first half: the blur keeps the mean. True for all a if and only if B's columns sum to 1."""
-    return _verdict("mean_kept", "Lemma 3.1: mean(Ba) = mean(a)", "=", after, smoothing, after.mean, before.mean,
-                    _slack(before, 1))  # fmt: skip
+    return _verdict("mean_kept", after, smoothing, after.mean, before.mean, _slack(before, 1))
 
 
 def variance_falls(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Lemma 3.1, second half: the blur never raises the variance. Certain for doubly stochastic B."""
-    return _verdict("variance_falls", "Lemma 3.1: var(Ba) ≤ var(a)", "<=", after, smoothing, after.variance, before.variance,
-                    _slack(before, 2))  # fmt: skip
+    return _verdict("variance_falls", after, smoothing, after.variance, before.variance, _slack(before, 2))
 
 
 def lse_falls(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
@@ -71,41 +80,49 @@ def lse_falls(before: Statistics, after: Statistics, smoothing: Smoothing) -> Ve
 
     For doubly stochastic B without any approximation: Ba is majorised by a, and Σ exp is Schur-convex.
     """
-    return _verdict(
-        "lse_falls", "Lemma 3.2: lse(Ba) ≤ lse(a)", "<=", after, smoothing, after.lse, before.lse, _slack(before, 0)
-    )
+    return _verdict("lse_falls", after, smoothing, after.lse, before.lse, _slack(before, 0))
 
 
 def lse_taylor(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Lemma 3.2 by the paper's step: lse to second order, log n + mean + ½ variance, falls."""
-    return _verdict("lse_taylor", "Lemma 3.2, second order: log n + mean + ½ var of Ba ≤ of a", "<=", after, smoothing,
-                    after.taylor_lse, before.taylor_lse, _slack(before, 1) + _slack(before, 2))  # fmt: skip
+    return _verdict(
+        "lse_taylor", after, smoothing, after.taylor_lse, before.taylor_lse, _slack(before, 1) + _slack(before, 2)
+    )
 
 
 def trace_falls(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Beside the determinants (no claim of the paper): does tr −H(ã) = 1 − Σ ξ² fall? Sharp columns say no."""
-    return _verdict("trace_falls", "Trace: tr −H(Ba) ≤ tr −H(a)", "<=", after, smoothing, 1 - after.concentration,
-                    1 - before.concentration, 16 * before.eps * torch.ones_like(before.mean))  # fmt: skip
+    return _verdict(
+        "trace_falls",
+        after,
+        smoothing,
+        1 - after.concentration,
+        1 - before.concentration,
+        16 * before.eps * torch.ones_like(before.mean),
+    )
 
 
 def product_is_determinant(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Eq. (20), |det H| ≈ Π ξ_i, in logs at ã. det H is 0; the pseudo-determinant is n·Π ξ_i, so the gap is log n."""
     product = after.log_product
-    return _verdict("product_is_determinant", "Eq. (20): log Π ξ(Ba) = log pdet H(Ba)", "=", after, smoothing, product,
-                    product + math.log(after.n), after.n * _slack(before, 0))  # fmt: skip
+    return _verdict(
+        "product_is_determinant", after, smoothing, product, product + math.log(after.n), torch.zeros_like(product)
+    )
 
 
 def diagonal_shrinks(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Eq. (21): Π ξ(ã)_i b_ii < Π ξ(ã)_i, in logs. True where b_ii < 1; the gap is Σ log b_ii."""
     product = after.log_product
-    return _verdict("diagonal_shrinks", "Eq. (21): log Π ξ(Ba)·b_ii < log Π ξ(Ba)", "<", after, smoothing,
-                    product + smoothing.log_diagonal, product, torch.zeros_like(product))  # fmt: skip
+    return _verdict(
+        "diagonal_shrinks", after, smoothing, product + smoothing.log_diagonal, product, torch.zeros_like(product)
+    )
 
 
 def product_falls(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
     """Eq. (22): Π ξ(ã)_i ≤ Π ξ(a)_i, in logs. Reversed where the mean stays and lse falls."""
-    return _verdict("product_falls", "Eq. (22): log Π ξ(Ba) ≤ log Π ξ(a)", "<=", after, smoothing, after.log_product,
-                    before.log_product, after.n * _slack(before, 0))  # fmt: skip
+    return _verdict(
+        "product_falls", after, smoothing, after.log_product, before.log_product, after.n * _slack(before, 0)
+    )
 
 
 def theorem_paper(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
@@ -113,9 +130,14 @@ def theorem_paper(before: Statistics, after: Statistics, smoothing: Smoothing) -
 
     With the mean kept: if and only if n·(lse(a) − lse(ã)) < −Σ log b_ii. True for soft, false for sharp attention.
     """
-    return _verdict("theorem_paper", "Theorem 3.1 by eqs. (19)–(23): log Π ξ(Ba)·b_ii < log Π ξ(a)", "<", after, smoothing,
-                    after.log_product + smoothing.log_diagonal, before.log_product,
-                    after.n * _slack(before, 0))  # fmt: skip
+    return _verdict(
+        "theorem_paper",
+        after,
+        smoothing,
+        after.log_product + smoothing.log_diagonal,
+        before.log_product,
+        after.n * _slack(before, 0),
+    )
 
 
 def theorem_chain(before: Statistics, after: Statistics, smoothing: Smoothing) -> Verdict:
@@ -124,9 +146,14 @@ def theorem_chain(before: Statistics, after: Statistics, smoothing: Smoothing) -
     With the mean kept: if and only if n·(lse(a) − lse(ã)) < −2 log |det B|.
     """
     log_n = math.log(after.n)
-    return _verdict("theorem_chain", "Theorem 3.1 by the chain rule: log pdet BᵀH(Ba)B < log pdet H(a)", "<", after, smoothing,
-                    log_n + after.log_product + 2 * smoothing.log_det, log_n + before.log_product,
-                    after.n * _slack(before, 0))  # fmt: skip
+    return _verdict(
+        "theorem_chain",
+        after,
+        smoothing,
+        log_n + after.log_product + 2 * smoothing.log_det,
+        log_n + before.log_product,
+        after.n * _slack(before, 0),
+    )
 
 
 CLAIMS = (
@@ -193,13 +220,17 @@ def corrected(
     (mean, variance), (mean_after, variance_after) = moments(q, k, axis, weights), moments(*smooth, axis, weights)
     lse, lse_after = log_sum_exp(q, k, axis, weights), log_sum_exp(*smooth, axis, weights)
     return (
-        _verdict("mean_kept_weighted", "Lemma 3.1 with end weights: mean(Ba) = mean(a)", "=", plain, smoothing, mean_after, mean,
-                 _slack(plain, 1)),
-        _verdict("variance_falls_weighted", "Lemma 3.1 with end weights: var(Ba) ≤ var(a)", "<=", plain, smoothing, variance_after,
-                 variance, _slack(plain, 2)),
-        _verdict("lse_falls_weighted", "Lemma 3.2 with end weights: lse(Ba) ≤ lse(a)", "<=", plain, smoothing, lse_after, lse,
-                 _slack(plain, 0)),
-    )  # fmt: skip
+        _verdict("mean_kept_weighted", plain, smoothing, mean_after, mean, _slack(plain, 1)),
+        _verdict("variance_falls_weighted", plain, smoothing, variance_after, variance, _slack(plain, 2)),
+        _verdict(
+            "lse_falls_weighted",
+            plain,
+            smoothing,
+            lse_after,
+            lse,
+            _slack(plain, 0),
+        ),
+    )
 
 
 def blur_commutes(
@@ -224,6 +255,7 @@ def blur_commutes(
     gap, size = gap.reshape(rows, heads, m), size.reshape(rows, heads, m)
     # one logit is a sum of dim products, each as large as |q||k|/√d, which may cancel
     bound = math.sqrt(q.shape[-1]) * q.abs().max().double() * k.abs().max().double()
-    return Verdict("blur_commutes", "Proposition 3.1: max |blur(Q)Kᵀ − blur(QKᵀ)| = 0", "=", axis, smoothing.sigma,
-                   smoothing.boundary, smoothing.n, gap, torch.zeros_like(gap),
-                   16 * precision(q) * (size + bound))  # fmt: skip
+    relation, statement = STATEMENTS["blur_commutes"]
+    none, tolerance = torch.zeros_like(gap), 16 * precision(q) * (size + bound)
+    sigma, boundary = smoothing.sigma, smoothing.boundary
+    return Verdict("blur_commutes", statement, relation, axis, sigma, boundary, smoothing.n, gap, none, tolerance)

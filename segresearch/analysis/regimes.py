@@ -69,8 +69,18 @@ def limits(
 def _limit(q: Tensor, k: Tensor, axis: str, smoothing: Smoothing, which: int, claim: str, statement: str) -> Verdict:
     left = distances(q, k, axis, smoothing)[which]
     spread = moments(q, k, axis)[1].sqrt()
-    return Verdict(claim, statement, "=", axis, smoothing.sigma, smoothing.boundary, smoothing.n, left,
-                   torch.zeros_like(left), 1e-3 * spread + 1e-9)  # fmt: skip
+    return Verdict(
+        claim,
+        statement,
+        "=",
+        axis,
+        smoothing.sigma,
+        smoothing.boundary,
+        smoothing.n,
+        left,
+        torch.zeros_like(left),
+        1e-3 * spread + 1e-9,
+    )
 
 
 def limit_zero(

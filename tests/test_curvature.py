@@ -1,0 +1,185 @@
+"""Closed forms of curvature against autograd and dense eigenvalues, to 1e-8 in fp64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segresearch.analysis.curvature import (
+    Columns,
+    chain_hessian,
+    chain_log_pseudo_det,
+    chain_norm,
+    curvature,
+    entrywise_hessian,
+    entrywise_log_product,
+    gaussian_curvature,
+    hessian,
+    hessian_times,
+    log_product,
+    log_pseudo_det,
+    spectral_norm,
+)
+from segresearch.analysis.smoothing import Smoothing, log_spectrum
+from segresearch.analysis.statistics import AXES, columns, statistics
+from segresearch.guidance.blur import BOUNDARIES, blur_matrix
+
+GRIDS = [(3, 5), (4, 4), (1, 6)]
+CLOSE = {"atol": 1e-8, "rtol": 1e-8}
+
+
+def field(seed, *shape, scale=2.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def energy(a):
+    return -a.logsumexp(dim=-1)
+
+
+def log_modes(h):
+    """The log pseudo-determinant from a dense matrix: its eigenvalues but the one nearest 0."""
+    return torch.linalg.eigvalsh(-h)[..., 1:].log().sum(-1)
+
+
+def test_hessian_is_autograd():
+    a, x = field(0, 9), field(1, 9)
+    expected = torch.autograd.functional.hessian(energy, a)
+    torch.testing.assert_close(hessian(a), expected, **CLOSE)
+    torch.testing.assert_close(hessian_times(a, x), expected @ x, **CLOSE)
+    assert float((hessian(a) @ torch.ones(9, dtype=torch.float64)).abs().max()) < 1e-15
+    assert float(torch.linalg.eigvalsh(hessian(a)).max()) < 1e-15  # E is concave in the logits
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_determinants(boundary, grid):
+    """pdet H = n Π ξ, and pdet BᵀH(ã)B = pdet H(ã)·(det B)² under every boundary, reflect too."""
+    smoothing, a = Smoothing(grid, 0.6, boundary), field(2, 4, math.prod(grid))
+    torch.testing.assert_close(log_pseudo_det(a), log_modes(hessian(a)), **CLOSE)
+    chain = torch.stack([torch.autograd.functional.hessian(lambda z: energy(smoothing.apply(z)), z) for z in a])
+    torch.testing.assert_close(chain_hessian(a, smoothing), chain, **CLOSE)
+    torch.testing.assert_close(chain_log_pseudo_det(a, smoothing), log_modes(chain), **CLOSE)
+    dense = smoothing.dense()
+    torch.testing.assert_close(entrywise_hessian(a, smoothing), hessian(a @ dense.T) * dense, **CLOSE)
+    xi = (a @ dense.T).softmax(-1)
+    torch.testing.assert_close(entrywise_log_product(a, smoothing), (xi * dense.diagonal()).log().sum(-1), **CLOSE)
+    torch.testing.assert_close(log_product(a), a.softmax(-1).log().sum(-1), **CLOSE)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_smoothing_from_factors(boundary):
+    for grid in GRIDS:
+        for sigma in (0, 0.3, 0.9, 1.4):
+            smoothing = Smoothing(grid, sigma, boundary)
+            dense = torch.kron(*(blur_matrix(side, sigma, boundary) for side in grid))
+            assert smoothing.log_det == pytest.approx(float(torch.linalg.slogdet(dense).logabsdet), rel=1e-8, abs=1e-8)
+            assert smoothing.log_diagonal == pytest.approx(float(dense.diagonal().log().sum()), abs=1e-10)
+            torch.testing.assert_close(smoothing.column_sums, dense.sum(0))
+            torch.testing.assert_close(smoothing.energy, (dense @ dense.T).diagonal())
+            x = field(3, 2, smoothing.n)
+            torch.testing.assert_close(smoothing.apply(x), x @ dense.T)
+            torch.testing.assert_close(smoothing.adjoint(x), x @ dense)
+            torch.testing.assert_close(smoothing.gram(x), x @ dense @ dense.T)
+
+
+def test_spectrum_limits():
+    """σ = 0: 1; σ = ∞ and a full-period box: singular; the exact blur's tiny eigenvalues stay right in log space."""
+    for boundary in BOUNDARIES:
+        assert Smoothing((3, 4), 0, boundary).log_det == 0
+        assert Smoothing((3, 4), math.inf, boundary).log_det == -math.inf
+        assert Smoothing((1, 1), math.inf, boundary).log_det == 0
+    assert Smoothing((3, 4), 9999, "circular").log_det == -math.inf
+    # the smallest is e^-108 of the largest, which no fp64 matrix holds; by two images of the Gaussian
+    far, at = log_spectrum(16, 5.0, "exact"), [math.pi * (15 / 16 - turn) for turn in (0, 2)]
+    assert float(far[-1]) == pytest.approx(math.log(sum(math.exp(-0.5 * (5 * w) ** 2) for w in at)), rel=1e-12)
+    for sigma in (0.29, 0.31, 0.8):
+        exact = torch.linalg.eigvalsh(blur_matrix(6, sigma, "exact")).flip(0)
+        torch.testing.assert_close(log_spectrum(6, sigma, "exact").exp(), exact, **CLOSE)
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_curvature_of_a_site(axis, boundary):
+    """Streamed over every column, against the dense matrices of each."""
+    grid = (3, 4)
+    smoothing, (q, k) = Smoothing(grid, 0.7, boundary), (field(4, 1, 2, 12, 3), field(5, 1, 2, 12, 3))
+    found = curvature(q, k, axis, smoothing, chain_norms=True, block=50)
+    a = columns(q, k, axis, torch.arange(12))
+    plain, chain, entry = hessian(smoothing.apply(a)), chain_hessian(a, smoothing), entrywise_hessian(a, smoothing)
+    trace = lambda m: -m.diagonal(dim1=-2, dim2=-1).sum(-1)  # noqa: E731
+    expected = {
+        "log_pdet": log_modes(plain),
+        "log_product": log_modes(plain) - math.log(12),
+        "entrywise_log_product": entrywise_log_product(a, smoothing),
+        "chain_log_pdet": log_modes(chain),
+        "trace": trace(plain),
+        "entrywise_trace": trace(entry),
+        "chain_trace": trace(chain),
+        "norm": torch.linalg.eigvalsh(-plain)[..., -1],
+        "chain_norm": torch.linalg.eigvalsh(-chain)[..., -1],
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(found, name), value, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(found.statistics.lse, smoothing.apply(a).logsumexp(-1), **CLOSE)
+
+
+def test_no_blur_is_the_original():
+    q, k = field(6, 1, 1, 6, 3), field(7, 1, 1, 6, 3)
+    found, plain = curvature(q, k, "queries", Smoothing((2, 3), 0), chain_norms=True), statistics(q, k, "queries")
+    torch.testing.assert_close(found.statistics.lse, plain.lse)
+    for left, right in (
+        (found.chain_log_pdet, found.log_pdet),
+        (found.entrywise_log_product, found.log_product),
+        (found.chain_trace, found.trace),
+        (found.chain_norm, found.norm),
+    ):
+        torch.testing.assert_close(left, right)
+    flat = curvature(q, k, "queries", Smoothing((2, 3), math.inf), chain_norms=True)
+    assert bool((flat.chain_log_pdet == -math.inf).all())
+    assert float(flat.chain_norm.abs().max()) < 1e-12 and float(flat.chain_trace.abs().max()) < 1e-12
+    torch.testing.assert_close(flat.trace, torch.full_like(flat.trace, 1 - 1 / 6))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([1e-6, 0.1, 1.0, 10.0, 100.0]), st.booleans())
+def test_spectral_norm(seed, n, scale, tie):
+    """From uniform to one-hot, with and without a tie at the top."""
+    a = field(seed, 1, 3, n, scale=scale)
+    if tie and n > 1:
+        a[..., 0] = a[..., 1] = a.amax(-1)
+    expected = torch.linalg.eigvalsh(-hessian(a))[..., -1]
+    torch.testing.assert_close(spectral_norm(Columns(a, slice(0, 1))), expected, atol=1e-14, rtol=1e-9)
+    single = spectral_norm(Columns(a.float(), slice(0, 1)))
+    torch.testing.assert_close(single, expected, atol=1e-6, rtol=1e-5 * (1 + scale))
+
+
+def test_chain_norm_with_few_steps():
+    """Lanczos is close long before n steps, and never above."""
+    smoothing, a = Smoothing((8, 8), 1.0, "circular"), field(8, 6, 64, scale=3)
+    exact = torch.linalg.eigvalsh(-chain_hessian(a, smoothing))[..., -1]
+    found = chain_norm(smoothing.apply(a).softmax(-1), smoothing)
+    assert float((found / exact - 1).abs().max()) < 1e-6 and float((found / exact).max()) < 1 + 1e-9
+
+
+def test_gaussian_curvature():
+    """Of a sphere of radius 2, as a graph, away from its pole; and of the saddle st at 0."""
+    s, t = torch.tensor(0.3, dtype=torch.float64), torch.tensor(-0.5, dtype=torch.float64)
+    sphere = lambda z: (4 - z.square().sum()).sqrt()  # noqa: E731
+    z = torch.stack([s, t])
+    gradient = torch.autograd.functional.jacobian(sphere, z)
+    second = torch.autograd.functional.hessian(sphere, z)
+    assert float(gaussian_curvature(gradient, second)) == pytest.approx(0.25)
+    saddle = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    assert float(gaussian_curvature(torch.zeros(2, dtype=torch.float64), saddle)) == -1
+
+
+def test_bad_input():
+    q = field(9, 1, 1, 6, 3)
+    with pytest.raises(ValueError, match="grid 2x2 has 4 cells, but the tensor has 6 tokens"):
+        curvature(q, q, "queries", Smoothing((2, 2), 1.0))
+    with pytest.raises(ValueError, match="at least one token, got 0x3"):
+        Smoothing((0, 3), 1.0)
+    with pytest.raises(ValueError, match="sigma must be a number >= 0"):
+        Smoothing((2, 3), -1.0)
