@@ -142,7 +142,7 @@ def test_construction():
     model = SelfAttentionGuidance(GuidedDenoiser(denoiser(), {"cfg": cfg(5.0)}), 0.5, window=(0, 9))
     assert model.sigmas is denoiser().sigmas
     assert repr(model).startswith(
-        "D = D[cond] + 4·(D[cond] − D[uncond]) + 0.5·(x̂ − D[base](x̂ + σ·ε)) [σ ≤ 9]\n  SAG: base uncond where evaluated"
+        "D = D[cond] + 4·(D[cond] − D[uncond]) + 0.5·(x̂ − D[base](x̂ + σ·ε)) [σ ≤ 9]\n  SAG: base uncond where CFG is on"
     )
     for options, message in (
         ({"scale": math.nan}, "scale of SAG must be finite"),
@@ -152,3 +152,11 @@ def test_construction():
     ):
         with pytest.raises(ValueError, match=message):
             SelfAttentionGuidance(denoiser(), **options)
+
+
+def test_the_negative_of_cfg_is_degraded_whatever_its_name():
+    x, sigma, conds = noisy(2, 4, 6)
+    renamed = {"cond": conds["cond"], "bad": conds["uncond"]}
+    default = SelfAttentionGuidance(GuidedDenoiser(denoiser(), {"cfg": cfg(3.0)}))(x, sigma, conds)
+    other = SelfAttentionGuidance(GuidedDenoiser(denoiser(), {"cfg": cfg(3.0, neg="bad")}))(x, sigma, renamed)
+    assert torch.equal(default, other)

@@ -33,8 +33,8 @@ class SelfAttentionGuidance:
         inner: a GuidedDenoiser (its terms stay), or a plain denoiser.
         scale: s, or s(σ); 1.0 in the SEG paper's comparison, 0.75 by default in diffusers.
         blur_sigma: of the latent blur, in latent pixels. threshold: of the mask; 1 is the mean attention.
-        base: the conditioning that is degraded. None: "uncond" where the inner evaluates it at this σ anyway (that is,
-            with CFG, as in diffusers), else the inner's base.
+        base: the conditioning that is degraded. None: the negative one of the inner CFG term where that is on (as
+            in diffusers), else the inner's base.
         window: (low, high) in σ in which it acts; outside there is no second forward.
 
     Raises ValueError for a scale that is not finite, a negative blur_sigma or threshold, a model without mid sites.
@@ -83,7 +83,7 @@ class SelfAttentionGuidance:
         if not any(scales):
             return self.inner(x, sigma, conds, control, attend, record)
         needed = [self.inner.branches(s) for s in sorted(set(values))]
-        bases = {self._base(branches) for branches in needed}
+        bases = {self._base(s) for s in values}
         if len(bases) > 1:
             raise ValueError("SAG: rows of this batch are on both sides of the window of the CFG term; name a base")
         base = bases.pop()
@@ -115,14 +115,16 @@ class SelfAttentionGuidance:
         cover = F.interpolate(mask[:, None].to(plain.dtype), size=(h, w), mode="nearest")  # (b, h', w') -> (b, 1, h, w)
         return torch.where(cover > 0, blurred, plain)
 
-    def _base(self, needed: list[Branch]) -> Branch:
+    def _base(self, sigma: float) -> Branch:
         if self.base is not None:
             return Branch(self.base)
-        return Branch("uncond") if Branch("uncond") in needed else self.inner.base
+        mixed = (t for t in self.inner.terms.values() if t.mixes_conditionings and t.scale_at(sigma))
+        return next((term.neg for term in mixed), self.inner.base)
 
     def __repr__(self) -> str:
         first, *rest = repr(self.inner).split("\n")
-        base = self.base or f"uncond where evaluated, else {self.inner.base}"
+        negative = next((str(t.neg) for t in self.inner.terms.values() if t.mixes_conditionings), None)
+        base = self.base or (f"{negative} where CFG is on, else " if negative else "") + str(self.inner.base)
         term = scale_text(self.scale, self.window, "(x̂ − D[base](x̂ + σ·ε))")
         sag = f"  SAG: base {base}; x̂ = D[base] blurred (sigma {self.blur_sigma:g})"
         where = f" where the attention received at {self.site} > {self.threshold:g}"

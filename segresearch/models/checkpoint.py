@@ -90,6 +90,11 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", {})
             ends = [h["data_offsets"][1] for h in header.values()]
+            for key, h in header.items():
+                begin, end = h["data_offsets"]
+                bytes_needed = torch.Size(h["shape"]).numel() * getattr(_DTYPES.get(h["dtype"]), "itemsize", 0)
+                if begin < 0 or (bytes_needed and end - begin != bytes_needed):
+                    raise ValueError(f"{key} spans bytes {begin} to {end}, its shape needs {bytes_needed}")
             entries = {
                 key: Entry(path, key, h["dtype"], tuple(h["shape"]), 8 + length + h["data_offsets"][0])
                 for key, h in header.items()

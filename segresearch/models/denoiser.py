@@ -29,6 +29,8 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Float[Tensor, " steps"]:
             f"scheduler config: beta_start={start!r}, beta_end={end!r} and num_train_timesteps={steps!r} must be "
             "numbers, with at least 2 timesteps"
         )
+    if not isinstance(config.get("steps_offset", 1), int):
+        raise ValueError(f"scheduler config: steps_offset={config['steps_offset']!r} must be an integer")
     if config.get("trained_betas") is not None:
         raise ValueError(
             "scheduler config: trained_betas is not supported, only beta_start, beta_end and beta_schedule"

@@ -24,6 +24,9 @@ from segresearch.models.text import TOKENIZERS, load_tokenizer
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.models.vae import VAE, VAEConfig
 
+_LFS = "version https://git-lfs"
+_POINTER = "is a git-lfs pointer: run `git lfs pull` in its repository, or download the file itself"
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -52,10 +55,8 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: fetch the model again, with its configs")
     text = path.read_text(errors="replace")
-    if text.startswith("version https://git-lfs"):
-        raise CheckpointError(
-            f"{path} is a git-lfs pointer: run `git lfs pull` in its repository, or download the file"
-        )
+    if text.startswith(_LFS):
+        raise CheckpointError(f"{path} {_POINTER}")
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -73,6 +74,9 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             _json(folder / name)
+    merges = folder / "merges.txt"
+    if merges.is_file() and merges.read_text(errors="replace").startswith(_LFS):
+        raise CheckpointError(f"{merges} {_POINTER}")
     try:
         return load_tokenizer(folder)
     except Exception as error:  # the tokenizers' own errors have no common class

@@ -40,7 +40,7 @@ def located(path_or_name: str | Path) -> Path:
             return Path(cached).parent
         raise CheckpointError(
             f"{name!r} is neither a path nor a complete model in the local cache ({constants.HF_HUB_CACHE}); fetch "
-            f'it once with: hf download {name} --include "*.json" "*.txt" "*.fp16.safetensors"'
+            f'it once with: hf download {name} --include "*.json" "*.txt" "*.safetensors"'
         )
     refuse_pickle(path)
     raise CheckpointError(

@@ -56,7 +56,8 @@ def _per_block(value: int | list | tuple, blocks: int, name: str, least: int = 1
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * blocks
     if len(values) != blocks or not all(isinstance(v, int) and v >= least for v in values):
         raise ValueError(
-            f"unet config: {name}={value!r} must be an integer from {least} up or one for each of {blocks} blocks"
+            f"unet config: {name}={value!r} must be an integer from {least} up"
+            + (f", or one for each of {blocks} blocks" if blocks > 1 else "")
         )
     return values
 

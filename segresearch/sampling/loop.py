@@ -161,6 +161,8 @@ def checked_options(sampler: str, options: Mapping[str, Any]) -> dict[str, Any]:
     for name in options:
         if name not in known:
             raise ValueError(f"sampler {sampler} has no option {name!r}; it takes {', '.join(known) or 'none'}")
+        if options[name] != options[name] or (name == "order" and options[name] < 1):
+            raise ValueError(f"sampler {sampler}: option {name}={options[name]!r} makes no step")
     return dict(options)
 
 
