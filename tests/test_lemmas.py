@@ -116,7 +116,7 @@ def test_reflect_breaks_lemma_31_and_end_weights_mend_it():
 
 
 def test_reflect_can_raise_variance_and_lse():
-    """Worst fields at σ = 1: one that varies along one axis of 32×32, the worst of 16×16, and a bump that raises lse."""
+    """Worst fields at σ = 1: along one axis of 32×32, of 16×16; and a bump that raises lse."""
     for grid, golden in (((1, 32), 1.0114), ((16, 16), 1.0135)):
         matrix = Smoothing(grid, 1.0, "reflect").dense()
         centre = torch.eye(len(matrix), dtype=torch.float64) - 1 / len(matrix)

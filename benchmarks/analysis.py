@@ -1,0 +1,151 @@
+"""Statistics and curvature of SDXL-size attention: streamed (`segresearch.analysis`) beside the naive n×n way.
+
+    python benchmarks/analysis.py [--threads 2] [--quick] [--out benchmarks/analysis.json]
+
+Two loads of random q and k in fp32, dim 64, blur σ = 2 with reflecting ends, along the queries: SDXL's mid block (10
+sites × 20 heads × 1024 tokens) and one site of 10 heads × 4096 tokens. Measured in a process of its own each, so that
+one's peak memory is not another's; memory is the peak of the resident set above what it is when the inputs are ready.
+
+    streamed    everything of `curvature`, before and after the blur: mean, variance, lse, entropy, log-determinants
+                (pseudo-determinant, eq. (20) with b_ii, chain rule), traces, spectral norm
+    norms       the same after the blur, and the spectral norm of the chain rule's Hessian by Lanczos steps; of one head
+    maps        the naive way for what maps alone give: a site's logits, their blur and both softmaxes whole, then
+                reductions over them. No norms and no determinant of a matrix.
+    hessians    the naive way for determinants and norms: the n×n Hessians of a column and their eigenvalues, of a few
+                columns; the time for all columns is that times their number, stated as an estimate.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+LOADS = {"mid block": (10, 20, (32, 32)), "4096 tokens": (1, 10, (64, 64))}  # sites, heads, grid
+WAYS = ("streamed", "norms", "maps", "hessians")
+DIM, SIGMA, BOUNDARY, COLUMNS = 64, 2.0, "reflect", 2
+
+
+def resident() -> int:
+    """Bytes of the resident set."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+class Peak:
+    """Largest resident set while inside, sampled every 2 ms, above that at entry."""
+
+    def __enter__(self) -> "Peak":
+        self.start = self.peak = resident()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.002):
+            self.peak = max(self.peak, resident())
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+        self.bytes = max(self.peak, resident()) - self.start
+
+
+def maps(q, k, smoothing) -> dict:
+    """Statistics of one site from its whole maps, (1, heads, queries, keys)."""
+    import torch
+
+    out = {}
+    a = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+    h, w = smoothing.grid
+    down, across = (factor.float() for factor in smoothing.factors)
+    image = a.reshape(1, -1, h, w, a.shape[-1])
+    smooth = torch.einsum("ih,jw,bnhwk->bnijk", down, across, image).reshape(a.shape)
+    for name, z in (("before", a), ("after", smooth)):
+        xi = z.softmax(dim=2)
+        lse = z.logsumexp(dim=2)
+        entropy = -(xi * xi.clamp_min(1e-38).log()).sum(dim=2)
+        out[name] = (z.mean(dim=2), z.var(dim=2, correction=0), lse, entropy, 1 - xi.square().sum(dim=2))
+    return out
+
+
+def measure(load: str, way: str, threads: int, quick: bool) -> dict:
+    """Time and memory of one way on one load, in this process."""
+    import torch
+
+    from segresearch.analysis.curvature import chain_hessian, curvature, hessian
+    from segresearch.analysis.smoothing import Smoothing
+    from segresearch.analysis.statistics import columns
+
+    torch.set_num_threads(threads)
+    sites, heads, grid = LOADS[load]
+    sites = 1 if quick else sites
+    n = math.prod(grid)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [tuple(1.5 * torch.randn(1, heads, n, DIM, generator=generator) for _ in "qk") for _ in range(sites)]
+    smoothing, plain = Smoothing(grid, SIGMA, BOUNDARY), Smoothing(grid, 0, BOUNDARY)
+    tiny = Smoothing((2, 2), 1.0)
+    small = [torch.randn(1, 1, 4, DIM, generator=generator) for _ in "qk"]
+    curvature(*small, "queries", tiny), maps(*small, tiny), torch.linalg.eigvalsh(torch.eye(64).double())  # warm up
+    share = 1.0
+    with Peak() as peak:
+        start = time.perf_counter()
+        if way == "streamed":
+            for q, k in inputs:
+                curvature(q, k, "queries", plain)
+                curvature(q, k, "queries", smoothing)
+        elif way == "norms":
+            share = 1 / (sites * heads)
+            q, k = (z[:, -1:] for z in inputs[-1])
+            curvature(q, k, "queries", smoothing, chain_norms=True)
+        elif way == "maps":
+            for q, k in inputs:
+                maps(q, k, smoothing)
+        else:
+            share = COLUMNS / (sites * heads * n)
+            for a in columns(*inputs[0], "queries", torch.arange(COLUMNS))[0, 0]:
+                torch.linalg.eigvalsh(-hessian(a))
+                torch.linalg.eigvalsh(-chain_hessian(a, smoothing))
+        seconds = time.perf_counter() - start
+    megabytes = sum(z.numel() * z.element_size() for pair in inputs for z in pair) / 1e6
+    return {
+        "load": load, "way": way, "sites": sites, "heads": heads, "tokens": n, "threads": threads,
+        "share_measured": share, "seconds": seconds, "seconds_for_all": seconds / share,
+        "peak_megabytes": peak.bytes / 1e6, "input_megabytes": megabytes,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="one site of the mid block")
+    parser.add_argument("--out", type=Path, help="also write the results here, as JSON")
+    parser.add_argument("--one", nargs=2, metavar=("LOAD", "WAY"), help="measure one way in this process, print JSON")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(*options.one, options.threads, options.quick)))
+        return
+    results = []
+    print(f"{options.threads} threads; peak memory without the inputs")
+    print(f"{'load':12} {'way':9} {'seconds':>9} {'for all':>16} {'peak MB':>9}")
+    for load in LOADS:
+        for way in WAYS:
+            command = [sys.executable, __file__, "--threads", str(options.threads), "--one", load, way]
+            command += ["--quick"] if options.quick else []
+            environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+            results.append(found := json.loads(done.stdout))
+            total = f"{found['seconds_for_all']:.1f}" + (" (est.)" if found["share_measured"] < 1 else "")
+            print(f"{load:12} {way:9} {found['seconds']:9.2f} {total:>16} {found['peak_megabytes']:9.1f}", flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
