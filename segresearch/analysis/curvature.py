@@ -34,6 +34,7 @@ from segresearch.analysis.statistics import (
     precision,
     sides,
     stream,
+    total,
 )
 
 
@@ -94,9 +95,10 @@ def spectral_norm(columns: Columns) -> Float[Tensor, "groups columns"]:
     rho = 2 * second / (1 + second)
     solvable = (second > 0) & (second < 1)  # 0: one-hot, eigenvalue 0; 1: a tie at the top, eigenvalue exactly there
     tolerance = 4 * torch.finfo(others.dtype).eps
+    gap, share = torch.empty_like(others), torch.empty_like(others)
     for _ in range(50):
-        gap = torch.where(solvable, rho, 2.0) - others
-        share = others / gap
+        torch.sub(torch.where(solvable, rho, 2.0), others, out=gap)
+        torch.div(others, gap, out=share)
         phi = share.sum(dim=-1, keepdim=True)
         slope = 1 + share.div_(gap).sum(dim=-1, keepdim=True) / phi.square()
         step = torch.where(solvable, (1 - rho - 1 / phi) / slope, 0.0)
@@ -193,10 +195,11 @@ def curvature(
         energy, diagonal = (z.to(entries.device) for z in (smoothing.energy, smoothing.diagonal))
 
         def chain_trace(c: Columns) -> Tensor:
-            return c.softmax @ energy.to(c.a) - smoothing.adjoint(c.softmax).square().sum(dim=-1)
+            spread = total(smoothing.adjoint(c.exp).square_())
+            return (c.exp @ energy.to(c.a)) / c.total - spread / c.total.square()
 
         def entrywise_trace(c: Columns) -> Tensor:
-            return (c.softmax * (1 - c.softmax)) @ diagonal.to(c.a)
+            return (c.exp @ diagonal.to(c.a)) / c.total - (c.square @ diagonal.to(c.a)) / c.total.square()
 
         measures |= {"chain_trace": chain_trace, "entrywise_trace": entrywise_trace}
         if chain_norms:

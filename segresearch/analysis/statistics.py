@@ -61,6 +61,13 @@ def blurred(
     )
 
 
+def total(x: Tensor) -> Tensor:
+    """Sum over the last axis, fp64; of fp32 entries in runs of 32 (relative rounding about 1e-8) for speed."""
+    if x.dtype == torch.float32 and x.shape[-1] % 32 == 0:
+        x = x.unflatten(-1, (-1, 32)).sum(dim=-1)
+    return x.sum(dim=-1, dtype=torch.float64)
+
+
 class Columns:
     """A block of whole columns of logits, (groups, columns, n), and what several measures share of it."""
 
@@ -78,9 +85,13 @@ class Columns:
         return (self.a - self.top).exp_()
 
     @cached_property
+    def square(self) -> Tensor:
+        return self.exp.square()
+
+    @cached_property
     def total(self) -> Tensor:
         """Σ exp(a − max a), fp64, between 1 and n."""
-        return self.exp.sum(dim=-1, dtype=torch.float64)
+        return total(self.exp)
 
     @cached_property
     def lse(self) -> Tensor:
@@ -92,13 +103,12 @@ class Columns:
 
     def entropy(self) -> Tensor:
         """−Σ ξ log ξ in nats, fp64."""
-        # the weights exp(a − top) are 0 where a − top is −inf or nearly so: no 0·∞ arises, logits are finite
-        first = ((self.a - self.top) * self.exp).sum(dim=-1, dtype=torch.float64)
+        first = total((self.a - self.top).mul_(self.exp))
         return (self.total.log() - first / self.total).clamp_min(0)
 
     def concentration(self) -> Tensor:
         """Σ ξ², fp64, between 1/n and 1."""
-        return self.exp.square().sum(dim=-1, dtype=torch.float64) / self.total.square()
+        return total(self.square) / self.total.square()
 
 
 def blocks(
