@@ -88,11 +88,12 @@ def measure(load: str, way: str, threads: int, quick: bool) -> dict:
     sites = 1 if quick else sites
     n = math.prod(grid)
     generator = torch.Generator().manual_seed(0)
-    inputs = [tuple(1.5 * torch.randn(1, heads, n, DIM, generator=generator) for _ in "qk") for _ in range(sites)]
+    inputs: list = [tuple(1.5 * torch.randn(1, heads, n, DIM, generator=generator) for _ in "qk") for _ in range(sites)]
     smoothing, plain = Smoothing(grid, SIGMA, BOUNDARY), Smoothing(grid, 0, BOUNDARY)
     tiny = Smoothing((2, 2), 1.0)
-    small = [torch.randn(1, 1, 4, DIM, generator=generator) for _ in "qk"]
-    curvature(*small, "queries", tiny), maps(*small, tiny), torch.linalg.eigvalsh(torch.eye(64).double())  # warm up
+    small: list = [torch.randn(1, 1, 4, DIM, generator=generator) for _ in "qk"]
+    q, k = small  # warm up
+    curvature(q, k, "queries", tiny), maps(q, k, tiny), torch.linalg.eigvalsh(torch.eye(64).double())
     share = 1.0
     with Peak() as peak:
         start = time.perf_counter()
@@ -109,7 +110,8 @@ def measure(load: str, way: str, threads: int, quick: bool) -> dict:
                 maps(q, k, smoothing)
         else:
             share = COLUMNS / (sites * heads * n)
-            for a in columns(*inputs[0], "queries", torch.arange(COLUMNS))[0, 0]:
+            q, k = inputs[0]
+            for a in columns(q, k, "queries", torch.arange(COLUMNS))[0, 0]:
                 torch.linalg.eigvalsh(-hessian(a))
                 torch.linalg.eigvalsh(-chain_hessian(a, smoothing))
         seconds = time.perf_counter() - start
@@ -129,7 +131,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("LOAD", "WAY"), help="measure one way in this process, print JSON")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(*options.one, options.threads, options.quick)))
+        load, way = options.one
+        print(json.dumps(measure(load, way, options.threads, options.quick)))
         return
     results = []
     print(f"{options.threads} threads; peak memory without the inputs")
