@@ -1,0 +1,205 @@
+"""From a recording to numbers: the tidy table (site × head × σ_t × blur σ × boundary) and the judged claims.
+
+The table is along the axis "queries" (Definition 2.1 of arXiv 2408.00760: one column of logits per key, over the
+queries), on which SEG's blur of the queries acts. One of its rows is one head's mean over its columns, that is over
+keys and images; shares ("..._holds") are of the same columns. Claims are judged on both axes, the other one being the
+dual of the paper's Appendix B (blurred keys, columns over keys).
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from segresearch.analysis.curvature import Curvature, curvature
+from segresearch.analysis.lemmas import blur_commutes, corrected, dual, verdicts
+from segresearch.analysis.record import Entry, Recording
+from segresearch.analysis.smoothing import Smoothing
+from segresearch.analysis.verdict import Verdict
+
+Row = dict[str, Any]
+KEYS = ("site", "layer", "grid", "head", "step", "sigma_t", "blur_sigma", "boundary")
+CLAIMS = {  # a claim of `lemmas` -> its column of shares
+    "mean_kept": "mean_holds",
+    "variance_falls": "variance_holds",
+    "lse_falls": "lse_holds",
+    "product_falls": "eq22_holds",
+    "theorem_paper": "eq20_holds",
+    "theorem_chain": "chain_holds",
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One claim under one blur, over every column measured: how often it holds, by how much, and the worst column.
+
+    margin: how far the claim is from failing, in the unit of its sides; it fails below 0 by more than rounding. worst:
+    where the margin is smallest: site, head, key (the column), step, image.
+    """
+
+    claim: str
+    statement: str
+    axis: str
+    blur_sigma: float
+    boundary: str
+    count: int
+    holding: int
+    median: float
+    smallest: float
+    worst: Row
+
+    @property
+    def share(self) -> float:
+        """Of the columns, from 0 to 1."""
+        return self.holding / self.count
+
+    def row(self) -> Row:
+        """For the csv file."""
+        place = " ".join(f"{key}={value}" for key, value in self.worst.items())
+        return {"claim": self.claim, "statement": self.statement, "axis": self.axis, "boundary": self.boundary,
+                "blur_sigma": self.blur_sigma, "columns": self.count, "share_holding": self.share,
+                "median_margin": self.median, "smallest_margin": self.smallest, "smallest_at": place}  # fmt: skip
+
+
+def measure(
+    recording: Recording, sigmas: Sequence[float | int], boundaries: Sequence[str], sites: Sequence[str]
+) -> Iterator[tuple[list[Row], list[tuple[Entry, Verdict]]]]:
+    """For each entry, one after another: its rows of the table, and its verdicts. `sites`: the model's, in order."""
+    for entry in recording:
+        q, k = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (entry.q, entry.k))
+        before = curvature(q, k, "queries", Smoothing(entry.grid, 0.0))
+        rows: list[Row] = []
+        judged: list[tuple[Entry, Verdict]] = []
+        for boundary in boundaries:
+            for sigma in sigmas:
+                smoothing = Smoothing(entry.grid, float(sigma), boundary)
+                after = curvature(q, k, "queries", smoothing)
+                found = verdicts(before.statistics, after.statistics, smoothing)
+                more = (*dual(q, k, smoothing), blur_commutes(q, k, "queries", smoothing))
+                mended = corrected(q, k, "queries", smoothing) if boundary == "reflect" else ()
+                judged += [(entry, verdict) for verdict in (*found, *mended, *more)]
+                for row, numbers in zip(_rows(entry, sites, smoothing), _numbers(before, after, found), strict=True):
+                    rows.append(row | numbers)
+        yield rows, judged
+
+
+def _rows(entry: Entry, sites: Sequence[str], smoothing: Smoothing) -> list[Row]:
+    common = {"site": entry.site, "layer": sites.index(entry.site), "grid": f"{entry.grid[0]}x{entry.grid[1]}"}
+    return [
+        {**common, "head": head, "step": entry.step, "sigma_t": float(np.mean(entry.sigma)),
+         "blur_sigma": float(smoothing.sigma), "boundary": smoothing.boundary}
+        for head in entry.heads
+    ]  # fmt: skip
+
+
+def _numbers(before: Curvature, after: Curvature, found: Iterable[Verdict]) -> list[Row]:
+    """What is measured of each head."""
+    a, b, n = before.statistics, after.statistics, before.statistics.n
+    std = a.variance.sqrt().clamp_min(1e-12)
+    per_head = {
+        "spread": _mean(a.variance).sqrt(),
+        "mean_shift": _mean((b.mean - a.mean).abs() / std),
+        "variance_ratio": _mean(b.variance) / _mean(a.variance).clamp_min(1e-24),
+        "variance_ratio_max": (b.variance / a.variance.clamp_min(1e-24)).amax(dim=(0, 2)),
+        "lse_fall": _mean(a.lse - b.lse),
+        "taylor_fall": _mean(a.variance - b.variance) / 2,
+        "log_product_before": _mean(before.log_product),
+        "log_product_after": _mean(after.log_product),
+        "eq20_margin": _mean(before.log_product - after.entrywise_log_product) / n,
+        "chain_margin": _mean(before.log_pdet - after.chain_log_pdet) / n,
+        "entropy_before": _mean(a.entropy),
+        "entropy_after": _mean(b.entropy),
+        "rank_share": _mean(a.effective_rank) / n,
+        "rank_share_after": _mean(b.effective_rank) / n,
+        "trace_before": _mean(before.trace),
+        "trace_after": _mean(after.trace),
+        "chain_trace_after": _mean(after.chain_trace),
+        "norm_before": _mean(before.norm),
+        "norm_after": _mean(after.norm),
+    }
+    for verdict in found:
+        if verdict.claim in CLAIMS:
+            per_head[CLAIMS[verdict.claim]] = verdict.by_head.mean(dim=0)
+    table = {name: value.tolist() for name, value in per_head.items()}
+    return [dict(zip(table, numbers, strict=True)) for numbers in zip(*table.values(), strict=True)]
+
+
+def _mean(z: Float[Tensor, "rows heads m"]) -> Float[Tensor, " heads"]:
+    return z.mean(dim=(0, 2))
+
+
+def pooled(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the same keys (of several runs of the same steps) as one, each run weighing the same."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in KEYS), []).append(row)
+    return [
+        {name: value if name in KEYS else float(np.mean([r[name] for r in group])) for name, value in group[0].items()}
+        for group in groups.values()
+    ]
+
+
+def judge(judged: Iterable[tuple[Entry, Verdict]]) -> list[Judged]:
+    """All verdicts on the same claim under the same blur as one."""
+    groups: dict[tuple, list[tuple[Entry, Verdict]]] = {}
+    for entry, verdict in judged:
+        key = (verdict.claim, verdict.axis, verdict.boundary, float(verdict.sigma))
+        groups.setdefault(key, []).append((entry, verdict))
+    return [_judged(parts) for parts in groups.values()]
+
+
+def _judged(parts: list[tuple[Entry, Verdict]]) -> Judged:
+    first = parts[0][1]
+    margins = torch.cat([verdict.margin.flatten() for _, verdict in parts])
+    entry, verdict = min(parts, key=lambda part: float(part[1].margin.min()))
+    row, head, key = np.unravel_index(int(verdict.margin.argmin()), verdict.margin.shape)
+    worst = {
+        "site": short(entry.site),
+        "head": entry.heads[head],
+        "key" if first.axis == "queries" else "query": int(key),
+        "step": entry.step,
+        **entry.images[row],
+    }
+    return Judged(
+        first.claim, first.statement, first.axis, float(first.sigma), first.boundary, margins.numel(),
+        sum(int(v.holds.sum()) for _, v in parts), float(margins.median()), float(margins.min()), worst,
+    )  # fmt: skip
+
+
+def chosen(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def values(rows: Sequence[Row], column: str) -> np.ndarray:
+    """One column as an array."""
+    return np.array([row[column] for row in rows], dtype=float)
+
+
+def short(site: str) -> str:
+    """A site's name as a selector: "mid.0.3", "up.0.1.3"."""
+    group, *rest = site.split(".")
+    return ".".join([group.split("_")[0], *(part for part in rest if part.isdigit())])
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """The rows as csv text; infinities are written "inf"."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _text(value) for key, value in row.items()})
+    return text.getvalue()
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, float):
+        return format(value, ".7g") if math.isfinite(value) else str(value)
+    return value
