@@ -23,6 +23,7 @@ from segresearch.analysis.lemmas import blur_commutes, corrected, dual, verdicts
 from segresearch.analysis.record import Entry, Recording
 from segresearch.analysis.smoothing import Smoothing
 from segresearch.analysis.verdict import Verdict
+from segresearch.guidance.blur import INFINITE
 
 Row = dict[str, Any]
 KEYS = ("site", "layer", "grid", "head", "step", "sigma_t", "blur_sigma", "boundary")
@@ -83,7 +84,8 @@ def measure(
                 after = curvature(q, k, "queries", smoothing)
                 found = verdicts(before.statistics, after.statistics, smoothing)
                 more = (*dual(q, k, smoothing), blur_commutes(q, k, "queries", smoothing))
-                mended = corrected(q, k, "queries", smoothing) if boundary == "reflect" else ()
+                cut = boundary == "reflect" and sigma <= INFINITE  # beyond, every boundary is the plain mean
+                mended = corrected(q, k, "queries", smoothing) if cut else ()
                 judged += [(entry, verdict) for verdict in (*found, *mended, *more)]
                 for row, numbers in zip(_rows(entry, sites, smoothing), _numbers(before, after, found), strict=True):
                     rows.append(row | numbers)
