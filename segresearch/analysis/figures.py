@@ -24,6 +24,12 @@ HOLDS, FAILS = "#2166ac", "#c4501b"
 BOUNDARY_COLORS = {"reflect": "#c4501b", "symmetric": "#2166ac", "circular": "#3a8f5c", "exact": "#7a4ea3"}
 STYLE = {"reflect": "-", "symmetric": "--", "circular": ":", "exact": "-."}
 LIGHT = LinearSegmentedColormap.from_list("margin", ["#e58a5f", "#f8d9c6", "#ffffff", "#cfe0f0", "#7fb0dd"])
+MARKS: dict[float, tuple[str, dict[str, Any]]] = {  # how a head is drawn by its share of columns, from this on
+    1.0: ("head: all columns", {"ms": 3, "mew": 0.4, "mec": "white", "mfc": HOLDS}),
+    0.95: ("95 % or more", {"ms": 3.2, "mew": 0.8, "mec": HOLDS, "mfc": "white"}),
+    0.5: ("half or more", {"ms": 3.6, "mew": 0.9, "mec": FAILS, "mfc": "white"}),
+    0.0: ("fewer", {"ms": 3.6, "mew": 0.4, "mec": "white", "mfc": FAILS}),
+}
 CHARACTERS = 15.5  # of a caption's line, an inch
 
 
@@ -115,8 +121,9 @@ def regime_map(rows: Sequence[Row], grid: tuple[int, int], margin: Margin, bound
         f"Colour: margin of the conclusion, log|det H| − log|det H̃| over the {grid[0] * grid[1]} tokens, for "
         f"white-noise logits of that standard deviation on a {grid[0]}×{grid[1]} grid ({boundary} boundary); above 0 "
         "(blue) the blur attenuates the curvature; the black line is 0. Points: the model's heads at the spread of "
-        "their logits over queries (jittered in σ), at every measured noise level. Logits of a model are smoother "
-        "than white noise, so a blur lowers their lse less, and a point may hold where the noise around it fails."
+        "their logits over queries (jittered in σ), at every measured noise level, marked by the share of their "
+        "columns for which it holds. Logits of a model are smoother than white noise, so that a blur lowers their lse "
+        "less: a point may hold where the noise around it fails."
     )
     figure = canvas(11.5, 4.2, f"Regime map of Theorem 3.1: {model}", caption)
     panels = figure.subplots(1, 2, sharey=True)
@@ -134,9 +141,11 @@ def regime_map(rows: Sequence[Row], grid: tuple[int, int], margin: Margin, bound
         )
         if fields[..., index].min() < 0 < fields[..., index].max():
             axis.contour(xs, ys, fields[..., index], [0], colors=INK, linewidths=1.4)
-        for row in mine:
-            y = row["blur_sigma"] * np.exp(jitter.uniform(-0.08, 0.08))
-            axis.plot(row["spread"], y, "o", **_mark(row[column]))
+        y, shares = values(mine, "blur_sigma") * np.exp(jitter.uniform(-0.08, 0.08, len(mine))), values(mine, column)
+        for least, (_, look) in reversed(MARKS.items()):
+            higher = [other for other in MARKS if other > least]
+            here = (shares >= least) & (shares < min(higher, default=2))
+            axis.plot(spreads[here], y[here], "o", **look)
         axis.set_xscale("log")
         axis.set_yscale("log")
         ticks = sorted({r["blur_sigma"] for r in mine})
@@ -147,18 +156,9 @@ def regime_map(rows: Sequence[Row], grid: tuple[int, int], margin: Margin, bound
     bar = figure.colorbar(mesh, ax=panels, pad=0.01, aspect=28, ticks=MaxNLocator(7))
     bar.set_label("margin (nats per token)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    words = (("a head: holds for all columns", 1.0), ("for most", 0.9), ("fails for most", 0.0))
-    marks = [Line2D([], [], marker="o", linestyle="", label=label, **_mark(share)) for label, share in words]
-    figure.legend(handles=marks, fontsize=8.5, loc="upper right", ncols=3, frameon=False)
+    marks = [Line2D([], [], marker="o", linestyle="", label=label, **look) for label, look in MARKS.values()]
+    figure.legend(handles=marks, fontsize=8.5, loc="upper right", ncols=4, frameon=False, handletextpad=0.1)
     return figure
-
-
-def _mark(share: float) -> dict[str, Any]:
-    """How a head is drawn for which a claim holds in this share of its columns."""
-    if share == 1:
-        return {"markersize": 3, "markeredgewidth": 0.4, "markeredgecolor": "white", "markerfacecolor": HOLDS}
-    edge = {"markersize": 4, "markeredgewidth": 0.9, "markeredgecolor": FAILS}
-    return {**edge, "markerfacecolor": "white" if share > 0.5 else FAILS}
 
 
 def limits(found: Sequence[Limits], where: str) -> Figure:

@@ -102,17 +102,18 @@ def _summary(rows: Sequence[Row], claims: Sequence[Judged]) -> list[str]:
         ]
 
     def span(parts: Sequence[Judged]) -> str:
-        low, high = min(c.share for c in parts), max(c.share for c in parts)
-        return _percent(low) if low == high else f"{_percent(low)} to {_percent(high)}"
+        low, high = (_percent(pick(c.share for c in parts)) for pick in (min, max))
+        return low if low == high else f"{low} to {high}"
 
     if shares(MEAN, False):
         text = f"Without reflect padding the blur keeps the mean of a column in {span(shares(MEAN, False))} of columns"
-        if shares(MEAN, True):
+        shipped = [c for c in shares(MEAN, True) if c.blur_sigma < np.inf]  # at σ = ∞ there is no boundary
+        if shipped:
             shift = max(r["mean_shift"] for r in chosen(rows, boundary="reflect"))
             text += (
-                f"; with it, as shipped, in {span(shares(MEAN, True))}: the mean moves by up to {shift:.2g} standard "
+                f"; with it, as shipped, in {span(shipped)} (finite σ): the mean moves by up to {shift:.2g} standard "
             )
-            text += "deviations (a head's average)"
+            text += "deviations, averaged over a head"
         said.append(text + " (Lemma 3.1).")
     if shares(PRODUCT):
         finite = [c for c in shares(PRODUCT, False)] or shares(PRODUCT)
@@ -167,7 +168,7 @@ def _share(claim: Judged | None) -> str:
         return "<td></td>"
     color = "33,102,172" if claim.share >= 0.5 else "196,80,27"
     depth = 0.08 + 0.42 * abs(2 * claim.share - 1)
-    return f'<td class="share" style="background:rgba({color},{depth:.2f})">{_percent(claim.share)}</td>'
+    return f'<td class="share" style="background:rgba({color},{depth:.2f})">{_text(_percent(claim.share))}</td>'
 
 
 def _percent(share: float) -> str:
