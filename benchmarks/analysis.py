@@ -5,6 +5,7 @@
 Two loads of random q and k in fp32, dim 64, blur σ = 2 with reflecting ends, along the queries: SDXL's mid block (10
 sites × 20 heads × 1024 tokens) and one site of 10 heads × 4096 tokens. Measured in a process of its own each, so that
 one's peak memory is not another's; memory is the peak of the resident set above what it is when the inputs are ready.
+On a busy machine compare the processor seconds (cpu s, over all threads) of --threads 1: two threads wait for each other.
 
     streamed    everything of `curvature`, before and after the blur: mean, variance, lse, entropy, log-determinants
                 (pseudo-determinant, eq. (20) with b_ii, chain rule), traces, spectral norm
@@ -96,7 +97,7 @@ def measure(load: str, way: str, threads: int, quick: bool) -> dict:
     curvature(q, k, "queries", tiny), maps(q, k, tiny), torch.linalg.eigvalsh(torch.eye(64).double())
     share = 1.0
     with Peak() as peak:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         if way == "streamed":
             for q, k in inputs:
                 curvature(q, k, "queries", plain)
@@ -114,11 +115,11 @@ def measure(load: str, way: str, threads: int, quick: bool) -> dict:
             a = columns(q[:, :1], k[:, :1], "queries", torch.arange(1))[0, 0, 0]
             torch.linalg.eigvalsh(-hessian(a))
             torch.linalg.eigvalsh(-chain_hessian(a, smoothing))
-        seconds = time.perf_counter() - start
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
     megabytes = sum(z.numel() * z.element_size() for pair in inputs for z in pair) / 1e6
     return {
         "load": load, "way": way, "sites": sites, "heads": heads, "tokens": n, "threads": threads,
-        "share_measured": share, "seconds": seconds, "seconds_for_all": seconds / share,
+        "share_measured": share, "seconds": seconds, "cpu_seconds": busy, "seconds_for_all": seconds / share,
         "peak_megabytes": peak.bytes / 1e6, "input_megabytes": megabytes,
     }  # fmt: skip
 
@@ -136,7 +137,7 @@ def main() -> None:
         return
     results = []
     print(f"{options.threads} threads; peak memory without the inputs")
-    print(f"{'load':12} {'way':9} {'seconds':>9} {'for all':>16} {'peak MB':>9}")
+    print(f"{'load':12} {'way':9} {'seconds':>9} {'cpu s':>9} {'for all':>16} {'peak MB':>9}")
     for load in LOADS:
         for way in WAYS:
             command = [sys.executable, __file__, "--threads", str(options.threads), "--one", load, way]
@@ -145,7 +146,8 @@ def main() -> None:
             done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
             results.append(found := json.loads(done.stdout))
             total = f"{found['seconds_for_all']:.1f}" + (" (est.)" if found["share_measured"] < 1 else "")
-            print(f"{load:12} {way:9} {found['seconds']:9.2f} {total:>16} {found['peak_megabytes']:9.1f}", flush=True)
+            spent = f"{found['seconds']:9.2f} {found['cpu_seconds']:9.2f}"
+            print(f"{load:12} {way:9} {spent} {total:>16} {found['peak_megabytes']:9.1f}", flush=True)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
 
