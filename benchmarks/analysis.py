@@ -5,7 +5,7 @@
 Two loads of random q and k in fp32, dim 64, blur σ = 2 with reflecting ends, along the queries: SDXL's mid block (10
 sites × 20 heads × 1024 tokens) and one site of 10 heads × 4096 tokens. Measured in a process of its own each, so that
 one's peak memory is not another's; memory is the peak of the resident set above what it is when the inputs are ready.
-On a busy machine compare the processor seconds (cpu s, over all threads) of --threads 1: two threads wait for each other.
+On a busy machine compare the processor seconds (cpu s) of --threads 1, since two threads wait for each other.
 
     streamed    everything of `curvature`, before and after the blur: mean, variance, lse, entropy, log-determinants
                 (pseudo-determinant, eq. (20) with b_ii, chain rule), traces, spectral norm
