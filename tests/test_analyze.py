@@ -20,7 +20,7 @@ from segresearch import command
 from segresearch.analysis.analyze import analyze
 from segresearch.analysis.record import Recording
 from segresearch.analysis.settings import AnalyzeConfig, settings
-from segresearch.analysis.table import judge, measure, short, to_csv
+from segresearch.analysis.table import measure, short, to_csv, together
 from segresearch.config import conf_dir
 from segresearch.guidance import blur_matrix
 from segresearch.models import load_sdxl
@@ -127,7 +127,7 @@ def test_what_must_hold_holds_and_the_worst_column_is_named(run):
     assert shares["mean_kept", "queries", "reflect", "1"] < 1 == shares["mean_kept_weighted", "queries", "reflect", "1"]
     assert shares["blur_commutes", "queries", "reflect", "1"] == 1
     recording = Recording.open(run.folder / "recording")
-    judged = judge(pair for _, pairs in measure(recording, [1.0], ["reflect"], recording.sites) for pair in pairs)
+    judged = together(c for _, claims in measure(recording, [1.0], ["reflect"], recording.sites) for c in claims)
     claim = next(c for c in judged if c.claim == "mean_kept" and c.axis == "queries")
     (entry,) = [e for e in recording.select(step=claim.worst["step"]) if short(e.site) == claim.worst["site"]]
     row = [image["prompt"] for image in entry.images].index(claim.worst["prompt"])

@@ -91,7 +91,7 @@ for sigma in (0.5, 1.0):
 # %%
 parts = list(table.measure(recorder.recording, [0.5, 1.0, 2.0], ["exact"], sdxl.unet.sites))
 rows = [row for some, _ in parts for row in some]
-for claim in table.judge(verdict for _, verdicts in parts for verdict in verdicts):
+for claim in table.together(claim for _, claims in parts for claim in claims):
     if claim.claim.startswith("theorem"):
         print(f"{claim.claim} {claim.axis:8} sigma {claim.blur_sigma:g}: holds {claim.share:7.2%}, worst {claim.worst}")
 

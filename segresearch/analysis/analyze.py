@@ -148,13 +148,13 @@ def _measured(
     from segresearch.analysis import figures, report, story, table
 
     rows: list[table.Row] = []
-    judged: list[Any] = []
+    judged: list[table.Judged] = []
     sites = tuple(sdxl.unet.site_heads)
     measured = table.measure(recording, config.blur.sigmas, config.blur.boundaries, sites)
-    for some, verdicts in tqdm(measured, total=len(recording), unit="site", disable=None, leave=False):
+    for some, claims in tqdm(measured, total=len(recording), unit="site", disable=None, leave=False):
         rows += some
-        judged += verdicts
-    rows, claims = table.pooled(rows), table.judge(judged)
+        judged += claims
+    rows, claims = table.pooled(rows), table.together(judged)
     drawn = story.draw(config, recording, rows, pictures, images)
     paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
     for name, figure in drawn.items():

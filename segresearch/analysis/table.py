@@ -10,7 +10,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.analysis.curvature import Curvature, curvature
-from segresearch.analysis.lemmas import blur_commutes, corrected, dual, verdicts
+from segresearch.analysis.lemmas import blur_commutes, corrected, judge, verdicts
 from segresearch.analysis.record import Entry, Recording
 from segresearch.analysis.smoothing import Smoothing
+from segresearch.analysis.statistics import statistics
 from segresearch.analysis.verdict import Verdict
 from segresearch.guidance.blur import INFINITE
 
@@ -41,8 +42,9 @@ CLAIMS = {  # a claim of `lemmas` -> its column of shares
 class Judged:
     """One claim under one blur, over every column measured: how often it holds, by how much, and the worst column.
 
-    margin: how far the claim is from failing, in the unit of its sides; it fails below 0 by more than rounding. worst:
-    where the margin is smallest: site, head, key (the column), step, image.
+    A margin is how far the claim is from failing, in the unit of its sides; it fails below 0 by more than rounding.
+    medians: of the margin, over the columns of each head measured, one after another. worst: where the margin is
+    smallest: site, head, key (the column), step, image.
     """
 
     claim: str
@@ -52,9 +54,14 @@ class Judged:
     boundary: str
     count: int
     holding: int
-    median: float
+    medians: tuple[float, ...]
     smallest: float
     worst: Row
+
+    @property
+    def median(self) -> float:
+        """Of the heads' medians."""
+        return float(np.median(self.medians))
 
     @property
     def share(self) -> float:
@@ -71,22 +78,23 @@ class Judged:
 
 def measure(
     recording: Recording, sigmas: Sequence[float | int], boundaries: Sequence[str], sites: Sequence[str]
-) -> Iterator[tuple[list[Row], list[tuple[Entry, Verdict]]]]:
-    """For each entry, one after another: its rows of the table, and its verdicts. `sites`: the model's, in order."""
+) -> Iterator[tuple[list[Row], list[Judged]]]:
+    """For each entry, one after another: its rows of the table, and what was judged. `sites`: the model's, in order."""
     for entry in recording:
         q, k = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (entry.q, entry.k))
         before = curvature(q, k, "queries", Smoothing(entry.grid, 0.0))
         rows: list[Row] = []
-        judged: list[tuple[Entry, Verdict]] = []
+        judged: list[Judged] = []
+        dual_before = statistics(q, k, "keys")
         for boundary in boundaries:
             for sigma in sigmas:
                 smoothing = Smoothing(entry.grid, float(sigma), boundary)
                 after = curvature(q, k, "queries", smoothing)
                 found = verdicts(before.statistics, after.statistics, smoothing)
-                more = (*dual(q, k, smoothing), blur_commutes(q, k, "queries", smoothing))
+                more = (*judge(q, k, "keys", smoothing, dual_before), blur_commutes(q, k, "queries", smoothing))
                 cut = boundary == "reflect" and sigma <= INFINITE  # beyond, every boundary is the plain mean
                 mended = corrected(q, k, "queries", smoothing) if cut else ()
-                judged += [(entry, verdict) for verdict in (*found, *mended, *more)]
+                judged += [_judged(entry, verdict) for verdict in (*found, *mended, *more)]
                 for row, numbers in zip(_rows(entry, sites, smoothing), _numbers(before, after, found), strict=True):
                     rows.append(row | numbers)
         yield rows, judged
@@ -148,31 +156,38 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def judge(judged: Iterable[tuple[Entry, Verdict]]) -> list[Judged]:
-    """All verdicts on the same claim under the same blur as one."""
-    groups: dict[tuple, list[tuple[Entry, Verdict]]] = {}
-    for entry, verdict in judged:
-        key = (verdict.claim, verdict.axis, verdict.boundary, float(verdict.sigma))
-        groups.setdefault(key, []).append((entry, verdict))
-    return [_judged(parts) for parts in groups.values()]
-
-
-def _judged(parts: list[tuple[Entry, Verdict]]) -> Judged:
-    first = parts[0][1]
-    margins = torch.cat([verdict.margin.flatten() for _, verdict in parts])
-    entry, verdict = min(parts, key=lambda part: float(part[1].margin.min()))
-    row, head, key = np.unravel_index(int(verdict.margin.argmin()), verdict.margin.shape)
+def _judged(entry: Entry, verdict: Verdict) -> Judged:
+    """A verdict on the columns of one entry, in a few numbers."""
+    margin = verdict.margin
+    row, head, column = np.unravel_index(int(margin.argmin()), margin.shape)
     worst = {
         "site": short(entry.site),
         "head": entry.heads[head],
-        "key" if first.axis == "queries" else "query": int(key),
+        "key" if verdict.axis == "queries" else "query": int(column),
         "step": entry.step,
         **entry.images[row],
     }
+    medians = tuple(margin.transpose(0, 1).flatten(1).median(dim=1).values.tolist())  # (r, h, m) -> (h, r·m)
     return Judged(
-        first.claim, first.statement, first.axis, float(first.sigma), first.boundary, margins.numel(),
-        sum(int(v.holds.sum()) for _, v in parts), float(margins.median()), float(margins.min()), worst,
+        verdict.claim, verdict.statement, verdict.axis, float(verdict.sigma), verdict.boundary, margin.numel(),
+        int(verdict.holds.sum()), medians, float(margin.min()), worst,
     )  # fmt: skip
+
+
+def together(judged: Iterable[Judged]) -> list[Judged]:
+    """All that was judged of the same claim, axis and blur as one."""
+    groups: dict[tuple, list[Judged]] = {}
+    for part in judged:
+        groups.setdefault((part.claim, part.axis, part.boundary, part.blur_sigma), []).append(part)
+    return [
+        replace(
+            min(parts, key=lambda part: part.smallest),
+            count=sum(part.count for part in parts),
+            holding=sum(part.holding for part in parts),
+            medians=tuple(median for part in parts for median in part.medians),
+        )
+        for parts in groups.values()
+    ]
 
 
 def chosen(rows: Sequence[Row], **wanted: Any) -> list[Row]:
