@@ -22,7 +22,7 @@ class BlurConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Where Weights & Biases mirrors the run: "off", "offline" (a folder, no account) or "online"."""
+    """Where Weights & Biases mirrors the run as it is measured: "off", "offline" (a folder, no account) or "online"."""
 
     mode: Literal["off", "offline", "online"] = "off"
     project: str = "segresearch"
