@@ -78,8 +78,9 @@ def test_a_function_of_ones_own_is_reached_from_the_config():
         return build_guidance(composed(*overrides).guidance, denoiser())(x, sigma, conds=conds)
 
     at, scale = "guidance.terms.custom.perturbation", "guidance.terms.custom.scale=1"
-    pag = run("guidance=pag", "guidance.terms.pag.perturbation.tau=0.25")
-    assert torch.equal(run("guidance=custom", f"{at}.target=test_configs.keep_values", scale), run("guidance=pag"))
+    pag = run("guidance=pag", "guidance.terms.pag.scale=1", "guidance.terms.pag.perturbation.tau=0.25")
+    one = run("guidance=pag", "guidance.terms.pag.scale=1")
+    assert torch.equal(run("guidance=custom", f"{at}.target=test_configs.keep_values", scale), one)
     assert (
         run("guidance=custom", f"{at}.target=test_configs.mixture", f"+{at}.options.share=0.25") - pag
     ).abs().max() < 1e-10
@@ -125,7 +126,7 @@ def test_groups_are_the_samplers_and_schedules_with_options_they_take():
 
 def test_compare_takes_names_lists_and_inline_overrides_and_adds_guidance_once():
     columns = panels(composed("compare=[none,sag,pag,seg]"))[0].methods
-    assert list(columns) == ["vanilla", "SAG 0.75", "PAG 1", "SEG 1 σ=∞"]
+    assert list(columns) == ["vanilla", "SAG 0.75", "PAG 2", "SEG 2 σ=∞"]
     inline = "{guidance: [cfg, seg], label: mine, terms: {seg: {scale: 2, perturbation: {on: k, sigma: 4}}}}"
     columns = panels(composed("model=sdxl", f"compare=[none,{inline}]", "guidance=pag"))[0].methods
     assert list(columns) == ["vanilla", "mine", "PAG 3"]

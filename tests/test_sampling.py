@@ -345,7 +345,7 @@ def test_wrong_arguments_are_named(noise):
     cases = [
         (dict(sampler="eular"), "^unknown sampler 'eular': did you mean 'euler'[?] choose one of euler, heun, .*$"),
         (dict(schedule="karas"), "^unknown schedule 'karas': did you mean 'karras'[?] choose one of leading, .*$"),
-        (dict(steps=0), "^steps must be at least 1, got 0$"),
+        (dict(steps=0), "^steps must be a whole number, at least 1, got 0$"),
         (dict(steps=1000), "^schedule leading with 1000 steps: sigmas must strictly fall"),
         (
             dict(schedule=torch.tensor([1.0, 2.0, 0.0])),
