@@ -33,7 +33,7 @@ def mirror(
         content: dict[str, Any] = dict(metrics)
         for key, rows in tables.items():
             columns: list[Any] = list(rows[0])
-            data = [[plain(row[c]) for c in columns] for row in rows]
+            data = [[row[c] for c in columns] for row in rows]
             content[key] = wandb.Table(columns=columns, data=data)
         content |= {key: wandb.Image(str(path)) for key, path in images.items()}
         run.log(content)

@@ -246,7 +246,7 @@ def test_a_mirror_that_fails_costs_one_line_and_an_offline_one_needs_no_account(
         tmp_path,
         {"sigma": math.inf},
         {"share": 0.5},
-        {"t": [{"a": 1, "b": math.inf}]},
+        {"t": [{"a": 1, "b": 2.0}, {"a": 3, "b": math.inf}]},
         figure,
     )
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

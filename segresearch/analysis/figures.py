@@ -106,12 +106,17 @@ def against_sigma(rows: Sequence[Row], model: str) -> Figure:
 Margin = Callable[[float, float], tuple[float, float]]
 
 
+def on_map(row: Row) -> bool:
+    """Whether a row has a place on the regime map: a finite blur, and logits that vary."""
+    return 0 < row["blur_sigma"] < np.inf and row["spread"] > 1e-6
+
+
 def regime_map(rows: Sequence[Row], grid: tuple[int, int], margin: Margin, boundary: str, model: str) -> Figure:
     """Where Theorem 3.1's conclusion holds: margin over logit spread and blur sigma, the model's heads as points.
 
     margin(spread, sigma): (under eqs. 19 and 20, by the chain rule), in nats per token, above 0 where it holds.
     """
-    mine = [r for r in chosen(rows, boundary=boundary) if 0 < r["blur_sigma"] < np.inf]
+    mine = [r for r in chosen(rows, boundary=boundary) if on_map(r)]
     spreads = values(mine, "spread")
     xs = np.geomspace(min(0.1, spreads.min() / 1.3), max(10.0, spreads.max() * 1.3), 28)
     top = max([4.0, *(r["blur_sigma"] for r in mine)])
@@ -253,7 +258,7 @@ def surfaces(
         axis.set_xlabel(axes[0], fontsize=8, labelpad=-4)
         axis.set_ylabel(axes[1], fontsize=8, labelpad=-4)
         axis.set_zlabel(axes[2], fontsize=8, labelpad=-2)
-        axis.set_zlim(low, high)
+        axis.set_zlim(low, high if high > low else low + 1)
         axis.tick_params(labelsize=7, pad=-1)
         axis.view_init(elev=28, azim=-58)
         axis.set_box_aspect(None, zoom=0.88)

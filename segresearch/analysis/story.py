@@ -31,7 +31,7 @@ def draw(
     entry = example(recording)
     made = {"sigma": figures.against_sigma(rows, model)}
     for boundary in dict.fromkeys((first, boundaries[-1])):
-        if any(0 < s < np.inf for s in sigmas):
+        if any(map(figures.on_map, rows)):
             made[f"regime_{boundary}"] = regime(rows, entry, boundary, model)
         made[f"layers_{boundary}"] = figures.heat_maps(rows, middle, boundary, model)
     shown = [Smoothing(entry.grid, float(s), first) for s in _few(sigmas)]

@@ -112,12 +112,12 @@ def _rows(entry: Entry, sites: Sequence[str], smoothing: Smoothing) -> list[Row]
 def _numbers(before: Curvature, after: Curvature, found: Iterable[Verdict]) -> list[Row]:
     """What is measured of each head."""
     a, b, n = before.statistics, after.statistics, before.statistics.n
-    std = a.variance.sqrt().clamp_min(1e-12)
+    std = a.variance.sqrt().clamp_min(1e-6)
     per_head = {
         "spread": _mean(a.variance).sqrt(),
         "mean_shift": _mean((b.mean - a.mean).abs() / std),
-        "variance_ratio": _mean(b.variance) / _mean(a.variance).clamp_min(1e-24),
-        "variance_ratio_max": (b.variance / a.variance.clamp_min(1e-24)).amax(dim=(0, 2)),
+        "variance_ratio": _mean(b.variance) / _mean(a.variance).clamp_min(1e-12),
+        "variance_ratio_max": (b.variance / a.variance.clamp_min(1e-12)).amax(dim=(0, 2)),
         "lse_fall": _mean(a.lse - b.lse),
         "taylor_fall": _mean(a.variance - b.variance) / 2,
         "log_product_before": _mean(before.log_product),
