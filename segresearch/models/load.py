@@ -131,9 +131,9 @@ def load_sdxl(
     Weights are read one tensor at a time into their place, on the caller's device and in the caller's dtype. Nothing is
     fetched from a network. Raises CheckpointError, a ValueError of one line, for anything that is not a complete SDXL.
     """
-    for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
-        if value not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"{name}={value!r}: the networks run in torch.float32, bfloat16, float16 or float64")
+    for asked, kind in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
+        if kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"{asked}={kind!r}: the networks run in torch.float32, bfloat16, float16 or float64")
     if torch.device(device).type == "meta" or (torch.device(device).type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device={str(device)!r} cannot run the networks here: give another, such as 'cpu'")
     path = located(path_or_name)
