@@ -138,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of scenes/, tokens/, tokenizers/")
     parser.add_argument("--out", type=Path, default=Path("runs/mini/clip"))
+    parser.add_argument("--start", type=Path, help="a clip.pt to start from, instead of random weights")
     parser.add_argument("--images", type=int, default=16 * SHARD)
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch", type=int, default=128)
@@ -157,7 +158,7 @@ def main() -> None:
     shards = open_images(args.runs / "scenes", args.images)
     tokens = load_shards(args.runs / "tokens", args.images, axis=1)
     torch.manual_seed(args.seed)
-    model = TwoCLIPs()
+    model = load_clips(args.start)[0] if args.start else TwoCLIPs()
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         index = batch_indices(args.images, args.batch, step, args.seed)

@@ -107,6 +107,8 @@ def work(args: argparse.Namespace) -> None:
     alphas = alphas_cumprod()
     torch.manual_seed(args.seed)  # the initial weights, the same in every worker
     unet = UNet(UNetConfig.from_dict(CONFIG))
+    if args.start:
+        unet.load_state_dict(torch.load(args.start, weights_only=True)["weights"])
     mine = slice(rank(), None, world())
 
     def loss_of(step: int) -> tuple[Tensor, Mapping[str, float]]:
@@ -139,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of latents/, tokens/, clip/")
     parser.add_argument("--out", type=Path, default=Path("runs/mini/unet"))
+    parser.add_argument("--start", type=Path, help="a unet.pt to start from, instead of random weights")
     parser.add_argument("--images", type=int, default=32 * SHARD)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=48, help="of all workers together")

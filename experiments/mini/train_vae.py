@@ -99,7 +99,8 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=2e-3)
     parser.add_argument("--gradient", type=float, default=0.5)
     parser.add_argument("--kl", type=float, default=5e-4)
-    parser.add_argument("--decoder-of", type=Path, help="a vae.pt whose encoder is kept")
+    parser.add_argument("--start", type=Path, help="a vae.pt to start from, instead of random weights")
+    parser.add_argument("--decoder-of", type=Path, help="likewise, and its encoder is kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--stop", type=int)
@@ -109,6 +110,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     vae = VAE(VAEConfig.from_dict(CONFIG))
     scaling_factor = None
+    if args.start is not None:
+        vae.load_state_dict(load_vae(args.start)[0].state_dict())
     if args.decoder_of is not None:
         source, config = load_vae(args.decoder_of)
         scaling_factor = config["scaling_factor"]
