@@ -17,13 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-from segresearch.guidance import SEG, GuidedDenoiser, cfg, perturbed
-from segresearch.models import VAE, UNet, UNetConfig, VAEConfig, load_sdxl, singlefile
-from segresearch.sampling import initial_noise, sample, sigmas
-
 GIB = 2**30
 
 
@@ -37,6 +30,11 @@ def peak() -> float:
 
 def original_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of an SDXL file in the original layout."""
+    import torch  # late, here and below: --help answers at once
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from segresearch.models import VAE, UNet, UNetConfig, VAEConfig, singlefile
+
     text: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
     clip: dict[str, Any] = {
         "hidden_size": 768,
@@ -73,6 +71,8 @@ def original_shapes() -> dict[str, tuple[int, ...]]:
 
 def write(path: Path, seed: int = 0) -> None:
     """A float16 file of that layout: weights of variance 1/fan-in from one repeated block, norms 1, biases 0."""
+    import torch
+
     shapes = original_shapes()
     header, start = {}, 0
     for name, shape in shapes.items():
@@ -117,6 +117,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--decode", action="store_true", help="decode the latents as well")
     options = parser.parse_args()
+
+    import torch
+
+    from segresearch.guidance import SEG, GuidedDenoiser, cfg, perturbed
+    from segresearch.models import load_sdxl
+    from segresearch.sampling import initial_noise, sample, sigmas
+
     options.folder.mkdir(parents=True, exist_ok=True)
     path = options.folder / "random_sdxl.safetensors"
     clock = time.monotonic()

@@ -10,7 +10,7 @@ every operation. Writes <out>/checkpoint.pt, loss.jsonl and unet.pt ({"step", "w
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def conditioning(clips: TwoCLIPs, tokens: Tensor, zero: Tensor) -> Cond:
 
 
 def diffusion_loss(
-    unet: UNet, latents: Tensor, cond: Cond, t: Tensor, noise: Tensor, alphas: Tensor, gamma: float
+    unet: Callable[..., Tensor], latents: Tensor, cond: Cond, t: Tensor, noise: Tensor, alphas: Tensor, gamma: float
 ) -> Tensor:
     """Weighted eps loss at timesteps t (rows,), for noised √ᾱ·latents + √(1−ᾱ)·noise."""
     a = alphas[t]
@@ -110,6 +110,7 @@ def work(args: argparse.Namespace) -> None:
     if args.start:
         unet.load_state_dict(torch.load(args.start, weights_only=True)["weights"])
     mine = slice(rank(), None, world())
+    call = torch.compile(unet, dynamic=False) if args.compile else unet
 
     def loss_of(step: int) -> tuple[Tensor, Mapping[str, float]]:
         keyed = generator(args.seed, 104, step)
@@ -122,7 +123,7 @@ def work(args: argparse.Namespace) -> None:
         ids = tokens[variant, index].long()
         ids[drop < args.drop] = empty
         cond = conditioning(clips, ids, drop < args.drop / 2)
-        return diffusion_loss(unet, latents[index].float(), cond, t, noise, alphas, args.gamma), {}
+        return diffusion_loss(call, latents[index].float(), cond, t, noise, alphas, args.gamma), {}
 
     def keep(step: int, weights: Mapping[str, Tensor]) -> None:
         packed = {"step": step, "weights": dict(weights)}
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--hold", type=float, default=0.4, help="fraction of the steps at the peak learning rate")
     parser.add_argument("--drop", type=float, default=0.1, help="fraction of rows without text")
     parser.add_argument("--gamma", type=float, default=5.0)
+    parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler")
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", type=int)
