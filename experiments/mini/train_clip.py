@@ -26,6 +26,7 @@ from experiments.mini.render import SHARD, open_images, take
 from experiments.mini.tokenizer import LENGTH, load_tokenizer, second, tokenize
 from experiments.mini.train_vae import HELD_OUT
 from segresearch.data.scenes import scenes
+from segresearch.evaluation.vision import Vision
 
 BEGIN_ID, END_ID = 719, 720  # of the built vocabulary, checked when training starts
 
@@ -39,28 +40,6 @@ def text_config(which: int, vocabulary: int = END_ID + 1) -> CLIPTextConfig:
         max_position_embeddings=LENGTH, hidden_act=act, bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1, pad_token_id=(vocabulary - 1, 0)[which],
     )  # fmt: skip
-
-
-class Vision(nn.Module):
-    """Strided convolutions, 64 px to a 4×4 grid, all of which the last layer sees: it can tell left from right."""
-
-    def __init__(self, width: int = 32, features: int = 256):
-        super().__init__()
-        widths = (width, 2 * width, 4 * width, 6 * width)
-        pairs = zip((3, *widths), widths)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairs)
-        self.norms = nn.ModuleList(nn.GroupNorm(8, w) for w in widths)
-        self.residuals = nn.ModuleList(nn.Conv2d(w, w, 3, padding=1) for w in widths[1:])
-        self.head = nn.Linear(16 * widths[-1], features)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(b, 3, 64, 64) in [−1, 1] -> (b, features)"""
-        x = images
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
-            x = F.silu(norm(conv(x)))
-            if i:
-                x = x + F.silu(self.residuals[i - 1](x))
-        return F.silu(self.head(x.flatten(1)))
 
 
 class TwoCLIPs(nn.Module):
