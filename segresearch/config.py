@@ -20,7 +20,8 @@ class ModelConfig:
     """Which weights (the arguments of `load_sdxl`), and what suits them.
 
     batch_size: images a batch where the run does not say.
-    strengths: useful ones by method, which conf/guidance refers to.
+    strengths: useful ones by method, which conf/guidance and conf/controlnet refer to.
+    controlnets: its ControlNets by what they read (canny, depth), which conf/controlnet refers to.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ModelConfig:
     tokenizer: str | None = None
     batch_size: Count = 8
     strengths: dict[str, float] = field(default_factory=dict)
+    controlnets: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,31 @@ class GuidanceConfig:
 
 
 @dataclass(frozen=True)
+class ControlConfig:
+    """One ControlNet and its images; several act together, each with its `scale`.
+
+    net: a name in the model's folder controlnet/, a diffusers ControlNet folder, or a hub id in the local cache.
+    image: a file, "scene:12" (an exact map of that held-out procedural scene) or a list: one for each seed, repeating
+        in turn; "scene:0-7" are eight, "scene:0-" as many as there are seeds.
+    preprocess: what is read of a picture: canny (edges) or depth; of a scene these are its exact maps. none: as it is.
+    low, high: thresholds of canny. depth_model: an estimator of transformers, a folder or a hub id in the local cache.
+    start, end: of its use, as fractions of the steps. guess: for the conditional branch only, residuals weighted by
+        depth, as diffusers' guess mode.
+    """
+
+    net: str
+    image: str | tuple[str, ...]
+    preprocess: Literal["none", "canny", "depth"] = "none"
+    low: Annotated[float, Bounds(low=0)] = 100.0
+    high: Annotated[float, Bounds(low=0)] = 200.0
+    depth_model: str | None = None
+    scale: float = 1.0
+    start: Annotated[float, Bounds(0, 1)] = 0.0
+    end: Annotated[float, Bounds(0, 1)] = 1.0
+    guess: bool = False
+
+
+@dataclass(frozen=True)
 class SamplerConfig:
     """A k-diffusion sampler by name, and its own keywords (eta, s_churn, ...)."""
 
@@ -156,6 +183,7 @@ class PanelConfig:
     negative: str | None = None
     seeds: Seeds | None = None
     pairing: Literal["product", "zip"] | None = None
+    controls: dict[str, ControlConfig] | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +205,7 @@ class GenerateConfig:
     schedule: ScheduleConfig
     guidance: GuidanceConfig = GuidanceConfig()
     name: str = "generate"
+    controls: dict[str, ControlConfig] = field(default_factory=dict)
     compare: tuple[GuidanceConfig, ...] = ()
     panels: tuple[PanelConfig, ...] = ()
     prompts: str | tuple[str, ...] = ("",)

@@ -1,10 +1,13 @@
-"""From a composed config to the images to be made: which method, which prompt, which seed. Light: no torch."""
+"""From a composed config to the images to be made: which method, prompt, seed and control image.
+
+Light: no torch, except where prompts are the captions of scenes.
+"""
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from segresearch.config import (
     CFGTerm,
+    ControlConfig,
     GenerateConfig,
     GuidanceConfig,
     PAGConfig,
@@ -24,26 +28,32 @@ from segresearch.config import (
 from segresearch.typed import ConfigError, nearest, typed
 
 
+HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training
+
+
 @dataclass(frozen=True)
 class Row:
-    """One row of a panel: a prompt ("" is unconditional) and the seed of its noise."""
+    """One row of a panel: a prompt ("" is unconditional), the seed of its noise, an image for each control."""
 
     prompt: str
     seed: int
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Panel:
-    """rows × methods images; `methods` maps a column's label to its guidance."""
+    """rows × methods images; `methods` maps a column's label to its guidance, `controls` are of all of them."""
 
     title: str
     negative: str | None
     rows: tuple[Row, ...]
     methods: dict[str, GuidanceConfig]
+    controls: dict[str, ControlConfig] = field(default_factory=dict)
 
 
 def settings(config: Mapping[str, Any], sources: Sequence[Path] = ()) -> GenerateConfig:
-    """The typed settings of a composed config: interpolations resolved, names in `compare` replaced by their guidance.
+    """The typed settings of a composed config: interpolations resolved, names in `compare` replaced by their guidance,
+    a panel's `controlnet` (a name or several) by their controls, with those of its `controls` merged in.
 
     `sources` are folders searched for guidance/NAME.yaml after which come the project's own. Raises ConfigError.
     """
@@ -60,6 +70,11 @@ def settings(config: Mapping[str, Any], sources: Sequence[Path] = ()) -> Generat
         if isinstance(holder, dict) and isinstance(holder.get("compare"), list):
             entries = enumerate(holder["compare"])
             holder["compare"] = [_guidance(entry, root, folders, f"{at}compare.{i}") for i, entry in entries]
+        if isinstance(holder, dict) and at and "controlnet" in holder:
+            names = holder.pop("controlnet")
+            names = [names] if isinstance(names, str) else names
+            parts = [_named(name, folders, f"{at}controlnet", "controlnet") for name in names]
+            holder["controls"] = _resolved("controls", OmegaConf.merge(*parts, holder.get("controls") or {}), root)
     return typed(GenerateConfig, given)
 
 
@@ -71,21 +86,26 @@ def _guidance(entry: Any, root: Any, folders: Sequence[Path], at: str) -> dict[s
     inline = dict(entry) if isinstance(entry, Mapping) else {"guidance": entry}
     names = inline.pop("guidance", [])
     parts = [_named(name, folders, at) for name in ([names] if isinstance(names, str) else names)]
+    return _resolved("guidance", OmegaConf.merge(*parts, inline), root)
+
+
+def _resolved(key: str, node: Any, root: Any) -> dict[str, Any]:
+    """`node` in the place `key` below `root`, so that its ${model...} resolves."""
     holder = root.copy()
-    holder.guidance = OmegaConf.merge(*parts, inline)  # below the root, so that ${model...} resolves
-    whole: Any = OmegaConf.to_container(holder.guidance, resolve=True)
+    holder[key] = node
+    whole: Any = OmegaConf.to_container(holder[key], resolve=True)
     return whole
 
 
-def _named(name: str, folders: Sequence[Path], at: str) -> Any:
-    """conf/guidance/NAME.yaml, with the files in its defaults list merged before it."""
-    files = {f.stem: f for folder in reversed(folders) for f in sorted((folder / "guidance").glob("*.yaml"))}
+def _named(name: str, folders: Sequence[Path], at: str, group: str = "guidance") -> Any:
+    """conf/`group`/NAME.yaml, with the files in its defaults list merged before it."""
+    files = {f.stem: f for folder in reversed(folders) for f in sorted((folder / group).glob("*.yaml"))}
     if name not in files:
         choices = ", ".join(sorted(files))
-        raise ConfigError(f"{at}: no guidance {name!r}{nearest(str(name), files)} (choices: {choices})")
+        raise ConfigError(f"{at}: no {group} {name!r}{nearest(str(name), files)} (choices: {choices})")
     node = OmegaConf.load(files[name])
     assert isinstance(node, DictConfig)
-    before = [_named(parent, folders, at) for parent in node.pop("defaults", []) if parent != "_self_"]
+    before = [_named(parent, folders, at, group) for parent in node.pop("defaults", []) if parent != "_self_"]
     merged = OmegaConf.merge(*before, node)
     assert isinstance(merged, DictConfig)
     return merged
@@ -109,10 +129,45 @@ def parse_seeds(seeds: Seeds, at: str = "seeds") -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts") -> tuple[str, ...]:
-    """A list of prompts as it is; text ending in .txt is a file of one prompt a line; other text is one prompt."""
+def scene_numbers(text: str, count: int, at: str) -> tuple[int, ...] | None:
+    """The scenes of "scene:12", "scene:0-7", "scene:1,4" or "scene:5-" (`count` of them); None for other text."""
+    if not text.startswith("scene:"):
+        return None
+    given = text.removeprefix("scene:").strip()
+    first = re.fullmatch(r"(\d+)\s*-", given)
+    try:
+        numbers = tuple(range(int(first[1]), int(first[1]) + count)) if first else parse_seeds(given, at)
+    except ConfigError:
+        numbers = ()
+    if not numbers or max(numbers) >= 2**31:
+        forms = 'write "scene:12", "scene:0-7", "scene:1,4" or "scene:0-" (one for each seed), with numbers below 2^31'
+        raise ConfigError(f"{at}: {text!r} names no scenes; {forms}")
+    return numbers
+
+
+def control_images(image: str | tuple[str, ...], count: int, at: str) -> tuple[str, ...]:
+    """A file or a scene ("scene:12") for each of `count` seeds: those that `image` names, repeating in turn."""
+    found: list[str] = []
+    for item in (image,) if isinstance(image, str) else image:
+        numbers = scene_numbers(item, count, at)
+        found += [item] if numbers is None else [f"scene:{number}" for number in numbers]
+    if not found or "" in found:
+        raise ConfigError(f'{at}: no image; give a file, a list of files, or scenes such as "scene:0-7"')
+    if len(found) > count:
+        counts = f"{len(found)} images, {count} seeds"
+        raise ConfigError(f"{at}: each seed takes one image, so some would be left: {counts}; give as many seeds")
+    return tuple(found[i % len(found)] for i in range(count))
+
+
+def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts", count: int = 1) -> tuple[str, ...]:
+    """A list of prompts as it is; text ending in .txt is a file of one prompt a line; "scene:0-7" are the captions of
+    these scenes, and "scene:0-" of `count`; other text is one prompt."""
     if isinstance(prompts, tuple):
         found = prompts
+    elif numbers := scene_numbers(prompts, count, at):
+        from segresearch.data.scenes import captions
+
+        found = tuple(captions([HELD_OUT + number for number in numbers]))
     elif prompts.endswith(".txt"):
         try:
             lines = Path(prompts).read_text(encoding="utf-8").splitlines()
@@ -142,6 +197,7 @@ def panels(config: GenerateConfig) -> tuple[Panel, ...]:
                 negative=config.negative if p.negative is None else p.negative,
                 seeds=config.seeds if p.seeds is None else p.seeds,
                 pairing=p.pairing or config.pairing,
+                controls=config.controls if p.controls is None else p.controls,
             )  # fmt: skip
             for p in config.panels
         ]
@@ -151,14 +207,19 @@ def panels(config: GenerateConfig) -> tuple[Panel, ...]:
 
 
 def _panel(config: GenerateConfig, title: str, at: str) -> Panel:
-    prompts, seeds = read_prompts(config.prompts, at + "prompts"), parse_seeds(config.seeds, at + "seeds")
+    seeds = parse_seeds(config.seeds, at + "seeds")
+    prompts = read_prompts(config.prompts, at + "prompts", len(seeds))
+    columns = [_control(name, control, len(seeds), f"{at}controls.{name}") for name, control in config.controls.items()]
+    if len(set(map(slug, config.controls))) < len(config.controls):
+        raise ConfigError(f"{at}controls: {', '.join(config.controls)}: too alike to tell their files apart; rename one")
+    images = dict(zip(seeds, zip(*columns, strict=True) if columns else [()] * len(seeds), strict=True))
     if config.pairing == "zip":
         if len(prompts) > len(seeds):
             counts = f"{len(prompts)} prompts, {len(seeds)} seeds"
             raise ConfigError(f"{at}pairing: zip gives each seed one prompt, so some would be left: {counts}")
-        rows = [Row(prompts[i % len(prompts)], seed) for i, seed in enumerate(seeds)]
+        rows = [Row(prompts[i % len(prompts)], seed, images[seed]) for i, seed in enumerate(seeds)]
     else:
-        rows = [Row(prompt, seed) for prompt in prompts for seed in seeds]
+        rows = [Row(prompt, seed, images[seed]) for prompt in prompts for seed in seeds]
     if len(set(rows)) < len(rows):
         raise ConfigError(f"{at}prompts: the same prompt is given twice")
     methods: dict[str, GuidanceConfig] = {}
@@ -170,7 +231,21 @@ def _panel(config: GenerateConfig, title: str, at: str) -> Panel:
         if name in methods or slug(name) in map(slug, methods):
             raise ConfigError(f"{at}compare: two methods are called {name!r}; give one of them a label")
         methods[name] = guidance
-    return Panel(title, config.negative, tuple(rows), methods)
+    return Panel(title, config.negative, tuple(rows), methods, config.controls)
+
+
+def _control(name: str, control: ControlConfig, count: int, at: str) -> tuple[str, ...]:
+    """The images of one control, one for each seed, where its settings can be."""
+    images = control_images(control.image, count, f"{at}.image")
+    if control.start >= control.end:
+        raise ConfigError(f"{at}.start: {control.start:g} is not below end, {control.end:g}: it would never act")
+    if control.low > control.high:
+        raise ConfigError(f"{at}.low: {control.low:g} is above high, {control.high:g}")
+    files = [image for image in images if not image.startswith("scene:")]
+    if control.preprocess == "depth" and files and not control.depth_model:
+        hint = "name one (a folder or a cached hub id), or set preprocess=none where the image is a depth map itself"
+        raise ConfigError(f"{at}.depth_model: missing, and {files[0]} needs one; {hint}")
+    return images
 
 
 def describe(guidance: GuidanceConfig) -> str:

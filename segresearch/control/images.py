@@ -1,0 +1,106 @@
+"""Pictures from files: whatever their mode, upright, of the size that is wanted; or one line of refusal.
+
+Light: Pillow and numpy, no torch.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+FULL = 65535  # white in 16 bits
+
+
+def open_image(path: str | Path, behind: str = "white") -> Image.Image:
+    """The picture in a file as 8-bit RGB, upright.
+
+    EXIF rotation is applied; grey (1, 8, 16 bit or float in [0, 1]), palette, CMYK and other colour spaces are
+    converted; transparent parts show the colour `behind`, white as is usual for photos; of an animation or of several
+    pages the first is taken. Raises ValueError, one line with the file's name, for what is no whole picture: missing,
+    a folder, of another format, truncated, larger than Pillow's limit against decompression bombs, integers beyond 16
+    bits, floats outside [0, 1].
+    """
+    image = _upright(Path(path).expanduser())
+    if _is_deep(image):
+        image = Image.fromarray(np.rint(255 * np.asarray(_scaled(image, path))).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"{path}: colours of mode {image.mode} cannot be converted; save it as RGB") from error
+
+
+def open_map(path: str | Path) -> Image.Image:
+    """A ready-made edge or depth map: as `open_image`, but 16-bit grey keeps its precision (mode "F" in [0, 1], white
+    is 65535), and transparent parts are black, which means no edge, or far."""
+    image = _upright(Path(path).expanduser())
+    return _scaled(image, path) if _is_deep(image) else open_image(path, behind="black")
+
+
+def fit(image: Image.Image, size: tuple[int, int], aspect: float | None = None) -> Image.Image:
+    """`image` at size = (height, width): its largest centred part of that aspect, resized once (Lanczos).
+
+    aspect: width over height of what the image shows, where its pixels are not square; None: of its pixels. Raises
+    ValueError for a side below 1.
+    """
+    height, width = size
+    if min(height, width) < 1:
+        raise ValueError(f"size={(height, width)}: height and width must be at least 1 pixel")
+    shown, wanted = aspect or image.width / image.height, width / height
+    w, h = image.width * min(1, wanted / shown), image.height * min(1, shown / wanted)
+    left, top = (image.width - w) / 2, (image.height - h) / 2
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + w, top + h))
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _scaled(image: Image.Image, path: str | Path) -> Image.Image:
+    """More than 8 bits of grey as mode "F" in [0, 1]."""
+    values = np.asarray(image, dtype=np.float32)
+    top = 1 if image.mode == "F" else FULL
+    if not (values.min() >= 0 and values.max() <= top):  # so that NaN is refused
+        kind = "float" if image.mode == "F" else "integer"
+        raise ValueError(
+            f"{path}: {kind} values from {values.min():g} to {values.max():g}, which could mean anything; save it as "
+            f"8- or 16-bit grey, or scale it to 0 ... {top}"
+        )
+    return Image.fromarray(values / np.float32(top))
+
+
+def _upright(path: Path) -> Image.Image:
+    """The decoded first frame, turned as its EXIF says."""
+    if not path.exists():
+        web = "//" in str(path) or str(path).startswith(("http:", "https:"))
+        hint = "nothing is fetched from the network: download it first" if web else "give the path of an image"
+        raise ValueError(f"{path}: no such file; {hint}")
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder, not an image; list its files: [a.png, b.png]")
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file; give the path of an image")
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: empty (0 bytes); save or download it again")
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of EXIF or TIFF tags that are odd
+        try:
+            with Image.open(path, formats=known) as image:
+                image.load()
+                return ImageOps.exif_transpose(image)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            limit = f"the limit of {Image.MAX_IMAGE_PIXELS:,}" if Image.MAX_IMAGE_PIXELS else "the limit"
+            raise ValueError(f"{path}: more pixels than {limit}; save it smaller") from error
+        except Image.UnidentifiedImageError as error:
+            raise ValueError(f"{path}: not an image of a known format ({', '.join(known)}); convert it") from error
+        except PermissionError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
+        except Exception as error:  # decoders raise all kinds on damaged data
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{path}: damaged or incomplete ({reason}); save or download it again") from error
