@@ -3,7 +3,7 @@
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from segresearch.config import (
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 EVERYWHERE = (0.0, float("inf"))
 
 
-def load_model(config: ModelConfig, device: str = "auto") -> "SDXL":
-    """The model on `device`: "auto" is the first GPU if there is one, else the CPU. ValueError: see `load_sdxl`."""
+def load_model(config: ModelConfig, device: str = "auto", controlnets: Sequence[str] = ()) -> "SDXL":
+    """The model on `device`, with `controlnets`: "auto" is the first GPU if there is one, else the CPU.
+
+    ValueError: see `load_sdxl`.
+    """
     import torch
 
     from segresearch.models import load_sdxl
@@ -36,6 +39,7 @@ def load_model(config: ModelConfig, device: str = "auto") -> "SDXL":
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    with_nets: dict[str, Any] = {"controlnet": list(controlnets)} if controlnets else {}
     return load_sdxl(
         config.path,
         dtype=getattr(torch, config.dtype),
@@ -44,6 +48,7 @@ def load_model(config: ModelConfig, device: str = "auto") -> "SDXL":
         config=config.config,
         tokenizer=config.tokenizer,
         vae_dtype=config.vae_dtype and getattr(torch, config.vae_dtype),
+        **with_nets,
     )
 
 

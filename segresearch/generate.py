@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 from segresearch import images, runs
 from segresearch.build import build_guidance, load_model
 from segresearch.command import hydra_settings
-from segresearch.config import GenerateConfig, GuidanceConfig
+from segresearch.config import ControlConfig, GenerateConfig, GuidanceConfig
+from segresearch.control.sources import Sources
 from segresearch.models.locate import located
 from segresearch.plan import Panel, panels, slug
 from segresearch.typed import ConfigError
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL
+    from segresearch.models.controlnet import Controlled
 
 
 VERSION = 1  # of the grid's drawing
@@ -51,6 +53,7 @@ class Picture:
     path: Path
     prompt: str
     seed: int
+    images: tuple[str, ...]  # one for each control
     settings: Mapping[str, Any]
 
 
@@ -60,6 +63,7 @@ class Batch:
 
     guidance: GuidanceConfig
     negative: str | None
+    controls: Mapping[str, ControlConfig]
     pictures: tuple[Picture, ...]
 
 
@@ -71,10 +75,11 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
     interrupt finished pictures stay.
     """
     plan = panels(config)
-    identity = runs.fingerprint(located(config.model.path))
-    semantic = semantics(config, plan, identity)
+    weights = located(config.model.path)
+    sources = Sources(plan, weights)
+    semantic = semantics(config, plan, runs.fingerprint(weights), sources)
     folder = runs.run_folder(config.out, config.name, semantic)
-    batches = list(cut(config, plan, semantic, folder))
+    batches = list(cut(config, plan, semantic, folder, sources))
     pictures = [p for batch in batches for p in batch.pictures]
     there = {p.path: images.read_settings(p.path) or {} for p in pictures}
     missing = {p.path for p in pictures if any(there[p.path].get(k) != p.settings[k] for k in IDENTITY)}
@@ -87,7 +92,7 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
         if len(missing) < len(pictures):
             _say(f"{len(pictures) - len(missing)} of {len(pictures)} images are there already, {len(missing)} to make")
         try:
-            sdxl = load_model(config.model, config.device) if model is None else model
+            sdxl = load_model(config.model, config.device, list(sources.nets)) if model is None else model
             guided = {
                 id(b.guidance): build_guidance(b.guidance, sdxl.denoiser) for b in todo
             }  # any fails before one runs
@@ -96,22 +101,37 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # if it is empty
             raise
+        show_controls(plan, folder, semantic, config.size or sdxl.default_size)
         start = time.perf_counter()
         runs.write(folder / "config.yaml", written_config(config, plan))
         _make(config, sdxl, todo, missing, lambda g: guided[id(g)])
         seconds = time.perf_counter() - start
+    elif any(panel.controls for panel in plan):
+        show_controls(plan, folder, semantic, images.picture_size(pictures[0].path))
     grid = draw(config, plan, folder, semantic)
     return RunResult(folder, grid, len(missing), len(pictures) - len(missing), seconds)
 
 
-def semantics(config: GenerateConfig, plan: tuple[Panel, ...], fingerprint: str) -> dict[str, Any]:
+def semantics(config: GenerateConfig, plan: tuple[Panel, ...], fingerprint: str, sources: Sources) -> dict[str, Any]:
     """What the pictures depend on, and no more: not where they go, the device, or how many are made at a time."""
     model = {"fingerprint": fingerprint, "dtype": config.model.dtype, "vae_dtype": config.model.vae_dtype}
     asked = {"sampler": config.sampler, "schedule": config.schedule, "steps": config.steps, "size": config.size}
-    return runs.plain({"model": model, **asked, "panels": plan})
+    written = [
+        {
+            "title": panel.title,
+            "negative": panel.negative,
+            "rows": [{"prompt": row.prompt, "seed": row.seed} for row in panel.rows],
+            "methods": panel.methods,
+            **sources.identity(panel),
+        }
+        for panel in plan
+    ]
+    return runs.plain({"model": model, **asked, "panels": written})
 
 
-def cut(config: GenerateConfig, plan: tuple[Panel, ...], semantic: Mapping[str, Any], folder: Path) -> Iterator[Batch]:
+def cut(
+    config: GenerateConfig, plan: tuple[Panel, ...], semantic: Mapping[str, Any], folder: Path, sources: Sources
+) -> Iterator[Batch]:
     """All pictures of the run in batches; those already there count, so a resume repeats the same batches."""
     common = {k: v for k, v in semantic.items() if k != "panels"}
     common["model"] = {"name": config.model.name, "path": config.model.path, **common["model"]}
@@ -120,26 +140,50 @@ def cut(config: GenerateConfig, plan: tuple[Panel, ...], semantic: Mapping[str, 
         for method, guidance in panel.methods.items():
             paths = picture_paths(folder, plan, number, method)
             pictures = [
-                Picture(path, row.prompt, row.seed, {
+                Picture(path, row.prompt, row.seed, row.images, {
                     **common, "method": method, "guidance": runs.plain(guidance), "prompt": row.prompt,
-                    "negative": panel.negative, "seed": row.seed,
+                    "negative": panel.negative, "seed": row.seed, **sources.settings(panel, row),
                 })
                 for path, row in zip(paths, panel.rows, strict=True)
             ]  # fmt: skip
             for i in range(0, len(pictures), config.batch_size):
-                yield Batch(guidance, panel.negative, tuple(pictures[i : i + config.batch_size]))
+                yield Batch(guidance, panel.negative, panel.controls, tuple(pictures[i : i + config.batch_size]))
 
 
 def picture_paths(folder: Path, plan: tuple[Panel, ...], number: int, method: str) -> list[Path]:
     """images/[panel/]method/[prompt-]seed.png for every row of panel `number` (from 1); prompts are numbered."""
     panel = plan[number - 1]
-    place = folder / "images"
-    if len(plan) > 1:
-        place /= f"{number}-{slug(panel.title)}" if panel.title else str(number)
+    place = folder / "images" / panel_place(plan, number)
     order = list(dict.fromkeys(row.prompt for row in panel.rows))
     prefix = {p: f"prompt{i:0{len(str(len(order) - 1))}d}-" if len(order) > 1 else "" for i, p in enumerate(order)}
     digits = len(str(max(row.seed for row in panel.rows)))
     return [place / slug(method) / f"{prefix[row.prompt]}seed{row.seed:0{digits}d}.png" for row in panel.rows]
+
+
+def panel_place(plan: tuple[Panel, ...], number: int) -> str:
+    """The folder of panel `number` among the others; "" where it is the only one."""
+    title = plan[number - 1].title
+    return "" if len(plan) == 1 else f"{number}-{slug(title)}" if title else str(number)
+
+
+def control_paths(folder: Path, plan: tuple[Panel, ...], number: int, control: str) -> list[Path]:
+    """controls/[panel/]control/seed.png for every row of panel `number` (from 1): prompts share a seed's image."""
+    rows = plan[number - 1].rows
+    digits, place = len(str(max(row.seed for row in rows))), folder / "controls" / panel_place(plan, number)
+    return [place / slug(control) / f"seed{row.seed:0{digits}d}.png" for row in rows]
+
+
+def show_controls(
+    plan: tuple[Panel, ...], folder: Path, semantic: Mapping[str, Any], size: tuple[int, int]
+) -> None:
+    """Write the control images as files, for whoever looks and for the grid."""
+    for number, panel in enumerate(plan, 1):
+        for k, (name, control) in enumerate(panel.controls.items()):
+            from segresearch.control.making import show
+
+            for path, row in zip(control_paths(folder, plan, number, name), panel.rows, strict=True):
+                said = {"run": runs.digest(semantic), "control": name, "image": row.images[k], "seed": row.seed}
+                show(control, row.images[k], size, path, said)
 
 
 def _make(
@@ -161,9 +205,10 @@ def _make(
                 seeds = [p.seed for p in batch.pictures]
                 bar.set_description(str(batch.pictures[0].settings["method"]))
                 conds = sdxl.encode([p.prompt for p in batch.pictures], negative=batch.negative, size=config.size)
+                more = {"control": control(sdxl, config, batch)} if batch.controls else {}
                 latents = sample(
                     guided(batch.guidance), initial_noise(seeds, shape), sampler=config.sampler.name, schedule=levels,
-                    steps=config.steps, conds=conds, seeds=seeds, options=config.sampler.options,
+                    steps=config.steps, conds=conds, seeds=seeds, options=config.sampler.options, **more,
                 )  # fmt: skip
                 bad = [p.seed for p, z in zip(batch.pictures, latents, strict=True) if not z.isfinite().all()]
                 if bad:
@@ -182,19 +227,31 @@ def _make(
             raise
 
 
+def control(sdxl: "SDXL", config: GenerateConfig, batch: Batch) -> list["Controlled"]:
+    """The ControlNets of a batch, each with the control images of its pictures."""
+    from segresearch.control.making import controlled_batch
+    from segresearch.sampling import sigmas
+
+    levels = sigmas(sdxl.denoiser, config.schedule.name, config.steps, config.schedule.rho)
+    shown = [picture.images for picture in batch.pictures]
+    return controlled_batch(sdxl, batch.controls, shown, config.size or sdxl.default_size, levels)
+
+
 def draw(config: GenerateConfig, plan: tuple[Panel, ...], folder: Path, semantic: Mapping[str, Any]) -> Path:
     """grid.png: a block a panel, rows are seeds (and prompts), columns methods; kept if it is this grid already."""
     path, most = folder / "grid.png", config.grid.rows
     blocks, cut_off = [], 0
     for number, panel in enumerate(plan, 1):
-        columns = [picture_paths(folder, plan, number, method) for method in panel.methods]
+        shown = {f"control: {c}" if len(panel.controls) > 1 else "control": c for c in panel.controls}
+        columns = [control_paths(folder, plan, number, name) for name in shown.values()]
+        columns += [picture_paths(folder, plan, number, method) for method in panel.methods]
         rows, cells = panel.rows[:most], [list(row) for row in zip(*columns, strict=True)][:most]
         cut_off = max(cut_off, len(panel.rows) - most)
         captions = [(f"seed {row.seed}", row.prompt) for row in rows]
         title = panel.title
         if not title and len({row.prompt for row in rows}) == 1 and rows[0].prompt:
             title, captions = f"“{rows[0].prompt}”", [(first, "") for first, _ in captions]
-        blocks.append(images.Block(title, tuple(panel.methods), captions, cells))
+        blocks.append(images.Block(title, (*shown, *panel.methods), captions, cells))
     sampling = f"{config.model.name}: {config.sampler.name}, {config.steps} steps, {config.schedule.name} schedule"
     more = f"; the first {most} rows of more" if cut_off > 0 else ""
     note = f"{sampling}. Every row starts from one noise; columns differ in guidance alone{more}."

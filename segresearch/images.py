@@ -56,10 +56,15 @@ class Block:
     paths: Sequence[Sequence[Path]]  # [row][column]
 
 
+def picture_size(path: Path) -> tuple[int, int]:
+    """(height, width) of the picture in a file."""
+    with Image.open(path) as image:
+        return (image.height, image.width)
+
+
 def cell_size(path: Path) -> int:
     """Pixels a picture is drawn high: small ones by the whole factor that brings them to 96 or more, large ones 256."""
-    with Image.open(path) as image:
-        height = image.height
+    height, _ = picture_size(path)
     return height * math.ceil(96 / height) if height <= 192 else min(height, 256)
 
 

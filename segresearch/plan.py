@@ -28,6 +28,7 @@ from segresearch.config import (
 from segresearch.typed import ConfigError, nearest, typed
 
 
+SCENE = "scene:"  # what names of procedural scenes begin with, where others are files
 HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training
 
 
@@ -131,9 +132,9 @@ def parse_seeds(seeds: Seeds, at: str = "seeds") -> tuple[int, ...]:
 
 def scene_numbers(text: str, count: int, at: str) -> tuple[int, ...] | None:
     """The scenes of "scene:12", "scene:0-7", "scene:1,4" or "scene:5-" (`count` of them); None for other text."""
-    if not text.startswith("scene:"):
+    if not text.startswith(SCENE):
         return None
-    given = text.removeprefix("scene:").strip()
+    given = text.removeprefix(SCENE).strip()
     first = re.fullmatch(r"(\d+)\s*-", given)
     try:
         numbers = tuple(range(int(first[1]), int(first[1]) + count)) if first else parse_seeds(given, at)
@@ -150,7 +151,7 @@ def control_images(image: str | tuple[str, ...], count: int, at: str) -> tuple[s
     found: list[str] = []
     for item in (image,) if isinstance(image, str) else image:
         numbers = scene_numbers(item, count, at)
-        found += [item] if numbers is None else [f"scene:{number}" for number in numbers]
+        found += [item] if numbers is None else [f"{SCENE}{number}" for number in numbers]
     if not found or "" in found:
         raise ConfigError(f'{at}: no image; give a file, a list of files, or scenes such as "scene:0-7"')
     if len(found) > count:
@@ -209,9 +210,9 @@ def panels(config: GenerateConfig) -> tuple[Panel, ...]:
 def _panel(config: GenerateConfig, title: str, at: str) -> Panel:
     seeds = parse_seeds(config.seeds, at + "seeds")
     prompts = read_prompts(config.prompts, at + "prompts", len(seeds))
-    columns = [_control(name, control, len(seeds), f"{at}controls.{name}") for name, control in config.controls.items()]
+    columns = [_control(name, control, len(seeds), f"controls.{name}") for name, control in config.controls.items()]
     if len(set(map(slug, config.controls))) < len(config.controls):
-        raise ConfigError(f"{at}controls: {', '.join(config.controls)}: too alike to tell their files apart; rename one")
+        raise ConfigError(f"controls: {', '.join(config.controls)}: too alike to tell their files apart; rename one")
     images = dict(zip(seeds, zip(*columns, strict=True) if columns else [()] * len(seeds), strict=True))
     if config.pairing == "zip":
         if len(prompts) > len(seeds):
@@ -241,7 +242,7 @@ def _control(name: str, control: ControlConfig, count: int, at: str) -> tuple[st
         raise ConfigError(f"{at}.start: {control.start:g} is not below end, {control.end:g}: it would never act")
     if control.low > control.high:
         raise ConfigError(f"{at}.low: {control.low:g} is above high, {control.high:g}")
-    files = [image for image in images if not image.startswith("scene:")]
+    files = [image for image in images if not image.startswith(SCENE)]
     if control.preprocess == "depth" and files and not control.depth_model:
         hint = "name one (a folder or a cached hub id), or set preprocess=none where the image is a depth map itself"
         raise ConfigError(f"{at}.depth_model: missing, and {files[0]} needs one; {hint}")

@@ -74,13 +74,16 @@ def fingerprint(path: str | Path) -> str:
     """A cheap identity of model weights: 12 hex digits, independent of where they lie. No whole weight file is read.
 
     Of each safetensors file its name, its size, both ends (so the header's start) and 16 places between; of each
-    JSON or text file of a model folder (configs, vocabularies) everything. FileNotFoundError if there is nothing.
+    JSON or text file of a model folder (configs, vocabularies) everything; not its ControlNets in controlnet/, which
+    have their own. FileNotFoundError if there is nothing.
     """
     path = Path(path)
     if path.is_file():
         files = [path]
     else:
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.is_file())
+        kept = (".safetensors", ".json", ".txt")
+        files = sorted(p for p in path.rglob("*") if p.suffix in kept and p.is_file())
+        files = [p for p in files if p.relative_to(path).parts[0] != "controlnet"]
     if not any(f.suffix == ".safetensors" for f in files):
         raise FileNotFoundError(2, "no safetensors weights here", str(path))
     total = hashlib.sha256()

@@ -1,0 +1,123 @@
+"""What the controls of a run name: checked before anything is loaded, and identified by content, not by place."""
+
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from segresearch.config import ControlConfig
+from segresearch.control.images import open_image
+from segresearch.plan import SCENE, Panel, Row
+from segresearch.runs import fingerprint, plain
+from segresearch.typed import ConfigError, nearest
+
+SEEN = (64, 64)  # the size at which a scene's map is identified
+
+
+class Sources:
+    """The ControlNets and control images that `plan` asks for, checked and identified; no network is loaded for it.
+
+    nets: the folder of each ControlNet by what a config calls it. Raises ConfigError, naming the setting, for a
+    ControlNet that is not there, a depth estimator that is not there, or a file that is no image.
+    """
+
+    def __init__(self, plan: Sequence[Panel], model: Path):
+        self.nets: dict[str, Path] = {}
+        self._nets: dict[str, str] = {}  # fingerprints
+        self._images: dict[tuple[str, str], str] = {}  # by (image, preprocess)
+        for panel in plan:
+            for k, (name, control) in enumerate(panel.controls.items()):
+                self._add(control, list(dict.fromkeys(row.images[k] for row in panel.rows)), f"controls.{name}", model)
+
+    def _add(self, control: ControlConfig, images: Sequence[str], at: str, model: Path) -> None:
+        if control.net not in self.nets:
+            self.nets[control.net] = folder = located_net(control.net, model, f"{at}.net")
+            self._nets[control.net] = fingerprint(folder)
+        scenes, files = _split([i for i in images if (i, control.preprocess) not in self._images])
+        if files and control.preprocess == "depth":
+            _said(f"{at}.depth_model", depth_fingerprint, str(control.depth_model))
+        for image in files:
+            _said(f"{at}.image", open_image, image)
+            data = Path(image).expanduser().read_bytes()
+            self._images[image, control.preprocess] = hashlib.sha256(data).hexdigest()[:12]
+        if scenes:
+            from segresearch.control.making import scene_maps
+
+            maps = scene_maps(scenes, control.preprocess, SEEN)
+            for image, one in zip(scenes, maps.mul(255).round().byte().cpu(), strict=True):
+                self._images[image, control.preprocess] = hashlib.sha256(one.numpy().tobytes()).hexdigest()[:12]
+
+    def identity(self, panel: Panel) -> dict[str, Any]:
+        """What the panel's pictures depend on: not what things are called or where they lie."""
+        controls = []
+        for k, control in enumerate(panel.controls.values()):
+            images = [row.images[k] for row in panel.rows]
+            _, files = _split(images)
+            read = ["low", "high"] if files and control.preprocess == "canny" else []
+            settings = {key: getattr(control, key) for key in ("scale", "start", "end", "guess", "preprocess", *read)}
+            controls.append({**settings, "contents": [self._contents(control, image) for image in images]})
+        return {"controls": controls} if controls else {}
+
+    def settings(self, panel: Panel, row: Row) -> dict[str, Any]:
+        """The part of a picture's settings about its controls: as a config has them, and what these names stood for."""
+        pairs = list(zip(panel.controls.items(), row.images, strict=True))
+        said = {name: plain(dataclasses.replace(control, image=image)) for (name, control), image in pairs}
+        contents = {name: self._contents(control, image) for (name, control), image in pairs}
+        return {"controls": said, "contents": contents} if pairs else {}
+
+    def _contents(self, control: ControlConfig, image: str) -> dict[str, str]:
+        found = {"net": self._nets[control.net], "image": self._images[image, control.preprocess]}
+        if control.preprocess == "depth" and not image.startswith(SCENE):
+            found["depth_model"] = depth_fingerprint(str(control.depth_model))
+        return found
+
+
+def _split(images: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Scenes and files."""
+    scenes = [image for image in images if image.startswith(SCENE)]
+    return scenes, [image for image in images if not image.startswith(SCENE)]
+
+
+def _said(at: str, check: Callable[[str], Any], value: str) -> None:
+    """`check(value)`, its ValueError under the name of the setting."""
+    try:
+        check(value)
+    except ValueError as error:
+        raise ConfigError(f"{at}: {error}") from error
+
+
+@functools.cache
+def depth_fingerprint(model: str) -> str:
+    from segresearch.control.depth import located_depth
+
+    return fingerprint(located_depth(model))
+
+
+def located_net(net: str, model: Path, at: str = "net") -> Path:
+    """The folder of a ControlNet: `controlnet/<net>` in the model's folder, a path, or a hub id in the local cache."""
+    own = model / "controlnet"
+    if (own / net / "config.json").is_file():
+        return own / net
+    path = Path(net).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.is_dir():
+        raise ConfigError(f"{at}: {net}: no config.json in this folder; give a ControlNet in the diffusers layout")
+    if path.is_file():
+        raise ConfigError(f"{at}: {net}: a single file; give the folder of a ControlNet in the diffusers layout")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", net):
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        cached = try_to_load_from_cache(net, "config.json")
+        if isinstance(cached, str):
+            return Path(cached).parent
+        raise ConfigError(
+            f"{at}: {net!r} is neither a folder nor in the local cache ({constants.HF_HUB_CACHE}); fetch it once with: "
+            f'hf download {net} --include "*.json" "*.safetensors"'
+        )
+    names = sorted(p.parent.name for p in own.glob("*/config.json")) if own.is_dir() else []
+    here = f" (ControlNets of {model.name}: {', '.join(names)})" if names else f"; {own} holds none"
+    raise ConfigError(f"{at}: no ControlNet {net!r}{nearest(net, names)}{here}")
