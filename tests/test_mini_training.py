@@ -11,10 +11,13 @@ from experiments.mini.common import Average, Plan, batch_indices, generator, lea
 from experiments.mini.render import SHARD, open_images, shard_path, take
 from experiments.mini.tokenizer import END, LENGTH, learn_merges, load_tokenizer, second, tokenize, write_tokenizer
 from experiments.mini.train_clip import BEGIN_ID, END_ID, TwoCLIPs, trim
+from experiments.mini.train_controlnet import CONFIG as CONTROLNET_CONFIG
+from experiments.mini.train_controlnet import Trained, initial, maps
 from experiments.mini.train_unet import CONFIG, alphas_cumprod, attention, conditioning, diffusion_loss
 from experiments.mini.train_vae import CONFIG as VAE_CONFIG
 from experiments.mini.train_vae import reconstruction_loss
-from segresearch.data.scenes import VOCABULARY, captions
+from segresearch.data.maps import depth_image, edge_image
+from segresearch.data.scenes import VOCABULARY, captions, scenes
 from segresearch.models.attention import Site, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.unet import UNet, UNetConfig
@@ -209,3 +212,47 @@ def test_reconstruction_loss_is_zero_only_for_equal_pictures():
     a = torch.rand(1, 3, 8, 8, generator=generator(0))
     assert reconstruction_loss(a, a, 0.5) == 0
     assert reconstruction_loss(a + 0.1, a, 0.5).item() == pytest.approx(0.1, rel=1e-4)  # a shift has no edges
+
+
+def _train_controlnet(folder, unet, stop=None):
+    torch.manual_seed(0)
+    model = Trained(initial(unet, SMALL_CONTROLNET), unet)
+    cond = Cond(torch.randn(2, 5, 160), torch.randn(2, 96), torch.full((2, 6), 64.0))
+
+    def loss_of(step):
+        x = torch.randn(2, 4, 8, 8, generator=generator(1, step))
+        image = torch.rand(2, 3, 32, 32, generator=generator(2, step))
+        return (model(x, torch.tensor([3.0, 700.0]), cond, image) - x).square().mean(), {}
+
+    plan = Plan(steps=3, peak=0.01, warmup=1, save_every=1, stop=stop)
+    return train(folder, model, loss_of, plan, {})
+
+
+SMALL = {"block_out_channels": [16, 32], "transformer_layers_per_block": [1, 1], "norm_num_groups": 8}
+SMALL_CONTROLNET = {**CONTROLNET_CONFIG, **SMALL, "conditioning_embedding_out_channels": [4, 4, 8]}
+
+
+def test_a_controlnet_starts_silent_trains_alone_and_resumes_to_the_same_weights(tmp_path):
+    unet = UNet(UNetConfig.from_dict({**CONFIG, **SMALL}))
+    before = {k: v.clone() for k, v in unet.state_dict().items()}
+    x, t = torch.randn(1, 4, 8, 8, generator=generator(0)), torch.tensor([3.0])
+    cond = Cond(torch.ones(1, 5, 160), torch.ones(1, 96), torch.full((1, 6), 64.0))
+    with torch.no_grad():
+        silent = Trained(initial(unet, SMALL_CONTROLNET), unet)(x, t, cond, torch.ones(1, 3, 32, 32))
+        assert torch.equal(silent, unet(x, t, cond, attend=attention))
+    whole = _train_controlnet(tmp_path / "whole", unet)
+    _train_controlnet(tmp_path / "parts", unet, stop=2)
+    resumed = _train_controlnet(tmp_path / "parts", unet)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert all(k.startswith("net.") for k in whole)
+    assert whole["net.controlnet_mid_block.weight"].abs().sum() > 0
+    assert all(torch.equal(before[k], v) for k, v in unet.state_dict().items())
+
+
+def test_control_images_of_scenes():
+    index = torch.tensor([0, 1, 2])
+    seen = maps("canny", index, torch.tensor([True, False, True]))
+    assert seen.shape == (3, 3, 64, 64) and set(seen.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(seen[:1], edge_image(scenes([0]).edges))
+    assert not torch.equal(seen[1:2], edge_image(scenes([1]).edges))
+    assert torch.equal(maps("depth", index, torch.ones(3)), depth_image(scenes([0, 1, 2]).depth))

@@ -142,7 +142,7 @@ def train(
     average = Average(model, plan.decay)
     checkpoint, log, start, spent = folder / "checkpoint.pt", folder / "loss.jsonl", 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=next(iter(average.weights.values())).device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.weights = state["average"]
@@ -190,5 +190,5 @@ def train(
             state |= {"optimizer": optimizer.state_dict(), "average": average.weights}
             save_state(checkpoint, state)
             if at_save is not None:
-                at_save(done, average.weights)
-    return average.weights
+                at_save(done, {k: v.cpu() for k, v in average.weights.items()})
+    return {k: v.cpu() for k, v in average.weights.items()}

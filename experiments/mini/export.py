@@ -1,5 +1,7 @@
 """Write the embedded model from the trained parts, in the diffusers SDXL folder layout, weights in fp16.
 
+ControlNets that are trained go to <out>/controlnet/<name>.
+
 python -m experiments.mini.export --out segresearch/weights/mini
 """
 
@@ -16,10 +18,12 @@ from torch import Tensor
 
 from experiments.mini.common import replace_file
 from experiments.mini.train_clip import load_clips
+from experiments.mini.train_controlnet import CONFIG as CONTROLNET_CONFIG
 from experiments.mini.train_unet import CONFIG as UNET_CONFIG
 from experiments.mini.train_vae import load_vae
 from segresearch.models.unet import UNet, UNetConfig
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusionXLPipeline",
     "_diffusers_version": "0.42.1",
@@ -94,9 +98,15 @@ def export(out: Path, runs: Path) -> dict[str, Any]:
         config = json.loads((out / name / "config.json").read_text())
         # transformers loads in the dtype named here, diffusers the other parts in fp32: fp32 for all, stored in fp16
         write_json(out / name / "config.json", {**config, "dtype": "float32"})
-    write_weights(out / "unet" / "diffusion_pytorch_model.safetensors", packed["weights"])
+    for name in ("canny", "depth"):
+        trained = runs / f"controlnet_{name}" / "controlnet.pt"
+        if trained.exists():
+            place = out / "controlnet" / name
+            write_weights(place / WEIGHTS, torch.load(trained, weights_only=True)["weights"])
+            write_json(place / "config.json", CONTROLNET_CONFIG)
+    write_weights(out / "unet" / WEIGHTS, packed["weights"])
     write_json(out / "unet" / "config.json", UNET_CONFIG)
-    write_weights(out / "vae" / "diffusion_pytorch_model.safetensors", vae.state_dict())
+    write_weights(out / "vae" / WEIGHTS, vae.state_dict())
     write_json(out / "vae" / "config.json", vae_config)
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(out / "model_index.json", INDEX)

@@ -117,13 +117,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of scenes/, tokens/, tokenizers/")
     parser.add_argument("--out", type=Path, default=Path("runs/mini/clip"))
-    parser.add_argument("--start", type=Path, help="a clip.pt to start from, instead of random weights")
+    parser.add_argument("--weights", type=Path, help="a clip.pt to start from, instead of random weights")
     parser.add_argument("--images", type=int, default=16 * SHARD)
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--peak", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--stop", type=int)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -137,16 +138,17 @@ def main() -> None:
     shards = open_images(args.runs / "scenes", args.images)
     tokens = load_shards(args.runs / "tokens", args.images, axis=1)
     torch.manual_seed(args.seed)
-    model = load_clips(args.start)[0] if args.start else TwoCLIPs()
+    model = load_clips(args.weights)[0] if args.weights else TwoCLIPs()
+    model.to(args.device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         index = batch_indices(args.images, args.batch, step, args.seed)
         variant = torch.randint(len(tokens), (args.batch,), generator=generator(args.seed, 103, step))
         chosen = trim(tokens[variant, index].long())
-        images, target = take(shards, index), torch.arange(args.batch)
-        loss, logged = torch.zeros(()), {}
-        with torch.autocast("cpu", torch.bfloat16):
-            pairs = model.embed(images, chosen)
+        images, target = take(shards, index).to(args.device), torch.arange(args.batch, device=args.device)
+        loss, logged = torch.zeros((), device=args.device), {}
+        with torch.autocast(images.device.type, torch.bfloat16):
+            pairs = model.embed(images, chosen.to(args.device))
         for which, (image, text) in enumerate(pairs):
             logits = model.log_scale[which].clamp(max=math.log(100.0)).exp() * image @ text.T
             loss = loss + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -99,10 +99,11 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=2e-3)
     parser.add_argument("--gradient", type=float, default=0.5)
     parser.add_argument("--kl", type=float, default=5e-4)
-    parser.add_argument("--start", type=Path, help="a vae.pt to start from, instead of random weights")
+    parser.add_argument("--weights", type=Path, help="a vae.pt to start from, instead of random weights")
     parser.add_argument("--decoder-of", type=Path, help="likewise, and its encoder is kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--stop", type=int)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -110,22 +111,23 @@ def main() -> None:
     torch.manual_seed(args.seed)
     vae = VAE(VAEConfig.from_dict(CONFIG))
     scaling_factor = None
-    if args.start is not None:
-        vae.load_state_dict(load_vae(args.start)[0].state_dict())
+    if args.weights is not None:
+        vae.load_state_dict(load_vae(args.weights)[0].state_dict())
     if args.decoder_of is not None:
         source, config = load_vae(args.decoder_of)
         scaling_factor = config["scaling_factor"]
         vae.load_state_dict(source.state_dict())
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
+    vae.to(args.device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        images = take(shards, batch_indices(args.images, args.batch, step, args.seed))
+        images = take(shards, batch_indices(args.images, args.batch, step, args.seed)).to(args.device)
         if step % 2:
             images = images.flip(-1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16):
             mean, logvar = (z.float() for z in vae.moments(images))
-            noise = torch.randn(mean.shape, generator=generator(args.seed, 102, step))
+            noise = torch.randn(mean.shape, generator=generator(args.seed, 102, step)).to(images.device)
             output = vae.decode(mean + (0.5 * logvar).exp() * noise)  # scaling_factor is still 1
         reconstruction = reconstruction_loss(output.float(), images, args.gradient)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

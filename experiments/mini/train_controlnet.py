@@ -1,0 +1,149 @@
+"""Train a ControlNet of mini (arXiv 2302.05543) on the scenes' exact maps, the UNet frozen.
+
+    python -m experiments.mini.train_controlnet canny
+
+canny: half of the rows see the exact edges, half what OpenCV's canny finds in the picture (which has the floor's
+squares too). depth: the exact inverse depth. The maps are rendered again for every batch, which costs less than
+reading them. Its weights start as the UNet's where the names and shapes agree, its last layers at zero; text is
+dropped for half of the rows, so that it learns to stand alone. Writes <runs>/<name>/checkpoint.pt, loss.jsonl and
+controlnet.pt ({"step", "weights"}: the averaged weights).
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from experiments.mini.common import Plan, batch_indices, generator, save_state, train
+from experiments.mini.encode import load_shards
+from experiments.mini.render import SHARD
+from experiments.mini.tokenizer import LENGTH
+from experiments.mini.train_clip import BEGIN_ID, END_ID, load_clips
+from experiments.mini.train_unet import CONFIG as UNET_CONFIG
+from experiments.mini.train_unet import alphas_cumprod, attention, conditioning, faster_backward
+from segresearch.control import canny
+from segresearch.data.maps import depth_image, edge_image
+from segresearch.data.scenes import scenes
+from segresearch.models.controlnet import ControlNet, ControlNetConfig
+from segresearch.models.unet import UNet, UNetConfig
+
+SAME = (
+    "act_fn", "addition_embed_type", "addition_time_embed_dim", "attention_head_dim", "block_out_channels",
+    "cross_attention_dim", "down_block_types", "downsample_padding", "flip_sin_to_cos", "freq_shift", "in_channels",
+    "layers_per_block", "mid_block_type", "norm_eps", "norm_num_groups", "projection_class_embeddings_input_dim",
+    "use_linear_projection",
+)  # fmt: skip
+CONFIG: dict[str, Any] = {k: UNET_CONFIG[k] for k in SAME} | {
+    "_class_name": "ControlNetModel",
+    "conditioning_channels": 3,
+    "conditioning_embedding_out_channels": [16, 32, 64],  # two strides of 2, for a VAE of factor 4
+    "controlnet_conditioning_channel_order": "rgb",
+    "global_pool_conditions": False,
+    "transformer_layers_per_block": [1, 2],
+}
+
+
+class Trained(nn.Module):
+    """The ControlNet and the frozen UNet it serves, in one call; only the ControlNet's weights are its own."""
+
+    def __init__(self, net: ControlNet, unet: UNet):
+        super().__init__()
+        self.net = net
+        self.frozen = [unet.eval().requires_grad_(False)]  # in a list: no submodule, so neither trained nor saved
+
+    def forward(self, noised: Tensor, t: Tensor, cond: Any, image: Tensor) -> Tensor:
+        control = self.net(noised, t, cond, self.net.embed_image(image))
+        return self.frozen[0](noised, t, cond, attend=attention, control=control)
+
+
+def maps(kind: str, index: Tensor, exact: Tensor) -> Tensor:
+    """Control images (rows, 3, 64, 64) of scenes `index`; for canny, of the picture where `exact` is false."""
+    batch = scenes(index.tolist())
+    if kind == "depth":
+        return depth_image(batch.depth)
+    seen = edge_image(batch.edges)
+    for row in (~exact).nonzero().flatten().tolist():
+        picture = batch.images[row].permute(1, 2, 0)  # (3, h, w) -> (h, w, 3)
+        seen[row] = canny(Image.fromarray(picture.numpy()))[0]
+    return seen
+
+
+def initial(unet: UNet, config: Mapping[str, Any]) -> ControlNet:
+    """A ControlNet that adds nothing yet, with the UNet's weights wherever both have them."""
+    net = ControlNet(ControlNetConfig.from_dict(config))
+    theirs = unet.state_dict()
+    mine = net.state_dict()
+    shared = {k: theirs[k] for k, v in mine.items() if k in theirs and theirs[k].shape == v.shape}
+    assert any(k.startswith("mid_block.attentions") for k in shared)
+    net.load_state_dict({**mine, **shared})
+    with torch.no_grad():
+        for last in (net.controlnet_cond_embedding.conv_out, *net.controlnet_down_blocks, net.controlnet_mid_block):
+            last.weight.zero_()
+            last.bias.zero_()
+    return net
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("canny", "depth"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of what came before")
+    parser.add_argument("--out", type=Path, help="default: <runs>/controlnet_<kind>")
+    parser.add_argument("--images", type=int, default=32 * SHARD)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peak", type=float, default=1e-3)
+    parser.add_argument("--drop", type=float, default=0.5, help="fraction of rows without text")
+    parser.add_argument("--gamma", type=float, default=5.0, help="loss weights min(SNR, gamma) / SNR")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", type=int)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    out = args.out or args.runs / f"controlnet_{args.kind}"
+    latents = load_shards(args.runs / "latents", args.images, axis=0)
+    tokens = load_shards(args.runs / "tokens", args.images, axis=1)
+    clips, _ = load_clips(args.runs / "clip" / "clip.pt")
+    clips.requires_grad_(False).to(device)
+    unet = UNet(UNetConfig.from_dict(UNET_CONFIG))
+    unet.load_state_dict(torch.load(args.runs / "unet" / "unet.pt", weights_only=True)["weights"])
+    torch.manual_seed(args.seed)
+    model = Trained(initial(unet, CONFIG), unet.to(device)).to(device)
+    call = torch.compile(model, dynamic=False) if args.compile else model
+    empty, alphas = torch.tensor([BEGIN_ID] + [END_ID] * (LENGTH - 1)), alphas_cumprod().to(device)
+
+    def loss_of(step: int) -> tuple[Tensor, Mapping[str, float]]:
+        keyed = generator(args.seed, 105, step)
+        index = batch_indices(args.images, args.batch, step, args.seed + 1)
+        variant = torch.randint(len(tokens), (args.batch,), generator=keyed)
+        t = torch.randint(1000, (args.batch,), generator=keyed)
+        noise = torch.randn((args.batch, *latents.shape[1:]), generator=keyed)
+        drop, exact = torch.rand(args.batch, generator=keyed), torch.rand(args.batch, generator=keyed) < 0.5
+        ids = tokens[variant, index].long()
+        ids[drop < args.drop] = empty
+        seen, image = latents[index].float(), maps(args.kind, index, exact)
+        seen, image, ids, t, noise, drop = (z.to(device) for z in (seen, image, ids, t, noise, drop))
+        cond = conditioning(clips, ids, drop < args.drop / 2)
+        a = alphas[t]  # (rows,)
+        noised = a.sqrt()[:, None, None, None] * seen + (1 - a).sqrt()[:, None, None, None] * noise
+        with torch.autocast(device.type, torch.bfloat16), faster_backward(device):
+            eps = call(noised.float(), t.float(), cond, image)
+        weight = (args.gamma * (1 - a) / a).clamp(max=1.0).float()
+        return (weight * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean(), {}
+
+    def keep(step: int, weights: Mapping[str, Tensor]) -> None:
+        packed = {"step": step, "weights": {k.removeprefix("net."): v for k, v in weights.items()}}
+        save_state(out / "controlnet.pt", packed)
+
+    plan = Plan(args.steps, peak=args.peak, warmup=100, hold=0.4, decay=0.995, stop=args.stop, save_every=200)
+    train(out, model, loss_of, plan, {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}, keep)
+
+
+if __name__ == "__main__":
+    main()
