@@ -12,12 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.guidance.control import residuals
 from segresearch.guidance.perturbations import Perturbation, checked_out
 from segresearch.guidance.postprocess import Post, rescale
 from segresearch.guidance.select import check_heads, select_sites
 from segresearch.guidance.terms import Branch, Term
 from segresearch.models.attention import Attend, Fork, Site, Watched, sdpa
 from segresearch.models.conditioning import Cond
+from segresearch.models.controlnet import Controlled
 from segresearch.models.unet import Control
 
 # read through from the inner denoiser
@@ -111,7 +113,7 @@ class GuidedDenoiser:
         x: Float[Tensor, "rows c h w"],
         sigma: Float[Tensor, " rows"],
         conds: Mapping[str, Cond],
-        control: Control | None = None,
+        control: Sequence[Controlled] | None = None,
         attend: Attend | None = None,
         record: Record | None = None,
     ) -> Float[Tensor, "rows c h w"]:
@@ -119,10 +121,12 @@ class GuidedDenoiser:
 
         `record` is shown what the innermost attention sees (`segresearch.analysis.record`); it changes no output bit.
 
-        conds: by name; each of one row an image, or of one row for all. control: rows as x, the same for every branch.
-        sigma may differ between rows: scales are taken per row, and a branch that any row needs is evaluated for all.
+        conds: by name; each of one row an image, or of one row for all. control: ControlNets in use; their sum steers
+        every branch, or with `guess` those of the base's conditioning. sigma may differ between rows: scales are taken
+        per row, and a branch that any row needs is evaluated for all.
 
-        Raises ValueError for a conditioning that `conds` lacks, or with a wrong number of rows.
+        Raises ValueError for a conditioning that `conds` lacks, or with a wrong number of rows, and for control images
+        that do not fit x.
         """
         branches = list(dict.fromkeys(b for s in sorted(set(sigma.tolist())) for b in self.branches(s)))
         return self.combine(x, sigma, self.evaluate(x, sigma, branches, conds, control, attend, record=record))
@@ -133,7 +137,7 @@ class GuidedDenoiser:
         sigma: Float[Tensor, " rows"],
         branches: Sequence[Branch],
         conds: Mapping[str, Cond],
-        control: Control | None = None,
+        control: Sequence[Controlled] | None = None,
         attend: Attend | None = None,
         watch: Watch | None = None,
         record: Record | None = None,
@@ -145,18 +149,24 @@ class GuidedDenoiser:
             given = ", ".join(map(repr, conds)) or "none"
             raise ValueError(f"conds lacks {missing[0]!r}, which the guidance needs; given: {given}")
         rows, site = x.shape[0], self._fork_site(branches) if self.fork else None
+        own = {name: _rows(name, conds[name], rows) for name in names}
+        steered = residuals(self.denoiser, x, sigma, own, self.base.conditioning, control or ())
         blocks = [branch.conditioning for branch in branches] if site is None else names
         fork = None
-        if site is not None:
+        if len(branches) > len(names):
             start = torch.tensor([names.index(branch.conditioning) * rows for branch in branches], device=x.device)
-            fork = Fork(site, (start[:, None] + torch.arange(rows, device=x.device)).flatten())  # (branches · b,)
+            index = (start[:, None] + torch.arange(rows, device=x.device)).flatten()  # (branches · b,)
+            if site is not None:
+                fork = Fork(site, index)
+            elif steered is not None:
+                steered = Control(tuple(r[index] for r in steered.down), steered.mid[index])
         n = len(blocks)
         denoised = self.denoiser(
             x.repeat(n, 1, 1, 1),  # (b, c, h, w) -> (n·b, c, h, w)
             sigma.repeat(n),
-            cond=Cond.cat([_rows(name, conds[name], rows) for name in blocks]),
+            cond=Cond.cat([own[name] for name in blocks]),
             attend=self._attention(branches, rows, attend or self.attend, watch, record and record(sigma)),
-            control=None if control is None else _repeat(control, n),
+            control=steered,
             fork=fork,
         )
         return dict(zip(branches, denoised.split(rows), strict=True))  # (branches · b, c, h, w) -> (b, c, h, w) each
@@ -266,7 +276,3 @@ def _rows(name: str, cond: Cond, rows: int) -> Cond:
     if cond.rows == 1:
         return cond[[0] * rows]
     raise ValueError(f"conds[{name!r}] has {cond.rows} rows for {rows} images; it needs {rows} or 1")
-
-
-def _repeat(control: Control, n: int) -> Control:
-    return Control(tuple(z.repeat(n, 1, 1, 1) for z in control.down), control.mid.repeat(n, 1, 1, 1))

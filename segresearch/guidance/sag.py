@@ -1,6 +1,6 @@
 """Self-Attention Guidance (SAG, arXiv 2210.00939): guide away from the image whose salient parts were blurred."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from segresearch.guidance.denoiser import SCHEDULE, GuidedDenoiser, Record
 from segresearch.guidance.terms import ALWAYS, Branch, Scale, Window, check_scale, scale_at, scale_text
 from segresearch.models.attention import Attend, Site
 from segresearch.models.conditioning import Cond
-from segresearch.models.unet import Control
+from segresearch.models.controlnet import Controlled
 
 TAPS = 9  # of the latent blur, whatever its sigma, as in the published code
 
@@ -70,13 +70,13 @@ class SelfAttentionGuidance:
         x: Float[Tensor, "rows c h w"],
         sigma: Float[Tensor, " rows"],
         conds: Mapping[str, Cond],
-        control: Control | None = None,
+        control: Sequence[Controlled] | None = None,
         attend: Attend | None = None,
         record: Record | None = None,
     ) -> Float[Tensor, "rows c h w"]:
         """The guided denoised image; arguments and errors as for GuidedDenoiser.
 
-        `control` and `attend` serve both forwards, `record` sees the first.
+        `control` and `attend` serve both forwards, each with ControlNets of its own x; `record` sees the first.
         """
         values = sigma.tolist()
         scales = [scale_at(self.scale, self.window, s, "SAG") for s in values]

@@ -10,18 +10,16 @@ from dataclasses import dataclass, field, replace
 
 from segresearch.guidance.perturbations import PAG, SEG, At, Perturbation
 from segresearch.guidance.select import Where
+from segresearch.sampling.windows import ALWAYS, Window, check_window
 
 Scale = float | int | Callable[[float], float]  # a number, or s(σ)
-Window = tuple[float | int, float | int]  # (low, high) in σ, both included
-ALWAYS: Window = (0.0, math.inf)
 
 
 def check_scale(scale: Scale, window: Sequence[float | int], what: str) -> None:
     """ValueError for a scale that is not finite or a window that is not 0 ≤ low ≤ high."""
     if not callable(scale) and not (isinstance(scale, float | int) and math.isfinite(scale)):
         raise ValueError(f"the scale of {what} must be finite, got {scale!r}")
-    if len(window) != 2 or not 0 <= window[0] <= window[1]:
-        raise ValueError(f"the window of {what} must be (low, high) in sigma, 0 <= low <= high, got {tuple(window)}")
+    check_window(window, what)
 
 
 def scale_at(scale: Scale, window: Window, sigma: float, what: str) -> float:

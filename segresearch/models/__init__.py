@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from segresearch.models.attention import Attend, Fork, Heads, Site, sdpa
     from segresearch.models.conditioning import Cond
+    from segresearch.models.controlnet import Controlled, ControlNet, ControlNetConfig, controlled
     from segresearch.models.denoiser import Denoiser
     from segresearch.models.load import SDXL, load_sdxl
     from segresearch.models.locate import CheckpointError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "attention": ("Attend", "Fork", "Heads", "Site", "sdpa"),
     "conditioning": ("Cond",),
+    "controlnet": ("ControlNet", "ControlNetConfig", "Controlled", "controlled"),
     "denoiser": ("Denoiser",),
     "load": ("SDXL", "load_sdxl"),
     "locate": ("CheckpointError",),
@@ -33,8 +35,9 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "VAE", "SDXL", "Attend", "CheckpointError", "Cond", "Control", "Denoiser", "Fork", "Heads", "Site", "TextEncoders",
-    "UNet", "UNetConfig", "VAEConfig", "load_sdxl", "sdpa",
+    "VAE", "SDXL", "Attend", "CheckpointError", "Cond", "Control", "ControlNet", "ControlNetConfig", "Controlled",
+    "Denoiser", "Fork", "Heads", "Site", "TextEncoders", "UNet", "UNetConfig", "VAEConfig", "controlled", "load_sdxl",
+    "sdpa",
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from segresearch.models.attention import Attend, Fork, sdpa
 from segresearch.models.conditioning import Cond
+from segresearch.models.controlnet import ControlNet
 from segresearch.models.unet import Control, UNet
 from segresearch.sampling import k_diffusion
 
@@ -126,10 +127,24 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
             return x - sigma * out
         return x / (sigma**2 + 1) - sigma / (sigma**2 + 1).sqrt() * out
 
+    def control(
+        self,
+        x: Float[Tensor, "rows c h w"],
+        sigma: Float[Tensor, " rows"],
+        cond: Cond,
+        net: ControlNet,
+        hint: Float[Tensor, "hint_rows d h w"],
+        guess: bool = False,
+    ) -> Control:
+        """What a ControlNet adds at noise level sigma, for `forward`; arguments and errors as of `ControlNet`."""
+        return net(self._scaled(x, sigma), self.sigma_to_t(sigma), cond, hint, guess)
+
+    def _scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return x / (sigma[:, None, None, None] ** 2 + 1).sqrt()
+
     def _network(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """The network's own prediction, in the dtype of x."""
-        z = x / (sigma[:, None, None, None] ** 2 + 1).sqrt()
-        return self.inner_model(z, self.sigma_to_t(sigma), **extra).to(x.dtype)
+        return self.inner_model(self._scaled(x, sigma), self.sigma_to_t(sigma), **extra).to(x.dtype)
 
     def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **extra: Any) -> Float[Tensor, " rows"]:
         """Mean squared error of the network's own prediction (eps or v) at input + sigma · noise, one value a row."""

@@ -51,7 +51,8 @@ class Parts:
     force_upcast: bool
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A config. Raises CheckpointError for a file that is missing, a git-lfs pointer or not a JSON object."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: fetch the model again, with its configs")
     text = path.read_text(errors="replace")
@@ -73,7 +74,7 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
         raise CheckpointError(f"{folder}: no tokenizer here (vocab.json and merges.txt): fetch the model's tokenizers")
     for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            _json(folder / name)
+            read_json(folder / name)
     merges = folder / "merges.txt"
     if merges.is_file() and merges.read_text(errors="replace").startswith(_LFS):
         raise CheckpointError(f"{merges} {_POINTER}")
@@ -110,7 +111,7 @@ def _on_meta(
 
 def from_folder(folder: Path, variant: str | None) -> Parts:
     index = _pipeline_index(folder)
-    configs = [_json(folder / name / "config.json") for name in ("unet", "vae", "text_encoder", "text_encoder_2")]
+    configs = [read_json(folder / name / "config.json") for name in ("unet", "vae", "text_encoder", "text_encoder_2")]
     unet, vae, encoders = _on_meta(configs[0], configs[1], configs[2], configs[3], str(folder))
     texts = []
     for module, name in zip(encoders, ("text_encoder", "text_encoder_2"), strict=True):
@@ -130,7 +131,7 @@ def from_folder(folder: Path, variant: str | None) -> Parts:
         encoders,
         weights,
         (_tokenizer(folder / "tokenizer"), _tokenizer(folder / "tokenizer_2")),
-        _json(scheduler) if scheduler.is_file() else {},
+        read_json(scheduler) if scheduler.is_file() else {},
         bool(index.get("force_zeros_for_empty_prompt", True)),
         bool(configs[1].get("force_upcast", True)),
     )
@@ -152,9 +153,9 @@ def _pipeline_index(folder: Path) -> dict[str, Any]:
         for path in sorted(folder.glob("*")):
             refuse_pickle(path)
         raise CheckpointError(f"{folder}: no model_index.json here: {hint}")
-    index = _json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     kind = str(index.get("_class_name", ""))
-    unet = _json(folder / "unet" / "config.json") if (folder / "unet" / "config.json").is_file() else None
+    unet = read_json(folder / "unet" / "config.json") if (folder / "unet" / "config.json").is_file() else None
     if unet is None:
         raise CheckpointError(f"{folder} is a {kind or 'pipeline'} without unet/config.json, not SDXL; {hint}")
     width = unet.get("cross_attention_dim")
@@ -214,7 +215,7 @@ def from_file(path: Path, config: Path | None, tokenizer: Path | None) -> Parts:
     def sized(prefix: str, part: str, infer: Callable[[singlefile.Shapes], dict[str, Any]]) -> dict[str, Any]:
         given = config / part / "config.json" if config else None
         if given is not None and given.is_file():
-            return _json(given)
+            return read_json(given)
         try:
             return infer({k.removeprefix(prefix): e.shape for k, e in entries.items() if k.startswith(prefix)})
         except (KeyError, IndexError, ValueError) as error:
@@ -250,7 +251,7 @@ def from_file(path: Path, config: Path | None, tokenizer: Path | None) -> Parts:
         ),
         _file_tokenizers(tokenizer, config),
         _file_scheduler(entries, metadata, config),
-        bool((_json(index) if index and index.is_file() else {}).get("force_zeros_for_empty_prompt", True)),
+        bool((read_json(index) if index and index.is_file() else {}).get("force_zeros_for_empty_prompt", True)),
         bool(vae_config.get("force_upcast", True)),
     )
 
@@ -259,7 +260,7 @@ def _file_scheduler(entries: Mapping[str, Entry], metadata: Mapping[str, str], c
     """The noise schedule: of the config folder, else SDXL's and what the file says (keys v_pred and ztsnr)."""
     given = config / "scheduler" / "scheduler_config.json" if config else None
     if given is not None and given.is_file():
-        return _json(given)
+        return read_json(given)
     said = str(metadata.get("modelspec.prediction_type", "")).lower()
     v = "v_pred" in entries or said in ("v", "v_prediction", "velocity")
     return {"prediction_type": "v_prediction" if v else "epsilon", "rescale_betas_zero_snr": "ztsnr" in entries}

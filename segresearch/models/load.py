@@ -1,6 +1,6 @@
 """load_sdxl: from a path or a name to a ready SDXL, whatever the layout on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from segresearch.models.checkpoint import fill
 from segresearch.models.conditioning import Cond
+from segresearch.models.control_folder import Asked, check_fit, open_controlnets
+from segresearch.models.controlnet import ControlNet
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
-from segresearch.models.layouts import Parts, from_file, from_folder
+from segresearch.models.layouts import Parts, Weights, from_file, from_folder
 from segresearch.models.locate import CheckpointError, located
 from segresearch.models.text import TextEncoders
 from segresearch.models.unet import UNet
@@ -23,6 +25,7 @@ class SDXL:
     """Everything of one loaded model. Frozen: an experiment that wants another behaviour passes another argument.
 
     name: as it was asked for. zero_negative: no negative prompt means zeros (SDXL), else the encoding of "".
+    controlnets: by the names they were asked for by, in that order.
     """
 
     unet: UNet
@@ -31,6 +34,7 @@ class SDXL:
     denoiser: Denoiser = field(repr=False)
     name: str = "sdxl"
     zero_negative: bool = True
+    controlnets: Mapping[str, ControlNet] = field(default_factory=dict)
 
     @property
     def latent_channels(self) -> int:
@@ -110,6 +114,7 @@ def load_sdxl(
     path_or_name: str | Path,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    controlnet: Asked = None,
     *,
     variant: str | None = None,
     config: str | Path | None = None,
@@ -119,6 +124,8 @@ def load_sdxl(
     """An SDXL from a diffusers folder, a single .safetensors file in the original layout, "mini", or a hub id in the
     local cache.
 
+    controlnet: one or several, each a name in the folder's own controlnet/, a diffusers ControlNet folder, or a hub id
+        in the local cache; `.controlnets` holds them by these names, in the UNet's dtype and on its device.
     variant: of the weights in a folder, e.g. "fp16"; None takes the plain files, else the fp16 variant if only that is
     there. config: for a single file, a folder with the configs of the diffusers layout (all or some: unet/config.json,
     vae/config.json,
@@ -148,23 +155,33 @@ def load_sdxl(
         parts = from_file(
             path, None if config is None else Path(config), None if tokenizer is None else Path(tokenizer)
         )
-    return _built(parts, str(path_or_name), dtype, torch.device(device), vae_dtype)
+    nets = open_controlnets(controlnet, path, variant)
+    return _built(parts, nets, str(path_or_name), dtype, torch.device(device), vae_dtype)
 
 
-def _built(parts: Parts, name: str, dtype: torch.dtype, device: torch.device, vae_dtype: torch.dtype | None) -> SDXL:
+def _built(
+    parts: Parts,
+    nets: Mapping[str, tuple[ControlNet, Weights]],
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    vae_dtype: torch.dtype | None,
+) -> SDXL:
     if vae_dtype is None:
         vae_dtype = torch.float32 if dtype == torch.float16 and parts.force_upcast else dtype
     unet, vae, text = parts.unet, parts.vae, TextEncoders(parts.tokenizers, parts.encoders)
     _agree(unet, vae, text)
+    for own, (net, _) in nets.items():
+        check_fit(own, net.config, unet.config, vae.config.factor)
     try:
         schedule, offset = alphas_cumprod(parts.scheduler).to(device), int(parts.scheduler.get("steps_offset", 1))
         denoiser = Denoiser(unet, schedule, parts.scheduler.get("prediction_type", "epsilon"), offset)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{name}: {error}") from error
-    modules = (unet, vae, *text.encoders)
-    for module, w in zip(modules, parts.weights, strict=True):
-        own = vae_dtype if module is vae else dtype
-        fill(module, w.entries, w.sources, dtype=own, device=device, what=w.what)
+    modules = (unet, vae, *text.encoders, *(net for net, _ in nets.values()))
+    for module, w in zip(modules, (*parts.weights, *(w for _, w in nets.values())), strict=True):
+        kind = vae_dtype if module is vae else dtype
+        fill(module, w.entries, w.sources, dtype=kind, device=device, what=w.what)
     for encoder in text.encoders:  # position_ids, the one buffer that checkpoints do not hold
         embeddings: Any = getattr(encoder, "text_model", encoder).embeddings
         embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=device)[None]
@@ -172,7 +189,7 @@ def _built(parts: Parts, name: str, dtype: torch.dtype, device: torch.device, va
         assert not any(b.is_meta for b in module.buffers()), (
             f"a buffer of {type(module).__name__} was left on the meta device"
         )
-    return SDXL(unet, vae, text, denoiser, name, parts.zero_negative)
+    return SDXL(unet, vae, text, denoiser, name, parts.zero_negative, {key: net for key, (net, _) in nets.items()})
 
 
 def _agree(unet: UNet, vae: VAE, text: TextEncoders) -> None:

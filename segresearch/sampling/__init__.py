@@ -8,5 +8,9 @@ from segresearch.sampling.doorway import k_diffusion
 from segresearch.sampling.loop import SAMPLERS, sample
 from segresearch.sampling.noise import image_key, initial_noise
 from segresearch.sampling.schedules import SCHEDULES, sigmas, start_scale
+from segresearch.sampling.windows import ALWAYS, step_window
 
-__all__ = ["SAMPLERS", "SCHEDULES", "image_key", "initial_noise", "k_diffusion", "sample", "sigmas", "start_scale"]
+__all__ = [
+    "ALWAYS", "SAMPLERS", "SCHEDULES", "image_key", "initial_noise", "k_diffusion", "sample", "sigmas", "start_scale",
+    "step_window",
+]  # fmt: skip

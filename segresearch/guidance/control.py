@@ -1,0 +1,73 @@
+"""What the ControlNets add at one step: each distinct conditioning once, whatever branches there are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from segresearch.models.conditioning import Cond
+from segresearch.models.controlnet import Controlled, weighted
+from segresearch.models.unet import Control
+
+
+def residuals(
+    denoiser: Any,
+    x: Float[Tensor, "rows c h w"],
+    sigma: Float[Tensor, " rows"],
+    conds: Mapping[str, Cond],
+    base: str,
+    control: Sequence[Controlled],
+) -> Control | None:
+    """Σ scale · residual of all ControlNets, for the rows of each conditioning in turn (len(conds) · rows in all).
+
+    None where every scale is 0 or σ is outside every window: nothing is then computed. A perturbed branch has the x and
+    the conditioning of the branch it perturbs, so it shares that one's residuals; ControlNets are never perturbed.
+    With `guess` only the rows of the conditioning `base` get any. Raises ValueError for a hint of another number of
+    rows, or what does not fit x.
+    """
+    if isinstance(control, Controlled):
+        raise ValueError("control is a sequence of ControlNets in use: write control=[controlled(...)]")
+    values, total = sigma.tolist() if control else [], None
+    for one in control:
+        if one.rows not in (1, len(x)):
+            raise ValueError(f"a ControlNet has {one.rows} control images for {len(x)} images; it needs {len(x)} or 1")
+        scales = [one.scale_at(s) for s in values]
+        names = [name for name in conds if name == base or not one.guess]
+        if not any(scales) or not names:
+            continue
+        n = len(names)
+        hint = one.hint if one.rows == 1 else one.hint.repeat(n, 1, 1, 1)  # (b, c, h, w) -> (n·b, c, h, w)
+        own = denoiser.control(
+            x.repeat(n, 1, 1, 1), sigma.repeat(n), Cond.cat([conds[name] for name in names]), one.net, hint, one.guess
+        )
+        own = _scaled(own, scales * n)
+        if n < len(conds):
+            own = _among(own, list(conds).index(base), len(conds))
+        total = own if total is None else _plus(total, own)
+    return total
+
+
+def _scaled(control: Control, scales: Sequence[float]) -> Control:
+    """Each row times its scale."""
+    if set(scales) == {1.0}:
+        return control
+    mid = control.mid
+    even = len(set(scales)) == 1
+    weight = scales[0] if even else torch.tensor(scales, dtype=mid.dtype, device=mid.device)[:, None, None, None]
+    return weighted(control, [weight] * (len(control.down) + 1))
+
+
+def _among(control: Control, place: int, blocks: int) -> Control:
+    """The control's rows as block number `place` of `blocks`, the others zero."""
+
+    def padded(r: Tensor) -> Tensor:
+        zero = torch.zeros_like(r)
+        return torch.cat([r if i == place else zero for i in range(blocks)])  # (b, ...) -> (blocks · b, ...)
+
+    return Control(tuple(padded(r) for r in control.down), padded(control.mid))
+
+
+def _plus(a: Control, b: Control) -> Control:
+    return Control(tuple(r + s for r, s in zip(a.down, b.down, strict=True)), a.mid + b.mid)

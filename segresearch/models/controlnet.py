@@ -1,0 +1,216 @@
+"""SDXL's ControlNet (arXiv 2302.05543), written out: a copy of the UNet's encoding half that reads an image too.
+
+    image (rows, 3, H, W) ─ controlnet_cond_embedding ─► hint (rows, c, h, w)        once an image
+    x (rows, 4, h, w) ─ conv_in + hint ─ down_blocks ─ mid_block ─ 1×1 convolutions ─► Control      once a step
+
+Module names are the key names of a diffusers checkpoint. Its self-attention is never perturbed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from segresearch.models.attention import sdpa
+from segresearch.models.conditioning import Cond
+from segresearch.models.encoder import CROSSED_MID, PLAIN_MID, Encoder, EncoderConfig, counts, refuse_unless
+from segresearch.models.unet import Control
+from segresearch.sampling.windows import ALWAYS, Window, check_window
+
+# What only a ControlNet's config.json says besides the sizes (see encoder.py).
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("ControlNetModel",),
+    "conditioning_channels": (3,),
+    "controlnet_conditioning_channel_order": ("rgb", "bgr"),
+    "encoder_hid_dim_type": (None,),
+    "global_pool_conditions": (False,),
+    "mid_block_type": (CROSSED_MID, PLAIN_MID),
+    "num_control_type": (None,),  # unions
+}
+
+
+@dataclass(frozen=True)
+class ControlNetConfig(EncoderConfig):
+    """Sizes of an SDXL-shaped ControlNet, in the terms of a diffusers config.json; the defaults are SDXL's.
+
+    conditioning_embedding_out_channels: widths of the image's embedding; between two of them it halves the image.
+    """
+
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+    controlnet_conditioning_channel_order: str = "rgb"
+
+    @staticmethod
+    def from_dict(config: Mapping[str, Any]) -> "ControlNetConfig":
+        """From the config.json of a diffusers ControlNetModel.
+
+        Raises ValueError, naming key and value, for anything that is not an SDXL-shaped ControlNet.
+        """
+        refuse_unless(config, _FIXED, "controlnet")
+        values = EncoderConfig.sizes(config, "controlnet")
+        name = "conditioning_embedding_out_channels"
+        given = config.get(name, ControlNetConfig.conditioning_embedding_out_channels)
+        widths = counts(given, len(given) if isinstance(given, list | tuple) and given else 1, name, "controlnet")
+        order = str(config.get("controlnet_conditioning_channel_order", "rgb"))
+        return ControlNetConfig(
+            **values, conditioning_embedding_out_channels=widths, controlnet_conditioning_channel_order=order
+        )
+
+    @property
+    def what(self) -> str:
+        return "controlnet"
+
+    @property
+    def image_factor(self) -> int:
+        """Image pixels per latent pixel, along each axis."""
+        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+
+
+class ImageEmbedding(nn.Module):
+    """An image to a hint at latent size: 3×3 convolutions, every second one with stride 2 (diffusers:
+    ControlNetConditioningEmbedding)."""
+
+    def __init__(self, out_channels: int, widths: Sequence[int]):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.blocks = nn.ModuleList(
+            conv for a, b in pairs for conv in (nn.Conv2d(a, a, 3, padding=1), nn.Conv2d(a, b, 3, padding=1, stride=2))
+        )
+        self.conv_out = zeroed(nn.Conv2d(widths[-1], out_channels, 3, padding=1))
+
+    def forward(self, image: Float[Tensor, "rows 3 image_h image_w"]) -> Float[Tensor, "rows c h w"]:
+        x = F.silu(self.conv_in(image))
+        for block in self.blocks:
+            x = F.silu(block(x))
+        return self.conv_out(x)
+
+
+def zeroed(conv: nn.Conv2d) -> nn.Conv2d:
+    """The convolution at zero, as a ControlNet's outer layers start."""
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
+
+
+class ControlNet(Encoder):
+    """An SDXL ControlNet of any size. A new one adds nothing: its outer layers are zero."""
+
+    def __init__(self, config: ControlNetConfig):
+        super().__init__(config)
+        widths = config.skip_widths
+        self.config = config
+        self.controlnet_cond_embedding = ImageEmbedding(widths[0], config.conditioning_embedding_out_channels)
+        self.controlnet_down_blocks = nn.ModuleList(zeroed(nn.Conv2d(w, w, 1)) for w in widths)
+        self.controlnet_mid_block = zeroed(nn.Conv2d(widths[-1], widths[-1], 1))
+
+    def embed_image(self, image: Float[Tensor, "rows 3 image_h image_w"]) -> Float[Tensor, "rows c h w"]:
+        """The hint that a control image gives, at latent size: once an image, not once a step.
+
+        image: in [0, 1], RGB, at the size of the picture in pixels. ValueError unless both sides are multiples of
+        `config.image_factor`.
+        """
+        height, width = image.shape[2:]
+        factor = self.config.image_factor
+        if height % factor or width % factor or not height or not width:
+            raise ValueError(
+                f"controlnet: the control image is {height}×{width} pixels; its sides must be positive multiples of "
+                f"{factor}"
+            )
+        if self.config.controlnet_conditioning_channel_order == "bgr":
+            image = image.flip(1)
+        return self.controlnet_cond_embedding(image.to(self.conv_in.weight))
+
+    def forward(
+        self,
+        x: Float[Tensor, "rows c h w"],
+        t: Float[Tensor, " rows"],
+        cond: Cond,
+        hint: Float[Tensor, "hint_rows d hint_h hint_w"],
+        guess: bool = False,
+    ) -> Control:
+        """Residuals for the UNet's skips and mid block at model input x and timestep t, in the network's dtype.
+
+        hint: of `embed_image`, a row for each of x or one for all. guess: residuals weighted from 0.1 at the first
+        skip to 1 at the mid block, in equal ratios (diffusers' guess_mode). Raises ValueError if cond or hint does not
+        fit x.
+        """
+        self.check(x, cond)
+        if hint.shape[2:] != x.shape[2:]:
+            factor = self.config.image_factor
+            (h, w), (height, width) = ([factor * n for n in z.shape[2:]] for z in (hint, x))
+            raise ValueError(f"controlnet: the control image is {h}×{w} pixels, the picture {height}×{width}")
+        if hint.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"controlnet: {hint.shape[0]} rows of hint for {x.shape[0]} rows of x")
+        emb = self.embed(t, cond)
+        mid, skips = self.encode(x, emb, cond.context.to(emb.dtype), sdpa, None, hint.to(emb.dtype))
+        down = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
+        control = Control(tuple(down), self.controlnet_mid_block(mid))
+        return weighted(control, torch.logspace(-1, 0, len(down) + 1).tolist()) if guess else control
+
+
+def weighted(control: Control, weights: Sequence[float | Tensor]) -> Control:
+    """Each residual times its own weight, the mid block's last."""
+    *down, mid = weights
+    return Control(tuple(r * w for r, w in zip(control.down, down, strict=True)), control.mid * mid)
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """One ControlNet in use: residuals `scale` · net(x, t, cond, hint) where σ is inside the window.
+
+    hint: of `net.embed_image`, a row for each image or one for all. scale: of the residuals. window: (low, high) in
+    σ, both included (`sampling.step_window` makes one from fractions of the steps). guess: the residuals go to the
+    rows of the base conditioning only, none to the others such as "uncond", and are weighted by depth from 0.1 to 1.
+
+    Raises ValueError for a scale that is not finite or a window that is not 0 ≤ low ≤ high.
+    """
+
+    net: ControlNet
+    hint: Float[Tensor, "rows c h w"]
+    scale: float | int = 1.0
+    window: Window = ALWAYS
+    guess: bool = False
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.scale, float | int) and math.isfinite(self.scale)):
+            raise ValueError(f"the scale of a ControlNet must be finite, got {self.scale!r}")
+        check_window(self.window, "a ControlNet")
+
+    @property
+    def rows(self) -> int:
+        return self.hint.shape[0]
+
+    def __getitem__(self, index: slice | Tensor | Sequence[int]) -> "Controlled":
+        """For the chosen images."""
+        return replace(self, hint=self.hint[index])
+
+    def scale_at(self, sigma: float) -> float:
+        """The scale at σ: 0 outside the window."""
+        return float(self.scale) if self.window[0] <= sigma <= self.window[1] else 0.0
+
+
+def controlled(
+    net: ControlNet,
+    image: Float[Tensor, "rows channels h w"],
+    scale: float | int = 1.0,
+    window: Sequence[float | int] = ALWAYS,
+    guess: bool = False,
+) -> Controlled:
+    """A ControlNet with its control image: RGB in [0, 1] at the picture's size, a row for each picture or one for all.
+
+    The image is embedded here, once, in the net's dtype and on its device. The other arguments are those of Controlled.
+    Raises ValueError for an image that is not RGB in [0, 1] or whose sides do not fit, and as Controlled does.
+    """
+    if image.ndim != 4 or image.shape[1] != 3 or not image.numel() or not image.is_floating_point():
+        raise ValueError(f"a control image is RGB in [0, 1], (rows, 3, h, w); got {tuple(image.shape)} {image.dtype}")
+    low, high = image.min().item(), image.max().item()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(f"a control image is RGB in [0, 1]; these values reach from {low:g} to {high:g}")
+    check_window(window, "a ControlNet")
+    with torch.no_grad():
+        return Controlled(net, net.embed_image(image), scale, (window[0], window[1]), guess)

@@ -1,0 +1,45 @@
+"""Parts of the sampling in σ: where a term or a ControlNet acts."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Window = tuple[float | int, float | int]  # (low, high) in σ, both included
+ALWAYS: Window = (0.0, math.inf)
+NEVER: Window = (math.inf, math.inf)
+INTO = 0.25  # of the way, in log σ, from a level towards the next higher one
+
+
+def check_window(window: Sequence[float | int], what: str) -> None:
+    """ValueError unless `window` is (low, high) with 0 ≤ low ≤ high."""
+    if len(window) != 2 or not 0 <= window[0] <= window[1]:
+        raise ValueError(f"the window of {what} must be (low, high) in sigma, 0 <= low <= high, got {tuple(window)}")
+
+
+def step_window(levels: Float[Tensor, " levels"] | Sequence[float], start: float | int, end: float | int) -> Window:
+    """The window in σ that switches on the steps i of n with i/n ≥ start and (i+1)/n ≤ end, and no other step.
+
+    These are the steps of diffusers' control_guidance_start and _end. `levels` are a schedule's n + 1 sigmas, the last
+    of which is 0. The bounds lie a quarter of the way (in log σ) above the first level that is in and above the level
+    that the last step ends at, so evaluations between levels, as dpm_2's, count to the step that makes them; heun's
+    at a step's end counts to the next step. (0, 1) is ALWAYS; where no step fits the window is empty.
+
+    ValueError unless 0 ≤ start < end ≤ 1 and there is a step.
+    """
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"start and end are fractions of the steps, 0 <= start < end <= 1, got {start!r} and {end!r}")
+    sigmas = torch.as_tensor(levels).tolist()
+    n = len(sigmas) - 1
+    if n < 1:
+        raise ValueError(f"a schedule has at least two levels, got {sigmas}")
+    on = [i for i in range(n) if i / n >= start and (i + 1) / n <= end]
+    if not on:
+        return NEVER
+
+    def above(i: int) -> float:
+        return math.exp((1 - INTO) * math.log(sigmas[i]) + INTO * math.log(sigmas[i - 1]))
+
+    return (0.0 if on[-1] == n - 1 else above(on[-1] + 1), math.inf if on[0] == 0 else above(on[0]))
