@@ -1,0 +1,74 @@
+"""Improved precision and recall (arXiv 1904.06991): is a picture within the k-nearest-neighbour balls of a set?
+
+The balls around the features of a set reach to the k-th nearest other feature of it. Precision: share of generated
+features in a ball of the reference; recall: share of the reference in a ball of the generated. Both depend on N (balls
+shrink as it grows), so they compare only at equal N on either side.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+ROUNDING = 1e-13  # squared distances below this times the squared lengths are rounding, and count as 0
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Both shares, and what they rest on: n generated against n_reference, the k-th nearest neighbour, dim features."""
+
+    precision: float
+    recall: float
+    n: int
+    n_reference: int
+    neighbour: int
+    dim: int
+
+    def __str__(self) -> str:
+        counts = f"N = {self.n} against {self.n_reference}, k = {self.neighbour}, {self.dim} features"
+        return f"precision {self.precision:.3f}, recall {self.recall:.3f} ({counts})"
+
+
+def _apart(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"]) -> Float[Tensor, "n m"]:
+    """Squared distances, exactly 0 between equal features."""
+    lengths = x.square().sum(1)[:, None] + y.square().sum(1)  # (n, dim), (m, dim) -> (n, m)
+    apart = lengths - 2 * x @ y.T
+    return apart.where(apart > ROUNDING * lengths, 0)
+
+
+def radii(x: Float[Tensor, "n dim"], neighbour: int = 3, block: int = 1024) -> Float[Tensor, " n"]:
+    """Squared distance of each feature to its k-th nearest other one."""
+    found = [_apart(rows, x).kthvalue(neighbour + 1, dim=1).values for rows in x.split(block)]  # itself is the first
+    return torch.cat(found)
+
+
+def covered(
+    x: Float[Tensor, "n dim"], balls: Float[Tensor, "m dim"], reach: Float[Tensor, " m"], block: int = 1024
+) -> float:
+    """Share of x that lies within one of the balls, whose edge belongs to them."""
+    inside = [(_apart(rows, balls) <= reach).any(1) for rows in x.split(block)]
+    return torch.cat(inside).double().mean().item()
+
+
+def precision_recall(
+    features: Float[Tensor, "n dim"], reference: Float[Tensor, "m dim"], neighbour: int = 3, block: int = 1024
+) -> PrecisionRecall:
+    """Precision and recall of generated features against a reference, in fp64, N stated.
+
+    Memory beside the features is one block × max(n, m) matrix of distances. ValueError for as few pictures as
+    `neighbour`, for values that are not finite or features of another number.
+    """
+    if features.shape[1] != reference.shape[1]:
+        raise ValueError(f"features of {features.shape[1]} and {reference.shape[1]} numbers cannot be compared")
+    n, m = len(features), len(reference)
+    if not 1 <= neighbour < min(n, m):
+        raise ValueError(f"neighbour={neighbour}: must lie between 1 and {min(n, m) - 1}, for {n} and {m} pictures")
+    x, y = features.detach().double(), reference.detach().double()
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("features hold values that are not finite: the pictures they come from are broken")
+    middle = y.mean(0)  # distances do not change, their rounding shrinks
+    x, y = x - middle, y - middle
+    precision = covered(x, y, radii(y, neighbour, block), block)
+    recall = covered(y, x, radii(x, neighbour, block), block)
+    return PrecisionRecall(precision, recall, n, m, neighbour, x.shape[1])
