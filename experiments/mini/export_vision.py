@@ -27,7 +27,7 @@ def export_vision(out: Path, clip_file: Path) -> None:
     trained: dict[str, Tensor] = torch.load(clip_file, weights_only=True)["weights"]
     weights = {k: v for k, v in trained.items() if k.split(".")[0] in ("vision", "vision_projections")}
     projections = [len(weights[f"vision_projections.{i}.weight"]) for i in range(2)]
-    config = {
+    config: dict[str, Any] = {
         "width": len(weights["vision.convs.0.weight"]),
         "features": len(weights["vision.head.weight"]),
         "projections": projections,

@@ -12,7 +12,7 @@ from torch import Tensor
 from segresearch.evaluation.vision import Vision, unit_range
 
 
-def feature_distance(vision: Vision, a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+def feature_distance(vision: Vision, a: Float[Tensor, "b 3 h w"], b: Tensor) -> Float[Tensor, " b"]:
     """Distance of each picture of `a` to the one of `b` in its place, in [0, 4]; pictures in [−1, 1].
 
     At each stage the channels of every place are scaled to unit length; squared differences are summed over channels,
