@@ -173,9 +173,7 @@ def control_paths(folder: Path, plan: tuple[Panel, ...], number: int, control: s
     return [place / slug(control) / f"seed{row.seed:0{digits}d}.png" for row in rows]
 
 
-def show_controls(
-    plan: tuple[Panel, ...], folder: Path, semantic: Mapping[str, Any], size: tuple[int, int]
-) -> None:
+def show_controls(plan: tuple[Panel, ...], folder: Path, semantic: Mapping[str, Any], size: tuple[int, int]) -> None:
     """Write the control images as files, for whoever looks and for the grid."""
     for number, panel in enumerate(plan, 1):
         for k, (name, control) in enumerate(panel.controls.items()):
@@ -205,7 +203,7 @@ def _make(
                 seeds = [p.seed for p in batch.pictures]
                 bar.set_description(str(batch.pictures[0].settings["method"]))
                 conds = sdxl.encode([p.prompt for p in batch.pictures], negative=batch.negative, size=config.size)
-                more = {"control": control(sdxl, config, batch)} if batch.controls else {}
+                more: dict[str, Any] = {"control": control(sdxl, config, batch)} if batch.controls else {}
                 latents = sample(
                     guided(batch.guidance), initial_noise(seeds, shape), sampler=config.sampler.name, schedule=levels,
                     steps=config.steps, conds=conds, seeds=seeds, options=config.sampler.options, **more,

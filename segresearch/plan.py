@@ -27,7 +27,6 @@ from segresearch.config import (
 )
 from segresearch.typed import ConfigError, nearest, typed
 
-
 SCENE = "scene:"  # what names of procedural scenes begin with, where others are files
 HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training
 

@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from segresearch.control.depth import depth
+    from segresearch.control.estimate import depth
     from segresearch.control.images import fit, open_image, open_map
     from segresearch.control.maps import canny, to_tensor
 
-_HOME = dict(canny="maps", depth="depth", fit="images", open_image="images", open_map="images", to_tensor="maps")
+_HOME = dict(canny="maps", depth="estimate", fit="images", open_image="images", open_map="images", to_tensor="maps")
 
 __all__ = ["canny", "depth", "fit", "open_image", "open_map", "to_tensor"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 FULL = 65535  # white in 16 bits
 
 
@@ -76,7 +76,7 @@ def _scaled(image: Image.Image, path: str | Path) -> Image.Image:
 def _upright(path: Path) -> Image.Image:
     """The decoded first frame, turned as its EXIF says."""
     if not path.exists():
-        web = "//" in str(path) or str(path).startswith(("http:", "https:"))
+        web = str(path).startswith(("http:", "https:"))
         hint = "nothing is fetched from the network: download it first" if web else "give the path of an image"
         raise ValueError(f"{path}: no such file; {hint}")
     if path.is_dir():

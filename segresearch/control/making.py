@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from segresearch.config import ControlConfig
-from segresearch.control.depth import depth
+from segresearch.control.estimate import depth
 from segresearch.control.images import fit, open_image, open_map
 from segresearch.control.maps import canny, to_tensor
 from segresearch.data.maps import depth_image, edge_image

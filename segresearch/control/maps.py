@@ -16,7 +16,7 @@ def to_tensor(image: Image.Image) -> Float[Tensor, "1 3 h w"]:
     return values.permute(2, 0, 1)[None].float() / 255  # (h, w, 3) -> (1, 3, h, w)
 
 
-def canny(image: Image.Image, low: float = 100, high: float = 200) -> Float[Tensor, "1 3 h w"]:
+def canny(image: Image.Image, low: float | int = 100, high: float | int = 200) -> Float[Tensor, "1 3 h w"]:
     """OpenCV's Canny detector on the colour picture: edges white (1) on black (0).
 
     low, high: hysteresis thresholds on the gradient (3×3 Sobel, the strongest of the three colours), 100 and 200 as

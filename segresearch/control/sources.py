@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from segresearch.config import ControlConfig
 from segresearch.control.images import open_image
 from segresearch.plan import SCENE, Panel, Row
 from segresearch.runs import fingerprint, plain
-from segresearch.typed import ConfigError, nearest
+from segresearch.typed import ConfigError
 
 SEEN = (64, 64)  # the size at which a scene's map is identified
 
@@ -34,8 +33,10 @@ class Sources:
 
     def _add(self, control: ControlConfig, images: Sequence[str], at: str, model: Path) -> None:
         if control.net not in self.nets:
-            self.nets[control.net] = folder = located_net(control.net, model, f"{at}.net")
-            self._nets[control.net] = fingerprint(folder)
+            from segresearch.models.control_folder import located_controlnet
+
+            folder = _said(f"{at}.net", lambda net: located_controlnet(net, model), control.net)
+            self.nets[control.net], self._nets[control.net] = folder, fingerprint(folder)
         scenes, files = _split([i for i in images if (i, control.preprocess) not in self._images])
         if files and control.preprocess == "depth":
             _said(f"{at}.depth_model", depth_fingerprint, str(control.depth_model))
@@ -81,43 +82,16 @@ def _split(images: Sequence[str]) -> tuple[list[str], list[str]]:
     return scenes, [image for image in images if not image.startswith(SCENE)]
 
 
-def _said(at: str, check: Callable[[str], Any], value: str) -> None:
-    """`check(value)`, its ValueError under the name of the setting."""
+def _said(at: str, call: Callable[[str], Any], value: str) -> Any:
+    """`call(value)`, its ValueError under the name of the setting."""
     try:
-        check(value)
+        return call(value)
     except ValueError as error:
         raise ConfigError(f"{at}: {error}") from error
 
 
 @functools.cache
 def depth_fingerprint(model: str) -> str:
-    from segresearch.control.depth import located_depth
+    from segresearch.control.estimate import located_depth
 
     return fingerprint(located_depth(model))
-
-
-def located_net(net: str, model: Path, at: str = "net") -> Path:
-    """The folder of a ControlNet: `controlnet/<net>` in the model's folder, a path, or a hub id in the local cache."""
-    own = model / "controlnet"
-    if (own / net / "config.json").is_file():
-        return own / net
-    path = Path(net).expanduser()
-    if (path / "config.json").is_file():
-        return path
-    if path.is_dir():
-        raise ConfigError(f"{at}: {net}: no config.json in this folder; give a ControlNet in the diffusers layout")
-    if path.is_file():
-        raise ConfigError(f"{at}: {net}: a single file; give the folder of a ControlNet in the diffusers layout")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", net):
-        from huggingface_hub import constants, try_to_load_from_cache
-
-        cached = try_to_load_from_cache(net, "config.json")
-        if isinstance(cached, str):
-            return Path(cached).parent
-        raise ConfigError(
-            f"{at}: {net!r} is neither a folder nor in the local cache ({constants.HF_HUB_CACHE}); fetch it once with: "
-            f'hf download {net} --include "*.json" "*.safetensors"'
-        )
-    names = sorted(p.parent.name for p in own.glob("*/config.json")) if own.is_dir() else []
-    here = f" (ControlNets of {model.name}: {', '.join(names)})" if names else f"; {own} holds none"
-    raise ConfigError(f"{at}: no ControlNet {net!r}{nearest(net, names)}{here}")

@@ -14,26 +14,24 @@ from torch import Tensor
 from segresearch.control.images import fit
 from segresearch.control.maps import to_tensor
 
+NEAREST = 0.01  # m: metric estimates below it are taken for it
 METRIC = ("glpn", "zoedepth", "depth_pro", "prompt_depth_anything")  # these predict distances, others their inverse
 
 
 def located_depth(model: str | Path) -> Path:
     """The folder of a depth estimator: a path, or a hub id in the local cache. ValueError if there is none."""
-    path = Path(model).expanduser()
+    path, name = Path(model).expanduser(), str(model)
     if not path.is_dir():
+        hint = "or give a depth map with preprocess=none"
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+            raise ValueError(f"depth model {name!r}: no such folder; give one, a hub id in the local cache, {hint}")
         from huggingface_hub import constants, try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
 
-        try:
-            name = str(model)
-            cached = try_to_load_from_cache(name, "config.json") if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
-        except HFValidationError:
-            cached = None
+        cached = try_to_load_from_cache(name, "config.json")
         if not isinstance(cached, str):
-            fetch = f'hf download {model} --include "*.json" "*.safetensors"'
             raise ValueError(
-                f"depth model {str(model)!r} is neither a folder nor in the local cache ({constants.HF_HUB_CACHE}); "
-                f"fetch it once with: {fetch}; or give a depth map with preprocess=none"
+                f"depth model {name!r} is neither a folder nor in the local cache ({constants.HF_HUB_CACHE}); fetch it "
+                f'once with: hf download {name} --include "*.json" "*.safetensors"; {hint}'
             )
         path = Path(cached).parent
     missing = [name for name in ("config.json", "preprocessor_config.json") if not (path / name).is_file()]
@@ -56,7 +54,7 @@ def depth(image: Image.Image, model: str | Path, size: tuple[int, int] | None = 
         inputs = processor(images=image.convert("RGB"), return_tensors="pt")
         predicted = network(**inputs).predicted_depth[0].float()  # (h', w')
     if metric:
-        predicted = predicted.clamp(min=1e-6).reciprocal()
+        predicted = predicted.clamp(min=NEAREST).reciprocal()
     if not predicted.isfinite().all():
         raise ValueError(f"depth model {model}: its estimate is not finite")
     low, high = predicted.min(), predicted.max()
@@ -71,7 +69,10 @@ def depth(image: Image.Image, model: str | Path, size: tuple[int, int] | None = 
 def _loaded(folder: Path) -> tuple[Any, Any, bool]:
     """The image processor, the network, and whether it predicts distances."""
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+    from transformers.utils import logging
 
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):
             processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
@@ -81,6 +82,9 @@ def _loaded(folder: Path) -> tuple[Any, Any, bool]:
     except Exception as error:  # whatever transformers raises on a folder that is not what it should be
         reason = " ".join(str(error).split()).split(". ")[0]
         raise ValueError(f"depth model {folder}: not a depth estimator of transformers ({reason})") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     if found["missing_keys"]:
         raise ValueError(f"depth model {folder}: its weights lack {sorted(found['missing_keys'])[0]!r}; fetch it again")
     kind = getattr(network.config, "depth_estimation_type", "relative")
