@@ -215,11 +215,22 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def check_page(page: Path) -> tuple[str, str]:
+    """The text before and after the marks. Raises ValueError if they are missing."""
+    before, found, rest = page.read_text().partition(BEGIN)
+    if not found or END not in rest:
+        raise ValueError(f"{page}: the marks {BEGIN} and {END} are missing")
+    return before, rest.partition(END)[2]
+
+
 def write_table(place: Place, settings: Sequence[Setting], count: int, draws: int, docs: Path) -> str:
     """<docs>/effects/{effects.csv,effects.json,effects.png,samples.png}, and the table between the marks of
     <docs>/effects.md."""
     from experiments.mini.effects_figure import draw, samples
 
+    page = docs / "effects.md"
+    if page.exists():
+        check_page(page)  # before the work
     rows = reduce(place, settings, count, draws)
     text, folder = markdown(rows), docs / "effects"
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,11 +252,7 @@ def write_table(place: Place, settings: Sequence[Setting], count: int, draws: in
         f"{count} pictures a setting against {len(REFERENCE)} real scenes; {place.steps} Euler steps, UNet in "
         f"{place.dtype}; {draws} bootstrap resamples. Weights: {weights}."
     )
-    page = docs / "effects.md"
     if page.exists():
-        before, found, rest = page.read_text().partition(BEGIN)
-        if not found or END not in rest:
-            raise ValueError(f"{page}: the marks {BEGIN} and {END} are missing")
-        after = rest.partition(END)[2]
+        before, after = check_page(page)
         replace_file(page, f"{before}{BEGIN}\n\n{text}\n\n{note}\n\n{END}{after}".encode())
     return f"{text}\n\n{note}"
