@@ -66,6 +66,7 @@ class Judges:
         folder = located(place.model)
         self.vision, self.namer, self.count = load_vision(folder), load_namer(folder), count
         weights = {part: fingerprint(folder / part) for part in ("vision", "attributes", "text_encoder_2")}
+        self.seen_by = weights["vision"]
         self.digest = digest({"weights": weights, "count": count, "group": GROUP, "first": FIRST})
         index = range(FIRST, FIRST + count)
         self.held, self.said = scenes(index), of_scenes(index)
@@ -76,7 +77,7 @@ class Judges:
         self.model = model
 
     def reference(self, cache: Path) -> Gaussian:
-        path = cache / f"reference-{self.digest}.npz"
+        path = cache / f"reference-{digest({'vision': self.seen_by, 'scenes': [REFERENCE.start, len(REFERENCE)]})}.npz"
         if not path.exists():
             parts = [scenes(REFERENCE[i : i + 500]).images for i in range(0, len(REFERENCE), 500)]
             found = np.concatenate([features_of(self.vision, part)[0].numpy() for part in parts])
