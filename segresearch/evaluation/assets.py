@@ -7,7 +7,8 @@ one given, else the published one; the digest that was read is a part of every r
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -136,13 +137,41 @@ def hub_folder(path_or_id: str | Path, sha256: str | None = None) -> tuple[Path,
     raise CheckpointError(f"{folder}: needs config.json and one of {', '.join(HUB_WEIGHTS)}")
 
 
-def pretrained(build: Callable[..., Any], folder: Path, **extra: Any) -> Any:
-    """`build(folder)`, a from_pretrained of transformers, offline; CheckpointError where weights are missing."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without progress bars and reports; what matters of them is raised."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
-        made, report = build(str(folder), local_files_only=True, output_loading_info=True, **extra)
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def pretrained(build: Callable[..., Any], folder: Path, **extra: Any) -> Any:
+    """`build(folder)`, a from_pretrained of transformers, offline; CheckpointError where weights do not fit."""
+    try:
+        with _quiet():
+            made, report = build(
+                str(folder),
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+                **extra,
+            )
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
-    if report["missing_keys"] or report.get("mismatched_keys"):
-        lacking = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", ())]))
-        raise CheckpointError(f"{folder}: {type(made).__name__} misses {len(lacking)} weights, such as {lacking[0]}")
+    name = type(made).__name__
+    if report["missing_keys"]:
+        lacking = sorted(report["missing_keys"])
+        raise CheckpointError(f"{folder}: {name} misses {len(lacking)} weights, such as {lacking[0]}")
+    if report["mismatched_keys"]:
+        key, held, wanted = sorted(report["mismatched_keys"])[0]
+        raise CheckpointError(f"{folder}: {key} is {tuple(held)}, {name} needs {tuple(wanted)} by config.json")
     return made

@@ -118,10 +118,15 @@ def _dinov2(path: str | Path | None, sha256: str | None, device: torch.device, d
 
 
 def _clip(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
-    from transformers import CLIPVisionModelWithProjection
+    from transformers import AutoConfig, CLIPVisionModelWithProjection
 
     folder, known = assets.hub_folder(path or CLIP, sha256)
-    model = assets.frozen(assets.pretrained(CLIPVisionModelWithProjection.from_pretrained, folder), device, dtype)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    if hasattr(config, "vision_config"):  # a whole CLIP says above its towers how wide the embeddings are
+        config.vision_config.projection_dim = config.projection_dim
+        config = config.vision_config
+    loaded = assets.pretrained(CLIPVisionModelWithProjection.from_pretrained, folder, config=config)
+    model = assets.frozen(loaded, device, dtype)
 
     def network(images: Tensor) -> Tensor:
         pixels = squared(images, model.config.image_size, OPENAI, dtype, crop=True)

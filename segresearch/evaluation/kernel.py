@@ -92,7 +92,7 @@ def _sums(kernel: Kernel, x: Tensor, y: Tensor, own: bool) -> tuple[float, float
     return total.item(), diagonal.item()
 
 
-def discrepancy(kernel: Kernel, features: Float[Tensor, "n dim"], reference: Float[Tensor, "m dim"]) -> Discrepancy:
+def discrepancy(kernel: Kernel, features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"]) -> Discrepancy:
     """MMD² over all pairs, in memory that does not grow with their number. ValueError for fewer than two on a side."""
     x, y = _prepared(features, reference)
     n, m = len(x), len(y)
@@ -111,7 +111,7 @@ def subset(n: int, size: int, seed: int, index: int, side: int) -> Tensor:
 
 def kid(
     features: Float[Tensor, "n dim"],
-    reference: Float[Tensor, "m dim"],
+    reference: Float[Tensor, "m other"],
     subsets: int = 100,
     size: int = 1000,
     seed: int = 0,
@@ -139,7 +139,7 @@ def kid(
 
 
 def cmmd(
-    features: Float[Tensor, "n dim"], reference: Float[Tensor, "m dim"], width: float = 10.0, scale: float = 1000.0
+    features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"], width: float = 10.0, scale: float = 1000.0
 ) -> Discrepancy:
     """CLIP maximum mean discrepancy (arXiv 2401.09603) of CLIP embeddings, which are scaled to unit length here.
 

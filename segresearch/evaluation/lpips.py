@@ -82,7 +82,7 @@ class LPIPS(nn.Module):
                 found.append(x / (x.square().sum(1, keepdim=True).sqrt() + TINY))
         return found
 
-    def forward(self, a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+    def forward(self, a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "c 3 y x"]) -> Float[Tensor, " b"]:
         """Distance of each picture of `a` to the one of `b` in its place; pictures in [−1, 1], of any size.
 
         ValueError for pictures smaller than the network can see, or of two shapes.
@@ -126,9 +126,11 @@ def load_lpips(
 
 @torch.inference_mode()
 def lpips_distances(
-    net: LPIPS, a: UInt8[Tensor, "n 3 h w"], b: UInt8[Tensor, "n 3 h w"], batch: int = 16
+    net: LPIPS, a: UInt8[Tensor, "n 3 h w"], b: UInt8[Tensor, "m 3 y x"], batch: int = 16
 ) -> Float[Tensor, " n"]:
-    """LPIPS of uint8 pictures, pair by pair, `batch` at a time, on the CPU."""
+    """LPIPS of uint8 pictures, pair by pair, `batch` at a time, on the CPU. ValueError for two shapes, as LPIPS."""
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} pictures cannot be compared one by one")
     weight = next(net.parameters())
 
     def ready(images: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def covered(
 
 
 def precision_recall(
-    features: Float[Tensor, "n dim"], reference: Float[Tensor, "m dim"], neighbour: int = 3, block: int = 1024
+    features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"], neighbour: int = 3, block: int = 1024
 ) -> PrecisionRecall:
     """Precision and recall of generated features against a reference, in fp64, N stated.
 
