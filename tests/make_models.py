@@ -7,7 +7,13 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -147,3 +153,19 @@ def write_single(
     """The pipeline in one file in the original layout, with `more` keys beside it."""
     save_file({k: v.to(dtype).contiguous() for k, v in (original_layout(pipeline) | more).items()}, file)
     return file
+
+
+def make_controlnet(pipeline: StableDiffusionXLPipeline, seed: int = 0, **changes) -> ControlNetModel:
+    """A random diffusers ControlNet that fits the pipeline (VAE factor 2), none of it zero.
+
+    changes: to its config, as in transformer_layers_per_block.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(100 + seed)
+        like = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(8, 12))
+        net = ControlNetModel.from_config({**like.config, **changes})
+        for p in net.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+        for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+            layer.weight.data.normal_(0, 0.2)
+    return net.eval()

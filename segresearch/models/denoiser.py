@@ -133,7 +133,7 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         sigma: Float[Tensor, " rows"],
         cond: Cond,
         net: ControlNet,
-        hint: Float[Tensor, "hint_rows d h w"],
+        hint: Float[Tensor, "hint_rows d hint_h hint_w"],
         guess: bool = False,
     ) -> Control:
         """What a ControlNet adds at noise level sigma, for `forward`; arguments and errors as of `ControlNet`."""

@@ -167,9 +167,7 @@ class UNet(Encoder):
         x, skips = self.encode(x, emb, context, attend, fork)
         if control is not None:
             x = x + follow(control.mid.to(x.dtype), x, fork)
-            skips = [
-                follow(s, r, fork) + follow(r.to(s.dtype), s, fork) for s, r in zip(skips, control.down, strict=True)
-            ]
+            skips = [s + follow(r.to(s.dtype), s, fork) for s, r in zip(skips, control.down, strict=True)]
         for up in self.up_blocks:
             x = up(x, skips, emb, context, attend, fork)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
@@ -183,6 +181,8 @@ class UNet(Encoder):
                     f"unet: control has residuals {given} and {control.mid.shape[1]} wide, this model has skips "
                     f"{widths} and {widths[-1]} wide: the ControlNet belongs to another model"
                 )
+            if {r.shape[0] for r in (*control.down, control.mid)} != {x.shape[0]}:
+                raise ValueError(f"unet: {x.shape[0]} rows of x but {control.mid.shape[0]} rows of control")
         if fork is not None:
             if fork.site not in self.site_heads:
                 raise ValueError(f"unet: fork at unknown site {fork.site!r}; sites are {', '.join(self.sites)}")
