@@ -241,6 +241,8 @@ def _control(name: str, control: ControlConfig, count: int, at: str) -> tuple[st
         raise ConfigError(f"{at}.start: {control.start:g} is not below end, {control.end:g}: it would never act")
     if control.low > control.high:
         raise ConfigError(f"{at}.low: {control.low:g} is above high, {control.high:g}")
+    if not math.isfinite(control.scale):
+        raise ConfigError(f"{at}.scale: {control.scale:g} is not finite; 1 is the ControlNet as it was trained")
     files = [image for image in images if not image.startswith(SCENE)]
     if control.preprocess == "depth" and files and not control.depth_model:
         hint = "name one (a folder or a cached hub id), or set preprocess=none where the image is a depth map itself"
