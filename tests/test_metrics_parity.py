@@ -328,6 +328,8 @@ def test_features_and_cosines_of_the_embedded_model(tmp_path):
     extractor = load_extractor("mini", tmp_path)
     with torch.no_grad():
         close(extractor.of(images), tower.vision(images / 127.5 - 1), 1e-5)
+    with pytest.raises(ValueError, match="pictures of 64×32: the features of mini need 64×64"):
+        extractor(images[..., :32])
     assert extractor.dim == 24 and extractor.weights == assets.digest(folder / "model.safetensors")
 
     class Text:

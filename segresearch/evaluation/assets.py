@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from segresearch.models.locate import CheckpointError
 
+Module = TypeVar("Module", bound=nn.Module)
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -103,7 +104,7 @@ def put(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
         raise CheckpointError(f"{what}: the weights do not fit: {' '.join(str(error).split())[:300]}") from error
 
 
-def frozen(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+def frozen(module: Module, device: torch.device | str, dtype: torch.dtype) -> Module:
     """In place, on its device, for evaluation only."""
     return module.to(device=device, dtype=dtype).eval().requires_grad_(False)
 

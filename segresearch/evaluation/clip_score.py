@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from segresearch.evaluation import assets
 from segresearch.evaluation.vision import VisionTower, features_of
@@ -28,7 +28,7 @@ class Clip:
 
     name: str
     weights: str
-    model: nn.Module = field(repr=False)
+    model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
     processor: Any = field(repr=False)
 
@@ -39,21 +39,23 @@ class Clip:
     @torch.inference_mode()
     def of_images(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b dim"]:
         """Unit embeddings; pictures resized and cut to the middle square as the model's own processor does it."""
-        pixels = self.processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
-        seen = self.model.vision_model(pixel_values=pixels.to(self._weight))  # type: ignore[operator]
-        return F.normalize(self.model.visual_projection(seen.pooler_output), dim=-1)  # type: ignore[operator]
+        pixels = self.processor(images=list(images.cpu()), input_data_format="channels_first", return_tensors="pt")[
+            "pixel_values"
+        ]
+        seen = self.model.vision_model(pixel_values=pixels.to(self._weight))
+        return F.normalize(self.model.visual_projection(seen.pooler_output), dim=-1)
 
     @torch.inference_mode()
     def of_texts(self, texts: Sequence[str]) -> Float[Tensor, "b dim"]:
         """Unit embeddings; texts longer than the model reads (77 tokens) are cut, with a warning."""
-        limit = self.model.config.text_config.max_position_embeddings  # type: ignore[union-attr]
+        limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt", verbose=False)
         if tokens.input_ids.shape[1] > limit:
             warnings.warn(f"CLIP reads {limit} tokens; longer texts among the {len(texts)} are cut", stacklevel=3)
             tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         ids, mask = (tokens[key].to(self._weight.device) for key in ("input_ids", "attention_mask"))
-        read = self.model.text_model(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
-        return F.normalize(self.model.text_projection(read.pooler_output), dim=-1)  # type: ignore[operator]
+        read = self.model.text_model(input_ids=ids, attention_mask=mask)
+        return F.normalize(self.model.text_projection(read.pooler_output), dim=-1)
 
 
 def load_clip(

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from segresearch.evaluation import assets, inception
-from segresearch.evaluation.vision import load_vision, unit_range
+from segresearch.evaluation.vision import SIDE, load_vision, unit_range
 from segresearch.models.locate import located
 
 DINOV2 = "facebook/dinov2-large"  # ViT-L/14, 1024 features (arXiv 2304.07193)
@@ -141,9 +141,13 @@ def _mini(path: str | Path | None, sha256: str | None, device: torch.device, dty
     known = assets.checked(file, sha256) if sha256 else assets.digest(file)
 
     def network(images: Tensor) -> Tensor:
-        return tower.vision(unit_range(images).to(dtype))  # type: ignore[operator]
+        if images.shape[2:] != (SIDE, SIDE):
+            raise ValueError(
+                f"pictures of {images.shape[2]}×{images.shape[3]}: the features of mini need {SIDE}×{SIDE}"
+            )
+        return tower.vision(unit_range(images).to(dtype))
 
-    return Extractor("mini", tower.vision.head.out_features, known, network, device)  # type: ignore[union-attr]
+    return Extractor("mini", tower.vision.head.out_features, known, network, device)
 
 
 EXTRACTORS: dict[str, Callable[..., Extractor]] = {
