@@ -1,0 +1,146 @@
+"""ControlNets on disk: where a name lies, what loads, and what is refused by one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from make_models import make_controlnet, make_pipeline, write_single
+from safetensors.torch import load_file, save_file
+
+from segresearch.models import CheckpointError, ControlNetConfig, load_sdxl
+from segresearch.models.control_folder import check_fit, open_controlnets
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A random model with the ControlNet "edges" in its folder; its single file; and the diffusers ControlNet."""
+    root = tmp_path_factory.mktemp("model")
+    pipeline = make_pipeline(root / "sdxl")
+    pipeline.save_pretrained(root / "sdxl")
+    net = make_controlnet(pipeline)
+    net.save_pretrained(root / "sdxl" / "controlnet" / "edges")
+    return root / "sdxl", write_single(root / "one.safetensors", pipeline), net
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """A copy of the ControlNet's folder that a test may break."""
+    return shutil.copytree(made[0] / "controlnet" / "edges", tmp_path / "depth")
+
+
+def opened(asked, model, variant=None):
+    return {name: weights for name, (_, weights) in open_controlnets(asked, model, variant).items()}
+
+
+def refused(match, asked, model):
+    with pytest.raises(CheckpointError, match=match) as caught:
+        open_controlnets(asked, model, None)
+    assert "\n" not in str(caught.value)
+
+
+def assert_loaded(net, expected, exact=True):
+    theirs = expected.state_dict()
+    assert net.state_dict().keys() == theirs.keys()
+    assert not net.training and not any(p.requires_grad or p.is_meta for p in net.parameters())
+    for key, weight in net.state_dict().items():
+        tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-2, "atol": 1e-3}
+        torch.testing.assert_close(weight.float(), theirs[key], **tolerance)
+
+
+def test_by_name_and_by_path_in_the_order_asked(made, folder):
+    sdxl = load_sdxl(made[0], controlnet=[folder, "edges"])
+    assert list(sdxl.controlnets) == [str(folder), "edges"]
+    for net in sdxl.controlnets.values():
+        assert_loaded(net, made[2])
+    assert not load_sdxl(made[0]).controlnets
+
+
+def test_beside_a_single_file_and_in_its_dtype(made, folder):
+    sdxl = load_sdxl(made[1], tokenizer=made[0], controlnet=str(folder), dtype=torch.bfloat16)
+    (net,) = sdxl.controlnets.values()
+    assert net.conv_in.weight.dtype == torch.bfloat16
+    assert net.embed_image(torch.rand(1, 3, 8, 8)).dtype == torch.bfloat16
+    assert_loaded(net, made[2], exact=False)
+
+
+def test_shards_and_variants(made, tmp_path):
+    model, _, net = made
+    net.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    assert (tmp_path / "sharded" / f"{WEIGHTS}.index.json").is_file()
+    net.save_pretrained(tmp_path / "both")
+    net.save_pretrained(tmp_path / "both", variant="fp16")
+    net.save_pretrained(tmp_path / "half", variant="fp16")
+    for name, variant, file in (
+        ("half", None, "diffusion_pytorch_model.fp16.safetensors"),
+        ("both", "fp16", "diffusion_pytorch_model.fp16.safetensors"),
+        ("both", None, WEIGHTS),
+        ("both", "ema", WEIGHTS),  # the variant is the model's; a ControlNet without it has its plain weights
+    ):
+        (weights,) = opened(tmp_path / name, model, variant).values()
+        assert {entry.file.name for entry in weights.entries.values()} == {file}
+    (weights,) = opened(tmp_path / "sharded", model).values()
+    assert weights.entries.keys() == net.state_dict().keys()
+    assert len({entry.file for entry in weights.entries.values()}) > 1
+
+
+def test_hub_id_is_looked_up_in_the_local_cache_only(made, folder, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    refused("hf download someone/edges", "someone/edges", made[0])
+    cached = tmp_path / "models--someone--edges"
+    shutil.copytree(folder, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    assert list(opened("someone/edges", made[0])) == ["someone/edges"]
+
+
+def test_what_is_not_there(made, folder, tmp_path):
+    refused("unknown controlnet 'edgs': the model has edges; or", "edgs", made[0])
+    refused("unknown controlnet 'edges': .* has none of its own", "edges", made[1])
+    refused("'edges' is asked for twice", ["edges", "edges"], made[0])
+    refused("is a whole model, not a ControlNet", made[0], made[0])
+    refused("give its folder in the diffusers layout", folder / WEIGHTS, made[0])
+    (tmp_path / "net.pth").write_bytes(b"\x80")
+    refused("pickle checkpoints can run code", tmp_path / "net.pth", made[0])
+    (tmp_path / "bare").mkdir()
+    refused("config.json is missing", tmp_path / "bare", made[0])
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
+    refused("pickle checkpoints can run code", folder, made[0])
+    (folder / "diffusion_pytorch_model.bin").unlink()
+    refused(f"no {WEIGHTS} here", folder, made[0])
+
+
+def test_what_is_something_else(made, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"addition_embed_type": None}))
+    refused(r"depth: controlnet config: addition_embed_type=None .*\(SDXL's has text_time\)", folder, made[0])
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / WEIGHTS)
+    save_file(weights | {"task_embedding": torch.zeros(6, 32)}, folder / WEIGHTS)
+    refused("a union of ControlNets", folder, made[0])
+    save_file({k: v for k, v in weights.items() if k != "controlnet_mid_block.bias"}, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"controlnet depth: 1 missing key \(controlnet_mid_block.bias\)"):
+        load_sdxl(made[0], controlnet=folder)
+
+
+def test_a_controlnet_of_another_model_is_refused_with_both_values(made, folder):
+    unet = load_sdxl(made[0]).unet.config
+    config = ControlNetConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    check_fit("depth", config, unet, 2)
+    for change, match in (
+        ({"cross_attention_dim": 64}, "text width: 64 in the ControlNet, 192 in the UNet"),
+        ({"layers_per_block": (1, 1, 1)}, r"layers per level: \(1, 1, 1\) in the ControlNet, \(2, 2, 2\) in the UNet"),
+        ({"block_out_channels": (32, 64, 64)}, r"level widths: \(32, 64, 64\) in"),
+        ({"projection_class_embeddings_input_dim": 98}, "pooled text width: 50 in the ControlNet, 40 in"),
+        ({"conditioning_embedding_out_channels": (4, 4, 4)}, "per latent pixel: 4 in the ControlNet, 2 in the VAE"),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            check_fit("depth", ControlNetConfig(**vars(config) | change), unet, 2)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"cross_attention_dim": 64}))
+    with pytest.raises(CheckpointError, match="it was made for another model"):
+        load_sdxl(made[0], controlnet=folder)
