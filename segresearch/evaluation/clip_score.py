@@ -1,7 +1,7 @@
 """Agreement of pictures with their texts: the cosine of their CLIP embeddings (arXiv 2103.00020).
 
 Papers print it in three scales: the cosine itself (0.271 in Table 2 of SEG, arXiv 2408.00760), 100·max(cos, 0), and
-2.5·max(cos, 0) (CLIPScore, arXiv 2104.08718). The CLIP it is measured by is a part of the result: SEG does not name it.
+2.5·max(cos, 0) (CLIPScore, arXiv 2104.08718). The CLIP it is measured by is a part of the result.
 """
 
 import warnings
