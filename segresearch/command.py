@@ -120,7 +120,10 @@ def _translated(error: BaseException, config_name: str) -> BaseException:
         return ConfigError(f"{key}={value}: a bare comma could mean several things; {hint}")
     missing = re.search(r"Could not override '([^']+)'", text)
     if missing:
-        return unknown(*_siblings(missing[1], config_name))
+        name, siblings = _siblings(missing[1], config_name)
+        if name.startswith("controls.") and not siblings:
+            return ConfigError(f"{name}: no control is chosen; controlnet=canny, depth or canny_depth bring theirs")
+        return unknown(name, siblings)
     return error
 
 

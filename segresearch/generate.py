@@ -252,7 +252,8 @@ def draw(config: GenerateConfig, plan: tuple[Panel, ...], folder: Path, semantic
         blocks.append(images.Block(title, (*shown, *panel.methods), captions, cells))
     sampling = f"{config.model.name}: {config.sampler.name}, {config.steps} steps, {config.schedule.name} schedule"
     more = f"; the first {most} rows of more" if cut_off > 0 else ""
-    note = f"{sampling}. Every row starts from one noise; columns differ in guidance alone{more}."
+    steered = " under one control image" if any(panel.controls for panel in plan) else ""
+    note = f"{sampling}. Every row starts from one noise{steered}; columns differ in guidance alone{more}."
     title = config.grid.title or config.name
     texts = [(b.title, b.heads, b.captions) for b in blocks]
     drawn = runs.digest([VERSION, config.grid, texts, title, note])

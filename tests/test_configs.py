@@ -203,6 +203,9 @@ def test_types_are_strict_and_say_so():
         ("+own.key=1", "own: no such setting"),
         ("guidance=custom", "perturbation.target: missing"),
         ("compare=[none,{label: vanilla}]", "two methods are called 'vanilla'"),
+        ("controlnet=cany", "controlnet: no 'cany'; did you mean canny? (choices: canny, canny_depth, depth, none)"),
+        ("controls.canny.image=a.png", "controls.canny: no control is chosen; controlnet=canny"),
+        ("panels=[{controlnet: [dept]}]", "panels.0.controlnet: no controlnet 'dept'; did you mean depth?"),
     ],
 )  # fmt: skip
 def test_a_slip_on_the_command_line_is_one_line_and_code_2(argument, words, monkeypatch, capsys):
