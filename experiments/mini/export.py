@@ -1,6 +1,7 @@
 """Write the embedded model from the trained parts, in the diffusers SDXL folder layout, weights in fp16.
 
-ControlNets that are trained go to <out>/controlnet/<name>.
+Beside the pipeline's own parts: controlnet/<name> where one is trained, and for evaluation vision (the CLIPs' vision
+tower) and attributes (the namer of objects).
 
 python -m experiments.mini.export --out segresearch/weights/mini
 """
@@ -17,6 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from experiments.mini.common import replace_file
+from experiments.mini.export_vision import export_attributes, export_vision
 from experiments.mini.train_clip import load_clips
 from experiments.mini.train_controlnet import CONFIG as CONTROLNET_CONFIG
 from experiments.mini.train_unet import CONFIG as UNET_CONFIG
@@ -104,6 +106,10 @@ def export(out: Path, runs: Path) -> dict[str, Any]:
             place = out / "controlnet" / name
             write_weights(place / WEIGHTS, torch.load(trained, weights_only=True)["weights"])
             write_json(place / "config.json", CONTROLNET_CONFIG)
+    export_vision(out, runs / "clip" / "clip.pt")
+    namer = runs / "attributes" / "namer.pt"
+    if namer.exists():
+        export_attributes(out, namer)
     write_weights(out / "unet" / WEIGHTS, packed["weights"])
     write_json(out / "unet" / "config.json", UNET_CONFIG)
     write_weights(out / "vae" / WEIGHTS, vae.state_dict())
