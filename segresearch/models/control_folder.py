@@ -26,9 +26,7 @@ def open_controlnets(asked: Asked, model: Path, variant: str | None) -> dict[str
     names = [str(name) for name in several]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise CheckpointError(
-            f"controlnet {twice[0]!r} is asked for twice: load it once"
-        )
+        raise CheckpointError(f"controlnet {twice[0]!r} is asked for twice: load it once")
     return {name: _opened(located_controlnet(name, model), variant) for name in names}
 
 

@@ -100,10 +100,11 @@ def zeroed(conv: nn.Conv2d) -> nn.Conv2d:
 class ControlNet(Encoder):
     """An SDXL ControlNet of any size. A new one adds nothing: its outer layers are zero."""
 
+    config: ControlNetConfig
+
     def __init__(self, config: ControlNetConfig):
         super().__init__(config)
         widths = config.skip_widths
-        self.config = config
         self.controlnet_cond_embedding = ImageEmbedding(widths[0], config.conditioning_embedding_out_channels)
         self.controlnet_down_blocks = nn.ModuleList(zeroed(nn.Conv2d(w, w, 1)) for w in widths)
         self.controlnet_mid_block = zeroed(nn.Conv2d(widths[-1], widths[-1], 1))

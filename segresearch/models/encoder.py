@@ -247,8 +247,11 @@ class MidBlock(nn.Module):
 class Encoder(nn.Module):
     """conv_in to mid_block; UNet and ControlNet are this and what follows, so their keys agree."""
 
+    config: EncoderConfig
+
     def __init__(self, config: EncoderConfig):
         super().__init__()
+        self.config = config
         c, widths = config, config.block_out_channels
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_embedding = Embedding(widths[0], 4 * widths[0])

@@ -127,10 +127,11 @@ class UpBlock(nn.Module):
 class UNet(Encoder):
     """SDXL's UNet of any size; SDXL base is `UNet(UNetConfig())`."""
 
+    config: UNetConfig
+
     def __init__(self, config: UNetConfig):
         super().__init__(config)
         c, widths = config, config.block_out_channels
-        self.config = config
         self.up_blocks = nn.ModuleList(UpBlock(c, index) for index in range(len(widths)))
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], eps=c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
