@@ -81,17 +81,17 @@ def S(**given: Any) -> Setting:
 
 
 SETTINGS = [
-    S(), S(seg=1), S(pag=1), S(sag=0.75), S(text=True), S(text=True, seg=1), S(text=True, weight=4),
-    S(seg=0.5), S(seg=2), S(pag=0.5), S(pag=2), S(seg=3),
-    S(seg=1, sigma=1), S(seg=1, sigma=2), S(seg=1, sigma=5), S(seg=1, sigma=10),
+    S(), S(seg=1), S(pag=1), S(sag=0.75), S(seg=2), S(seg=3), S(pag=2), S(seg=0.5), S(pag=0.5),
+    S(text=True), S(text=True, seg=1), S(text=True, weight=4),
+    S(seg=1, sigma=1), S(seg=1, sigma=2), S(seg=1, sigma=10),
     S(control="canny"), S(control="canny", seg=1), S(control="depth"), S(control="depth", seg=1),
-    S(text=True, weight=4, seg=1), S(text=True, weight=2), S(text=True, pag=1), S(text=True, sag=0.75),
-    S(text=True, seg=1, sigma=1), S(text=True, seg=1, sigma=2), S(text=True, seg=1, sigma=5),
-    S(text=True, seg=1, sigma=10),
+    S(text=True, weight=4, seg=1), S(text=True, pag=1), S(text=True, sag=0.75), S(text=True, weight=2),
+    S(text=True, seg=1, sigma=1), S(text=True, seg=1, sigma=2), S(text=True, seg=1, sigma=10),
     S(control="canny", text=True), S(control="canny", text=True, seg=1),
     S(control="depth", text=True), S(control="depth", text=True, seg=1),
     S(control="canny", pag=1), S(control="depth", pag=1),
-    S(control="canny", text=True, pag=1), S(control="depth", text=True, pag=1), S(sag=0.25),
+    S(control="canny", text=True, pag=1), S(control="depth", text=True, pag=1),
+    S(seg=1, sigma=5), S(text=True, seg=1, sigma=5), S(sag=0.25),
 ]  # fmt: skip
 
 
