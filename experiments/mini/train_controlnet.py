@@ -4,11 +4,11 @@
 
 canny: half of the rows see the exact edges, half what OpenCV's canny finds in the picture (which has the floor's
 squares too). depth: the exact inverse depth. The maps are rendered again for every batch, which costs less than
-reading them. Its weights start as the UNet's where the names and shapes agree, its last layers at zero. Text is dropped
-for half of the rows, so that it learns to stand alone. Two deviations from the paper, since with its way the depth
-ControlNet of this size had learnt nothing in 650 steps: the last layer of the image's embedding starts at random, not at
-zero too (a product of two zeros hardly moves), and timesteps are drawn as 1000·(1 − u³), mostly noisy, where the layout
-is decided (as in T2I-Adapter, arXiv 2302.08453). Writes <runs>/<name>/checkpoint.pt, loss.jsonl and
+reading them. Its weights start as the UNet's where the names and shapes agree, its last layers at zero. Text is
+dropped for half of the rows, so that it learns to stand alone. Two deviations from the paper, since with its way the
+depth ControlNet of this size had learnt nothing in 650 steps: the last layer of the image's embedding starts at random,
+not at zero too (a product of two zeros hardly moves), and timesteps are drawn as 1000·(1 − u³), mostly noisy, where the
+layout is decided (as in T2I-Adapter, arXiv 2302.08453). Writes <runs>/<name>/checkpoint.pt, loss.jsonl and
 controlnet.pt ({"step", "weights"}: the averaged weights).
 """
 

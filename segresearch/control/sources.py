@@ -33,7 +33,7 @@ class Sources:
 
     def _add(self, control: ControlConfig, images: Sequence[str], at: str, model: Path) -> None:
         if control.net not in self.nets:
-            from segresearch.models.control_folder import located_controlnet
+            from segresearch.models.locate import located_controlnet
 
             folder = _said(f"{at}.net", lambda net: located_controlnet(net, model), control.net)
             self.nets[control.net], self._nets[control.net] = folder, fingerprint(folder)

@@ -46,3 +46,32 @@ def located(path_or_name: str | Path) -> Path:
     raise CheckpointError(
         f'{name}: no such file or folder; give a diffusers folder, a .safetensors file, a hub id or "mini"'
     )
+
+
+def located_controlnet(name: str, model: Path) -> Path:
+    """The folder of a ControlNet: a name in the model's own folder, a path, or a hub id in the local cache.
+
+    Raises CheckpointError, listing the model's own ones, if there is none.
+    """
+    own = model / "controlnet" if model.is_dir() else None
+    known = sorted(p.parent.name for p in own.glob("*/config.json")) if own else []
+    if own and name in known:
+        return own / name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    refuse_pickle(path)
+    if path.is_file():
+        raise CheckpointError(f"controlnet {name}: give its folder in the diffusers layout, with config.json")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return Path(cached).parent
+        raise CheckpointError(
+            f"controlnet {name!r} is neither a path nor in the local cache ({constants.HF_HUB_CACHE}); fetch it once "
+            f'with: hf download {name} --include "*.json" "*.safetensors"'
+        )
+    has = f"the model has {', '.join(known)}" if known else f"the model {model} has none of its own"
+    raise CheckpointError(f"unknown controlnet {name!r}: {has}; or give a diffusers folder or a hub id")
