@@ -5,14 +5,14 @@
 canny: half of the rows see the exact edges, half what OpenCV's canny finds in the picture (which has the floor's
 squares too). depth: the exact inverse depth. The maps are rendered again for every batch, which costs less than
 reading them. Its weights start as the UNet's where the names and shapes agree, its last layers at zero. Text is
-dropped for half of the rows, so that it learns to stand alone. Two deviations from the paper, since with its way the
-depth ControlNet of this size had learnt nothing in 650 steps: the last layer of the image's embedding starts at random,
-not at zero too (a product of two zeros hardly moves), and timesteps are drawn as 1000·(1 − u³), mostly noisy, where the
-layout is decided (as in T2I-Adapter, arXiv 2302.08453). Writes <runs>/<name>/checkpoint.pt, loss.jsonl and
-controlnet.pt ({"step", "weights"}: the averaged weights).
+dropped for half of the rows, so that it learns to stand alone. One deviation from the paper: the last layer of the
+image's embedding starts at random, not at zero too (the gradient of a product of two zeros is zero; begun that way, the
+depth ControlNet had learnt nothing in 650 steps). Writes <runs>/<name>/checkpoint.pt, loss.jsonl, controlnet.pt
+({"step", "weights"}: the averaged weights) and seen.jsonl (what they make of their images, see `seen`).
 """
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from experiments.mini.train_unet import alphas_cumprod, attention, conditioning,
 from segresearch.control import canny
 from segresearch.data.maps import depth_image, edge_image
 from segresearch.data.scenes import scenes
+from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ControlNet, ControlNetConfig
 from segresearch.models.unet import UNet, UNetConfig
 
@@ -91,17 +92,35 @@ def initial(unet: UNet, config: Mapping[str, Any]) -> ControlNet:
     return net
 
 
+@torch.no_grad()
+def seen(model: Trained, latents: Tensor, index: Tensor, kind: str, cond: Cond, alphas: Tensor) -> dict[str, float]:
+    """Mean squared error of eps at t = 200, 500, 800 for rows under their own control image and under another's.
+
+    The gap between the two is what the ControlNet has made of its image.
+    """
+    own = maps(kind, index, torch.ones(len(index), dtype=torch.bool)).to(latents.device)
+    noise = torch.randn(latents.shape, generator=generator(0, 203)).to(latents.device)
+    result = {}
+    for t in (200, 500, 800):
+        noised = (alphas[t].sqrt() * latents + (1 - alphas[t]).sqrt() * noise).float()
+        times = torch.full((len(latents),), float(t), device=latents.device)
+        for name, image in (("own", own), ("other", own.roll(1, 0))):
+            eps = model(noised, times, cond, image)
+            result[f"{name}_{t}"] = round((eps - noise).square().mean().item(), 6)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("canny", "depth"))
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of what came before")
     parser.add_argument("--out", type=Path, help="default: <runs>/controlnet_<kind>")
     parser.add_argument("--images", type=int, default=32 * SHARD)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--peak", type=float, default=2e-3)
+    parser.add_argument("--peak", type=float, default=1e-3)
     parser.add_argument("--drop", type=float, default=0.5, help="fraction of rows without text")
     parser.add_argument("--gamma", type=float, default=5.0, help="loss weights min(SNR, gamma) / SNR")
     parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler")
@@ -119,14 +138,17 @@ def main() -> None:
     unet.load_state_dict(torch.load(args.runs / "unet" / "unet.pt", weights_only=True)["weights"])
     torch.manual_seed(args.seed)
     model = Trained(initial(unet, CONFIG), unet.to(device)).to(device)
+    judged = Trained(initial(unet, CONFIG), unet).to(device)
     call = torch.compile(model, dynamic=False) if args.compile else model
     empty, alphas = torch.tensor([BEGIN_ID] + [END_ID] * (LENGTH - 1)), alphas_cumprod().to(device)
+    watched = torch.arange(args.images - 64, args.images)  # few of very many training scenes
+    plain = conditioning(clips, empty.expand(64, -1).to(device), torch.zeros(64, dtype=torch.bool, device=device))
 
     def loss_of(step: int) -> tuple[Tensor, Mapping[str, float]]:
         keyed = generator(args.seed, 105, step)
         index = batch_indices(args.images, args.batch, step, args.seed + 1)
         variant = torch.randint(len(tokens), (args.batch,), generator=keyed)
-        t = (1000 * (1 - torch.rand(args.batch, generator=keyed) ** 3)).long().clamp(max=999)
+        t = torch.randint(1000, (args.batch,), generator=keyed)
         noise = torch.randn((args.batch, *latents.shape[1:]), generator=keyed)
         drop, exact = torch.rand(args.batch, generator=keyed), torch.rand(args.batch, generator=keyed) < 0.5
         ids = tokens[variant, index].long()
@@ -142,6 +164,10 @@ def main() -> None:
         return (weight * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean(), {}
 
     def keep(step: int, weights: Mapping[str, Tensor]) -> None:
+        judged.load_state_dict(weights)
+        found = seen(judged, latents[watched].float().to(device), watched, args.kind, plain, alphas)
+        with open(out / "seen.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **found}) + "\n")
         packed = {"step": step, "weights": {k.removeprefix("net."): v for k, v in weights.items()}}
         save_state(out / "controlnet.pt", packed)
 
