@@ -5,10 +5,11 @@
 canny: half of the rows see the exact edges, half what OpenCV's canny finds in the picture (which has the floor's
 squares too). depth: the exact inverse depth. The maps are rendered again for every batch, which costs less than
 reading them. Its weights start as the UNet's where the names and shapes agree, its last layers at zero. Text is
-dropped for half of the rows, so that it learns to stand alone. One deviation from the paper: the last layer of the
-image's embedding starts at random, not at zero too (the gradient of a product of two zeros is zero; begun that way, the
-depth ControlNet had learnt nothing in 650 steps). Writes <runs>/<name>/checkpoint.pt, loss.jsonl, controlnet.pt
-({"step", "weights"}: the averaged weights) and seen.jsonl (what they make of their images, see `seen`).
+dropped for half of the rows, so that it learns to stand alone. One deviation from the paper: the image's embedding
+starts with He's scale of weights (arXiv 1502.01852), its last layer not at zero. torch's own scale shrinks the image
+to a thousandth on its way through the layers: from there the depth ControlNet had learnt nothing in 650 steps.
+Writes <runs>/<name>/checkpoint.pt, loss.jsonl, controlnet.pt ({"step", "weights"}: the averaged weights) and
+seen.jsonl (what they make of their images, see `seen`).
 """
 
 import argparse
@@ -88,7 +89,10 @@ def initial(unet: UNet, config: Mapping[str, Any]) -> ControlNet:
         for last in (*net.controlnet_down_blocks, net.controlnet_mid_block):
             last.weight.zero_()
             last.bias.zero_()
-        net.controlnet_cond_embedding.conv_out.reset_parameters()
+        for conv in net.controlnet_cond_embedding.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+                nn.init.zeros_(conv.bias)
     return net
 
 
