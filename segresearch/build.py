@@ -52,8 +52,8 @@ def load_model(config: ModelConfig, device: str = "auto", controlnets: Sequence[
     )
 
 
-def build_guidance(config: GuidanceConfig, denoiser: Any) -> Any:
-    """`config` around `denoiser`: a GuidedDenoiser, in a SelfAttentionGuidance if it has `sag`.
+def build_guidance(config: GuidanceConfig, denoiser: Any, post: Sequence[Callable[..., Any]] = ()) -> Any:
+    """`config` around `denoiser`: a GuidedDenoiser, in a SelfAttentionGuidance if it has `sag`; `post` comes last.
 
     ValueError (ConfigError among them) for what the types cannot see: no such site or head, no such function.
     """
@@ -68,8 +68,8 @@ def build_guidance(config: GuidanceConfig, denoiser: Any) -> Any:
             several = term.perturbation if isinstance(term.perturbation, tuple) else (term.perturbation,)
             made = [build_perturbation(p, f"guidance.terms.{name}.perturbation") for p in several]
             terms[name] = perturbed(name, made, _scale(term.scale), base=term.base, window=window)
-    post = [] if config.apg is None else [Projected(config.apg.eta, config.apg.norm)]
-    model = GuidedDenoiser(denoiser, terms, rescale=config.rescale, post=post)
+    own = [] if config.apg is None else [Projected(config.apg.eta, config.apg.norm)]
+    model = GuidedDenoiser(denoiser, terms, rescale=config.rescale, post=[*own, *post])
     sag = config.sag
     if sag is None:
         return model

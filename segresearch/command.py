@@ -1,7 +1,7 @@
 """A script's way into Hydra: quick --help, and one clear line with an exit code instead of a traceback.
 
-Exit codes: 2 a setting or a file that is wrong, 5 no room on the disk, 130 interrupted; anything else is a defect and
-keeps its traceback. HYDRA_FULL_ERROR=1 shows every traceback.
+Exit codes: 2 a setting or a file that is wrong, 5 no room on the disk, 130 interrupted, or the one that an error brings
+as `Ended`; anything else is a defect and keeps its traceback. HYDRA_FULL_ERROR=1 shows every traceback.
 """
 
 import contextlib
@@ -20,6 +20,14 @@ from segresearch.typed import ConfigError, nearest, unknown
 FULL = "HYDRA_FULL_ERROR"
 INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Ended(ValueError):
+    """What ends a script with a code of its own: 3 weights that are missing or wrong, 4 not all there, 5 no room."""
+
+    def __init__(self, code: int, said: str):
+        super().__init__(said)
+        self.code = code
 
 
 def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -69,6 +77,8 @@ def exit_code(error: BaseException) -> int | None:
     """The exit code of an error that one line explains, or None for a defect."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
+    if isinstance(error, Ended):
+        return error.code
     if isinstance(error, OSError):
         return 5 if error.errno in NO_ROOM else 2
     composed = type(error).__module__ in ("hydra.errors", "omegaconf.errors")

@@ -220,6 +220,51 @@ class GenerateConfig:
     grid: GridConfig = GridConfig()
 
 
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Everything of one `evaluate` run: settings of guidance, measured on pictures of the same noise and prompts.
+
+    Identity: what pictures depend on to the last bit, so `batch_size` and `shard` too, which fix what is sampled
+    together. Not in it: how many there are, what measures them, where it runs.
+
+    compare, guidance: the settings; pictures of the first are the ones that distances are taken to. images: of each
+    setting; image i has seed i and prompt i, prompts repeating in turn. keep: pictures stored, of each setting (null:
+    all). features, distances, caption: the networks that look at pictures. weights: their files, where they do not lie
+    where their publishers' tools keep them. reference: real pictures, "scene:100000-109999" or a folder. draws: of the
+    bootstrap. subsets: of the kernel distance. paper: whose figures stand beside (auto: those of the table that the run
+    is named after). only: one step of the run. threads: of a process on a CPU; it may change the last bit of pictures.
+    """
+
+    model: ModelConfig
+    sampler: SamplerConfig
+    schedule: ScheduleConfig
+    guidance: GuidanceConfig = GuidanceConfig()
+    name: str = "evaluate"
+    compare: tuple[GuidanceConfig, ...] = ()
+    prompts: str | tuple[str, ...] = ("",)
+    negative: str | None = None
+    images: Count = 1000
+    steps: Count = 25
+    size: tuple[Count, Count] | None = None
+    batch_size: Count = 8
+    shard: Count = 100
+    keep: Annotated[int, Bounds(low=0)] | None = None
+    features: tuple[Literal["mini", "inception", "dinov2", "clip"], ...] = ("mini",)
+    distances: tuple[Literal["mini", "vgg", "alex"], ...] = ("mini",)
+    caption: Literal["none", "mini", "clip"] = "mini"
+    weights: dict[str, str] = field(default_factory=dict)
+    reference: str = "scene:100000-109999"
+    draws: Annotated[int, Bounds(low=0)] = 100
+    subsets: Count = 20
+    force: bool = False
+    paper: Literal["auto", "none", "table1", "table2"] = "auto"
+    shown: Annotated[int, Bounds(1, 64)] = 8
+    only: Literal["all", "shards", "verify", "reduce"] = "all"
+    threads: Count = 1
+    device: str = "auto"
+    out: str = "runs"
+
+
 def conf_dir() -> Path:
     """The folder of the YAML configs: conf/ of a checkout, segresearch/conf of an installed wheel."""
     package = Path(__file__).resolve().parent

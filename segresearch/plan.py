@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from segresearch.config import (
     CFGTerm,
     ControlConfig,
+    EvaluateConfig,
     GenerateConfig,
     GuidanceConfig,
     PAGConfig,
@@ -25,6 +26,7 @@ from segresearch.config import (
     SEGConfig,
     conf_dir,
 )
+from segresearch.data.prompts import from_coco, from_text
 from segresearch.typed import ConfigError, nearest, typed
 
 SCENE = "scene:"  # what names of procedural scenes begin with, where others are files
@@ -51,11 +53,12 @@ class Panel:
     controls: dict[str, ControlConfig] = field(default_factory=dict)
 
 
-def settings(config: Mapping[str, Any], sources: Sequence[Path] = ()) -> GenerateConfig:
+def settings(config: Mapping[str, Any], sources: Sequence[Path] = (), kind: Any = GenerateConfig) -> Any:
     """The typed settings of a composed config: interpolations resolved, names in `compare` replaced by their guidance,
     a panel's `controlnet` (a name or several) by their controls, with those of its `controls` merged in.
 
-    `sources` are folders searched for guidance/NAME.yaml after which come the project's own. Raises ConfigError.
+    `sources` are folders searched for guidance/NAME.yaml after which come the project's own. `kind` is GenerateConfig
+    or EvaluateConfig: an experiment's file may hold settings of both, and each takes its own. Raises ConfigError.
     """
     root = config.copy() if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
     OmegaConf.set_struct(root, False)
@@ -75,7 +78,11 @@ def settings(config: Mapping[str, Any], sources: Sequence[Path] = ()) -> Generat
             names = [names] if isinstance(names, str) else names
             parts = [_named(name, folders, f"{at}controlnet", "controlnet") for name in names]
             holder["controls"] = _resolved("controls", OmegaConf.merge(*parts, holder.get("controls") or {}), root)
-    return typed(GenerateConfig, given)
+    for other in (GenerateConfig, EvaluateConfig):
+        for key in {f.name for f in dataclasses.fields(other)} - {f.name for f in dataclasses.fields(kind)}:
+            if given.pop(key, None) and key in ("panels", "controls"):
+                raise ConfigError(f"{key}: for generate.py; evaluate.py takes the settings of one table, in compare")
+    return typed(kind, given)
 
 
 def _guidance(entry: Any, root: Any, folders: Sequence[Path], at: str) -> dict[str, Any]:
@@ -160,21 +167,16 @@ def control_images(image: str | tuple[str, ...], count: int, at: str) -> tuple[s
 
 
 def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts", count: int = 1) -> tuple[str, ...]:
-    """A list of prompts as it is; text ending in .txt is a file of one prompt a line; "scene:0-7" are the captions of
-    these scenes, and "scene:0-" of `count`; other text is one prompt."""
+    """A list of prompts as it is; text ending in .txt is a file of one prompt a line, in .json one of COCO's captions;
+    "scene:0-7" are the captions of these scenes, and "scene:0-" of `count`; other text is one prompt."""
     if isinstance(prompts, tuple):
         found = prompts
     elif numbers := scene_numbers(prompts, count, at):
         from segresearch.data.scenes import captions
 
         found = tuple(captions([HELD_OUT + number for number in numbers]))
-    elif prompts.endswith(".txt"):
-        try:
-            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise ConfigError(f"{at}: cannot read {prompts}: {reason}") from error
-        found = tuple(line.strip() for line in lines if line.strip())
+    elif prompts.endswith((".txt", ".json")):
+        found = (from_text if prompts.endswith(".txt") else from_coco)(Path(prompts), at)
     else:
         found = (prompts,)
     if not found:
@@ -222,16 +224,21 @@ def _panel(config: GenerateConfig, title: str, at: str) -> Panel:
         rows = [Row(prompt, seed, images[seed]) for prompt in prompts for seed in seeds]
     if len(set(rows)) < len(rows):
         raise ConfigError(f"{at}prompts: the same prompt is given twice")
-    methods: dict[str, GuidanceConfig] = {}
-    for guidance in (*config.compare, config.guidance):
-        bare = dataclasses.replace(guidance, label=None)
-        if guidance is config.guidance and any(dataclasses.replace(m, label=None) == bare for m in methods.values()):
+    return Panel(title, config.negative, tuple(rows), methods(config.compare, config.guidance, at), config.controls)
+
+
+def methods(compare: Sequence[GuidanceConfig], guidance: GuidanceConfig, at: str = "") -> dict[str, GuidanceConfig]:
+    """The methods of `compare` by their labels, then `guidance` if it is not among them. ConfigError: two alike."""
+    found: dict[str, GuidanceConfig] = {}
+    for method in (*compare, guidance):
+        bare = dataclasses.replace(method, label=None)
+        if method is guidance and any(dataclasses.replace(m, label=None) == bare for m in found.values()):
             continue
-        name = guidance.label or describe(guidance)
-        if name in methods or slug(name) in map(slug, methods):
+        name = method.label or describe(method)
+        if name in found or slug(name) in map(slug, found):
             raise ConfigError(f"{at}compare: two methods are called {name!r}; give one of them a label")
-        methods[name] = guidance
-    return Panel(title, config.negative, tuple(rows), methods, config.controls)
+        found[name] = method
+    return found
 
 
 def _control(name: str, control: ControlConfig, count: int, at: str) -> tuple[str, ...]:

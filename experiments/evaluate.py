@@ -1,0 +1,33 @@
+"""Settings of guidance measured on the same pictures: a table beside the paper's figures, figures, and a page.
+
+    python experiments/evaluate.py experiment=table1
+    torchrun --nproc-per-node=2 experiments/evaluate.py experiment=table2 images=1000
+    torchrun --nproc-per-node=8 experiments/evaluate.py experiment=table1 model=sdxl judges=paper images=30000 \
+        reference=/path/to/val2014 keep=64
+
+Settings live in conf/evaluate.yaml and the groups beside it; `--help` lists them. The same command resumes a run.
+Exit codes: 0 done, 2 a wrong setting, 3 weights that are missing or wrong, 4 not all there, 5 no memory or no room.
+"""
+
+from typing import Any
+
+from segresearch.command import command, sources
+
+
+@command("evaluate")
+def main(config: Any) -> None:
+    """Checks the settings, then makes and measures what is missing of the run."""
+    from segresearch.config import EvaluateConfig
+    from segresearch.plan import settings
+    from segresearch.study.plan import study
+
+    typed = settings(config, sources(), EvaluateConfig)
+    study(typed)  # a slip shows before anything heavy is imported
+
+    from segresearch.study.evaluate import evaluate
+
+    print(evaluate(typed))
+
+
+if __name__ == "__main__":
+    main()

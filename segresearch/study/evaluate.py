@@ -1,0 +1,249 @@
+"""One evaluation: settings of guidance on the same noise and prompts, measured, as a table beside the paper's figures.
+
+    <out>/<name>/<id>/  shards/<setting>/<rows>/   pictures, features and scores; whole or not there
+                        index.html                 the page, which holds its figures and pictures and works offline
+                        table.md, .csv, .tex       metrics.jsonl: the record
+                        figures/*.png  config.yaml
+                        results.json               written last: which shards and settings the results are of
+    <out>/reference/    features of real pictures
+
+Three steps: shards (any number of workers, each its part), verify (every byte), reduce (whoever finds all shards
+whole). The same command goes on where it was stopped, and ends in the same files.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from segresearch import runs
+from segresearch.analysis.figures import save
+from segresearch.build import load_model
+from segresearch.command import NO_ROOM, Ended, hydra_settings
+from segresearch.config import EvaluateConfig
+from segresearch.models.locate import CheckpointError, located
+from segresearch.study import figure, making, reference, shards, table
+from segresearch.study.judges import Judge, judges
+from segresearch.study.page import page, where
+from segresearch.study.plan import Study, identity, study
+from segresearch.study.reduce import Result, reduce
+from segresearch.study.workers import Worker, worker
+
+if TYPE_CHECKING:
+    from segresearch.models import SDXL
+
+VERSION = 1  # of the results
+RESULTS, PAGE = "results.json", "index.html"
+LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
+OF_A_CALL = {"out": "runs", "device": "auto", "only": "all"}
+OF_RESULTS = ("images", "features", "distances", "caption", "draws", "subsets", "force", "shown", "name")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run left. result: None where other workers are still to make shards, or only one step was asked for."""
+
+    folder: Path
+    made: int
+    found: int
+    seconds: float
+    result: Result | None = None
+    said: str = ""
+
+    def __str__(self) -> str:
+        rate = f" ({self.made / self.seconds:.2f} images/s)" if self.made and self.seconds else ""
+        counted = f"{self.made} images made{rate}" + (f", {self.found} were there already" if self.found else "")
+        lines = [counted] if self.made or self.found else []
+        lines += [self.said] if self.said else []
+        lines += [f"page: {self.folder / PAGE}"] if self.result is not None else []
+        return "\n".join(lines)
+
+
+def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker | None = None) -> Evaluation:
+    """Make what is missing of this worker's part; where all is whole, verify nothing more and reduce.
+
+    model: already loaded. place: among several workers; None asks the environment. ValueError for settings that do not
+    fit, `Ended` with a code of its own for weights, room and what is not complete.
+    """
+    with _ending(), _threads(config.threads):
+        plan, place = study(config), place or worker()
+        semantic = identity(config, plan, runs.fingerprint(located(config.model.path)))
+        folder = runs.run_folder(config.out, config.name, semantic)
+        if config.only == "verify":
+            return _verified(plan, folder)
+        real = reference.sources(config)
+        device = place.device(config.device)
+        found = judges(config, plan, _usable(device))
+        start = time.perf_counter()
+        made = making.Made()
+        if config.only != "reduce":
+
+            def load() -> "SDXL":
+                return load_model(config.model, device) if model is None else model
+
+            made = making.make(config, plan, found, folder, place, load)
+        seconds = time.perf_counter() - start
+        done = Evaluation(folder, made.made, made.found, seconds)
+        missing = sum(len(making.lacking(config, plan, found, folder, rows)) for rows in plan.ranges)
+        if made.failed and place.world == 1:
+            raise Ended(4, _failed(made, missing))
+        if missing:
+            said = f"{missing} of {len(plan.shards(folder))} shards are missing"
+            if place.world == 1:
+                raise Ended(4, f"{said}; the same command without only= makes them")
+            failed = f"; {_failed(made, missing)}" if made.failed else ""
+            return dataclasses.replace(done, said=f"{place} has made its part; {said}, which others make{failed}")
+        if config.only == "shards":
+            return dataclasses.replace(done, said=f"all {len(plan.shards(folder))} shards are there")
+        return dataclasses.replace(done, result=_reduced(config, plan, found, folder, real))
+
+
+def _failed(made: making.Made, missing: int) -> str:
+    return f"{missing} shards could not be made: {made.failed[0]}; try model.dtype=float32 or lower scales"
+
+
+def _usable(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _verified(plan: Study, folder: Path) -> Evaluation:
+    """Read every byte of every shard. Ended(4) for the first that is missing or damaged."""
+    everything = plan.shards(folder)
+    wrong = [said for said in map(shards.verify, everything) if said]
+    if wrong:
+        raise Ended(4, f"{len(wrong)} of {len(everything)} shards are not whole: {wrong[0]}")
+    return Evaluation(folder, 0, 0, 0.0, said=f"all {len(everything)} shards are whole")
+
+
+def _reduced(
+    config: EvaluateConfig, plan: Study, found: Sequence[Judge], folder: Path, real: tuple[Any, ...]
+) -> Result:
+    """The results and everything that shows them, unless they are there for just these shards and settings."""
+    manifests = [(p / shards.MANIFEST).read_text() for p in plan.shards(folder)]
+    asked = {key: getattr(config, key) for key in OF_RESULTS} | {"paper": plan.paper, "model": config.model.name}
+    of_reference = reference.identity(config, real)
+    inputs = runs.digest([VERSION, runs.code_version(), asked, of_reference, [j.by for j in found], manifests])
+    shards.sweep(folder / "shards")
+    _sweep(folder)
+    path = folder / RESULTS
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        kept = json.loads(path.read_text())
+        if kept["inputs"] == inputs and all((folder / name).is_file() for name in kept["files"]):
+            rows = tuple(kept["rows"])
+            return Result(rows, {k: tuple(v) for k, v in kept["norms"].items()}, kept["reference"])
+    result = reduce(config, plan, found, folder, lambda extractor: reference.features(config, extractor))
+    files = _written(config, plan, found, folder, result)
+    content = {
+        "inputs": inputs,
+        "files": files,
+        "rows": result.rows,
+        "norms": result.norms,
+        "reference": result.reference,
+    }
+    runs.write(path, json.dumps(content, indent=1) + "\n")
+    return result
+
+
+def _written(config: EvaluateConfig, plan: Study, found: Sequence[Judge], folder: Path, result: Result) -> list[str]:
+    """Tables, figures and the page; their names in the folder."""
+    common = {
+        "experiment": config.name, "run": folder.name, "model": config.model.name, "sampler": config.sampler.name,
+        "schedule": config.schedule.name, "steps": config.steps, "reference": config.reference,
+        "reference_pictures": result.reference,
+    }  # fmt: skip
+    texts = {
+        "config.yaml": written_config(config), "table.md": table.markdown(result.rows),
+        "table.csv": table.to_csv(result.rows), "table.tex": table.latex(result.rows),
+        "metrics.jsonl": table.to_jsonl(result.rows, common),
+    }  # fmt: skip
+    for name, text in texts.items():
+        runs.write(folder / name, text)
+    drawn = figure.draw(plan, result.rows, result.norms, where(config, result))
+    paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
+    for name, picture in drawn.items():
+        save(picture, paths[name])
+    pictures = {}
+    for setting in plan.settings:
+        some = [rows for rows in plan.ranges if rows.start < config.shown]
+        parts = [torch.from_numpy(shards.load(plan.shard(folder, setting, r), making.IMAGES)) for r in some]
+        pictures[setting] = torch.cat(parts)[: config.shown].numpy()
+    facts = {
+        "run": folder.name, "code": runs.code_version(), "prompts": _prompts(config, plan),
+        "reference": config.reference,
+        "measured by": "; ".join(f"{judge.name} ({judge.by[:12]})" for judge in found),
+    }  # fmt: skip
+    runs.write(folder / PAGE, page(config, plan, result, pictures, paths, facts))
+    return [*texts, *(str(p.relative_to(folder)) for p in paths.values()), PAGE]
+
+
+def _prompts(config: EvaluateConfig, plan: Study) -> str:
+    if not any(plan.prompts):
+        return "none (unconditional)"
+    return config.prompts if isinstance(config.prompts, str) else f"{len(plan.prompts)} texts"
+
+
+def written_config(config: EvaluateConfig) -> str:
+    """config.yaml: every setting in full, in a form that evaluate.py takes back."""
+    from omegaconf import OmegaConf
+
+    parts = (hydra_settings(), runs.plain(config) | OF_A_CALL)
+    return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in parts)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what `runs.replacing` left in a process that was killed."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("figures/.*.tmp")]:
+        number = re.fullmatch(r"\..*\.(\d+)\.tmp", path.name)
+        if number and not os.path.exists(f"/proc/{number[1]}"):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """Errors that have a code of their own, as `Ended`."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise Ended(3, str(error)) from error
+    except shards.Damaged as error:
+        raise Ended(4, str(error)) from error
+    except OSError as error:
+        if error.errno in LOCKED:
+            raise Ended(
+                5, f"{error.filename or 'output'}: {error.strerror}; choose another folder with out="
+            ) from error
+        if error.errno in NO_ROOM:
+            said = f"{error.filename or 'output'}: {error.strerror}; free some room, then the same command resumes"
+            raise Ended(5, said) from error
+        raise
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+        if not full:
+            raise
+        raise Ended(5, f"out of memory: {text[:160]}; lower batch_size, or take a smaller model.dtype") from error
+    except KeyboardInterrupt:
+        print("stopped: whole shards are kept; the same command goes on", file=sys.stderr)
+        raise

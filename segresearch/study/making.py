@@ -1,0 +1,173 @@
+"""Sampling of what is missing of a run, range by range, and its measurement."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from segresearch.build import build_guidance
+from segresearch.config import EvaluateConfig
+from segresearch.sampling import initial_noise, sample, sigmas
+from segresearch.study import shards
+from segresearch.study.judges import Judge, NotFinite, Pictures, measured, names, tried
+from segresearch.study.plan import Study
+from segresearch.study.shards import Array
+from segresearch.study.workers import Worker
+
+if TYPE_CHECKING:
+    from segresearch.models import SDXL
+
+IMAGES, NORMS, SAMPLED = "images", "norms", "sampled"
+
+
+@dataclass
+class Made:
+    """How many pictures were sampled and found, and what could not be made, in words."""
+
+    made: int = 0
+    found: int = 0
+    failed: list[str] = field(default_factory=list)
+
+
+def wanted(config: EvaluateConfig, judges: Sequence[Judge], setting: int, rows: range) -> dict[str, str]:
+    """What the shard of these rows must hold: name -> by."""
+    kept = config.keep is None or rows.start < config.keep
+    steady = config.sampler.name != "dpm_adaptive" and not config.sampler.options.get("s_churn")
+    own = {IMAGES: SAMPLED} if kept else {}
+    return own | ({NORMS: SAMPLED} if steady else {}) | names(judges, setting)
+
+
+def lacking(
+    config: EvaluateConfig, plan: Study, judges: Sequence[Judge], folder: Path, rows: range
+) -> dict[str, set[str]]:
+    """Of each setting, what its shard of these rows lacks; settings that lack nothing are left out."""
+    found: dict[str, set[str]] = {}
+    for i, setting in enumerate(plan.settings):
+        there = shards.held(plan.shard(folder, setting, rows))
+        missing = {key for key, by in wanted(config, judges, i, rows).items() if there.get(key) != by}
+        found |= {setting: missing} if missing else {}
+    return found
+
+
+class Sampler:
+    """Pictures of any setting and range, and the size of the guidance at each evaluation. The model is loaded when the
+    first is asked for; every setting is built and every judge tried then, so that what cannot be fails early."""
+
+    def __init__(self, config: EvaluateConfig, plan: Study, judges: Sequence[Judge], load: Callable[[], "SDXL"]):
+        self.config, self.plan, self.judges, self.load = config, plan, judges, load
+        self.sdxl: SDXL | None = None
+        self.notes: list[Tensor] = []
+        self.guided: Mapping[str, Any] = {}
+
+    def note(self, guided: Tensor, plain: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """The last post-processor of every setting: looks at what guidance adds, and changes nothing."""
+        self.notes.append((guided - plain).square().mean((1, 2, 3)).sqrt().cpu())  # (b, c, h, w) -> (b,)
+        return guided
+
+    def __call__(
+        self, setting: str, rows: range, done: Callable[[int], object]
+    ) -> tuple[UInt8[Tensor, "b 3 h w"], Float[Tensor, "b evaluations"] | None]:
+        """Pictures of `rows`, in batches that start with the range. Raises NotFinite."""
+        config = self.config
+        if self.sdxl is None:
+            self.sdxl = self.load()
+            self.sdxl.latent_shape(config.size)
+            tried(self.judges, config.size or self.sdxl.default_size)
+            self.guided = {k: build_guidance(g, self.sdxl.denoiser, [self.note]) for k, g in self.plan.settings.items()}
+        sdxl, images, norms = self.sdxl, [], []
+        levels: Any = config.schedule.name
+        if config.schedule.rho is not None:
+            levels = sigmas(sdxl.denoiser, config.schedule.name, config.steps, config.schedule.rho)
+        for batch in (rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)):
+            conds = sdxl.encode(self.plan.texts(batch), negative=config.negative, size=config.size)
+            self.notes = []
+            with torch.no_grad():
+                latents = sample(
+                    self.guided[setting], initial_noise(list(batch), sdxl.latent_shape(config.size)),
+                    sampler=config.sampler.name, schedule=levels, steps=config.steps, conds=conds, seeds=list(batch),
+                    options=config.sampler.options,
+                )  # fmt: skip
+                if not latents.isfinite().all():
+                    broken = [i for i, z in zip(batch, latents, strict=True) if not z.isfinite().all()]
+                    raise NotFinite(f"latents of pictures {broken} are not finite")
+                images.append(sdxl.vae.decode(latents).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+            if self.notes and all(len(n) == len(batch) for n in self.notes):
+                norms.append(torch.stack(self.notes, dim=1).float())
+            done(len(batch))
+        return torch.cat(images), torch.cat(norms) if len(norms) == len(images) else None
+
+
+def make(
+    config: EvaluateConfig, plan: Study, judges: Sequence[Judge], folder: Path, worker: Worker,
+    load: Callable[[], "SDXL"],
+) -> Made:  # fmt: skip
+    """Every shard of this worker's ranges that is not whole. A range is done setting by setting, the first one first,
+    so that its pictures are at hand for the distances; what is there already is not made again."""
+    mine = worker.part(plan.ranges)
+    todo = [(rows, missing) for rows in mine if (missing := lacking(config, plan, judges, folder, rows))]
+    count = sum(len(rows) * len(missing) for rows, missing in todo)
+    result = Made(found=sum(map(len, mine)) * len(plan.settings) - count)
+    sampler = Sampler(config, plan, judges, load)
+    with tqdm(total=count, unit="image", disable=None, leave=False, smoothing=0.05) as bar:
+        for rows, _ in todo:
+            if missing := lacking(config, plan, judges, folder, rows):  # another worker may have made some by now
+                _range(config, plan, judges, folder, rows, missing, sampler, bar, result)
+    return result
+
+
+def _range(
+    config: EvaluateConfig, plan: Study, judges: Sequence[Judge], folder: Path, rows: range,
+    missing: Mapping[str, set[str]], sampler: Sampler, bar: Any, result: Made,
+) -> None:  # fmt: skip
+    first: Tensor | None = None
+    against = {judge.name for judge in judges if judge.against}
+    for i, setting in enumerate(plan.settings):
+        if setting not in missing:
+            continue
+        place, lack = plan.shard(folder, setting, rows), missing[setting]
+        bar.set_description(setting)
+        try:
+            if first is None and (i == 0 or lack & against):
+                first, norms = _pictures(plan, folder, plan.first, rows, lack if i == 0 else set(), sampler,
+                                         bar if i == 0 else None)  # fmt: skip
+            if i == 0:
+                assert first is not None
+                images = first
+            else:
+                images, norms = _pictures(plan, folder, setting, rows, lack, sampler, bar)
+            said = Pictures(images, images if first is None else first, plan.texts(rows), rows)
+            arrays = {
+                key: Array(shards.load(place, key), by) for key, by in shards.held(place).items() if key not in lack
+            }
+            arrays |= measured(judges, said, lack)
+        except NotFinite as error:
+            result.failed.append(f"{setting}, {shards.name(rows)}: {error}")
+            if i == 0:
+                return
+            continue
+        if IMAGES in lack:
+            arrays[IMAGES] = Array(images.numpy(), SAMPLED)
+        if NORMS in lack:
+            value = np.zeros((len(rows), 0), np.float32) if norms is None else norms.numpy()
+            arrays[NORMS] = Array(value, SAMPLED)
+        shards.commit(place, arrays)
+        result.made += len(rows)
+
+
+def _pictures(
+    plan: Study, folder: Path, setting: str, rows: range, lack: set[str], sampler: Sampler, bar: Any
+) -> tuple[Tensor, Tensor | None]:
+    """From the shard where it holds them and nothing of the sampling is lacking, else sampled, to the same bits."""
+    place = plan.shard(folder, setting, rows)
+    if shards.held(place).get(IMAGES) == SAMPLED and not lack & {IMAGES, NORMS}:
+        images = torch.from_numpy(shards.load(place, IMAGES))
+        if bar is not None:
+            bar.update(len(rows))
+        return images, None
+    return sampler(setting, rows, bar.update if bar is not None else lambda _: None)

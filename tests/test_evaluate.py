@@ -1,0 +1,370 @@
+"""Evaluation end to end on a tiny random model: the same bytes whatever workers, interruptions and damage."""
+
+import dataclasses
+import errno
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from make_models import write_folder
+from matplotlib.figure import Figure
+
+from segresearch import command, runs
+from segresearch.config import EvaluateConfig, conf_dir
+from segresearch.models import load_sdxl
+from segresearch.study import evaluate as run
+from segresearch.study import making, reference, shards
+from segresearch.study.evaluate import evaluate
+from segresearch.study.workers import Worker
+from segresearch.typed import typed
+
+pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
+SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
+HELD = 10_000_000
+COUNT, SETTINGS = 3, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sketched():
+    """What takes no time in place of the real figures; judges that are loaded once."""
+    loaded = {}
+
+    def judges(config, plan, device):
+        key = (config.features, config.distances, config.caption, plan.scenes, config.force, str(config.weights))
+        if key not in loaded:
+            loaded[key] = loading(config, plan, device)
+        return loaded[key]
+
+    def draw(*_):
+        made = Figure(figsize=(1, 1))
+        made.subplots().plot([1, 2])
+        return {"quality": made}
+
+    with pytest.MonkeyPatch.context() as patch:
+        loading = run.judges
+        patch.setattr(run, "judges", judges)
+        patch.setattr(run.figure, "draw", draw)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_sdxl(folder)
+
+
+@pytest.fixture(scope="module")
+def base(folder, tmp_path_factory):
+    given = {
+        "model": {"name": "tiny", "path": str(folder)},
+        "sampler": {"name": "euler_ancestral"},
+        "schedule": {"name": "leading"},
+        "name": "study",
+        "compare": [{}, {"label": "SEG", "terms": {"seg": SEG}}],
+        "prompts": "scene:0-", "images": COUNT, "steps": 2, "size": [64, 64], "batch_size": 1, "shard": 1, "shown": 2,
+        "reference": "scene:100000-100005", "draws": 2, "subsets": 2, "force": True, "device": "cpu",
+        "out": str(tmp_path_factory.mktemp("whole")),
+    }  # fmt: skip
+    return typed(EvaluateConfig, given)
+
+
+@pytest.fixture(scope="module")
+def whole(base, model):
+    """A run without interruption."""
+    return evaluate(base, model, Worker())
+
+
+@pytest.fixture
+def config(base, tmp_path):
+    return dataclasses.replace(base, out=str(tmp_path / "runs"))
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whole, monkeypatch):
+    assert (whole.made, whole.found) == (6, 0) and len(whole.result.rows) == SETTINGS
+    names = {"index.html", "table.md", "table.csv", "table.tex", "metrics.jsonl", "config.yaml", "results.json"}
+    found = contents(whole.folder)
+    assert names <= set(found) and "figures/quality.png" in found
+    assert len([n for n in found if n.endswith(shards.MANIFEST)]) == SETTINGS * COUNT
+    vanilla, seg = whole.result.rows
+    assert vanilla["distance-mini"] is None and seg["distance-mini"] > 0 and seg["fd-mini"] > 0
+    assert {"caption-mini", "exact", "saturation", "kd-mini", "precision-mini", "fd-mini-first"} <= set(seg)
+    assert len(whole.result.norms["SEG"]) == 2 and min(whole.result.norms["SEG"]) > 0
+    assert not any(whole.result.norms["vanilla"])
+    lines = [json.loads(line) for line in found["metrics.jsonl"].decode().splitlines()]
+    assert [line["setting"] for line in lines] == ["vanilla", "SEG"] and lines[1]["fd-mini"] == seg["fd-mini"]
+    page = found["index.html"].decode()
+    assert page.count("<img") == 1 + 2 * SETTINGS and "http" not in page
+    monkeypatch.setattr(run, "load_model", None)
+    monkeypatch.setattr(run, "reduce", None)
+    again = evaluate(base, place=Worker())
+    assert (again.made, again.found) == (0, 6) and again.result == whole.result and contents(whole.folder) == found
+
+
+def test_pictures_are_those_of_their_seed_and_prompt(base, whole, model):
+    """Any of them from the public calls, without this machinery."""
+    from segresearch.build import build_guidance
+    from segresearch.data.scenes import captions
+    from segresearch.sampling import initial_noise, sample
+
+    place = whole.folder / "shards" / "seg" / "0000002-0000003"
+    conds = model.encode(captions([HELD + 2]), size=(64, 64))
+    latents = sample(build_guidance(base.compare[1], model.denoiser), initial_noise([2], model.latent_shape((64, 64))),
+                     sampler="euler_ancestral", steps=2, conds=conds, seeds=[2])  # fmt: skip
+    with torch.no_grad():
+        alone = model.vae.decode(latents).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    assert np.abs(shards.load(place, "images")[0].astype(int) - alone[0].numpy().astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("plan", [[(2, 3), (0, 3), (1, 3)], [(1, 2), (1, 2), (0, 3), (0, 1)]])
+def test_the_same_bytes_whatever_the_workers(config, whole, model, plan):
+    """World sizes 2 and 3 in any order, a change of it in mid-run, a worker that does the same part twice."""
+    for rank, world in plan[:-1]:
+        early = evaluate(config, model, Worker(rank, world))
+        assert early.result is None and "others make" in early.said
+    last = evaluate(config, model, Worker(*plan[-1]))
+    assert last.result == whole.result and contents(last.folder) == contents(whole.folder)
+
+
+@pytest.mark.parametrize("moment", ["a write", "a rename", "the reduction"])
+def test_a_stopped_run_resumes_to_the_same_bytes(config, whole, model, monkeypatch, moment):
+    calls = []
+
+    def stopping(function, count):
+        def call(*arguments, **keywords):
+            calls.append(arguments)
+            if len(calls) == count:
+                raise KeyboardInterrupt
+            return function(*arguments, **keywords)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if moment == "a write":  # and nothing is tidied up, as after kill -9
+            patch.setattr(shards, "_write", stopping(shards._write, 12))
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        elif moment == "a rename":
+            patch.setattr(shards, "_place", stopping(shards._place, 4))
+        else:
+            patch.setattr(run, "save", stopping(run.save, 1))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config, model, Worker())
+    (left,) = (p for p in (os.scandir(os.path.join(config.out, "study"))) if p.is_dir())
+    assert not os.path.exists(os.path.join(left.path, "index.html"))
+    if moment == "the reduction":
+        half = runs.Path(left.path, "figures", ".quality.png.999999999.tmp")
+        half.parent.mkdir()
+        half.write_bytes(b"half")
+    resumed = evaluate(config, model, Worker())
+    assert resumed.result == whole.result and contents(resumed.folder) == contents(whole.folder)
+    assert moment == "the reduction" or 0 < resumed.found < 6
+
+
+def test_damage_is_found_said_and_mended(config, base, whole, model):
+    shutil.copytree(base.out, config.out)
+    folder = runs.Path(config.out) / "study" / whole.folder.name
+    at = folder / "shards" / "seg" / "0000001-0000002"
+    for harm in ("cut", "gone", "manifest"):
+        if harm == "gone":
+            shutil.rmtree(at)
+        else:
+            file = at / ("features-mini.npy" if harm == "cut" else shards.MANIFEST)
+            file.write_bytes(file.read_bytes()[:-40])
+        with pytest.raises(command.Ended) as caught:
+            evaluate(dataclasses.replace(config, only="verify"), model)
+        assert (
+            caught.value.code == 4
+            and "1 of 6 shards" in str(caught.value)
+            and "seg/0000001-0000002" in str(caught.value)
+        )
+        with pytest.raises(command.Ended, match="1 of 6 shards are missing") as caught:
+            evaluate(dataclasses.replace(config, only="reduce"), model, Worker())
+        assert command.exit_code(caught.value) == 4
+        mended = evaluate(config, model, Worker())
+        assert (mended.made, mended.found) == (1, 5) and contents(folder) == contents(whole.folder)
+    flipped = at / "features-mini.npy"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x7e")  # sizes say nothing
+    (folder / "results.json").unlink()
+    for only in ("verify", "reduce"):
+        with pytest.raises(command.Ended, match="not the bytes that were written"):
+            evaluate(dataclasses.replace(config, only=only), model, Worker())
+    shutil.rmtree(at)
+    evaluate(config, model, Worker())
+    assert "all 6 shards are whole" in str(evaluate(dataclasses.replace(config, only="verify")))
+    assert contents(folder) == contents(whole.folder)
+
+
+def test_more_pictures_and_other_judges_keep_what_is_there(config, whole, model, monkeypatch):
+    few = dataclasses.replace(config, images=2, distances=(), only="shards")
+    first = evaluate(few, model, Worker())
+    assert first.made == 4 and first.folder.name == whole.folder.name and first.result is None
+    drawn = []
+    sampled = making.sample
+    monkeypatch.setattr(making, "sample", lambda *a, **k: drawn.append(len(a[1])) or sampled(*a, **k))
+    more = evaluate(config, model, Worker())
+    assert sum(drawn) == SETTINGS and more.result == whole.result  # the third picture alone is sampled
+    assert contents(more.folder) == contents(whole.folder)
+
+
+def test_pictures_need_not_be_kept(config, whole, model):
+    done = evaluate(dataclasses.replace(config, keep=2), model, Worker())
+    assert done.folder.name == whole.folder.name and done.result == whole.result
+    assert len(list(done.folder.rglob("images.npy"))) == 2 * SETTINGS
+    shutil.rmtree(done.folder / "shards" / "seg" / "0000002-0000003")  # its distances need pictures that were not kept
+    again = evaluate(dataclasses.replace(config, keep=2), model, Worker())
+    assert again.made == 1 and again.result == whole.result
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "free some room"), (errno.EROFS, "choose another folder")]
+)
+def test_a_full_disk_and_a_locked_folder_are_one_line_and_leave_no_half(config, model, monkeypatch, number, words):
+    opened, count = os.fsync, []
+
+    def full(handle):
+        count.append(handle)
+        if len(count) > 30:
+            raise OSError(number, os.strerror(number))
+        return opened(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(command.Ended, match=words) as caught:
+        evaluate(config, model, Worker())
+    assert (
+        command.exit_code(caught.value) == 5 and "\n" not in command.line(caught.value) and ".npy" in str(caught.value)
+    )
+    places = [p for p in (whole_shards(config)) if p.name != "reference"]
+    assert (
+        places and not [p for p in places if p.name.endswith(".tmp")] and all(shards.verify(p) is None for p in places)
+    )
+
+
+def whole_shards(config) -> list:
+    root = next(p for p in runs.Path(config.out, "study").iterdir())
+    return [p for p in (root / "shards").glob("*/*") if p.is_dir()] + [p for p in (root / "shards").glob("*/.*")]
+
+
+def test_pictures_that_are_not_finite_spoil_their_shard_alone(config, model, monkeypatch):
+    sampled = making.sample
+
+    def broken(guided, noise, **keywords):
+        found = sampled(guided, noise, **keywords)
+        return found * float("nan") if keywords["seeds"] == [1] and guided.terms else found
+
+    monkeypatch.setattr(making, "sample", broken)
+    with pytest.raises(command.Ended, match=r"1 shards could not be made: SEG, 0000001-0000002: .*\[1\]") as caught:
+        evaluate(config, model, Worker())
+    assert caught.value.code == 4
+    monkeypatch.undo()
+    assert evaluate(config, model, Worker()).made == 1
+
+
+def test_memory_and_weights_have_codes_of_their_own(config, model, monkeypatch):
+    def greedy(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(command.Ended, match="not in|no such file") as caught:
+        evaluate(dataclasses.replace(config, weights={"vgg": "none.pth"}, distances=("vgg",)), model, Worker())
+    assert caught.value.code == 3
+    monkeypatch.setattr(making, "sample", greedy)
+    with pytest.raises(command.Ended, match="lower batch_size") as caught:
+        evaluate(config, model, Worker())
+    assert caught.value.code == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"force": False}, "images: 3 are too few for 256 features"),
+        ({"size": (64, 32)}, "cannot be measured here: pictures of 64×32"),
+        ({"reference": "nowhere"}, "reference: nowhere: no such folder"),
+        ({"reference": "scene:3"}, "a distance needs many"),
+        ({"shard": 3, "batch_size": 2}, "not a multiple of batch_size"),
+        ({"keep": 1}, "keep: 1 pictures kept are fewer than are shown"),
+        ({"weights": {"vg": "x"}}, "weights.vg: no such network; did you mean vgg?"),
+        ({"paper": "table1"}, "table1 is of pictures without a prompt"),
+        ({"paper": "table2", "prompts": ("a", "")}, "1 here are empty"),
+        ({"features": ("mini", "mini")}, "names one twice"),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_a_picture_is_made(config, model, monkeypatch, change, words):
+    monkeypatch.setattr(making, "sample", None)
+    with pytest.raises(ValueError, match=words) as caught:
+        evaluate(dataclasses.replace(config, **change), model, Worker())
+    assert command.exit_code(caught.value) == 2 and "\n" not in command.line(caught.value)
+
+
+def test_reference_pictures_come_from_a_folder_too(config, tmp_path):
+    from PIL import Image
+
+    from segresearch.data.scenes import scenes
+    from segresearch.evaluation.features import load_extractor
+
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    numbers = range(10_100_000, 10_100_006)
+    for i, pixels in enumerate(scenes(numbers).images):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(
+            tmp_path / "real" / ("deep" if i > 3 else "") / f"{i}.png"
+        )
+    extractor = load_extractor("mini")
+    from_files = dataclasses.replace(config, reference=str(tmp_path / "real"))
+    found, rendered = reference.features(from_files, extractor), reference.features(config, extractor)
+    order = torch.tensor([0, 1, 2, 3, 4, 5])
+    assert torch.allclose(found[order].sum(0), rendered.sum(0), atol=1e-3) and len(found) == 6
+    (tmp_path / "real" / "7.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="7.png"):
+        reference.features(from_files, extractor)
+
+
+def test_processes_as_torchrun_starts_them_make_the_same_shards(config, whole, model, tmp_path):
+    """Two at once, by the script, from the config.yaml that a run leaves."""
+    (tmp_path / "mine.yaml").write_text(run.written_config(config))
+    script = conf_dir().parent / "experiments" / "evaluate.py"
+    call = [sys.executable, str(script), "--config-dir", str(tmp_path), "--config-name", "mine", f"out={config.out}"]
+    places = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONWARNINGS": "ignore"} for rank in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([*call, "only=shards", "device=cpu"], env=env, **pipes) for env in places]
+    ended = [(*process.communicate(), process.returncode) for process in started]
+    assert [code for *_, code in ended] == [0, 0] and any("all 6 shards are there" in out for out, *_ in ended), ended
+    done = evaluate(config, model, Worker())
+    assert done.made == 0 and contents(done.folder) == contents(whole.folder)
+
+
+ARGUMENTS = [
+    ("imags=3", 2, "imags: no such setting; did you mean images?"),
+    ("experiment=table3", 2, "experiment: no 'table3'; did you mean table"),
+    ("experiment=demo", 2, "panels: for generate.py"),
+    ("judges=paper", 2, "reference: missing; it must be text"),
+    ("features=[incepton]", 2, "did you mean inception?"),
+    ("paper=table2", 2, "paper: table2 is of pictures with prompts"),
+    ("prompts=none.json", 2, "cannot read none.json"),
+    ("model.path=nowhere", 3, "nowhere: no such file or folder"),
+]
+
+
+@pytest.mark.parametrize(("argument", "code", "words"), ARGUMENTS)
+def test_a_slip_on_the_command_line_is_one_line_with_its_code(argument, code, words, monkeypatch, capsys, tmp_path):
+    spec = importlib.util.spec_from_file_location("script", conf_dir().parent / "experiments" / "evaluate.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", argument])
+    with pytest.raises(SystemExit) as caught:
+        script.main()
+    said = capsys.readouterr()
+    assert caught.value.code == code and said.out == "" and not list(tmp_path.iterdir())
+    assert words in said.err and said.err.startswith("error: ") and said.err.count("\n") == 1
