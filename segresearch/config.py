@@ -229,10 +229,11 @@ class EvaluateConfig:
 
     compare, guidance: the settings; pictures of the first are the ones that distances are taken to. images: of each
     setting; image i has seed i and prompt i, prompts repeating in turn. keep: pictures stored, of each setting (null:
-    all). features, distances, caption: the networks that look at pictures. weights: their files, where they do not lie
-    where their publishers' tools keep them. reference: real pictures, "scene:100000-109999" or a folder. draws: of the
-    bootstrap. subsets: of the kernel distance. paper: whose figures stand beside (auto: those of the table that the run
-    is named after). only: one step of the run. threads: of a process on a CPU; it may change the last bit of pictures.
+    all). controls: ControlNets over every setting; image i has control image i. features, distances, caption: the
+    networks that look at pictures. weights: their files, where they do not lie where their publishers' tools keep them.
+    reference: real pictures, "scene:100000-109999" or a folder. draws: of the bootstrap. subsets: of the kernel
+    distance. paper: whose figures stand beside (auto: those of the table that the run is named after). only: one step
+    of the run. threads: of a process on a CPU; it may change the last bit of pictures.
     """
 
     model: ModelConfig
@@ -258,6 +259,7 @@ class EvaluateConfig:
     subsets: Count = 20
     force: bool = False
     paper: Literal["auto", "none", "table1", "table2"] = "auto"
+    controls: dict[str, ControlConfig] = field(default_factory=dict)
     shown: Annotated[int, Bounds(1, 64)] = 8
     only: Literal["all", "shards", "verify", "reduce"] = "all"
     threads: Count = 1

@@ -80,7 +80,7 @@ def settings(config: Mapping[str, Any], sources: Sequence[Path] = (), kind: Any 
             holder["controls"] = _resolved("controls", OmegaConf.merge(*parts, holder.get("controls") or {}), root)
     for other in (GenerateConfig, EvaluateConfig):
         for key in {f.name for f in dataclasses.fields(other)} - {f.name for f in dataclasses.fields(kind)}:
-            if given.pop(key, None) and key in ("panels", "controls"):
+            if given.pop(key, None) and key == "panels":
                 raise ConfigError(f"{key}: for generate.py; evaluate.py takes the settings of one table, in compare")
     return typed(kind, given)
 
@@ -211,7 +211,7 @@ def panels(config: GenerateConfig) -> tuple[Panel, ...]:
 def _panel(config: GenerateConfig, title: str, at: str) -> Panel:
     seeds = parse_seeds(config.seeds, at + "seeds")
     prompts = read_prompts(config.prompts, at + "prompts", len(seeds))
-    columns = [_control(name, control, len(seeds), f"controls.{name}") for name, control in config.controls.items()]
+    columns = [_control(control, len(seeds), f"controls.{name}") for name, control in config.controls.items()]
     if len(set(map(slug, config.controls))) < len(config.controls):
         raise ConfigError(f"controls: {', '.join(config.controls)}: too alike to tell their files apart; rename one")
     images = dict(zip(seeds, zip(*columns, strict=True) if columns else [()] * len(seeds), strict=True))
@@ -241,19 +241,25 @@ def methods(compare: Sequence[GuidanceConfig], guidance: GuidanceConfig, at: str
     return found
 
 
-def _control(name: str, control: ControlConfig, count: int, at: str) -> tuple[str, ...]:
-    """The images of one control, one for each seed, where its settings can be."""
-    images = control_images(control.image, count, f"{at}.image")
+def checked_control(control: ControlConfig, at: str) -> None:
+    """ConfigError for settings of a control that cannot be, whatever its images."""
     if control.start >= control.end:
         raise ConfigError(f"{at}.start: {control.start:g} is not below end, {control.end:g}: it would never act")
     if control.low > control.high:
         raise ConfigError(f"{at}.low: {control.low:g} is above high, {control.high:g}")
     if not math.isfinite(control.scale):
         raise ConfigError(f"{at}.scale: {control.scale:g} is not finite; 1 is the ControlNet as it was trained")
+    images = (control.image,) if isinstance(control.image, str) else control.image
     files = [image for image in images if not image.startswith(SCENE)]
     if control.preprocess == "depth" and files and not control.depth_model:
         hint = "name one (a folder or a cached hub id), or set preprocess=none where the image is a depth map itself"
         raise ConfigError(f"{at}.depth_model: missing, and {files[0]} needs one; {hint}")
+
+
+def _control(control: ControlConfig, count: int, at: str) -> tuple[str, ...]:
+    """The images of one control, one for each seed, where its settings can be."""
+    images = control_images(control.image, count, f"{at}.image")
+    checked_control(control, at)
     return images
 
 

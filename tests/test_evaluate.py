@@ -36,7 +36,8 @@ def sketched():
     loaded = {}
 
     def judges(config, plan, device):
-        key = (config.features, config.distances, config.caption, plan.scenes, config.force, str(config.weights))
+        named = (config.features, config.distances, config.caption, str(config.weights))
+        key = (*named, plan.scenes, config.force, plan.places[plan.first].name)
         if key not in loaded:
             loaded[key] = loading(config, plan, device)
         return loaded[key]
@@ -84,21 +85,29 @@ def whole(base, model):
     return evaluate(base, model, Worker())
 
 
+def shard(config, rows):
+    """Of the second setting."""
+    (place,) = runs.Path(config.out, "shards").glob("seg-*")
+    return place / rows
+
+
 @pytest.fixture
 def config(base, tmp_path):
     return dataclasses.replace(base, out=str(tmp_path / "runs"))
 
 
-def contents(folder) -> dict[str, bytes]:
+def contents(config) -> dict[str, bytes]:
+    """Every file below `out`."""
+    folder = runs.Path(config.out)
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whole, monkeypatch):
     assert (whole.made, whole.found) == (6, 0) and len(whole.result.rows) == SETTINGS
     names = {"index.html", "table.md", "table.csv", "table.tex", "metrics.jsonl", "config.yaml", "results.json"}
-    found = contents(whole.folder)
+    found, everything = contents(dataclasses.replace(base, out=str(whole.folder))), contents(base)
     assert names <= set(found) and "figures/quality.png" in found
-    assert len([n for n in found if n.endswith(shards.MANIFEST)]) == SETTINGS * COUNT
+    assert len([n for n in everything if n.endswith(shards.MANIFEST)]) == SETTINGS * COUNT + 1  # and the reference
     vanilla, seg = whole.result.rows
     assert vanilla["distance-mini"] is None and seg["distance-mini"] > 0 and seg["fd-mini"] > 0
     assert {"caption-mini", "exact", "saturation", "kd-mini", "precision-mini", "fd-mini-first"} <= set(seg)
@@ -111,7 +120,7 @@ def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whol
     monkeypatch.setattr(run, "load_model", None)
     monkeypatch.setattr(run, "reduce", None)
     again = evaluate(base, place=Worker())
-    assert (again.made, again.found) == (0, 6) and again.result == whole.result and contents(whole.folder) == found
+    assert (again.made, again.found) == (0, 6) and again.result == whole.result and contents(base) == everything
 
 
 def test_pictures_are_those_of_their_seed_and_prompt(base, whole, model):
@@ -120,7 +129,7 @@ def test_pictures_are_those_of_their_seed_and_prompt(base, whole, model):
     from segresearch.data.scenes import captions
     from segresearch.sampling import initial_noise, sample
 
-    place = whole.folder / "shards" / "seg" / "0000002-0000003"
+    place = shard(base, "0000002-0000003")
     conds = model.encode(captions([HELD + 2]), size=(64, 64))
     latents = sample(build_guidance(base.compare[1], model.denoiser), initial_noise([2], model.latent_shape((64, 64))),
                      sampler="euler_ancestral", steps=2, conds=conds, seeds=[2])  # fmt: skip
@@ -130,17 +139,17 @@ def test_pictures_are_those_of_their_seed_and_prompt(base, whole, model):
 
 
 @pytest.mark.parametrize("plan", [[(2, 3), (0, 3), (1, 3)], [(1, 2), (1, 2), (0, 3), (0, 1)]])
-def test_the_same_bytes_whatever_the_workers(config, whole, model, plan):
+def test_the_same_bytes_whatever_the_workers(config, base, whole, model, plan):
     """World sizes 2 and 3 in any order, a change of it in mid-run, a worker that does the same part twice."""
     for rank, world in plan[:-1]:
         early = evaluate(config, model, Worker(rank, world))
         assert early.result is None and "others make" in early.said
     last = evaluate(config, model, Worker(*plan[-1]))
-    assert last.result == whole.result and contents(last.folder) == contents(whole.folder)
+    assert last.result == whole.result and contents(config) == contents(base)
 
 
 @pytest.mark.parametrize("moment", ["a write", "a rename", "the reduction"])
-def test_a_stopped_run_resumes_to_the_same_bytes(config, whole, model, monkeypatch, moment):
+def test_a_stopped_run_resumes_to_the_same_bytes(config, base, whole, model, monkeypatch, moment):
     calls = []
 
     def stopping(function, count):
@@ -169,14 +178,14 @@ def test_a_stopped_run_resumes_to_the_same_bytes(config, whole, model, monkeypat
         half.parent.mkdir()
         half.write_bytes(b"half")
     resumed = evaluate(config, model, Worker())
-    assert resumed.result == whole.result and contents(resumed.folder) == contents(whole.folder)
+    assert resumed.result == whole.result and contents(config) == contents(base)
     assert moment == "the reduction" or 0 < resumed.found < 6
 
 
 def test_damage_is_found_said_and_mended(config, base, whole, model):
     shutil.copytree(base.out, config.out)
     folder = runs.Path(config.out) / "study" / whole.folder.name
-    at = folder / "shards" / "seg" / "0000001-0000002"
+    at = shard(config, "0000001-0000002")
     for harm in ("cut", "gone", "manifest"):
         if harm == "gone":
             shutil.rmtree(at)
@@ -188,13 +197,13 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
         assert (
             caught.value.code == 4
             and "1 of 6 shards" in str(caught.value)
-            and "seg/0000001-0000002" in str(caught.value)
+            and f"{at.parent.name}/0000001-0000002" in str(caught.value)
         )
         with pytest.raises(command.Ended, match="1 of 6 shards are missing") as caught:
             evaluate(dataclasses.replace(config, only="reduce"), model, Worker())
         assert command.exit_code(caught.value) == 4
         mended = evaluate(config, model, Worker())
-        assert (mended.made, mended.found) == (1, 5) and contents(folder) == contents(whole.folder)
+        assert (mended.made, mended.found) == (1, 5) and contents(config) == contents(base)
     flipped = at / "features-mini.npy"
     flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x7e")  # sizes say nothing
     (folder / "results.json").unlink()
@@ -204,10 +213,10 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
     shutil.rmtree(at)
     evaluate(config, model, Worker())
     assert "all 6 shards are whole" in str(evaluate(dataclasses.replace(config, only="verify")))
-    assert contents(folder) == contents(whole.folder)
+    assert contents(config) == contents(base)
 
 
-def test_more_pictures_and_other_judges_keep_what_is_there(config, whole, model, monkeypatch):
+def test_more_pictures_and_other_judges_keep_what_is_there(config, base, whole, model, monkeypatch):
     few = dataclasses.replace(config, images=2, distances=(), only="shards")
     first = evaluate(few, model, Worker())
     assert first.made == 4 and first.folder.name == whole.folder.name and first.result is None
@@ -216,14 +225,14 @@ def test_more_pictures_and_other_judges_keep_what_is_there(config, whole, model,
     monkeypatch.setattr(making, "sample", lambda *a, **k: drawn.append(len(a[1])) or sampled(*a, **k))
     more = evaluate(config, model, Worker())
     assert sum(drawn) == SETTINGS and more.result == whole.result  # the third picture alone is sampled
-    assert contents(more.folder) == contents(whole.folder)
+    assert contents(config) == contents(base)
 
 
 def test_pictures_need_not_be_kept(config, whole, model):
     done = evaluate(dataclasses.replace(config, keep=2), model, Worker())
     assert done.folder.name == whole.folder.name and done.result == whole.result
-    assert len(list(done.folder.rglob("images.npy"))) == 2 * SETTINGS
-    shutil.rmtree(done.folder / "shards" / "seg" / "0000002-0000003")  # its distances need pictures that were not kept
+    assert len(list(runs.Path(config.out).rglob("images.npy"))) == 2 * SETTINGS
+    shutil.rmtree(shard(config, "0000002-0000003"))  # its distances need pictures that were not kept
     again = evaluate(dataclasses.replace(config, keep=2), model, Worker())
     assert again.made == 1 and again.result == whole.result
 
@@ -253,8 +262,8 @@ def test_a_full_disk_and_a_locked_folder_are_one_line_and_leave_no_half(config, 
 
 
 def whole_shards(config) -> list:
-    root = next(p for p in runs.Path(config.out, "study").iterdir())
-    return [p for p in (root / "shards").glob("*/*") if p.is_dir()] + [p for p in (root / "shards").glob("*/.*")]
+    root = runs.Path(config.out, "shards")
+    return [p for p in root.glob("*/*") if p.is_dir()] + list(root.glob("*/.*"))
 
 
 def test_pictures_that_are_not_finite_spoil_their_shard_alone(config, model, monkeypatch):
@@ -292,7 +301,6 @@ def test_memory_and_weights_have_codes_of_their_own(config, model, monkeypatch):
         ({"size": (64, 32)}, "cannot be measured here: pictures of 64×32"),
         ({"reference": "nowhere"}, "reference: nowhere: no such folder"),
         ({"reference": "scene:3"}, "a distance needs many"),
-        ({"shard": 3, "batch_size": 2}, "not a multiple of batch_size"),
         ({"keep": 1}, "keep: 1 pictures kept are fewer than are shown"),
         ({"weights": {"vg": "x"}}, "weights.vg: no such network; did you mean vgg?"),
         ({"paper": "table1"}, "table1 is of pictures without a prompt"),
@@ -329,7 +337,7 @@ def test_reference_pictures_come_from_a_folder_too(config, tmp_path):
         reference.features(from_files, extractor)
 
 
-def test_processes_as_torchrun_starts_them_make_the_same_shards(config, whole, model, tmp_path):
+def test_processes_as_torchrun_starts_them_make_the_same_shards(config, base, whole, model, tmp_path):
     """Two at once, by the script, from the config.yaml that a run leaves."""
     (tmp_path / "mine.yaml").write_text(run.written_config(config))
     script = conf_dir().parent / "experiments" / "evaluate.py"
@@ -340,7 +348,7 @@ def test_processes_as_torchrun_starts_them_make_the_same_shards(config, whole, m
     ended = [(*process.communicate(), process.returncode) for process in started]
     assert [code for *_, code in ended] == [0, 0] and any("all 6 shards are there" in out for out, *_ in ended), ended
     done = evaluate(config, model, Worker())
-    assert done.made == 0 and contents(done.folder) == contents(whole.folder)
+    assert done.made == 0 and contents(config) == contents(base)
 
 
 ARGUMENTS = [

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ from hydra import compose, initialize_config_dir
 
 from segresearch.config import EvaluateConfig, conf_dir
 from segresearch.data.prompts import from_coco, from_text
+from segresearch.models.locate import located
 from segresearch.plan import settings
 from segresearch.study import figure, paper, shards, table
-from segresearch.study.plan import identity, study
+from segresearch.study.plan import placed, study
 from segresearch.study.shards import Array
 from segresearch.study.workers import Worker, worker
 from segresearch.typed import ConfigError
@@ -83,9 +86,12 @@ def test_a_shard_is_whole_or_not_there_and_a_later_one_takes_its_place(tmp_path)
     assert [p.name for p in place.parent.iterdir()] == ["0000003-0000005"]
     (place / "c.npy").write_bytes(b"")
     assert "c.npy, which is not a part of it" in shards.verify(place)
-    shutil.copytree(place, place.with_name(".0000003-0000005.host-1.tmp"))
-    shards.sweep(tmp_path)
-    assert [p.name for p in place.parent.iterdir()] == ["0000003-0000005"]
+    mine = f".0000003-0000005.{socket.gethostname()}-{os.getpid()}.tmp"
+    for left in (mine, f".0000003-0000005.{socket.gethostname()}-999999999.tmp", ".0000003-0000005.elsewhere-9.tmp"):
+        shutil.copytree(place, place.with_name(left))
+    shards.sweep(place.parent)  # of processes that may live, nothing
+    kept = {mine, ".0000003-0000005.elsewhere-9.tmp", "0000003-0000005"}
+    assert {p.name for p in place.parent.iterdir()} == kept
     assert [list(r) for r in shards.cut(5, 2)] == [[0, 1], [2, 3], [4]]
 
 
@@ -108,15 +114,52 @@ def test_experiments_are_pictures_too():
     assert config.pairing == "zip" and config.compare[1].terms["seg"].perturbation.sigma == 1
 
 
-def test_identity_is_of_what_pictures_depend_on():
-    def of(*overrides: str) -> str:
-        config = composed("experiment=table2", *overrides)
-        return json.dumps(identity(config, study(config), "weights"))
+def places(*overrides: str) -> dict[str, str]:
+    config = composed(*overrides)
+    return {name: place.name for name, place in placed(config, study(config), located("mini")).places.items()}
 
-    one = of()
-    assert one == of("images=40") == of("draws=3", "shown=2", "device=cuda", "only=reduce", "keep=8", "distances=[]")
-    changes = ["batch_size=4", "shard=48", "steps=9", "sampler=heun", "prompts='scene:1-'", "model.dtype=bfloat16"]
-    assert len({one, *map(of, changes)}) == 1 + len(changes)
+
+def test_shards_lie_by_what_pictures_depend_on():
+    one = places("experiment=table2")
+    assert one == places("experiment=table2", "images=40")
+    assert one == places("experiment=table2", "draws=3", "shown=2", "device=cuda", "only=reduce", "keep=8")
+    changes = ["batch_size=4", "shard=48", "steps=9", "sampler=heun", "prompts='scene:1-'", "model.dtype=float16",
+               "controlnet=canny controls.canny.image=scene:0-", "controlnet=canny controls.canny.image=scene:1-",
+               "controlnet=canny controls.canny.image=scene:0-999",
+               "controlnet=depth controls.depth.image=scene:0-"]  # fmt: skip
+    found = [places("experiment=table2", *change.split()) for change in changes]
+    assert len({digest for of_one in (one, *found) for digest in of_one.values()}) == len(one) * (1 + len(changes))
+
+
+def test_experiments_share_the_shards_of_settings_they_share():
+    """Whatever they are called there."""
+    table, ablation = places("experiment=table1"), places("experiment=fig6")
+    assert table["vanilla"] == ablation["vanilla"] and len({*table.values(), *ablation.values()}) == (
+        len(table) + len(ablation) - len({*table.values()} & {*ablation.values()})
+    )
+    label = "{guidance: seg, label: mine, terms: {seg: {perturbation: {sigma: 10}}}}"
+    mine = places("guidance=none", f"compare=[none,{label}]", "prompts=['']", "sampler=dpmpp_2m", "schedule=karras")
+    assert set(mine) == {"vanilla", "mine"} and mine["mine"].startswith("seg-")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("controls.canny.image=none.png", "controls.canny.image: none.png: "),
+        ("controls.canny.image=[scene:0-7]", None),
+        ("controls.canny.image=scene:0-9999", "10000 images, 1000 seeds"),
+        ("controls.canny.net=cany", "controls.canny.net: "),
+        ("controls.canny.start=1", "it would never act"),
+    ],
+)
+def test_controls_are_checked_before_anything_is_made(given, words):
+    overrides = ["experiment=table1", "controlnet=canny", *(["controls.canny.image=scene:0-"] if "net" in given or
+                 "start" in given else []), given]  # fmt: skip
+    if words is None:
+        assert len(places(*overrides)) == len(places("experiment=table1"))
+    else:
+        with pytest.raises(ConfigError, match=words):
+            places(*overrides)
 
 
 ROWS = [

@@ -92,7 +92,7 @@ def initial(unet: UNet, config: Mapping[str, Any]) -> ControlNet:
         for conv in net.controlnet_cond_embedding.modules():
             if isinstance(conv, nn.Conv2d):
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-                nn.init.zeros_(conv.bias)
+                nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return net
 
 

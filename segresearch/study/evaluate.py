@@ -1,7 +1,7 @@
 """One evaluation: settings of guidance on the same noise and prompts, measured, as a table beside the paper's figures.
 
-    <out>/<name>/<id>/  shards/<setting>/<rows>/   pictures, features and scores; whole or not there
-                        index.html                 the page, which holds its figures and pictures and works offline
+    <out>/shards/<setting>-<digest>/<rows>/        pictures, features and scores; whole or not there
+    <out>/<name>/<id>/  index.html                 the page, which holds its figures and pictures and works offline
                         table.md, .csv, .tex       metrics.jsonl: the record
                         figures/*.png  config.yaml
                         results.json               written last: which shards and settings the results are of
@@ -35,7 +35,7 @@ from segresearch.models.locate import CheckpointError, located
 from segresearch.study import figure, making, reference, shards, table
 from segresearch.study.judges import Judge, judges
 from segresearch.study.page import page, where
-from segresearch.study.plan import Study, identity, study
+from segresearch.study.plan import Study, placed, run_identity, study
 from segresearch.study.reduce import Result, reduce
 from segresearch.study.workers import Worker, worker
 
@@ -77,8 +77,8 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
     """
     with _ending(), _threads(config.threads):
         plan, place = study(config), place or worker()
-        semantic = identity(config, plan, runs.fingerprint(located(config.model.path)))
-        folder = runs.run_folder(config.out, config.name, semantic)
+        plan = placed(config, plan, located(config.model.path))
+        folder = runs.run_folder(config.out, config.name, run_identity(plan))
         if config.only == "verify":
             return _verified(plan, folder)
         real = reference.sources(config)
@@ -89,22 +89,23 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
         if config.only != "reduce":
 
             def load() -> "SDXL":
-                return load_model(config.model, device) if model is None else model
+                nets = list({control.net: None for control in config.controls.values()})
+                return load_model(config.model, device, nets) if model is None else model
 
-            made = making.make(config, plan, found, folder, place, load)
+            made = making.make(config, plan, found, place, load)
         seconds = time.perf_counter() - start
         done = Evaluation(folder, made.made, made.found, seconds)
-        missing = sum(len(making.lacking(config, plan, found, folder, rows)) for rows in plan.ranges)
+        missing = sum(len(making.lacking(config, plan, found, rows)) for rows in plan.ranges)
         if made.failed and place.world == 1:
             raise Ended(4, _failed(made, missing))
         if missing:
-            said = f"{missing} of {len(plan.shards(folder))} shards are missing"
+            said = f"{missing} of {len(plan.shards())} shards are missing"
             if place.world == 1:
                 raise Ended(4, f"{said}; the same command without only= makes them")
             failed = f"; {_failed(made, missing)}" if made.failed else ""
             return dataclasses.replace(done, said=f"{place} has made its part; {said}, which others make{failed}")
         if config.only == "shards":
-            return dataclasses.replace(done, said=f"all {len(plan.shards(folder))} shards are there")
+            return dataclasses.replace(done, said=f"all {len(plan.shards())} shards are there")
         return dataclasses.replace(done, result=_reduced(config, plan, found, folder, real))
 
 
@@ -120,7 +121,7 @@ def _usable(device: str) -> str:
 
 def _verified(plan: Study, folder: Path) -> Evaluation:
     """Read every byte of every shard. Ended(4) for the first that is missing or damaged."""
-    everything = plan.shards(folder)
+    everything = plan.shards()
     wrong = [said for said in map(shards.verify, everything) if said]
     if wrong:
         raise Ended(4, f"{len(wrong)} of {len(everything)} shards are not whole: {wrong[0]}")
@@ -131,11 +132,13 @@ def _reduced(
     config: EvaluateConfig, plan: Study, found: Sequence[Judge], folder: Path, real: tuple[Any, ...]
 ) -> Result:
     """The results and everything that shows them, unless they are there for just these shards and settings."""
-    manifests = [(p / shards.MANIFEST).read_text() for p in plan.shards(folder)]
+    read = [making.wanted(config, found, i, rows) for i in range(len(plan.settings)) for rows in plan.ranges]
+    sums = [shards.sums(place, keys) for place, keys in zip(plan.shards(), read, strict=True)]
     asked = {key: getattr(config, key) for key in OF_RESULTS} | {"paper": plan.paper, "model": config.model.name}
     of_reference = reference.identity(config, real)
-    inputs = runs.digest([VERSION, runs.code_version(), asked, of_reference, [j.by for j in found], manifests])
-    shards.sweep(folder / "shards")
+    inputs = runs.digest([VERSION, runs.code_version(), asked, of_reference, [j.by for j in found], sums])
+    for place in plan.places.values():
+        shards.sweep(place)
     _sweep(folder)
     path = folder / RESULTS
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -143,7 +146,7 @@ def _reduced(
         if kept["inputs"] == inputs and all((folder / name).is_file() for name in kept["files"]):
             rows = tuple(kept["rows"])
             return Result(rows, {k: tuple(v) for k, v in kept["norms"].items()}, kept["reference"])
-    result = reduce(config, plan, found, folder, lambda extractor: reference.features(config, extractor))
+    result = reduce(config, plan, found, lambda extractor: reference.features(config, extractor))
     files = _written(config, plan, found, folder, result)
     content = {
         "inputs": inputs,
@@ -177,7 +180,7 @@ def _written(config: EvaluateConfig, plan: Study, found: Sequence[Judge], folder
     pictures = {}
     for setting in plan.settings:
         some = [rows for rows in plan.ranges if rows.start < config.shown]
-        parts = [torch.from_numpy(shards.load(plan.shard(folder, setting, r), making.IMAGES)) for r in some]
+        parts = [torch.from_numpy(shards.load(plan.shard(setting, r), making.IMAGES)) for r in some]
         pictures[setting] = torch.cat(parts)[: config.shown].numpy()
     facts = {
         "run": folder.name, "code": runs.code_version(), "prompts": _prompts(config, plan),

@@ -13,10 +13,12 @@ from segresearch.config import EvaluateConfig
 from segresearch.evaluation.attributes import agreement, load_namer, named, of_scenes
 from segresearch.evaluation.clip_score import CLIP, cosines, load_clip, mini_cosines
 from segresearch.evaluation.distance import distances
+from segresearch.evaluation.edges import edge_agreement
 from segresearch.evaluation.features import Extractor, load_extractor
 from segresearch.evaluation.lpips import load_lpips, lpips_distances
-from segresearch.evaluation.vision import SIDE, load_vision
+from segresearch.evaluation.vision import SIDE, load_vision, unit_range
 from segresearch.models.locate import located
+from segresearch.plan import HELD_OUT, SCENE
 from segresearch.runs import digest, fingerprint
 from segresearch.study.shards import Array
 from segresearch.typed import ConfigError, nearest
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from segresearch.study.plan import Study
 
 WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "caption")
-ATTRIBUTES = ("count", "colors", "shapes", "objects", "exact")
+ATTRIBUTES = ("count", "colors", "shapes", "objects", "exact", "objects_chance")
 LOOK = ("saturation", "brightness", "contrast", "red", "green", "blue")
 
 
@@ -45,13 +47,18 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Judge:
-    """An array of one row a picture, by name; `by` tells the networks. against: it compares with the first setting."""
+    """An array of one row a picture, by name; `by` tells the networks. against: it compares with the first setting,
+    whose digest then ends the name, since runs of another first setting may share the shard; `column` lacks it."""
 
     name: str
     by: str
     measure: Callable[[Pictures], Float[Tensor, "b *values"]]
     against: bool = False
     extractor: Extractor | None = None
+
+    @property
+    def column(self) -> str:
+        return self.name.rpartition("@")[0] if self.against else self.name
 
 
 def judges(config: EvaluateConfig, study: "Study", device: str = "cpu") -> tuple[Judge, ...]:
@@ -63,7 +70,7 @@ def judges(config: EvaluateConfig, study: "Study", device: str = "cpu") -> tuple
     if unknown:
         raise ConfigError(f"weights.{unknown[0]}: no such network{nearest(unknown[0], WEIGHTS)} ({', '.join(WEIGHTS)})")
     given = config.weights
-    found = [Judge("look", "1", lambda p: look(p.images))]
+    found: list[Judge] = []
     for name in config.features:
         extractor = load_extractor(name, given.get(name), device="cpu" if name == "mini" else device)
         if config.images <= extractor.dim and not config.force:
@@ -73,12 +80,14 @@ def judges(config: EvaluateConfig, study: "Study", device: str = "cpu") -> tuple
             )
         found.append(Judge(f"features-{name}", extractor.weights, _features(extractor), extractor=extractor))
     if len(study.settings) > 1:
-        found += [_distance(name, config, device) for name in config.distances]
+        found += [_distance(name, config, study, device) for name in config.distances]
     if any(study.prompts) and config.caption != "none":
         found.append(_caption(config, device))
     if study.scenes and config.caption == "mini":
         found.append(_attributes(study.scenes))
-    return tuple(found)
+    if study.controls and all(shown[0].startswith(SCENE) for shown in study.controls):
+        found.append(_edges([HELD_OUT + int(shown[0].removeprefix(SCENE)) for shown in study.controls]))
+    return (*found, Judge("look", "1", lambda p: look(p.images)))
 
 
 def tried(found: Sequence[Judge], size: tuple[int, int]) -> None:
@@ -101,14 +110,25 @@ def _attributes(scenes: Sequence[int]) -> Judge:
     namer = load_namer()
 
     def match(p: Pictures) -> Tensor:
-        seen = agreement(named(namer, p.images), of_scenes([scenes[i % len(scenes)] for i in p.rows]))
-        return torch.stack([seen[key] for key in ATTRIBUTES], dim=1)
+        found = named(namer, p.images)
+        seen, other = (agreement(found, of_scenes([scenes[(i + k) % len(scenes)] for i in p.rows])) for k in (0, 1))
+        return torch.stack([*(seen[key] for key in ATTRIBUTES[:-1]), other["objects"]], dim=1)
 
-    return Judge("attributes", fingerprint(located("mini") / "attributes"), match)
+    return Judge("attributes", digest([2, fingerprint(located("mini") / "attributes")]), match)
 
 
-def _distance(name: str, config: EvaluateConfig, device: str) -> Judge:
-    given = config.weights
+def _edges(scenes: Sequence[int]) -> Judge:
+    """How well contrasts lie on the edges of the scenes that the first control's images are of."""
+    from segresearch.data.scenes import scenes as rendered
+
+    def match(p: Pictures) -> Tensor:
+        return edge_agreement(unit_range(p.images), rendered([scenes[i] for i in p.rows], size=p.images.shape[2:]).edges)
+
+    return Judge("edges", "1", match)
+
+
+def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) -> Judge:
+    given, stored = config.weights, f"distance-{name}@{study.places[study.first].name.rpartition('-')[2]}"
     if name == "mini":
         place = located(given.get("mini", "mini"))
         vision = load_vision(place).vision
@@ -119,14 +139,14 @@ def _distance(name: str, config: EvaluateConfig, device: str) -> Judge:
                 raise ValueError(f"pictures of {h}×{w}: sides must be multiples of 16")
             return distances(vision, p.images, p.first)
 
-        return Judge("distance-mini", fingerprint(place / "vision"), apart, True)
+        return Judge(stored, fingerprint(place / "vision"), apart, True)
     trunk, heads = given.get(name), given.get(f"{name}_heads")
     net = load_lpips(name, trunk, heads, device=device)
     read = hashlib.sha256()
     for parameter in net.parameters():
         read.update(parameter.cpu().numpy().tobytes())
     by = read.hexdigest()
-    return Judge(f"distance-{name}", by, lambda p: lpips_distances(net, p.images, p.first), True)
+    return Judge(stored, by, lambda p: lpips_distances(net, p.images, p.first), True)
 
 
 def _caption(config: EvaluateConfig, device: str) -> Judge:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from segresearch.build import build_guidance
 from segresearch.config import EvaluateConfig
+from segresearch.control.making import controlled_batch
 from segresearch.sampling import initial_noise, sample, sigmas
 from segresearch.study import shards
 from segresearch.study.judges import Judge, NotFinite, Pictures, measured, names, tried
@@ -43,13 +43,11 @@ def wanted(config: EvaluateConfig, judges: Sequence[Judge], setting: int, rows: 
     return own | ({NORMS: SAMPLED} if steady else {}) | names(judges, setting)
 
 
-def lacking(
-    config: EvaluateConfig, plan: Study, judges: Sequence[Judge], folder: Path, rows: range
-) -> dict[str, set[str]]:
+def lacking(config: EvaluateConfig, plan: Study, judges: Sequence[Judge], rows: range) -> dict[str, set[str]]:
     """Of each setting, what its shard of these rows lacks; settings that lack nothing are left out."""
     found: dict[str, set[str]] = {}
     for i, setting in enumerate(plan.settings):
-        there = shards.held(plan.shard(folder, setting, rows))
+        there = shards.held(plan.shard(setting, rows))
         missing = {key for key, by in wanted(config, judges, i, rows).items() if there.get(key) != by}
         found |= {setting: missing} if missing else {}
     return found
@@ -64,11 +62,25 @@ class Sampler:
         self.sdxl: SDXL | None = None
         self.notes: list[Tensor] = []
         self.guided: Mapping[str, Any] = {}
+        self.steered: dict[range, Any] = {}  # the controls of the batches of the range in hand
 
     def note(self, guided: Tensor, plain: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """The last post-processor of every setting: looks at what guidance adds, and changes nothing."""
         self.notes.append((guided - plain).square().mean((1, 2, 3)).sqrt().cpu())  # (b, c, h, w) -> (b,)
         return guided
+
+    def control(self, batch: range, levels: Any) -> Any:
+        """The ControlNets of a batch with its control images, which every setting of it shares."""
+        if batch not in self.steered:
+            config, sdxl = self.config, self.sdxl
+            assert sdxl is not None
+            if isinstance(levels, str):
+                levels = sigmas(sdxl.denoiser, levels, config.steps)
+            shown = [self.plan.controls[i] for i in batch]
+            made = controlled_batch(sdxl, config.controls, shown, config.size or sdxl.default_size, levels)
+            self.steered = {k: v for k, v in self.steered.items() if abs(k.start - batch.start) < config.shard}
+            self.steered[batch] = made
+        return self.steered[batch]
 
     def __call__(
         self, setting: str, rows: range, done: Callable[[int], object]
@@ -87,11 +99,12 @@ class Sampler:
         for batch in (rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)):
             conds = sdxl.encode(self.plan.texts(batch), negative=config.negative, size=config.size)
             self.notes = []
+            more = {"control": self.control(batch, levels)} if config.controls else {}
             with torch.no_grad():
                 latents = sample(
                     self.guided[setting], initial_noise(list(batch), sdxl.latent_shape(config.size)),
                     sampler=config.sampler.name, schedule=levels, steps=config.steps, conds=conds, seeds=list(batch),
-                    options=config.sampler.options,
+                    options=config.sampler.options, **more,
                 )  # fmt: skip
                 if not latents.isfinite().all():
                     broken = [i for i, z in zip(batch, latents, strict=True) if not z.isfinite().all()]
@@ -104,25 +117,24 @@ class Sampler:
 
 
 def make(
-    config: EvaluateConfig, plan: Study, judges: Sequence[Judge], folder: Path, worker: Worker,
-    load: Callable[[], "SDXL"],
-) -> Made:  # fmt: skip
+    config: EvaluateConfig, plan: Study, judges: Sequence[Judge], worker: Worker, load: Callable[[], "SDXL"]
+) -> Made:
     """Every shard of this worker's ranges that is not whole. A range is done setting by setting, the first one first,
     so that its pictures are at hand for the distances; what is there already is not made again."""
     mine = worker.part(plan.ranges)
-    todo = [(rows, missing) for rows in mine if (missing := lacking(config, plan, judges, folder, rows))]
+    todo = [(rows, missing) for rows in mine if (missing := lacking(config, plan, judges, rows))]
     count = sum(len(rows) * len(missing) for rows, missing in todo)
     result = Made(found=sum(map(len, mine)) * len(plan.settings) - count)
     sampler = Sampler(config, plan, judges, load)
     with tqdm(total=count, unit="image", disable=None, leave=False, smoothing=0.05) as bar:
         for rows, _ in todo:
-            if missing := lacking(config, plan, judges, folder, rows):  # another worker may have made some by now
-                _range(config, plan, judges, folder, rows, missing, sampler, bar, result)
+            if missing := lacking(config, plan, judges, rows):  # another worker may have made some by now
+                _range(config, plan, judges, rows, missing, sampler, bar, result)
     return result
 
 
 def _range(
-    config: EvaluateConfig, plan: Study, judges: Sequence[Judge], folder: Path, rows: range,
+    config: EvaluateConfig, plan: Study, judges: Sequence[Judge], rows: range,
     missing: Mapping[str, set[str]], sampler: Sampler, bar: Any, result: Made,
 ) -> None:  # fmt: skip
     first: Tensor | None = None
@@ -130,17 +142,17 @@ def _range(
     for i, setting in enumerate(plan.settings):
         if setting not in missing:
             continue
-        place, lack = plan.shard(folder, setting, rows), missing[setting]
+        place, lack = plan.shard(setting, rows), missing[setting]
         bar.set_description(setting)
         try:
             if first is None and (i == 0 or lack & against):
-                first, norms = _pictures(plan, folder, plan.first, rows, lack if i == 0 else set(), sampler,
+                first, norms = _pictures(plan, plan.first, rows, lack if i == 0 else set(), sampler,
                                          bar if i == 0 else None)  # fmt: skip
             if i == 0:
                 assert first is not None
                 images = first
             else:
-                images, norms = _pictures(plan, folder, setting, rows, lack, sampler, bar)
+                images, norms = _pictures(plan, setting, rows, lack, sampler, bar)
             said = Pictures(images, images if first is None else first, plan.texts(rows), rows)
             arrays = {
                 key: Array(shards.load(place, key), by) for key, by in shards.held(place).items() if key not in lack
@@ -161,10 +173,10 @@ def _range(
 
 
 def _pictures(
-    plan: Study, folder: Path, setting: str, rows: range, lack: set[str], sampler: Sampler, bar: Any
+    plan: Study, setting: str, rows: range, lack: set[str], sampler: Sampler, bar: Any
 ) -> tuple[Tensor, Tensor | None]:
     """From the shard where it holds them and nothing of the sampling is lacking, else sampled, to the same bits."""
-    place = plan.shard(folder, setting, rows)
+    place = plan.shard(setting, rows)
     if shards.held(place).get(IMAGES) == SAMPLED and not lack & {IMAGES, NORMS}:
         images = torch.from_numpy(shards.load(place, IMAGES))
         if bar is not None:

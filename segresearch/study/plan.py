@@ -1,31 +1,49 @@
-"""From a typed config to what is to be measured: settings, prompts, ranges, and the identity of the run. Light: no
-torch, except where prompts are the captions of scenes."""
+"""From a typed config to what is to be measured: settings, prompts, controls, ranges, and where shards of them lie.
+Light: no torch, except where prompts or control images are those of scenes."""
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from segresearch import runs
 from segresearch.config import EvaluateConfig, GuidanceConfig
-from segresearch.plan import HELD_OUT, methods, read_prompts, scene_numbers, slug
+from segresearch.control.sources import Sources
+from segresearch.plan import (
+    HELD_OUT,
+    SCENE,
+    Panel,
+    Row,
+    checked_control,
+    control_images,
+    describe,
+    methods,
+    read_prompts,
+    scene_numbers,
+    slug,
+)
 from segresearch.study import paper
 from segresearch.study.shards import cut, name
 from segresearch.typed import ConfigError
 
-VERSION = 1  # of what shards hold
+VERSION = 2  # of what shards hold
 
 
 @dataclass(frozen=True)
 class Study:
     """settings: guidance by label, the first is what distances are taken to. prompts: image i has prompts[i], repeating
-    in turn. scenes: indices of procedural scenes whose captions these are, or (). ranges: of images, a shard each."""
+    in turn. scenes: indices of procedural scenes whose captions these are, or (). controls: of image i its control
+    images, one for each of the config's controls. ranges: of images, a shard each. places: of each setting, the folder
+    of its shards; {} until `placed`."""
 
     settings: Mapping[str, GuidanceConfig]
     prompts: tuple[str, ...]
     scenes: tuple[int, ...]
     ranges: tuple[range, ...]
     paper: str | None
+    controls: tuple[tuple[str, ...], ...] = ()
+    places: Mapping[str, Path] = field(default_factory=dict)
 
     def texts(self, rows: range) -> list[str]:
         return [self.prompts[i % len(self.prompts)] for i in rows]
@@ -34,12 +52,12 @@ class Study:
     def first(self) -> str:
         return next(iter(self.settings))
 
-    def shard(self, folder: Path, setting: str, rows: range) -> Path:
-        return folder / "shards" / slug(setting) / name(rows)
+    def shard(self, setting: str, rows: range) -> Path:
+        return self.places[setting] / name(rows)
 
-    def shards(self, folder: Path) -> list[Path]:
+    def shards(self) -> list[Path]:
         """Every shard of the run, in the order in which they are reduced."""
-        return [self.shard(folder, setting, rows) for setting in self.settings for rows in self.ranges]
+        return [self.shard(setting, rows) for setting in self.settings for rows in self.ranges]
 
 
 def study(config: EvaluateConfig) -> Study:
@@ -50,9 +68,6 @@ def study(config: EvaluateConfig) -> Study:
     scenes: tuple[int, ...] = ()
     if isinstance(config.prompts, str):
         scenes = tuple(HELD_OUT + n for n in scene_numbers(config.prompts, config.images, "prompts") or ())
-    if config.shard % config.batch_size:
-        reason = "each would end in a smaller batch; choose another of the two"
-        raise ConfigError(f"shard: {config.shard} is not a multiple of batch_size, {config.batch_size}: {reason}")
     if config.keep is not None and config.keep < config.shown:
         raise ConfigError(f"keep: {config.keep} pictures kept are fewer than are shown, {config.shown}; lower `shown`")
     for key in ("features", "distances"):
@@ -60,14 +75,56 @@ def study(config: EvaluateConfig) -> Study:
         if len(set(values)) < len(values):
             raise ConfigError(f"{key}: {list(values)} names one twice")
     chosen = paper.chosen(config.paper, config.name, settings, prompts)
-    return Study(settings, prompts, scenes, tuple(cut(config.images, config.shard)), chosen)
+    columns = []
+    for key, control in config.controls.items():
+        checked_control(control, f"controls.{key}")
+        columns.append(control_images(control.image, config.images, f"controls.{key}.image"))
+    controls = tuple(zip(*columns, strict=True))
+    return Study(settings, prompts, scenes, tuple(cut(config.images, config.shard)), chosen, controls)
 
 
-def identity(config: EvaluateConfig, plan: Study, fingerprint: str) -> dict[str, Any]:
-    """What pictures depend on, to the last bit of a float, and no more."""
+def placed(config: EvaluateConfig, plan: Study, model: Path) -> Study:
+    """`plan` with the folder of each setting's shards: <out>/shards/<setting>-<digest>, the digest that of all that its
+    pictures depend on to the last bit, and no more. Runs that share a setting share its shards.
+
+    model: the folder or file of the model. ConfigError for a ControlNet or a control image that is not there.
+    """
     asked = ("sampler", "schedule", "negative", "steps", "size", "batch_size", "shard")
-    open_ended = bool(plan.scenes) and str(config.prompts).rstrip().endswith("-")
-    prompts = config.prompts if open_ended else runs.digest(plan.prompts)  # a longer run has the same first pictures
-    model = {"fingerprint": fingerprint, "dtype": config.model.dtype, "vae_dtype": config.model.vae_dtype}
-    given = {key: getattr(config, key) for key in asked}
-    return runs.plain({"version": VERSION, "model": model, **given, "prompts": prompts, "settings": plan.settings})
+    kind = {"dtype": config.model.dtype, "vae_dtype": config.model.vae_dtype}
+    common = {
+        "version": VERSION, "model": {"fingerprint": runs.fingerprint(model), **kind},
+        **{key: getattr(config, key) for key in asked},
+        "prompts": config.prompts if _open_ended(config.prompts) else runs.digest(plan.prompts),
+    }  # fmt: skip
+    if config.controls:
+        common["controls"] = _controls(config, plan, model)
+    places = {}
+    for setting, guidance in plan.settings.items():
+        bare = dataclasses.replace(guidance, label=None)
+        digest = runs.digest(runs.plain({**common, "guidance": bare}))
+        places[setting] = Path(config.out) / "shards" / f"{slug(describe(bare))}-{digest}"
+    return dataclasses.replace(plan, places=places)
+
+
+def run_identity(plan: Study) -> dict[str, Any]:
+    """What tells one run from another: its settings, and the order and the names in which they are shown."""
+    return {"settings": [[setting, place.name] for setting, place in plan.places.items()]}
+
+
+def _open_ended(text: str | tuple[str, ...]) -> bool:
+    """ "scene:0-", of which a longer run has the same first ones."""
+    return isinstance(text, str) and text.startswith(SCENE) and text.rstrip().endswith("-")
+
+
+def _controls(config: EvaluateConfig, plan: Study, model: Path) -> list[Any]:
+    found = []
+    for k, (key, control) in enumerate(config.controls.items()):
+        shown = [images[k] for images in plan.controls]
+        scenes = [image for image in shown if image.startswith(SCENE)]
+        some = [*scenes[:1], *dict.fromkeys(image for image in shown if not image.startswith(SCENE))]
+        panel = Panel("", None, tuple(Row("", i, (image,)) for i, image in enumerate(some)), {}, {key: control})
+        (own,) = Sources([panel], model).identity(panel)["controls"]
+        contents = dict(zip(some, own.pop("contents"), strict=True))
+        listed = control.image if _open_ended(control.image) else [contents.get(image, image) for image in shown]
+        found.append({**own, "first": contents[shown[0]], "images": runs.digest(listed)})
+    return found

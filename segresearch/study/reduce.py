@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,9 +45,9 @@ def rounded(value: float) -> float | None:
     return None if math.isnan(value) else float(f"{value:.7g}")
 
 
-def joined(plan: Study, folder: Path, setting: str, key: str) -> np.ndarray:
+def joined(plan: Study, setting: str, key: str) -> np.ndarray:
     """One array of all pictures of a setting, in their order, checksums compared. Raises Damaged, OSError."""
-    return np.concatenate([shards.load(plan.shard(folder, setting, rows), key) for rows in plan.ranges])
+    return np.concatenate([shards.load(plan.shard(setting, rows), key) for rows in plan.ranges])
 
 
 def mean_error(values: np.ndarray) -> tuple[float, float]:
@@ -57,9 +56,7 @@ def mean_error(values: np.ndarray) -> tuple[float, float]:
     return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
 
 
-def reduce(
-    config: EvaluateConfig, plan: Study, judges: Sequence[Judge], folder: Path, real: Callable[[Extractor], Tensor]
-) -> Result:
+def reduce(config: EvaluateConfig, plan: Study, judges: Sequence[Judge], real: Callable[[Extractor], Tensor]) -> Result:
     """Every metric of every setting. real: features of the reference by an extractor."""
     references = {}
     for judge in judges:
@@ -73,9 +70,9 @@ def reduce(
         row: Row = {"setting": setting, "n": config.images}
         for judge in judges:
             if judge.against and setting == plan.first:
-                row |= dict.fromkeys((judge.name, f"{judge.name}-error"))
+                row |= dict.fromkeys((judge.column, f"{judge.column}-error"))
                 continue
-            values = joined(plan, folder, setting, judge.name)
+            values = joined(plan, setting, judge.name)
             if judge.extractor is not None:
                 row |= _features(config, judge.extractor.name, values, references[judge.name], plain)
             elif judge.name in ("attributes", "look"):
@@ -83,12 +80,12 @@ def reduce(
                 row |= {c: rounded(float(v)) for c, v in zip(columns, values.mean(0, dtype=np.float64), strict=True)}
             else:
                 mean, error = mean_error(values)
-                row |= {judge.name: rounded(mean), f"{judge.name}-error": rounded(error)}
+                row |= {judge.column: rounded(mean), f"{judge.column}-error": rounded(error)}
         said = paper.figures(plan.paper, guidance)
         row |= {f"paper-{column}": said.get(column) for column in paper.columns(plan.paper)}
         rows.append(row)
-        if NORMS in shards.held(plan.shard(folder, setting, plan.ranges[0])):
-            steps = joined(plan, folder, setting, NORMS).mean(0, dtype=np.float64)
+        if NORMS in shards.held(plan.shard(setting, plan.ranges[0])):
+            steps = joined(plan, setting, NORMS).mean(0, dtype=np.float64)
             norms[setting] = tuple(float(f"{v:.7g}") for v in steps)
     return Result(tuple(rows), norms, min((len(r.all) for r in references.values()), default=0))
 

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,10 +145,17 @@ def _same(folder: Path, entries: Mapping[str, Any]) -> bool:
     return bool(entries) and all(there.get(key) == entry for key, entry in entries.items()) and not verify(folder)
 
 
-def sweep(root: Path) -> None:
-    """Remove what processes that were killed left unfinished below `root`; only where everything is finished."""
-    for path in root.glob("*/.*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+def sweep(place: Path) -> None:
+    """Remove what processes of this machine that are gone left unfinished in `place`."""
+    for path in place.glob(f".*{socket.gethostname()}-*.tmp"):
+        if not os.path.exists(f"/proc/{path.stem.rsplit('-', 1)[1]}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sums(folder: Path, keys: Iterable[str]) -> list[str]:
+    """The checksums of some arrays of a shard, as its manifest has them. Raises Damaged, OSError, KeyError."""
+    entries = _entries(folder)
+    return [entries[key]["sha256"] for key in keys]
 
 
 def _digest(data: bytes) -> str:

@@ -14,7 +14,8 @@ CAPTIONS = {"mini": "cosine (mini)", "clip": "CLIP cosine"}
 DISTANCES = {"mini": "distance (mini)", "vgg": "LPIPS vgg", "alex": "LPIPS alex"}
 FRECHET = {"mini": "FD (mini)", "inception": "FID", "dinov2": "FD (DINOv2)", "clip": "FD (CLIP)"}
 KERNEL = {"mini": "KD (mini)", "inception": "KID", "dinov2": "KD (DINOv2)", "clip": "KD (CLIP)"}
-PLAIN = {"count": "count", "colors": "colours", "shapes": "shapes", "objects": "objects", "exact": "exact",
+PLAIN = {"count": "count", "colors": "colours", "shapes": "shapes", "objects": "objects",
+         "objects_chance": "(chance)", "exact": "exact", "edges": "edges",
          "saturation": "saturation", "contrast": "contrast"}  # fmt: skip
 LATEX = {"σ": r"$\sigma$", "∞": r"$\infty$", "±": r"$\pm$", "−": r"$-$", "τ": r"$\tau$", "γ": r"$\gamma$",
          "→": r"$\to$", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
