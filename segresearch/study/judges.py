@@ -122,7 +122,8 @@ def _edges(scenes: Sequence[int]) -> Judge:
     from segresearch.data.scenes import scenes as rendered
 
     def match(p: Pictures) -> Tensor:
-        return edge_agreement(unit_range(p.images), rendered([scenes[i] for i in p.rows], size=p.images.shape[2:]).edges)
+        held = rendered([scenes[i] for i in p.rows], size=(p.images.shape[2], p.images.shape[3]))
+        return edge_agreement(unit_range(p.images), held.edges)
 
     return Judge("edges", "1", match)
 

@@ -23,6 +23,7 @@ from segresearch.study.workers import Worker
 if TYPE_CHECKING:
     from segresearch.models import SDXL
 
+DECODED = 10  # latents that are decoded together: small parts stay in a CPU's cache
 IMAGES, NORMS, SAMPLED = "images", "norms", "sampled"
 
 
@@ -109,7 +110,8 @@ class Sampler:
                 if not latents.isfinite().all():
                     broken = [i for i, z in zip(batch, latents, strict=True) if not z.isfinite().all()]
                     raise NotFinite(f"latents of pictures {broken} are not finite")
-                images.append(sdxl.vae.decode(latents).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+                decoded = torch.cat([sdxl.vae.decode(part) for part in latents.split(DECODED)])
+                images.append(decoded.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
             if self.notes and all(len(n) == len(batch) for n in self.notes):
                 norms.append(torch.stack(self.notes, dim=1).float())
             done(len(batch))
