@@ -2,8 +2,13 @@
 
 import functools
 import importlib
+import importlib.util
 import inspect
+import os
+import sys
+import sysconfig
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segresearch.config import (
@@ -100,6 +105,7 @@ def _scale(value: float | RampConfig) -> Any:
 def _custom(config: CustomConfig, at: str) -> Callable[..., Any]:
     """The call behind `target`: a class is made with `options`, a function takes them as keywords at every call."""
     module_name, _, name = config.target.rpartition(".")
+    _refuse_foreign(module_name, config.target, at)
     try:
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, ValueError) as error:
@@ -118,3 +124,23 @@ def _custom(config: CustomConfig, at: str) -> Callable[..., Any]:
     except TypeError as error:
         raise ConfigError(f"{at}: {config.target} cannot be called as (q, k, v, site, attend): {error}") from error
     return call
+
+
+def _refuse_foreign(module_name: str, target: str, at: str) -> None:
+    """ConfigError for what is part of Python or an installed package: a config names segresearch or files of one's own,
+    and so nothing that was not written to be called by it."""
+    top = module_name.partition(".")[0]
+    if top in ("", "segresearch"):
+        return
+    foreign = top in sys.stdlib_module_names or top in sys.builtin_module_names
+    if not foreign:
+        try:
+            spec = importlib.util.find_spec(top)
+        except (ImportError, ValueError):
+            return  # importing says why
+        places = [*(spec.submodule_search_locations or ()), spec.origin or ""] if spec else []
+        installed = {str(Path(sysconfig.get_path(key)).resolve()) for key in ("purelib", "platlib")}
+        foreign = any(str(Path(p).resolve()).startswith(f"{i}{os.sep}") for p in places if p for i in installed)
+    if foreign:
+        raise ConfigError(f"{at}.target: {target} is not a part of segresearch or a file of your own; write a function "
+                          "in one that calls it")  # fmt: skip

@@ -1,7 +1,10 @@
 """A script's way into Hydra: quick --help, and one clear line with an exit code instead of a traceback.
 
-Exit codes: 2 a setting or a file that is wrong, 5 no room on the disk, 130 interrupted, or the one that an error brings
-as `Ended`; anything else is a defect and keeps its traceback. HYDRA_FULL_ERROR=1 shows every traceback.
+Exit codes: 0 done, 2 a setting or a file that is wrong, 3 weights that are missing or wrong, 4 not all is made or
+whole, 5 no memory, no room or no right to write, 130 interrupted; anything else is a defect and keeps its traceback.
+HYDRA_FULL_ERROR=1 shows every traceback.
+
+A sweep (-m) goes on past a job that fails, says at the end which ones did, and ends with 4 where others were done.
 """
 
 import contextlib
@@ -10,7 +13,9 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +25,12 @@ from segresearch.typed import ConfigError, nearest, unknown
 FULL = "HYDRA_FULL_ERROR"
 INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
+TARGET = "_target_"  # by which Hydra makes objects of its own
 
 
 class Ended(ValueError):
-    """What ends a script with a code of its own: 3 weights that are missing or wrong, 4 not all there, 5 no room."""
+    """What ends a script with a code of its own."""
 
     def __init__(self, code: int, said: str):
         super().__init__(said)
@@ -40,15 +47,29 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
 
             shown = FULL in os.environ  # errors are to come here, not to be printed by Hydra
             os.environ.setdefault(FULL, "1")
+            own, ended = os.getpid(), Sweep()
 
             @functools.wraps(main)
             def job(config: Any) -> None:
-                with _ending(shown):
+                ended.started += 1
+                overrides = _swept()
+                if overrides is None:
+                    with _ending(shown):
+                        main(config)
+                    return
+                try:
                     main(config)
+                except Exception as error:
+                    if os.getpid() != own or shown:  # a launcher's own process: it carries the error back
+                        raise
+                    ended.add(overrides, error)
 
             try:
                 with _ending(shown, config_name):
+                    _refuse_targets(sys.argv[1:])
                     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
+                    if ended.failed:
+                        raise ended.end()
             finally:
                 if not shown:
                     os.environ.pop(FULL)
@@ -56,6 +77,57 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
         return run
 
     return decorate
+
+
+@dataclass
+class Sweep:
+    """The jobs of a sweep: how many were started, and the exit codes of those that failed, by their overrides."""
+
+    started: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+
+    def add(self, overrides: str, error: Exception) -> None:
+        """Say what happened to one job; the next one follows."""
+        code = exit_code(error)
+        if code is None:
+            traceback.print_exception(error)
+        self.failed[overrides] = 1 if code is None else code
+        print(f"error: job {self.started} ({overrides}): {line(error)}", file=sys.stderr)
+
+    def end(self) -> "Ended":
+        """4, or the code that all jobs share where none was done."""
+        codes = set(self.failed.values())
+        code = codes.pop() if len(self.failed) == self.started and len(codes) == 1 else 4
+        listed = "; ".join(self.failed)
+        hint = "the same command makes what is missing"
+        return Ended(code, f"{len(self.failed)} of {self.started} jobs failed ({listed}); {hint}")
+
+
+def _swept() -> str | None:
+    """The overrides of this job of a sweep; None where there is no sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return " ".join(HydraConfig.get().overrides.task)
+
+
+def _refuse_targets(arguments: Sequence[str]) -> None:
+    """ConfigError for a command line, or a config folder that it names, that would have Hydra make objects. Hydra's
+    own launchers and sweepers are chosen by name (hydra/launcher=submitit_slurm); nothing here needs more."""
+    hint = "choose Hydra's parts by name, as in hydra/launcher=submitit_slurm; perturbations name theirs with `target`"
+    for argument in arguments:
+        if TARGET in argument:
+            raise ConfigError(f"{argument}: no setting here makes objects by {TARGET}; {hint}")
+    flags = ("--config-dir", "-cd", "--config-path", "-cp")
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag in flags and (equals or i + 1 < len(arguments)):
+            folder = Path(value if equals else arguments[i + 1])
+            for path in sorted(p for p in folder.rglob("*.y*ml") if p.is_file()) if folder.is_dir() else []:
+                if TARGET in path.read_text(encoding="utf-8", errors="replace"):
+                    raise ConfigError(f"{path}: no setting here makes objects by {TARGET}; {hint}")
 
 
 @contextlib.contextmanager
@@ -80,16 +152,31 @@ def exit_code(error: BaseException) -> int | None:
     if isinstance(error, Ended):
         return error.code
     if isinstance(error, OSError):
-        return 5 if error.errno in NO_ROOM else 2
+        return 5 if error.errno in (*NO_ROOM, *LOCKED) else 2
+    if out_of_memory(error):
+        return 5
+    if any(kind.__name__ == "CheckpointError" for kind in type(error).__mro__):  # by name: nothing is imported for it
+        return 3
     composed = type(error).__module__ in ("hydra.errors", "omegaconf.errors")
     return 2 if composed or isinstance(error, ValueError | ImportError) else None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the machine, had no memory left."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def line(error: BaseException) -> str:
     """The error's message as one line."""
     if isinstance(error, OSError) and error.strerror:
         hint = "; free some room, then the same command resumes" if error.errno in NO_ROOM else ""
+        hint = "; choose another folder with out=" if error.errno in LOCKED else hint
         return f"{error.filename or 'output'}: {error.strerror}{hint}"
+    if out_of_memory(error):
+        said = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        return f"out of memory: {said}; lower batch_size, or take a smaller model.dtype"
     return " ".join(str(error).split()) or type(error).__name__
 
 

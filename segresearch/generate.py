@@ -5,6 +5,8 @@ command resumes a stopped run, and a finished run returns without loading the mo
 """
 
 import contextlib
+import dataclasses
+import importlib.metadata
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from segresearch import images, runs
 from segresearch.build import build_guidance, load_model
-from segresearch.command import hydra_settings
+from segresearch.command import Ended, hydra_settings
 from segresearch.config import ControlConfig, GenerateConfig, GuidanceConfig
 from segresearch.control.sources import Sources
 from segresearch.models.locate import located
 from segresearch.plan import Panel, panels, slug
-from segresearch.typed import ConfigError
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 VERSION = 1  # of the grid's drawing
+OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "${model.batch_size}"}  # not of the run
 IDENTITY = ("run", "method", "prompt", "seed")  # what tells one picture's settings from any other's
 
 
@@ -134,8 +136,9 @@ def cut(
 ) -> Iterator[Batch]:
     """All pictures of the run in batches; those already there count, so a resume repeats the same batches."""
     common = {k: v for k, v in semantic.items() if k != "panels"}
-    common["model"] = {"name": config.model.name, "path": config.model.path, **common["model"]}
-    common |= {"run": runs.digest(semantic), "code": runs.code_version()}
+    loaded = ("name", "path", "variant", "config", "tokenizer")
+    common["model"] = {**{key: getattr(config.model, key) for key in loaded}, **common["model"]}
+    common |= {"run": runs.digest(semantic), "code": runs.code_version(), "torch": importlib.metadata.version("torch")}
     for number, panel in enumerate(plan, 1):
         for method, guidance in panel.methods.items():
             paths = picture_paths(folder, plan, number, method)
@@ -180,7 +183,9 @@ def show_controls(plan: tuple[Panel, ...], folder: Path, semantic: Mapping[str, 
             from segresearch.control.making import show
 
             for path, row in zip(control_paths(folder, plan, number, name), panel.rows, strict=True):
-                said = {"run": runs.digest(semantic), "control": name, "image": row.images[k], "seed": row.seed}
+                made = runs.plain(dataclasses.replace(control, image=row.images[k]))
+                said = {"run": runs.digest(semantic), "control": name, "image": row.images[k], "seed": row.seed,
+                        "settings": made, "size": list(size)}  # fmt: skip
                 show(control, row.images[k], size, path, said)
 
 
@@ -212,7 +217,7 @@ def _make(
                 if bad:
                     name = batch.pictures[0].settings["method"]
                     hint = "try model.dtype=float32 or lower scales"
-                    raise ConfigError(f"{name}: the latents of seeds {bad} are not finite; {hint}")
+                    raise Ended(4, f"{name}: the latents of seeds {bad} are not finite; {hint}")
                 pixels = sdxl.vae.decode(latents).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
                 for picture, image in zip(batch.pictures, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                     if picture.path in missing:
@@ -257,26 +262,30 @@ def draw(config: GenerateConfig, plan: tuple[Panel, ...], folder: Path, semantic
     title = config.grid.title or config.name
     texts = [(b.title, b.heads, b.captions) for b in blocks]
     drawn = runs.digest([VERSION, config.grid, texts, title, note])
+    whole = {key: value for key, value in whole_config(config, plan).items() if key not in OF_A_CALL}
     settings = runs.plain({"run": runs.digest(semantic), "drawn": drawn, "settings": semantic})
-    if images.read_settings(path) != settings:
+    found = images.read_settings(path) or {}
+    if not found.pop("generate", None) or found != settings:
+        settings["generate"] = whole  # its paths are of this machine, so they are not compared
         cell = config.grid.cell or images.cell_size(blocks[0].paths[0][0])
         images.save_png(images.draw_grid(blocks, title, note, cell, config.grid.across), path, settings)
     return path
 
 
-def written_config(config: GenerateConfig, plan: tuple[Panel, ...]) -> str:
-    """config.yaml: every setting in full, prompts included, in a form that generate.py takes back."""
-    from omegaconf import OmegaConf
-
-    values = runs.plain(config)
+def whole_config(config: GenerateConfig, plan: tuple[Panel, ...]) -> dict[str, Any]:
+    """Every setting in full, prompts included."""
+    values: dict[str, Any] = runs.plain(config)
     for panel, given in zip(plan, values["panels"] or [values], strict=True):
         given["prompts"] = list(dict.fromkeys(row.prompt for row in panel.rows))
-    values |= {
-        "out": "runs",
-        "device": "auto",
-        "batch_size": "${model.batch_size}",
-    }  # those are of a call, not of the run
-    return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in (hydra_settings(), values))
+    return values
+
+
+def written_config(config: GenerateConfig, plan: tuple[Panel, ...]) -> str:
+    """config.yaml: every setting in full, in a form that generate.py takes back."""
+    from omegaconf import OmegaConf
+
+    parts = (hydra_settings(), whole_config(config, plan) | OF_A_CALL)
+    return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in parts)
 
 
 def _say(text: str) -> None:

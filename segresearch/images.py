@@ -24,12 +24,20 @@ SPELLED = {"σ": "sigma", "τ": "tau", "γ": "gamma", "φ": "phi", "∞": "inf",
 FONTS = ("DejaVuSans.ttf", "Arial.ttf", "LiberationSans-Regular.ttf", "Helvetica.ttc")
 
 
-def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Write `image` to `path` atomically, with `settings` in its text chunk; the same input gives the same bytes."""
+def png(image: Image.Image, settings: Mapping[str, Any]) -> bytes:
+    """`image` as a PNG with `settings` in its text chunk; the same input gives the same bytes."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(KEY, json.dumps(plain(settings), ensure_ascii=False, sort_keys=True))
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+    """Write `image` to `path` atomically, as `png` makes it."""
+    data = png(image, settings)
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+        temporary.write_bytes(data)
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:

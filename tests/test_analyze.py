@@ -24,7 +24,6 @@ from segresearch.analysis.table import measure, short, to_csv, together
 from segresearch.config import conf_dir
 from segresearch.guidance import blur_matrix
 from segresearch.models import load_sdxl
-from segresearch.tracking import mirror
 from segresearch.typed import ConfigError, typed
 
 SCRIPT = conf_dir().parent / "experiments" / "analyze.py"
@@ -234,33 +233,6 @@ def test_the_script_is_quick_to_help_and_says_slips_in_one_line(monkeypatch, cap
     call = [sys.executable, "-c", light, str(SCRIPT), "--help"]
     ended = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
     assert ended.stdout.endswith("[]\n") and "blur" in ended.stdout and list(tmp_path.iterdir()) == []
-
-
-def test_a_mirror_that_fails_costs_one_line_and_an_offline_one_needs_no_account(run, tmp_path, monkeypatch, capsys):
-    import wandb
-
-    figure = {"sigma": run.folder / "figures" / "sigma.png"}
-    given = (
-        "segresearch",
-        "test",
-        tmp_path,
-        {"sigma": math.inf},
-        {"share": 0.5},
-        {"t": [{"a": 1, "b": 2.0}, {"a": 3, "b": math.inf}]},
-        figure,
-    )
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert not mirror("off", *given) and list(tmp_path.iterdir()) == []
-    assert mirror("offline", *given)
-    (kept,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert list(kept.glob("*.wandb"))
-
-    def broken(**_):
-        raise wandb.errors.UsageError("no account\nat all")
-
-    monkeypatch.setattr(wandb, "init", broken)
-    assert not mirror("online", *given)
-    assert "wandb: no account at all; the run itself is complete" in capsys.readouterr().err
 
 
 def test_csv_writes_infinities_and_names():

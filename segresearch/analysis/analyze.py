@@ -23,7 +23,7 @@ from segresearch.command import hydra_settings
 from segresearch.config import ScheduleConfig
 from segresearch.models.locate import located
 from segresearch.plan import parse_seeds, read_prompts
-from segresearch.tracking import mirror
+from segresearch.tracking import Mirror, mirror
 from segresearch.typed import ConfigError
 
 if TYPE_CHECKING:
@@ -157,8 +157,9 @@ def _measured(
     rows, claims = table.pooled(rows), table.together(judged)
     drawn = story.draw(config, recording, rows, pictures, images)
     paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
+    asked = {key: value for key, value in runs.plain(config).items() if key not in ("out", "device", "wandb")}
     for name, figure in drawn.items():
-        figures.save(figure, paths[name])
+        figures.save(figure, paths[name], {"figure": name, "code": runs.code_version(), "analyze": asked})
     runs.write(folder / "config.yaml", written_config(config))
     runs.write(folder / "table.csv", table.to_csv(rows))
     verdict_rows = [claim.row() for claim in claims]
@@ -166,9 +167,8 @@ def _measured(
     runs.write(folder / PAGE, report.page(config, images, rows, claims, paths))
     metrics = {f"{c.claim}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
     tables = {"table": rows, "verdicts": verdict_rows}
-    mirror(
-        config.wandb.mode, config.wandb.project, f"{config.name}-{folder.name}", folder, config, metrics, tables, paths
-    )
+    name = f"{config.name}-{folder.name}"
+    mirror(config.wandb, folder, [Mirror(name, config.name, "analysis", "", config, metrics, {}, tables, paths)])
 
 
 def written_config(config: AnalyzeConfig) -> str:

@@ -4,6 +4,7 @@ Each function takes plain numbers (rows of the table of `segresearch.analysis.ta
 matplotlib; nothing is shown, and pyplot's global state is not touched. `save` writes one atomically as PNG.
 """
 
+import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from matplotlib.ticker import MaxNLocator
 
 from segresearch.analysis.regimes import Limits
 from segresearch.analysis.table import Row, chosen, short, values
-from segresearch.runs import replacing
+from segresearch.images import KEY
+from segresearch.runs import plain, replacing
 
 INK, QUIET, RULE = "#16181d", "#5f6672", "#d9dce1"
 HOLDS, FAILS = "#2166ac", "#c4501b"
@@ -46,10 +48,11 @@ def canvas(width: float, height: float, title: str, caption: str) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write `figure` to `path` as PNG, atomically."""
+def save(figure: Figure, path: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write `figure` to `path` as PNG, atomically, with `settings` in its text chunk as pictures have theirs."""
+    said = {} if settings is None else {KEY: json.dumps(plain(settings), ensure_ascii=False, sort_keys=True)}
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": "segresearch"})
+        figure.savefig(temporary, format="png", metadata={"Software": "segresearch", **said})
 
 
 def _plain(axis: Any, title: str = "", x: str = "", y: str = "") -> Any:

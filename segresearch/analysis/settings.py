@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from segresearch.config import Count, GuidanceConfig, Heads, ModelConfig, SamplerConfig, ScheduleConfig, Seeds, Where
 from segresearch.config import Width as Sigma
+from segresearch.tracking import WandbConfig
 from segresearch.typed import ConfigError, typed
 
 BoundaryName = Literal["reflect", "symmetric", "circular", "exact"]
@@ -18,14 +19,6 @@ class BlurConfig:
 
     sigmas: tuple[Sigma, ...] = (0.5, 1.0, 2.0, 4.0, math.inf)
     boundaries: tuple[BoundaryName, ...] = ("reflect", "symmetric", "circular", "exact")
-
-
-@dataclass(frozen=True)
-class WandbConfig:
-    """Where Weights & Biases mirrors the run as it is measured: "off", "offline" (a folder, no account) or "online"."""
-
-    mode: Literal["off", "offline", "online"] = "off"
-    project: str = "segresearch"
 
 
 @dataclass(frozen=True)
