@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from segresearch.tracking import WandbConfig
 from segresearch.typed import Bounds, ConfigError
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -265,6 +266,7 @@ class EvaluateConfig:
     threads: Count = 1
     device: str = "auto"
     out: str = "runs"
+    wandb: WandbConfig = WandbConfig()
 
 
 def conf_dir() -> Path:

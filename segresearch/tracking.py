@@ -63,8 +63,14 @@ def mirror(config: WandbConfig, folder: Path, runs: Sequence[Mirror], limit: flo
     except Exception as error:  # a mirror's trouble, of whatever kind, is not the run's
         said = _line(error)
     if said:
-        print(f"wandb: {said[:200]}; the run itself is complete in {folder}", file=sys.stderr)
+        refused(said, folder)
     return not said
+
+
+def refused(reason: str | Exception, folder: Path) -> None:
+    """Say in one line why there is no mirror."""
+    said = reason if isinstance(reason, str) else _line(reason)
+    print(f"wandb: {said[:200]}; the run itself is complete in {folder}", file=sys.stderr)
 
 
 def _sent(config: WandbConfig, folder: Path, runs: Sequence[Mirror], limit: float, place: Path) -> str:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from segresearch import runs
@@ -34,8 +35,10 @@ from segresearch.config import EvaluateConfig
 from segresearch.models.locate import CheckpointError, located
 from segresearch.study import figure, making, reference, shards, table
 from segresearch.study.judges import Judge, judges
+from segresearch.study.mirror import mirror_study
 from segresearch.study.page import page, where
 from segresearch.study.plan import Study, placed, run_identity, study
+from segresearch.study.record import figure_record, records
 from segresearch.study.reduce import Result, reduce
 from segresearch.study.workers import Worker, worker
 
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
 VERSION = 1  # of the results
 RESULTS, PAGE = "results.json", "index.html"
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
-OF_A_CALL = {"out": "runs", "device": "auto", "only": "all"}
+OF_A_CALL = {"out": "runs", "device": "auto", "only": "all", "wandb": {"mode": "off"}}
 OF_RESULTS = ("images", "features", "distances", "caption", "draws", "subsets", "force", "shown", "name")
 
 
@@ -106,7 +109,9 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
             return dataclasses.replace(done, said=f"{place} has made its part; {said}, which others make{failed}")
         if config.only == "shards":
             return dataclasses.replace(done, said=f"all {len(plan.shards())} shards are there")
-        return dataclasses.replace(done, result=_reduced(config, plan, found, folder, real))
+        result = _reduced(config, plan, found, folder, real)
+        mirror_study(config.wandb, config, plan, result, lambda: _shown(config, plan), folder)
+        return dataclasses.replace(done, result=result)
 
 
 def _failed(made: making.Made, missing: int) -> str:
@@ -176,19 +181,27 @@ def _written(config: EvaluateConfig, plan: Study, found: Sequence[Judge], folder
     drawn = figure.draw(plan, result.rows, result.norms, where(config, result))
     paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
     for name, picture in drawn.items():
-        save(picture, paths[name])
-    pictures = {}
-    for setting in plan.settings:
-        some = [rows for rows in plan.ranges if rows.start < config.shown]
-        parts = [torch.from_numpy(shards.load(plan.shard(setting, r), making.IMAGES)) for r in some]
-        pictures[setting] = torch.cat(parts)[: config.shown].numpy()
+        save(picture, paths[name], figure_record(config, name))
+    pictures = _shown(config, plan)
     facts = {
         "run": folder.name, "code": runs.code_version(), "prompts": _prompts(config, plan),
         "reference": config.reference,
         "measured by": "; ".join(f"{judge.name} ({judge.by[:12]})" for judge in found),
     }  # fmt: skip
-    runs.write(folder / PAGE, page(config, plan, result, pictures, paths, facts))
+    said = records(config, plan, range(min(config.shown, config.images)), folder.name)
+    runs.write(folder / PAGE, page(config, plan, result, pictures, paths, facts, said))
     return [*texts, *(str(p.relative_to(folder)) for p in paths.values()), PAGE]
+
+
+def _shown(config: EvaluateConfig, plan: Study) -> dict[str, np.ndarray]:
+    """Of every setting the pictures that are shown, uint8 (n, 3, h, w)."""
+    some = [rows for rows in plan.ranges if rows.start < config.shown]
+    return {
+        setting: np.concatenate([shards.load(plan.shard(setting, rows), making.IMAGES) for rows in some])[
+            : config.shown
+        ]
+        for setting in plan.settings
+    }
 
 
 def _prompts(config: EvaluateConfig, plan: Study) -> str:

@@ -1,7 +1,7 @@
 """A finished study in Weights & Biases: one group an experiment; in it a W&B run for every setting, and one for all."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,27 @@ from segresearch.plan import slug
 from segresearch.study.plan import Study
 from segresearch.study.record import records
 from segresearch.study.reduce import Result
-from segresearch.tracking import Mirror, WandbConfig, numbered, once
+from segresearch.tracking import Mirror, WandbConfig, numbered, once, refused
 
 GUIDANCE = "guidance_rms"  # how much guidance adds, by evaluation of the model
 PICTURES, TABLE, SIDE_BY_SIDE = "pictures", "table", "side by side"
 
 
 def mirror_study(
-    wandb: WandbConfig, config: EvaluateConfig, plan: Study, result: Result, pictures: Mapping[str, np.ndarray],
-    folder: Path,
+    wandb: WandbConfig, config: EvaluateConfig, plan: Study, result: Result,
+    pictures: Callable[[], Mapping[str, np.ndarray]], folder: Path,
 ) -> bool:  # fmt: skip
     """Mirror the results in `folder` below <out>/wandb, once; whether it was done now. Never raises but for an
     interrupt. pictures: of each setting those of the first seeds, uint8 (n, 3, h, w)."""
     if wandb.mode == "off":
         return False
-    with tempfile.TemporaryDirectory(prefix="segresearch-") as place:
-        made = mirrors(config, plan, result, pictures, folder, Path(place))
-        return once(wandb, Path(config.out), made)
+    try:
+        with tempfile.TemporaryDirectory(prefix="segresearch-") as place:
+            made = mirrors(config, plan, result, pictures(), folder, Path(place))
+            return once(wandb, Path(config.out), made)
+    except Exception as error:
+        refused(error, folder)
+        return False
 
 
 def mirrors(

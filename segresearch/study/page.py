@@ -2,15 +2,16 @@
 
 import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from segresearch.analysis.report import CSS
 from segresearch.config import EvaluateConfig
+from segresearch.images import png
 from segresearch.study.plan import Study
 from segresearch.study.reduce import Result
 from segresearch.study.table import columns
@@ -27,9 +28,10 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: 
 
 def page(
     config: EvaluateConfig, plan: Study, result: Result, pictures: Mapping[str, np.ndarray],
-    figures: Mapping[str, Path], facts: Mapping[str, str],
+    figures: Mapping[str, Path], facts: Mapping[str, str], records: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> str:  # fmt: skip
-    """The whole page. pictures: of each setting, uint8 (n, 3, h, w). facts: a name and a text each."""
+    """The whole page. pictures: of each setting, uint8 (n, 3, h, w), and the records that they carry. facts: a name and
+    a text each."""
     title = config.name if plan.paper is None else f"{config.name}: {plan.paper} of arXiv 2408.00760 in this setting"
     listed = "".join(f"<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>" for k, v in facts.items())
     body = [
@@ -42,7 +44,7 @@ def page(
         *(_figure(name, path) for name, path in figures.items()),
         "<h2>The same noise, side by side</h2>",
         "<p>Every row starts from one noise (and has one prompt); columns differ in guidance alone.</p>",
-        _grid(plan, pictures),
+        _grid(plan, pictures, records),
         "<h2>How it was made</h2>",
         f'<div class="scroll"><table>{listed}</table></div>',
         "<p><code>table.md</code>, <code>table.csv</code>, <code>table.tex</code> and <code>metrics.jsonl</code> "
@@ -97,29 +99,30 @@ def _table(result: Result) -> str:
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
-def _grid(plan: Study, pictures: Mapping[str, np.ndarray]) -> str:
+def _grid(plan: Study, pictures: Mapping[str, np.ndarray], records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     heads = "".join(f"<th>{_text(setting)}</th>" for setting in pictures)
     lines, count = [f"<tr><th></th>{heads}</tr>"], min(map(len, pictures.values()))
     texts = plan.texts(range(count))
     for i in range(count):
-        cells = "".join(f"<td>{_image(images[i], f'{setting}, seed {i}')}</td>" for setting, images in pictures.items())
+        cells = "".join(
+            f"<td>{_image(images[i], f'{setting}, seed {i}', records[setting][i])}</td>"
+            for setting, images in pictures.items()
+        )
         text = f"{i}" + (f": {_text(texts[i])}" if texts[i] else "")
         lines.append(f'<tr><td class="text">{text}</td>{cells}</tr>')
     return f'<div class="scroll"><table class="grid">{"".join(lines)}</table></div>'
 
 
-def _image(pixels: np.ndarray, said: str) -> str:
-    """A picture inline; a small one is enlarged by whole factors where it is shown, a large one is sent smaller."""
+def _image(pixels: np.ndarray, said: str, record: Mapping[str, Any]) -> str:
+    """A picture inline, with its record; a small one is enlarged by whole factors where it is shown, a large one is
+    sent smaller."""
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     if image.height > MOST:
         image = image.resize((max(1, round(image.width * MOST / image.height)), MOST), Image.Resampling.LANCZOS)
     factor = max(1, 96 // image.height) if image.height < 96 else 1
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
+    data = base64.b64encode(png(image, record)).decode()
     size = f'width="{image.width * factor}" height="{image.height * factor}"'
-    return (
-        f'<img {size} alt="{_text(said)}" src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
-    )
+    return f'<img {size} alt="{_text(said)}" src="data:image/png;base64,{data}">'
 
 
 def _figure(name: str, path: Path) -> str:
