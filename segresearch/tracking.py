@@ -42,7 +42,7 @@ class Mirror:
     kind: str = ""
     id: str = ""
     settings: Any = None
-    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    metrics: Mapping[str, float | int | None] = field(default_factory=dict)
     series: Mapping[str, Sequence[float]] = field(default_factory=dict)
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     images: Mapping[str, Path | Sequence[tuple[Path, str]]] = field(default_factory=dict)

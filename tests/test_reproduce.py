@@ -1,0 +1,189 @@
+"""Every kind of PNG is made again from what it carries; what cannot be is one line with its exit code."""
+
+import base64
+import importlib.util
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from make_models import make_controlnet, make_pipeline
+from matplotlib.figure import Figure
+from PIL import Image
+
+from segresearch import images
+from segresearch.analysis.figures import save
+from segresearch.config import EvaluateConfig, GenerateConfig, conf_dir
+from segresearch.generate import generate
+from segresearch.models import load_sdxl
+from segresearch.reproduce import recorded, reproduce
+from segresearch.study import evaluate as run
+from segresearch.study.evaluate import evaluate
+from segresearch.study.workers import Worker
+from segresearch.typed import ConfigError, typed
+
+pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
+SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
+CFG = {"kind": "cfg", "weight": 3}
+CANNY = {"net": "canny", "image": "scene:0-", "preprocess": "canny"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("model") / "tiny"
+    pipeline = make_pipeline(place)
+    pipeline.save_pretrained(place)
+    make_controlnet(pipeline, 0).save_pretrained(place / "controlnet" / "canny")
+    return place
+
+
+@pytest.fixture(scope="module")
+def done(folder, tmp_path_factory):
+    """A run under control, with CFG, SEG, SAG and prompts, in two panels."""
+    given = {
+        "model": {"name": "tiny", "path": str(folder)}, "sampler": {"name": "euler_ancestral"}, "steps": 2,
+        "schedule": {"name": "karras", "rho": 5}, "negative": "blue", "seeds": "0-1", "batch_size": 3, "device": "cpu",
+        "out": str(tmp_path_factory.mktemp("runs")), "prompts": ["", "red"],
+        "panels": [
+            {"title": "under control", "controls": {"canny": CANNY},
+             "compare": [{}, {"label": "both", "terms": {"cfg": CFG, "seg": SEG}, "rescale": 0.5}]},
+            {"title": "free", "compare": [{"label": "SAG", "sag": {"scale": 0.75}}]},
+        ],
+    }  # fmt: skip
+    return generate(typed(GenerateConfig, given))
+
+
+PICTURES = [
+    "images/1-under-control/vanilla/prompt0-seed0.png",
+    "images/1-under-control/both/prompt1-seed1.png",
+    "images/2-free/sag/prompt1-seed0.png",
+    "controls/1-under-control/canny/seed1.png",
+    "grid.png",
+]
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_a_picture_is_made_again(picture, done, tmp_path):
+    path = shutil.copy(done.folder / picture, tmp_path / "sent.png")
+    again = reproduce(path, device="cpu")
+    assert again.largest <= (1 if picture.startswith("images") else 8) and not again.notes
+    assert "largest pixel difference" in str(again)
+    with Image.open(path) as given:
+        pixels = np.asarray(given.convert("RGB")).copy()
+        pixels[0, 0, 0] ^= 0x40  # a changed pixel shows
+        info = images.read_settings(path)
+    images.save_png(Image.fromarray(pixels), path, info)
+    assert reproduce(path, device="cpu").largest >= 0x30
+
+
+def test_other_weights_other_code_and_another_place_are_said(done, folder, tmp_path):
+    path = tmp_path / "old.png"
+    source = done.folder / PICTURES[2]
+    record = images.read_settings(source)
+    record["model"] |= {"fingerprint": "0" * 12, "path": "gone"}
+    record["code"] = "0.0.1"
+    images.save_png(Image.open(source), path, record)
+    again = reproduce(path, str(folder), "cpu")
+    assert again.largest <= 1
+    assert again.notes[0].startswith("other weights: 000000000000 when it was made, ")
+    assert again.notes[1].startswith("other version of segresearch: 0.0.1 when it was made, ")
+
+
+def test_pictures_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, monkeypatch):
+    def draw(*_):
+        made = Figure(figsize=(1, 1))
+        made.subplots().plot([1, 2])
+        return {"quality": made}
+
+    monkeypatch.setattr(run.figure, "draw", draw)
+    given = {
+        "model": {"name": "tiny", "path": str(folder)}, "sampler": {"name": "euler"}, "schedule": {"name": "leading"},
+        "compare": [{}, {"label": "SEG", "terms": {"seg": SEG}}], "prompts": ["red", ""], "controls": {"canny": CANNY},
+        "images": 3, "steps": 2, "size": [64, 64], "batch_size": 2, "shard": 2, "shown": 3, "caption": "none",
+        "features": ["mini"], "distances": [], "reference": "scene:100000-100005", "draws": 2, "subsets": 2,
+        "force": True, "device": "cpu", "out": str(tmp_path / "runs"),
+    }  # fmt: skip
+    config = typed(EvaluateConfig, given)
+    whole = evaluate(config, load_sdxl(folder, controlnet=["canny"]), Worker())
+    shown = re.findall(
+        r'alt="([^"]*, seed \d)" src="data:image/png;base64,([^"]*)"', (whole.folder / run.PAGE).read_text()
+    )
+    assert len(shown) == 6
+    (tmp_path / "saved.png").write_bytes(base64.b64decode(dict(shown)["SEG, seed 2"]))
+    record = recorded(tmp_path / "saved.png")
+    assert (record["method"], record["seed"], record["prompt"]) == ("SEG", 2, "red")
+    assert record["controls"]["canny"]["image"] == "scene:2" and record["run"] == whole.folder.name
+    assert reproduce(tmp_path / "saved.png", device="cpu").largest <= 1
+    with Image.open(tmp_path / "saved.png") as image:  # as a page shows a large one
+        images.save_png(image.resize((32, 32), Image.Resampling.LANCZOS), tmp_path / "small.png", record)
+    again = reproduce(tmp_path / "small.png", device="cpu")
+    assert again.largest <= 2 and "reduced from 64×64" in again.notes[0]
+    figure = shutil.copy(whole.folder / "figures" / "quality.png", tmp_path / "figure.png")
+    assert reproduce(figure, device="cpu", out=tmp_path / "runs").largest == 0
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("script", conf_dir().parent / "experiments" / "reproduce.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def called(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, arguments)])
+    try:
+        script().main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_the_script_says_the_difference_and_its_code(done, tmp_path, monkeypatch, capsys):
+    picture = done.folder / PICTURES[0]
+    assert called(monkeypatch, picture, "--device", "cpu", "--save", tmp_path / "again.png") == 0
+    assert re.fullmatch(r"largest pixel difference: [01] of 255 \(.*\)\n", capsys.readouterr().out)
+    assert images.read_settings(tmp_path / "again.png") == images.read_settings(picture)
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    Image.open(picture).save(tmp_path / "stripped.png")
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:-20])
+    save(Figure(figsize=(1, 1)), tmp_path / "figure.png")
+    old = images.read_settings(done.folder / "grid.png")
+    old.pop("generate")
+    images.save_png(Image.new("RGB", (4, 4)), tmp_path / "old.png", old)
+    images.save_png(Image.new("RGB", (4, 4)), tmp_path / "half.png", {"guidance": {}, "seed": 0})
+    gone = images.read_settings(picture)
+    gone["model"] = {**gone["model"], "path": "gone"}
+    images.save_png(Image.new("RGB", (16, 16)), tmp_path / "gone.png", gone)
+    net = images.read_settings(picture)
+    net["controls"]["canny"]["net"] = "nobody/net"
+    images.save_png(Image.new("RGB", (16, 16)), tmp_path / "net.png", net)
+    other = images.read_settings(picture)
+    images.save_png(Image.new("RGB", (15, 16)), tmp_path / "other.png", other)
+    for name, code, words in (
+        ("none.png", 2, "no such file"),
+        ("plain.png", 2, "no record in it"),
+        ("stripped.png", 2, "no record in it"),
+        ("cut.png", 2, "no record in it"),
+        ("figure.png", 2, "no record in it"),
+        ("old.png", 2, "an older version wrote it"),
+        ("half.png", 2, "its record cannot be followed: sampler: missing"),
+        ("other.png", 2, "15×16 pixels, but its record makes 16×16"),
+        ("gone.png", 3, "gone: no such file or folder"),
+        ("net.png", 3, "hf download nobody/net"),
+    ):
+        assert called(monkeypatch, tmp_path / name, "--device", "cpu") == code, name
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1 and words in said.err
+
+
+def test_a_record_does_not_import_what_a_stranger_names(done, tmp_path):
+    record = images.read_settings(done.folder / PICTURES[2])
+    perturbation = {"kind": "custom", "target": "subprocess.Popen", "options": {"args": ["touch", str(tmp_path / "x")]}}
+    record["guidance"] = {"terms": {"a": {**SEG, "perturbation": [perturbation]}}}
+    images.save_png(Image.new("RGB", (16, 16)), tmp_path / "a.png", record)
+    with pytest.raises(ConfigError, match="calls subprocess.Popen; look at that function"):
+        reproduce(tmp_path / "a.png", device="cpu")
+    with pytest.raises(ConfigError, match="not a part of segresearch or a file of your own"):
+        reproduce(tmp_path / "a.png", device="cpu", trust=True)
+    assert not (tmp_path / "x").exists()
