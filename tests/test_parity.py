@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPAGPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPAGPipeline,
+    StableDiffusionXLPipeline,
+)
 from make_models import write_folder
 
+from segresearch.data.maps import depth_image, edge_image
+from segresearch.data.scenes import scenes
 from segresearch.guidance import PAG, GuidedDenoiser, cfg, perturbed
 from segresearch.models import load_sdxl
+from segresearch.models.controlnet import controlled
 from segresearch.models.locate import MINI
 from segresearch.sampling import initial_noise, sample
 
@@ -58,3 +66,25 @@ def test_mini_gives_diffusers_pictures(method):
     with torch.no_grad():
         pictures = sdxl.vae.decode(ours(sdxl, noise, 64, 64, **method)).clamp(-1, 1) / 2 + 0.5
     assert (pictures - expected).abs().max() <= 2 / 255
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+@pytest.mark.parametrize("name", ["canny", "depth"])
+def test_mini_under_its_controlnets_gives_diffusers_pictures(name, weight):
+    held = scenes([10_000_004, 10_000_011])
+    image = edge_image(held.edges) if name == "canny" else depth_image(held.depth)
+    noise = initial_noise([3, 4], (4, 16, 16))
+    net = ControlNetModel.from_pretrained(MINI / "controlnet" / name, dtype=torch.float32)
+    pipe = StableDiffusionXLControlNetPipeline.from_pretrained(MINI, controlnet=net, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        PROMPTS, image=image, latents=noise, height=64, width=64, num_inference_steps=4, guidance_scale=weight,
+        controlnet_conditioning_scale=1.0, output_type="np",
+    ).images  # fmt: skip
+    sdxl = load_sdxl("mini", controlnet=name)
+    guided = GuidedDenoiser(sdxl.denoiser, {"cfg": cfg(weight)})
+    with torch.no_grad():
+        x0 = sample(guided, noise, steps=4, conds=sdxl.encode(PROMPTS), control=[controlled(sdxl.controlnets[name], image)])
+        pictures = sdxl.vae.decode(x0).clamp(-1, 1) / 2 + 0.5
+    apart = (pictures - torch.from_numpy(expected).permute(0, 3, 1, 2)).abs().max()
+    assert apart <= 2 / 255
