@@ -1,0 +1,246 @@
+"""Sweeps: every job is tried, what failed is said and coded, the same command resumes; the overview of all runs; and
+what Hydra is not let do."""
+
+import csv
+import importlib.util
+import io
+import json
+import re
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from make_models import write_folder
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from segresearch import command
+from segresearch.config import conf_dir
+from segresearch.models import load_sdxl
+from segresearch.models.locate import CheckpointError
+from segresearch.study import evaluate as run
+from segresearch.study import making
+from segresearch.study.overview import overview
+from segresearch.typed import ConfigError
+
+pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
+CONF = conf_dir()
+EXPERIMENTS = CONF.parent / "experiments"
+
+
+def main_of(name: str):
+    spec = importlib.util.spec_from_file_location("script", EXPERIMENTS / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script.main
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, capfd):
+    """Runs a main with arguments in an empty folder: its exit code, and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def called(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        return code, capfd.readouterr()
+
+    return called
+
+
+def failing(faults):
+    """A command that notes the steps it was called with and fails for some of them."""
+    seen = []
+
+    @command.command("generate")
+    def main(config):
+        seen.append(config.steps)
+        if config.steps in faults:
+            raise faults[config.steps]
+
+    return main, seen
+
+
+def test_a_sweep_goes_on_past_jobs_that_fail_and_its_code_says_so(call):
+    main, seen = failing({2: ConfigError("steps: 2 is odd"), 3: MemoryError("none left")})
+    code, said = call(main, "-m", "steps=1,2,3,4", "seeds=5")
+    lines = said.err.splitlines()
+    assert code == 4 and seen == [1, 2, 3, 4] and len(lines) == 3 and all(s.startswith("error: ") for s in lines)
+    assert lines[0] == "error: job 2 (steps=2 seeds=5): steps: 2 is odd"
+    assert "out of memory: none left" in lines[1]
+    assert lines[2].startswith("error: 2 of 4 jobs failed (steps=2 seeds=5; steps=3 seeds=5); the same command makes")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("no"), 2),
+        (CheckpointError("no"), 3),
+        (command.Ended(4, "no"), 4),
+        (MemoryError(), 5),
+        (OSError(28, "No space left on device"), 5),
+        (OSError(30, "Read-only file system", "runs"), 5),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 5),
+        (FileNotFoundError(2, "No such file", "x"), 2),
+    ],
+)
+def test_exit_codes_of_one_run_and_of_a_sweep_that_fails_whole(error, code, call):
+    main, _ = failing({1: error, 2: error})
+    ended, said = call(main, "steps=1")
+    assert ended == code and said.err.count("\n") == 1
+    ended, said = call(main, "-m", "steps=1,2")
+    assert ended == code and said.err.count("\n") == 3 and "2 of 2 jobs failed" in said.err
+
+
+def test_a_defect_in_one_job_keeps_its_traceback_and_the_others_run(call):
+    main, seen = failing({1: ZeroDivisionError("oh")})
+    code, said = call(main, "-m", "steps=1,2")
+    assert code == 4 and seen == [1, 2] and "Traceback" in said.err and "ZeroDivisionError: oh" in said.err
+    assert call(main, "-m", "steps=1")[0] == 1
+    main, _ = failing({})
+    assert call(main, "-m", "steps=1,2")[0] == 0
+
+
+def test_an_interrupt_ends_the_whole_sweep(call):
+    main, seen = failing({2: KeyboardInterrupt()})
+    code, _ = call(main, "-m", "steps=1,2,3")
+    assert code == 130 and seen == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkeypatch, tmp_path):
+    def draw(*_):
+        made = Figure(figsize=(1, 1))
+        made.subplots().plot([1, 2])
+        return {"quality": made}
+
+    monkeypatch.setattr(run.figure, "draw", draw)
+    judges, model, loaded = run.judges, load_sdxl(folder), []
+    monkeypatch.setattr(run, "judges", lambda *a: loaded[0] if loaded else loaded.append(judges(*a)) or loaded[0])
+    monkeypatch.setattr(run, "load_model", lambda *_: model)
+    scale = "guidance.terms.seg.scale"
+    sweep = (
+        "-m", f"model.path={folder}", "size=[64,64]", "images=2", "distances=[]", "steps=1,2",
+        f"{scale}=0.5,1", "force=true",
+        "reference=scene:100000-100005", "draws=2", "subsets=2", "device=cpu", "wandb.mode=off", "shard=2",
+        "batch_size=2", "shown=2",
+    )  # fmt: skip
+    sampled, made = making.sample, []
+
+    def counted(model, noise, **keywords):
+        made.append(keywords["steps"])
+        found = sampled(model, noise, **keywords)
+        return found * float("nan") if len(made) == 5 else found  # pictures of the third job
+
+    monkeypatch.setattr(making, "sample", counted)
+    code, said = call(main_of("evaluate"), *sweep)
+    assert code == 4 and said.out.count("page: ") == 3 and said.err.count("error: job 3 ") == 1, said
+    monkeypatch.setattr(making, "sample", lambda *a, **k: made.append("again") or sampled(*a, **k))
+    code, said = call(main_of("evaluate"), *sweep)
+    assert code == 0 and said.out.count("page: ") == 4 and 0 < made.count("again") <= 2
+
+    code, said = call(main_of("overview"), "evaluate")
+    assert code == 0 and said.err == ""
+    found = overview("evaluate", tmp_path / "runs")
+    assert set(found.differing) == {scale, "steps"}
+    assert len(found.rows) == 8 and not found.unfinished and not found.notes()
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "runs/evaluate/overview.csv").read_text())))
+    assert {(row[scale], row["steps"]) for row in rows} == {(s, n) for s in ("0.5", "1.0") for n in "12"}
+    page = (tmp_path / "runs/evaluate/overview.html").read_text()
+    assert page.count("<tr") == 9 and len(set(re.findall(r'href="(\w+)/index.html"', page))) == 4 and "http" not in page
+    for name in set(re.findall(r'href="(\w+)/index.html"', page)):
+        assert (tmp_path / "runs/evaluate" / name / "index.html").is_file()
+    assert f"| run | {' | '.join(found.differing)} | setting |" in (tmp_path / "runs/evaluate/overview.md").read_text()
+    assert said.out.startswith("| run |")
+
+
+def test_the_overview_of_runs_that_lack_results_and_of_none(tmp_path, call):
+    for i, text in enumerate(('{"rows": [{"setting": "a", "n": 3, "fd-mini": 1.5}]}', "{", None)):
+        place = tmp_path / "runs" / "mine" / str(i)
+        place.mkdir(parents=True)
+        (place / "config.yaml").write_text(f"steps: {i}\nprompts: [{', '.join(['a red cube'] * 9)}]\nout: {i}\n")
+        if text is not None:
+            (place / "results.json").write_text(text)
+    found = overview("mine", tmp_path / "runs")
+    assert found.unfinished == ("1", "2") and found.differing == () and "Without results yet: 1, 2." in found.markdown()
+    (tmp_path / "runs/mine/1/results.json").write_text(
+        json.dumps({"rows": [{"setting": "a<b", "n": 4, "fd-mini": None}]})
+    )
+    found = overview("mine", tmp_path / "runs")
+    assert found.differing == ("steps",) and "equal N" in found.notes()[0] and "a&lt;b" in found.page()
+    for name, words in (("min", "did you mean mine?"), ("nothing", "no runs of it in runs (there are mine)")):
+        code, said = call(main_of("overview"), name)
+        assert code == 2 and words in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-m", "guidance=pag,sge"], "guidance: no 'sge'; did you mean s"),
+        (["-m", "stesp=1,2"], "stesp: no such setting; did you mean steps?"),
+        (["+hydra.callbacks.a._target_=os.system"], "no setting here makes objects by _target_"),
+        (["-m", "hydra.launcher._target_=subprocess.Popen", "steps=1,2"], "no setting here makes objects by _target_"),
+        (["+guidance._target_=os.system"], "no setting here makes objects by _target_"),
+        (["--config-dir=own"], "mine.yaml: no setting here makes objects by _target_"),
+        (["--config-dir", "own", "+mine=mine"], "mine.yaml: no setting here makes objects by _target_"),
+        (["guidance=custom", "guidance.terms.custom.perturbation.target=???"], "perturbation.target: missing"),
+    ],
+)
+def test_what_hydra_cannot_or_may_not_do_is_one_line_before_any_job(arguments, words, call, tmp_path):
+    (tmp_path / "own" / "hydra" / "callbacks").mkdir(parents=True)
+    (tmp_path / "own" / "hydra" / "callbacks" / "mine.yaml").write_text("a: {_target_: subprocess.Popen, args: ls}\n")
+    code, said = call(main_of("evaluate"), *arguments)
+    assert code == 2 and said.out == "" and words in said.err, said
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+
+
+def test_no_config_names_a_target_outside_the_project():
+    for path in sorted(CONF.rglob("*.yaml")):
+        text = path.read_text()
+        assert command.TARGET not in text, path
+        for target in re.findall(r"\btarget: *([^\s,}]+)", text):
+            assert target.strip("'") == "???" or target.startswith("segresearch."), path
+    sources = [p.read_text() for p in [*(CONF.parent / "segresearch").rglob("*.py"), *EXPERIMENTS.rglob("*.py")]]
+    assert not any(re.search(r"hydra\.utils|instantiate\(", source) for source in sources)
+
+
+@pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "torch.load", "builtins.eval", "hydra.utils.call"])
+def test_a_function_of_others_is_no_perturbation(target):
+    from segresearch.build import build_perturbation
+    from segresearch.config import CustomConfig
+
+    with pytest.raises(ConfigError, match="not a part of segresearch or a file of your own"):
+        build_perturbation(CustomConfig("custom", target))
+
+
+def test_a_launcher_of_hydra_can_be_chosen_by_name(tmp_path):
+    """What a Slurm launcher brings is a config group hydra/launcher; here it composes from one of the same form."""
+    (tmp_path / "hydra" / "launcher").mkdir(parents=True)
+    given = {"_target_": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher", "partition": None,
+             "gpus_per_node": 1, "timeout_min": 60}  # fmt: skip
+    OmegaConf.save(OmegaConf.create(given), tmp_path / "hydra" / "launcher" / "submitit_slurm.yaml")
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    chosen = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=8"]
+    command._refuse_targets(["-m", *chosen, "experiment=table1,table2"])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        found = compose("evaluate", overrides=[search, *chosen, "experiment=table1"], return_hydra_config=True)
+    assert (found.hydra.launcher.partition, found.hydra.launcher.gpus_per_node) == ("gpu", 8)
+    assert found.name == "table1"
+
+
+def test_a_job_in_a_process_of_a_launcher_carries_its_error_back(call, monkeypatch):
+    """What a launcher runs in another process is its own to report: raised there, not noted."""
+    main, seen = failing({1: ConfigError("in the job")})
+    numbers = iter(range(1, 10_000))
+    monkeypatch.setattr(command.os, "getpid", lambda: next(numbers))
+    code, said = call(main, "-m", "steps=1,2")
+    assert code == 2 and seen == [1, 2] and said.err.endswith("error: in the job\n")
