@@ -19,21 +19,24 @@ def residuals(
     conds: Mapping[str, Cond],
     base: str,
     control: Sequence[Controlled],
+    values: Sequence[float] | None = None,
 ) -> Control | None:
     """Σ scale · residual of all ControlNets, for the rows of each conditioning in turn (len(conds) · rows in all).
 
     None where every scale is 0 or σ is outside every window: nothing is then computed. A perturbed branch has the x and
     the conditioning of the branch it perturbs, so it shares that one's residuals; ControlNets are never perturbed.
-    With `guess` only the rows of the conditioning `base` get any. Raises ValueError for a hint of another number of
-    rows, or what does not fit x.
+    With `guess` only the rows of the conditioning `base` get any. values: sigma.tolist(), where the caller has read it.
+    Raises ValueError for a hint of another number of rows, or what does not fit x.
     """
     if isinstance(control, Controlled):
         raise ValueError("control is a sequence of ControlNets in use: write control=[controlled(...)]")
-    values, total = sigma.tolist() if control else [], None
+    total = None
+    if control and values is None:
+        values = sigma.tolist()
     for one in control:
         if one.rows not in (1, len(x)):
             raise ValueError(f"a ControlNet has {one.rows} control images for {len(x)} images; it needs {len(x)} or 1")
-        scales = [one.scale_at(s) for s in values]
+        scales = [one.scale_at(s) for s in values or ()]
         names = [name for name in conds if name == base or not one.guess]
         if not any(scales) or not names:
             continue
@@ -53,10 +56,14 @@ def _scaled(control: Control, scales: Sequence[float]) -> Control:
     """Each row times its scale."""
     if set(scales) == {1.0}:
         return control
-    mid = control.mid
-    even = len(set(scales)) == 1
-    weight = scales[0] if even else torch.tensor(scales, dtype=mid.dtype, device=mid.device)[:, None, None, None]
-    return weighted(control, [weight] * (len(control.down) + 1))
+    return weighted(control, [per_row(scales, control.mid)] * (len(control.down) + 1))
+
+
+def per_row(scales: Sequence[float], like: Float[Tensor, "rows c h w"]) -> float | Tensor:
+    """A factor for each row: a number where they are all one, so that nothing moves to the device."""
+    if len(set(scales)) == 1:
+        return scales[0]
+    return torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None, None]
 
 
 def _among(control: Control, place: int, blocks: int) -> Control:

@@ -6,28 +6,27 @@ x (b, 4, h, w) ─► [ before the fork: a block of b rows for each conditioning
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from segresearch.guidance.control import residuals
-from segresearch.guidance.perturbations import Perturbation, checked_out
+from segresearch.guidance.blocks import BlockAttention, Groups, Note, Watch
+from segresearch.guidance.control import per_row, residuals
+from segresearch.guidance.perturbations import Perturbation
 from segresearch.guidance.postprocess import Post, rescale
 from segresearch.guidance.select import check_heads, select_sites
 from segresearch.guidance.terms import Branch, Term
-from segresearch.models.attention import Attend, Fork, Site, Watched, sdpa
+from segresearch.models.attention import Attend, Fork, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import Controlled
 from segresearch.models.unet import Control
 
 # read through from the inner denoiser
 SCHEDULE = ("unet", "sigmas", "sigma_min", "sigma_max", "sigma_to_t", "t_to_sigma", "steps_offset")
-Watch = Callable[[Tensor, Tensor, Site], None]  # (q, k, site), before any perturbation
-# (q, k, v, site, branches): what the innermost attention is handed, under the perturbations. The rows are as many equal
-# blocks as there are entries in `branches`, each with the names of the branches that it is computed for.
-Note = Callable[[Tensor, Tensor, Tensor, Site, list[tuple[str, ...]]], None]
 Record = Callable[[Tensor], Note | None]  # called once per forward with its sigma (rows,); None: not this one
 
 
@@ -76,7 +75,8 @@ class GuidedDenoiser:
         self.post = tuple(post)
         self.attend = attend
         self.fork = fork
-        self._places: dict[Branch, dict[str, tuple[Perturbation, ...]]] = {}
+        self._sites: tuple[str, ...] = tuple(denoiser.unet.site_heads) if self.terms else ()  # type: ignore[attr-defined]
+        self._places: dict[tuple[Perturbation, ...], dict[str, tuple[Perturbation, ...]]] = {(): {}}
         named: dict[str, Branch] = {}
         for term in self.terms.values():
             for branch in (term.pos, term.neg):
@@ -85,14 +85,14 @@ class GuidedDenoiser:
                     raise ValueError(
                         f"two branches are named {branch.name!r}: {other} and {branch.perturbations}; rename one"
                     )
-                if branch.perturbations and branch not in self._places:
-                    self._places[branch] = self._place(branch)
+                if branch.perturbations not in self._places:
+                    self._places[branch.perturbations] = self._place(branch.perturbations)
 
-    def _place(self, branch: Branch) -> dict[str, tuple[Perturbation, ...]]:
-        """Site name -> the branch's perturbations there, in their order."""
+    def _place(self, perturbations: Sequence[Perturbation]) -> dict[str, tuple[Perturbation, ...]]:
+        """Site name -> the perturbations there, in their order."""
         places: dict[str, tuple[Perturbation, ...]] = {}
         heads: dict[str, int] = self.denoiser.unet.site_heads  # type: ignore[attr-defined]
-        for perturbation in branch.perturbations:
+        for perturbation in perturbations:
             for site in select_sites(perturbation.where, tuple(heads)):  # type: ignore[attr-defined]
                 check_heads(getattr(perturbation, "heads", None), heads[site], site)
                 places[site] = (*places.get(site, ()), perturbation)
@@ -128,8 +128,24 @@ class GuidedDenoiser:
         Raises ValueError for a conditioning that `conds` lacks, or with a wrong number of rows, and for control images
         that do not fit x.
         """
-        branches = list(dict.fromkeys(b for s in sorted(set(sigma.tolist())) for b in self.branches(s)))
-        return self.combine(x, sigma, self.evaluate(x, sigma, branches, conds, control, attend, record=record))
+        values = sigma.tolist()  # the one time that sigma is read: on a GPU each waits for all that came before
+        branches = list(dict.fromkeys(b for s in sorted(set(values)) for b in self.branches(s)))
+        denoised = self.evaluate(x, sigma, branches, conds, control, attend, record=record, values=values)
+        return self.combine(x, sigma, denoised, values=values)
+
+    def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of calls, with all that is the same at every step computed now; `sample` calls this.
+
+        Every network's keys, values and embedding of each conditioning (`Cond.projected`); and conditionings of equal
+        values as one object, whose rows are then computed once. The calls' results do not change.
+        """
+        made: dict[str, Cond] = {}
+        control = arguments.get("control") or ()
+        nets = [self.unet, *(one.net for one in (() if isinstance(control, Controlled) else control))]
+        for name, cond in (arguments.get("conds") or {}).items():
+            same = next((other for other in made.values() if other.equals(cond)), None)
+            made[name] = cond.projected(*nets) if same is None else same
+        return {**arguments, "conds": made}
 
     def evaluate(
         self,
@@ -141,35 +157,58 @@ class GuidedDenoiser:
         attend: Attend | None = None,
         watch: Watch | None = None,
         record: Record | None = None,
+        values: Sequence[float] | None = None,
     ) -> dict[Branch, Float[Tensor, "rows c h w"]]:
-        """D of every branch, in one forward. The rows of branches[0] come first everywhere, so a `watch` finds them."""
-        names = list(dict.fromkeys(branch.conditioning for branch in branches))
-        missing = [name for name in names if name not in conds]
+        """D of every branch, in one forward. The rows of branches[0] come first everywhere, so a `watch` finds them.
+
+        values: sigma.tolist(), where the caller has read it.
+        """
+        missing = [branch.conditioning for branch in branches if branch.conditioning not in conds]
         if missing:
             given = ", ".join(map(repr, conds)) or "none"
             raise ValueError(f"conds lacks {missing[0]!r}, which the guidance needs; given: {given}")
-        rows, site = x.shape[0], self._fork_site(branches) if self.fork else None
+        control = control or ()
+        # names of one Cond are one conditioning, unless a ControlNet tells the base from the others
+        first: dict[int, str] = {}
+        apart = isinstance(control, Controlled) or any(one.guess for one in control)
+        merged = {
+            b: b if apart else replace(b, conditioning=first.setdefault(id(conds[b.conditioning]), b.conditioning))
+            for b in branches
+        }
+        asked = sorted(dict.fromkeys(merged.values()), key=lambda branch: bool(branch.perturbations))
+        names = list(dict.fromkeys(branch.conditioning for branch in asked))
+        rows, site = x.shape[0], self._fork_site(asked) if self.fork else None
         own = {name: _rows(name, conds[name], rows) for name in names}
-        steered = residuals(self.denoiser, x, sigma, own, self.base.conditioning, control or ())
-        blocks = [branch.conditioning for branch in branches] if site is None else names
+        steered = residuals(self.denoiser, x, sigma, own, self.base.conditioning, control, values)
+        blocks = [branch.conditioning for branch in asked] if site is None else names
         fork = None
-        if len(branches) > len(names):
-            start = torch.tensor([names.index(branch.conditioning) * rows for branch in branches], device=x.device)
-            index = (start[:, None] + torch.arange(rows, device=x.device)).flatten()  # (branches · b,)
+        if len(asked) > len(names):
+            index = _copies(tuple(names.index(branch.conditioning) for branch in asked), rows, x.device)
             if site is not None:
                 fork = Fork(site, index)
             elif steered is not None:
                 steered = Control(tuple(r[index] for r in steered.down), steered.mid[index])
         n = len(blocks)
+        served = {a: tuple(str(b) for b in branches if merged[b] == a) for a in asked}
         denoised = self.denoiser(
             x.repeat(n, 1, 1, 1),  # (b, c, h, w) -> (n·b, c, h, w)
             sigma.repeat(n),
             cond=Cond.cat([own[name] for name in blocks]),
-            attend=self._attention(branches, rows, attend or self.attend, watch, record and record(sigma)),
+            attend=BlockAttention(
+                self._plan(asked),
+                rows,
+                len(asked),
+                attend or self.attend,
+                [tuple(str(b) for b in branches if merged[b].conditioning == name) for name in names],
+                list(served.values()),
+                watch,
+                record and record(sigma),
+            ),
             control=steered,
             fork=fork,
         )
-        return dict(zip(branches, denoised.split(rows), strict=True))  # (branches · b, c, h, w) -> (b, c, h, w) each
+        found = dict(zip(asked, denoised.split(rows), strict=True))  # (asked · b, c, h, w) -> (b, c, h, w) each
+        return {branch: found[merged[branch]] for branch in branches}
 
     def combine(
         self,
@@ -177,21 +216,25 @@ class GuidedDenoiser:
         sigma: Float[Tensor, " rows"],
         denoised: Mapping[Branch, Float[Tensor, "rows c h w"]],
         extra: Float[Tensor, "rows c h w"] | None = None,
+        values: Sequence[float] | None = None,
     ) -> Float[Tensor, "rows c h w"]:
-        """The sum of the terms (and `extra`, one more), rescaled and post-processed."""
+        """The sum of the terms (and `extra`, one more), rescaled and post-processed. values: as for `evaluate`."""
         plain = guided = denoised[self.base]
-        mixed = torch.zeros_like(sigma, dtype=torch.bool)
+        values = sigma.tolist() if values is None else values
+        mixed = [False] * len(values)
         for term in self.terms.values():
-            scale = torch.tensor([term.scale_at(s) for s in sigma.tolist()], dtype=plain.dtype, device=plain.device)
-            if term.pos == term.neg or not scale.any():
+            scales = [term.scale_at(s) for s in values]
+            if term.pos == term.neg or not any(scales):
                 continue
-            guided = guided + scale[:, None, None, None] * (denoised[term.pos] - denoised[term.neg])
+            guided = guided + per_row(scales, plain) * (denoised[term.pos] - denoised[term.neg])
             if term.mixes_conditionings:
-                mixed = mixed | (scale != 0)
+                mixed = [m or bool(s) for m, s in zip(mixed, scales, strict=True)]
         if extra is not None:
             guided = guided + extra
-        if self.rescale and mixed.any():
-            guided = torch.where(mixed[:, None, None, None], rescale(guided, plain, x, self.rescale), guided)
+        if self.rescale and any(mixed):
+            rescaled = rescale(guided, plain, x, self.rescale)
+            chosen = torch.tensor(mixed, device=x.device)[:, None, None, None]
+            guided = rescaled if all(mixed) else torch.where(chosen, rescaled, guided)
         for post in self.post:
             guided = post(guided, plain, x, sigma)
         return guided
@@ -200,47 +243,24 @@ class GuidedDenoiser:
         """The first perturbed site, if any conditioning is asked for more than once."""
         if len(branches) == len({branch.conditioning for branch in branches}):
             return None
-        perturbed = {site for branch in branches for site in self._places.get(branch, ())}
-        return next(site for site in self.unet.site_heads if site in perturbed)
+        perturbed = {site for branch in branches for site in self._places[branch.perturbations]}
+        return next(site for site in self._sites if site in perturbed)
 
-    def _attention(
-        self, branches: Sequence[Branch], rows: int, attend: Attend, watch: Watch | None, note: Note | None
-    ) -> Attend:
-        """The attention of all branches: at each site, blocks of rows under the same perturbations go together."""
-        sites = {site for branch in branches for site in self._places.get(branch, ())}
-        plan: dict[str, dict[tuple[Perturbation, ...], list[int]]] = {site: {} for site in sites}
+    def _plan(self, branches: Sequence[Branch]) -> dict[str, Groups]:
+        """At every site that any branch perturbs: the numbers of the branches under the same perturbations."""
+        places = [self._places[branch.perturbations] for branch in branches]
+        plan: dict[str, dict[tuple[Perturbation, ...], list[int]]] = {site: {} for place in places for site in place}
         for site, groups in plan.items():
-            for block, branch in enumerate(branches):
-                groups.setdefault(self._places.get(branch, {}).get(site, ()), []).append(block)
-
-        after: list[tuple[str, ...]] = [(str(branch),) for branch in branches]  # the fork: a block for each branch
-        conditionings = list(dict.fromkeys(branch.conditioning for branch in branches))  # before it: for each of these
-        before = [tuple(str(b) for b in branches if b.conditioning == name) for name in conditionings]
-
-        def noted(blocks: list[tuple[str, ...]]) -> Attend:
-            return attend if note is None else Watched(attend, lambda q, k, v, site: note(q, k, v, site, blocks))
-
-        def composed(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-            if watch is not None:
-                watch(q, k, site)
-            if site.name not in plan:
-                return noted(after if len(q) == len(after) * rows else before)(q, k, v, site)
-            out = [v[:0]] * len(branches)
-            for perturbations, blocks in plan[site.name].items():
-                mine = [_blocks(z, blocks, rows) for z in (q, k, v)]
-                inner = noted([after[i] for i in blocks])
-                parts = _through(perturbations, inner)(mine[0], mine[1], mine[2], site).split(rows)
-                for block, part in zip(blocks, parts, strict=True):
-                    out[block] = part
-            return torch.cat(out)
-
-        return composed
+            for block, place in enumerate(places):
+                groups.setdefault(place.get(site, ()), []).append(block)
+        return dict(plan)
 
     def __repr__(self) -> str:
         lines = ["D = " + " + ".join([f"D[{self.base}]", *map(str, self.terms.values())]).replace("+ -", "− ")]
-        for branch, places in self._places.items():
-            what = ", then ".join(map(repr, branch.perturbations))
-            lines.append(f"  {branch}: {what} at {len(places)} of {len(self.unet.site_heads)} sites")
+        asked = [branch for term in self.terms.values() for branch in (term.pos, term.neg) if branch.perturbations]
+        for branch in dict.fromkeys(asked):
+            what, places = ", then ".join(map(repr, branch.perturbations)), self._places[branch.perturbations]
+            lines.append(f"  {branch}: {what} at {len(places)} of {len(self._sites)} sites")
         if self.rescale:
             lines.append(f"  rescale {self.rescale:g}: in eps, against D[{self.base}], where conditionings are mixed")
         lines += [f"  then {post!r}" for post in self.post]
@@ -252,27 +272,16 @@ class GuidedDenoiser:
         return "\n".join(lines)
 
 
-def _blocks(z: Tensor, blocks: Sequence[int], rows: int) -> Tensor:
-    """The blocks of `rows` rows with these numbers, one after another; a view if they are neighbours."""
-    if blocks[-1] - blocks[0] == len(blocks) - 1:
-        return z[blocks[0] * rows : (blocks[-1] + 1) * rows]
-    return torch.cat([z[i * rows : (i + 1) * rows] for i in blocks])
-
-
-def _through(perturbations: Sequence[Perturbation], attend: Attend) -> Attend:
-    """`attend` under the perturbations; each is handed what came before it."""
-    for perturbation in perturbations:
-        attend = _under(perturbation, attend)
-    return attend
-
-
-def _under(perturbation: Perturbation, attend: Attend) -> Attend:
-    return lambda q, k, v, site: checked_out(perturbation(q, k, v, site, attend), v, perturbation, site)
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached tensor must serve gradients too
+def _copies(blocks: tuple[int, ...], rows: int, device: torch.device) -> Int[Tensor, " rows_out"]:
+    """The row numbers of these blocks of `rows` rows, one block after another; made once, not once a step."""
+    return torch.tensor([block * rows + row for block in blocks for row in range(rows)], device=device)
 
 
 def _rows(name: str, cond: Cond, rows: int) -> Cond:
     if cond.rows == rows:
         return cond
     if cond.rows == 1:
-        return cond[[0] * rows]
+        return cond.expand(rows)
     raise ValueError(f"conds[{name!r}] has {cond.rows} rows for {rows} images; it needs {rows} or 1")

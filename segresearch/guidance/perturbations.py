@@ -7,6 +7,7 @@ Any function of that signature is a perturbation; `At` says where a plain functi
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,11 +48,18 @@ def _freeze(perturbation: Any) -> None:
             raise ValueError(f"heads={list(heads)}: head indices start at 0")
 
 
-def _mask(heads: Sequence[int], count: int, site: Site, device: torch.device) -> Bool[Tensor, "1 {count} 1 1"]:
-    check_heads(heads, count, site.name)
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached tensor must serve gradients too
+def _mask(heads: tuple[int, ...], count: int, site: str, device: torch.device) -> Bool[Tensor, "1 {count} 1 1"]:
+    check_heads(heads, count, site)
     mask = torch.zeros(count, dtype=torch.bool, device=device)
     mask[list(heads)] = True
     return mask[None, :, None, None]
+
+
+def _on_heads(heads: Sequence[int] | None, out: Tensor, plain: Tensor, site: Site) -> Tensor:
+    """`out` on these heads, `plain` on the others; None is all."""
+    return out if heads is None else torch.where(_mask(tuple(heads), out.shape[1], site.name, out.device), out, plain)
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class SEG:
         if which not in self.on:
             return z
         smooth = blur(z, site.grid, self.sigma, self.boundary)
-        return smooth if self.heads is None else torch.where(_mask(self.heads, z.shape[1], site, z.device), smooth, z)
+        return _on_heads(self.heads, smooth, z, site)
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,11 @@ class PAG:
             raise ValueError(f"PAG tau must be in [0, 1], got {self.tau!r}")
         _freeze(self)
 
+    @property
+    def values_only(self) -> bool:
+        """Whether q and k are not read: they are then not computed, and the call may be handed anything for them."""
+        return self.tau == 1 and self.heads is None
+
     def __call__(
         self,
         q: Float[Tensor, "rows heads tokens dim"],
@@ -131,13 +144,13 @@ class PAG:
         attend: Attend,
     ) -> Float[Tensor, "rows heads tokens dim"]:
         """(1 − τ)·attend(q, k, v) + τ·v."""
-        if self.tau == 1 and self.heads is None:
+        if self.values_only:
             return v
         plain = attend(q, k, v, site)
         if self.tau == 0:
             return plain
         out = v if self.tau == 1 else torch.lerp(plain, v, self.tau)
-        return out if self.heads is None else torch.where(_mask(self.heads, v.shape[1], site, v.device), out, plain)
+        return _on_heads(self.heads, out, plain, site)
 
 
 @dataclass(frozen=True)
@@ -170,7 +183,7 @@ class At:
             return checked_out(self.function(q, k, v, site, attend), v, self, site)
         plain = attend(q, k, v, site)  # first, should the function work in place
         out = checked_out(self.function(q, k, v, site, attend), v, self, site)
-        return torch.where(_mask(self.heads, v.shape[1], site, v.device), out, plain)
+        return _on_heads(self.heads, out, plain, site)
 
     def __repr__(self) -> str:
         name = getattr(self.function, "__name__", None) or repr(self.function)

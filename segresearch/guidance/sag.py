@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from segresearch.guidance.blur import check_blur, fold_taps, gaussian_taps
+from segresearch.guidance.control import per_row
 from segresearch.guidance.denoiser import SCHEDULE, GuidedDenoiser, Record
 from segresearch.guidance.terms import ALWAYS, Branch, Scale, Window, check_scale, scale_at, scale_text
 from segresearch.models.attention import Attend, Site
@@ -61,7 +62,7 @@ class SelfAttentionGuidance:
         self.scale, self.blur_sigma, self.threshold, self.base, self.window = scale, blur_sigma, threshold, base, window
 
     def __getattr__(self, name: str) -> Any:
-        if name in SCHEDULE:
+        if name in (*SCHEDULE, "prepare"):
             return getattr(self.inner, name)
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
@@ -95,13 +96,13 @@ class SelfAttentionGuidance:
                 received.append((maps > self.threshold).unflatten(1, site.grid))  # (b, n) -> (b, h', w')
 
         branches = list(dict.fromkeys([base, *(b for some in needed for b in some)]))
-        denoised = self.inner.evaluate(x, sigma, branches, conds, control, attend, watch, record)
+        denoised = self.inner.evaluate(x, sigma, branches, conds, control, attend, watch, record, values)
         plain = denoised[base]
         degraded = self.degrade(plain, received[0])
         noised = degraded + (x - plain)  # x − D = σ·ε
-        again = self.inner.evaluate(noised, sigma, [base], conds, control, attend)[base]
-        scale = torch.tensor(scales, dtype=plain.dtype, device=plain.device)[:, None, None, None]
-        return self.inner.combine(x, sigma, denoised, extra=scale * (degraded - again))
+        again = self.inner.evaluate(noised, sigma, [base], conds, control, attend, values=values)[base]
+        extra = per_row(scales, plain) * (degraded - again)
+        return self.inner.combine(x, sigma, denoised, extra, values)
 
     def degrade(
         self, plain: Float[Tensor, "rows c h w"], mask: Bool[Tensor, "rows mask_h mask_w"]

@@ -5,7 +5,7 @@ plain one. A perturbation (SEG, PAG, ...) is therefore another function in the s
 module.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ class Site(NamedTuple):
 
 
 Heads = Float[Tensor, "rows heads tokens dim"]
+TextKeys = Mapping[str, tuple[Tensor, Tensor]]  # keys and values of the text, by the name of the cross-attention
 Attend = Callable[[Tensor, Tensor, Tensor, Site], Tensor]  # (q, k, v, site) -> out, each Heads
 
 
@@ -64,6 +65,15 @@ def is_plain(attend: Attend) -> bool:
     return (attend.attend if isinstance(attend, Watched) else attend) is sdpa
 
 
+def queried(attend: Attend, site: Site, rows: int) -> int:
+    """How many leading rows of `rows` need q and k at this site: all, unless `attend` has a `queried` that says fewer.
+
+    Such an `attend` is then handed q and k of those rows only, and v of all.
+    """
+    asked: Callable[[Site, int], int] | None = getattr(attend, "queried", None)
+    return rows if asked is None else asked(site, rows)
+
+
 @dataclass(frozen=True)
 class Fork:
     """Where a forward pass splits into more rows.
@@ -98,11 +108,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def qkv(self, x: Float[Tensor, "rows tokens c"], context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Projected and split into heads: three tensors (rows, heads, tokens or keys, dim)."""
-        projected = (self.to_q(x), self.to_k(context), self.to_v(context))
-        q, k, v = (rearrange(z, "b n (h d) -> b h n d", h=self.heads) for z in projected)
-        return q, k, v
+    def split(self, z: Float[Tensor, "rows tokens c"]) -> Heads:
+        """Channels split into heads, as views."""
+        return rearrange(z, "b n (h d) -> b h n d", h=self.heads)
+
+    def keys_values(self, context: Float[Tensor, "rows keys context_c"]) -> tuple[Tensor, Tensor]:
+        """Keys and values of a text, (rows, heads, keys, dim) each."""
+        return self.split(self.to_k(context)), self.split(self.to_v(context))
 
     def merge(self, out: Heads) -> Float[Tensor, "rows tokens c"]:
         """Heads side by side again, through the output projection."""
@@ -144,18 +156,20 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "rows tokens c"],
-        context: Float[Tensor, "rows_c text dim"],
+        text: TextKeys,
         grid: tuple[int, int],
         attend: Attend,
         fork: Fork | None,
     ) -> Float[Tensor, "rows_out tokens c"]:
-        site = Site(self.attn1.name, grid)
+        site, one = Site(self.attn1.name, grid), self.attn1
         y = self.norm1(x)
-        q, k, v = self.attn1.qkv(y, y)
+        asked = y[: queried(attend, site, len(y))]
+        q, k, v = one.split(one.to_q(asked)), one.split(one.to_k(asked)), one.split(one.to_v(y))
         if fork is not None and fork.site == site.name:
             x, q, k, v = (z[fork.index] for z in (x, q, k, v))  # rows -> rows_out
         x = x + self.attn1.merge(attend(q, k, v, site))
-        q, k, v = self.attn2.qkv(self.norm2(x), follow(context, x, fork))
+        q = self.attn2.split(self.attn2.to_q(self.norm2(x)))
+        k, v = (follow(z, x, fork) for z in text[self.attn2.name])
         x = x + self.attn2.merge(F.scaled_dot_product_attention(q, k, v))
         return x + self.ff(self.norm3(x))
 
@@ -179,7 +193,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "rows c h w"],
-        context: Float[Tensor, "rows_c text dim"],
+        text: TextKeys,
         attend: Attend,
         fork: Fork | None,
     ) -> Float[Tensor, "rows_out c h w"]:
@@ -191,10 +205,10 @@ class Transformer(nn.Module):
         if self.linear:
             x = self.proj_in(x)
         for block in self.transformer_blocks:
-            x = block(x, context, grid, attend, fork)
+            x = block(x, text, grid, attend, fork)
         if self.linear:
             x = self.proj_out(x)
         x = rearrange(x, "b (h w) c -> b c h w", h=grid[0])
         if not self.linear:
             x = self.proj_out(x)
-        return x + follow(residual, x, fork)
+        return follow(residual, x, fork) + x  # in this order: the sum has the memory layout of the residual

@@ -1,11 +1,32 @@
 """What the UNet is told besides x and t."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What one network makes of a Cond whatever x and t are, so once a prompt and not once a step.
+
+    added: embedding of the pooled text and the sizes. text: keys and values at every cross-attention, by its name.
+    """
+
+    added: Float[Tensor, "rows e"]
+    text: Mapping[str, tuple[Float[Tensor, "rows _h _text _d"], Float[Tensor, "rows _h _text _d"]]]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Projection":
+        return Projection(change(self.added), {name: (change(k), change(v)) for name, (k, v) in self.text.items()})
+
+    @staticmethod
+    def cat(parts: Sequence["Projection"]) -> "Projection":
+        """Rows of all, one after another."""
+        text = {name: tuple(map(torch.cat, zip(*(p.text[name] for p in parts), strict=True))) for name in parts[0].text}
+        return Projection(torch.cat([p.added for p in parts]), text)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -15,18 +36,20 @@ class Cond:
     context: hidden states of both text encoders, side by side.
     pooled: pooled text embedding of the second encoder.
     time_ids: original height and width, crop top and left, target height and width, in pixels.
+    projections: by network, what it makes of this conditioning; a network that finds its own here computes none.
     """
 
     context: Float[Tensor, "rows text dim"]
     pooled: Float[Tensor, "rows pooled"]
     time_ids: Float[Tensor, "rows 6"]
+    projections: Mapping[Any, Projection] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
         return self.context.shape[0]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Cond":
-        """Moved and cast; time_ids stay float32 at least, since bf16 cannot hold a size above 256 exactly."""
+        """Moved and cast, without projections; time_ids stay float32 at least: bf16 holds no size above 256 exactly."""
         ids = dtype if dtype == torch.float64 else None
         return Cond(
             self.context.to(device, dtype), self.pooled.to(device, dtype), self.time_ids.to(device=device, dtype=ids)
@@ -34,7 +57,24 @@ class Cond:
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> "Cond":
         """The chosen rows."""
-        return Cond(self.context[index], self.pooled[index], self.time_ids[index])
+        return self._each(lambda z: z[index])
+
+    def expand(self, rows: int) -> "Cond":
+        """One row as `rows` rows, without a copy."""
+        return self._each(lambda z: z.expand(rows, *z.shape[1:]))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Cond":
+        projections = {net: projection.each(change) for net, projection in self.projections.items()}
+        return Cond(change(self.context), change(self.pooled), change(self.time_ids), projections)
+
+    def projected(self, *nets: Any) -> "Cond":
+        """With the projections of these networks (`Encoder.project`), for as long as their weights stay as they are."""
+        return replace(self, projections={**self.projections, **{net: net.project(self) for net in nets}})
+
+    def equals(self, other: "Cond") -> bool:
+        """Whether the two hold the same values."""
+        mine, its = ((c.context, c.pooled, c.time_ids) for c in (self, other))
+        return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(mine, its, strict=True))
 
     @staticmethod
     def cat(conds: Sequence["Cond"]) -> "Cond":
@@ -42,14 +82,18 @@ class Cond:
 
         Raises ValueError if the text lengths differ: attention has no mask here, so padding would change the result.
         """
+        if len(conds) == 1:
+            return conds[0]
         lengths = {c.context.shape[1] for c in conds}
         if len(lengths) > 1:
             raise ValueError(
                 f"conditionings of different text lengths {sorted(lengths)} cannot share a batch: "
                 "encode them to one length (both prompt and negative through the same `encode`)"
             )
+        shared = [net for net in conds[0].projections if all(net in c.projections for c in conds)]
         return Cond(
             torch.cat([c.context for c in conds]),
             torch.cat([c.pooled for c in conds]),
             torch.cat([c.time_ids for c in conds]),
+            {net: Projection.cat([c.projections[net] for c in conds]) for net in shared},
         )

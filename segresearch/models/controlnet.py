@@ -147,8 +147,9 @@ class ControlNet(Encoder):
             raise ValueError(f"controlnet: the control image is {h}×{w} pixels, the picture {height}×{width}")
         if hint.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"controlnet: {hint.shape[0]} rows of hint for {x.shape[0]} rows of x")
-        emb = self.embed(t, cond)
-        mid, skips = self.encode(x, emb, cond.context.to(emb.dtype), sdpa, None, hint.to(emb.dtype))
+        projection = self.projection(cond)
+        emb = self.embed(t, projection)
+        mid, skips = self.encode(x, emb, projection.text, sdpa, None, hint.to(emb.dtype))
         down = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         control = Control(tuple(down), self.controlnet_mid_block(mid))
         return weighted(control, torch.logspace(-1, 0, len(down) + 1).tolist()) if guess else control

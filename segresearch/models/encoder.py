@@ -5,7 +5,7 @@ x (rows, c, h, w) ─ conv_in (+ hint) ─ down_blocks ─ mid_block ─► mid 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,9 +15,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segresearch.models.attention import Attend, Fork, Transformer
+from segresearch.models.attention import Attend, Fork, TextKeys, Transformer, TransformerBlock
 from segresearch.models.blocks import Downsample, Resnet
-from segresearch.models.conditioning import Cond
+from segresearch.models.conditioning import Cond, Projection
 
 # What config.json may say besides the sizes: everything else is another architecture, refused by name.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -196,6 +196,11 @@ def transformer(c: EncoderConfig, level: int, name: str) -> Transformer:
     )
 
 
+def blocks_of(levels: Iterable[Any]) -> list[TransformerBlock]:
+    """The transformer blocks of down, mid or up blocks, in order."""
+    return [block for level in levels for stack in level.attentions for block in stack.transformer_blocks]
+
+
 class DownBlock(nn.Module):
     def __init__(self, c: EncoderConfig, level: int):
         super().__init__()
@@ -211,14 +216,14 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([] if last else [Downsample(width, symmetric=True)])
 
     def forward(
-        self, x: Tensor, emb: Tensor, context: Tensor, attend: Attend, fork: Fork | None
+        self, x: Tensor, emb: Tensor, text: TextKeys, attend: Attend, fork: Fork | None
     ) -> tuple[Tensor, list[Tensor]]:
         """x after the block, and the skips it leaves on the way."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, emb, fork)
             if len(self.attentions):
-                x = self.attentions[i](x, context, attend, fork)
+                x = self.attentions[i](x, text, attend, fork)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)  # (h, w) -> (⌈h/2⌉, ⌈w/2⌉)
@@ -237,10 +242,10 @@ class MidBlock(nn.Module):
         )
         self.attentions = nn.ModuleList([transformer(c, -1, "mid_block.attentions.0")] if crossed else [])
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, attend: Attend, fork: Fork | None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, text: TextKeys, attend: Attend, fork: Fork | None) -> Tensor:
         x = self.resnets[0](x, emb, fork)
         for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = resnet(attention(x, context, attend, fork), emb, fork)
+            x = resnet(attention(x, text, attend, fork), emb, fork)
         return x
 
 
@@ -259,16 +264,34 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList(DownBlock(c, level) for level in range(len(widths)))
         self.mid_block = MidBlock(c)
 
-    def embed(self, t: Float[Tensor, " rows"], cond: Cond) -> Float[Tensor, "rows e"]:
-        """One embedding of t, the sizes and the pooled text."""
+    @property
+    def transformer_blocks(self) -> list[TransformerBlock]:
+        """All of them, in the order of a forward pass."""
+        return blocks_of([*self.down_blocks, self.mid_block])
+
+    def project(self, cond: Cond) -> Projection:
+        """What a forward pass needs of `cond`: keys and values at every cross-attention, the embedding of sizes and
+        pooled text. Neither depends on x or t. Raises ValueError if cond does not fit this network."""
+        self.check_widths(cond)
         dtype, c = self.conv_in.weight.dtype, self.config
-        emb = self.time_embedding(sinusoid(t, c.block_out_channels[0]).to(dtype))
+        context = cond.context.to(dtype)
+        text = {block.attn2.name: block.attn2.keys_values(context) for block in self.transformer_blocks}
         sizes = sinusoid(cond.time_ids.flatten(), c.addition_time_embed_dim)
         sizes = rearrange(sizes, "(b six) c -> b (six c)", six=6)
-        return emb + self.add_embedding(torch.cat([cond.pooled.to(dtype), sizes.to(dtype)], dim=-1))
+        return Projection(self.add_embedding(torch.cat([cond.pooled.to(dtype), sizes.to(dtype)], dim=-1)), text)
+
+    def projection(self, cond: Cond) -> Projection:
+        """The one that `cond` brings along for this network (`Cond.projected`), else made here."""
+        made = cond.projections.get(self)
+        return self.project(cond) if made is None else made
+
+    def embed(self, t: Float[Tensor, " rows"], projection: Projection) -> Float[Tensor, "rows e"]:
+        """One embedding of t, the sizes and the pooled text."""
+        time = sinusoid(t, self.config.block_out_channels[0]).to(self.conv_in.weight.dtype)
+        return self.time_embedding(time) + projection.added
 
     def encode(
-        self, x: Tensor, emb: Tensor, context: Tensor, attend: Attend, fork: Fork | None, hint: Tensor | None = None
+        self, x: Tensor, emb: Tensor, text: TextKeys, attend: Attend, fork: Fork | None, hint: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The mid block's output and the skips; a ControlNet's hint is added to the first."""
         x = self.conv_in(x.to(emb.dtype))
@@ -276,9 +299,9 @@ class Encoder(nn.Module):
             x = x + hint
         skips = [x]
         for down in self.down_blocks:
-            x, left = down(x, emb, context, attend, fork)
+            x, left = down(x, emb, text, attend, fork)
             skips += left
-        return self.mid_block(x, emb, context, attend, fork), skips
+        return self.mid_block(x, emb, text, attend, fork), skips
 
     def check(self, x: Tensor, cond: Cond) -> None:
         """ValueError unless x and cond fit this network and each other."""
@@ -287,6 +310,11 @@ class Encoder(nn.Module):
             raise ValueError(f"{c.what}: {x.shape[0]} rows of x but {cond.rows} rows of conditioning")
         if x.shape[1] != c.in_channels:
             raise ValueError(f"{c.what}: x has {x.shape[1]} channels, this model takes {c.in_channels}")
+        self.check_widths(cond)
+
+    def check_widths(self, cond: Cond) -> None:
+        """ValueError unless cond is of the widths of this network."""
+        c = self.config
         widths = (cond.context.shape[-1], cond.pooled.shape[-1])
         if widths != (c.cross_attention_dim, c.pooled_dim):
             raise ValueError(

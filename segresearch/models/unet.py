@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segresearch.models.attention import Attend, Fork, follow, sdpa
+from segresearch.models.attention import Attend, Fork, TextKeys, TransformerBlock, follow, sdpa
 from segresearch.models.blocks import Resnet, Upsample
 from segresearch.models.conditioning import Cond
 from segresearch.models.encoder import (
@@ -23,6 +23,7 @@ from segresearch.models.encoder import (
     Encoder,
     EncoderConfig,
     block_types,
+    blocks_of,
     counts,
     refuse_unless,
     transformer,
@@ -111,14 +112,14 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(width)])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor, attend: Attend, fork: Fork | None
+        self, x: Tensor, skips: list[Tensor], emb: Tensor, text: TextKeys, attend: Attend, fork: Fork | None
     ) -> Tensor:
         """x after the block; takes its skips off the end of the list."""
         for i, resnet in enumerate(self.resnets):
             x = torch.cat([x, follow(skips.pop(), x, fork)], dim=1)  # c -> c + skip
             x = resnet(x, emb, fork)
             if len(self.attentions):
-                x = self.attentions[i](x, context, attend, fork)
+                x = self.attentions[i](x, text, attend, fork)
         for upsample in self.upsamplers:
             x = upsample(x, size=tuple(skips[-1].shape[-2:]))  # to the grid of the next skip, odd sizes included
         return x
@@ -144,9 +145,11 @@ class UNet(Encoder):
     @property
     def site_heads(self) -> dict[str, int]:
         """Number of heads at every self-attention site, in the order of a forward pass."""
-        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        attentions = (b.attn1 for block in blocks for a in block.attentions for b in a.transformer_blocks)
-        return {attention.name: attention.heads for attention in attentions}
+        return {block.attn1.name: block.attn1.heads for block in self.transformer_blocks}
+
+    @property
+    def transformer_blocks(self) -> list[TransformerBlock]:
+        return [*super().transformer_blocks, *blocks_of(self.up_blocks)]
 
     def forward(
         self,
@@ -163,14 +166,14 @@ class UNet(Encoder):
         len(fork.index), else rows. Raises ValueError if cond does not fit x or the fork's site does not exist.
         """
         self._check(x, cond, control, fork)
-        emb = self.embed(t, cond)
-        context = cond.context.to(emb.dtype)
-        x, skips = self.encode(x, emb, context, attend, fork)
+        projection = self.projection(cond)
+        emb, text = self.embed(t, projection), projection.text
+        x, skips = self.encode(x, emb, text, attend, fork)
         if control is not None:
             x = x + follow(control.mid.to(x.dtype), x, fork)
             skips = [s + follow(r.to(s.dtype), s, fork) for s, r in zip(skips, control.down, strict=True)]
         for up in self.up_blocks:
-            x = up(x, skips, emb, context, attend, fork)
+            x = up(x, skips, emb, text, attend, fork)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def _check(self, x: Tensor, cond: Cond, control: Control | None, fork: Fork | None) -> None:

@@ -57,7 +57,8 @@ def sample(
     The result is fp32 (fp64 where the noise is) and lies on the model's device, where the noise is moved.
 
     model: k-diffusion's contract, model(x, sigma, **extra) -> denoised, with `.sigmas`, `.sigma_min`, `.sigma_max`,
-        `.steps_offset`. `conds`, unless None, and everything in `extra` are handed to each call by name.
+        `.steps_offset`. `conds`, unless None, and everything in `extra` are handed to each call by name, after
+        `model.prepare`, if there is one, has seen them.
     sampler, schedule, steps: names in SAMPLERS and SCHEDULES; `schedule` may be the levels themselves (strictly falling
         to 0, noise starts at levels[0]), and `steps` is then not read. dpm_fast spends `steps` evaluations between the
         schedule's ends; dpm_adaptive as many as its tolerance needs.
@@ -90,7 +91,7 @@ def sample(
     x = noise.to(device, dtype) * start_scale(levels, schedule)
     levels = levels.to(device, dtype)
     keys = noise_keys(noise, seeds, "steps")
-    arguments = extra if conds is None else {"conds": conds, **extra}
+    arguments = prepared(model, extra if conds is None else {"conds": conds, **extra})
     churn = options.get("s_churn", 0) > 0
     apart = len(x) > 1 and (churn or sampler == "dpm_adaptive")
     groups = [slice(i, i + 1) for i in range(len(x))] if apart else [slice(0, len(x))]
@@ -105,6 +106,13 @@ def sample(
             report = reporter(callback, bar, rows)
             parts.append(integrate(model, x[rows], sampler, levels, keys[rows], options, own, report))
         return torch.cat(parts)
+
+
+@torch.no_grad()
+def prepared(model: Any, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`arguments` through the model's own `prepare`, if it has one: work that is the same at every step, done once."""
+    prepare = getattr(model, "prepare", None)
+    return arguments if prepare is None else prepare(arguments)
 
 
 def integrate(
