@@ -20,6 +20,8 @@ from segresearch.runs import plain
 
 LIMITS = {"offline": 60.0, "online": 600.0}  # seconds for all runs of a call
 EACH = 5.0  # and for every run more
+GUIDANCE = "guidance_rms"  # of an evaluation: how much guidance adds, by evaluation of the model
+PICTURES, TABLE, SIDE_BY_SIDE = "pictures", "table", "side by side"  # of an evaluation
 PICTURE = "picture of"  # what a picture in a cell becomes on the way to the other process
 
 

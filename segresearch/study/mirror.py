@@ -15,10 +15,17 @@ from segresearch.plan import slug
 from segresearch.study.plan import Study
 from segresearch.study.record import records
 from segresearch.study.reduce import Result
-from segresearch.tracking import Mirror, WandbConfig, numbered, once, refused
-
-GUIDANCE = "guidance_rms"  # how much guidance adds, by evaluation of the model
-PICTURES, TABLE, SIDE_BY_SIDE = "pictures", "table", "side by side"
+from segresearch.tracking import (
+    GUIDANCE,
+    PICTURES,
+    SIDE_BY_SIDE,
+    TABLE,
+    Mirror,
+    WandbConfig,
+    numbered,
+    once,
+    refused,
+)
 
 
 def mirror_study(

@@ -1,0 +1,113 @@
+"""Dashboards are built without a server, show what an experiment has, and are published only with an account."""
+
+import builtins
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from segresearch import dashboard
+from segresearch.config import conf_dir
+from segresearch.dashboard import build, found_metrics, spec
+from segresearch.typed import ConfigError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")
+METRICS = ("n", "fd-mini", "fd-mini-error", "fd-inception", "distance-mini", "distance-vgg", "saturation", "contrast")
+SCRIPT = conf_dir().parent / "experiments" / "dashboard.py"
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No account, and no way to a server."""
+    import socket
+
+    def refuse(*_, **__):
+        raise AssertionError("a connection")
+
+    for key in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def panels(given) -> list[dict]:
+    """All panels in a spec, however deep."""
+    if isinstance(given, dict):
+        return ([given] if "viewType" in given else []) + [p for value in given.values() for p in panels(value)]
+    return [p for value in given for p in panels(value)] if isinstance(given, list) else []
+
+
+@pytest.mark.parametrize("kind", ["workspace", "report"])
+def test_an_experiment_has_its_plots_pictures_and_tables(kind, offline):
+    made = spec(build(kind, "table1", METRICS, "mine", "us"))
+    shown = panels(made)
+    scatter = [p["config"] for p in shown if p["viewType"] == "Scatter Plot"]
+    axes = {(p["xAxis"], p["yAxis"]) for p in scatter}
+    far, near = ("summary:distance-mini", "summary:distance-vgg"), ("summary:fd-mini", "summary:fd-inception")
+    assert axes == {("config:blur.value", y) for y in near} | {(x, y) for x in far for y in near}
+    assert "guidance_rms" in json.dumps([p for p in shown if p["viewType"] == "Run History Line Plot"])
+    assert [p["config"]["mediaKeys"] for p in shown if p["viewType"] == "Media Browser"] == [["pictures"]]
+    assert {p["viewType"] for p in shown} >= {"Bar Chart", "Weave"}
+    text = json.dumps(made)
+    assert "side by side" in text and '"name": "experiment"' in text and '"value": "table1"' in text
+    assert kind == "workspace" or '"value": "setting"' in text and '"value": "evaluation"' in text
+
+
+def test_what_an_experiment_lacks_has_no_panel(offline):
+    kinds = {p["viewType"] for p in panels(spec(build("workspace", "own", ("n", "saturation"))))}
+    assert "Scatter Plot" not in kinds and {"Bar Chart", "Media Browser"} <= kinds
+
+
+def called(monkeypatch, capsys, *arguments):
+    spec_ = importlib.util.spec_from_file_location("script", SCRIPT)
+    script = importlib.util.module_from_spec(spec_)
+    spec_.loader.exec_module(script)
+    monkeypatch.setattr(sys, "argv", ["dashboard.py", *map(str, arguments)])
+    code = 0
+    try:
+        script.main()
+    except SystemExit as end:
+        code = end.code
+    return code, capsys.readouterr()
+
+
+def test_the_script_prints_saves_and_says_what_publishing_needs(offline, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, said = called(monkeypatch, capsys, "table1")
+    assert code == 2 and "table1: no results in runs/table1" in said.err and said.err.count("\n") == 1
+    (tmp_path / "runs/table1/one").mkdir(parents=True)
+    rows = [{"setting": "vanilla", "n": 3, "fd-mini": 2.5, "distance-mini": None}, {"fd-mini": 1, "distance-mini": 0.1}]
+    (tmp_path / "runs/table1/one/results.json").write_text(json.dumps({"rows": rows}))
+    assert found_metrics("table1") == ("n", "fd-mini", "distance-mini")
+    code, said = called(monkeypatch, capsys, "table1")
+    assert code == 0 and len(panels(json.loads(said.out))) >= 5 and said.err == ""
+    code, said = called(monkeypatch, capsys, "table1", "--kind", "report", "--save", tmp_path / "report.json")
+    assert code == 0 and said.out == "" and panels(json.loads((tmp_path / "report.json").read_text()))
+    code, said = called(monkeypatch, capsys, "table1", "--publish")
+    assert code == 2 and said.err.count("\n") == 1 and "publishing needs a W&B account: run `wandb login`" in said.err
+
+
+def test_without_the_extra_it_says_how_to_get_it(monkeypatch):
+    importing = builtins.__import__
+
+    def missing(name, *rest, **keywords):
+        if name.startswith("wandb_workspaces"):
+            raise ImportError(f"No module named {name!r}")
+        return importing(name, *rest, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ConfigError, match=r"pip install 'segresearch\[dashboards\]'"):
+        build("report", "table1", METRICS)
+    assert dashboard.EXTRA.count("\n") == 0
+
+
+def test_help_and_slips_load_nothing_heavy(tmp_path):
+    light = ("import runpy, sys\nsys.argv = sys.argv[1:]\n"
+             "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+             "except SystemExit as end: print(end.code, sorted({'torch', 'wandb'} & set(sys.modules)))\n")  # fmt: skip
+    ended = subprocess.run(
+        [sys.executable, "-c", light, str(SCRIPT), "none"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert ended.stdout == "2 []\n" and ended.stderr.startswith("error: none: no results")
