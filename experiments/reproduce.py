@@ -4,7 +4,7 @@
     python experiments/reproduce.py picture.png --model /path/to/sdxl --save again.png
 
 Pictures, grids, control images and figures carry such a record; so do the pictures inside an evaluation's page, saved
-from it. Exit codes as of the other scripts (docs/tracking.md): 0 made, whatever the difference; 2 no record in it that
+from it. Exit codes, as of all scripts (docs/tracking.md): 0 made, whatever the difference; 2 no record in it that
 can be followed; 3 weights that are missing.
 """
 

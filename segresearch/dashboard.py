@@ -58,13 +58,13 @@ def build(kind: Kind, name: str, metrics: tuple[str, ...], project: str = "segre
         workspace.Section(name=title, panels=panels, is_open=True, layout_settings=_layout(workspace, panels))
         for title, panels, _ in parts
     ]
-    runs = workspace.RunsetSettings(filters=f"Config('experiment') = '{name}'")
+    of_all = workspace.RunsetSettings(filters=f"Config('experiment') = '{name}'")
     return workspace.Workspace(
         entity=entity,
         project=project,
         name=f"{name} settings of guidance",
         sections=sections,
-        runset_settings=runs,
+        runset_settings=of_all,
         settings=workspace.WorkspaceSettings(max_runs=100),
     )
 
@@ -100,9 +100,14 @@ def _parts(metrics: tuple[str, ...]) -> list[tuple[str, list[Any], bool]]:
     shown = [report.MediaBrowser(title="The same seeds", media_keys=[PICTURES], num_columns=4, layout=place(0))]
     tables = [report.WeavePanelSummaryTable(table_name=name, layout=report.Layout(x=0, y=12 * i, w=24, h=12))
               for i, name in enumerate((TABLE, SIDE_BY_SIDE))]  # fmt: skip
-    found: list[tuple[str, list[Any], bool]] = [("Fréchet distance against σ", blur, False), ("Quality against distance", pareto, False),
-             ("Numbers by setting", look, False), ("Size of the guidance, by evaluation", norms, False),
-             ("Pictures", shown, False), ("Tables", tables, True)]  # fmt: skip
+    found: list[tuple[str, list[Any], bool]] = [
+        ("Fréchet distance against σ", blur, False),
+        ("Quality against distance", pareto, False),
+        ("Numbers by setting", look, False),
+        ("Size of the guidance, by evaluation", norms, False),
+        ("Pictures", shown, False),
+        ("Tables", tables, True),
+    ]
     return [part for part in found if part[1]]
 
 
