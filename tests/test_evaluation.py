@@ -6,7 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from experiments.mini.export_vision import export_attributes, export_vision
+from experiments.mini.export import export_attributes, export_vision
 from segresearch.data.captions import COLORS, SHAPES
 from segresearch.data.scenes import scenes
 from segresearch.evaluation import (

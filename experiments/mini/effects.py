@@ -1,236 +1,141 @@
-"""Measure what guidance does to mini: pictures of every setting, then distances and agreements as a table.
+"""Measure what guidance does to mini, and gather it in docs/effects.md: a few evaluations, their tables and figures.
 
-    python -m experiments.mini.effects images --part 0/2    # and 1/2 beside it: one thread each
-    python -m experiments.mini.effects table                # docs/effects.md and docs/effects/
-
-Picture i has the noise of seed i and, where there is text or a control image, the caption and the exact maps of
-held-out scene FIRST + i, whatever the setting. Pictures lie in <runs>/effects/<setting>-<digest>/<batch>.npz (uint8,
-with the seconds they took); the digest is that of the setting, the weights and the sampling, so the same command goes
-on where it was stopped, and new weights begin anew. SETTINGS is in order of priority: what is first is made first.
+    python -m experiments.mini.effects                    # 2,000 pictures a setting; a stopped run goes on
+    python -m experiments.mini.effects --only control     # some of them; the others' tables stay as they are
 """
 
 import argparse
-import dataclasses
-import math
-import time
-from collections.abc import Iterator
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from experiments.mini.common import replace_file
-from experiments.mini.train_vae import HELD_OUT
-from segresearch.data.maps import depth_image, edge_image
-from segresearch.data.scenes import captions, scenes
-from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
+from segresearch.data.scenes import scenes
+from segresearch.evaluation.features import load_extractor
+from segresearch.evaluation.frechet import frechet_distance, gaussian
 from segresearch.models import load_sdxl
-from segresearch.models.load import SDXL
-from segresearch.models.locate import located
-from segresearch.runs import digest, fingerprint
-from segresearch.sampling import initial_noise, sample
+from segresearch.plan import HELD_OUT
 
-FIRST = HELD_OUT + 200_000  # the scene of picture 0
-BATCH = 50
-STEPS = 10  # Euler, leading
-INF = math.inf
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+SCRIPT = Path(__file__).resolve().parents[1] / "evaluate.py"
+REFERENCE = range(HELD_OUT + 100_000, HELD_OUT + 110_000)  # as in conf/judges/mini.yaml
+PLAIN = {"setting": "setting", "fd-mini": "FD", "fd-mini-first": "− vanilla", "precision-mini": "precision",
+         "recall-mini": "recall", "distance-mini": "distance", "caption-mini": "cosine", "count": "count",
+         "colors": "colours", "shapes": "shapes", "objects": "objects", "objects_chance": "(chance)", "exact": "exact",
+         "edges": "edges", "saturation": "saturation", "contrast": "contrast"}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One way to make pictures. seg, pag, sag: scales, 0 is off; sigma: SEG's blur; weight: CFG's; control: a
-    ControlNet's name."""
+class Part:
+    """One evaluation: what it is called here, its settings, and whether the number of pictures is a half of the others'
+    (the wider sweeps)."""
 
-    text: bool = False
-    weight: float = 1.0
-    seg: float = 0.0
-    sigma: float = INF
-    pag: float = 0.0
-    sag: float = 0.0
-    control: str = ""
+    name: str
+    settings: tuple[str, ...]
+    half: bool = False
 
-    @property
-    def group(self) -> str:
-        """What it is conditioned on; settings of a group compare with its vanilla."""
-        text = "text" if self.text else "no text"
-        return f"{self.control}, {text}" if self.control else text
-
-    @property
-    def guidance(self) -> str:
-        parts = [f"CFG {self.weight:g}"] if self.weight != 1 else []
-        parts += [f"SEG σ={'∞' if self.sigma == INF else format(self.sigma, 'g')} s={self.seg:g}"] if self.seg else []
-        parts += [f"{name} s={s:g}" for name, s in (("PAG", self.pag), ("SAG", self.sag)) if s]
-        return " + ".join(parts) or "vanilla"
-
-    @property
-    def name(self) -> str:
-        words = f"{self.group} {self.guidance}".replace("∞", "inf").replace("σ", "sigma").replace(",", "")
-        return words.replace(" + ", " ").replace("=", "").replace(" ", "-")
-
-    @property
-    def vanilla(self) -> "Setting":
-        return Setting(text=self.text, control=self.control)
+    def command(self, count: int) -> list[str]:
+        return [*self.settings, "pace=quick", f"images={count // 2 if self.half else count}"]
 
 
-def S(**given: Any) -> Setting:
-    return Setting(**given)
+PARTS = (
+    Part("table1", ("experiment=table1",)),
+    Part("table2", ("experiment=table2",)),
+    Part("fig15", ("experiment=fig15",)),
+    Part("control-canny", ("experiment=control", "controlnet=canny")),
+    Part("control-canny-text", ("experiment=control", "controlnet=canny", "prompts=scene:0-", "name=control_text")),
+    Part("control-depth", ("experiment=control", "controlnet=depth")),
+    Part("control-depth-text", ("experiment=control", "controlnet=depth", "prompts=scene:0-", "name=control_text")),
+    Part("windows", ("experiment=windows",), half=True),
+    Part("fig6", ("experiment=fig6",), half=True),
+    Part("fig12", ("experiment=fig12",), half=True),
+)
 
 
-SETTINGS = [
-    S(), S(seg=1), S(pag=1), S(sag=0.75), S(seg=2), S(seg=3), S(pag=2), S(seg=0.5), S(pag=0.5),
-    S(text=True), S(text=True, seg=1), S(text=True, weight=4),
-    S(seg=1, sigma=1), S(seg=1, sigma=2), S(seg=1, sigma=10),
-    S(control="canny"), S(control="canny", seg=1), S(control="depth"), S(control="depth", seg=1),
-    S(text=True, weight=4, seg=1), S(text=True, pag=1), S(text=True, sag=0.75), S(text=True, weight=2),
-    S(text=True, seg=1, sigma=1), S(text=True, seg=1, sigma=2), S(text=True, seg=1, sigma=10),
-    S(control="canny", text=True), S(control="canny", text=True, seg=1),
-    S(control="depth", text=True), S(control="depth", text=True, seg=1),
-    S(control="canny", pag=1), S(control="depth", pag=1),
-    S(control="canny", text=True, pag=1), S(control="depth", text=True, pag=1),
-    S(seg=1, sigma=5), S(text=True, seg=1, sigma=5), S(sag=0.25),
-]  # fmt: skip
+def measured(part: Part, count: int, workers: int, out: str, draws: int) -> Path:
+    """The folder of the part's results. Workers make shards side by side; one process reduces them."""
+    call = [sys.executable, str(SCRIPT), *part.command(count), f"out={out}"]
+    places = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers)} for rank in range(workers)]
+    started = [subprocess.Popen([*call, "only=shards"], env=place, stdout=subprocess.DEVNULL) for place in places]
+    if any([process.wait() for process in started]):
+        raise SystemExit(f"{part.name}: not all shards were made; what is whole is kept")
+    done = subprocess.run([*call, f"draws={draws}"], stdout=subprocess.PIPE, text=True, check=True)
+    return Path(done.stdout.split("page: ")[1].strip()).parent
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where pictures lie and what they depend on besides the setting."""
-
-    model: str
-    runs: Path
-    steps: int = STEPS
-    dtype: str = "bfloat16"
-
-    def identity(self, setting: Setting) -> dict[str, Any]:
-        folder = located(self.model)
-        parts = [*PARTS, *([f"controlnet/{setting.control}"] if setting.control else [])]
-        weights = {part: fingerprint(folder / part) for part in parts}
-        return {"setting": setting, "weights": weights, "steps": self.steps, "dtype": self.dtype, "first": FIRST}
-
-    def folder(self, setting: Setting) -> Path:
-        return self.runs / "effects" / f"{setting.name}-{digest(self.identity(setting))}"
-
-    def available(self, setting: Setting) -> bool:
-        return not setting.control or (located(self.model) / "controlnet" / setting.control).is_dir()
+def floor(count: int) -> list[str]:
+    """A markdown table of what real held-out scenes, and these through the VAE, get at the same number of pictures."""
+    judge, held = load_extractor("mini"), scenes(range(HELD_OUT, HELD_OUT + count)).images
+    parts = [judge.of(scenes(REFERENCE[i : i + 500]).images) for i in range(0, len(REFERENCE), 500)]
+    real = gaussian(torch.cat(parts))
+    vae = load_sdxl("mini").vae
+    with torch.no_grad():
+        decoded = torch.cat([vae.decode(vae.encode(part.float() / 127.5 - 1)) for part in held.split(25)])
+    through = decoded.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    lines = ["| pictures | FD |", "| --- | ---: |"]
+    for name, images in (("real held-out scenes", held), ("the same through the VAE", through)):
+        d = frechet_distance(torch.cat([judge.of(part) for part in images.split(500)]), real, 100)
+        lines.append(f"| {name} | {d.distance:.2f} ± {d.error:.2f} |")
+    return lines
 
 
-def batches(count: int) -> list[range]:
-    return [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+def table(folder: Path) -> list[str]:
+    """The columns that are of use here, from the run's table.csv, as markdown."""
+    with (folder / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = [key for key in PLAIN if key in rows[0]]
+    lines = [f"| {' | '.join(PLAIN[key] for key in keys)} |", f"| --- |{' ---: |' * (len(keys) - 1)}"]
+    for row in rows:
+        cells = []
+        for key in keys:
+            text, error = row[key], row.get(f"{key}-error")
+            if key != "setting" and text:
+                digits = 1 if key.startswith("fd-") else 3
+                text = f"{float(text):.{digits}f}" + (f" ± {float(error):.{digits}f}" if error else "")
+            cells.append(text.replace("-", "−") or "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
-def batch_path(folder: Path, rows: range) -> Path:
-    return folder / f"{rows.start:06d}-{rows.stop:06d}.npz"
-
-
-def load(place: Place, controls: list[str]) -> SDXL:
-    """The UNet (and ControlNets) in the place's dtype, text encoders and VAE in fp32."""
-    half = getattr(torch, place.dtype)
-    extra: dict[str, Any] = {"controlnet": controls} if controls else {}
-    whole, quick = load_sdxl(place.model), load_sdxl(place.model, dtype=half, **extra)
-    return dataclasses.replace(quick, vae=whole.vae, text=whole.text)
-
-
-def guided(model: SDXL, setting: Setting) -> GuidedDenoiser | SelfAttentionGuidance:
-    terms = {"cfg": cfg(setting.weight)} if setting.weight != 1 else {}
-    if setting.seg:
-        terms["seg"] = perturbed("seg", SEG(sigma=setting.sigma), setting.seg)
-    if setting.pag:
-        terms["pag"] = perturbed("pag", PAG(), setting.pag)
-    inner = GuidedDenoiser(model.denoiser, terms)
-    return SelfAttentionGuidance(inner, setting.sag) if setting.sag else inner
-
-
-def control_images(kind: str, rows: range) -> Tensor:
-    """Exact edge or depth maps of the scenes of pictures `rows`, as control images (b, 3, 64, 64) in [0, 1]."""
-    held = scenes(range(FIRST + rows.start, FIRST + rows.stop))
-    return edge_image(held.edges) if kind == "canny" else depth_image(held.depth)
-
-
-@torch.no_grad()
-def pictures(model: SDXL, setting: Setting, rows: range, steps: int = STEPS) -> Tensor:
-    """Pictures of `rows`, uint8 (b, 3, 64, 64)."""
-    prompts = captions(range(FIRST + rows.start, FIRST + rows.stop)) if setting.text else [""]
-    extra: dict[str, Any] = {}
-    if setting.control:
-        from segresearch.models.controlnet import controlled
-
-        extra["control"] = [controlled(model.controlnets[setting.control], control_images(setting.control, rows))]
-    noise = initial_noise(list(rows), model.latent_shape())
-    x0 = sample(guided(model, setting), noise, steps=steps, conds=model.encode(prompts), **extra)
-    decoded = torch.cat([model.vae.decode(part) for part in x0.split(10)])  # small parts stay in the cache
-    return ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def make_images(place: Place, settings: list[Setting], count: int, part: tuple[int, int]) -> None:
-    """Every batch of every setting that is not there yet; of them, each `part[1]`-th from `part[0]` on."""
-    todo = [
-        (setting, rows, batch_path(place.folder(setting), rows))
-        for setting in settings
-        for n, rows in enumerate(batches(count))
-        if n % part[1] == part[0]
-    ]
-    todo = [(setting, rows, path) for setting, rows, path in todo if not path.exists()]
-    if not todo:
-        return
-    model = load(place, sorted({setting.control for setting, _, _ in todo} - {""}))
-    began, made = time.monotonic(), 0
-    for setting, rows, path in todo:
-        wall, cpu = time.monotonic(), time.process_time()
-        images = pictures(model, setting, rows, place.steps)
-        seconds = np.array([time.monotonic() - wall, time.process_time() - cpu])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda file: np.savez(file, images=images.numpy(), seconds=seconds))  # noqa: B023
-        made += len(rows)
-        spent, left = time.monotonic() - began, sum(len(r) for _, r, _ in todo) - made
-        rate = made / spent
-        print(
-            f"{setting.name:32s} {rows.start:5d}-{rows.stop:5d}  {len(rows) / seconds[1]:5.1f} images per CPU second, "
-            f"{rate:5.1f} images/s so far, {left / rate / 60:.1f} min left",
-            flush=True,
-        )
-
-
-def stored(folder: Path, count: int) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """(images, seconds) of each batch; FileNotFoundError where one is missing."""
-    for rows in batches(count):
-        with np.load(batch_path(folder, rows)) as file:
-            yield torch.from_numpy(file["images"]), file["seconds"]
-
-
-def complete(folder: Path, count: int) -> bool:
-    return all(batch_path(folder, rows).exists() for rows in batches(count))
+def written(text: str, name: str, lines: Sequence[str]) -> str:
+    """`text` with `lines` between the markers of `name`."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"no {begin} … {end} to write between")
+    return pattern.sub(lambda _: "\n".join([begin, *lines, end]), text, count=1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("images", "table"))
-    parser.add_argument("--model", default="mini")
-    parser.add_argument("--runs", type=Path, default=Path("runs/mini"))
+    parser.add_argument("--count", type=int, default=2000, help="pictures of each setting; of the wider sweeps a half")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="parts, or how they begin: " + ", ".join(p.name for p in PARTS))
+    parser.add_argument("--draws", type=int, default=200, help="bootstrap resamples")
+    parser.add_argument("--out", default="runs")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("--count", type=int, default=2000, help="pictures of each setting")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the UNet")
-    parser.add_argument("--only", nargs="*", help="names of settings, or how they begin")
-    parser.add_argument("--part", default="0/1", help="k/n: only batches k, k + n, ... of each setting")
-    parser.add_argument("--draws", type=int, default=100, help="bootstrap resamples")
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    place = Place(args.model, args.runs, args.steps, args.dtype)
-    known = [s for s in SETTINGS if place.available(s)]
-    chosen = [s for s in known if args.only is None or any(s.name.startswith(o) for o in args.only)]
+    torch.set_num_threads(1)
+    page, pictures = args.docs / "effects.md", args.docs / "effects"
+    pictures.mkdir(parents=True, exist_ok=True)
+    chosen = [p for p in PARTS if args.only is None or any(p.name.startswith(o) for o in args.only)]
     if not chosen:
-        parser.error(f"no setting begins with {args.only}; there are {', '.join(s.name for s in known)}")
-    if args.what == "images":
-        k, n = map(int, args.part.split("/"))
-        make_images(place, chosen, args.count, (k, n))
-    else:
-        from experiments.mini.effects_table import write_table
-
-        print(write_table(place, chosen, args.count, args.draws, args.docs))
+        parser.error(f"no part begins with {args.only}; there are {', '.join(p.name for p in PARTS)}")
+    if args.only is None:
+        replace_file(page, written(page.read_text(), "floor", floor(args.count)).encode())
+    for part in chosen:
+        folder = measured(part, args.count, args.workers, args.out, args.draws)
+        call = f"`python experiments/evaluate.py {' '.join([*part.command(args.count), f'draws={args.draws}'])}`"
+        replace_file(page, written(page.read_text(), part.name, [call, "", *table(folder)]).encode())
+        shutil.copyfile(folder / "figures" / "quality.png", pictures / f"{part.name}.png")
+        print(f"{part.name}: {folder}", flush=True)
 
 
 if __name__ == "__main__":

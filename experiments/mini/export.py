@@ -18,11 +18,11 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from experiments.mini.common import replace_file
-from experiments.mini.export_vision import export_attributes, export_vision
 from experiments.mini.train_clip import load_clips
 from experiments.mini.train_controlnet import CONFIG as CONTROLNET_CONFIG
 from experiments.mini.train_unet import CONFIG as UNET_CONFIG
 from experiments.mini.train_vae import load_vae
+from segresearch.evaluation.vision import VisionTower
 from segresearch.models.unet import UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -78,6 +78,31 @@ def copy_folder(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         replace_file(target / path.name, path.read_bytes())
+
+
+def write_part(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    write_weights(folder / "model.safetensors", weights)
+    write_json(folder / "config.json", config)
+
+
+def export_vision(out: Path, clip_file: Path) -> None:
+    """Write <out>/vision from the vision tower of a trained clip.pt."""
+    trained: dict[str, Tensor] = torch.load(clip_file, weights_only=True)["weights"]
+    weights = {k: v for k, v in trained.items() if k.split(".")[0] in ("vision", "vision_projections")}
+    projections = [len(weights[f"vision_projections.{i}.weight"]) for i in range(2)]
+    config: dict[str, Any] = {
+        "width": len(weights["vision.convs.0.weight"]),
+        "features": len(weights["vision.head.weight"]),
+        "projections": projections,
+    }
+    VisionTower(**config).load_state_dict(weights)
+    write_part(out / "vision", weights, config)
+
+
+def export_attributes(out: Path, namer_file: Path) -> None:
+    """Write <out>/attributes from a trained namer.pt."""
+    packed = torch.load(namer_file, weights_only=True)
+    write_part(out / "attributes", packed["weights"], json.loads(packed["config"]))
 
 
 def export(out: Path, runs: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The figures of a study: distances against the blur's σ, quality against change, colours, the size of the guidance."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,8 +44,13 @@ def family(guidance: GuidanceConfig) -> tuple[str, float] | None:
     return "SEG " + ", ".join(words + [f"CFG {w:g}" for w in cfg]), seg.sigma
 
 
+def _number(row: Row, key: str) -> float:
+    """0 where it has none, as the first setting's distance to itself."""
+    return float(row.get(key) or 0.0)
+
+
 def _numbers(rows: Sequence[Row], key: str) -> list[float]:
-    return [math.nan if row.get(key) is None else float(row[key]) for row in rows]
+    return [_number(row, key) for row in rows]
 
 
 def draw(plan: Study, rows: Sequence[Row], norms: Mapping[str, Sequence[float]], where: str) -> dict[str, Figure]:
@@ -67,7 +71,8 @@ def draw(plan: Study, rows: Sequence[Row], norms: Mapping[str, Sequence[float]],
 def _quality(
     rows: Sequence[Row], guidance: Mapping[str, GuidanceConfig], key: str, apart: str | None, where: str, first: str
 ) -> Figure:
-    name = FRECHET[key.partition("-")[2]]
+    name = f"{FRECHET[key.partition('-')[2]]} − that of “{first}”"
+    key = f"{key}-first"  # of the same resampled pictures, whose error is smaller than those of the two
     lines: dict[str, list[Row]] = {}
     for row in rows:
         found = family(guidance[row["setting"]])
@@ -76,8 +81,8 @@ def _quality(
     sigmas = sorted({f[1] for g in guidance.values() if (f := family(g))})
     ranked = len(sigmas) > 1
     caption = (
-        f"{where}. Bars and whiskers are one bootstrap standard error at this N; distances compare only at equal N. "
-        f"Left: {name} {'against the σ of the blur' if ranked else 'of each setting'}; lower is better. Right: against "
+        f"{where}. Whiskers are one bootstrap standard error of the difference. Left: "
+        f"{'against the σ of the blur' if ranked else 'each setting'}; below 0 is better than “{first}”. Right: against "
         f"the distance to the picture of “{first}” from the same noise: lower left is better quality at less change."
     )
     figure = canvas(11.5, max(3.8, 0 if ranked else 0.3 * len(rows)), f"Quality of {len(rows)} settings", caption)
@@ -91,7 +96,7 @@ def _quality(
                           linewidth=1.4, label=line, capsize=2)  # fmt: skip
         for row in rows:
             if family(guidance[row["setting"]]) is None:
-                left.axhline(row[key], color=COLORS[method(guidance[row["setting"]])], linestyle="--", linewidth=1.1,
+                left.axhline(_number(row, key), color=COLORS[method(guidance[row["setting"]])], linestyle="--", linewidth=1.1,
                              label=row["setting"])  # fmt: skip
         left.set_xticks(range(len(spread)), [name_sigma(s) for s in spread])
         left.set_xlabel("blur σ (tokens)", fontsize=9)
@@ -100,9 +105,10 @@ def _quality(
         left.grid(axis="y", color=RULE, linewidth=0.6)
     else:
         for y, row in enumerate(rows):
-            left.barh(y, row[key], xerr=row.get(f"{key}-error") or 0, color=COLORS[method(guidance[row["setting"]])],
+            left.barh(y, _number(row, key), xerr=_number(row, f"{key}-error"), color=COLORS[method(guidance[row["setting"]])],
                       height=0.7, ecolor=INK)  # fmt: skip
         left.set_yticks(range(len(rows)), [row["setting"] for row in rows], fontsize=8)
+        left.axvline(0, color=INK, linewidth=0.8)
         left.invert_yaxis()
         left.set_xlabel(name, fontsize=9)
     if apart is None:
@@ -110,9 +116,13 @@ def _quality(
         return figure
     for row in rows:
         x_at = 0.0 if row.get(apart) is None else row[apart]
-        error = row.get(f"{key}-error") or 0
-        right.errorbar(x_at, row[key], error, fmt="o", markersize=5, color=COLORS[method(guidance[row["setting"]])])
-        right.annotate(row["setting"], (x_at, row[key]), (5, 4), textcoords="offset points", fontsize=7.5, color=INK)
+        error = _number(row, f"{key}-error")
+        right.errorbar(
+            x_at, _number(row, key), error, fmt="o", markersize=5, color=COLORS[method(guidance[row["setting"]])]
+        )
+        right.annotate(
+            row["setting"], (x_at, _number(row, key)), (5, 4), textcoords="offset points", fontsize=7.5, color=INK
+        )
     right.margins(x=0.18)
     right.set_xlabel(f"{DISTANCES[apart.partition('-')[2]]} to “{first}”", fontsize=9)
     right.set_ylabel(name, fontsize=9)
@@ -121,7 +131,7 @@ def _quality(
 
 
 def _errors(rows: Sequence[Row], key: str) -> list[float]:
-    return [row.get(f"{key}-error") or 0.0 for row in rows]
+    return [_number(row, f"{key}-error") for row in rows]
 
 
 def _colour(rows: Sequence[Row], guidance: Mapping[str, GuidanceConfig], where: str) -> Figure:
@@ -139,6 +149,7 @@ def _colour(rows: Sequence[Row], guidance: Mapping[str, GuidanceConfig], where: 
         drift = [row[channel] - rows[0][channel] for row in rows]
         panels[2].barh([y + shift for y in range(len(rows))], drift, color=color, height=0.24)
     panels[2].axvline(0, color=INK, linewidth=0.8)
+    panels[2].locator_params(axis="x", nbins=4)
     panels[2].set_xlabel("colour − that of the first", fontsize=9)
     panels[0].set_yticks(range(len(rows)), [row["setting"] for row in rows], fontsize=8)
     panels[0].invert_yaxis()

@@ -32,7 +32,8 @@ def page(
 ) -> str:  # fmt: skip
     """The whole page. pictures: of each setting, uint8 (n, 3, h, w), and the records that they carry. facts: a name and
     a text each."""
-    title = config.name if plan.paper is None else f"{config.name}: {plan.paper} of arXiv 2408.00760 in this setting"
+    table = f"{plan.paper} of arXiv 2408.00760, on {config.model.name}" if plan.paper else ""
+    title = table if config.name == plan.paper else ": ".join(filter(None, (config.name, table)))
     listed = "".join(f"<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>" for k, v in facts.items())
     body = [
         f"<h1>{_text(title)}</h1>",
