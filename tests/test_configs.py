@@ -84,7 +84,11 @@ def test_a_function_of_ones_own_is_reached_from_the_config():
     assert (
         run("guidance=custom", f"{at}.target=test_configs.mixture", f"+{at}.options.share=0.25") - pag
     ).abs().max() < 1e-10
-    for target, words in (("test_configs.keep_value", "did you mean keep_values"), ("math.pi", "not a part of segresearch"), ("segresearch.build.EVERYWHERE", "not a function")):
+    for target, words in (
+        ("test_configs.keep_value", "did you mean keep_values"),
+        ("math.pi", "not a part of segresearch"),
+        ("segresearch.build.EVERYWHERE", "not a function"),
+    ):
         with pytest.raises(ConfigError, match=words):
             run("guidance=custom", f"{at}.target={target}")
     with pytest.raises(ConfigError, match="cannot be called as"):

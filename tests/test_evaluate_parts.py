@@ -203,10 +203,10 @@ def test_figures_are_drawn_of_bars_and_of_lines_over_sigma():
     narrow = {**seg, "perturbation": {"kind": "seg", "sigma": 1}}
     guided |= typed(dict[str, GuidanceConfig], {"SEG 2 σ=1": {"terms": {"seg": narrow}}})
     plan = type(plan)(guided, plan.prompts, (), plan.ranges, None)
-    found = figure.draw(plan, [*ROWS, {**ROWS[1], "setting": "SEG 2 σ=1", "fd-mini": 9.0}], {}, "a run")
+    found = figure.draw(plan, [*ROWS, {**ROWS[1], "setting": "SEG 2 σ=1", "fd-mini-first": -3.0}], {}, "a run")
     assert set(found) == {"quality", "colour"}
     left = found["quality"].axes[0]
     assert [t.get_text() for t in left.get_xticklabels()] == ["1", "∞"]
-    assert list(left.containers[0][0].get_ydata()) == [9.0, 7.25]  # by rising σ
+    assert list(left.containers[0][0].get_ydata()) == [-3.0, -4.75]  # by rising σ
     assert figure.family(guided["SEG 2 σ=1"]) == ("SEG s = 2", 1.0) and figure.method(guided["vanilla"]) == "vanilla"
     assert paper.key(guided["SEG 2 σ=∞"]) == math.inf

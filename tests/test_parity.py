@@ -84,7 +84,8 @@ def test_mini_under_its_controlnets_gives_diffusers_pictures(name, weight):
     sdxl = load_sdxl("mini", controlnet=name)
     guided = GuidedDenoiser(sdxl.denoiser, {"cfg": cfg(weight)})
     with torch.no_grad():
-        x0 = sample(guided, noise, steps=4, conds=sdxl.encode(PROMPTS), control=[controlled(sdxl.controlnets[name], image)])
+        control = [controlled(sdxl.controlnets[name], image)]
+        x0 = sample(guided, noise, steps=4, conds=sdxl.encode(PROMPTS), control=control)
         pictures = sdxl.vae.decode(x0).clamp(-1, 1) / 2 + 0.5
     apart = (pictures - torch.from_numpy(expected).permute(0, 3, 1, 2)).abs().max()
     assert apart <= 2 / 255

@@ -87,6 +87,7 @@ def _quality(
     )
     figure = canvas(11.5, max(3.8, 0 if ranked else 0.3 * len(rows)), f"Quality of {len(rows)} settings", caption)
     left, right = figure.subplots(1, 2)
+    colors = {setting: COLORS[method(g)] for setting, g in guidance.items()}
     if ranked:
         spread: list[float] = [*sigmas]
         for i, (line, some) in enumerate(lines.items()):
@@ -96,7 +97,7 @@ def _quality(
                           linewidth=1.4, label=line, capsize=2)  # fmt: skip
         for row in rows:
             if family(guidance[row["setting"]]) is None:
-                left.axhline(_number(row, key), color=COLORS[method(guidance[row["setting"]])], linestyle="--", linewidth=1.1,
+                left.axhline(_number(row, key), color=colors[row["setting"]], linestyle="--", linewidth=1.1,
                              label=row["setting"])  # fmt: skip
         left.set_xticks(range(len(spread)), [name_sigma(s) for s in spread])
         left.set_xlabel("blur σ (tokens)", fontsize=9)
@@ -105,7 +106,7 @@ def _quality(
         left.grid(axis="y", color=RULE, linewidth=0.6)
     else:
         for y, row in enumerate(rows):
-            left.barh(y, _number(row, key), xerr=_number(row, f"{key}-error"), color=COLORS[method(guidance[row["setting"]])],
+            left.barh(y, _number(row, key), xerr=_number(row, f"{key}-error"), color=colors[row["setting"]],
                       height=0.7, ecolor=INK)  # fmt: skip
         left.set_yticks(range(len(rows)), [row["setting"] for row in rows], fontsize=8)
         left.axvline(0, color=INK, linewidth=0.8)
@@ -117,9 +118,7 @@ def _quality(
     for row in rows:
         x_at = 0.0 if row.get(apart) is None else row[apart]
         error = _number(row, f"{key}-error")
-        right.errorbar(
-            x_at, _number(row, key), error, fmt="o", markersize=5, color=COLORS[method(guidance[row["setting"]])]
-        )
+        right.errorbar(x_at, _number(row, key), error, fmt="o", markersize=5, color=colors[row["setting"]])
         right.annotate(
             row["setting"], (x_at, _number(row, key)), (5, 4), textcoords="offset points", fontsize=7.5, color=INK
         )
