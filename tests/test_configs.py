@@ -130,7 +130,7 @@ def test_groups_are_the_samplers_and_schedules_with_options_they_take():
 
 def test_compare_takes_names_lists_and_inline_overrides_and_adds_guidance_once():
     columns = panels(composed("compare=[none,sag,pag,seg]"))[0].methods
-    assert list(columns) == ["vanilla", "SAG 0.75", "PAG 2", "SEG 2 σ=∞"]
+    assert list(columns) == ["vanilla", "SAG 0.75", "PAG 1", "SEG 1 σ=∞"]
     inline = "{guidance: [cfg, seg], label: mine, terms: {seg: {scale: 2, perturbation: {on: k, sigma: 4}}}}"
     columns = panels(composed("model=sdxl", f"compare=[none,{inline}]", "guidance=pag"))[0].methods
     assert list(columns) == ["vanilla", "mine", "PAG 3"]

@@ -99,6 +99,10 @@ def overview(name: str, out: str | Path = "runs") -> Overview:
     if not found:
         raise ConfigError(f"{name}: none of the {len(unfinished)} runs in {folder} has results yet")
     differing = _differing([settings for _, settings, _ in found])
+    labels = [tuple(row["setting"] for row in of_run) for _, _, of_run in found]
+    if len(set(labels)) == len(labels):  # what only some of the methods have says no more than their names do
+        whole = [set(settings) for _, settings, _ in found]
+        differing = [k for k in differing if not k.startswith(("guidance.", "compare.")) or all(k in w for w in whole)]
     found.sort(key=lambda run: ([_order(run[1].get(key)) for key in differing], run[0]))
     rows = tuple({"run": run, **{key: _short(settings.get(key)) for key in differing}, **row}
                  for run, settings, of_run in found for row in of_run)  # fmt: skip
