@@ -15,8 +15,9 @@ def test_every_part_is_an_evaluation_with_a_place_on_the_page(part):
         config = settings(compose("evaluate", overrides=part.command(20)), kind=EvaluateConfig)
     plan = study(config)
     assert (config.images, config.steps, config.sampler.name) == (10 if part.half else 20, 10, "dpmpp_2m")
-    assert plan.settings[plan.first].terms == {} and len(plan.settings) > 1
-    assert ("control" in part.name) == bool(plan.controls) and ("text" in part.name) <= bool(plan.scenes)
+    first = plan.settings[plan.first].terms
+    assert set(first) == ({"cfg"} if part.name.startswith("cfg") else set()) and len(plan.settings) > 1
+    assert ("control" in part.name) == bool(plan.controls) and (part.name[:3] == "cfg" or "text" in part.name) <= bool(plan.scenes)
     page = (conf_dir().parent / "docs" / "effects.md").read_text()
     assert written(page, part.name, ["x"]) != page and f"effects/{part.name}.png" in page
 

@@ -8,6 +8,7 @@ import argparse
 import csv
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,10 @@ PARTS = (
     Part("table1", ("experiment=table1",)),
     Part("table2", ("experiment=table2",)),
     Part("fig15", ("experiment=fig15",)),
+    Part("cfg2", ("guidance=seg_cfg", "guidance.terms.cfg.weight=2", "prompts=scene:0-", "name=cfg2",
+                  "compare=[{guidance:cfg,terms:{cfg:{weight:2}}}]")),
+    Part("cfg4", ("guidance=seg_cfg", "guidance.terms.cfg.weight=4", "prompts=scene:0-", "name=cfg4",
+                  "compare=[{guidance:cfg,terms:{cfg:{weight:4}}}]")),
     Part("control-canny", ("experiment=control", "controlnet=canny")),
     Part("control-canny-text", ("experiment=control", "controlnet=canny", "prompts=scene:0-", "name=control_text")),
     Part("control-depth", ("experiment=control", "controlnet=depth")),
@@ -56,7 +61,7 @@ PARTS = (
     Part("windows", ("experiment=windows",), half=True),
     Part("fig6", ("experiment=fig6",), half=True),
     Part("fig12", ("experiment=fig12",), half=True),
-)
+)  # fmt: skip
 
 
 def measured(part: Part, count: int, workers: int, out: str, draws: int) -> Path:
@@ -132,7 +137,8 @@ def main() -> None:
         replace_file(page, written(page.read_text(), "floor", floor(args.count)).encode())
     for part in chosen:
         folder = measured(part, args.count, args.workers, args.out, args.draws)
-        call = f"`python experiments/evaluate.py {' '.join([*part.command(args.count), f'draws={args.draws}'])}`"
+        words = shlex.join([*part.command(args.count), f"draws={args.draws}"])
+        call = f"`python experiments/evaluate.py {words}`"
         replace_file(page, written(page.read_text(), part.name, [call, "", *table(folder)]).encode())
         shutil.copyfile(folder / "figures" / "quality.png", pictures / f"{part.name}.png")
         print(f"{part.name}: {folder}", flush=True)
