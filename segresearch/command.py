@@ -158,7 +158,7 @@ def exit_code(error: BaseException) -> int | None:
     if any(kind.__name__ == "CheckpointError" for kind in type(error).__mro__):  # by name: nothing is imported for it
         return 3
     composed = type(error).__module__ in ("hydra.errors", "omegaconf.errors")
-    return 2 if composed or isinstance(error, ValueError | ImportError) else None
+    return 2 if composed or _unread(error) or isinstance(error, ValueError | ImportError) else None
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -166,6 +166,12 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _unread(error: BaseException) -> str | None:
+    """Where and why a YAML file cannot be read, if that is what happened."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"{mark.name}, line {mark.line + 1}: not YAML ({problem})" if mark and problem else None
 
 
 def line(error: BaseException) -> str:
@@ -177,7 +183,7 @@ def line(error: BaseException) -> str:
     if out_of_memory(error):
         said = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         return f"out of memory: {said}; lower batch_size, or take a smaller model.dtype"
-    return " ".join(str(error).split()) or type(error).__name__
+    return _unread(error) or " ".join(str(error).split()) or type(error).__name__
 
 
 def sources() -> list[Path]:

@@ -225,6 +225,16 @@ def test_a_slip_on_the_command_line_is_one_line_and_code_2(argument, words, monk
     assert words in said.err and said.err.startswith("error: ") and said.err.count("\n") == 1
 
 
+def test_a_config_file_that_is_no_yaml_is_named_with_its_line(tmp_path):
+    from segresearch.command import exit_code, line
+
+    (tmp_path / "guidance").mkdir()
+    (tmp_path / "guidance" / "mine.yaml").write_text("# mine\nterms: {b: c: d}\n")
+    with pytest.raises(Exception) as caught, initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        compose("generate", overrides=["guidance=mine", f"hydra.searchpath=[{tmp_path}]"])
+    assert exit_code(caught.value) == 2 and "guidance/mine.yaml, line 2: not YAML" in line(caught.value)
+
+
 LIGHT = """
 import runpy, sys
 sys.argv = sys.argv[1:]
