@@ -66,12 +66,12 @@ PARTS = (
 
 def measured(part: Part, count: int, workers: int, out: str, draws: int) -> Path:
     """The folder of the part's results. Workers make shards side by side; one process reduces them."""
-    call = [sys.executable, str(SCRIPT), *part.command(count), f"out={out}"]
+    call = [sys.executable, str(SCRIPT), *part.command(count), f"out={out}", "wandb.mode=off"]
     places = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers)} for rank in range(workers)]
     started = [subprocess.Popen([*call, "only=shards"], env=place, stdout=subprocess.DEVNULL) for place in places]
     if any([process.wait() for process in started]):
         raise SystemExit(f"{part.name}: not all shards were made; what is whole is kept")
-    done = subprocess.run([*call, f"draws={draws}"], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([*call, "only=reduce", f"draws={draws}"], stdout=subprocess.PIPE, text=True, check=True)
     return Path(done.stdout.split("page: ")[1].strip()).parent
 
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000, help="pictures of each setting; of the wider sweeps a half")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="parts, or how they begin: " + ", ".join(p.name for p in PARTS))
-    parser.add_argument("--draws", type=int, default=200, help="bootstrap resamples")
+    parser.add_argument("--draws", type=int, default=100, help="bootstrap resamples")
     parser.add_argument("--out", default="runs")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
