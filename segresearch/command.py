@@ -27,6 +27,7 @@ INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
 TARGET = "_target_"  # by which Hydra makes objects of its own
+CLOSED = ("searchpath", "callbacks", "job_logging", "hydra_logging")  # of Hydra: what they name is made into objects
 
 
 class Ended(ValueError):
@@ -118,16 +119,36 @@ def _refuse_targets(arguments: Sequence[str]) -> None:
     own launchers and sweepers are chosen by name (hydra/launcher=submitit_slurm); nothing here needs more."""
     hint = "choose Hydra's parts by name, as in hydra/launcher=submitit_slurm; perturbations name theirs with `target`"
     for argument in arguments:
-        if TARGET in argument:
+        key, _, value = argument.partition("=")
+        if re.match(rf"[+~]*hydra[./]({'|'.join(CLOSED)})", key):
+            raise ConfigError(f"{argument}: not open to a command line, since it can make objects; {hint}")
+        if TARGET in key or re.search(rf"['\"]?{TARGET}['\"]?\s*:", value):
             raise ConfigError(f"{argument}: no setting here makes objects by {TARGET}; {hint}")
     flags = ("--config-dir", "-cd", "--config-path", "-cp")
     for i, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
-        if flag in flags and (equals or i + 1 < len(arguments)):
+        if any(f.startswith(flag) and flag.startswith(f[:10]) or flag == f for f in flags) and (
+            equals or i + 1 < len(arguments)
+        ):
             folder = Path(value if equals else arguments[i + 1])
             for path in sorted(p for p in folder.rglob("*.y*ml") if p.is_file()) if folder.is_dir() else []:
-                if TARGET in path.read_text(encoding="utf-8", errors="replace"):
+                if TARGET in _keys(path):
                     raise ConfigError(f"{path}: no setting here makes objects by {TARGET}; {hint}")
+
+
+def _keys(path: Path) -> set[str]:
+    """Every key of a YAML file, at any depth; none of one that cannot be read, which says so later."""
+    import yaml
+
+    def below(value: Any) -> set[str]:
+        if isinstance(value, Mapping):
+            return {str(key) for key in value}.union(*map(below, value.values()))
+        return set().union(*map(below, value)) if isinstance(value, list) else set()
+
+    try:
+        return below(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, OSError, ValueError):
+        return set()
 
 
 @contextlib.contextmanager
@@ -214,7 +235,7 @@ def _translated(error: BaseException, config_name: str) -> BaseException:
         choices = ", ".join(error.options)
         return ConfigError(f"{group}: no {choice!r}{nearest(choice, error.options)} (choices: {choices})")
     if isinstance(error, OverrideParseException):
-        hint = "text with commas or brackets needs two quotes, as in 'prompts=[\"a, b\"]'"
+        hint = "text with commas, brackets, = or letters beyond ASCII needs two quotes, as in 'prompts=[\"a, b\"]'"
         return ConfigError(f"{error.override}: not key=value as Hydra reads it ({text.splitlines()[0]}); {hint}")
     several = re.search(r"Ambiguous value for argument '(.+?)=(.*)'", text)
     if several:

@@ -157,7 +157,7 @@ def refusals(tmp_path):
         ("big.tif", np.full((4, 4), 70000, np.int32), "integer values from 70000"),
         ("negative.tif", np.full((4, 4), -1, np.int32), "integer values from -1"),
         ("float.tif", np.full((4, 4), 7.5, np.float32), "float values from 7.5"),
-        ("nan.tif", np.full((4, 4), np.nan, np.float32), "float values from nan"),
+        ("nan.tif", np.full((4, 4), np.nan, np.float32), "values that are not finite"),
     ):
         Image.fromarray(value).save(tmp_path / name)
         yield tmp_path / name, words

@@ -22,6 +22,7 @@ from segresearch.typed import ConfigError, typed
 
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
 CANNY = {"net": "canny", "image": "scene:0-", "preprocess": "canny"}
+PICTURE = str(Path(__file__).resolve().parent.parent / "docs" / "demo.png")
 DEPTH = {"net": "depth", "image": "scene:0-", "preprocess": "depth", "scale": 0.5}
 
 
@@ -187,14 +188,17 @@ def test_a_map_of_ones_own_and_a_photo_in_turn(config, model, photo, tmp_path):
         ({"low": 300}, "controls.canny.low: 300 is above high, 200"),
         ({"start": 0.5, "end": 0.5}, "controls.canny.start: 0.5 is not below end, 0.5"),
         ({"preprocess": "depth", "image": "a.png"}, "controls.canny.depth_model: missing, and a.png needs one"),
-        ({"preprocess": "depth", "image": "a.png", "depth_model": "no/such"}, "hf download no/such"),
+        ({"preprocess": "depth", "image": PICTURE, "depth_model": "no/such"}, "hf download no/such"),
+        ({"preprocess": "depth", "image": "a.png", "depth_model": "no/such"}, "a.png: no such file"),
         ({"scale": "inf"}, "controls.canny.scale: inf is not finite"),
     ],
 )
 def test_what_cannot_be_is_one_line_before_a_picture_is_made(config, model, change, words):
     with pytest.raises(ValueError) as caught:
         generate(config(controls={"canny": {**CANNY, **change}}), model)
-    assert words in str(caught.value) and "\n" not in str(caught.value) and command.exit_code(caught.value) == 2
+    asset = "hf download" in words or "unknown controlnet" in words
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert command.exit_code(caught.value) == (3 if asset else 2)
     assert not list(Path(config().out).rglob("*.png"))
 
 

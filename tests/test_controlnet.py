@@ -302,6 +302,22 @@ def test_wrong_inputs_are_named():
         model(x, sigma, conds=conds, control=[controlled(ours, picture(1))])
 
 
+@torch.no_grad()
+def test_control_is_any_iterable_of_what_controlled_makes():
+    x, sigma, conds = noisy(2, 4, 8)
+    model, one = GuidedDenoiser(denoiser(), {}), controlled(net(), picture(1))
+    asked = {"conds": conds}
+    listed = model(x, sigma, **model.prepare(asked | {"control": [one]}))
+    prepared = model.prepare(asked | {"control": (c for c in [one])})
+    for _ in range(2):  # not used up by the first step
+        torch.testing.assert_close(model(x, sigma, **prepared), listed, rtol=0, atol=0)
+    plain = model(x, sigma, **model.prepare(asked | {"control": None}))
+    assert (plain - listed).abs().max() > 1e-6
+    for wrong, match in ((one, r"write control=\[controlled"), ([one, net()], "got a Counted in it"), (3, "int")):
+        with pytest.raises(ValueError, match=match):
+            model.prepare(asked | {"control": wrong})
+
+
 # --- the part of the steps ---------------------------------------------------------------------------
 
 

@@ -17,7 +17,8 @@ def test_every_part_is_an_evaluation_with_a_place_on_the_page(part):
     assert (config.images, config.steps, config.sampler.name) == (10 if part.half else 20, 10, "dpmpp_2m")
     first = plan.settings[plan.first].terms
     assert set(first) == ({"cfg"} if part.name.startswith("cfg") else set()) and len(plan.settings) > 1
-    assert ("control" in part.name) == bool(plan.controls) and (part.name[:3] == "cfg" or "text" in part.name) <= bool(plan.scenes)
+    assert ("control" in part.name) == bool(plan.controls)
+    assert (part.name[:3] == "cfg" or "text" in part.name) <= bool(plan.scenes)
     page = (conf_dir().parent / "docs" / "effects.md").read_text()
     assert written(page, part.name, ["x"]) != page and f"effects/{part.name}.png" in page
 

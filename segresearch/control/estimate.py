@@ -13,23 +13,26 @@ from torch import Tensor
 
 from segresearch.control.images import fit
 from segresearch.control.maps import to_tensor
+from segresearch.models.locate import CheckpointError
 
 NEAREST = 0.01  # m: metric estimates below it are taken for it
 METRIC = ("glpn", "zoedepth", "depth_pro", "prompt_depth_anything")  # these predict distances, others their inverse
 
 
 def located_depth(model: str | Path) -> Path:
-    """The folder of a depth estimator: a path, or a hub id in the local cache. ValueError if there is none."""
+    """The folder of a depth estimator: a path, or a hub id in the local cache. CheckpointError if there is none."""
     path, name = Path(model).expanduser(), str(model)
     if not path.is_dir():
         hint = "or give a depth map with preprocess=none"
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-            raise ValueError(f"depth model {name!r}: no such folder; give one, a hub id in the local cache, {hint}")
+            raise CheckpointError(
+                f"depth model {name!r}: no such folder; give one, a hub id in the local cache, {hint}"
+            )
         from huggingface_hub import constants, try_to_load_from_cache
 
         cached = try_to_load_from_cache(name, "config.json")
         if not isinstance(cached, str):
-            raise ValueError(
+            raise CheckpointError(
                 f"depth model {name!r} is neither a folder nor in the local cache ({constants.HF_HUB_CACHE}); fetch it "
                 f'once with: hf download {name} --include "*.json" "*.safetensors"; {hint}'
             )
@@ -38,7 +41,7 @@ def located_depth(model: str | Path) -> Path:
     if not list(path.glob("*.safetensors")):
         missing.append("*.safetensors")
     if missing:
-        raise ValueError(f"depth model {path}: no {', '.join(missing)} there; fetch it again with all of these")
+        raise CheckpointError(f"depth model {path}: no {', '.join(missing)} there; fetch it again with all of these")
     return path
 
 

@@ -66,6 +66,8 @@ def _scaled(image: Image.Image, path: str | Path) -> Image.Image:
     top = 1 if image.mode == "F" else FULL
     if not (values.min() >= 0 and values.max() <= top):  # so that NaN is refused
         kind = "float" if image.mode == "F" else "integer"
+        if not np.isfinite(values).all():
+            raise ValueError(f"{path}: values that are not finite; save it as 8- or 16-bit grey")
         raise ValueError(
             f"{path}: {kind} values from {values.min():g} to {values.max():g}, which could mean anything; save it as "
             f"8- or 16-bit grey, or scale it to 0 ... {top}"

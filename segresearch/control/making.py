@@ -1,6 +1,7 @@
 """The control images of a run at its size: for the ControlNets, and as files to be looked at."""
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,4 +79,8 @@ def show(control: ControlConfig, image: str, size: tuple[int, int], path: Path, 
     if read_settings(path) == settings:
         return
     pixels = control_image(control, image, size)[0].permute(1, 2, 0)  # (1, 3, h, w) -> (h, w, 3)
+    if pixels.min() == pixels.max():
+        print(f"{image}: its {control.preprocess} map is blank, so it steers little", file=sys.stderr)
+    elif control.preprocess == "none" and "canny" in control.net and pixels.mean() > 0.5:
+        print(f"{image}: mostly white; an edge map is white edges on black", file=sys.stderr)
     save_png(Image.fromarray(np.rint(pixels.numpy() * 255).astype(np.uint8)), path, settings)

@@ -9,6 +9,7 @@ from typing import Any
 
 from segresearch.config import ControlConfig
 from segresearch.control.images import open_image
+from segresearch.models.locate import CheckpointError
 from segresearch.plan import SCENE, Panel, Row
 from segresearch.runs import fingerprint, plain
 from segresearch.typed import ConfigError
@@ -38,12 +39,12 @@ class Sources:
             folder = _said(f"{at}.net", lambda net: located_controlnet(net, model), control.net)
             self.nets[control.net], self._nets[control.net] = folder, fingerprint(folder)
         scenes, files = _split([i for i in images if (i, control.preprocess) not in self._images])
-        if files and control.preprocess == "depth":
-            _said(f"{at}.depth_model", depth_fingerprint, str(control.depth_model))
         for image in files:
             _said(f"{at}.image", open_image, image)
             data = Path(image).expanduser().read_bytes()
             self._images[image, control.preprocess] = hashlib.sha256(data).hexdigest()[:12]
+        if files and control.preprocess == "depth":
+            _said(f"{at}.depth_model", depth_fingerprint, str(control.depth_model))
         if scenes:
             from segresearch.control.making import scene_maps
 
@@ -86,6 +87,8 @@ def _said(at: str, call: Callable[[str], Any], value: str) -> Any:
     """`call(value)`, its ValueError under the name of the setting."""
     try:
         return call(value)
+    except CheckpointError as error:
+        raise CheckpointError(f"{at}: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{at}: {error}") from error
 

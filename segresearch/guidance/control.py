@@ -1,6 +1,6 @@
 """What the ControlNets add at one step: each distinct conditioning once, whatever branches there are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,24 @@ from torch import Tensor
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import Controlled, weighted
 from segresearch.models.unet import Control
+
+
+def in_use(control: Any) -> tuple[Controlled, ...]:
+    """What `control` of a call holds, None standing for nothing; any iterable is read once.
+
+    Raises ValueError for what is not made by `controlled`.
+    """
+    if control is None:
+        return ()
+    if isinstance(control, Controlled) or not isinstance(control, Iterable):
+        kind = type(control).__name__
+        raise ValueError(f"control is a sequence of ControlNets in use: write control=[controlled(...)], got {kind}")
+    found = tuple(control)
+    wrong = next((one for one in found if not isinstance(one, Controlled)), None)
+    if wrong is not None:
+        kind = type(wrong).__name__
+        raise ValueError(f"control is a sequence of ControlNets in use: [controlled(net, image)], got a {kind} in it")
+    return found
 
 
 def residuals(
@@ -28,8 +46,6 @@ def residuals(
     With `guess` only the rows of the conditioning `base` get any. values: sigma.tolist(), where the caller has read it.
     Raises ValueError for a hint of another number of rows, or what does not fit x.
     """
-    if isinstance(control, Controlled):
-        raise ValueError("control is a sequence of ControlNets in use: write control=[controlled(...)]")
     total = None
     if control and values is None:
         values = sigma.tolist()

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from segresearch.guidance.blocks import BlockAttention, Groups, Note, Watch
-from segresearch.guidance.control import per_row, residuals
+from segresearch.guidance.control import in_use, per_row, residuals
 from segresearch.guidance.perturbations import Perturbation
 from segresearch.guidance.postprocess import Post, rescale
 from segresearch.guidance.select import check_heads, select_sites
@@ -140,12 +140,12 @@ class GuidedDenoiser:
         values as one object, whose rows are then computed once. The calls' results do not change.
         """
         made: dict[str, Cond] = {}
-        control = arguments.get("control") or ()
-        nets = [self.unet, *(one.net for one in (() if isinstance(control, Controlled) else control))]
+        control = in_use(arguments.get("control"))
+        nets = [self.unet, *(one.net for one in control)]
         for name, cond in (arguments.get("conds") or {}).items():
             same = next((other for other in made.values() if other.equals(cond)), None)
             made[name] = cond.projected(*nets) if same is None else same
-        return {**arguments, "conds": made}
+        return {**arguments, "conds": made, **({"control": control} if "control" in arguments else {})}
 
     def evaluate(
         self,
@@ -167,10 +167,10 @@ class GuidedDenoiser:
         if missing:
             given = ", ".join(map(repr, conds)) or "none"
             raise ValueError(f"conds lacks {missing[0]!r}, which the guidance needs; given: {given}")
-        control = control or ()
+        control = in_use(control)
         # names of one Cond are one conditioning, unless a ControlNet tells the base from the others
         first: dict[int, str] = {}
-        apart = isinstance(control, Controlled) or any(one.guess for one in control)
+        apart = any(one.guess for one in control)
         merged = {
             b: b if apart else replace(b, conditioning=first.setdefault(id(conds[b.conditioning]), b.conditioning))
             for b in branches

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segresearch.models.attention import sdpa
-from segresearch.models.conditioning import Cond
+from segresearch.models.conditioning import Cond, Projection
 from segresearch.models.encoder import CROSSED_MID, PLAIN_MID, Encoder, EncoderConfig, counts, refuse_unless
 from segresearch.models.unet import Control
 from segresearch.sampling.windows import ALWAYS, Window, check_window
@@ -130,7 +130,7 @@ class ControlNet(Encoder):
         self,
         x: Float[Tensor, "rows c h w"],
         t: Float[Tensor, " rows"],
-        cond: Cond,
+        cond: Cond | Projection,
         hint: Float[Tensor, "hint_rows d hint_h hint_w"],
         guess: bool = False,
     ) -> Control:
@@ -208,6 +208,9 @@ def controlled(
     The image is embedded here, once, in the net's dtype and on its device. The other arguments are those of Controlled.
     Raises ValueError for an image that is not RGB in [0, 1] or whose sides do not fit, and as Controlled does.
     """
+    if not isinstance(image, Tensor):
+        kind = type(image).__name__
+        raise ValueError(f"a control image is a tensor of RGB in [0, 1], (rows, 3, h, w); got a {kind}")
     if image.ndim != 4 or image.shape[1] != 3 or not image.numel() or not image.is_floating_point():
         raise ValueError(f"a control image is RGB in [0, 1], (rows, 3, h, w); got {tuple(image.shape)} {image.dtype}")
     low, high = image.min().item(), image.max().item()

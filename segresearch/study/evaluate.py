@@ -144,6 +144,7 @@ def _reduced(
     inputs = runs.digest([VERSION, runs.code_version(), asked, of_reference, [j.by for j in found], sums])
     for place in plan.places.values():
         shards.sweep(place)
+    shards.sweep(Path(config.out) / "reference")
     _sweep(folder)
     path = folder / RESULTS
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):

@@ -83,7 +83,7 @@ def _quality(
     caption = (
         f"{where}. Whiskers are one bootstrap standard error of the difference. Left: "
         f"{'against the σ of the blur' if ranked else 'each setting'}; below 0 is better than “{first}”. Right: "
-        f"against the distance to the picture of “{first}” from the same noise: lower left is better quality at less change."
+        f"against the distance to the picture of “{first}” from the same noise; lower left is better at less change."
     )
     figure = canvas(11.5, max(3.8, 0 if ranked else 0.3 * len(rows)), f"Quality of {len(rows)} settings", caption)
     left, right = figure.subplots(1, 2)

@@ -50,7 +50,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
             found.append(Column(FRECHET[name], key, 2, f"{key}-error"))
             if len(rows) > 1:
                 found.append(Column("− first", f"{key}-first", 2, f"{key}-first-error"))
-            found.append(Column(KERNEL[name], f"kd-{name}", 4))
+            found.append(Column(KERNEL[name], f"kd-{name}", 1 if name == "mini" else 4))
             found += [Column("precision", f"precision-{name}"), Column("recall", f"recall-{name}")]
         elif kind == "distance" and name in DISTANCES:
             found.append(Column(DISTANCES[name], key, 3, f"{key}-error"))
