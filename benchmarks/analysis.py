@@ -1,11 +1,8 @@
 """Statistics and curvature of SDXL-size attention: streamed (`segresearch.analysis`) beside the naive n×n way.
 
-    python benchmarks/analysis.py [--threads 2] [--quick] [--out benchmarks/analysis.json]
-
 Two loads of random q and k in fp32, dim 64, blur σ = 2 with reflecting ends, along the queries: SDXL's mid block (10
-sites × 20 heads × 1024 tokens) and one site of 10 heads × 4096 tokens. Measured in a process of its own each, so that
-one's peak memory is not another's; memory is the peak of the resident set above what it is when the inputs are ready.
-On a busy machine compare the processor seconds (cpu s) of --threads 1, since two threads wait for each other.
+sites × 20 heads × 1024 tokens) and one site of 10 heads × 4096 tokens. Memory is the peak above what it is when the
+inputs are ready. On a busy machine compare the processor seconds of --threads 1, since two threads wait for each other.
 
     streamed    everything of `curvature`, before and after the blur: mean, variance, lse, entropy, log-determinants
                 (pseudo-determinant, eq. (20) with b_ii, chain rule), traces, spectral norm
@@ -16,46 +13,14 @@ On a busy machine compare the processor seconds (cpu s) of --threads 1, since tw
                 column; the time for all columns is that times their number, stated as an estimate.
 """
 
-import argparse
-import json
 import math
-import os
-import resource
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
+
+from harness import Peak
 
 LOADS = {"mid block": (10, 20, (32, 32)), "4096 tokens": (1, 10, (64, 64))}  # sites, heads, grid
 WAYS = ("streamed", "norms", "maps", "hessians")
 DIM, SIGMA, BOUNDARY = 64, 2.0, "reflect"
-
-
-def resident() -> int:
-    """Bytes of the resident set."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-class Peak:
-    """Largest resident set while inside, sampled every 2 ms, above that at entry."""
-
-    def __enter__(self) -> "Peak":
-        self.start = self.peak = resident()
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.over.wait(0.002):
-            self.peak = max(self.peak, resident())
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.thread.join()
-        self.bytes = max(self.peak, resident()) - self.start
 
 
 def maps(q, k, smoothing) -> dict:
@@ -122,35 +87,3 @@ def measure(load: str, way: str, threads: int, quick: bool) -> dict:
         "share_measured": share, "seconds": seconds, "cpu_seconds": busy, "seconds_for_all": seconds / share,
         "peak_megabytes": peak.bytes / 1e6, "input_megabytes": megabytes,
     }  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one site of the mid block")
-    parser.add_argument("--out", type=Path, help="also write the results here, as JSON")
-    parser.add_argument("--one", nargs=2, metavar=("LOAD", "WAY"), help="measure one way in this process, print JSON")
-    options = parser.parse_args()
-    if options.one:
-        load, way = options.one
-        print(json.dumps(measure(load, way, options.threads, options.quick)))
-        return
-    results = []
-    print(f"{options.threads} threads; peak memory without the inputs")
-    print(f"{'load':12} {'way':9} {'seconds':>9} {'cpu s':>9} {'for all':>16} {'peak MB':>9}")
-    for load in LOADS:
-        for way in WAYS:
-            command = [sys.executable, __file__, "--threads", str(options.threads), "--one", load, way]
-            command += ["--quick"] if options.quick else []
-            environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-            results.append(found := json.loads(done.stdout))
-            total = f"{found['seconds_for_all']:.1f}" + (" (est.)" if found["share_measured"] < 1 else "")
-            spent = f"{found['seconds']:9.2f} {found['cpu_seconds']:9.2f}"
-            print(f"{load:12} {way:9} {spent} {total:>16} {found['peak_megabytes']:9.1f}", flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,14 +94,14 @@ def test_rows_of_a_projected_conditioning():
 def test_another_network_does_not_take_a_projection_for_its_own():
     net, other = denoiser().unet, denoiser(torch.float32).unet
     cond = noisy(1)[2]["cond"].projected(net)
-    assert other.projection(cond).added.dtype == torch.float32
-    assert net.projection(cond) is cond.projections[net]
+    assert cond.told(other) is cond and cond.told(net) is cond.projections[net]
+    assert net.projection(cond.told(net)) is cond.projections[net]
     with pytest.raises(ValueError, match="7 wide"):
         Cond(torch.zeros(1, 5, 7), cond.pooled, cond.time_ids).projected(net)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpm_adaptive"])
-def test_sampling_projects_the_texts_once_whatever_the_steps(sampler, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"s_churn": 1.0}])  # all images in a batch; one at a time
+def test_sampling_projects_the_texts_once_whatever_the_steps(options, monkeypatch):
     inner = denoiser()
     _, _, conds = noisy(2)
     noise = noisy(2, sigma=1.0)[0]
@@ -108,10 +111,10 @@ def test_sampling_projects_the_texts_once_whatever_the_steps(sampler, monkeypatc
         project = one.project
         monkeypatch.setattr(one, "project", lambda cond, project=project: projected.append(cond) or project(cond))
     model = GuidedDenoiser(inner, {"cfg": cfg(4.0), "seg": perturbed("seg", SEG(math.inf), 2.0)})
-    x = sample(model, noise, sampler, steps=3, conds=conds, control=[control])
+    x = sample(model, noise, "euler", steps=3, conds=conds, control=[control], options=options)
     assert len(projected) == 4  # two texts, two networks
     monkeypatch.setattr(GuidedDenoiser, "prepare", lambda self, arguments: arguments)
-    close(x, sample(model, noise, sampler, steps=3, conds=conds, control=[control]))
+    close(x, sample(model, noise, "euler", steps=3, conds=conds, control=[control], options=options))
     assert len(projected) >= 4 + 2 * 3
 
 
@@ -237,7 +240,7 @@ def test_the_fork_is_at_the_first_perturbed_site_and_costs_no_more_than_what_fol
     cond = conds["cond"].projected(inner.unet)
     one = flops(lambda: inner(x, sigma, cond=cond))
     costs = []
-    for site in inner.unet.sites:
+    for site in inner.unet.sites[::5]:
         fork = Fork(site, torch.tensor([0, 0, 0]))
         three = flops(lambda fork=fork: inner(x, sigma, cond=cond, fork=fork))
         costs.append((three - one) / 2)  # of what follows the fork
@@ -317,3 +320,38 @@ def test_memory_layout_stays_that_of_x():
     last = stack(x.to(memory_format=torch.channels_last), text, sdpa, None)
     assert last.is_contiguous(memory_format=torch.channels_last)
     close(last, stack(x, text, sdpa, None))
+
+
+# --- torch.compile ----------------------------------------------------------------------------------
+
+
+COMPILED = """
+import dataclasses, math, torch
+from torch._dynamo.testing import CompileCounter
+from guidance_models import CONFIG, denoiser, noisy
+from segresearch.guidance import PAG, SEG, GuidedDenoiser, cfg, perturbed
+from segresearch.models import Denoiser, UNet
+
+kinds = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "heads": (2, 4), "layers_per_block": (1, 1)}
+kinds |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (0, 1)}
+unet = UNet(dataclasses.replace(CONFIG, block_out_channels=(32, 64), **kinds)).double().requires_grad_(False)
+counter = CompileCounter()
+plain = Denoiser(unet, denoiser().alphas)
+compiled = plain.compiled(backend=counter)
+x, sigma, conds = noisy(1)
+terms = {"cfg": cfg(4.0), "seg": perturbed("seg", SEG(math.inf), 2.0), "pag": perturbed("pag", PAG(), 1.0)}
+model = GuidedDenoiser(compiled, terms)
+prepared = model.prepare({"conds": conds})["conds"]
+for level in (sigma, sigma / 2, sigma / 3):
+    wanted = GuidedDenoiser(plain, terms)(x, level, conds)
+    torch.testing.assert_close(model(x, level, prepared), wanted, rtol=0, atol=1e-12)
+assert counter.frame_count == 1, counter.frame_count
+"""
+
+
+def test_a_compiled_unet_is_one_graph_for_every_step():
+    """Through the attend argument, the fork and the projections. In a process without the checks of types."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

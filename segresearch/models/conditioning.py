@@ -19,6 +19,10 @@ class Projection:
     added: Float[Tensor, "rows e"]
     text: Mapping[str, tuple[Float[Tensor, "rows _h _text _d"], Float[Tensor, "rows _h _text _d"]]]
 
+    @property
+    def rows(self) -> int:
+        return self.added.shape[0]
+
     def each(self, change: Callable[[Tensor], Tensor]) -> "Projection":
         return Projection(change(self.added), {name: (change(k), change(v)) for name, (k, v) in self.text.items()})
 
@@ -36,7 +40,7 @@ class Cond:
     context: hidden states of both text encoders, side by side.
     pooled: pooled text embedding of the second encoder.
     time_ids: original height and width, crop top and left, target height and width, in pixels.
-    projections: by network, what it makes of this conditioning; a network that finds its own here computes none.
+    projections: what networks make of this conditioning, by network; see `projected` and `told`.
     """
 
     context: Float[Tensor, "rows text dim"]
@@ -70,6 +74,10 @@ class Cond:
     def projected(self, *nets: Any) -> "Cond":
         """With the projections of these networks (`Encoder.project`), for as long as their weights stay as they are."""
         return replace(self, projections={**self.projections, **{net: net.project(self) for net in nets}})
+
+    def told(self, net: Any) -> "Projection | Cond":
+        """What to hand to this network: its own projection of this conditioning if there is one, else the whole."""
+        return self.projections.get(net, self)
 
     def equals(self, other: "Cond") -> bool:
         """Whether the two hold the same values."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from segresearch.models.attention import Attend, Fork, sdpa
 from segresearch.models.conditioning import Cond
@@ -71,7 +71,11 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
     """
 
     def __init__(
-        self, unet: UNet, alphas_cumprod: Float[Tensor, " steps"], prediction: str = "epsilon", steps_offset: int = 1
+        self,
+        unet: nn.Module,
+        alphas_cumprod: Float[Tensor, " steps"],
+        prediction: str = "epsilon",
+        steps_offset: int = 1,
     ):
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction {prediction!r} is not supported, only {' and '.join(PREDICTIONS)}")
@@ -82,6 +86,7 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         self.log_sigmas = (
             self.sigmas.double().log()
         )  # of the rounded sigmas, so that each of them gives its integer t exactly
+        self.alphas = alphas_cumprod.double()
         self.prediction = prediction
         self.steps_offset = steps_offset
 
@@ -119,13 +124,22 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         fork: Fork | None = None,
     ) -> Float[Tensor, "rows_out c h w"]:
         """Denoised x at noise level sigma; with a fork it has the rows of `fork.index`, x and sigma copied along."""
-        out = self._network(x, sigma, cond=cond, attend=attend, control=control, fork=fork)
+        out = self._network(x, sigma, cond=cond.told(self.unet), attend=attend, control=control, fork=fork)
         if fork is not None:
             x, sigma = x[fork.index], sigma[fork.index]  # rows -> rows_out
         sigma = sigma[:, None, None, None]
         if self.prediction == "epsilon":
             return x - sigma * out
         return x / (sigma**2 + 1) - sigma / (sigma**2 + 1).sqrt() * out
+
+    def compiled(self, **options: Any) -> "Denoiser":
+        """A denoiser of the same weights whose UNet goes through torch.compile, in one graph; this one stays as it is.
+
+        Compiled for each shape and each set of branches that it meets, not for each step; needs a C++ compiler (Triton
+        on a GPU). options: of torch.compile, such as mode="max-autotune". Results differ by rounding.
+        """
+        unet: Any = torch.compile(self.unet, **{"dynamic": False, "fullgraph": True, **options})
+        return Denoiser(unet, self.alphas, self.prediction, self.steps_offset).to(self.sigmas.device)
 
     def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of calls, with what `cond` is to the network computed now; `sample` calls this."""
@@ -142,7 +156,7 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         guess: bool = False,
     ) -> Control:
         """What a ControlNet adds at noise level sigma, for `forward`; arguments and errors as of `ControlNet`."""
-        return net(self._scaled(x, sigma), self.sigma_to_t(sigma), cond, hint, guess)
+        return net(self._scaled(x, sigma), self.sigma_to_t(sigma), cond.told(net), hint, guess)
 
     def _scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
         return x / (sigma[:, None, None, None] ** 2 + 1).sqrt()

@@ -5,7 +5,7 @@ x (rows, c, h, w) ─ conv_in (+ hint) ─ down_blocks ─ mid_block ─► mid 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -196,11 +196,6 @@ def transformer(c: EncoderConfig, level: int, name: str) -> Transformer:
     )
 
 
-def blocks_of(levels: Iterable[Any]) -> list[TransformerBlock]:
-    """The transformer blocks of down, mid or up blocks, in order."""
-    return [block for level in levels for stack in level.attentions for block in stack.transformer_blocks]
-
-
 class DownBlock(nn.Module):
     def __init__(self, c: EncoderConfig, level: int):
         super().__init__()
@@ -265,9 +260,14 @@ class Encoder(nn.Module):
         self.mid_block = MidBlock(c)
 
     @property
+    def levels(self) -> list[Any]:
+        """The down, mid and up blocks, in the order of a forward pass."""
+        return [*self.down_blocks, self.mid_block]
+
+    @property
     def transformer_blocks(self) -> list[TransformerBlock]:
         """All of them, in the order of a forward pass."""
-        return blocks_of([*self.down_blocks, self.mid_block])
+        return [block for level in self.levels for stack in level.attentions for block in stack.transformer_blocks]
 
     def project(self, cond: Cond) -> Projection:
         """What a forward pass needs of `cond`: keys and values at every cross-attention, the embedding of sizes and
@@ -280,10 +280,9 @@ class Encoder(nn.Module):
         sizes = rearrange(sizes, "(b six) c -> b (six c)", six=6)
         return Projection(self.add_embedding(torch.cat([cond.pooled.to(dtype), sizes.to(dtype)], dim=-1)), text)
 
-    def projection(self, cond: Cond) -> Projection:
-        """The one that `cond` brings along for this network (`Cond.projected`), else made here."""
-        made = cond.projections.get(self)
-        return self.project(cond) if made is None else made
+    def projection(self, cond: Cond | Projection) -> Projection:
+        """`cond` itself where it is a projection by this network, else made here."""
+        return cond if isinstance(cond, Projection) else self.project(cond)
 
     def embed(self, t: Float[Tensor, " rows"], projection: Projection) -> Float[Tensor, "rows e"]:
         """One embedding of t, the sizes and the pooled text."""
@@ -303,14 +302,15 @@ class Encoder(nn.Module):
             skips += left
         return self.mid_block(x, emb, text, attend, fork), skips
 
-    def check(self, x: Tensor, cond: Cond) -> None:
+    def check(self, x: Tensor, cond: Cond | Projection) -> None:
         """ValueError unless x and cond fit this network and each other."""
         c = self.config
         if cond.rows != x.shape[0]:
             raise ValueError(f"{c.what}: {x.shape[0]} rows of x but {cond.rows} rows of conditioning")
         if x.shape[1] != c.in_channels:
             raise ValueError(f"{c.what}: x has {x.shape[1]} channels, this model takes {c.in_channels}")
-        self.check_widths(cond)
+        if isinstance(cond, Cond):
+            self.check_widths(cond)
 
     def check_widths(self, cond: Cond) -> None:
         """ValueError unless cond is of the widths of this network."""

@@ -15,15 +15,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segresearch.models.attention import Attend, Fork, TextKeys, TransformerBlock, follow, sdpa
+from segresearch.models.attention import Attend, Fork, TextKeys, follow, sdpa
 from segresearch.models.blocks import Resnet, Upsample
-from segresearch.models.conditioning import Cond
+from segresearch.models.conditioning import Cond, Projection
 from segresearch.models.encoder import (
     CROSSED_MID,
     Encoder,
     EncoderConfig,
     block_types,
-    blocks_of,
     counts,
     refuse_unless,
     transformer,
@@ -148,22 +147,23 @@ class UNet(Encoder):
         return {block.attn1.name: block.attn1.heads for block in self.transformer_blocks}
 
     @property
-    def transformer_blocks(self) -> list[TransformerBlock]:
-        return [*super().transformer_blocks, *blocks_of(self.up_blocks)]
+    def levels(self) -> list[Any]:
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
     def forward(
         self,
         x: Float[Tensor, "rows c h w"],
         t: Float[Tensor, " rows"],
-        cond: Cond,
+        cond: Cond | Projection,
         attend: Attend = sdpa,
         control: Control | None = None,
         fork: Fork | None = None,
     ) -> Float[Tensor, "rows_out d h w"]:
         """The network's output (eps or v) for model input x at timestep t, in the network's dtype.
 
-        attend replaces every self-attention; control is added to the skips and the mid block; with a fork, rows_out is
-        len(fork.index), else rows. Raises ValueError if cond does not fit x or the fork's site does not exist.
+        cond may be what `project` made of one; attend replaces every self-attention; control is added to the skips and
+        the mid block; with a fork, rows_out is len(fork.index), else rows. Raises ValueError if cond does not fit x or
+        the fork's site does not exist.
         """
         self._check(x, cond, control, fork)
         projection = self.projection(cond)
@@ -176,7 +176,7 @@ class UNet(Encoder):
             x = up(x, skips, emb, text, attend, fork)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def _check(self, x: Tensor, cond: Cond, control: Control | None, fork: Fork | None) -> None:
+    def _check(self, x: Tensor, cond: Cond | Projection, control: Control | None, fork: Fork | None) -> None:
         self.check(x, cond)
         if control is not None:
             widths, given = self.config.skip_widths, tuple(r.shape[1] for r in control.down)

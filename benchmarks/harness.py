@@ -1,0 +1,115 @@
+"""Measuring: interleaved repetitions, medians, peak memory, one part a process, the machine's name.
+
+Everything that is compared is run in turn, round after round in one process, so that whatever else slows the machine
+slows all of it; times are medians of the rounds and ratios are medians of the ratios within rounds.
+"""
+
+import gc
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+Calls = Mapping[str, Callable[[], Any]]
+
+
+def interleaved(calls: Calls, rounds: int, device: str = "cpu", warm: int = 1) -> dict[str, list[float]]:
+    """Seconds of every call in every round, after `warm` rounds that do not count."""
+    import torch
+
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    for number in range(-warm, rounds):
+        for name, call in calls.items():
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            if number >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def ratio(times: Mapping[str, Sequence[float]], over: str, under: str) -> float:
+    """Median over the rounds of time[over] / time[under]."""
+    return median([a / b for a, b in zip(times[over], times[under], strict=True)])
+
+
+def resident() -> int:
+    """Bytes of the resident set."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+class Peak:
+    """Largest resident set while inside, sampled every 2 ms: `bytes` above that at entry, `whole` in all."""
+
+    def __enter__(self) -> "Peak":
+        self.start = self.whole = resident()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.002):
+            self.whole = max(self.whole, resident())
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+        self.whole = max(self.whole, resident())
+        self.bytes = self.whole - self.start
+
+
+def child(part: str, threads: int, **arguments: Any) -> Any:
+    """`part`(**arguments) of benchmarks/parts.py in a process of its own, which sees `threads` threads; its result."""
+    command = [sys.executable, str(HERE / "run.py"), "--child", part, json.dumps(arguments), "--threads", str(threads)]
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{part} {arguments} ended with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the numbers depend on."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line)
+        cpu = next(lines, cpu)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return {
+        "cpu": cpu, "cores": os.cpu_count(), "threads": threads, "load_at_start": round(load, 2),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "isa": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "diffusers", "segresearch")},
+    }  # fmt: skip
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table with columns of one width, which reads as plain text too."""
+    cells = [[str(c) for c in row] for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)

@@ -1,0 +1,203 @@
+"""SDXL at its full size with random weights, ours and diffusers' sharing one copy of them; and what a step costs."""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from segresearch.guidance import PAG, SEG, GuidedDenoiser, Term, cfg, perturbed
+from segresearch.models import UNet, UNetConfig
+from segresearch.models.conditioning import Cond
+from segresearch.models.controlnet import Controlled, ControlNet, ControlNetConfig
+from segresearch.models.denoiser import Denoiser, alphas_cumprod
+
+SIGMA = 3.0  # of the step that is measured
+TEXT = 77  # tokens
+SHARED: dict[str, Any] = {  # SDXL's sizes, in the terms of a diffusers config.json
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "cross_attention_dim": 2048,
+    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+UP: dict[str, Any] = {"sample_size": 128, "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
+
+
+def terms(what: str) -> dict[str, Term]:
+    """The guidance of a row of the tables: plain, SEG, PAG, CFG, or two of them with a + between."""
+    made = {
+        "SEG": perturbed("seg", SEG(sigma=math.inf, where="mid"), 3.0),
+        "PAG": perturbed("pag", PAG(where="mid"), 3.0),
+        "CFG": cfg(5.0),
+    }
+    return {name: made[name] for name in what.split("+") if name in made}
+
+
+def filled(net: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """A network of the meta device, given weights of variance 1/fan-in out of one repeated block; norms 1, biases 0."""
+    block = torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0))  # odd: rows do not repeat
+    for name, parameter in list(net.named_parameters()):
+        if parameter.ndim == 1:
+            value = torch.zeros(parameter.shape) if name.endswith("bias") else torch.ones(parameter.shape)
+        else:
+            scale = parameter[0].numel() ** -0.5
+            value = (block * scale).to(dtype).repeat(parameter.numel() // len(block) + 1)[: parameter.numel()]
+        value = value.to(device=device, dtype=dtype).reshape(parameter.shape)
+        owner, _, last = name.rpartition(".")
+        setattr(net.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+    return net.eval().requires_grad_(False)
+
+
+def ours(dtype: torch.dtype, device: str, control: bool) -> tuple[UNet, ControlNet | None]:
+    """UNet and, if asked for, ControlNet of SDXL's size; on "meta" they have no weights."""
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_dict(SHARED | UP))
+        net = ControlNet(ControlNetConfig.from_dict(SHARED)) if control else None
+    if device == "meta":
+        return unet.to(dtype).eval(), net and net.to(dtype).eval()
+    return filled(unet, dtype, device), net and filled(net, dtype, device)
+
+
+def theirs(unet: UNet, control: ControlNet | None) -> tuple[Any, Any]:
+    """diffusers' own two, holding the same tensors."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    with torch.device("meta"):
+        nets: list[Any] = [UNet2DConditionModel(**SHARED, **UP), ControlNetModel(**SHARED) if control else None]
+    for net, own in zip(nets, (unet, control), strict=True):
+        if net is not None:
+            net.load_state_dict(own.state_dict(), assign=True)  # type: ignore[union-attr]
+            net.eval().requires_grad_(False)
+    return nets[0], nets[1]
+
+
+def inputs(px: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, dict[str, Cond], Tensor]:
+    """x, sigma, conds and a control image for one picture of px × px pixels."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    ids = torch.tensor([[float(px), float(px), 0, 0, float(px), float(px)]])
+    width, pooled = SHARED["cross_attention_dim"], SHARED["projection_class_embeddings_input_dim"]
+    pooled -= 6 * SHARED["addition_time_embed_dim"]
+    conds = {n: Cond(draw(1, TEXT, width), draw(1, pooled), ids).to(device, dtype) for n in ("cond", "uncond")}
+    image = torch.rand(1, 3, px, px, generator=generator)
+    x, sigma = SIGMA * draw(1, 4, px // 8, px // 8), torch.tensor([SIGMA])
+    return x.to(device), sigma.to(device), conds, image.to(device)
+
+
+def plain_denoiser(unet: Any) -> Denoiser:
+    return Denoiser(unet, alphas_cumprod({}))
+
+
+@lru_cache
+def steps_flops(px: int, what: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+    """Floating-point operations of one guided step at full size, counted on the meta device: nothing is computed.
+
+    `step` as it runs, the text projected beforehand; `text` what projecting the conditionings costs, once a picture.
+    """
+    unet, net = _meta(dtype)
+    net = net if "ControlNet" in what else None
+    denoiser = plain_denoiser(unet).to("meta")
+    x, sigma, conds, _ = inputs(px, dtype, "meta")
+    hint = torch.empty(1, SHARED["block_out_channels"][0], px // 8, px // 8, dtype=dtype, device="meta")
+    control = [Controlled(net, hint)] if net is not None else []
+    model = GuidedDenoiser(denoiser, terms(what))
+    branches, nets = model.branches(SIGMA), [n for n in (unet, net) if n is not None]
+    needed = {branch.conditioning: conds[branch.conditioning] for branch in branches}
+    with torch.no_grad():
+        made: dict[str, Cond] = {}
+        text = flops(lambda: made.update({n: c.projected(*nets) for n, c in needed.items()}))
+        step = flops(lambda: model.evaluate(x, sigma, branches, made, control, values=[SIGMA]))
+    return {"step": step, "text": text}
+
+
+@lru_cache
+def _meta(dtype: torch.dtype) -> tuple[UNet, ControlNet | None]:
+    return ours(dtype, "meta", True)
+
+
+def flops(call: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def guided(what: str, unet: Any, net: Any, px: int, dtype: torch.dtype, device: str) -> Any:
+    """A call that takes one guided step as `sample` does: everything that is the same at every step is done."""
+    x, sigma, conds, image = inputs(px, dtype, device)
+    model = GuidedDenoiser(plain_denoiser(unet).to(device), terms(what))
+    given: dict[str, Any] = {"conds": {n: conds[n] for n in ("cond", "uncond") if n == "cond" or "CFG" in what}}
+    if "ControlNet" in what:
+        with torch.no_grad():
+            given["control"] = [Controlled(net, net.embed_image(image.to(dtype)))]
+    with torch.no_grad():
+        given = model.prepare(given)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return model(x, sigma, **given)
+
+    return call
+
+
+def rows_of_diffusers(rows: int, unet: Any, px: int, dtype: torch.dtype, device: str) -> Any:
+    """A call of diffusers' UNet on that many rows, with nothing around it."""
+    x, _, conds, _ = inputs(px, dtype, device)
+    cond = conds["cond"][[0] * rows]
+    added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+    z, t = x.to(dtype).repeat(rows, 1, 1, 1), torch.full((rows,), 500.0, device=device)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return unet(z, t, cond.context, added_cond_kwargs=added).sample
+
+    return call
+
+
+def pipeline_step(what: str, unet: Any, net: Any, px: int, dtype: torch.dtype, device: str) -> Any:
+    """A call of diffusers' PAG pipeline (with a ControlNet if asked for) that takes one step, to latents.
+
+    It runs a row for every branch from the first layer on; so would SEG in a pipeline of this kind.
+    """
+    from diffusers import (
+        EulerDiscreteScheduler,
+        StableDiffusionXLControlNetPAGPipeline,
+        StableDiffusionXLPAGPipeline,
+    )
+
+    x, _, conds, image = inputs(px, dtype, device)
+    betas: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = EulerDiscreteScheduler(**betas, steps_offset=1)
+    parts: dict[str, Any] = dict.fromkeys(
+        ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder", "feature_extractor")
+    )
+    parts |= {"unet": unet, "scheduler": scheduler, "pag_applied_layers": ["mid"], "add_watermarker": False}
+    cond, uncond = conds["cond"], conds["uncond"]
+    texts = {
+        "prompt_embeds": cond.context, "pooled_prompt_embeds": cond.pooled,
+        "negative_prompt_embeds": uncond.context, "negative_pooled_prompt_embeds": uncond.pooled,
+    }  # fmt: skip
+    call: dict[str, Any] = texts | {
+        "height": px, "width": px, "num_inference_steps": 1, "latents": x.to(dtype), "output_type": "latent",
+        "guidance_scale": 5.0 if "CFG" in what else 0.0, "pag_scale": 3.0,
+    }  # fmt: skip
+    if "ControlNet" in what:
+        pipeline: Any = StableDiffusionXLControlNetPAGPipeline(**parts, controlnet=net)
+        call |= {"image": image.to(dtype)}
+    else:
+        pipeline = StableDiffusionXLPAGPipeline(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    plain = unet.attn_processors
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        try:
+            return pipeline(**call).images
+        finally:
+            unet.set_attn_processor(dict(plain))  # the pipeline sets processors on the network it was given
+
+    return step

@@ -1,0 +1,292 @@
+"""What is measured, each part in a process of its own (`harness.child`). Every function returns plain data.
+
+Imports are late, so that a part's memory and start are its own.
+"""
+
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from harness import Peak, interleaved, median, resident
+
+ROOT = Path(__file__).resolve().parent.parent
+THEIRS = {  # by ours: what diffusers runs for the same pictures, and on how many rows
+    "plain": ("UNet, 1 row", "plain"), "SEG": ("PAG pipeline, 2 rows", "PAG"), "PAG": ("PAG pipeline, 2 rows", "PAG"),
+    "CFG": ("UNet, 2 rows", "two rows"), "CFG+SEG": ("PAG pipeline, 3 rows", "CFG+PAG"),
+    "ControlNet+SEG": ("ControlNet PAG pipeline, 2 rows", "ControlNet+PAG"),
+}  # fmt: skip
+
+
+def _call(who: str, what: str, nets: Any, px: int, dtype: Any, device: str) -> Any:
+    """One step, ours or diffusers'. `nets`: (unet, controlnet) of whose step it is."""
+    from networks import guided, pipeline_step, rows_of_diffusers
+
+    unet, net = nets
+    if who == "ours":
+        return guided(what, unet, net, px, dtype, device)
+    if what in ("plain", "two rows"):
+        return rows_of_diffusers(1 if what == "plain" else 2, unet, px, dtype, device)
+    return pipeline_step(what, unet, net, px, dtype, device)
+
+
+def steps(px: int, dtype: str, device: str, rounds: int, whats: Sequence[str], compiled: bool = False) -> dict:
+    """Seconds of one step at full size: `whats` ours, what diffusers does for each, and two plain rows of it."""
+    import torch
+    from networks import ours, theirs
+
+    kind = getattr(torch, dtype)
+    own = ours(kind, device, any("ControlNet" in w for w in whats))
+    others = theirs(*own)
+    if compiled:
+        own, others = (tuple(n and torch.compile(n, dynamic=False) for n in nets) for nets in (own, others))
+    calls = {f"ours: {what}": _call("ours", what, own, px, kind, device) for what in whats}
+    wanted = [*dict.fromkeys(THEIRS[what][1] for what in whats), "two rows"]
+    calls |= {f"diffusers: {what}": _call("diffusers", what, others, px, kind, device) for what in wanted}
+    times = interleaved(calls, rounds, device)
+    return {"px": px, "dtype": dtype, "device": device, "compiled": compiled, "times": times}
+
+
+def peak(who: str, what: str, px: int, dtype: str, device: str) -> dict:
+    """Peak memory of two steps at full size, in bytes: in all, and above the weights."""
+    import torch
+    from networks import ours, theirs
+
+    kind = getattr(torch, dtype)
+    nets = ours(kind, device, "ControlNet" in what)
+    nets = nets if who == "ours" else theirs(*nets)
+    call = _call(who, what, nets, px, kind, device)
+    if device.startswith("cuda"):
+        start = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        call()
+        whole = torch.cuda.max_memory_allocated()
+        return {"above": whole - start, "whole": whole}
+    with Peak() as memory:
+        call()
+        call()
+    return {"above": memory.bytes, "whole": memory.whole}
+
+
+def matmul_ceiling(dtype: str, device: str, size: int) -> float:
+    """FLOP/s of a square matrix product, the best of ten."""
+    import torch
+
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in "ab")
+    return 2 * size**3 / min(interleaved({"": lambda: a @ b}, 10, device)[""])
+
+
+def start_up(rounds: int) -> dict:
+    """Wall seconds of processes from start to end."""
+    python, generate = sys.executable, str(ROOT / "experiments" / "generate.py")
+    loading = "from segresearch.models import load_sdxl; load_sdxl('mini')"
+    commands = {
+        "python -c pass": [python, "-c", "pass"],
+        "import segresearch": [python, "-c", "import segresearch"],
+        "generate.py --help": [python, generate, "--help"],
+        "import torch": [python, "-c", "import torch"],
+        "load_sdxl('mini')": [python, "-c", loading],
+        "import diffusers' SDXL pipeline": [python, "-c", "from diffusers import StableDiffusionXLPipeline"],
+    }
+
+    def run(command: list[str]) -> Any:
+        return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+
+    times = interleaved({name: run(command) for name, command in commands.items()}, rounds)
+    return {name: median(t) for name, t in times.items()}
+
+
+def loading(folder: str, dtype: str) -> dict:
+    """Seconds and peak memory of loading a random SDXL of full size (6.9 GB of float16 in one file, written first)."""
+    import torch
+
+    sys.path.insert(0, str(ROOT / "experiments"))
+    import full_size
+
+    from segresearch.models import load_sdxl
+
+    path = Path(folder) / "random_sdxl.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        full_size.write(path)
+    full_size.write_tokenizer(path.parent / "tokens")
+    before = resident()
+    with Peak() as memory:
+        start = time.perf_counter()
+        sdxl = load_sdxl(path, dtype=getattr(torch, dtype), tokenizer=path.parent / "tokens")
+        seconds = time.perf_counter() - start
+    networks = (sdxl.unet, sdxl.vae, *sdxl.text.encoders)
+    weights = sum(p.nbytes for network in networks for p in network.parameters())
+    return {"seconds": seconds, "above": memory.whole - before, "weights": weights, "dtype": dtype}
+
+
+def decode(px: int, dtype: str, device: str, rounds: int) -> dict:
+    """Seconds of decoding a picture with a VAE of SDXL's size, ours and diffusers'."""
+    import torch
+    from diffusers import AutoencoderKL
+    from networks import filled
+
+    from segresearch.models import VAE, VAEConfig
+
+    kind = getattr(torch, dtype)
+    widths = (128, 256, 512, 512)
+    with torch.device("meta"):
+        own: Any = VAE(VAEConfig())
+        other: Any = AutoencoderKL(
+            block_out_channels=widths, down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
+        )  # fmt: skip
+    own = filled(own, kind, device)
+    other.load_state_dict(own.state_dict(), assign=True)
+    other.eval().requires_grad_(False)
+    z = torch.randn(1, 4, px // 8, px // 8, generator=torch.Generator().manual_seed(0)).to(device, kind)
+    with torch.no_grad():
+        calls = {"ours": lambda: own.decode(z), "diffusers": lambda: other.decode(z).sample}
+        return {"px": px, "dtype": dtype, "times": interleaved(calls, rounds, device)}
+
+
+def _mini(device: str = "cpu") -> Any:
+    from segresearch.models import load_sdxl
+
+    return load_sdxl("mini", device=device)
+
+
+def _mini_step(sdxl: Any, given: dict[str, Any], batch: int, denoiser: Any = None) -> Any:
+    """A call that takes one step for `batch` pictures of mini."""
+    import torch
+
+    from segresearch.guidance import GuidedDenoiser
+    from segresearch.sampling import initial_noise
+
+    size = sdxl.default_size
+    model = GuidedDenoiser(denoiser or sdxl.denoiser, given)
+    with torch.no_grad():
+        prepared = model.prepare({"conds": sdxl.encode(["a red cube"] * batch, size=size)})
+    x = 3.0 * initial_noise(range(batch), sdxl.latent_shape(size)).to(sdxl.denoiser.sigmas.device)
+    sigma = torch.full((batch,), 3.0, device=x.device)
+
+    @torch.no_grad()
+    def call() -> Any:
+        return model(x, sigma, **prepared)
+
+    return call
+
+
+def mini_steps(batches: Sequence[int], whats: Sequence[str], rounds: int) -> dict:
+    """Seconds of a step of mini for every batch size and guidance, and of decoding a batch whole and ten at a time."""
+    import torch
+    from networks import flops, terms
+
+    sdxl = _mini()
+    found: dict[str, Any] = {"rows": [], "decode": []}
+    calls, counted = {}, {}
+    for what in whats:
+        for batch in batches:
+            call = _mini_step(sdxl, terms(what), batch)
+            calls[f"{what} {batch}"], counted[f"{what} {batch}"] = call, flops(call)
+    for name, times in interleaved(calls, rounds).items():
+        what, batch = name.rsplit(" ", 1)
+        found["rows"].append({"what": what, "batch": int(batch), "seconds": median(times), "flops": counted[name]})
+    z = torch.randn(max(batches), *sdxl.latent_shape(sdxl.default_size), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ways = {part: (lambda part=part: [sdxl.vae.decode(p) for p in z.split(part)]) for part in (1, 5, 10, len(z))}
+        found["decode"] = [
+            {"part": part, "images": len(z), "seconds": median(times)}
+            for part, times in interleaved(ways, rounds).items()  # type: ignore[arg-type]
+        ]
+    return found
+
+
+def mini_images(images: int, batch: int, steps: int, what: str = "SEG") -> dict:
+    """Seconds of making pictures with mini from texts to pixels, without writing files."""
+    import torch
+    from networks import terms
+
+    from segresearch.guidance import GuidedDenoiser
+    from segresearch.sampling import initial_noise, sample
+
+    sdxl = _mini()
+    size, model = sdxl.default_size, GuidedDenoiser(sdxl.denoiser, terms(what))
+
+    def make(seeds: range) -> None:
+        conds = sdxl.encode(["a red cube"] * len(seeds), size=size)
+        x = sample(model, initial_noise(seeds, sdxl.latent_shape(size)), steps=steps, conds=conds)
+        with torch.no_grad():
+            for part in x.split(10):
+                sdxl.vae.decode(part).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+    make(range(2))
+    start = time.perf_counter()
+    for first in range(0, images, batch):
+        make(range(first, min(first + batch, images)))
+    return {"images": images, "batch": batch, "steps": steps, "seconds": time.perf_counter() - start}
+
+
+def scaling(rounds: int, batch: int = 8) -> list[dict]:
+    """Seconds of a step of mini over the number of SEG terms, and the operations that each asks for."""
+    from networks import flops
+
+    from segresearch.guidance import SEG, perturbed
+
+    sdxl = _mini()
+    sigmas = (math.inf, 1.0, 2.0, 4.0)
+    made = [{f"seg{s:g}": perturbed(f"seg{s:g}", SEG(sigma=s), 1.0) for s in sigmas[:n]} for n in range(5)]
+    calls = {str(n): _mini_step(sdxl, given, batch) for n, given in enumerate(made)}
+    times = interleaved(calls, rounds)
+    base = flops(calls["0"])
+    return [
+        {"terms": int(n), "batch": batch, "seconds": median(times[n]), "flops_ratio": flops(call) / base}
+        for n, call in calls.items()
+    ]
+
+
+def compiling(rounds: int, batch: int = 8) -> dict:
+    """A SEG step of mini, compiled and not; the seconds that compiling took, the largest difference."""
+    from networks import terms
+
+    sdxl = _mini()
+    calls = {
+        "eager": _mini_step(sdxl, terms("CFG+SEG"), batch),
+        "compiled": _mini_step(sdxl, terms("CFG+SEG"), batch, sdxl.denoiser.compiled()),
+    }
+    start = time.perf_counter()
+    first = calls["compiled"]()
+    seconds = time.perf_counter() - start
+    error = float((first - calls["eager"]()).abs().max())
+    return {"batch": batch, "compile_seconds": seconds, "max_difference": error, "times": interleaved(calls, rounds)}
+
+
+def skipping(every: int, steps: int = 25, images: int = 8) -> dict:
+    """SEG of mini at every k-th step only: seconds, and the error of the pictures against SEG at all of them."""
+    import torch
+    from networks import terms
+
+    from segresearch.guidance import EveryKth, GuidedDenoiser
+    from segresearch.sampling import initial_noise, sample, sigmas
+
+    sdxl = _mini()
+    conds = sdxl.encode(["a red cube"] * images, size=sdxl.default_size)
+    noise = initial_noise(range(images), sdxl.latent_shape(sdxl.default_size))
+    levels = tuple(sigmas(sdxl.denoiser, "leading", steps)[:-1].tolist())
+    found, pixels = {}, {}
+    for k in (0, 1, every):  # 0: no guidance at all, for comparison
+        seg = {name: replace(term, scale=EveryKth(3.0, levels, max(k, 1))) for name, term in terms("SEG").items()}
+        model = GuidedDenoiser(sdxl.denoiser, seg if k else {})
+        start = time.perf_counter()
+        x = sample(model, noise, steps=steps, conds=conds)
+        found[k] = time.perf_counter() - start
+        with torch.no_grad():
+            pixels[k] = sdxl.vae.decode(x)
+    error = {k: float((pixels[1] - pixels[k]).pow(2).mean().sqrt()) for k in (0, every)}
+    return {"every": every, "images": images, "steps": steps, "seconds": found, "rms": error}
+
+
+def analysis(load: str, way: str, threads: int, quick: bool) -> dict:
+    from analysis import measure
+
+    return measure(load, way, threads, quick)
