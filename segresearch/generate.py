@@ -6,7 +6,6 @@ command resumes a stopped run, and a finished run returns without loading the mo
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -138,7 +137,7 @@ def cut(
     common = {k: v for k, v in semantic.items() if k != "panels"}
     loaded = ("name", "path", "variant", "config", "tokenizer")
     common["model"] = {**{key: getattr(config.model, key) for key in loaded}, **common["model"]}
-    common |= {"run": runs.digest(semantic), "code": runs.code_version(), "torch": importlib.metadata.version("torch")}
+    common |= {"run": runs.digest(semantic), **runs.versions()}
     for number, panel in enumerate(plan, 1):
         for method, guidance in panel.methods.items():
             paths = picture_paths(folder, plan, number, method)

@@ -102,6 +102,11 @@ def fingerprint(path: str | Path) -> str:
 
 
 @cache
+def versions() -> dict[str, str]:
+    """Of what pictures depend on beside their settings: the code, torch."""
+    return {"code": code_version(), "torch": version("torch")}
+
+
 def code_version() -> str:
     """The package's version, and in a git checkout the commit, with "+changed" if tracked files differ from it."""
     try:

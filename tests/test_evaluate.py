@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,6 +227,24 @@ def test_more_pictures_and_other_judges_keep_what_is_there(config, base, whole, 
     more = evaluate(config, model, Worker())
     assert sum(drawn) == SETTINGS and more.result == whole.result  # the third picture alone is sampled
     assert contents(config) == contents(base)
+
+
+def test_pictures_of_another_version_are_used_and_said(config, model, capsys):
+    few = dataclasses.replace(config, images=2, distances=())
+    found = evaluate(few, model, Worker())
+    assert "torch" not in capsys.readouterr().err
+    manifest = sorted(Path(few.out).glob("shards/*/*/manifest.json"))[0]
+    given = json.loads(manifest.read_text())
+    assert given["made"] == runs.versions()
+    manifest.write_text(json.dumps(given | {"made": {"code": "0.0.9", "torch": "1.2.3"}}))
+    assert evaluate(few, model, Worker()).made == 0  # nothing new to say
+    (found.folder / "results.json").unlink()
+    evaluate(few, model, Worker())
+    said = capsys.readouterr().err
+    assert "code 0.0.9, torch 1.2.3" in said and said.count("\n") == 1
+    assert "code 0.0.9, torch 1.2.3" in (found.folder / "index.html").read_text()
+    more = evaluate(dataclasses.replace(few, distances=config.distances, only="shards"), model, Worker())
+    assert more.result is None and shards.made(manifest.parent) == {"code": "0.0.9", "torch": "1.2.3"}
 
 
 def test_pictures_need_not_be_kept(config, whole, model):

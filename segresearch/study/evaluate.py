@@ -185,7 +185,7 @@ def _written(config: EvaluateConfig, plan: Study, found: Sequence[Judge], folder
         save(picture, paths[name], figure_record(config, name))
     pictures = _shown(config, plan)
     facts = {
-        "run": folder.name, "code": runs.code_version(), "prompts": _prompts(config, plan),
+        "run": folder.name, "code": runs.code_version(), "pictures by": _made(plan), "prompts": _prompts(config, plan),
         "reference": config.reference,
         "measured by": "; ".join(f"{judge.name} ({judge.by[:12]})" for judge in found),
     }  # fmt: skip
@@ -203,6 +203,20 @@ def _shown(config: EvaluateConfig, plan: Study) -> dict[str, np.ndarray]:
         ]
         for setting in plan.settings
     }
+
+
+def _made(plan: Study) -> str:
+    """The versions that made the pictures; a line on stderr where they are not those of now."""
+    now = runs.versions()
+    found = {tuple(sorted(made.items())) for made in map(shards.made, plan.shards()) if made}
+    if found - {tuple(sorted(now.items()))}:
+        said = "the pictures are not all of this code and torch; a new `out` makes them all anew"
+        print(f"{said}: {_named(found)}", file=sys.stderr)
+    return _named(found) or "not known"
+
+
+def _named(found: set[tuple[tuple[str, str], ...]]) -> str:
+    return "; ".join(", ".join(f"{key} {value}" for key, value in one) for one in sorted(found))
 
 
 def _prompts(config: EvaluateConfig, plan: Study) -> str:

@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from segresearch import runs
 from segresearch.build import build_guidance
 from segresearch.config import EvaluateConfig
 from segresearch.control.making import controlled_batch
@@ -64,6 +65,7 @@ class Sampler:
         self.notes: list[Tensor] = []
         self.guided: Mapping[str, Any] = {}
         self.steered: dict[range, Any] = {}  # the controls of the batches of the range in hand
+        self.versions = runs.versions()
 
     def note(self, guided: Tensor, plain: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """The last post-processor of every setting: looks at what guidance adds, and changes nothing."""
@@ -156,6 +158,7 @@ def _range(
             else:
                 images, norms = _pictures(plan, setting, rows, lack, sampler, bar)
             said = Pictures(images, images if first is None else first, plan.texts(rows), rows)
+            made = shards.made(place) if shards.held(place) and IMAGES not in lack else sampler.versions
             arrays = {
                 key: Array(shards.load(place, key), by) for key, by in shards.held(place).items() if key not in lack
             }
@@ -170,7 +173,7 @@ def _range(
         if NORMS in lack:
             value = np.zeros((len(rows), 0), np.float32) if norms is None else norms.numpy()
             arrays[NORMS] = Array(value, SAMPLED)
-        shards.commit(place, arrays)
+        shards.commit(place, arrays, made)
         result.made += len(rows)
 
 

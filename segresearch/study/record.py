@@ -10,11 +10,13 @@ from segresearch.control.sources import Sources
 from segresearch.generate import cut, semantics
 from segresearch.models.locate import located
 from segresearch.plan import Panel, Row
+from segresearch.study import shards
 from segresearch.study.plan import Study
 
 
 def records(config: EvaluateConfig, plan: Study, images: range, run: str = "") -> dict[str, list[dict[str, Any]]]:
-    """Of every setting the records of some pictures. run: the name of the run's folder."""
+    """Of every setting the records of some pictures, with the versions that their shards were made with, where these
+    say so. run: the name of the run's folder."""
     shown = plan.controls or [()] * images.stop
     rows = tuple(Row(text, i, tuple(shown[i])) for i, text in zip(images, plan.texts(images), strict=True))
     panel = Panel("", config.negative, rows, dict(plan.settings), dict(config.controls))
@@ -27,9 +29,17 @@ def records(config: EvaluateConfig, plan: Study, images: range, run: str = "") -
     semantic = semantics(alike, (panel,), runs.fingerprint(place), sources)
     batches = cut(alike, (panel,), semantic, Path(), sources)
     return {
-        str(batch.pictures[0].settings["method"]): [{**p.settings, "run": run} for p in batch.pictures]
+        (name := str(batch.pictures[0].settings["method"])): [
+            {**p.settings, "run": run, **_versions(plan, name, i)} for i, p in zip(images, batch.pictures, strict=True)
+        ]
         for batch in batches
     }
+
+
+def _versions(plan: Study, setting: str, i: int) -> dict[str, str]:
+    rows = next(rows for rows in plan.ranges if i in rows)
+    place = plan.shard(setting, rows) if plan.places else None
+    return shards.made(place) if place is not None and place.is_dir() else {}
 
 
 def figure_record(config: EvaluateConfig, figure: str) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """Shards: folders of arrays, each there whole or not at all, with a checksum of every file.
 
-    <folder>/manifest.json    of each array: its SHA-256, its size in bytes, and `by`, what made it
+    <folder>/manifest.json    of each array: its SHA-256, its size in bytes, and `by`, what made it; `made`: with which
+                              versions of the code, which no checksum and no comparison looks at
     <folder>/NAME.npy
 
 A shard is written beside its place, synced to the disk and renamed into place. Two processes that make the same one do
@@ -92,8 +93,16 @@ def verify(folder: Path) -> str | None:
     return f"{folder}: holds {sorted(strange)[0]}, which is not a part of it" if strange else None
 
 
-def commit(folder: Path, arrays: Mapping[str, Array]) -> None:
-    """Write a shard atomically, in the place of an older one if there is any. OSError leaves the older one."""
+def made(folder: Path) -> dict[str, str]:
+    """The versions that a shard was made with; {} where it does not say. Raises OSError, ValueError."""
+    return json.loads((folder / MANIFEST).read_text()).get("made", {})
+
+
+def commit(folder: Path, arrays: Mapping[str, Array], made: Mapping[str, str] | None = None) -> None:
+    """Write a shard atomically, in the place of an older one if there is any. OSError leaves the older one.
+
+    made: the versions it was made with, by name.
+    """
     own = f"{socket.gethostname()}-{os.getpid()}.tmp"
     temporary = folder.with_name(f".{folder.name}.{own}")
     entries = {}
@@ -106,7 +115,7 @@ def commit(folder: Path, arrays: Mapping[str, Array]) -> None:
             data = buffer.getvalue()
             entries[key] = {"sha256": _digest(data), "bytes": len(data), "by": array.by}
             _write(temporary / f"{key}.npy", data)
-        manifest = {"arrays": entries, "sha256": _digest(_text(entries))}
+        manifest = {"arrays": entries, "sha256": _digest(_text(entries)), "made": dict(made or {})}
         _write(temporary / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
         _sync(temporary)
         _place(temporary, folder, own)
