@@ -187,7 +187,8 @@ def test_the_overview_of_runs_that_lack_results_and_of_none(tmp_path, call):
     [
         (["-m", "guidance=pag,sge"], "guidance: no 'sge'; did you mean s"),
         (["-m", "stesp=1,2"], "stesp: no such setting; did you mean steps?"),
-        (["+hydra.callbacks.a._target_=os.system"], "no setting here makes objects by _target_"),
+        (["+hydra.callbacks.a._target_=os.system"], "not open to a command line, since it can make objects"),
+        (["hydra.searchpath=[own]", "hydra/callbacks=mine"], "not open to a command line, since it can make objects"),
         (["-m", "hydra.launcher._target_=subprocess.Popen", "steps=1,2"], "no setting here makes objects by _target_"),
         (["+guidance._target_=os.system"], "no setting here makes objects by _target_"),
         (["--config-dir=own"], "mine.yaml: no setting here makes objects by _target_"),

@@ -59,9 +59,8 @@ def located_controlnet(name: str, model: Path) -> Path:
         return own / name
     path = Path(name).expanduser()
     if path.is_dir():
-        missing = [kind for kind in ("config.json", "*.safetensors") if not any(path.glob(kind))]
-        if missing:
-            raise CheckpointError(f"controlnet {name}: no {' and no '.join(missing)} there; give a ControlNet's folder")
+        if not any((path / kind).is_file() for kind in ("config.json", "model_index.json")):
+            raise CheckpointError(f"controlnet {name}: config.json is missing there; give a ControlNet's folder")
         return path
     refuse_pickle(path)
     if path.is_file():
