@@ -23,7 +23,7 @@ test: $(READY)
 
 reproduce: $(READY)
 	set -e; for name in table1 table2 fig6 fig12; do \
-	    $(VENV)/bin/torchrun --nproc-per-node=$(WORKERS) experiments/evaluate.py experiment=$$name pace=quick images=$(IMAGES); \
+	    OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node=$(WORKERS) experiments/evaluate.py experiment=$$name pace=quick images=$(IMAGES); \
 	done
 
 check: $(READY)

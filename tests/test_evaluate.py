@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from make_models import write_folder
 from matplotlib.figure import Figure
 
 from segresearch import command, runs
-from segresearch.config import EvaluateConfig, conf_dir
+from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir
 from segresearch.models import load_sdxl
 from segresearch.study import evaluate as run
 from segresearch.study import making, reference, shards
@@ -114,6 +115,7 @@ def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whol
     assert {"caption-mini", "exact", "saturation", "kd-mini", "precision-mini", "fd-mini-first"} <= set(seg)
     assert len(whole.result.norms["SEG"]) == 2 and min(whole.result.norms["SEG"]) > 0
     assert not any(whole.result.norms["vanilla"])
+    assert vanilla["cost"] == 1 < seg["cost"] < 2 and seg["operations"] > vanilla["operations"] > 1e6
     lines = [json.loads(line) for line in found["metrics.jsonl"].decode().splitlines()]
     assert [line["setting"] for line in lines] == ["vanilla", "SEG"] and lines[1]["fd-mini"] == seg["fd-mini"]
     page = found["index.html"].decode()
@@ -122,6 +124,17 @@ def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whol
     monkeypatch.setattr(run, "reduce", None)
     again = evaluate(base, place=Worker())
     assert (again.made, again.found) == (0, 6) and again.result == whole.result and contents(base) == everything
+
+
+def test_the_cost_of_a_picture_is_that_of_its_rows(config, model):
+    """Whatever the workers; with CFG twice, each window its steps; steps cost alike."""
+    cfg = {"kind": "cfg", "weight": 3.0}
+    half = cfg | {"window": [1.0, math.inf]}
+    terms = {"CFG": {"cfg": cfg}, "half": {"cfg": half}, "none": {"seg": SEG | {"scale": 0}}}
+    guided = tuple(typed(GuidanceConfig, {"label": key, "terms": given}) for key, given in terms.items())
+    asked = dataclasses.replace(config, compare=(config.compare[0], *guided))
+    rows = {row["setting"]: row["cost"] for row in evaluate(asked, model, Worker()).result.rows}
+    assert rows["none"] == 1 and rows["CFG"] == pytest.approx(2, abs=0.02) and 1 < rows["half"] < rows["CFG"]
 
 
 def test_pictures_are_those_of_their_seed_and_prompt(base, whole, model):

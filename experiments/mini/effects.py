@@ -30,7 +30,7 @@ REFERENCE = range(HELD_OUT + 100_000, HELD_OUT + 110_000)  # as in conf/judges/m
 PLAIN = {"setting": "setting", "fd-mini": "FD", "fd-mini-first": "− vanilla", "precision-mini": "precision",
          "recall-mini": "recall", "distance-mini": "distance", "caption-mini": "cosine", "count": "count",
          "colors": "colours", "shapes": "shapes", "objects": "objects", "objects_chance": "(chance)", "exact": "exact",
-         "edges": "edges", "saturation": "saturation", "contrast": "contrast"}  # fmt: skip
+         "edges": "edges", "cost": "cost", "saturation": "saturation", "contrast": "contrast"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """Sampling of what is missing of a run, range by range, and its measurement."""
 
+import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from segresearch import runs
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from segresearch.models import SDXL
 
 DECODED = 10  # latents that are decoded together: small parts stay in a CPU's cache
-IMAGES, NORMS, SAMPLED = "images", "norms", "sampled"
+IMAGES, NORMS, COST, SAMPLED = "images", "norms", "cost", "sampled"
 
 
 @dataclass
@@ -42,7 +45,8 @@ def wanted(config: EvaluateConfig, judges: Sequence[Judge], setting: int, rows: 
     kept = config.keep is None or rows.start < config.keep
     steady = config.sampler.name != "dpm_adaptive" and not config.sampler.options.get("s_churn")
     own = {IMAGES: SAMPLED} if kept else {}
-    return own | ({NORMS: SAMPLED} if steady else {}) | names(judges, setting)
+    counted = {COST: SAMPLED} if rows.start == 0 else {}
+    return own | ({NORMS: SAMPLED} if steady else {}) | counted | names(judges, setting)
 
 
 def lacking(config: EvaluateConfig, plan: Study, judges: Sequence[Judge], rows: range) -> dict[str, set[str]]:
@@ -87,15 +91,17 @@ class Sampler:
 
     def __call__(
         self, setting: str, rows: range, done: Callable[[int], object]
-    ) -> tuple[UInt8[Tensor, "b 3 h w"], Float[Tensor, "b evaluations"] | None]:
-        """Pictures of `rows`, in batches that start with the range. Raises NotFinite."""
+    ) -> tuple[UInt8[Tensor, "b 3 h w"], dict[str, np.ndarray]]:
+        """Pictures of `rows`, in batches that start with the range; and the arrays NORMS (b, evaluations), where these
+        are as many for all, and COST (1,), floating-point operations of the sampling of a picture, counted in the first
+        batch of the range. Raises NotFinite."""
         config = self.config
         if self.sdxl is None:
             self.sdxl = self.load()
             self.sdxl.latent_shape(config.size)
             tried(self.judges, config.size or self.sdxl.default_size)
             self.guided = {k: build_guidance(g, self.sdxl.denoiser, [self.note]) for k, g in self.plan.settings.items()}
-        sdxl, images, norms = self.sdxl, [], []
+        sdxl, images, norms, cost = self.sdxl, [], [], math.nan
         levels: Any = config.schedule.name
         if config.schedule.rho is not None:
             levels = sigmas(sdxl.denoiser, config.schedule.name, config.steps, config.schedule.rho)
@@ -103,12 +109,16 @@ class Sampler:
             conds = sdxl.encode(self.plan.texts(batch), negative=config.negative, size=config.size)
             self.notes = []
             more = {"control": self.control(batch, levels)} if config.controls else {}
+            counter = FlopCounterMode(display=False) if batch.start == 0 else None
             with torch.no_grad():
-                latents = sample(
-                    self.guided[setting], initial_noise(list(batch), sdxl.latent_shape(config.size)),
-                    sampler=config.sampler.name, schedule=levels, steps=config.steps, conds=conds, seeds=list(batch),
-                    options=config.sampler.options, **more,
-                )  # fmt: skip
+                with counter or contextlib.nullcontext():
+                    latents = sample(
+                        self.guided[setting], initial_noise(list(batch), sdxl.latent_shape(config.size)),
+                        sampler=config.sampler.name, schedule=levels, steps=config.steps, conds=conds,
+                        seeds=list(batch), options=config.sampler.options, **more,
+                    )  # fmt: skip
+                if counter is not None:
+                    cost = counter.get_total_flops() / len(batch)
                 if not latents.isfinite().all():
                     broken = [i for i, z in zip(batch, latents, strict=True) if not z.isfinite().all()]
                     raise NotFinite(f"latents of pictures {broken} are not finite")
@@ -117,7 +127,10 @@ class Sampler:
             if self.notes and all(len(n) == len(batch) for n in self.notes):
                 norms.append(torch.stack(self.notes, dim=1).float())
             done(len(batch))
-        return torch.cat(images), torch.cat(norms) if len(norms) == len(images) else None
+        found = {COST: np.array([cost])} if rows.start == 0 else {}
+        if len(norms) == len(images):
+            found[NORMS] = torch.cat(norms).numpy()
+        return torch.cat(images), found
 
 
 def make(
@@ -150,13 +163,13 @@ def _range(
         bar.set_description(setting)
         try:
             if first is None and (i == 0 or lack & against):
-                first, norms = _pictures(plan, plan.first, rows, lack if i == 0 else set(), sampler,
+                first, more = _pictures(plan, plan.first, rows, lack if i == 0 else set(), sampler,
                                          bar if i == 0 else None)  # fmt: skip
             if i == 0:
                 assert first is not None
                 images = first
             else:
-                images, norms = _pictures(plan, setting, rows, lack, sampler, bar)
+                images, more = _pictures(plan, setting, rows, lack, sampler, bar)
             said = Pictures(images, images if first is None else first, plan.texts(rows), rows)
             made = shards.made(place) if shards.held(place) and IMAGES not in lack else sampler.versions
             arrays = {
@@ -170,21 +183,20 @@ def _range(
             continue
         if IMAGES in lack:
             arrays[IMAGES] = Array(images.numpy(), SAMPLED)
-        if NORMS in lack:
-            value = np.zeros((len(rows), 0), np.float32) if norms is None else norms.numpy()
-            arrays[NORMS] = Array(value, SAMPLED)
+        for key in sorted({NORMS, COST} & lack):
+            arrays[key] = Array(more.get(key, np.zeros((len(rows), 0), np.float32)), SAMPLED)
         shards.commit(place, arrays, made)
         result.made += len(rows)
 
 
 def _pictures(
     plan: Study, setting: str, rows: range, lack: set[str], sampler: Sampler, bar: Any
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, dict[str, np.ndarray]]:
     """From the shard where it holds them and nothing of the sampling is lacking, else sampled, to the same bits."""
     place = plan.shard(setting, rows)
-    if shards.held(place).get(IMAGES) == SAMPLED and not lack & {IMAGES, NORMS}:
+    if shards.held(place).get(IMAGES) == SAMPLED and not lack & {IMAGES, NORMS, COST}:
         images = torch.from_numpy(shards.load(place, IMAGES))
         if bar is not None:
             bar.update(len(rows))
-        return images, None
+        return images, {}
     return sampler(setting, rows, bar.update if bar is not None else lambda _: None)

@@ -16,7 +16,7 @@ from segresearch.evaluation.kernel import kid
 from segresearch.evaluation.precision import precision_recall
 from segresearch.study import paper, shards
 from segresearch.study.judges import ATTRIBUTES, LOOK, Judge
-from segresearch.study.making import NORMS
+from segresearch.study.making import COST, NORMS
 from segresearch.study.plan import Study
 
 Row = dict[str, Any]  # column -> text, a number, or None where there is none
@@ -67,7 +67,9 @@ def reduce(config: EvaluateConfig, plan: Study, judges: Sequence[Judge], real: C
     norms = {}
     plain: dict[str, Frechet] = {}
     for setting, guidance in plan.settings.items():
-        row: Row = {"setting": setting, "n": config.images}
+        operations = float(shards.load(plan.shard(setting, plan.ranges[0]), COST)[0])
+        cost = operations / rows[0]["operations"] if rows else 1.0
+        row: Row = {"setting": setting, "n": config.images, "operations": operations, "cost": rounded(cost)}
         for judge in judges:
             if judge.against and setting == plan.first:
                 row |= dict.fromkeys((judge.column, f"{judge.column}-error"))

@@ -58,6 +58,8 @@ def columns(rows: Sequence[Row]) -> list[Column]:
             found.append(Column(CAPTIONS[name], key, 3, f"{key}-error"))
         elif key in PLAIN:
             found.append(Column(PLAIN[key], key))
+    if "cost" in keys and len(rows) > 1:
+        found.append(Column("cost", "cost", 2))
     of_paper = [c for c in paper.HEADS if f"paper-{c}" in keys]
     return found + [Column(f"paper: {paper.HEADS[c]}", f"paper-{c}", 3, paper=True) for c in of_paper]
 
