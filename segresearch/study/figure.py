@@ -68,6 +68,27 @@ def draw(plan: Study, rows: Sequence[Row], norms: Mapping[str, Sequence[float]],
     return found
 
 
+def _named(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """A name beside every (x, y): inward, so that it stays inside, and above a name it would lie on."""
+    axes.autoscale_view()
+    pixels = axes.transData.transform([point[:2] for point in points])
+    turn = axes.transAxes.transform((0.6, 0.5))[0]
+    scale = 72 / axes.figure.dpi  # points a pixel
+    taken: list[tuple[float, float, float]] = []
+    for (x, y, text), (x_pixels, y_pixels) in sorted(zip(points, pixels), key=lambda pair: pair[1][1]):
+        right_of = x_pixels < turn
+        width = 4.2 * len(text)  # points, about
+        start = x_pixels * scale + (5 if right_of else -5 - width)
+        height = y_pixels * scale + 4
+        for begin, end, other in sorted(taken, key=lambda t: t[2]):
+            if begin < start + width and start < end and abs(height - other) < 9:
+                height = other + 9
+        taken.append((start, start + width, height))
+        offset = (5 if right_of else -5, height - y_pixels * scale)
+        axes.annotate(text, (x, y), offset, textcoords="offset points", fontsize=7.5, color=INK,
+                      ha="left" if right_of else "right")  # fmt: skip
+
+
 def _quality(
     rows: Sequence[Row], guidance: Mapping[str, GuidanceConfig], key: str, apart: str | None, where: str, first: str
 ) -> Figure:
@@ -119,10 +140,8 @@ def _quality(
         x_at = 0.0 if row.get(apart) is None else row[apart]
         error = _number(row, f"{key}-error")
         right.errorbar(x_at, _number(row, key), error, fmt="o", markersize=5, color=colors[row["setting"]])
-        right.annotate(
-            row["setting"], (x_at, _number(row, key)), (5, 4), textcoords="offset points", fontsize=7.5, color=INK
-        )
-    right.margins(x=0.18)
+    right.margins(x=0.12)
+    _named(right, [(row[apart] or 0.0, _number(row, key), str(row["setting"])) for row in rows])
     right.set_xlabel(f"{DISTANCES[apart.partition('-')[2]]} to “{first}”", fontsize=9)
     right.set_ylabel(name, fontsize=9)
     right.grid(color=RULE, linewidth=0.6)
