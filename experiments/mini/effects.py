@@ -27,7 +27,8 @@ from segresearch.plan import HELD_OUT
 
 SCRIPT = Path(__file__).resolve().parents[1] / "evaluate.py"
 REFERENCE = range(HELD_OUT + 100_000, HELD_OUT + 110_000)  # as in conf/judges/mini.yaml
-PLAIN = {"setting": "setting", "fd-mini": "FD", "fd-mini-first": "− vanilla", "precision-mini": "precision",
+PLAIN = {"setting": "setting", "fd-mini": "FD", "fd-mini-first": "− vanilla", "fd-mini-mean": "means",
+         "variance-mini": "variance", "precision-mini": "precision",
          "recall-mini": "recall", "distance-mini": "distance", "caption-mini": "cosine", "count": "count",
          "colors": "colours", "shapes": "shapes", "objects": "objects", "objects_chance": "(chance)", "exact": "exact",
          "edges": "edges", "cost": "cost", "saturation": "saturation", "contrast": "contrast"}  # fmt: skip
@@ -84,10 +85,12 @@ def floor(count: int) -> list[str]:
     with torch.no_grad():
         decoded = torch.cat([vae.decode(vae.encode(part.float() / 127.5 - 1)) for part in held.split(25)])
     through = decoded.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    lines = ["| pictures | FD |", "| --- | ---: |"]
+    lines = ["| pictures | FD | means | variance |", "| --- | ---: | ---: | ---: |"]
     for name, images in (("real held-out scenes", held), ("the same through the VAE", through)):
-        d = frechet_distance(torch.cat([judge.of(part) for part in images.split(500)]), real, 100)
-        lines.append(f"| {name} | {d.distance:.2f} ± {d.error:.2f} |")
+        features = torch.cat([judge.of(part) for part in images.split(500)])
+        d = frechet_distance(features, real, 100)
+        variance = float(features.double().var(0).sum() / real.cov.diagonal().sum())
+        lines.append(f"| {name} | {d.distance:.2f} ± {d.error:.2f} | {d.mean_part:.2f} | {variance:.3f} |")
     return lines
 
 

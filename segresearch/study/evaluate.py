@@ -45,7 +45,7 @@ from segresearch.study.workers import Worker, worker
 if TYPE_CHECKING:
     from segresearch.models import SDXL
 
-VERSION = 1  # of the results
+VERSION = 2  # of the results
 RESULTS, PAGE = "results.json", "index.html"
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
 OF_A_CALL = {"out": "runs", "device": "auto", "only": "all", "wandb": {"mode": "off"}}

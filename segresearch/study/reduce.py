@@ -107,6 +107,8 @@ def _features(config: EvaluateConfig, name: str, values: np.ndarray, real: _Real
     found = {
         f"fd-{name}": d.distance, f"fd-{name}-error": d.error, f"fd-{name}-first": apart,
         f"fd-{name}-first-error": spread, f"fd-{name}-extrapolated": d.extrapolated,
+        f"fd-{name}-mean": d.mean_part,
+        f"variance-{name}": float(x.double().var(0).sum() / real.fitted.cov.trace()) if len(x) > 1 else math.nan,
         f"kd-{name}": kernel.distance if kernel else math.nan,
         f"kd-{name}-spread": kernel.spread if kernel else math.nan,
         f"precision-{name}": near.precision if near else math.nan, f"recall-{name}": near.recall if near else math.nan,
