@@ -14,7 +14,7 @@ from segresearch.config import EvaluateConfig
 from segresearch.images import png
 from segresearch.study.plan import Study
 from segresearch.study.reduce import Result
-from segresearch.study.table import columns
+from segresearch.study.table import PLAIN, Column, Row, columns
 
 MOST = 256  # pixels that a picture is shown high
 MORE = """
@@ -39,7 +39,7 @@ def page(
         f"<h1>{_text(title)}</h1>",
         f'<p class="quiet">{_text(where(config, result))}</p>',
         "<h2>The table</h2>",
-        _table(result),
+        *_tables(result.rows),
         *notes(config, plan),
         "<h2>What the numbers show</h2>",
         *(_figure(name, path) for name, path in figures.items()),
@@ -86,16 +86,22 @@ def notes(config: EvaluateConfig, plan: Study) -> list[str]:
     return ["<ul>", *(f"<li>{_text(s)}</li>" for s in said), "</ul>"]
 
 
-def _table(result: Result) -> str:
-    shown = columns(result.rows)
+def _tables(rows: Sequence[Row]) -> list[str]:
+    """Quality, with the paper's figures beside it; below it what is seen in the pictures."""
+    shown = columns(rows)
+    quality = [column for column in shown if column.key not in PLAIN]
+    seen = [column for column in shown if column.key in PLAIN]
+    return [_table(rows, quality), *([_table(rows, [shown[0], *seen])] if seen else [])]
 
+
+def _table(rows: Sequence[Row], shown: Sequence[Column]) -> str:
     def kind(column: int) -> str:
         words = (["number"] if column else []) + (["paper"] if shown[column].paper else [])
         return f' class="{" ".join(words)}"' if words else ""
 
     head = "".join(f"<th{kind(i)}>{_text(c.head)}</th>" for i, c in enumerate(shown))
     lines = [f"<tr>{head}</tr>"]
-    for row in result.rows:
+    for row in rows:
         lines.append("<tr>" + "".join(f"<td{kind(i)}>{_text(c.cell(row))}</td>" for i, c in enumerate(shown)) + "</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
