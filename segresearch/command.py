@@ -131,9 +131,18 @@ def _refuse_targets(arguments: Sequence[str]) -> None:
             equals or i + 1 < len(arguments)
         ):
             folder = Path(value if equals else arguments[i + 1])
-            for path in sorted(p for p in folder.rglob("*.y*ml") if p.is_file()) if folder.is_dir() else []:
-                if TARGET in _keys(path):
+            for path in _yaml(folder):
+                keys = _keys(path)
+                if TARGET in keys:
                     raise ConfigError(f"{path}: no setting here makes objects by {TARGET}; {hint}")
+                if closed := sorted(keys.intersection(CLOSED)):
+                    raise ConfigError(f"{path}: {closed[0]} is not open to a config, since it can make objects; {hint}")
+
+
+def _yaml(folder: Path) -> list[Path]:
+    """The YAML files below a folder, links to folders followed."""
+    found = (Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(path for path in found if path.suffix in (".yaml", ".yml"))
 
 
 def _keys(path: Path) -> set[str]:
@@ -186,7 +195,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the machine, had no memory left."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # a CPU, CUDA, its libraries
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _unread(error: BaseException) -> str | None:

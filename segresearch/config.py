@@ -225,14 +225,15 @@ class GenerateConfig:
 class EvaluateConfig:
     """Everything of one `evaluate` run: settings of guidance, measured on pictures of the same noise and prompts.
 
-    Identity: what pictures depend on to the last bit, so `batch_size` and `shard` too, which fix what is sampled
-    together. Not in it: how many there are, what measures them, where it runs.
+    Shards are told by what pictures depend on to the last bit, so by `batch_size` and `shard` too, which fix what is
+    sampled together; not by how many there are, what measures them, where it runs. Runs are told by their settings, by
+    how many pictures there are and by what measures them.
 
     compare, guidance: the settings; pictures of the first are the ones that distances are taken to. images: of each
     setting; image i has seed i and prompt i, prompts repeating in turn. keep: pictures stored, of each setting (null:
     all). controls: ControlNets over every setting; image i has control image i. features, distances, caption: the
-    networks that look at pictures. weights: their files, where they do not lie where their publishers' tools keep them.
-    reference: real pictures, "scene:100000-109999" or a folder. draws: of the bootstrap. subsets: of the kernel
+    networks that look at pictures. weights: their files, where they do not lie where their publishers' tools keep them;
+    checksums: their SHA-256, where others than the published ones are meant. reference: real pictures, "scene:100000-109999" or a folder. draws: of the bootstrap. subsets: of the kernel
     distance. paper: whose figures stand beside (auto: those of the table that the run is named after). only: one step
     of the run. threads: of a process on a CPU; it may change the last bit of pictures.
     """
@@ -255,6 +256,7 @@ class EvaluateConfig:
     distances: tuple[Literal["mini", "vgg", "alex"], ...] = ("mini",)
     caption: Literal["none", "mini", "clip"] = "mini"
     weights: dict[str, str] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
     reference: str = "scene:100000-109999"
     draws: Annotated[int, Bounds(low=0)] = 100
     subsets: Count = 20

@@ -9,6 +9,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -48,11 +50,23 @@ def run_folder(out: str | Path, name: str, semantic: Mapping[str, Any]) -> Path:
     return folder
 
 
+def own() -> str:
+    """This process, in the name of a temporary file: its machine and its number."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def abandoned(temporary: Path) -> bool:
+    """Whether the process of this machine that began this temporary file (`own` before .tmp) is gone; False where that
+    cannot be told."""
+    number = re.search(rf"\.{re.escape(socket.gethostname())}-(\d+)\.tmp$", temporary.name)
+    return number is not None and os.path.exists("/proc/self") and not os.path.exists(f"/proc/{number[1]}")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it at the end of the block; removed if the block fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{own()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -135,9 +135,8 @@ def test_shards_lie_by_what_pictures_depend_on():
 def test_experiments_share_the_shards_of_settings_they_share():
     """Whatever they are called there."""
     table, ablation = places("experiment=table1"), places("experiment=fig6")
-    assert table["vanilla"] == ablation["vanilla"] and len({*table.values(), *ablation.values()}) == (
-        len(table) + len(ablation) - len({*table.values()} & {*ablation.values()})
-    )
+    assert table["vanilla"] == ablation["vanilla"] and table["SEG σ=∞"] == ablation["s = 1 σ = ∞"]
+    assert len({*table.values()} & {*ablation.values()}) == 3  # and σ = 10
     label = "{guidance: seg, label: mine, terms: {seg: {perturbation: {sigma: 10}}}}"
     mine = places("guidance=none", f"compare=[none,{label}]", "prompts=['']", "sampler=dpmpp_2m", "schedule=karras")
     assert set(mine) == {"vanilla", "mine"} and mine["mine"].startswith("seg-")

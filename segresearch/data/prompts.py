@@ -1,6 +1,7 @@
 """Prompts from files: one a line, or the captions of a COCO annotation file. Light: no torch."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ def from_text(path: Path, at: str = "prompts") -> tuple[str, ...]:
             text = line.decode().strip()
         except UnicodeDecodeError as error:
             raise ConfigError(f"{at}: {path}, line {number}: not UTF-8 text (byte {error.start + 1})") from error
-        if not text.isprintable():
-            odd = next(c for c in text if not c.isprintable())
+        odd = next((c for c in text if unicodedata.category(c) == "Cc" and c != "\t"), None)
+        if odd is not None:
             raise ConfigError(f"{at}: {path}, line {number}: holds the control character {odd!r}")
         if text:
             found.append(text)

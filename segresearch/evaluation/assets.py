@@ -58,8 +58,8 @@ def checked(path: Path, sha256: str) -> str:
     found = digest(path)
     if not found.startswith(sha256):
         raise CheckpointError(
-            f"{path}: its SHA-256 is {found}, not {sha256}: fetch it again, or give sha256={found[:8]}... if this file "
-            "is the one you mean"
+            f"{path}: its SHA-256 is {found}, not {sha256}: fetch it again, or give this checksum (sha256=, "
+            "of an evaluation checksums.<network>=) if this file is the one you mean"
         )
     return found
 

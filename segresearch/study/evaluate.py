@@ -15,8 +15,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -49,7 +47,6 @@ VERSION = 2  # of the results
 RESULTS, PAGE = "results.json", "index.html"
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
 OF_A_CALL = {"out": "runs", "device": "auto", "only": "all", "wandb": {"mode": "off"}}
-OF_RESULTS = ("images", "features", "distances", "caption", "draws", "subsets", "force", "shown", "name")
 
 
 @dataclass(frozen=True)
@@ -81,12 +78,13 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
     with _ending(), _threads(config.threads):
         plan, place = study(config), place or worker()
         plan = placed(config, plan, located(config.model.path))
-        folder = runs.run_folder(config.out, config.name, run_identity(plan))
+        real = reference.sources(config)
+        folder = runs.run_folder(config.out, config.name, run_identity(config, plan, reference.identity(config, real)))
         if config.only == "verify":
             return _verified(plan, folder)
-        real = reference.sources(config)
         device = place.device(config.device)
         found = judges(config, plan, _usable(device))
+        _enough(config, found, len(real))
         start = time.perf_counter()
         made = making.Made()
         if config.only != "reduce":
@@ -99,7 +97,7 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
         seconds = time.perf_counter() - start
         done = Evaluation(folder, made.made, made.found, seconds)
         missing = sum(len(making.lacking(config, plan, found, rows)) for rows in plan.ranges)
-        if made.failed and place.world == 1:
+        if made.failed and (place.world == 1 or missing == len(made.failed)):  # others may still make theirs
             raise Ended(4, _failed(made, missing))
         if missing:
             said = f"{missing} of {len(plan.shards())} shards are missing"
@@ -119,9 +117,20 @@ def _failed(made: making.Made, missing: int) -> str:
 
 
 def _usable(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
+    there = torch.cuda.is_available()
+    if device.startswith("cuda") and not there:
+        raise ConfigError(f"device: {device}: torch finds no CUDA device here; take auto or cpu")
+    return ("cuda" if there else "cpu") if device == "auto" else device
+
+
+def _enough(config: EvaluateConfig, found: Sequence[Judge], real: int) -> None:
+    """ConfigError for a reference that is too small for the features, before anything is sampled."""
+    for extractor in (judge.extractor for judge in found if judge.extractor is not None):
+        if real <= extractor.dim and not config.force:
+            raise ConfigError(
+                f"reference: {config.reference}: {real} pictures are too few for {extractor.dim} features "
+                f"({extractor.name}), whose covariance needs {extractor.dim + 1}; take more, or force=true"
+            )
 
 
 def _verified(plan: Study, folder: Path) -> Evaluation:
@@ -139,9 +148,8 @@ def _reduced(
     """The results and everything that shows them, unless they are there for just these shards and settings."""
     read = [making.wanted(config, found, i, rows) for i in range(len(plan.settings)) for rows in plan.ranges]
     sums = [shards.sums(place, keys) for place, keys in zip(plan.shards(), read, strict=True)]
-    asked = {key: getattr(config, key) for key in OF_RESULTS} | {"paper": plan.paper, "model": config.model.name}
-    of_reference = reference.identity(config, real)
-    inputs = runs.digest([VERSION, runs.code_version(), asked, of_reference, [j.by for j in found], sums])
+    asked = [run_identity(config, plan, reference.identity(config, real)), config.name, config.model.name, config.shown]
+    inputs = runs.digest([VERSION, runs.code_version(), asked, [j.by for j in found], sums])
     for place in plan.places.values():
         shards.sweep(place)
     shards.sweep(Path(config.out) / "reference")
@@ -236,8 +244,7 @@ def written_config(config: EvaluateConfig) -> str:
 def _sweep(folder: Path) -> None:
     """Remove what `runs.replacing` left in a process that was killed."""
     for path in [*folder.glob(".*.tmp"), *folder.glob("figures/.*.tmp")]:
-        number = re.fullmatch(r"\..*\.(\d+)\.tmp", path.name)
-        if number and not os.path.exists(f"/proc/{number[1]}"):
+        if runs.abandoned(path):
             path.unlink(missing_ok=True)
 
 

@@ -66,13 +66,14 @@ def judges(config: EvaluateConfig, study: "Study", device: str = "cpu") -> tuple
 
     Raises ConfigError for too few pictures for their features, CheckpointError for weights that are missing.
     """
-    unknown = [key for key in config.weights if key not in WEIGHTS]
-    if unknown:
-        raise ConfigError(f"weights.{unknown[0]}: no such network{nearest(unknown[0], WEIGHTS)} ({', '.join(WEIGHTS)})")
-    given = config.weights
+    for group, keys in (("weights", config.weights), ("checksums", config.checksums)):
+        if unknown := [key for key in keys if key not in WEIGHTS]:
+            hint = f"{nearest(unknown[0], WEIGHTS)} ({', '.join(WEIGHTS)})"
+            raise ConfigError(f"{group}.{unknown[0]}: no such network{hint}")
+    given, sums = config.weights, config.checksums
     found: list[Judge] = []
     for name in config.features:
-        extractor = load_extractor(name, given.get(name), device="cpu" if name == "mini" else device)
+        extractor = load_extractor(name, given.get(name), sums.get(name), device="cpu" if name == "mini" else device)
         if config.images <= extractor.dim and not config.force:
             raise ConfigError(
                 f"images: {config.images} are too few for {extractor.dim} features ({name}), whose covariance needs "
@@ -142,7 +143,8 @@ def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) ->
 
         return Judge(stored, fingerprint(place / "vision"), apart, True)
     trunk, heads = given.get(name), given.get(f"{name}_heads")
-    net = load_lpips(name, trunk, heads, device=device)
+    sums = (config.checksums.get(name), config.checksums.get(f"{name}_heads"))
+    net = load_lpips(name, trunk, heads, sums, device=device)
     read = hashlib.sha256()
     for parameter in net.parameters():
         read.update(parameter.cpu().numpy().tobytes())
@@ -152,7 +154,7 @@ def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) ->
 
 def _caption(config: EvaluateConfig, device: str) -> Judge:
     if config.caption == "clip":
-        clip = load_clip(config.weights.get("caption", CLIP), device=device)
+        clip = load_clip(config.weights.get("caption", CLIP), config.checksums.get("caption"), device=device)
         return Judge("caption-clip", clip.weights, lambda p: cosines(clip, p.images, p.texts))
     from segresearch.models import load_sdxl
 

@@ -171,7 +171,7 @@ def _range(
             else:
                 images, more = _pictures(plan, setting, rows, lack, sampler, bar)
             said = Pictures(images, images if first is None else first, plan.texts(rows), rows)
-            made = shards.made(place) if shards.held(place) and IMAGES not in lack else sampler.versions
+            made = shards.made(place) if IMAGES in shards.held(place) and IMAGES not in lack else sampler.versions
             arrays = {
                 key: Array(shards.load(place, key), by) for key, by in shards.held(place).items() if key not in lack
             }

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from segresearch import runs
 from segresearch.study.table import Column, Row, columns, to_csv
 from segresearch.typed import ConfigError, nearest
@@ -94,7 +96,7 @@ def overview(name: str, out: str | Path = "runs") -> Overview:
         try:
             rows = json.loads((place / RESULTS).read_text())["rows"]
             found.append((place.name, _settings(place / "config.yaml"), rows))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
             unfinished.append(place.name)
     if not found:
         raise ConfigError(f"{name}: none of the {len(unfinished)} runs in {folder} has results yet")
@@ -120,8 +122,6 @@ def write(found: Overview, out: str | Path = "runs") -> list[Path]:
 
 def _settings(path: Path) -> dict[str, Any]:
     """The settings of a run, flat: guidance.terms.seg.scale."""
-    import yaml
-
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     return dict(_flat({key: value for key, value in given.items() if key not in NOT_COMPARED}))
 

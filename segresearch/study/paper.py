@@ -32,8 +32,11 @@ TABLES: dict[str, dict[Key, dict[str, float]]] = {
 
 
 def key(guidance: GuidanceConfig) -> Key | None:
-    """Which line of a table a setting is; None for none: two methods at once, blurred keys, a window in sigma."""
+    """Which line of a table a setting is; None for none: two methods at once, blurred keys, a window in sigma, other
+    sites than the mid block's, some of the heads, symmetric ends, a post-processor."""
     terms = list(guidance.terms.values())
+    if guidance.rescale or guidance.apg is not None:
+        return None
     if guidance.sag is not None:
         return "SAG" if not terms else None
     if not terms:
@@ -41,11 +44,12 @@ def key(guidance: GuidanceConfig) -> Key | None:
     term = terms[0]
     if len(terms) > 1 or isinstance(term, CFGTerm) or term.window is not None:
         return None
-    if isinstance(term.perturbation, PAGConfig):
-        return "PAG"
-    if isinstance(term.perturbation, SEGConfig) and term.perturbation.on == "q":
-        return term.perturbation.sigma or "vanilla"
-    return None
+    kind = term.perturbation
+    if not isinstance(kind, PAGConfig | SEGConfig) or kind.where != "mid" or kind.heads is not None:
+        return None
+    if isinstance(kind, PAGConfig):
+        return "PAG" if kind.tau == 1 else None
+    return (kind.sigma or "vanilla") if kind.on == "q" and kind.boundary == "reflect" else None
 
 
 def chosen(asked: str, name: str, settings: Mapping[str, GuidanceConfig], prompts: Sequence[str]) -> str | None:

@@ -28,6 +28,7 @@ from segresearch.study.shards import cut, name
 from segresearch.typed import ConfigError
 
 VERSION = 2  # of what shards hold
+OF_RESULTS = ("images", "features", "distances", "caption", "draws", "subsets", "force")  # and not of shards
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,12 @@ def placed(config: EvaluateConfig, plan: Study, model: Path) -> Study:
     return dataclasses.replace(plan, places=places)
 
 
-def run_identity(plan: Study) -> dict[str, Any]:
-    """What tells one run from another: its settings, and the order and the names in which they are shown."""
-    return {"settings": [[setting, place.name] for setting, place in plan.places.items()]}
+def run_identity(config: EvaluateConfig, plan: Study, reference: str) -> dict[str, Any]:
+    """What tells one run from another: its settings, the order and the names in which they are shown, and what else its
+    table depends on. reference: the identity of the real pictures."""
+    asked = {key: getattr(config, key) for key in OF_RESULTS}
+    settings = [[setting, place.name] for setting, place in plan.places.items()]
+    return {"settings": settings, "reference": reference, "paper": plan.paper, **runs.plain(asked)}
 
 
 def _open_ended(text: str | tuple[str, ...]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from segresearch.config import EvaluateConfig
 from segresearch.evaluation.features import Extractor
 from segresearch.evaluation.frechet import Frechet, Gaussian, frechet_distance, gaussian
-from segresearch.evaluation.kernel import kid
+from segresearch.evaluation.kernel import cmmd, kid
 from segresearch.evaluation.precision import precision_recall
 from segresearch.study import paper, shards
 from segresearch.study.judges import ATTRIBUTES, LOOK, Judge
@@ -103,14 +103,17 @@ def _features(config: EvaluateConfig, name: str, values: np.ndarray, real: _Real
     n, m = min(len(x), MOST), min(len(real.all), len(x), MOST)
     size = min(1000, len(x) // 2, len(real.all) // 2)
     near = precision_recall(x[:n], real.all[:m]) if min(n, m) > 3 else None
-    kernel = kid(x, real.all, config.subsets, size) if size > 1 else None
+    kernel = kid(x, real.all, config.subsets, size) if size > 1 and name != "clip" else None
+    kernels = {
+        f"kd-{name}": kernel.distance if kernel else math.nan,
+        f"kd-{name}-spread": kernel.spread if kernel else math.nan,
+    } if name != "clip" else {"kd-clip": cmmd(x, real.all).biased}  # fmt: skip
     found = {
         f"fd-{name}": d.distance, f"fd-{name}-error": d.error, f"fd-{name}-first": apart,
         f"fd-{name}-first-error": spread, f"fd-{name}-extrapolated": d.extrapolated,
         f"fd-{name}-mean": d.mean_part,
         f"variance-{name}": float(x.double().var(0).sum() / real.fitted.cov.trace()) if len(x) > 1 else math.nan,
-        f"kd-{name}": kernel.distance if kernel else math.nan,
-        f"kd-{name}-spread": kernel.spread if kernel else math.nan,
+        **kernels,
         f"precision-{name}": near.precision if near else math.nan, f"recall-{name}": near.recall if near else math.nan,
     }  # fmt: skip
     return {key: rounded(value) for key, value in found.items()}

@@ -14,13 +14,14 @@ import io
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from segresearch import runs
 
 MANIFEST = "manifest.json"
 TRIES = 5
@@ -103,7 +104,7 @@ def commit(folder: Path, arrays: Mapping[str, Array], made: Mapping[str, str] | 
 
     made: the versions it was made with, by name.
     """
-    own = f"{socket.gethostname()}-{os.getpid()}.tmp"
+    own = f"{runs.own()}.tmp"
     temporary = folder.with_name(f".{folder.name}.{own}")
     entries = {}
     try:
@@ -156,8 +157,8 @@ def _same(folder: Path, entries: Mapping[str, Any]) -> bool:
 
 def sweep(place: Path) -> None:
     """Remove what processes of this machine that are gone left unfinished in `place`."""
-    for path in place.glob(f".*{socket.gethostname()}-*.tmp"):
-        if not os.path.exists(f"/proc/{path.stem.rsplit('-', 1)[1]}"):
+    for path in place.glob(".*.tmp"):
+        if runs.abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
 
 

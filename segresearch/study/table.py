@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 CAPTIONS = {"mini": "cosine (mini)", "clip": "CLIP cosine"}
 DISTANCES = {"mini": "distance (mini)", "vgg": "LPIPS vgg", "alex": "LPIPS alex"}
 FRECHET = {"mini": "FD (mini)", "inception": "FID", "dinov2": "FD (DINOv2)", "clip": "FD (CLIP)"}
-KERNEL = {"mini": "KD (mini)", "inception": "KID", "dinov2": "KD (DINOv2)", "clip": "KD (CLIP)"}
+KERNEL = {"mini": "KD (mini)", "inception": "KID", "dinov2": "KD (DINOv2)", "clip": "CMMD"}
 PLAIN = {"count": "count", "colors": "colours", "shapes": "shapes", "objects": "objects",
          "objects_chance": "(chance)", "exact": "exact", "edges": "edges",
          "saturation": "saturation", "contrast": "contrast"}  # fmt: skip
@@ -44,6 +44,8 @@ class Column:
 def columns(rows: Sequence[Row]) -> list[Column]:
     """Those that the rows have, in the order they are read in; the paper's last."""
     keys, found = dict.fromkeys(key for row in rows for key in row), [Column("setting", "setting")]
+    if "n" in keys:
+        found.append(Column("N", "n", 0))
     for key in keys:
         kind, _, name = key.partition("-")
         if kind == "fd" and name in FRECHET:
