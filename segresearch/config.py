@@ -235,7 +235,8 @@ class EvaluateConfig:
     networks that look at pictures. weights: their files, where they do not lie where their publishers' tools keep them;
     checksums: their SHA-256, where others than the published ones are meant. reference: real pictures,
     "scene:100000-109999" or a folder. draws: of the bootstrap. subsets: of the kernel distance. paper: whose figures
-    stand beside (auto: those of the table that the run is named after). only: one step of the run. threads: of a process on a CPU; it may change the last bit of pictures.
+    stand beside (auto: those of the table that the run is named after). only: one step of the run. threads: of a
+    process on a CPU; it may change the last bit of pictures.
     """
 
     model: ModelConfig
