@@ -114,6 +114,7 @@ def _custom(config: CustomConfig, at: str) -> Callable[..., Any]:
     except AttributeError:
         names = [n for n, o in vars(importlib.import_module(module_name)).items() if callable(o) and n[0] != "_"]
         raise ConfigError(f"{at}.target: {module_name} has no {name!r}{nearest(name, names)}") from None
+    _refuse_foreign(getattr(found, "__module__", None) or module_name, config.target, at)  # no matter who imports it
     if not callable(found):
         raise ConfigError(f"{at}.target: {config.target} is not a function or a class but {type(found).__name__}")
     try:

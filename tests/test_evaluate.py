@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def sketched():
     loaded = {}
 
     def judges(config, plan, device):
-        named = (config.features, config.distances, config.caption, str(config.weights))
+        named = (config.features, config.distances, config.caption, str(config.weights), str(config.checksums))
         key = (*named, plan.scenes, config.force, plan.places[plan.first].name)
         if key not in loaded:
             loaded[key] = loading(config, plan, device)
@@ -188,7 +189,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(config, base, whole, model, mon
     (left,) = (p for p in (os.scandir(os.path.join(config.out, "study"))) if p.is_dir())
     assert not os.path.exists(os.path.join(left.path, "index.html"))
     if moment == "the reduction":
-        half = runs.Path(left.path, "figures", ".quality.png.999999999.tmp")
+        half = runs.Path(left.path, "figures", f".quality.png.{socket.gethostname()}-999999999.tmp")
         half.parent.mkdir()
         half.write_bytes(b"half")
     resumed = evaluate(config, model, Worker())
@@ -240,6 +241,15 @@ def test_more_pictures_and_other_judges_keep_what_is_there(config, base, whole, 
     more = evaluate(config, model, Worker())
     assert sum(drawn) == SETTINGS and more.result == whole.result  # the third picture alone is sampled
     assert contents(config) == contents(base)
+
+
+def test_runs_that_measure_something_else_have_folders_of_their_own_and_share_pictures(config, model):
+    one = evaluate(config, model, Worker())
+    kept = contents(dataclasses.replace(config, out=str(one.folder)))
+    for change in ({"draws": 3}, {"images": 2}, {"reference": "scene:100000-100004"}, {"caption": "none"}):
+        other = evaluate(dataclasses.replace(config, **change), model, Worker())
+        assert other.made == 0 and other.folder != one.folder and (other.folder / "index.html").is_file()
+    assert contents(dataclasses.replace(config, out=str(one.folder))) == kept
 
 
 def test_pictures_of_another_version_are_used_and_said(config, model, capsys):
@@ -333,6 +343,9 @@ def test_memory_and_weights_have_codes_of_their_own(config, model, monkeypatch):
         ({"size": (64, 32)}, "cannot be measured here: pictures of 64×32"),
         ({"reference": "nowhere"}, "reference: nowhere: no such folder"),
         ({"reference": "scene:3"}, "a distance needs many"),
+        ({"force": False, "images": 300, "reference": "scene:0-99"}, "100 pictures are too few for 256 features"),
+        ({"device": "cuda:7"} if not torch.cuda.is_available() else {"device": "cude"}, "device: "),
+        ({"checksums": {"vg": "x"}}, "checksums.vg: no such network; did you mean vgg?"),
         ({"keep": 1}, "keep: 1 pictures kept are fewer than are shown"),
         ({"weights": {"vg": "x"}}, "weights.vg: no such network; did you mean vgg?"),
         ({"paper": "table1"}, "table1 is of pictures without a prompt"),

@@ -193,12 +193,18 @@ def test_the_overview_of_runs_that_lack_results_and_of_none(tmp_path, call):
         (["+guidance._target_=os.system"], "no setting here makes objects by _target_"),
         (["--config-dir=own"], "mine.yaml: no setting here makes objects by _target_"),
         (["--config-dir", "own", "+mine=mine"], "mine.yaml: no setting here makes objects by _target_"),
+        (["--config-dir", "paths"], "more.yaml: searchpath is not open to a config"),
+        (["--config-dir", "links"], "mine.yaml: no setting here makes objects by _target_"),
         (["guidance=custom", "guidance.terms.custom.perturbation.target=???"], "perturbation.target: missing"),
     ],
 )
 def test_what_hydra_cannot_or_may_not_do_is_one_line_before_any_job(arguments, words, call, tmp_path):
     (tmp_path / "own" / "hydra" / "callbacks").mkdir(parents=True)
     (tmp_path / "own" / "hydra" / "callbacks" / "mine.yaml").write_text("a: {_target_: subprocess.Popen, args: ls}\n")
+    (tmp_path / "paths").mkdir()
+    (tmp_path / "paths" / "more.yaml").write_text("hydra: {searchpath: [file://own]}\n")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "own").symlink_to(tmp_path / "own", target_is_directory=True)
     code, said = call(main_of("evaluate"), *arguments)
     assert code == 2 and said.out == "" and words in said.err, said
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
@@ -214,7 +220,8 @@ def test_no_config_names_a_target_outside_the_project():
     assert not any(re.search(r"hydra\.utils|instantiate\(", source) for source in sources)
 
 
-@pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "torch.load", "builtins.eval", "hydra.utils.call"])
+@pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "torch.load", "builtins.eval", "hydra.utils.call",
+                                    "segresearch.study.figure.Figure"])
 def test_a_function_of_others_is_no_perturbation(target):
     from segresearch.build import build_perturbation
     from segresearch.config import CustomConfig

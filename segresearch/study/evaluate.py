@@ -39,6 +39,7 @@ from segresearch.study.plan import Study, placed, run_identity, study
 from segresearch.study.record import figure_record, records
 from segresearch.study.reduce import Result, reduce
 from segresearch.study.workers import Worker, worker
+from segresearch.typed import ConfigError
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL
