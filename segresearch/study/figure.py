@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from segresearch.analysis.figures import INK, QUIET, RULE, canvas, name_sigma
@@ -182,12 +184,13 @@ def _norms(norms: Mapping[str, Sequence[float]], guidance: Mapping[str, Guidance
     figure = canvas(8.0, 3.4, "How much guidance adds, step by step", caption)
     axis = figure.subplots()
     shown = [s for s, steps in norms.items() if any(steps)]
+    tints = colormaps["viridis"](np.linspace(0, 0.9, max(len(shown), 2)))
     for i, setting in enumerate(shown):
-        steps = norms[setting]
+        steps, tint = norms[setting], {} if len(shown) <= 8 else {"color": tints[i]}
         axis.plot(range(1, len(steps) + 1), steps, f"-{MARKS[i % len(MARKS)]}", markersize=3, linewidth=1.2,
-                  label=setting)  # fmt: skip
+                  label=setting, **tint)  # fmt: skip
     axis.set_xlabel("evaluation", fontsize=9)
     axis.set_ylabel("RMS of D − D[base]", fontsize=9)
-    axis.legend(fontsize=7, frameon=False, ncols=1 + len(shown) // 9)
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
     axis.grid(axis="y", color=RULE, linewidth=0.6)
     return figure
