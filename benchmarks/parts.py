@@ -34,8 +34,12 @@ def _call(who: str, what: str, nets: Any, px: int, dtype: Any, device: str) -> A
     return pipeline_step(what, unet, net, px, dtype, device)
 
 
-def steps(px: int, dtype: str, device: str, rounds: int, whats: Sequence[str], compiled: bool = False) -> dict:
-    """Seconds of one step at full size: `whats` ours, what diffusers does for each, and two plain rows of it."""
+def steps(
+    px: int, dtype: str, device: str, rounds: int, whats: Sequence[str], compiled: bool = False,
+    alone: Sequence[str] = (),
+) -> dict:  # fmt: skip
+    """Seconds of one step at full size: `whats` ours, what diffusers does for each but `alone`, and two plain rows of
+    it."""
     import torch
     from networks import ours, theirs
 
@@ -45,7 +49,7 @@ def steps(px: int, dtype: str, device: str, rounds: int, whats: Sequence[str], c
     if compiled:
         own, others = (tuple(n and torch.compile(n, dynamic=False) for n in nets) for nets in (own, others))
     calls = {f"ours: {what}": _call("ours", what, own, px, kind, device) for what in whats}
-    wanted = [*dict.fromkeys(THEIRS[what][1] for what in whats), "two rows"]
+    wanted = [*dict.fromkeys(THEIRS[what][1] for what in whats if what not in alone), "two rows"]
     calls |= {f"diffusers: {what}": _call("diffusers", what, others, px, kind, device) for what in wanted}
     times = interleaved(calls, rounds, device)
     return {"px": px, "dtype": dtype, "device": device, "compiled": compiled, "times": times}
@@ -286,7 +290,8 @@ def skipping(every: int, steps: int = 25, images: int = 8) -> dict:
     return {"every": every, "images": images, "steps": steps, "seconds": found, "rms": error}
 
 
-def analysis(load: str, way: str, threads: int, quick: bool) -> dict:
+def analysis(load: str, way: str, quick: bool) -> dict:
+    import torch
     from analysis import measure
 
-    return measure(load, way, threads, quick)
+    return measure(load, way, torch.get_num_threads(), quick)

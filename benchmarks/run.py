@@ -11,19 +11,22 @@ Parts, each in a process of its own:
     steps      one step at SDXL's full size with random weights, ours and diffusers' in turn, sharing the weights
     memory     peak of the same
     start      importing, --help, loading mini
-    load       loading SDXL at full size from one file of 6.9 GB, written to --folder first (not with --quick)
-    decode     the VAE at full size
+    load       loading SDXL at full size from one file of 6.9 GB, written to --folder first (*)
+    decode     the VAE at full size (*)
     mini       pictures a second over batch sizes; one process of two threads beside two of one
-    terms      a step of mini over the number of SEG terms
-    compile    torch.compile on mini (not with --quick: it takes minutes)
-    approx     guidance at every second step of mini: seconds and error
-    analysis   statistics of attention, streamed beside whole maps
+    terms      a step of mini over the number of SEG terms (*)
+    compile    torch.compile on mini, which takes minutes (*)
+    approx     guidance at every second step of mini: seconds and error (*)
+    analysis   statistics of attention, streamed beside whole maps (*)
+
+    (*) not with --quick, which also takes fewer rounds, and of CFG+SEG measures our step alone.
 
 Ratios are medians of ratios within rounds, in which everything compared takes its turn. They need a quiet machine.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -37,7 +40,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from harness import HERE, child, machine, median, ratio, table  # noqa: E402
 
 PARTS = ("limits", "steps", "memory", "start", "load", "decode", "mini", "terms", "compile", "approx", "analysis")
-SLOW = ("load", "compile")
+SLOW = ("load", "decode", "terms", "compile", "approx", "analysis")  # left out of --quick
+ALONE = ("CFG+SEG",)  # --quick does not run diffusers' way of these
 QUICK: tuple[str, ...] = ("plain", "SEG", "CFG+SEG", "ControlNet+SEG")
 FULL: tuple[str, ...] = ("plain", "SEG", "PAG", "CFG", "CFG+SEG", "ControlNet+SEG")
 GOALS = {"plain": 1 / 1.02, "SEG": 1.15, "ControlNet+SEG": 1.25}  # times faster than diffusers, at 512 px on a CPU
@@ -69,13 +73,17 @@ def show_steps(found: list[dict], options: argparse.Namespace) -> list[str]:
         rows, limits = [], []
         for what, counted in flops.items():
             mine, (label, key) = f"ours: {what}", THEIRS[what]
-            faster = ratio(times, f"diffusers: {key}", mine)
+            beside = f"diffusers: {key}" in times
+            faster = ratio(times, f"diffusers: {key}", mine) if beside else math.nan
             goal = GOALS.get(what) if one["px"] == 512 and one["device"] == "cpu" else None
             verdict = "" if goal is None else f" ({'reaches' if faster >= goal else 'misses'} {goal:.2f})"
             twice = "" if what == "plain" else f"{ratio(times, 'diffusers: two rows', mine):.2f}"
             share = f"{100 * counted['step'] / median(times[mine]) / ceiling:.0f} %"
-            seconds = [f"{median(times[name]):.3f}" for name in (mine, f"diffusers: {key}")]
-            rows.append([what, seconds[0], label, seconds[1], f"{faster:.2f}{verdict}", twice, share])
+            seconds = f"{median(times[mine]):.3f}"
+            other = ["–"] * 3
+            if beside:
+                other = [label, f"{median(times[f'diffusers: {key}']):.3f}", f"{faster:.2f}{verdict}"]
+            rows.append([what, seconds, *other, twice, share])
             if what != "plain":
                 limit, measured = counted["step"] / flops["plain"]["step"], ratio(times, mine, "ours: plain")
                 near = "within 5 %" if measured <= 1.05 * limit else "misses 5 %"
@@ -183,12 +191,13 @@ def measure(part: str, options: argparse.Namespace) -> Any:
     quick, threads, device = options.quick, options.threads, options.device
     gpu = device.startswith("cuda")
     dtypes = ["bfloat16", "float16"] if gpu else ["bfloat16"]
-    rounds = 3 if quick else 7
+    rounds = 2 if quick else 7
     if part == "limits":
         from networks import steps_flops
 
         whats = (*FULL, "ControlNet")
-        return [{"px": px, "flops": {w: steps_flops(px, w) for w in whats}} for px in sorted({*sizes(options), 1024})]
+        counted = sorted({*sizes(options), *(() if quick else (1024,))})
+        return [{"px": px, "flops": {w: steps_flops(px, w) for w in whats}} for px in counted]
     if part == "steps":
         from networks import steps_flops
 
@@ -199,7 +208,7 @@ def measure(part: str, options: argparse.Namespace) -> Any:
                 for compiled in (False, True) if gpu and not quick else (False,):
                     one = child(
                         "steps", threads, px=px, dtype=dtype, device=device, rounds=20 if gpu else rounds, whats=whats,
-                        compiled=compiled,
+                        compiled=compiled, alone=ALONE if quick else (),
                     )  # fmt: skip
                     counted = {what: steps_flops(px, what) for what in whats}
                     found.append(one | {"ceiling": ceiling, "flops": counted})
@@ -207,7 +216,7 @@ def measure(part: str, options: argparse.Namespace) -> Any:
     if part == "memory":
         found, largest = [], max(sizes(options))
         for what, key in (("plain", "plain"), ("SEG", "PAG"), ("ControlNet+SEG", "ControlNet+PAG")):
-            if what == "plain" and quick:
+            if what != "SEG" and quick:
                 continue
             same = {"px": largest, "dtype": dtypes[0], "device": device}
             both = (("ours", what), ("diffusers", key))
@@ -215,7 +224,7 @@ def measure(part: str, options: argparse.Namespace) -> Any:
             found.append({"what": what, "px": largest, "ours": own, "diffusers": other})
         return found
     if part == "start":
-        return child("start_up", threads, rounds=rounds)
+        return child("start_up", threads, rounds=1 if quick else rounds)
     if part == "load":
         with tempfile.TemporaryDirectory() as temporary:
             return child("loading", threads, folder=options.folder or temporary, dtype="bfloat16")
@@ -241,8 +250,7 @@ def measure(part: str, options: argparse.Namespace) -> Any:
     from analysis import LOADS, WAYS
 
     ways = ("streamed", "maps") if quick else WAYS
-    same = {"threads": threads, "quick": quick}
-    return [child("analysis", threads, load=load, way=way, **same) for load in LOADS for way in ways]
+    return [child("analysis", threads, load=load, way=way, quick=quick) for load in LOADS for way in ways]
 
 
 def mini_images(threads: int, quick: bool) -> list[dict]:
