@@ -191,7 +191,7 @@ def measure(part: str, options: argparse.Namespace) -> Any:
     quick, threads, device = options.quick, options.threads, options.device
     gpu = device.startswith("cuda")
     dtypes = ["bfloat16", "float16"] if gpu else ["bfloat16"]
-    rounds = 2 if quick else 7
+    rounds = options.rounds or (2 if quick else 7)
     if part == "limits":
         from networks import steps_flops
 
@@ -207,7 +207,8 @@ def measure(part: str, options: argparse.Namespace) -> Any:
             for px in sizes(options):
                 for compiled in (False, True) if gpu and not quick else (False,):
                     one = child(
-                        "steps", threads, px=px, dtype=dtype, device=device, rounds=20 if gpu else rounds, whats=whats,
+                        "steps", threads, px=px, dtype=dtype, device=device, whats=whats,
+                        rounds=options.rounds or (20 if gpu else rounds),
                         compiled=compiled, alone=ALONE if quick else (),
                     )  # fmt: skip
                     counted = {what: steps_flops(px, what) for what in whats}
@@ -224,7 +225,7 @@ def measure(part: str, options: argparse.Namespace) -> Any:
             found.append({"what": what, "px": largest, "ours": own, "diffusers": other})
         return found
     if part == "start":
-        return child("start_up", threads, rounds=1 if quick else rounds)
+        return child("start_up", threads, rounds=min(rounds, 1 if quick else 3))
     if part == "load":
         with tempfile.TemporaryDirectory() as temporary:
             return child("loading", threads, folder=options.folder or temporary, dtype="bfloat16")
@@ -275,6 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and parts")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts")
+    parser.add_argument("--rounds", type=int, help="timed repetitions (default 7; --quick 2; of a GPU's steps 20)")
     parser.add_argument("--px", nargs="+", type=int, help="sizes of the full-size steps (default 256 512; GPU 1024)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
