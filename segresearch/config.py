@@ -9,7 +9,8 @@ from segresearch.tracking import WandbConfig
 from segresearch.typed import Bounds, ConfigError
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
-Count = Annotated[int, Bounds(low=1)]
+Count = Annotated[int, Bounds(1, 100_000_000)]
+Few = Annotated[int, Bounds(1, 10_000)]
 Width = Annotated[float, Bounds(low=0)]
 Where = str | int | tuple[str | int, ...]  # a selector of self-attention sites: group, glob, block index, or several
 Heads = tuple[int, ...] | None  # the heads perturbed; None: all
@@ -256,17 +257,17 @@ class EvaluateConfig:
     features: tuple[Literal["mini", "inception", "dinov2", "clip"], ...] = ("mini",)
     distances: tuple[Literal["mini", "vgg", "alex"], ...] = ("mini",)
     caption: Literal["none", "mini", "clip"] = "mini"
-    weights: dict[str, str] = field(default_factory=dict)
-    checksums: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, str | None] = field(default_factory=dict)
+    checksums: dict[str, str | None] = field(default_factory=dict)
     reference: str = "scene:100000-109999"
-    draws: Annotated[int, Bounds(low=0)] = 100
-    subsets: Count = 20
+    draws: Annotated[int, Bounds(0, 100_000)] = 100
+    subsets: Few = 20
     force: bool = False
     paper: Literal["auto", "none", "table1", "table2"] = "auto"
     controls: dict[str, ControlConfig] = field(default_factory=dict)
     shown: Annotated[int, Bounds(1, 64)] = 8
     only: Literal["all", "shards", "verify", "reduce"] = "all"
-    threads: Count = 1
+    threads: Annotated[int, Bounds(1, 1024)] = 1
     device: str = "auto"
     out: str = "runs"
     wandb: WandbConfig = WandbConfig()

@@ -5,6 +5,7 @@ Light: no torch, except where prompts are the captions of scenes.
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -175,8 +176,10 @@ def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts", count: int
         from segresearch.data.scenes import captions
 
         found = tuple(captions([HELD_OUT + number for number in numbers]))
-    elif prompts.endswith((".txt", ".json")):
-        found = (from_text if prompts.endswith(".txt") else from_coco)(Path(prompts), at)
+    elif prompts.lower().endswith((".txt", ".json")):
+        found = (from_text if prompts.lower().endswith(".txt") else from_coco)(Path(prompts), at)
+    elif os.sep in prompts and Path(prompts).expanduser().exists():
+        raise ConfigError(f"{at}: {prompts} is not a .txt or .json file; a text that is meant as one goes into a list")
     else:
         found = (prompts,)
     if not found:

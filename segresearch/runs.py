@@ -18,8 +18,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from segresearch.typed import ConfigError
+
 SAMPLES = 16  # places of 4 KiB read from each weight file for its fingerprint
 EDGE = 1 << 16
+TAKEN = ("shards", "reference", "wandb")  # folders of `out` that are not runs of a name
 
 
 def plain(value: Any) -> Any:
@@ -42,7 +45,11 @@ def digest(value: Any) -> str:
 
 
 def run_folder(out: str | Path, name: str, semantic: Mapping[str, Any]) -> Path:
-    """The folder `out`/`name`/<digest of `semantic`>, made if need be. OSError where it cannot be written."""
+    """The folder `out`/`name`/<digest of `semantic`>, made if need be. OSError where it cannot be written, ConfigError
+    for a name that is no name of a folder, or that of one in which something else lies."""
+    parts = name.split("/")
+    if parts[0] in TAKEN or not all(re.fullmatch(r"\w[\w.+ -]*", part) for part in parts):
+        raise ConfigError(f"name: {name!r} cannot name the folder of a run; use letters, digits, _ and -")
     folder = Path(out) / name / digest(semantic)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):

@@ -132,7 +132,7 @@ def _edges(scenes: Sequence[int]) -> Judge:
 def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) -> Judge:
     given, stored = config.weights, f"distance-{name}@{study.places[study.first].name.rpartition('-')[2]}"
     if name == "mini":
-        place = located(given.get("mini", "mini"))
+        place = located(given.get("mini") or "mini")
         vision = load_vision(place).vision
 
         def apart(p: Pictures) -> Tensor:
@@ -154,11 +154,11 @@ def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) ->
 
 def _caption(config: EvaluateConfig, device: str) -> Judge:
     if config.caption == "clip":
-        clip = load_clip(config.weights.get("caption", CLIP), config.checksums.get("caption"), device=device)
+        clip = load_clip(config.weights.get("caption") or CLIP, config.checksums.get("caption"), device=device)
         return Judge("caption-clip", clip.weights, lambda p: cosines(clip, p.images, p.texts))
     from segresearch.models import load_sdxl
 
-    place = located(config.weights.get("mini", "mini"))
+    place = located(config.weights.get("mini") or "mini")
     tower, text = load_vision(place), load_sdxl(place).text
     by = digest([fingerprint(place / part) for part in ("vision", "text_encoder_2")])
 
