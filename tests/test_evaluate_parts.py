@@ -183,7 +183,7 @@ def test_tables_say_the_same_in_every_form():
     assert table.to_csv(ROWS).splitlines()[2].startswith("SEG 2 σ=∞,9,7.25,0.25,-4.75,")
     made = table.latex(ROWS)
     assert made.count(r"\\") == 3 and r"SEG 2 $\sigma$=$\infty$" in made and r"7.25 $\pm$ 0.25" in made
-    assert "lrrrrrrrr|r}" in made and all(ord(c) < 128 for c in made.replace("–", ""))
+    assert "lrrrrrrrrr|r}" in made and all(ord(c) < 128 for c in made.replace("–", ""))
     assert json.loads(table.to_jsonl(ROWS, {"run": "x"}).splitlines()[1])["fd-mini"] == 7.25
 
 
