@@ -127,9 +127,8 @@ def _refuse_targets(arguments: Sequence[str]) -> None:
     flags = ("--config-dir", "-cd", "--config-path", "-cp")
     for i, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
-        if any(f.startswith(flag) and flag.startswith(f[:10]) or flag == f for f in flags) and (
-            equals or i + 1 < len(arguments)
-        ):
+        named = any(f.startswith(flag) and flag.startswith(f[:10]) for f in flags)  # argparse takes abbreviations
+        if named and (equals or i + 1 < len(arguments)):
             folder = Path(value if equals else arguments[i + 1])
             for path in _yaml(folder):
                 keys = _keys(path)

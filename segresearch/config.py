@@ -10,7 +10,6 @@ from segresearch.typed import Bounds, ConfigError
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Count = Annotated[int, Bounds(1, 100_000_000)]
-Few = Annotated[int, Bounds(1, 10_000)]
 Width = Annotated[float, Bounds(low=0)]
 Where = str | int | tuple[str | int, ...]  # a selector of self-attention sites: group, glob, block index, or several
 Heads = tuple[int, ...] | None  # the heads perturbed; None: all
@@ -261,7 +260,7 @@ class EvaluateConfig:
     checksums: dict[str, str | None] = field(default_factory=dict)
     reference: str = "scene:100000-109999"
     draws: Annotated[int, Bounds(0, 100_000)] = 100
-    subsets: Few = 20
+    subsets: Annotated[int, Bounds(1, 10_000)] = 20
     force: bool = False
     paper: Literal["auto", "none", "table1", "table2"] = "auto"
     controls: dict[str, ControlConfig] = field(default_factory=dict)

@@ -13,14 +13,13 @@ whole). The same command goes on where it was stopped, and ends in the same file
 
 import contextlib
 import dataclasses
-import errno
 import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ import torch
 from segresearch import runs
 from segresearch.analysis.figures import save
 from segresearch.build import load_model
-from segresearch.command import NO_ROOM, Ended, hydra_settings
+from segresearch.command import Ended, exit_code, hydra_settings, line
 from segresearch.config import EvaluateConfig
 from segresearch.models.locate import CheckpointError, located
 from segresearch.study import figure, making, reference, shards, table
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
 
 VERSION = 2  # of the results
 RESULTS, PAGE = "results.json", "index.html"
-LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
 OF_A_CALL = {"out": "runs", "device": "auto", "only": "all", "wandb": {"mode": "off"}}
 
 
@@ -108,7 +106,7 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
             return dataclasses.replace(done, said=f"{place} has made its part; {said}, which others make{failed}")
         if config.only == "shards":
             return dataclasses.replace(done, said=f"all {len(plan.shards())} shards are there")
-        result = _reduced(config, plan, found, folder, real)
+        result = _reduced(config, plan, found, folder)
         mirror_study(config.wandb, config, plan, result, lambda: _shown(config, plan), folder)
         return dataclasses.replace(done, result=result)
 
@@ -125,13 +123,15 @@ def _usable(device: str) -> str:
 
 
 def _enough(config: EvaluateConfig, found: Sequence[Judge], real: int) -> None:
-    """ConfigError for a reference that is too small for the features, before anything is sampled."""
-    for extractor in (judge.extractor for judge in found if judge.extractor is not None):
-        if real <= extractor.dim and not config.force:
-            raise ConfigError(
-                f"reference: {config.reference}: {real} pictures are too few for {extractor.dim} features "
-                f"({extractor.name}), whose covariance needs {extractor.dim + 1}; take more, or force=true"
-            )
+    """ConfigError for fewer pictures than features on either side, before anything is sampled."""
+    sides = {f"images: {config.images}": config.images, f"reference: {config.reference}: {real} pictures": real}
+    for extractor in (judge.extractor for judge in found if judge.extractor is not None and not config.force):
+        for side, count in sides.items():
+            if count <= extractor.dim:
+                raise ConfigError(
+                    f"{side} are too few for {extractor.dim} features ({extractor.name}), whose "
+                    f"covariance needs {extractor.dim + 1}; take more, or force=true for biased distances"
+                )
 
 
 def _verified(plan: Study, folder: Path) -> Evaluation:
@@ -143,13 +143,11 @@ def _verified(plan: Study, folder: Path) -> Evaluation:
     return Evaluation(folder, 0, 0, 0.0, said=f"all {len(everything)} shards are whole")
 
 
-def _reduced(
-    config: EvaluateConfig, plan: Study, found: Sequence[Judge], folder: Path, real: tuple[Any, ...]
-) -> Result:
+def _reduced(config: EvaluateConfig, plan: Study, found: Sequence[Judge], folder: Path) -> Result:
     """The results and everything that shows them, unless they are there for just these shards and settings."""
     read = [making.wanted(config, found, i, rows) for i in range(len(plan.settings)) for rows in plan.ranges]
     sums = [shards.sums(place, keys) for place, keys in zip(plan.shards(), read, strict=True)]
-    asked = [run_identity(config, plan, reference.identity(config, real)), config.name, config.model.name, config.shown]
+    asked = [folder.name, config.name, config.model.name, config.shown]  # the folder is named by the run's identity
     inputs = runs.digest([VERSION, runs.code_version(), asked, [j.by for j in found], sums])
     for place in plan.places.values():
         shards.sweep(place)
@@ -264,25 +262,13 @@ def _ending() -> Iterator[None]:
     """Errors that have a code of their own, as `Ended`."""
     try:
         yield
-    except CheckpointError as error:
-        raise Ended(3, str(error)) from error
     except shards.Damaged as error:
         raise Ended(4, str(error)) from error
-    except OSError as error:
-        if error.errno in LOCKED:
-            raise Ended(
-                5, f"{error.filename or 'output'}: {error.strerror}; choose another folder with out="
-            ) from error
-        if error.errno in NO_ROOM:
-            said = f"{error.filename or 'output'}: {error.strerror}; free some room, then the same command resumes"
-            raise Ended(5, said) from error
-        raise
-    except (MemoryError, RuntimeError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
-        if not full:
+    except (CheckpointError, OSError, MemoryError, RuntimeError) as error:
+        code = exit_code(error)
+        if code not in (3, 5):
             raise
-        raise Ended(5, f"out of memory: {text[:160]}; lower batch_size, or take a smaller model.dtype") from error
+        raise Ended(code, line(error)) from error
     except KeyboardInterrupt:
         print("stopped: whole shards are kept; the same command goes on", file=sys.stderr)
         raise

@@ -64,7 +64,7 @@ class Judge:
 def judges(config: EvaluateConfig, study: "Study", device: str = "cpu") -> tuple[Judge, ...]:
     """Those that `config` names, loaded. `mini`'s are small and stay on the CPU.
 
-    Raises ConfigError for too few pictures for their features, CheckpointError for weights that are missing.
+    Raises ConfigError for names that are none, CheckpointError for weights that are missing.
     """
     for group, keys in (("weights", config.weights), ("checksums", config.checksums)):
         if unknown := [key for key in keys if key not in WEIGHTS]:
@@ -74,11 +74,6 @@ def judges(config: EvaluateConfig, study: "Study", device: str = "cpu") -> tuple
     found: list[Judge] = []
     for name in config.features:
         extractor = load_extractor(name, given.get(name), sums.get(name), device="cpu" if name == "mini" else device)
-        if config.images <= extractor.dim and not config.force:
-            raise ConfigError(
-                f"images: {config.images} are too few for {extractor.dim} features ({name}), whose covariance needs "
-                f"{extractor.dim + 1}; take more, or force=true for biased distances"
-            )
         found.append(Judge(f"features-{name}", extractor.weights, _features(extractor), extractor=extractor))
     if len(study.settings) > 1:
         found += [_distance(name, config, study, device) for name in config.distances]
