@@ -13,7 +13,7 @@ import importlib.util
 import sys
 from types import ModuleType
 
-VERSION = "0.1.1.post1"
+VERSION = "0.0.16"
 PRIVATE = "_segresearch_k_diffusion"  # not "k_diffusion": a caller's own import of that name stays what it is
 MODULES = ("utils", "sampling", "external")  # in the order in which they import one another
 INSTALL = f"install it with: pip install k-diffusion=={VERSION}"
