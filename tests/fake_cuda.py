@@ -70,6 +70,9 @@ class FakeCuda(FakeTensorMode):
         self.sends: list[str] = []
         self.inside = False
 
+    def may_turn_const(self, t: Tensor) -> bool:
+        return False  # values are kept here for every tensor
+
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if self.inside or func in QUERIES:  # a part of an operation, or nothing but a question of its shape
@@ -128,13 +131,15 @@ MODE = FakeCuda()
 def _tolist(tensor: FakeTensor) -> Any:
     if _on_gpu(tensor):
         tensor.fake_mode.reads.append("tolist")
-    return tensor.worth.tolist()
+    with unset_fake_temporarily():
+        return tensor.worth.tolist()
 
 
 def _numpy(tensor: FakeTensor, *args: Any, **kwargs: Any) -> Any:
     if _on_gpu(tensor):
         raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu() first")
-    return tensor.worth.numpy()
+    with unset_fake_temporarily():
+        return tensor.worth.numpy()
 
 
 def forget() -> None:
