@@ -110,7 +110,11 @@ class FakeCuda(FakeTensorMode):
             return type(value)(map(self._met, value))
         if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
             return value
-        fake = self.from_tensor(value)
+        self.inside = True
+        try:
+            fake = self.from_tensor(value)
+        finally:
+            self.inside = False
         fake.worth = value
         return fake
 
