@@ -36,7 +36,7 @@ aten = torch.ops.aten
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CACHES = ("guidance", "models", "analysis", "evaluation", "sampling")  # packages whose caches may hold tensors
 QUERIES = frozenset(_DISPATCH_META_HANDLERS) | frozenset(_DISPATCH_HANDLE_DIRECTLY)
-INDEXED, COPIES = (aten.index, aten.index_put, aten.index_put_), (aten._to_copy, aten.copy_)
+INDEXED, COPIES = (aten.index, aten.index_put, aten.index_put_), (aten._to_copy, aten.copy_, aten.to)
 HOST = torch.device("cpu")
 
 
@@ -77,6 +77,8 @@ class FakeCuda(FakeTensorMode):
         kwargs = kwargs or {}
         if self.inside or func in QUERIES:  # a part of an operation, or nothing but a question of its shape
             return super().dispatch(func, types, args, kwargs)
+        if func not in self.lift_fns:
+            args = self._met(args)
         packet = func.overloadpacket
         gpu = any(map(_on_gpu, _flat(args)))
         if gpu and packet in INDEXED and _on_gpu(args[0]):
@@ -102,9 +104,27 @@ class FakeCuda(FakeTensorMode):
                 fake.worth = value
         return out
 
+    def _met(self, value: Any) -> Any:
+        """Real tensors, which lie on the CPU, as tensors of the mode."""
+        if isinstance(value, tuple | list):
+            return type(value)(map(self._met, value))
+        if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+            return value
+        self.inside = True
+        try:
+            fake = self.from_tensor(value)
+        finally:
+            self.inside = False
+        fake.worth = value
+        return fake
+
     def _computed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        if "_scaled_dot_product" in func.overloadpacket.__name__:  # of a GPU; its further outputs are not read
+        name = func.overloadpacket.__name__
+        if "_scaled_dot_product" in name:  # of a GPU; its further outputs are not read
             return F.scaled_dot_product_attention(*args[:3], scale=kwargs.get("scale"))
+        if name == "cudnn_batch_norm":
+            x, weight, bias, mean, variance, training, momentum, eps = args
+            return F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
         return func(*args, **kwargs)
 
     def _count(self, packet: Any, args: Any, out: Any, gpu: bool) -> None:

@@ -74,7 +74,8 @@ def test_statistics(gpu, axis, dtype):  # noqa: F811
 def test_curvature(gpu, dtype):  # noqa: F811
     q, k = pair(dtype)
     for blur in BLURS[:2] if dtype != torch.float32 else BLURS:
-        same_on_both(lambda q, k: curvature.curvature(q, k, "queries", blur, chain_norms=blur.sigma > 0), q, k, dtype=dtype)  # noqa: B023
+        norms = blur.sigma > 0
+        same_on_both(lambda q, k: curvature.curvature(q, k, "queries", blur, norms), q, k, dtype=dtype)  # noqa: B023
 
 
 def test_curvature_of_columns(gpu):  # noqa: F811

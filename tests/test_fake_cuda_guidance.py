@@ -21,8 +21,18 @@ from hydra import compose, initialize_config_dir
 
 from segresearch.build import build_guidance
 from segresearch.config import conf_dir
-from segresearch.guidance import PAG, SEG, At, EveryKth, GuidedDenoiser, Projected, Ramp, SelfAttentionGuidance
-from segresearch.guidance import cfg, perturbed
+from segresearch.guidance import (
+    PAG,
+    SEG,
+    At,
+    EveryKth,
+    GuidedDenoiser,
+    Projected,
+    Ramp,
+    SelfAttentionGuidance,
+    cfg,
+    perturbed,
+)
 from segresearch.guidance.blur import BOUNDARIES, blur
 from segresearch.guidance.denoiser import _copies
 from segresearch.guidance.postprocess import rescale
@@ -46,10 +56,11 @@ def from_the_cpu(q, k, v, site, attend):
 
 @lru_cache
 def config(name: str):
-    own = ["guidance.terms.custom.perturbation.target=test_fake_cuda_guidance.keep_values"] if name == "custom" else []
+    asked = [f"guidance={name}", "model=sdxl" if "cfg" in name else "model=mini"]
+    if name == "custom":
+        asked.append("guidance.terms.custom.perturbation.target=test_fake_cuda_guidance.keep_values")
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = compose("generate", overrides=[f"guidance={name}", "model=sdxl" if "cfg" in name else "model=mini", *own])
-    return settings(composed).guidance
+        return settings(compose("generate", overrides=asked)).guidance
 
 
 def step(model, rows: int = 2, dtype: torch.dtype = torch.float32, sigma=3.0, **more):

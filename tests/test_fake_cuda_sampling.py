@@ -1,8 +1,9 @@
-"""Sampling on a GPU that is not there: schedules, noise, windows, and every sampler's own loop from noise to latents."""
+"""Sampling on a GPU that is not there: schedules, noise, windows, and every sampler's own loop."""
 
 import pytest
 import torch
 from fake_cuda import (
+    DTYPES,
     check_same,
     fake_denoiser,
     gpu,  # noqa: F401  a fixture
@@ -11,7 +12,6 @@ from fake_cuda import (
     real_inputs,
     sent,
 )
-from fake_cuda import DTYPES
 
 from segresearch.guidance import GuidedDenoiser, cfg
 from segresearch.sampling import SAMPLERS, initial_noise, sample, sigmas, step_window
@@ -82,9 +82,8 @@ def test_every_sampler(gpu, sampler):  # noqa: F811
 def test_churn_draws_from_the_generator_of_the_device(gpu):  # noqa: F811
     assert global_generator(torch.device("cuda", 0)) is torch.cuda.default_generators[0]
     noise = initial_noise([1, 2], (4, 2, 3))
-    found = sample(
-        Shrink(fake_denoiser()), noise, "euler", "karras", 3, options={"s_churn": 5.0}, gain=torch.ones(2, 1, 1, 1, device="cuda")
-    )
+    gain = torch.ones(2, 1, 1, 1, device="cuda")
+    found = sample(Shrink(fake_denoiser()), noise, "euler", "karras", 3, options={"s_churn": 5.0}, gain=gain)
     assert found.device.type == "cuda" and found.shape == noise.shape
 
 
