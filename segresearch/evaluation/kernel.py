@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.threads import few_features, one_thread_for
+
 Kernel = Callable[[Tensor, Tensor], Tensor]
 BLOCK = 2048  # rows and columns of a kernel matrix that are held at once
 
@@ -109,6 +111,7 @@ def subset(n: int, size: int, seed: int, index: int, side: int) -> Tensor:
     return torch.randperm(n, generator=generator)[:size]
 
 
+@one_thread_for(few_features)
 def kid(
     features: Float[Tensor, "n dim"],
     reference: Float[Tensor, "m other"],
@@ -138,6 +141,7 @@ def kid(
     return KernelDistance(drawn.mean().item(), spread, subsets, size, n, m, x.shape[1])
 
 
+@one_thread_for(few_features)
 def cmmd(
     features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"], width: float = 10.0, scale: float = 1000.0
 ) -> Discrepancy:
