@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from segresearch.data.captions import COLORS, FLOORS, SHAPES, SKIES
+from segresearch.threads import one_thread
 
 SLOTS = 4
 FOCAL = 2.15
@@ -121,6 +122,7 @@ def _table(values: Sequence[float] | Sequence[Sequence[float]], device: torch.de
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
+@one_thread
 def layout(indices: Int[Tensor, "b"], seed: int = 0) -> Layout:
     """The scenes (seed, index), one to four objects each, in float64 (so that rounding never reaches the pixels)."""
     device = indices.device

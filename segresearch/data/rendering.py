@@ -16,6 +16,7 @@ from torch import Tensor
 from segresearch.data.captions import SHAPES
 from segresearch.data.layout import FOCAL, HEIGHTS, SLOTS, Layout
 from segresearch.data.shapes import BOX, GLOSS, hit, normal, shadow
+from segresearch.threads import one_thread
 
 SUB = 3
 """Samples per pixel and axis; odd, so that the middle sample is the pixel's centre."""
@@ -173,6 +174,7 @@ def _edges(labels: UInt8[Tensor, "b lines columns"]) -> Bool[Tensor, "b h w"]:
     return apart[..., 0] | apart[..., 1] | apart[..., 2]
 
 
+@one_thread
 def render(layout: Layout, size: tuple[int, int]) -> tuple[
     UInt8[Tensor, "b 3 h w"], Float[Tensor, "b h w"], Bool[Tensor, "b h w"], Float[Tensor, "b 4"]
 ]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from segresearch.data.captions import COLORS, DRAWS, FLOORS, SHAPES, SIZES, SKIES, VOCABULARY, Thing, caption
 from segresearch.data.layout import FOCAL, SLOTS, Layout, layout, uniform
 from segresearch.data.rendering import render
+from segresearch.threads import one_thread
 
 __all__ = ["COLORS", "FLOORS", "SHAPES", "SIZES", "SKIES", "VOCABULARY", "SceneObject", "Scenes", "captions", "scenes"]
 
@@ -65,6 +66,7 @@ def _captions(drawn: Layout, indices: Int[Tensor, "b"], seed: int, variant: int)
     return found
 
 
+@one_thread
 def captions(indices: Sequence[int], seed: int = 0, variant: int = 0) -> list[str]:
     """The captions of `scenes(indices, seed)` without their pictures; every variant is another true wording, 0 the one
     that `scenes` gives."""
@@ -72,6 +74,7 @@ def captions(indices: Sequence[int], seed: int = 0, variant: int = 0) -> list[st
     return _captions(layout(rows, seed), rows, seed, variant)
 
 
+@one_thread
 def scenes(indices: Sequence[int], seed: int = 0, size: int | tuple[int, int] = 64) -> Scenes:
     """The scenes (seed, index), each the same whatever the batch. size: one side or (height, width), in pixels.
 

@@ -17,6 +17,7 @@ from segresearch.data.captions import COLORS, SHAPES
 from segresearch.data.layout import SLOTS, layout
 from segresearch.data.scenes import SceneObject
 from segresearch.evaluation.vision import filled, unit_range
+from segresearch.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def load_namer(path_or_name: str | Path = "mini") -> Namer:
     return filled(path_or_name, "attributes", Namer)
 
 
+@one_thread
 @torch.inference_mode()
 def named(namer: Namer, images: Tensor, batch: int = 250) -> Attributes:
     """What the classifier sees in uint8 pictures (b, 3, 64, 64), sent to where it lies."""
@@ -110,6 +112,7 @@ def named(namer: Namer, images: Tensor, batch: int = 250) -> Attributes:
     return Attributes(count.argmax(1) + 1, of_shape, of_color, pairs.unflatten(1, (shapes, colors)))
 
 
+@one_thread
 def agreement(seen: Attributes, said: Attributes) -> dict[str, Float[Tensor, " b"]]:
     """How far each picture agrees with what was asked, each in [0, 1].
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from segresearch.evaluation import assets
 from segresearch.evaluation.vision import VisionTower, features_of
 from segresearch.models.locate import CheckpointError
+from segresearch.threads import one_thread
 
 CLIP = "openai/clip-vit-large-patch14"
 
@@ -100,6 +101,7 @@ def cosines(clip: Clip, images: UInt8[Tensor, "n 3 h w"], texts: Sequence[str], 
     return torch.cat(found)
 
 
+@one_thread
 def mini_cosines(
     tower: VisionTower, text: Any, images: UInt8[Tensor, "n 3 64 64"], texts: Sequence[str], batch: int = 250
 ) -> Float[Tensor, " n"]:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.evaluation.vision import Vision, unit_range
+from segresearch.threads import one_thread
 
 
 def feature_distance(vision: Vision, a: Float[Tensor, "b 3 h w"], b: Tensor) -> Float[Tensor, " b"]:
@@ -27,6 +28,7 @@ def feature_distance(vision: Vision, a: Float[Tensor, "b 3 h w"], b: Tensor) -> 
     return torch.stack(stages).mean(0)
 
 
+@one_thread
 @torch.inference_mode()
 def distances(vision: Vision, a: Tensor, b: Tensor, batch: int = 200) -> Float[Tensor, " b"]:
     """`feature_distance` of uint8 pictures, in batches, sent to where the network lies."""

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from segresearch.threads import one_thread
+
 
 def contrast(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h w"]:
     """Length of the Sobel gradient, the largest of the three channels."""
@@ -15,6 +17,7 @@ def contrast(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h w"]:
     return slopes.square().sum(1).sqrt().unflatten(0, images.shape[:2]).amax(1)  # -> (b, h, w)
 
 
+@one_thread
 def edge_agreement(images: Float[Tensor, "b 3 h w"], edges: Bool[Tensor, "b h w"]) -> Float[Tensor, " b"]:
     """Area under the ROC curve of `contrast` as a detector of the exact edges: 1 is perfect, 0.5 chance.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from segresearch.evaluation import assets, inception
 from segresearch.evaluation.vision import SIDE, load_vision, unit_range
 from segresearch.models.locate import located
+from segresearch.threads import one_thread
 
 DINOV2 = "facebook/dinov2-large"  # ViT-L/14, 1024 features (arXiv 2304.07193)
 CLIP = "openai/clip-vit-large-patch14-336"  # 768 features (arXiv 2103.00020)
@@ -140,6 +141,7 @@ def _mini(path: str | Path | None, sha256: str | None, device: torch.device, dty
     file = located(path or "mini") / "vision" / "model.safetensors"
     known = assets.checked(file, sha256) if sha256 else assets.digest(file)
 
+    @one_thread
     def network(images: Tensor) -> Tensor:
         if images.shape[2:] != (SIDE, SIDE):
             raise ValueError(

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from segresearch.threads import few_features, one_thread_for
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -129,6 +131,7 @@ def resamples(n: int, draws: int, seed: int = 0) -> Int[Tensor, "draws n"]:
     return torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
 
 
+@one_thread_for(few_features)
 def frechet_distance(
     features: Float[Tensor, "n dim"],
     reference: Gaussian,

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.threads import few_features, one_thread_for
+
 Kernel = Callable[[Tensor, Tensor], Tensor]
 BLOCK = 2048  # rows and columns of a kernel matrix that are held at once
 
@@ -113,6 +115,7 @@ def _drawn(x: Tensor, size: int, seed: int, index: int, side: int) -> Tensor:
     return x[subset(len(x), size, seed, index, side).to(x.device)]
 
 
+@one_thread_for(few_features)
 def kid(
     features: Float[Tensor, "n dim"],
     reference: Float[Tensor, "m other"],
@@ -142,6 +145,7 @@ def kid(
     return KernelDistance(drawn.mean().item(), spread, subsets, size, n, m, x.shape[1])
 
 
+@one_thread_for(few_features)
 def cmmd(
     features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"], width: float = 10.0, scale: float = 1000.0
 ) -> Discrepancy:

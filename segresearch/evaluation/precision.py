@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.threads import few_features, one_thread_for
+
 ROUNDING = 1e-13  # squared distances below this times the squared lengths are rounding, and count as 0
 
 
@@ -51,6 +53,7 @@ def covered(
     return torch.cat(inside).double().mean().item()
 
 
+@one_thread_for(few_features)
 def precision_recall(
     features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"], neighbour: int = 3, block: int = 1024
 ) -> PrecisionRecall:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from segresearch.models.locate import CheckpointError, located
+from segresearch.threads import one_thread
 
 SIDE = 64  # pixels
 Module = TypeVar("Module", bound=nn.Module)
@@ -94,6 +95,7 @@ def load_vision(path_or_name: str | Path = "mini") -> VisionTower:
     return filled(path_or_name, "vision", VisionTower)
 
 
+@one_thread
 @torch.inference_mode()
 def features_of(
     tower: VisionTower, images: Tensor, batch: int = 250

@@ -39,6 +39,7 @@ from segresearch.study.plan import Study, placed, run_identity, study
 from segresearch.study.record import figure_record, records
 from segresearch.study.reduce import Result, reduce
 from segresearch.study.workers import Worker, worker
+from segresearch.threads import threads
 from segresearch.typed import ConfigError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
     fit, `Ended` with a code of its own for weights, room and what is not complete.
     """
     kind = device_kind(config.device)
-    with _ending(), _threads(config.threads), arithmetic(config.compute.resolved(kind).precision, kind):
+    with _ending(), threads(config.threads), arithmetic(config.compute.resolved(kind).precision, kind):
         plan, place = study(config), place or worker()
         plan = placed(config, plan, located(config.model.path))
         real = reference.sources(config)
@@ -247,16 +248,6 @@ def _sweep(folder: Path) -> None:
     for path in [*folder.glob(".*.tmp"), *folder.glob("figures/.*.tmp")]:
         if runs.abandoned(path):
             path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

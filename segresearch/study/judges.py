@@ -21,6 +21,7 @@ from segresearch.models.locate import located
 from segresearch.plan import HELD_OUT, SCENE
 from segresearch.runs import digest, fingerprint
 from segresearch.study.shards import Array
+from segresearch.threads import one_thread
 from segresearch.typed import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def _caption(config: EvaluateConfig, device: str) -> Judge:
     return Judge("caption-mini", by, match)
 
 
+@one_thread
 def look(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 6"]:
     """Saturation (HSV) and brightness, means over the picture in [0, 1]; contrast, the deviation of its luminance; mean
     red, green and blue."""
