@@ -3,8 +3,8 @@
 Tiles that are decoded on their own differ from the whole picture, for GroupNorm and the lowest grid's attention see all
 of it; blending hides the seams, not the difference. Here no tile is decoded on its own. Every convolution of the whole
 network reads windows of its input, a pixel wider than those it writes, and every normalization takes its statistics
-from all windows. So there are no seams, nothing to blend, and no error but that of rounding. The lowest grid, with the
-attention, is small and computed whole.
+from all windows. So there are no seams, nothing to blend, and no error but that of rounding. The lowest grid is small
+and computed whole, its attention with as many queries at a time as a window has pixels there.
 
 What lies in memory are two activations of the highest grid (three, at half the channels, while widths change) and the
 temporaries of one window. The upsampling to the highest grid has the most channels: it is never held, but computed
@@ -50,7 +50,7 @@ def encoded(encoder: Encoder, images: Float[Tensor, "b c H W"], tile: int) -> Fl
 
 @torch.no_grad()
 def _decoded(decoder: Decoder, z: Float[Tensor, "1 l h w"], tile: int, factor: int) -> Float[Tensor, "1 c H W"]:
-    x = held(decoder.mid_block(decoder.conv_in(z)))
+    x = held(decoder.mid_block(decoder.conv_in(z), (tile // factor) ** 2))
     blocks: Any = decoder.up_blocks
     for i, block in enumerate(blocks):
         side = max(tile * 2**i // factor, 1)  # the same part of the picture on every grid
@@ -73,7 +73,7 @@ def _encoded(encoder: Encoder, image: Float[Tensor, "1 c H W"], tile: int) -> Fl
             x = held(resnet(layer, x, side))
         for layer in block.downsamplers:
             x = held(downsampled(layer, x, max(side // 2, 1)))
-    y = encoder.mid_block(x.read((0, x.size[0], 0, x.size[1])))
+    y = encoder.mid_block(x.read((0, x.size[0], 0, x.size[1])), side**2)
     return encoder.conv_out(F.silu(encoder.conv_norm_out(y)))
 
 

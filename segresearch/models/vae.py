@@ -67,7 +67,7 @@ class VAEConfig:
 
 
 class PixelAttention(nn.Module):
-    """One head over all pixels of the lowest grid."""
+    """One head over all pixels of the lowest grid; queries are asked `many` at a time, None all at once."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -77,9 +77,10 @@ class PixelAttention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def forward(self, x: Float[Tensor, "b c h w"], many: int | None = None) -> Float[Tensor, "b c h w"]:
         y = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
-        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        q, k, v = self.to_q(y), self.to_k(y), self.to_v(y)
+        y = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(many or q.shape[2], dim=2)], 2)
         return x + rearrange(self.to_out[0](y), "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
@@ -89,10 +90,10 @@ class Mid(nn.Module):
         self.resnets = nn.ModuleList(Resnet(channels, channels, groups, _EPS) for _ in range(2))
         self.attentions = nn.ModuleList([PixelAttention(channels, groups)] if attention else [])
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def forward(self, x: Float[Tensor, "b c h w"], many: int | None = None) -> Float[Tensor, "b c h w"]:
         x = self.resnets[0](x)
         for attention in self.attentions:
-            x = attention(x)
+            x = attention(x, many)
         return self.resnets[1](x)
 
 
