@@ -5,13 +5,15 @@
 # make clean   away with caches, builds and the environment; runs/ stays
 #
 # Each sets up what it needs: .venv with the versions of constraints.txt, once, and again when these files change.
-# Python 3.11 or 3.12 is looked for; `make demo PYTHON=/path/to/python` names one.
+# The newest Python from 3.11 on is looked for; `make demo PYTHON=/path/to/python` names one.
 
 VENV := .venv
 WORKERS := 2
 IMAGES := 1000
 READY := $(VENV)/.ready
-SUITS := import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+OLDEST := 3.11
+PYTHONS := python3.14 python3.13 python3.12 python3.11 python3 python
+SUITS := import sys, ensurepip, venv; sys.exit(sys.version_info[:2] < tuple(map(int, "$(OLDEST)".split("."))))
 
 .PHONY: demo test reproduce check clean
 
@@ -32,11 +34,15 @@ check: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@if ! $(VENV)/bin/python -c '$(SUITS)' 2>/dev/null; then \
-	    for python in $(PYTHON) python3.12 python3.11 python3 python none; do \
+	    for python in $(or $(PYTHON),$(PYTHONS)) none; do \
 	        $$python -c '$(SUITS)' 2>/dev/null && break; \
 	    done; \
 	    if [ $$python = none ]; then \
-	        echo "Python 3.11 or 3.12 (with venv) was not found: install one, or name it: make PYTHON=/path/to/python" >&2; \
+	        echo "Python $(OLDEST) or newer, with its venv module, was not found. Looked at:" >&2; \
+	        for python in $(or $(PYTHON),$(PYTHONS)); do \
+	            echo "  $$python: $$($$python --version 2>/dev/null || echo none that runs)" >&2; \
+	        done; \
+	        echo "Install one (on Debian with python3-venv), or name it: make PYTHON=/path/to/python" >&2; \
 	        exit 1; \
 	    fi; \
 	    $$python -m venv --clear $(VENV) || exit 1; \

@@ -1,5 +1,6 @@
 """From typed settings to the objects that run: the model and its guidance. Torch is imported when one is made."""
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -8,6 +9,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from segresearch.config import (
     PerturbationConfig,
     RampConfig,
 )
+from segresearch.models.compute import PLAIN, Compute
 from segresearch.typed import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -28,8 +31,28 @@ if TYPE_CHECKING:
 EVERYWHERE = (0.0, float("inf"))
 
 
-def load_model(config: ModelConfig, device: str = "auto", controlnets: Sequence[str] = ()) -> "SDXL":
-    """The model on `device`, with `controlnets`: "auto" is the first GPU if there is one, else the CPU.
+def device_kind(device: str) -> str:
+    """"cuda", "cpu", ... that `device` is here: "auto" is the first GPU if there is one, else the CPU.
+
+    Torch, which takes a second to import, is asked only where a driver is installed or torch is built for ROCm.
+    """
+    if device != "auto":
+        return device.partition(":")[0]
+    names = {"win32": "nvcuda.dll"}
+    try:
+        ctypes.CDLL(names.get(sys.platform, "libcuda.so.1"))
+    except OSError:
+        if "rocm" not in version("torch"):
+            return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(
+    config: ModelConfig, device: str = "auto", controlnets: Sequence[str] = (), compute: Compute = PLAIN
+) -> "SDXL":
+    """The model on `device`, with `controlnets`, computing as `compute` says. "auto": see `device_kind`.
 
     ValueError: see `load_sdxl`.
     """
@@ -37,8 +60,7 @@ def load_model(config: ModelConfig, device: str = "auto", controlnets: Sequence[
 
     from segresearch.models import load_sdxl
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_kind(device) if device == "auto" else device
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
@@ -53,6 +75,7 @@ def load_model(config: ModelConfig, device: str = "auto", controlnets: Sequence[
         config=config.config,
         tokenizer=config.tokenizer,
         vae_dtype=config.vae_dtype and getattr(torch, config.vae_dtype),
+        compute=compute,
         **with_nets,
     )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from segresearch.models.compute import Compute
 from segresearch.tracking import WandbConfig
 from segresearch.typed import Bounds, ConfigError
 
@@ -217,6 +218,7 @@ class GenerateConfig:
     size: tuple[Count, Count] | None = None
     batch_size: Count = 8
     device: str = "auto"
+    compute: Compute = Compute()
     out: str = "runs"
     grid: GridConfig = GridConfig()
 
@@ -268,6 +270,7 @@ class EvaluateConfig:
     only: Literal["all", "shards", "verify", "reduce"] = "all"
     threads: Annotated[int, Bounds(1, 1024)] = 1
     device: str = "auto"
+    compute: Compute = Compute()
     out: str = "runs"
     wandb: WandbConfig = WandbConfig()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segresearch import images, runs
-from segresearch.build import build_guidance, load_model
+from segresearch.build import build_guidance, device_kind, load_model
 from segresearch.command import Ended, hydra_settings
 from segresearch.config import ControlConfig, GenerateConfig, GuidanceConfig
 from segresearch.control.sources import Sources
@@ -93,7 +93,8 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
         if len(missing) < len(pictures):
             _say(f"{len(pictures) - len(missing)} of {len(pictures)} images are there already, {len(missing)} to make")
         try:
-            sdxl = load_model(config.model, config.device, list(sources.nets)) if model is None else model
+            nets = list(sources.nets)
+            sdxl = load_model(config.model, config.device, nets, config.compute) if model is None else model
             guided = {
                 id(b.guidance): build_guidance(b.guidance, sdxl.denoiser) for b in todo
             }  # any fails before one runs
@@ -117,6 +118,7 @@ def semantics(config: GenerateConfig, plan: tuple[Panel, ...], fingerprint: str,
     """What the pictures depend on, and no more: not where they go, the device, or how many are made at a time."""
     model = {"fingerprint": fingerprint, "dtype": config.model.dtype, "vae_dtype": config.model.vae_dtype}
     asked = {"sampler": config.sampler, "schedule": config.schedule, "steps": config.steps, "size": config.size}
+    asked |= config.compute.identity(device_kind(config.device))
     written = [
         {
             "title": panel.title,
@@ -137,6 +139,8 @@ def cut(
     common = {k: v for k, v in semantic.items() if k != "panels"}
     loaded = ("name", "path", "variant", "config", "tokenizer")
     common["model"] = {**{key: getattr(config.model, key) for key in loaded}, **common["model"]}
+    kind = device_kind(config.device)
+    common["compute"] = {"device": kind, **dataclasses.asdict(config.compute.resolved(kind))}
     common |= {"run": runs.digest(semantic), **runs.versions()}
     for number, panel in enumerate(plan, 1):
         for method, guidance in panel.methods.items():

@@ -20,6 +20,7 @@ from segresearch.images import read_settings
 from segresearch.models.locate import located, located_controlnet
 from segresearch.typed import ConfigError, typed
 
+EXACT = {"precision": "exact"}  # of records without a word on it, which are of a CPU
 OF_A_PICTURE = ("sampler", "schedule", "guidance", "steps", "size", "negative")
 
 
@@ -112,6 +113,7 @@ def _config(record: Mapping[str, Any], device: str, out: str) -> GenerateConfig:
     if "generate" in record:
         given = {**record["generate"], "device": device, "out": out}
         given["batch_size"] = (given.get("model") or {}).get("batch_size", 8)
+        given.setdefault("compute", EXACT)
         made: GenerateConfig = typed(GenerateConfig, given)
         return made
     missing = [key for key in (*OF_A_PICTURE, "model", "prompt", "seed") if key not in record]
@@ -121,6 +123,7 @@ def _config(record: Mapping[str, Any], device: str, out: str) -> GenerateConfig:
     given = {key: record[key] for key in OF_A_PICTURE} | {
         "model": model, "prompts": [record["prompt"]], "seeds": record["seed"], "device": device, "out": out,
         "controls": record.get("controls") or {}, "name": "again", "batch_size": 1,
+        "compute": {key: value for key, value in record.get("compute", EXACT).items() if key != "device"},
     }  # fmt: skip
     made = typed(GenerateConfig, given)
     return made
@@ -192,6 +195,9 @@ def _differences(given: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
         was, here = given["contents"][net], now["contents"][net]
         if was != here:
             yield f"other contents of control {net}: {was} when it was made, {here} here"
+    was, here = (record.get("compute", {}).get("device") for record in (given, now))
+    if was != here and None not in (was, here):
+        yield f"other device: {was} when it was made, {here} here"
     for key, word in (("code", "version of segresearch"), ("torch", "version of torch")):
         if key in given and key in now and given[key] != now[key]:
             yield f"other {word}: {given[key]} when it was made, {now[key]} here"

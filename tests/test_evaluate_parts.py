@@ -123,8 +123,10 @@ def places(*overrides: str) -> dict[str, str]:
 def test_shards_lie_by_what_pictures_depend_on():
     one = places("experiment=table2")
     assert one == places("experiment=table2", "images=40")
-    assert one == places("experiment=table2", "draws=3", "shown=2", "device=cuda", "only=reduce", "keep=8")
-    changes = ["batch_size=4", "shard=48", "steps=9", "sampler=heun", "prompts='scene:1-'", "model.dtype=float16",
+    assert one == places("experiment=table2", "draws=3", "shown=2", "device=cpu", "only=reduce", "keep=8")
+    assert one == places("experiment=table2", "device=cuda", "compute.precision=exact", "compute.offload=true")
+    changes = ["device=cuda", "compute.compile=true", "compute.graph=true", "compute.vae_tile=64",
+               "batch_size=4", "shard=48", "steps=9", "sampler=heun", "prompts='scene:1-'", "model.dtype=float16",
                "controlnet=canny controls.canny.image=scene:0-", "controlnet=canny controls.canny.image=scene:1-",
                "controlnet=canny controls.canny.image=scene:0-999",
                "controlnet=depth controls.depth.image=scene:0-"]  # fmt: skip

@@ -1,14 +1,24 @@
 """The package as it is installed: a light import, one version everywhere, pins that are names and versions only."""
 
+import ast
+import importlib.metadata
+import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 import segresearch
+from segresearch.sampling.doorway import MODULES, VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [*(ROOT / "experiments").glob("*.py")]  # a script finds its neighbours as modules, and benchmarks/ these
+LINUX = {"sys_platform": "linux", "os_name": "posix", "platform_machine": "x86_64", "platform_system": "Linux",
+         "implementation_name": "cpython", "platform_python_implementation": "CPython"}  # fmt: skip
 
 
 def test_import_is_light():
@@ -21,12 +31,47 @@ def test_one_version():
     assert re.search(rf"^version: {re.escape(segresearch.__version__)}$", (ROOT / "CITATION.cff").read_text(), re.M)
 
 
-def test_constraints_pin_every_dependency_by_name_and_version():
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line) for line in lines)
-    pinned = dict(line.split("==") for line in lines)
-    assert len(pinned) == len(lines) and pinned["k-diffusion"] == "0.1.1.post1"
+def test_constraints_pin_every_dependency_once_on_every_python():
+    text = (ROOT / "constraints.txt").read_text()
+    pins = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"==[0-9][0-9a-z.]*", str(pin.specifier)) and not (pin.url or pin.extras) for pin in pins)
+    assert {str(pin.specifier) for pin in pins if pin.name == "k-diffusion"} == {f"=={VERSION}"}
+    wanted = declared("test", "notebooks", "cluster", "dashboards", "dev") - {"segresearch"}
+    for minor in range(11, 15):
+        for patch in (0, 9):
+            python = {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.{patch}"}
+            names = [pin.name for pin in pins if pin.marker is None or pin.marker.evaluate(LINUX | python)]
+            assert len(names) == len(set(names)) and wanted <= set(names)
+
+
+def test_every_import_is_a_dependency_and_every_dependency_is_imported():
+    k_diffusion = Path(importlib.util.find_spec("k_diffusion").submodule_search_locations[0])
+    opened = [k_diffusion / f"{module}.py" for module in MODULES]
+    package = [path for folder in ("segresearch", "experiments") for path in (ROOT / folder).rglob("*.py")]
+    optional = [ROOT / "segresearch" / "dashboard.py"]  # imports the extra `dashboards`, and says so where it is absent
+    needed = distributions([path for path in package if path not in optional] + opened)
+    assert needed == declared() - {"k-diffusion"}  # the door opens it without importing it by name
+    assert distributions(optional) - needed == {"wandb-workspaces"} <= declared("dashboards")
+    assert distributions([*(ROOT / "benchmarks").rglob("*.py")]) <= declared("test")
+
+
+def declared(*extras: str) -> set[str]:
+    """The names of the distributions that pyproject.toml requires, with those of some extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
-    names = {re.split(r"[^A-Za-z0-9-]", name)[0].lower() for name in wanted} - {"segresearch"}
-    assert names <= pinned.keys()
+    lines = sum((project["optional-dependencies"][extra] for extra in extras), project["dependencies"])
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def distributions(paths: list[Path]) -> set[str]:
+    """The distributions whose modules these files import anywhere, Python's own and the files' own left out."""
+    tops = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                tops |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                tops.add(node.module.partition(".")[0])
+    tops -= {*sys.stdlib_module_names, "segresearch", "experiments", *(path.stem for path in [*paths, *SCRIPTS])}
+    installed = importlib.metadata.packages_distributions()
+    assert tops <= installed.keys()
+    return {canonicalize_name(installed[top][0]) for top in tops}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from segresearch import runs
 from segresearch.analysis.settings import AnalyzeConfig, measured_steps
-from segresearch.build import build_guidance, load_model
+from segresearch.build import build_guidance, device_kind, load_model
 from segresearch.command import hydra_settings
 from segresearch.config import ScheduleConfig
 from segresearch.models.locate import located
@@ -64,7 +64,7 @@ def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
     if page.is_file() and (recorded.is_dir() or not config.keep):
         return Analysis(folder, page, True, time.perf_counter() - start)
     try:
-        sdxl = load_model(config.model, config.device) if model is None else model
+        sdxl = load_model(config.model, config.device, compute=config.compute) if model is None else model
         recording, pictures = capture(config, sdxl, images, recorded)
         _measured(config, sdxl, recording, pictures, images, folder)
         if not config.keep:
@@ -83,6 +83,7 @@ def semantics(config: AnalyzeConfig, images: Sequence[dict[str, Any]], fingerpri
         key: getattr(config, key)
         for key in ("sampler", "schedule", "guidance", "negative", "steps", "size", "where", "heads", "branch", "blur")
     }
+    asked |= config.compute.identity(device_kind(config.device))
     model = {"fingerprint": fingerprint, "dtype": config.model.dtype}
     return runs.plain({"version": VERSION, "model": model, **asked, "at": measured_steps(config), "images": images})
 

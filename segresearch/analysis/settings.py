@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from segresearch.config import Count, GuidanceConfig, Heads, ModelConfig, SamplerConfig, ScheduleConfig, Seeds, Where
 from segresearch.config import Width as Sigma
+from segresearch.models.compute import Compute
 from segresearch.tracking import WandbConfig
 from segresearch.typed import ConfigError, typed
 
@@ -47,6 +48,7 @@ class AnalyzeConfig:
     keep: bool = False
     batch_size: Count = 8
     device: str = "auto"
+    compute: Compute = Compute()
     out: str = "runs"
     wandb: WandbConfig = WandbConfig()
 

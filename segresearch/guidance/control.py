@@ -1,6 +1,6 @@
 """What the ControlNets add at one step: each distinct conditioning once, whatever branches there are."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +34,15 @@ def residuals(
     denoiser: Any,
     x: Float[Tensor, "rows c h w"],
     sigma: Float[Tensor, " rows"],
-    conds: Mapping[str, Cond],
+    conds: Sequence[str],
+    joined: Callable[[Sequence[str], int], Cond],
     base: str,
     control: Sequence[Controlled],
     values: Sequence[float] | None = None,
 ) -> Control | None:
-    """Σ scale · residual of all ControlNets, for the rows of each conditioning in turn (len(conds) · rows in all).
+    """Σ scale · residual of all ControlNets, for the rows of each of `conds` in turn (len(conds) · rows in all).
+
+    conds: names of conditionings. joined: the rows of several, one after another (`Prepared.joined`).
 
     None where every scale is 0 or σ is outside every window: nothing is then computed. A perturbed branch has the x and
     the conditioning of the branch it perturbs, so it shares that one's residuals; ControlNets are never perturbed.
@@ -59,11 +62,11 @@ def residuals(
         n = len(names)
         hint = one.hint if one.rows == 1 else one.hint.repeat(n, 1, 1, 1)  # (b, c, h, w) -> (n·b, c, h, w)
         own = denoiser.control(
-            x.repeat(n, 1, 1, 1), sigma.repeat(n), Cond.cat([conds[name] for name in names]), one.net, hint, one.guess
+            x.repeat(n, 1, 1, 1), sigma.repeat(n), joined(names, len(x)), one.net, hint, one.guess
         )
         own = _scaled(own, scales * n)
         if n < len(conds):
-            own = _among(own, list(conds).index(base), len(conds))
+            own = _among(own, conds.index(base), len(conds))
         total = own if total is None else _plus(total, own)
     return total
 

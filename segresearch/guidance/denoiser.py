@@ -145,7 +145,7 @@ class GuidedDenoiser:
         for name, cond in (arguments.get("conds") or {}).items():
             same = next((other for other in made.values() if other.equals(cond)), None)
             made[name] = cond.projected(*nets) if same is None else same
-        return {**arguments, "conds": made, **({"control": control} if "control" in arguments else {})}
+        return {**arguments, "conds": Prepared(made), **({"control": control} if "control" in arguments else {})}
 
     def evaluate(
         self,
@@ -178,8 +178,8 @@ class GuidedDenoiser:
         asked = sorted(dict.fromkeys(merged.values()), key=lambda branch: bool(branch.perturbations))
         names = list(dict.fromkeys(branch.conditioning for branch in asked))
         rows, site = x.shape[0], self._fork_site(asked) if self.fork else None
-        own = {name: _rows(name, conds[name], rows) for name in names}
-        steered = residuals(self.denoiser, x, sigma, own, self.base.conditioning, control, values)
+        conds = conds if isinstance(conds, Prepared) else Prepared(conds)
+        steered = residuals(self.denoiser, x, sigma, names, conds.joined, self.base.conditioning, control, values)
         blocks = [branch.conditioning for branch in asked] if site is None else names
         fork = None
         if len(asked) > len(names):
@@ -193,7 +193,7 @@ class GuidedDenoiser:
         denoised = self.denoiser(
             x.repeat(n, 1, 1, 1),  # (b, c, h, w) -> (n·b, c, h, w)
             sigma.repeat(n),
-            cond=Cond.cat([own[name] for name in blocks]),
+            cond=conds.joined(blocks, rows),
             attend=BlockAttention(
                 self._plan(asked),
                 rows,
@@ -270,6 +270,21 @@ class GuidedDenoiser:
         first = len({b.conditioning for b in branches}) if site else len(branches)
         lines.append(f"  rows per image: {first}" + (f" -> {len(branches)} from {site}" if site else ""))
         return "\n".join(lines)
+
+
+class Prepared(dict[str, Cond]):
+    """Conditionings by name, for a run of calls: what a batch needs of several is joined at its first call."""
+
+    def __init__(self, conds: Mapping[str, Cond]):
+        super().__init__(conds)
+        self.joins: dict[tuple[tuple[str, ...], int], Cond] = {}
+
+    def joined(self, names: Sequence[str], rows: int) -> Cond:
+        """`rows` rows of each of these conditionings, one after another."""
+        key = (tuple(names), rows)
+        if key not in self.joins:
+            self.joins[key] = Cond.cat([_rows(name, self[name], rows) for name in names])
+        return self.joins[key]
 
 
 @lru_cache(maxsize=64)

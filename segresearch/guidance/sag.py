@@ -1,6 +1,7 @@
 """Self-Attention Guidance (SAG, arXiv 2210.00939): guide away from the image whose salient parts were blurred."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -111,8 +112,8 @@ class SelfAttentionGuidance:
         if self.blur_sigma == 0:
             return plain
         h, w = plain.shape[2:]
-        taps = gaussian_taps(self.blur_sigma, TAPS).to(plain)
-        blurred = fold_taps(taps, h, "reflect") @ plain @ fold_taps(taps, w, "reflect").T
+        down, across = (_latent_blur(n, float(self.blur_sigma), plain.dtype, plain.device) for n in (h, w))
+        blurred = down @ plain @ across.T
         cover = F.interpolate(mask[:, None].to(plain.dtype), size=(h, w), mode="nearest")  # (b, h', w') -> (b, 1, h, w)
         return torch.where(cover > 0, blurred, plain)
 
@@ -131,6 +132,13 @@ class SelfAttentionGuidance:
         where = f" where the attention received at {self.site} > {self.threshold:g}"
         own = "" if self.base in (None, self.inner.base.conditioning) else f"D[{self.base}] if not among them, and "
         return "\n".join([f"{first} + {term}", sag + where, *rest, f"  and {own}1 row per image in a second forward"])
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached tensor must serve gradients too
+def _latent_blur(n: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "{n} {n}"]:
+    """One axis of the latent blur; built on the CPU and moved once, not once a step."""
+    return fold_taps(gaussian_taps(sigma, TAPS).to(dtype), n, "reflect").to(device=device)
 
 
 def attention_received(

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segresearch.models.attention import Attend, Fork, sdpa
-from segresearch.models.conditioning import Cond
+from segresearch.models.compute import PLAIN, Compute, Runner
+from segresearch.models.conditioning import Cond, Projection
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.unet import Control, UNet
 from segresearch.sampling import k_diffusion
@@ -67,7 +68,8 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
     epsilon:       D = x − σ · eps(z, t)
     v_prediction:  D = x/(σ²+1) − σ/√(σ²+1) · v(z, t)       (v of arXiv 2202.00512, appendix D)
 
-    alphas_cumprod: ᾱ_t of the training steps; steps_offset: the first timestep of the `leading` schedule (SDXL: 1).
+    alphas_cumprod: ᾱ_t of the training steps; steps_offset: the first timestep of the `leading` schedule (SDXL: 1);
+    compute: how the network's calls are made (arithmetic, compiled, CUDA graphs).
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         alphas_cumprod: Float[Tensor, " steps"],
         prediction: str = "epsilon",
         steps_offset: int = 1,
+        compute: Compute = PLAIN,
     ):
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction {prediction!r} is not supported, only {' and '.join(PREDICTIONS)}")
@@ -89,6 +92,7 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         self.alphas = alphas_cumprod.double()
         self.prediction = prediction
         self.steps_offset = steps_offset
+        self.run = Runner(compute)
 
     @property
     def unet(self) -> UNet:
@@ -124,22 +128,25 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         fork: Fork | None = None,
     ) -> Float[Tensor, "rows_out c h w"]:
         """Denoised x at noise level sigma; with a fork it has the rows of `fork.index`, x and sigma copied along."""
-        out = self._network(x, sigma, cond=cond.told(self.unet), attend=attend, control=control, fork=fork)
+        return self.run(self._denoised, self.unet, x, sigma, cond.told(self.unet), attend, control, fork)
+
+    def _denoised(
+        self,
+        net: Any,
+        x: Float[Tensor, "rows c h w"],
+        sigma: Float[Tensor, " rows"],
+        cond: Cond | Projection,
+        attend: Attend,
+        control: Control | None,
+        fork: Fork | None,
+    ) -> Float[Tensor, "rows_out c h w"]:
+        out = self._network(net, x, sigma, cond=cond, attend=attend, control=control, fork=fork)
         if fork is not None:
             x, sigma = x[fork.index], sigma[fork.index]  # rows -> rows_out
         sigma = sigma[:, None, None, None]
         if self.prediction == "epsilon":
             return x - sigma * out
         return x / (sigma**2 + 1) - sigma / (sigma**2 + 1).sqrt() * out
-
-    def compiled(self, **options: Any) -> "Denoiser":
-        """A denoiser of the same weights whose UNet goes through torch.compile, in one graph; this one stays as it is.
-
-        Compiled for each shape and each set of branches that it meets, not for each step; needs a C++ compiler (Triton
-        on a GPU). options: of torch.compile, such as mode="max-autotune". Results differ by rounding.
-        """
-        unet: Any = torch.compile(self.unet, **{"dynamic": False, "fullgraph": True, **options})
-        return Denoiser(unet, self.alphas, self.prediction, self.steps_offset).to(self.sigmas.device)
 
     def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of calls, with what `cond` is to the network computed now; `sample` calls this."""
@@ -156,18 +163,23 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         guess: bool = False,
     ) -> Control:
         """What a ControlNet adds at noise level sigma, for `forward`; arguments and errors as of `ControlNet`."""
-        return net(self._scaled(x, sigma), self.sigma_to_t(sigma), cond.told(net), hint, guess)
+        return self.run(self._residuals, net, x, sigma, cond.told(net), hint, guess)
+
+    def _residuals(
+        self, net: Any, x: Tensor, sigma: Tensor, cond: Cond | Projection, hint: Tensor, guess: bool
+    ) -> Control:
+        return net(self._scaled(x, sigma), self.sigma_to_t(sigma), cond, hint, guess)
 
     def _scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
         return x / (sigma[:, None, None, None] ** 2 + 1).sqrt()
 
-    def _network(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+    def _network(self, net: Any, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """The network's own prediction, in the dtype of x."""
-        return self.inner_model(self._scaled(x, sigma), self.sigma_to_t(sigma), **extra).to(x.dtype)
+        return net(self._scaled(x, sigma), self.sigma_to_t(sigma), **extra).to(x.dtype)
 
     def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **extra: Any) -> Float[Tensor, " rows"]:
         """Mean squared error of the network's own prediction (eps or v) at input + sigma · noise, one value a row."""
         s = sigma[:, None, None, None]
         target = noise if self.prediction == "epsilon" else (noise - s * input) / (s**2 + 1).sqrt()
-        out = self._network(input + noise * s, sigma, **extra)
+        out = self._network(self.inner_model, input + noise * s, sigma, **extra)
         return (out - target).pow(2).flatten(1).mean(1)

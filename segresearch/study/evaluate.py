@@ -90,7 +90,7 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
 
             def load() -> "SDXL":
                 nets = list({control.net: None for control in config.controls.values()})
-                return load_model(config.model, device, nets) if model is None else model
+                return load_model(config.model, device, nets, config.compute) if model is None else model
 
             made = making.make(config, plan, found, place, load)
         seconds = time.perf_counter() - start

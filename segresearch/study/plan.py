@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from segresearch import runs
+from segresearch.build import device_kind
 from segresearch.config import EvaluateConfig, GuidanceConfig
 from segresearch.control.sources import Sources
 from segresearch.plan import (
@@ -97,6 +98,7 @@ def placed(config: EvaluateConfig, plan: Study, model: Path) -> Study:
         **{key: getattr(config, key) for key in asked},
         "prompts": config.prompts if _open_ended(config.prompts) else runs.digest(plan.prompts),
     }  # fmt: skip
+    common |= config.compute.identity(device_kind(config.device))
     if config.controls:
         common["controls"] = _controls(config, plan, model)
     places = {}

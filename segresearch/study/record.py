@@ -24,7 +24,7 @@ def records(config: EvaluateConfig, plan: Study, images: range, run: str = "") -
     sources = Sources([panel], place)
     alike = GenerateConfig(
         config.model, config.sampler, config.schedule, controls=config.controls, steps=config.steps, size=config.size,
-        batch_size=max(1, len(images)),
+        batch_size=max(1, len(images)), device=config.device, compute=config.compute,
     )  # fmt: skip
     semantic = semantics(alike, (panel,), runs.fingerprint(place), sources)
     batches = cut(alike, (panel,), semantic, Path(), sources)
