@@ -4,7 +4,6 @@ SEGRESEARCH_TEST_DEVICE=cpu runs the same code at small sizes without a GPU, whi
 SEGRESEARCH_TEST_NOTES=FILE takes a JSON line for every number noted and every test that ended.
 """
 
-import inspect
 import json
 import os
 import time
@@ -27,7 +26,6 @@ from segresearch.plan import settings
 DEVICE = os.environ.get("SEGRESEARCH_TEST_DEVICE", "cuda")
 REAL = DEVICE.startswith("cuda")
 ABSENT = "no GPU here: torch finds no CUDA device"
-COMPUTE = "compute" in inspect.signature(load_sdxl).parameters
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ("a red sphere left of a blue cube", "two yellow cubes")
 
@@ -45,20 +43,7 @@ def note(name: str, value: Any, **more: Any) -> None:
 
 def mini(device: str = DEVICE, dtype: torch.dtype = torch.float32, **compute: Any) -> SDXL:
     """mini with its two ControlNets; `compute`: of `Compute`."""
-    return load(path="mini", dtype=dtype, device=device, controlnet=["canny", "depth"], **compute)
-
-
-def load(path: Any, dtype: torch.dtype, device: str = DEVICE, controlnet: Any = None, tokenizer: Any = None,
-         **compute: Any) -> SDXL:  # fmt: skip
-    """load_sdxl with this `Compute`; a package that has no such argument yet gets its precision from torch's flags."""
-    given: dict[str, Any] = {"controlnet": controlnet, "tokenizer": tokenizer}
-    if COMPUTE:
-        return load_sdxl(path, dtype, device, compute=Compute(**compute), **given)
-    fast = compute.pop("precision", "auto") != "exact"
-    torch.backends.cudnn.allow_tf32 = fast
-    if any(compute.values()):
-        pytest.skip(f"load_sdxl takes no compute={compute} yet")
-    return load_sdxl(path, dtype, device, **given)
+    return load_sdxl("mini", dtype, device, ["canny", "depth"], compute=Compute(**compute))
 
 
 def composed(*overrides: str) -> GenerateConfig:

@@ -51,19 +51,13 @@ def test_under_a_controlnet_the_device_gives_the_pictures_of_the_cpu(tmp_path):
     given = ("controlnet=canny", "guidance=seg_cfg", "prompts=[a red ring]", "seeds=0-1", "steps=4")
     pictures = {}
     for place, device in (("here", "cpu"), ("there", DEVICE)):
-        script("generate", tmp_path, *given, f"device={device}", f"out={tmp_path / place}", *exact())
+        script("generate", tmp_path, *given, f"device={device}", f"out={tmp_path / place}", "compute.precision=exact")
         paths = sorted((tmp_path / place / "generate").rglob("seed*.png"))
         pictures[place] = np.stack([np.asarray(Image.open(p).convert("RGB")) for p in paths])
     assert len(pictures["here"]) == 4  # two pictures, two control images
     largest = apart(pictures["here"], pictures["there"])
     note("CPU against device, of 255: generate.py controlnet=canny", largest)
     assert largest <= 1
-
-
-def exact() -> tuple[str, ...]:
-    from gpu_models import COMPUTE
-
-    return ("compute.precision=exact",) if COMPUTE else ()
 
 
 def test_table1(tmp_path):
