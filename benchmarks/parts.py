@@ -253,10 +253,14 @@ def compiling(rounds: int, batch: int = 8) -> dict:
     """A SEG step of mini, compiled and not; the seconds that compiling took, the largest difference."""
     from networks import terms
 
+    from segresearch.models import Denoiser
+    from segresearch.models.compute import Compute
+
     sdxl = _mini()
+    compiled = Denoiser(sdxl.unet, sdxl.denoiser.alphas, compute=Compute(compile=True))
     calls = {
         "eager": _mini_step(sdxl, terms("CFG+SEG"), batch),
-        "compiled": _mini_step(sdxl, terms("CFG+SEG"), batch, sdxl.denoiser.compiled()),
+        "compiled": _mini_step(sdxl, terms("CFG+SEG"), batch, compiled),
     }
     start = time.perf_counter()
     first = calls["compiled"]()

@@ -337,7 +337,7 @@ kinds |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "transformer_la
 unet = UNet(dataclasses.replace(CONFIG, block_out_channels=(32, 64), **kinds)).double().requires_grad_(False)
 counter = CompileCounter()
 plain = Denoiser(unet, denoiser().alphas)
-compiled = plain.compiled(backend=counter)
+compiled = Denoiser(torch.compile(unet, backend=counter, dynamic=False, fullgraph=True), plain.alphas)
 x, sigma, conds = noisy(1)
 terms = {"cfg": cfg(4.0), "seg": perturbed("seg", SEG(math.inf), 2.0), "pag": perturbed("pag", PAG(), 1.0)}
 model = GuidedDenoiser(compiled, terms)
