@@ -198,7 +198,7 @@ def mini_steps(batches: Sequence[int], whats: Sequence[str], rounds: int) -> dic
         found["rows"].append({"what": what, "batch": int(batch), "seconds": median(times), "flops": counted[name]})
     z = torch.randn(max(batches), *sdxl.latent_shape(sdxl.default_size), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ways = {part: (lambda part=part: [sdxl.vae.decode(p) for p in z.split(part)]) for part in (1, 5, 10, len(z))}
+        ways = {part: (lambda part=part: [sdxl.decode(p) for p in z.split(part)]) for part in (1, 5, 10, len(z))}
         found["decode"] = [
             {"part": part, "images": len(z), "seconds": median(times)}
             for part, times in interleaved(ways, rounds).items()  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ def mini_images(images: int, batch: int, steps: int, what: str = "SEG") -> dict:
         x = sample(model, initial_noise(seeds, sdxl.latent_shape(size)), steps=steps, conds=conds)
         with torch.no_grad():
             for part in x.split(10):
-                sdxl.vae.decode(part).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+                sdxl.decode(part).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
     make(range(2))
     start = time.perf_counter()
@@ -289,7 +289,7 @@ def skipping(every: int, steps: int = 25, images: int = 8) -> dict:
         x = sample(model, noise, steps=steps, conds=conds)
         found[k] = time.perf_counter() - start
         with torch.no_grad():
-            pixels[k] = sdxl.vae.decode(x)
+            pixels[k] = sdxl.decode(x)
     error = {k: float((pixels[1] - pixels[k]).pow(2).mean().sqrt()) for k in (0, every)}
     return {"every": every, "images": images, "steps": steps, "seconds": found, "rms": error}
 
