@@ -233,8 +233,10 @@ class GuidedDenoiser:
             guided = guided + extra
         if self.rescale and any(mixed):
             rescaled = rescale(guided, plain, x, self.rescale)
-            chosen = torch.tensor(mixed, device=x.device)[:, None, None, None]
-            guided = rescaled if all(mixed) else torch.where(chosen, rescaled, guided)
+            if not all(mixed):
+                chosen = torch.tensor(mixed, device=x.device)[:, None, None, None]
+                rescaled = torch.where(chosen, rescaled, guided)
+            guided = rescaled
         for post in self.post:
             guided = post(guided, plain, x, sigma)
         return guided
