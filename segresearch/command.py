@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
             shown = FULL in os.environ  # errors are to come here, not to be printed by Hydra
             os.environ.setdefault(FULL, "1")
             own, ended = os.getpid(), Sweep()
+            warnings.formatwarning = _one_line
 
             @functools.wraps(main)
             def job(config: Any) -> None:
@@ -78,6 +80,12 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
         return run
 
     return decorate
+
+
+def _one_line(message: Warning | str, category: type[Warning], *where: Any) -> str:
+    """A warning as a script prints it: what it says; its place too where it is not meant for users."""
+    place = "" if category is UserWarning else f" ({':'.join(map(str, where[:2]))})"
+    return f"warning: {' '.join(str(message).split())}{place}\n"
 
 
 @dataclass

@@ -205,7 +205,7 @@ def _make(
     if config.schedule.rho is not None:
         levels = sigmas(sdxl.denoiser, config.schedule.name, config.steps, config.schedule.rho)
     shape, made = sdxl.latent_shape(config.size), 0
-    with torch.no_grad(), tqdm(total=len(missing), unit="image", disable=None, leave=False) as bar:
+    with torch.no_grad(), sdxl.arithmetic(), tqdm(total=len(missing), unit="image", disable=None, leave=False) as bar:
         try:
             for batch in todo:
                 seeds = [p.seed for p in batch.pictures]

@@ -111,7 +111,7 @@ def capture(
     recorder = Recorder(
         sdxl.unet.site_heads, config.where, config.heads, measured_steps(config), [config.branch], folder=folder
     )
-    with torch.no_grad():
+    with torch.no_grad(), sdxl.arithmetic():
         for i in range(0, len(images), config.batch_size):
             batch = images[i : i + config.batch_size]
             seeds = [image["seed"] for image in batch]

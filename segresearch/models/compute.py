@@ -59,16 +59,16 @@ PLAIN = Compute()
 
 
 @contextmanager
-def arithmetic(precision: str, device: "torch.device") -> Iterator[None]:
+def arithmetic(precision: str, device: "torch.device | str") -> Iterator[None]:
     """fp32 products on this device as `Compute.precision` says ("exact" or "fast"); afterwards as before.
 
     Sets torch's two switches of TF32, where the device is a GPU: of matrix products (always off) and of convolutions.
     """
-    import torch
-
-    if device.type != "cuda":
+    if not str(device).startswith("cuda"):
         yield
         return
+    import torch
+
     matmul, cudnn, fast = torch.backends.cuda.matmul, torch.backends.cudnn, precision == "fast"
     before = (matmul.allow_tf32, cudnn.allow_tf32)
     matmul.allow_tf32, cudnn.allow_tf32 = False, fast

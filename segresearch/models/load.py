@@ -1,6 +1,7 @@
 """load_sdxl: from a path or a name to a ready SDXL, whatever the layout on disk."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.models.checkpoint import fill
-from segresearch.models.compute import Compute
+from segresearch.models.compute import PLAIN, Compute, arithmetic
 from segresearch.models.conditioning import Cond
 from segresearch.models.control_folder import Asked, check_fit, open_controlnets
 from segresearch.models.controlnet import ControlNet
@@ -29,7 +30,7 @@ class SDXL:
 
     name: as it was asked for. zero_negative: no negative prompt means zeros (SDXL), else the encoding of "".
     controlnets: by the names they were asked for by, in that order.
-    compute: its vae_tile and offload hold for the methods here; the VAE's own decode and encode compute where it lies.
+    compute: of the denoiser, and of the methods here; the VAE's own decode and encode compute where and as they are.
     """
 
     unet: UNet
@@ -39,7 +40,7 @@ class SDXL:
     name: str = "sdxl"
     zero_negative: bool = True
     controlnets: Mapping[str, ControlNet] = field(default_factory=dict)
-    compute: Compute = Compute()
+    compute: Compute = PLAIN
 
     @property
     def device(self) -> torch.device:
@@ -107,17 +108,21 @@ class SDXL:
         def cond(context: Tensor, pooled: Tensor) -> Cond:
             return Cond(context, pooled, ids).to(device, self.unet.conv_in.weight.dtype)
 
-        positive = cond(*self.text.encode(prompts, clip_skip, moved))
+        def encode(texts: Sequence[str], clip_skip: int | None = None) -> tuple[Tensor, Tensor]:
+            with self.arithmetic():
+                return self.text.encode(texts, clip_skip, moved)
+
+        positive = cond(*encode(prompts, clip_skip))
         if negative is None and self.zero_negative:
             return {
                 "cond": positive,
                 "uncond": Cond(torch.zeros_like(positive.context), torch.zeros_like(positive.pooled), ids),
             }
         if negative is None or isinstance(negative, str):
-            context, pooled = self.text.encode([negative or ""], device=moved)
+            context, pooled = encode([negative or ""])
             context, pooled = context.expand(rows, -1, -1), pooled.expand(rows, -1)  # (1, ...) -> (rows, ...)
         else:
-            context, pooled = self.text.encode(negative, device=moved)
+            context, pooled = encode(negative)
         return {"cond": positive, "uncond": cond(context, pooled)}
 
     def decode(self, latents: Float[Tensor, "b l h w"]) -> Float[Tensor, "b c H W"]:
@@ -130,7 +135,12 @@ class SDXL:
 
     def _vae(self, method: str, x: Tensor) -> Tensor:
         run = on_device(self.vae, self.device, method) if self.compute.offload else getattr(self.vae, method)
-        return run(x.to(self.device), tile=self.compute.vae_tile)
+        with self.arithmetic():
+            return run(x.to(self.device), tile=self.compute.vae_tile)
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """fp32 products within its block as `compute.precision` says, of networks that are called directly too."""
+        return arithmetic(self.compute.resolved(self.device).precision, self.device)
 
 
 def load_sdxl(
@@ -143,7 +153,7 @@ def load_sdxl(
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
-    compute: Compute | None = None,
+    compute: Compute = PLAIN,
 ) -> SDXL:
     """An SDXL from a diffusers folder, a single .safetensors file in the original layout, "mini", or a hub id in the
     local cache.
@@ -182,7 +192,7 @@ def load_sdxl(
             path, None if config is None else Path(config), None if tokenizer is None else Path(tokenizer)
         )
     nets = open_controlnets(controlnet, path, variant)
-    return _built(parts, nets, str(path_or_name), dtype, torch.device(device), vae_dtype, compute or Compute())
+    return _built(parts, nets, str(path_or_name), dtype, torch.device(device), vae_dtype, compute)
 
 
 def _built(
@@ -202,7 +212,7 @@ def _built(
         check_fit(own, net.config, unet.config, vae.config.factor)
     try:
         schedule, offset = alphas_cumprod(parts.scheduler).to(device), int(parts.scheduler.get("steps_offset", 1))
-        denoiser = Denoiser(unet, schedule, parts.scheduler.get("prediction_type", "epsilon"), offset)
+        denoiser = Denoiser(unet, schedule, parts.scheduler.get("prediction_type", "epsilon"), offset, compute)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{name}: {error}") from error
     modules = (unet, vae, *text.encoders, *(net for net, _ in nets.values()))
