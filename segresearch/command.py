@@ -50,7 +50,7 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
             shown = FULL in os.environ  # errors are to come here, not to be printed by Hydra
             os.environ.setdefault(FULL, "1")
             own, ended = os.getpid(), Sweep()
-            warnings.formatwarning = _one_line
+            warnings.formatwarning = _one_line  # type: ignore[assignment]
 
             @functools.wraps(main)
             def job(config: Any) -> None:
