@@ -41,7 +41,7 @@ def plan(device: str, smoke: bool) -> list[Part]:
     batches = (1, 2) if smoke else (1, 4, 8)
     eager = {"whats": ROWS, "ways": ("eager", "graph")}
     parts = [Part("ceiling", "ceiling", 60, {"device": device, "side": 256 if smoke else 8192})]
-    for batch in batches:
+    for batch in batches[-1:] if smoke else batches:
         own = {"batch": batch, "rounds": max(2, rounds // batch + 4 * (batch > 1)), "beside": ("eager", "pipelines")}
         parts.append(Part(f"steps, batch {batch}", "steps", 110, same | eager | own))
     both = {"ways": ("graph", "compile", "compile+graph"), "rounds": rounds}
@@ -57,6 +57,9 @@ def plan(device: str, smoke: bool) -> list[Part]:
     parts.append(Part("decode", "decode", 80, {"sides": (64,) if smoke else (1024, 2048), "device": device,
                                                "tile": 64 if smoke else 512, "size": size}))  # fmt: skip
     parts.append(Part("trials", "trials", 90, same | {"batches": batches[:: len(batches) - 1], "rounds": rounds}))
+    for who, what in () if smoke else (("ours", "SEG"), ("diffusers", "PAG")):
+        own = {"px": px, "device": device, "who": who, "what": what}
+        parts.append(Part(f"memory of {who}", "memory", 60, own))
     return parts
 
 
@@ -243,7 +246,6 @@ def pictures(save: Save, px: int, batch: int, device: str, size: str, steps: int
         denoiser = plain_denoiser(unet, Compute(graph="graph" in way, compile="compile" in way)).to(device)
         model = GuidedDenoiser(denoiser, terms("CFG+SEG"))
 
-        @torch.no_grad()
         def call() -> torch.Tensor:
             latents = sample(model, noise, "euler", steps=steps, conds=conds)
             pixels = torch.cat([vae.decode(z) for z in latents.split(1)])
@@ -272,31 +274,32 @@ def decode(save: Save, sides: Sequence[int], device: str, tile: int, size: str) 
     """Seconds and peak memory of decoding one picture whole and in tiles, and how far apart the two are."""
     import torch
 
-    found = []
+    found: list[dict[str, Any]] = []
     for side in sides:
+        z = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(0)).to(device)
         for dtype in ("bfloat16", "float32"):
             vae = random_vae(getattr(torch, dtype), device, size)
-            z = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(0)).to(device)
-            pictures = {}
-            for way, own in (("whole", None), ("tiles", tile)):
-                rows, peak = Rows(device, lambda _: None), {}
-                weights = torch.cuda.memory_allocated() if device.startswith("cuda") else 0
+            found += [decode_row(vae, z, None, device, dtype), decode_row(vae, z, tile, device, dtype)]
+            whole, tiles = (one.pop("picture", None) for one in found[-2:])
+            if whole is not None and tiles is not None:
+                found[-1] |= {"apart": float((whole - tiles).abs().max()), "of": float(whole.abs().max())}
+            save(found)
 
-                def call(own: int | None = own, way: str = way) -> None:
-                    with torch.no_grad():
-                        pictures[way] = vae.decode(z, tile=own) if own else vae.decode(z)
 
-                with peak_of(peak, way, device):
-                    rows.add(way, lambda call=call: call, warm=1)
-                rows.time(3)
-                above = peak.get(way, 0) - weights / 2**30
-                found.append({"px": side, "dtype": dtype, "way": way, "tile": own, "peak": peak.get(way), "above": above,
-                              "times": rows.found["times"].get(way), "failed": rows.found["failed"].get(way)})  # fmt: skip
-                save(found)
-            if len(pictures) == 2:
-                found[-1]["apart"] = float((pictures["whole"] - pictures["tiles"]).abs().max())
-                found[-1]["of"] = float(pictures["whole"].abs().max())
-                save(found)
+def decode_row(vae: Any, z: Any, tile: int | None, device: str, dtype: str) -> dict[str, Any]:
+    import torch
+
+    way = "whole" if tile is None else "tiles"
+    rows, peaks = Rows(device, lambda _: None), {}
+    weights = torch.cuda.memory_allocated() / 2**30 if device.startswith("cuda") else 0.0
+    row: dict[str, Any] = {"px": z.shape[-1] * 8, "dtype": dtype, "way": way, "tile": tile}
+    with peak_of(peaks, way, device), rows.kept(way):
+        row["picture"] = vae.decode(z, tile=tile)
+    rows.add(way, lambda: lambda: vae.decode(z, tile=tile), warm=1)
+    rows.time(3)
+    peak = peaks.get(way)
+    return row | {"peak": peak, "above": None if peak is None else peak - weights,
+                  "times": rows.found["times"].get(way), "failed": rows.found["failed"].get(way)}  # fmt: skip
 
 
 def trials(save: Save, px: int, device: str, size: str, batches: Sequence[int], rounds: int) -> None:
@@ -369,15 +372,23 @@ def fused(found: dict[str, Any], px: int, device: str, batch: int, rounds: int) 
         found.setdefault("qkv", {}).update({name: median(times) for name, times in rows.found["times"].items()})
 
 
+def memory(save: Save, px: int, device: str, who: str, what: str) -> None:
+    """Peak memory of two steps of SDXL at full size."""
+    import parts
+
+    save({"who": who, "what": what, "px": px, **parts.peak(who, what, px, "bfloat16", device)})
+
+
 def main() -> None:
     name, arguments, into = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     import torch
 
     if arguments["device"] == "cpu":
         torch.set_num_threads(1)
-    {f.__name__: f for f in (ceiling, steps, pictures, decode, trials)}[name](
-        lambda found: written(into, json.dumps(found)), **arguments
-    )
+    with torch.no_grad():
+        {f.__name__: f for f in (ceiling, steps, pictures, decode, trials, memory)}[name](
+            lambda found: written(into, json.dumps(found)), **arguments
+        )
 
 
 if __name__ == "__main__":

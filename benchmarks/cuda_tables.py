@@ -20,7 +20,8 @@ def shown(parts: Parts) -> list[str]:
         out.append(f"Matmul ceiling in bf16: {ceiling / 1e12:.0f} TFLOP/s, measured.")
     for name, part in parts.items():
         found, kind = part.get("found"), name.partition(",")[0].partition(" ")[0]
-        make = {"steps": steps, "compiled": steps, "pictures": pictures, "decode": decode, "trials": trials}.get(kind)
+        make = {"steps": steps, "compiled": steps, "pictures": pictures, "decode": decode, "trials": trials,
+                "memory": memory}.get(kind)  # fmt: skip
         if make is not None and found:
             out += [f"### {name[:1].upper()}{name[1:]}", *make(found, ceiling)]
         if part.get("failed"):
@@ -87,8 +88,7 @@ def pictures(found: Mapping[str, Any], ceiling: float | None) -> list[str]:
         for way, times in found["times"].items()
         if times
     ]
-    note = (f"{found['px']} px, batch {found['batch']}, {found['steps']} steps of CFG+SEG in bf16, random conditionings, "
-            "VAE decode in fp32.")  # fmt: skip
+    note = f"{found['px']} px, batch {found['batch']}, {found['steps']} steps of CFG+SEG in bf16, VAE decode in fp32."
     return [note, table(("way", "s a batch", "images/s"), rows), *failures(found["failed"])]
 
 
@@ -98,9 +98,15 @@ def decode(found: list[Mapping[str, Any]], ceiling: float | None) -> list[str]:
         apart = f"{d['apart']:.1e} of {d['of']:.1f}" if d.get("apart") is not None else ""
         memory = ["–" if d["peak"] is None else f"{d[key]:.2f}" for key in ("peak", "above")]
         seconds = f"{median(d['times']):.3f}" if d.get("times") else d.get("failed") or "–"
-        rows.append([d["px"], d["dtype"], d["way"] + (f" of {d['tile']}" if d["tile"] else ""), seconds, *memory, apart])
+        way = d["way"] + (f" of {d['tile']}" if d["tile"] else "")
+        rows.append([d["px"], d["dtype"], way, seconds, *memory, apart])
     head = ("px", "dtype", "way", "s", "peak, GiB", "above the weights, GiB", "largest difference")
     return ["The VAE at full size, one picture, random weights.", table(head, rows)]
+
+
+def memory(found: Mapping[str, Any], ceiling: float | None) -> list[str]:
+    whole, above = (found[key] / 2**30 for key in ("whole", "above"))
+    return [f"Two {found['what']} steps at {found['px']} px: {whole:.2f} GiB, {above:.2f} above the weights."]
 
 
 def trials(found: Mapping[str, Any], ceiling: float | None) -> list[str]:
@@ -119,11 +125,10 @@ def trials(found: Mapping[str, Any], ceiling: float | None) -> list[str]:
 
 def goals(parts: Parts, ceiling: float | None) -> list[str]:
     """The goals that what was found can judge, each with its verdict."""
-    whole = {name: part["found"] for name, part in parts.items() if part.get("found") and "steps" in name + "steps"
-             and isinstance(part["found"], dict) and "flops" in part["found"]}  # fmt: skip
+    tables = [part["found"] for name, part in parts.items() if name.startswith(("steps", "compiled")) and part["found"]]
     best: dict[tuple[str, int], tuple[float, str, Mapping[str, Any]]] = {}
     faster: list[float] = []
-    for found in whole.values():
+    for found in tables:
         times = found["times"]
         for name, t in times.items():
             what, _, way = name.rpartition(", ")

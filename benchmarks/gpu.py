@@ -3,6 +3,7 @@
     python benchmarks/gpu.py                        # 9 minutes at most; results in runs/gpu/results.md
     python benchmarks/gpu.py --device cpu --smoke   # the same code at tiny sizes, without a GPU
     python benchmarks/gpu.py --only bench           # or tests
+    python benchmarks/gpu.py --keep runs/gpu/results.md      # its tables into benchmarks/RESULTS.md
 
 Every test file and every part of the benchmark is a process of its own with its own limit. The file is written anew
 after each, so that whoever stops it, or loses the machine, has what there was; logs lie beside it.
@@ -24,11 +25,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from cuda import plan, run_part, warm_up  # noqa: E402
 from cuda_tables import shown  # noqa: E402
-from harness import HERE, bounded, machine, table, written  # noqa: E402
+from harness import HERE, ON_A_GPU, bounded, machine, table, with_section, written  # noqa: E402
 
 ROOT = HERE.parent
 TESTS = {"pictures": 150.0, "compute": 150.0, "full_size": 150.0, "scripts": 150.0}  # files and their seconds
-MOST = 1_000_000  # characters of the file
+MOST = 900_000  # characters of the file
+NUMBERS = "## All numbers"
 
 
 class Results:
@@ -47,13 +49,14 @@ class Results:
 
     def _save(self) -> None:
         said = ", ".join(f"{k} {v}" for k, v in self.facts.items() if v is not None)
-        lines = ["# On a GPU", f"    benchmarks/gpu.sh {' '.join(sys.argv[1:])}".rstrip(), f"Machine: {said}."]
+        heading = f"{ON_A_GPU}{self.facts['gpu'] or 'none, a trial'}, commit {self.facts['commit']}"
+        lines = [heading, f"    benchmarks/gpu.sh {' '.join(sys.argv[1:])}".rstrip(), f"Machine: {said}."]
         lines += self.notes
         lines += self.tested() + (["## Benchmark", *shown(self.parts)] if self.parts else [])
         raw = {"facts": self.facts, "tests": self.tests, "parts": self.parts}
         text = "\n\n".join(lines) + "\n"
         for keep in (raw, {"facts": self.facts, "parts": self.parts}):
-            whole = f"{text}\n## All numbers\n\n```json\n{json.dumps(keep)}\n```\n"
+            whole = f"{text}\n{NUMBERS}\n\n```json\n{json.dumps(keep)}\n```\n"
             if len(whole) < MOST:
                 break
         written(self.folder / "results.md", whole[:MOST])
@@ -117,8 +120,13 @@ def test_file(name: str, folder: Path, device: str, limit: float) -> dict[str, A
             "notes": [json.loads(line) for line in lines if line.endswith("}")]}  # fmt: skip
 
 
-def run(device: str, smoke: bool, only: Sequence[str], limit: float, folder: Path) -> Results:
-    """Everything, in `limit` seconds: while the first test files run, compilations are made side by side with them."""
+def run(
+    device: str, smoke: bool, only: Sequence[str], limit: float, folder: Path, parts: Sequence[str] = ()
+) -> Results:
+    """Everything, in `limit` seconds: while the first test files run, compilations are made side by side with them.
+
+    parts: first words of those of the benchmark that are wanted; none: all.
+    """
     end = time.monotonic() + limit
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("*.json*"), *folder.glob("*.log")):
@@ -145,13 +153,15 @@ def run(device: str, smoke: bool, only: Sequence[str], limit: float, folder: Pat
 
     os.environ.update(threads)
     together = [(tested, name) for name in TESTS if name != "scripts"] if "tests" in only else []
-    together += [(warmed, part) for part in warm_up(device, smoke)] if "bench" in only else []
+    compiles = "bench" in only and (not parts or "compiled" in parts)
+    together += [(warmed, part) for part in warm_up(device, smoke)] if compiles else []
     with ThreadPoolExecutor(1 if device == "cpu" else max(1, len(together))) as pool:
         for future in [pool.submit(call, what) for call, what in together]:
             future.result()
     if "tests" in only:
         tested("scripts")  # alone, for they are timed
-    for part in plan(device, smoke) if "bench" in only else ():
+    wanted = [part for part in plan(device, smoke) if not parts or part.name.startswith(("ceiling", *parts))]
+    for part in wanted if "bench" in only else ():
         if left() < 15:
             results.parts[part.name] = {"found": None, "failed": "was not begun: no time was left", "seconds": 0}
         else:
@@ -163,6 +173,35 @@ def run(device: str, smoke: bool, only: Sequence[str], limit: float, folder: Pat
     return results
 
 
+def bench(device: str, quick: bool, parts: Sequence[str] | None, markdown: Path | None) -> None:
+    """The benchmark alone, in under seven minutes; its tables printed, and put into the file `markdown`."""
+    refuse_without(device)
+    chosen = parts or (("steps", "pictures", "decode", "memory") if quick else ())
+    folder = Path("runs/gpu")
+    run(device, False, ["bench"], 410, folder, chosen)
+    section = (folder / "results.md").read_text().partition(f"\n{NUMBERS}")[0]
+    print(section)
+    if markdown:
+        written(markdown, with_section(markdown.read_text() if markdown.is_file() else "", section))
+
+
+def refuse_without(device: str) -> None:
+    """SystemExit, in one line, where this GPU is not."""
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("no GPU here: torch finds no CUDA device; gpu.py --device cpu --smoke tries the code without")
+
+
+def keep(results: Path) -> None:
+    """Put the tables of a results.md into benchmarks/RESULTS.md, without all numbers."""
+    place = HERE / "RESULTS.md"
+    section = results.read_text().partition(f"\n{NUMBERS}")[0]
+    if not section.startswith(ON_A_GPU):
+        raise SystemExit(f"{results}: begins with {section[:20]!r}, not with {ON_A_GPU!r}: give a file of gpu.sh")
+    written(place, with_section(place.read_text(), section))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the code")
@@ -170,13 +209,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["tests", "bench"], choices=["tests", "bench"])
     parser.add_argument("--limit", type=float, default=530, help="seconds for everything")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "runs/gpu"))
+    parser.add_argument("--keep", type=Path, metavar="RESULTS", help="put the tables of this file into RESULTS.md")
     options = parser.parse_args()
-    import torch
-
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit("no GPU here: torch finds no CUDA device; --device cpu --smoke tries the code without one")
-    run(options.device, options.smoke, options.only, options.limit, options.out)
+    if options.keep:
+        return keep(options.keep)
+    refuse_without(options.device)
+    results = run(options.device, options.smoke, options.only, options.limit, options.out)
+    print("\n\n".join(results.tested()[:3]))
     print(f"results: {options.out / 'results.md'}")
+    if any(one["failed"] for one in results.tests.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+ON_A_GPU = "# On a GPU: "  # what sections of RESULTS.md begin with that no CPU makes anew
 Calls = Mapping[str, Callable[[], Any]]
 
 
@@ -117,6 +118,20 @@ def written(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def with_section(text: str, section: str) -> str:
+    """`text` with this section on a GPU in it, in the place of one of the same heading, else at its end."""
+    first, *others = f"\n{text.rstrip()}\n".split(f"\n{ON_A_GPU}")
+    heading = section.strip().splitlines()[0].removeprefix(ON_A_GPU)
+    own = {one.splitlines()[0]: one.strip() for one in others} | {heading: section.strip().removeprefix(ON_A_GPU)}
+    return "\n\n".join([first.strip(), *(ON_A_GPU + one for one in own.values())]) + "\n"
+
+
+def with_start(text: str, start: str) -> str:
+    """`text` with another start, its sections on GPUs kept."""
+    _, mark, rest = f"\n{text}".partition(f"\n{ON_A_GPU}")
+    return start.rstrip() + "\n" + (f"\n{ON_A_GPU}{rest}" if mark else "")
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -35,9 +35,8 @@ def _call(who: str, what: str, nets: Any, px: int, dtype: Any, device: str) -> A
 
 
 def steps(
-    px: int, dtype: str, device: str, rounds: int, whats: Sequence[str], compiled: bool = False,
-    alone: Sequence[str] = (),
-) -> dict:  # fmt: skip
+    px: int, dtype: str, device: str, rounds: int, whats: Sequence[str], alone: Sequence[str] = ()
+) -> dict:
     """Seconds of one step at full size: `whats` ours, what diffusers does for each but `alone`, and two plain rows of
     it."""
     import torch
@@ -46,13 +45,11 @@ def steps(
     kind = getattr(torch, dtype)
     own = ours(kind, device, any("ControlNet" in w for w in whats))
     others = theirs(*own)
-    if compiled:
-        own, others = (tuple(n and torch.compile(n, dynamic=False) for n in nets) for nets in (own, others))
     calls = {f"ours: {what}": _call("ours", what, own, px, kind, device) for what in whats}
     wanted = [*dict.fromkeys(THEIRS[what][1] for what in whats if what not in alone), "two rows"]
     calls |= {f"diffusers: {what}": _call("diffusers", what, others, px, kind, device) for what in wanted}
     times = interleaved(calls, rounds, device)
-    return {"px": px, "dtype": dtype, "device": device, "compiled": compiled, "times": times}
+    return {"px": px, "dtype": dtype, "device": device, "times": times}
 
 
 def peak(who: str, what: str, px: int, dtype: str, device: str) -> dict:

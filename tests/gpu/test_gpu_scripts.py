@@ -1,4 +1,4 @@
-"""The scripts on the device, each in a process of its own: the demo, table1, analyze, ControlNet, full_size."""
+"""The scripts on the device, each in a process of its own: the demo, table1, analyze, ControlNet."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from gpu_models import DEVICE, REAL, ROOT, Clock, apart, gpu, note
 from PIL import Image
 
@@ -80,10 +79,3 @@ def test_analyze(tmp_path):
     lines = (folder / "table.csv").read_text().splitlines()
     assert len(lines) > 10 and (folder / "verdicts.csv").is_file() and (folder / "index.html").is_file()
     assert not REAL or seconds < 90
-
-
-@pytest.mark.skipif(not REAL, reason="the full size is for a GPU")
-def test_full_size_from_one_file(tmp_path):
-    given = ("--folder", str(tmp_path / "sdxl"), "--steps", "2", "--size", "1024", "--decode", "--device", DEVICE)
-    said, _ = script("full_size", tmp_path, *given)
-    assert "latents finite: True" in said and "picture (1, 3, 1024, 1024)" in said
