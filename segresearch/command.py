@@ -163,7 +163,7 @@ def _keys(path: Path) -> set[str]:
 @contextlib.contextmanager
 def lazy_help() -> Iterator[None]:
     """From Python 3.14 on argparse reads each help text when it is added. Hydra 1.3 adds one that is no string until it
-    is shown, so Hydra does not start there. Inside this context argparse reads strings only, as every Python did before.
+    is shown, so Hydra does not start there. Inside this context argparse reads strings only.
     """
     holder = argparse._ActionsContainer  # what parsers and their groups inherit from
     check = getattr(holder, "_check_help", None)
