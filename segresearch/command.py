@@ -7,6 +7,7 @@ HYDRA_FULL_ERROR=1 shows every traceback.
 A sweep (-m) goes on past a job that fails, says at the end which ones did, and ends with 4 where others were done.
 """
 
+import argparse
 import contextlib
 import errno
 import functools
@@ -68,7 +69,7 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
                     ended.add(overrides, error)
 
             try:
-                with _ending(shown, config_name):
+                with _ending(shown, config_name), lazy_help():
                     _refuse_targets(sys.argv[1:])
                     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
                     if ended.failed:
@@ -165,6 +166,28 @@ def _keys(path: Path) -> set[str]:
         return below(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, OSError, ValueError):
         return set()
+
+
+@contextlib.contextmanager
+def lazy_help() -> Iterator[None]:
+    """From Python 3.14 on argparse reads each help text when it is added. Hydra 1.3 adds one that is no string until it
+    is shown, so Hydra does not start there. Inside this context argparse reads strings only.
+    """
+    holder = argparse._ActionsContainer  # what parsers and their groups inherit from
+    check = getattr(holder, "_check_help", None)
+    if check is None:  # Python 3.13 and before
+        yield
+        return
+
+    def of_strings(self: Any, action: argparse.Action) -> None:
+        if isinstance(action.help, str):
+            check(self, action)
+
+    holder._check_help = of_strings  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        holder._check_help = check  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
