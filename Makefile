@@ -1,5 +1,6 @@
 # make demo    pictures from the embedded model: plain, SAG, PAG and SEG side by side; prints where they are
-# make test    all tests
+# make test    all tests but those that need a GPU
+# make test-gpu    those: the CPU's pictures against the GPU's, the scripts, CUDA graphs, SDXL at its full size
 # make reproduce   the paper's tables 1 and 2 and figures 6 and 12 on the embedded model: 1,000 pictures a setting, in runs/
 # make check   ruff and mypy
 # make clean   away with caches, builds and the environment; runs/ stays
@@ -15,13 +16,18 @@ OLDEST := 3.11
 PYTHONS := python3.14 python3.13 python3.12 python3.11 python3 python
 SUITS := import sys, ensurepip, venv; sys.exit(sys.version_info[:2] < tuple(map(int, "$(OLDEST)".split("."))))
 
-.PHONY: demo test reproduce check clean
+.PHONY: demo test test-gpu reproduce check clean
 
 demo: $(READY)
 	$(VENV)/bin/python experiments/generate.py experiment=demo
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
+
+test-gpu: $(READY)
+	@$(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	    { echo "no GPU here: torch finds no CUDA device; make test runs what needs none" >&2; exit 1; }
+	$(VENV)/bin/python benchmarks/gpu.py --only tests
 
 reproduce: $(READY)
 	set -e; for name in table1 table2 fig6 fig12; do \

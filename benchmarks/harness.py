@@ -4,22 +4,25 @@ Everything that is compared is run in turn, round after round in one process, so
 slows all of it; times are medians of the rounds and ratios are medians of the ratios within rounds.
 """
 
+import contextlib
 import gc
 import json
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+ON_A_GPU = "# On a GPU: "  # what sections of RESULTS.md begin with that no CPU makes anew
 Calls = Mapping[str, Callable[[], Any]]
 
 
@@ -88,6 +91,49 @@ def child(part: str, threads: int, **arguments: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def bounded(command: Sequence[str], limit: float, log: Path, **environment: str) -> str:
+    """Runs `command` for at most `limit` seconds, its output into `log`; "" or, in one line, how it failed.
+
+    Whatever it has started ends with it.
+    """
+    with log.open("a") as file:
+        own: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        process = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True, **own)
+        try:
+            code = process.wait(max(limit, 0.1))
+        except subprocess.TimeoutExpired:
+            return f"stopped after {limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if not code:
+        return ""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"ended with {code}: {lines[-1].strip()[:300] if lines else 'no message'}"
+
+
+def written(path: Path, text: str) -> None:
+    """Replaces the file by `text` in one go, so that whoever stops the process finds one or the other."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def with_section(text: str, section: str) -> str:
+    """`text` with this section on a GPU in it, in the place of one of the same heading, else at its end."""
+    first, *others = f"\n{text.rstrip()}\n".split(f"\n{ON_A_GPU}")
+    heading = section.strip().splitlines()[0].removeprefix(ON_A_GPU)
+    own = {one.splitlines()[0]: one.strip() for one in others} | {heading: section.strip().removeprefix(ON_A_GPU)}
+    return "\n\n".join([first.strip(), *(ON_A_GPU + one for one in own.values())]) + "\n"
+
+
+def with_start(text: str, start: str) -> str:
+    """`text` with another start, its sections on GPUs kept."""
+    _, mark, rest = f"\n{text}".partition(f"\n{ON_A_GPU}")
+    return start.rstrip() + "\n" + (f"\n{ON_A_GPU}{rest}" if mark else "")
+
+
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers depend on."""
     import torch
@@ -102,8 +148,16 @@ def machine(threads: int) -> dict[str, Any]:
         "cpu": cpu, "cores": os.cpu_count(), "threads": threads, "load_at_start": round(load, 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "isa": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "diffusers", "segresearch")},
+        **{name: installed(name) for name in ("torch", "diffusers", "segresearch")},
     }  # fmt: skip
+
+
+def installed(name: str) -> str | None:
+    """The version of a package, None where it is not installed (one that is run from its folder, say)."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, Term, cfg, perturbed
 from segresearch.models import UNet, UNetConfig
+from segresearch.models.compute import PLAIN, Compute
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import Controlled, ControlNet, ControlNetConfig
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
@@ -23,6 +24,11 @@ SHARED: dict[str, Any] = {  # SDXL's sizes, in the terms of a diffusers config.j
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
 UP: dict[str, Any] = {"sample_size": 128, "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
+TINY: dict[str, Any] = SHARED | {  # the same shape in miniature: what tries the scripts, and measures nothing
+    "block_out_channels": (32, 64, 128), "cross_attention_dim": 64, "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (1, 2, 4), "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16,
+}  # fmt: skip
+SIZES = {"full": SHARED, "tiny": TINY}
 
 
 def terms(what: str) -> dict[str, Term]:
@@ -38,6 +44,7 @@ def terms(what: str) -> dict[str, Term]:
 def filled(net: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
     """A network of the meta device, given weights of variance 1/fan-in out of one repeated block; norms 1, biases 0."""
     block = torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0))  # odd: rows do not repeat
+    block = block.to(device)
     for name, parameter in list(net.named_parameters()):
         if parameter.ndim == 1:
             value = torch.zeros(parameter.shape) if name.endswith("bias") else torch.ones(parameter.shape)
@@ -50,22 +57,23 @@ def filled(net: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
     return net.eval().requires_grad_(False)
 
 
-def ours(dtype: torch.dtype, device: str, control: bool) -> tuple[UNet, ControlNet | None]:
-    """UNet and, if asked for, ControlNet of SDXL's size; on "meta" they have no weights."""
+def ours(dtype: torch.dtype, device: str, control: bool, size: str = "full") -> tuple[UNet, ControlNet | None]:
+    """UNet and, if asked for, ControlNet of SDXL's size (or "tiny"); on "meta" they have no weights."""
     with torch.device("meta"):
-        unet = UNet(UNetConfig.from_dict(SHARED | UP))
-        net = ControlNet(ControlNetConfig.from_dict(SHARED)) if control else None
+        unet = UNet(UNetConfig.from_dict(SIZES[size] | UP))
+        net = ControlNet(ControlNetConfig.from_dict(SIZES[size])) if control else None
     if device == "meta":
         return unet.to(dtype).eval(), net and net.to(dtype).eval()
     return filled(unet, dtype, device), net and filled(net, dtype, device)
 
 
-def theirs(unet: UNet, control: ControlNet | None) -> tuple[Any, Any]:
+def theirs(unet: UNet, control: ControlNet | None, size: str = "full") -> tuple[Any, Any]:
     """diffusers' own two, holding the same tensors."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     with torch.device("meta"):
-        nets: list[Any] = [UNet2DConditionModel(**SHARED, **UP), ControlNetModel(**SHARED) if control else None]
+        sizes = SIZES[size]
+        nets: list[Any] = [UNet2DConditionModel(**sizes, **UP), ControlNetModel(**sizes) if control else None]
     for net, own in zip(nets, (unet, control), strict=True):
         if net is not None:
             net.load_state_dict(own.state_dict(), assign=True)  # type: ignore[union-attr]
@@ -73,37 +81,42 @@ def theirs(unet: UNet, control: ControlNet | None) -> tuple[Any, Any]:
     return nets[0], nets[1]
 
 
-def inputs(px: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, dict[str, Cond], Tensor]:
-    """x, sigma, conds and a control image for one picture of px × px pixels."""
+def inputs(
+    px: int, dtype: torch.dtype, device: str, batch: int = 1, size: str = "full"
+) -> tuple[Tensor, Tensor, dict[str, Cond], Tensor]:
+    """x, sigma, conds and a control image for `batch` pictures of px × px pixels."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    ids = torch.tensor([[float(px), float(px), 0, 0, float(px), float(px)]])
-    width, pooled = SHARED["cross_attention_dim"], SHARED["projection_class_embeddings_input_dim"]
-    pooled -= 6 * SHARED["addition_time_embed_dim"]
-    conds = {n: Cond(draw(1, TEXT, width), draw(1, pooled), ids).to(device, dtype) for n in ("cond", "uncond")}
-    image = torch.rand(1, 3, px, px, generator=generator)
-    x, sigma = SIGMA * draw(1, 4, px // 8, px // 8), torch.tensor([SIGMA])
+    sizes, b = SIZES[size], batch
+    ids = torch.tensor([[float(px), float(px), 0, 0, float(px), float(px)]] * b)
+    width, pooled = sizes["cross_attention_dim"], sizes["projection_class_embeddings_input_dim"]
+    pooled -= 6 * sizes["addition_time_embed_dim"]
+    conds = {n: Cond(draw(b, TEXT, width), draw(b, pooled), ids).to(device, dtype) for n in ("cond", "uncond")}
+    image = torch.rand(b, 3, px, px, generator=generator)
+    x, sigma = SIGMA * draw(b, 4, px // 8, px // 8), torch.tensor([SIGMA] * b)
     return x.to(device), sigma.to(device), conds, image.to(device)
 
 
-def plain_denoiser(unet: Any) -> Denoiser:
-    return Denoiser(unet, alphas_cumprod({}))
+def plain_denoiser(unet: Any, compute: Compute = PLAIN) -> Denoiser:
+    return Denoiser(unet, alphas_cumprod({}), compute=compute)
 
 
 @lru_cache
-def steps_flops(px: int, what: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+def steps_flops(
+    px: int, what: str, dtype: torch.dtype = torch.bfloat16, batch: int = 1, size: str = "full"
+) -> dict[str, int]:
     """Floating-point operations of one guided step at full size, counted on the meta device: nothing is computed.
 
     `step` as it runs, the text projected beforehand; `text` what projecting the conditionings costs, once a picture.
     """
-    unet, net = _meta(dtype)
+    unet, net = _meta(dtype, size)
     net = net if "ControlNet" in what else None
     denoiser = plain_denoiser(unet).to("meta")
-    x, sigma, conds, _ = inputs(px, dtype, "meta")
-    hint = torch.empty(1, SHARED["block_out_channels"][0], px // 8, px // 8, dtype=dtype, device="meta")
+    x, sigma, conds, _ = inputs(px, dtype, "meta", batch, size)
+    hint = torch.empty(batch, SIZES[size]["block_out_channels"][0], px // 8, px // 8, dtype=dtype, device="meta")
     control = [Controlled(net, hint)] if net is not None else []
     model = GuidedDenoiser(denoiser, terms(what))
     branches, nets = model.branches(SIGMA), [n for n in (unet, net) if n is not None]
@@ -111,13 +124,13 @@ def steps_flops(px: int, what: str, dtype: torch.dtype = torch.bfloat16) -> dict
     with torch.no_grad():
         made: dict[str, Cond] = {}
         text = flops(lambda: made.update({n: c.projected(*nets) for n, c in needed.items()}))
-        step = flops(lambda: model.evaluate(x, sigma, branches, made, control, values=[SIGMA]))
+        step = flops(lambda: model.evaluate(x, sigma, branches, made, control, values=[SIGMA] * batch))
     return {"step": step, "text": text}
 
 
 @lru_cache
-def _meta(dtype: torch.dtype) -> tuple[UNet, ControlNet | None]:
-    return ours(dtype, "meta", True)
+def _meta(dtype: torch.dtype, size: str) -> tuple[UNet, ControlNet | None]:
+    return ours(dtype, "meta", True, size)
 
 
 def flops(call: Any) -> int:
@@ -126,10 +139,13 @@ def flops(call: Any) -> int:
     return counter.get_total_flops()
 
 
-def guided(what: str, unet: Any, net: Any, px: int, dtype: torch.dtype, device: str) -> Any:
+def guided(
+    what: str, unet: Any, net: Any, px: int, dtype: torch.dtype, device: str, batch: int = 1,
+    denoiser: Denoiser | None = None, size: str = "full",
+) -> Any:  # fmt: skip
     """A call that takes one guided step as `sample` does: everything that is the same at every step is done."""
-    x, sigma, conds, image = inputs(px, dtype, device)
-    model = GuidedDenoiser(plain_denoiser(unet).to(device), terms(what))
+    x, sigma, conds, image = inputs(px, dtype, device, batch, size)
+    model = GuidedDenoiser(denoiser or plain_denoiser(unet).to(device), terms(what))
     given: dict[str, Any] = {"conds": {n: conds[n] for n in ("cond", "uncond") if n == "cond" or "CFG" in what}}
     if "ControlNet" in what:
         with torch.no_grad():
@@ -144,9 +160,9 @@ def guided(what: str, unet: Any, net: Any, px: int, dtype: torch.dtype, device: 
     return call
 
 
-def rows_of_diffusers(rows: int, unet: Any, px: int, dtype: torch.dtype, device: str) -> Any:
+def rows_of_diffusers(rows: int, unet: Any, px: int, dtype: torch.dtype, device: str, size: str = "full") -> Any:
     """A call of diffusers' UNet on that many rows, with nothing around it."""
-    x, _, conds, _ = inputs(px, dtype, device)
+    x, _, conds, _ = inputs(px, dtype, device, size=size)
     cond = conds["cond"][[0] * rows]
     added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
     z, t = x.to(dtype).repeat(rows, 1, 1, 1), torch.full((rows,), 500.0, device=device)
@@ -158,7 +174,9 @@ def rows_of_diffusers(rows: int, unet: Any, px: int, dtype: torch.dtype, device:
     return call
 
 
-def pipeline_step(what: str, unet: Any, net: Any, px: int, dtype: torch.dtype, device: str) -> Any:
+def pipeline_step(
+    what: str, unet: Any, net: Any, px: int, dtype: torch.dtype, device: str, batch: int = 1, size: str = "full"
+) -> Any:
     """A call of diffusers' PAG pipeline (with a ControlNet if asked for) that takes one step, to latents.
 
     It runs a row for every branch from the first layer on; so would SEG in a pipeline of this kind.
@@ -169,7 +187,7 @@ def pipeline_step(what: str, unet: Any, net: Any, px: int, dtype: torch.dtype, d
         StableDiffusionXLPAGPipeline,
     )
 
-    x, _, conds, image = inputs(px, dtype, device)
+    x, _, conds, image = inputs(px, dtype, device, batch, size)
     betas: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = EulerDiscreteScheduler(**betas, steps_offset=1)
     parts: dict[str, Any] = dict.fromkeys(

@@ -35,9 +35,8 @@ def _call(who: str, what: str, nets: Any, px: int, dtype: Any, device: str) -> A
 
 
 def steps(
-    px: int, dtype: str, device: str, rounds: int, whats: Sequence[str], compiled: bool = False,
-    alone: Sequence[str] = (),
-) -> dict:  # fmt: skip
+    px: int, dtype: str, device: str, rounds: int, whats: Sequence[str], alone: Sequence[str] = ()
+) -> dict:
     """Seconds of one step at full size: `whats` ours, what diffusers does for each but `alone`, and two plain rows of
     it."""
     import torch
@@ -46,13 +45,11 @@ def steps(
     kind = getattr(torch, dtype)
     own = ours(kind, device, any("ControlNet" in w for w in whats))
     others = theirs(*own)
-    if compiled:
-        own, others = (tuple(n and torch.compile(n, dynamic=False) for n in nets) for nets in (own, others))
     calls = {f"ours: {what}": _call("ours", what, own, px, kind, device) for what in whats}
     wanted = [*dict.fromkeys(THEIRS[what][1] for what in whats if what not in alone), "two rows"]
     calls |= {f"diffusers: {what}": _call("diffusers", what, others, px, kind, device) for what in wanted}
     times = interleaved(calls, rounds, device)
-    return {"px": px, "dtype": dtype, "device": device, "compiled": compiled, "times": times}
+    return {"px": px, "dtype": dtype, "device": device, "times": times}
 
 
 def peak(who: str, what: str, px: int, dtype: str, device: str) -> dict:
@@ -198,7 +195,7 @@ def mini_steps(batches: Sequence[int], whats: Sequence[str], rounds: int) -> dic
         found["rows"].append({"what": what, "batch": int(batch), "seconds": median(times), "flops": counted[name]})
     z = torch.randn(max(batches), *sdxl.latent_shape(sdxl.default_size), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ways = {part: (lambda part=part: [sdxl.vae.decode(p) for p in z.split(part)]) for part in (1, 5, 10, len(z))}
+        ways = {part: (lambda part=part: [sdxl.decode(p) for p in z.split(part)]) for part in (1, 5, 10, len(z))}
         found["decode"] = [
             {"part": part, "images": len(z), "seconds": median(times)}
             for part, times in interleaved(ways, rounds).items()  # type: ignore[arg-type]
@@ -222,7 +219,7 @@ def mini_images(images: int, batch: int, steps: int, what: str = "SEG") -> dict:
         x = sample(model, initial_noise(seeds, sdxl.latent_shape(size)), steps=steps, conds=conds)
         with torch.no_grad():
             for part in x.split(10):
-                sdxl.vae.decode(part).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+                sdxl.decode(part).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
     make(range(2))
     start = time.perf_counter()
@@ -253,10 +250,14 @@ def compiling(rounds: int, batch: int = 8) -> dict:
     """A SEG step of mini, compiled and not; the seconds that compiling took, the largest difference."""
     from networks import terms
 
+    from segresearch.models import Denoiser
+    from segresearch.models.compute import Compute
+
     sdxl = _mini()
+    compiled = Denoiser(sdxl.unet, sdxl.denoiser.alphas, compute=Compute(compile=True))
     calls = {
         "eager": _mini_step(sdxl, terms("CFG+SEG"), batch),
-        "compiled": _mini_step(sdxl, terms("CFG+SEG"), batch, sdxl.denoiser.compiled()),
+        "compiled": _mini_step(sdxl, terms("CFG+SEG"), batch, compiled),
     }
     start = time.perf_counter()
     first = calls["compiled"]()
@@ -285,7 +286,7 @@ def skipping(every: int, steps: int = 25, images: int = 8) -> dict:
         x = sample(model, noise, steps=steps, conds=conds)
         found[k] = time.perf_counter() - start
         with torch.no_grad():
-            pixels[k] = sdxl.vae.decode(x)
+            pixels[k] = sdxl.decode(x)
     error = {k: float((pixels[1] - pixels[k]).pow(2).mean().sqrt()) for k in (0, every)}
     return {"every": every, "images": images, "steps": steps, "seconds": found, "rms": error}
 

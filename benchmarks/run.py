@@ -2,7 +2,7 @@
 
     python benchmarks/run.py --quick                       # under ten minutes on two quiet cores
     python benchmarks/run.py --markdown benchmarks/RESULTS.md
-    python benchmarks/run.py --device cuda                 # a GPU: 1024 px in bf16 and fp16, compiled too
+    python benchmarks/run.py --device cuda                 # a GPU, in under seven minutes: other parts (cuda.py)
     python benchmarks/run.py --only steps memory --px 512
 
 Parts, each in a process of its own:
@@ -22,6 +22,11 @@ Parts, each in a process of its own:
     (*) not with --quick, which also takes fewer rounds, and of CFG+SEG measures our step alone.
 
 Ratios are medians of ratios within rounds, in which everything compared takes its turn. They need a quiet machine.
+
+On a GPU, SDXL at full size, 1024 px, bf16: steps at batch 1, 4 and 8, eager and as CUDA graphs beside diffusers'; some
+compiled; whole pictures; decode with and without tiles; what else might pay. --only takes the first words of these
+parts (steps, compiled, pictures, decode, trials, memory), --quick leaves out what is compiled and tried. gpu.sh runs the
+tests that need a GPU too.
 """
 
 import argparse
@@ -37,7 +42,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from harness import HERE, child, machine, median, ratio, table  # noqa: E402
+from harness import HERE, child, machine, median, ratio, table, with_start  # noqa: E402
 
 PARTS = ("limits", "steps", "memory", "start", "load", "decode", "mini", "terms", "compile", "approx", "analysis")
 SLOW = ("load", "decode", "terms", "compile", "approx", "analysis")  # left out of --quick
@@ -75,7 +80,7 @@ def show_steps(found: list[dict], options: argparse.Namespace) -> list[str]:
             mine, (label, key) = f"ours: {what}", THEIRS[what]
             beside = f"diffusers: {key}" in times
             faster = ratio(times, f"diffusers: {key}", mine) if beside else math.nan
-            goal = GOALS.get(what) if one["px"] == 512 and one["device"] == "cpu" else None
+            goal = GOALS.get(what) if one["px"] == 512 else None
             verdict = "" if goal is None else f" ({'reaches' if faster >= goal else 'misses'} {goal:.2f})"
             twice = "" if what == "plain" else f"{ratio(times, 'diffusers: two rows', mine):.2f}"
             share = f"{100 * counted['step'] / median(times[mine]) / ceiling:.0f} %"
@@ -89,7 +94,7 @@ def show_steps(found: list[dict], options: argparse.Namespace) -> list[str]:
                 near = "within 5 %" if measured <= 1.05 * limit else "misses 5 %"
                 limits.append([f"{what} / plain", f"{measured:.3f}", f"{limit:.3f}",
                                f"{percent(measured / limit)} ({near})"])  # fmt: skip
-        title = f"### {one['px']} px, {one['dtype']}, {one['device']}" + (", compiled" if one["compiled"] else "")
+        title = f"### {one['px']} px, {one['dtype']}, {one['device']}"
         head = ("ours", "s", "diffusers", "s", "times faster", "than 2 rows", "of the matmul ceiling")
         rounds = len(times["ours: plain"])
         note = f"Medians of {rounds} interleaved rounds; matmul ceiling {ceiling / 1e12:.3f} TFLOP/s, measured."
@@ -183,14 +188,12 @@ def show_analysis(found: list[dict], options: argparse.Namespace) -> list[str]:
 
 
 def sizes(options: argparse.Namespace) -> list[int]:
-    return options.px or ([1024] if options.device.startswith("cuda") else [256, 512])
+    return options.px or [256, 512]
 
 
 def measure(part: str, options: argparse.Namespace) -> Any:
     """The results of one part, as plain data."""
-    quick, threads, device = options.quick, options.threads, options.device
-    gpu = device.startswith("cuda")
-    dtypes = ["bfloat16", "float16"] if gpu else ["bfloat16"]
+    quick, threads, device, dtype = options.quick, options.threads, options.device, "bfloat16"
     rounds = options.rounds or (2 if quick else 7)
     if part == "limits":
         from networks import steps_flops
@@ -202,24 +205,18 @@ def measure(part: str, options: argparse.Namespace) -> Any:
         from networks import steps_flops
 
         whats, found = QUICK if quick else FULL, []
-        for dtype in dtypes:
-            ceiling = child("matmul_ceiling", threads, dtype=dtype, device=device, size=8192 if gpu else 2048)
-            for px in sizes(options):
-                for compiled in (False, True) if gpu and not quick else (False,):
-                    one = child(
-                        "steps", threads, px=px, dtype=dtype, device=device, whats=whats,
-                        rounds=options.rounds or (20 if gpu else rounds),
-                        compiled=compiled, alone=ALONE if quick else (),
-                    )  # fmt: skip
-                    counted = {what: steps_flops(px, what) for what in whats}
-                    found.append(one | {"ceiling": ceiling, "flops": counted})
+        ceiling = child("matmul_ceiling", threads, dtype=dtype, device=device, size=2048)
+        for px in sizes(options):
+            own = {"px": px, "dtype": dtype, "device": device, "whats": whats, "rounds": rounds}
+            one = child("steps", threads, **own, alone=ALONE if quick else ())
+            found.append(one | {"ceiling": ceiling, "flops": {what: steps_flops(px, what) for what in whats}})
         return found
     if part == "memory":
         found, largest = [], max(sizes(options))
         for what, key in (("plain", "plain"), ("SEG", "PAG"), ("ControlNet+SEG", "ControlNet+PAG")):
             if what != "SEG" and quick:
                 continue
-            same = {"px": largest, "dtype": dtypes[0], "device": device}
+            same = {"px": largest, "dtype": dtype, "device": device}
             both = (("ours", what), ("diffusers", key))
             own, other = (child("peak", threads, who=who, what=name, **same) for who, name in both)
             found.append({"what": what, "px": largest, "ours": own, "diffusers": other})
@@ -230,8 +227,8 @@ def measure(part: str, options: argparse.Namespace) -> Any:
         with tempfile.TemporaryDirectory() as temporary:
             return child("loading", threads, folder=options.folder or temporary, dtype="bfloat16")
     if part == "decode":
-        pixels = [1024] if gpu else [256] if quick else [256, 512]
-        kinds = dtypes if gpu else ["float32"] if quick else ["float32", "bfloat16"]
+        pixels = [256] if quick else [256, 512]
+        kinds = ["float32"] if quick else ["float32", "bfloat16"]
         same = {"device": device, "rounds": rounds}
         return [child("decode", threads, px=px, dtype=dtype, **same) for px in pixels for dtype in kinds]
     if part == "mini":
@@ -275,9 +272,9 @@ def mini_images(threads: int, quick: bool) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and parts")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts")
-    parser.add_argument("--rounds", type=int, help="timed repetitions (default 7; --quick 2; of a GPU's steps 20)")
-    parser.add_argument("--px", nargs="+", type=int, help="sizes of the full-size steps (default 256 512; GPU 1024)")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts")
+    parser.add_argument("--rounds", type=int, help="timed repetitions (default 7; --quick 2), on a CPU")
+    parser.add_argument("--px", nargs="+", type=int, help="sizes of the full-size steps (default 256 512), on a CPU")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--folder", help="where the file for `load` is kept (default: a temporary folder)")
@@ -292,13 +289,16 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         print(json.dumps(getattr(parts, options.child[0])(**json.loads(options.child[1]))))
         return
+    if options.device.startswith("cuda"):
+        import gpu
+
+        return gpu.bench(options.device, options.quick, options.only, options.markdown)
+    for name in options.only or ():
+        if name not in PARTS:
+            parser.error(f"--only {name}: choose among {', '.join(PARTS)}")
     facts = machine(options.threads)
-    if options.device.startswith("cuda") and not facts["gpu"]:
-        raise SystemExit("no GPU here: torch finds no CUDA device; --device cpu is measured without one")
     said = ", ".join(f"{k} {v}" for k, v in facts.items() if v is not None)
     lines = ["# Measured", f"    python benchmarks/run.py {' '.join(sys.argv[1:])}", f"Machine: {said}."]
-    if not facts["gpu"]:
-        lines.append("No GPU here: nothing below was measured on one; `--device cuda` is what would run.")
     results: dict[str, Any] = {"machine": facts, "options": sys.argv[1:], "seconds": {}}
     print("\n\n".join(lines), flush=True)
     for part in options.only or PARTS:
@@ -315,7 +315,8 @@ def main() -> None:
         written.write_text(json.dumps(results, indent=1) + "\n")
         os.replace(written, options.out)
     if options.markdown:
-        options.markdown.write_text("\n\n".join(lines) + "\n")
+        before = options.markdown.read_text() if options.markdown.is_file() else ""
+        options.markdown.write_text(with_start(before, "\n\n".join(lines)))
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def main() -> None:
         x = sample(model, noise, "euler", levels, conds=conds)
         report(f"{options.steps} guided steps at {options.size} px")
         if options.decode:
-            print(f"picture {tuple(sdxl.vae.decode(x).shape)}")
+            print(f"picture {tuple(sdxl.decode(x).shape)}")
             report("decoded")
     print(f"latents finite: {bool(x.isfinite().all())}, std {float(x.std()):.3f}")
 

@@ -7,6 +7,7 @@ HYDRA_FULL_ERROR=1 shows every traceback.
 A sweep (-m) goes on past a job that fails, says at the end which ones did, and ends with 4 where others were done.
 """
 
+import argparse
 import contextlib
 import errno
 import functools
@@ -14,6 +15,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +51,7 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
             shown = FULL in os.environ  # errors are to come here, not to be printed by Hydra
             os.environ.setdefault(FULL, "1")
             own, ended = os.getpid(), Sweep()
+            warnings.formatwarning = _one_line  # type: ignore[assignment]
 
             @functools.wraps(main)
             def job(config: Any) -> None:
@@ -66,7 +69,7 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
                     ended.add(overrides, error)
 
             try:
-                with _ending(shown, config_name):
+                with _ending(shown, config_name), lazy_help():
                     _refuse_targets(sys.argv[1:])
                     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
                     if ended.failed:
@@ -78,6 +81,12 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
         return run
 
     return decorate
+
+
+def _one_line(message: Warning | str, category: type[Warning], *where: Any) -> str:
+    """A warning as a script prints it: what it says; its place too where it is not meant for users."""
+    place = "" if category is UserWarning else f" ({':'.join(map(str, where[:2]))})"
+    return f"warning: {' '.join(str(message).split())}{place}\n"
 
 
 @dataclass
@@ -157,6 +166,28 @@ def _keys(path: Path) -> set[str]:
         return below(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, OSError, ValueError):
         return set()
+
+
+@contextlib.contextmanager
+def lazy_help() -> Iterator[None]:
+    """From Python 3.14 on argparse reads each help text when it is added. Hydra 1.3 adds one that is no string until it
+    is shown, so Hydra does not start there. Inside this context argparse reads strings only.
+    """
+    holder = argparse._ActionsContainer  # what parsers and their groups inherit from
+    check = getattr(holder, "_check_help", None)
+    if check is None:  # Python 3.13 and before
+        yield
+        return
+
+    def of_strings(self: Any, action: argparse.Action) -> None:
+        if isinstance(action.help, str):
+            check(self, action)
+
+    holder._check_help = of_strings  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        holder._check_help = check  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -205,7 +205,7 @@ def _make(
     if config.schedule.rho is not None:
         levels = sigmas(sdxl.denoiser, config.schedule.name, config.steps, config.schedule.rho)
     shape, made = sdxl.latent_shape(config.size), 0
-    with torch.no_grad(), tqdm(total=len(missing), unit="image", disable=None, leave=False) as bar:
+    with torch.no_grad(), sdxl.arithmetic(), tqdm(total=len(missing), unit="image", disable=None, leave=False) as bar:
         try:
             for batch in todo:
                 seeds = [p.seed for p in batch.pictures]
@@ -221,7 +221,7 @@ def _make(
                     name = batch.pictures[0].settings["method"]
                     hint = "try model.dtype=float32 or lower scales"
                     raise Ended(4, f"{name}: the latents of seeds {bad} are not finite; {hint}")
-                pixels = sdxl.vae.decode(latents).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+                pixels = sdxl.decode(latents).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
                 for picture, image in zip(batch.pictures, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                     if picture.path in missing:
                         images.save_png(Image.fromarray(image), picture.path, picture.settings)

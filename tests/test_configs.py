@@ -1,5 +1,6 @@
 """Every config composes, fits its types and is built on a tiny denoiser; every slip is one clear line."""
 
+import argparse
 import importlib.util
 import math
 import subprocess
@@ -9,9 +10,11 @@ import pytest
 import torch
 from guidance_models import denoiser, noisy
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from segresearch.build import build_guidance
+from segresearch.command import lazy_help
 from segresearch.config import (
     GenerateConfig,
     GuidanceConfig,
@@ -253,3 +256,17 @@ def test_help_and_slips_load_nothing_heavy_and_leave_nothing(argument, code, wor
     ended = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
     assert f"code {code} heavy []" in ended.stdout and words in ended.stdout + ended.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hydra_starts_where_argparse_reads_every_help_text(monkeypatch):
+    """Python 3.14's argparse does, and one of Hydra's is no string; here a stand-in for its check, on any Python."""
+    checked = []
+    check = lambda self, action: checked.append(action.help)  # noqa: E731
+    monkeypatch.setattr(argparse._ActionsContainer, "_check_help", check, raising=False)
+    with lazy_help():
+        parser = get_args_parser()
+        for action in parser._actions:
+            parser._check_help(action)
+    assert "Application's help" in checked and all(isinstance(text, str) for text in checked)
+    assert len(set(checked)) == len(parser._actions) - 1  # all but that of --shell-completion
+    assert argparse._ActionsContainer._check_help is check

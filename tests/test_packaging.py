@@ -3,12 +3,15 @@
 import ast
 import importlib.metadata
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -53,6 +56,38 @@ def test_every_import_is_a_dependency_and_every_dependency_is_imported():
     assert needed == declared() - {"k-diffusion"}  # the door opens it without importing it by name
     assert distributions(optional) - needed == {"wandb-workspaces"} <= declared("dashboards")
     assert distributions([*(ROOT / "benchmarks").rglob("*.py")]) <= declared("test")
+
+
+@pytest.mark.parametrize("version", ["3.9.2", "3.10.14"])
+def test_make_refuses_an_older_python(tmp_path, version):
+    script(tmp_path / "old", f'[ "$1" = --version ] && echo Python {version}')
+    code, said = make(tmp_path, "PYTHON=./old")
+    assert code == 2 and not (tmp_path / ".venv").exists()
+    assert said.startswith("Python 3.11 or newer, with its venv module, was not found. Looked at:\n  ./old: Python")
+    assert f"  ./old: Python {version}\n" in said
+
+
+def test_make_takes_the_newest_python_that_suits(tmp_path):
+    script(tmp_path / "python3.14", "exit 1")
+    for name in ("python3.13", "python3.12", "python3"):
+        script(tmp_path / name, f'[ "$1" = -c ] || {{ echo {name} $* >&2; exit 1; }}')
+    assert make(tmp_path)[1].startswith("python3.13 -m venv --clear .venv\n")
+
+
+def script(path: Path, lines: str) -> None:
+    """A shell script that stands for a Python."""
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+
+
+def make(folder: Path, *words: str) -> tuple[int, str]:
+    """Exit code and standard error of `make demo` in a folder with nothing but what make reads, and its scripts."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    own = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    outer = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "MAKEFLAGS", "MAKELEVEL")}
+    done = subprocess.run(["make", "demo", *words], cwd=folder, env=outer | own, capture_output=True, text=True)
+    return done.returncode, done.stderr
 
 
 def declared(*extras: str) -> set[str]:

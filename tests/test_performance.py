@@ -335,17 +335,24 @@ from segresearch.models import Denoiser, UNet
 kinds = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "heads": (2, 4), "layers_per_block": (1, 1)}
 kinds |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (0, 1)}
 unet = UNet(dataclasses.replace(CONFIG, block_out_channels=(32, 64), **kinds)).double().requires_grad_(False)
-counter = CompileCounter()
 plain = Denoiser(unet, denoiser().alphas)
-compiled = plain.compiled(backend=counter)
 x, sigma, conds = noisy(1)
-terms = {"cfg": cfg(4.0), "seg": perturbed("seg", SEG(math.inf), 2.0), "pag": perturbed("pag", PAG(), 1.0)}
-model = GuidedDenoiser(compiled, terms)
-prepared = model.prepare({"conds": conds})["conds"]
-for level in (sigma, sigma / 2, sigma / 3):
-    wanted = GuidedDenoiser(plain, terms)(x, level, conds)
-    torch.testing.assert_close(model(x, level, prepared), wanted, rtol=0, atol=1e-12)
-assert counter.frame_count == 1, counter.frame_count
+methods = [
+    {},
+    {"blur": perturbed("blur", SEG(1.0, heads=[0], boundary="exact"), 2.0)},
+    {"pag": perturbed("pag", PAG(tau=0.5), 1.0), "cfg": cfg(4.0)},
+    {"cfg": cfg(4.0), "seg": perturbed("seg", SEG(math.inf), 2.0), "pag": perturbed("pag", PAG(), 1.0)},
+]
+for terms in methods:
+    counter = CompileCounter()
+    compiled = Denoiser(torch.compile(unet, backend=counter, dynamic=False, fullgraph=True), plain.alphas)
+    model = GuidedDenoiser(compiled, terms)
+    prepared = model.prepare({"conds": conds})["conds"]
+    for level in (sigma, sigma / 2, sigma / 3):
+        wanted = GuidedDenoiser(plain, terms)(x, level, conds)
+        torch.testing.assert_close(model(x, level, prepared), wanted, rtol=0, atol=1e-12)
+    assert counter.frame_count == 1, (terms, counter.frame_count)
+    torch._dynamo.reset()
 """
 
 

@@ -58,8 +58,8 @@ def measure(folder: Path, clip_file: Path, count: int, steps: int, weights: list
     held = scenes(range(FIRST, FIRST + count))
     images = held.images.float() / 127.5 - 1
     tokens = model.text.tokens(held.captions, 0)
-    latents = torch.cat([model.vae.encode(part) for part in images.split(BATCH)])
-    decoded = torch.cat([model.vae.decode(part).clamp(-1, 1) for part in latents.split(BATCH)])
+    latents = torch.cat([model.encode_images(part) for part in images.split(BATCH)])
+    decoded = torch.cat([model.decode(part).clamp(-1, 1) for part in latents.split(BATCH)])
     psnr = (-10 * ((decoded - images) / 2).square().mean(dim=(1, 2, 3)).log10()).mean().item()
     result: dict[str, Any] = {"count": count, "steps": steps, "vae_psnr_db": round(psnr, 2)}
     result["latent_std"] = round(latents.std().item(), 4)
@@ -72,7 +72,7 @@ def measure(folder: Path, clip_file: Path, count: int, steps: int, weights: list
             seeds = list(range(start, min(count, start + BATCH)))
             noise = initial_noise(seeds, model.latent_shape())
             x0 = sample(guided, noise, steps=steps, conds=model.encode(held.captions[start : start + BATCH]))
-            made.append(model.vae.decode(x0).clamp(-1, 1))
+            made.append(model.decode(x0).clamp(-1, 1))
         result["own_caption_first_of_64"][f"cfg weight {weight:g}"] = matches(clips, torch.cat(made), tokens)
     return result
 

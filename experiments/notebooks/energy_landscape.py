@@ -77,7 +77,7 @@ story.landscape(entry, 0, 0, blurs)
 # ## What a query attends to
 
 # %%
-picture = sdxl.vae.decode(latents)[0].permute(1, 2, 0).add(1).mul(127.5).round().clamp(0, 255).byte().numpy()
+picture = sdxl.decode(latents)[0].permute(1, 2, 0).add(1).mul(127.5).round().clamp(0, 255).byte().numpy()
 story.attention(entry, 0, blurs, picture)
 
 # %% [markdown]

@@ -111,7 +111,7 @@ def capture(
     recorder = Recorder(
         sdxl.unet.site_heads, config.where, config.heads, measured_steps(config), [config.branch], folder=folder
     )
-    with torch.no_grad():
+    with torch.no_grad(), sdxl.arithmetic():
         for i in range(0, len(images), config.batch_size):
             batch = images[i : i + config.batch_size]
             seeds = [image["seed"] for image in batch]
@@ -120,7 +120,7 @@ def capture(
                 guided, initial_noise(seeds, shape), sampler=config.sampler.name, schedule=schedule, steps=config.steps,
                 conds=conds, seeds=seeds, options=config.sampler.options, record=recorder.run(batch),
             )  # fmt: skip
-            pictures.append(sdxl.vae.decode(latents).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
+            pictures.append(sdxl.decode(latents).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
     if not len(recorder.recording):
         raise ConfigError(
             f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.at}"

@@ -144,8 +144,9 @@ def column_slice(
     `tokens` in it, before the blur: ã = Ba + s·B e_i + t·B e_j. Without smoothing B = 1.
     """
     row, head, index = place
-    base = columns(q[row, head][None, None], k[row, head][None, None], axis, torch.tensor([index]))[0, 0, 0]
-    along = torch.zeros(2, base.shape[0], dtype=torch.float64)
+    chosen = torch.tensor([index], device=q.device)
+    base = columns(q[row, head][None, None], k[row, head][None, None], axis, chosen)[0, 0, 0]
+    along = torch.zeros(2, base.shape[0], dtype=torch.float64, device=q.device)
     along[0, tokens[0]] = along[1, tokens[1]] = 1
     return (base, along) if smoothing is None else (smoothing.apply(base), smoothing.apply(along))
 

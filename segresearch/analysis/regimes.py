@@ -146,7 +146,7 @@ def regime(
         raise ValueError(f"column {int(spread.squeeze(1).argmin())} is constant: it has no spread to scale")
     unit, n = a / spread, a.shape[1]
     shape = (len(spreads), len(sigmas))
-    out = [torch.empty(shape, dtype=torch.float64) for _ in range(4)]
+    out = [torch.empty(shape, dtype=torch.float64, device=a.device) for _ in range(4)]
     for j, sigma in enumerate(sigmas):
         smoothing = Smoothing(grid, sigma, boundary)
         smooth = smoothing.apply(unit)

@@ -103,8 +103,9 @@ def load_namer(path_or_name: str | Path = "mini") -> Namer:
 @one_thread
 @torch.inference_mode()
 def named(namer: Namer, images: Tensor, batch: int = 250) -> Attributes:
-    """What the classifier sees in uint8 pictures (b, 3, 64, 64)."""
-    outputs = [namer(unit_range(part)) for part in images.split(batch)]
+    """What the classifier sees in uint8 pictures (b, 3, 64, 64), sent to where it lies."""
+    device = namer.names.weight.device
+    outputs = [namer(unit_range(part.to(device))) for part in images.split(batch)]
     count, names = (torch.cat(z) for z in zip(*outputs, strict=True))
     shapes, colors = len(SHAPES), len(COLORS)
     pairs, of_shape, of_color = (names > 0).split([shapes * colors, shapes, colors], dim=1)

@@ -112,7 +112,8 @@ def mini_cosines(
     _paired(images, texts)
     starts = range(0, len(texts), batch)
     pooled = torch.cat([text.encode(list(texts[i : i + batch]))[1] for i in starts])  # -> (n, projection)
-    return (features_of(tower, images, batch)[1] * F.normalize(pooled.float(), dim=-1)).sum(1)
+    seen = features_of(tower, images, batch)[1]
+    return (seen * F.normalize(pooled.to(seen), dim=-1)).sum(1)
 
 
 def clip_score(cosine: Float[Tensor, " n"], scale: float = 100.0) -> Float[Tensor, " n"]:

@@ -31,6 +31,7 @@ def feature_distance(vision: Vision, a: Float[Tensor, "b 3 h w"], b: Tensor) -> 
 @one_thread
 @torch.inference_mode()
 def distances(vision: Vision, a: Tensor, b: Tensor, batch: int = 200) -> Float[Tensor, " b"]:
-    """`feature_distance` of uint8 pictures, in batches."""
+    """`feature_distance` of uint8 pictures, in batches, sent to where the network lies."""
+    device = vision.head.weight.device
     pairs = zip(a.split(batch), b.split(batch), strict=True)
-    return torch.cat([feature_distance(vision, unit_range(x), unit_range(y)) for x, y in pairs])
+    return torch.cat([feature_distance(vision, unit_range(x.to(device)), unit_range(y.to(device))) for x, y in pairs])

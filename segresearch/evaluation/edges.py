@@ -28,7 +28,8 @@ def edge_agreement(images: Float[Tensor, "b 3 h w"], edges: Bool[Tensor, "b h w"
     if not ((positive > 0) & (positive < wanted.shape[1])).all():
         raise ValueError("edge agreement needs pictures with some edges, and not edges everywhere")
     order = contrast(images).flatten(1).argsort(dim=1)
-    ranks = torch.zeros(order.shape, dtype=torch.float64)
-    ranks.scatter_(1, order, torch.arange(1, order.shape[1] + 1, dtype=torch.float64).expand(order.shape))
+    ranks = torch.zeros(order.shape, dtype=torch.float64, device=order.device)
+    places = torch.arange(1, order.shape[1] + 1, dtype=torch.float64, device=order.device)
+    ranks.scatter_(1, order, places.expand(order.shape))
     above = (ranks * wanted).sum(1) - positive * (positive + 1) / 2  # Mann-Whitney
     return (above / (positive * (wanted.shape[1] - positive))).float()

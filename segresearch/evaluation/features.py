@@ -71,12 +71,12 @@ def squared(
         h, w = images.shape[2:]
         least = min(h, w)
         images = images[:, :, (h - least) // 2 :, (w - least) // 2 :][:, :, :least, :least]
-    x = images.to(dtype)
+    x = images.to(torch.promote_types(dtype, torch.float32))  # half precisions would round the pixels
     if x.shape[2:] != (side, side):
         x = F.interpolate(x, (side, side), mode="bicubic", antialias=True)  # (b, 3, h, w) -> (b, 3, side, side)
         x = (x.round() if crop else x).clamp(0, 255)
-    mean, std = torch.tensor(normal, dtype=dtype, device=x.device)[:, :, None, None]  # (2, 3) -> 2 of (3, 1, 1)
-    return (x / 255 - mean) / std
+    mean, std = torch.tensor(normal, dtype=x.dtype, device=x.device)[:, :, None, None]  # (2, 3) -> 2 of (3, 1, 1)
+    return ((x / 255 - mean) / std).to(dtype)
 
 
 def load_extractor(

@@ -111,6 +111,10 @@ def subset(n: int, size: int, seed: int, index: int, side: int) -> Tensor:
     return torch.randperm(n, generator=generator)[:size]
 
 
+def _drawn(x: Tensor, size: int, seed: int, index: int, side: int) -> Tensor:
+    return x[subset(len(x), size, seed, index, side).to(x.device)]
+
+
 @one_thread_for(few_features)
 def kid(
     features: Float[Tensor, "n dim"],
@@ -132,7 +136,7 @@ def kid(
         raise ValueError(f"size={size}: subsets cannot be larger than the {n} pictures or the {m} of the reference")
     drawn = torch.tensor(
         [
-            discrepancy(polynomial, x[subset(n, size, seed, i, 0)], y[subset(m, size, seed, i, 1)]).unbiased
+            discrepancy(polynomial, _drawn(x, size, seed, i, 0), _drawn(y, size, seed, i, 1)).unbiased
             for i in range(subsets)
         ],
         dtype=torch.float64,

@@ -100,6 +100,7 @@ def load_vision(path_or_name: str | Path = "mini") -> VisionTower:
 def features_of(
     tower: VisionTower, images: Tensor, batch: int = 250
 ) -> tuple[Float[Tensor, "b features"], Float[Tensor, "b projection"]]:
-    """Features and CLIP 2 embeddings of uint8 pictures (b, 3, 64, 64), fp32."""
-    features = torch.cat([tower.vision(unit_range(part)) for part in images.split(batch)])
+    """Features and CLIP 2 embeddings of uint8 pictures (b, 3, 64, 64), fp32, where the tower lies."""
+    device = tower.vision.head.weight.device
+    features = torch.cat([tower.vision(unit_range(part.to(device))) for part in images.split(batch)])
     return features, tower.project(features)

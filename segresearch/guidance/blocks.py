@@ -72,7 +72,7 @@ class BlockAttention:
 
 def values_only(perturbations: Sequence[Perturbation]) -> bool:
     """Whether the last of them, which decides, reads neither q nor k (`PAG`)."""
-    return bool(perturbations) and getattr(perturbations[-1], "values_only", False)
+    return len(perturbations) > 0 and getattr(perturbations[-1], "values_only", False)
 
 
 def _chosen(z: Tensor, blocks: Sequence[int], rows: int) -> Tensor:

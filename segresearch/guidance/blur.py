@@ -5,11 +5,12 @@ convolution, the analysis reads the factors from the same place, and a boundary 
 """
 
 import math
-from functools import lru_cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from segresearch.guidance.constants import constant
 
 BOUNDARIES = ("reflect", "symmetric", "circular", "exact")
 INFINITE = 9999.0  # a sigma above this means infinity, as in the official code; 9999 itself is finite
@@ -48,8 +49,7 @@ def fold_taps(taps: Float[Tensor, " size"], n: int, boundary: str) -> Float[Tens
     return torch.zeros(n, n, dtype=taps.dtype).scatter_add_(1, source, taps.expand(n, size))
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # a cached tensor must serve gradients too
+@constant(maxsize=256)
 def _matrix(n: int, sigma: float | int, boundary: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     if sigma == 0:
         matrix = torch.eye(n, dtype=torch.float64)

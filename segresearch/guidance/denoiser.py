@@ -7,7 +7,6 @@ x (b, 4, h, w) ─► [ before the fork: a block of b rows for each conditioning
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from segresearch.guidance.blocks import BlockAttention, Groups, Note, Watch
+from segresearch.guidance.constants import constant
 from segresearch.guidance.control import in_use, per_row, residuals
 from segresearch.guidance.perturbations import Perturbation
 from segresearch.guidance.postprocess import Post, rescale
@@ -233,8 +233,10 @@ class GuidedDenoiser:
             guided = guided + extra
         if self.rescale and any(mixed):
             rescaled = rescale(guided, plain, x, self.rescale)
-            chosen = torch.tensor(mixed, device=x.device)[:, None, None, None]
-            guided = rescaled if all(mixed) else torch.where(chosen, rescaled, guided)
+            if not all(mixed):
+                chosen = torch.tensor(mixed, device=x.device)[:, None, None, None]
+                rescaled = torch.where(chosen, rescaled, guided)
+            guided = rescaled
         for post in self.post:
             guided = post(guided, plain, x, sigma)
         return guided
@@ -287,8 +289,7 @@ class Prepared(dict[str, Cond]):
         return self.joins[key]
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a cached tensor must serve gradients too
+@constant(maxsize=64)
 def _copies(blocks: tuple[int, ...], rows: int, device: torch.device) -> Int[Tensor, " rows_out"]:
     """The row numbers of these blocks of `rows` rows, one block after another; made once, not once a step."""
     return torch.tensor([block * rows + row for block in blocks for row in range(rows)], device=device)

@@ -7,7 +7,6 @@ Any function of that signature is a perturbation; `At` says where a plain functi
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from segresearch.guidance.blur import INFINITE, blur, check_blur
+from segresearch.guidance.constants import constant
 from segresearch.guidance.select import Where, check_heads
 from segresearch.models.attention import Attend, Site, is_plain
 
@@ -48,8 +48,7 @@ def _freeze(perturbation: Any) -> None:
             raise ValueError(f"heads={list(heads)}: head indices start at 0")
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a cached tensor must serve gradients too
+@constant(maxsize=64)
 def _mask(heads: tuple[int, ...], count: int, site: str, device: torch.device) -> Bool[Tensor, "1 {count} 1 1"]:
     check_heads(heads, count, site)
     mask = torch.zeros(count, dtype=torch.bool, device=device)

@@ -1,7 +1,6 @@
 """Self-Attention Guidance (SAG, arXiv 2210.00939): guide away from the image whose salient parts were blurred."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from segresearch.guidance.blur import check_blur, fold_taps, gaussian_taps
+from segresearch.guidance.constants import constant
 from segresearch.guidance.control import per_row
 from segresearch.guidance.denoiser import SCHEDULE, GuidedDenoiser, Record
 from segresearch.guidance.terms import ALWAYS, Branch, Scale, Window, check_scale, scale_at, scale_text
@@ -134,8 +134,7 @@ class SelfAttentionGuidance:
         return "\n".join([f"{first} + {term}", sag + where, *rest, f"  and {own}1 row per image in a second forward"])
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a cached tensor must serve gradients too
+@constant(maxsize=64)
 def _latent_blur(n: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "{n} {n}"]:
     """One axis of the latent blur; built on the CPU and moved once, not once a step."""
     return fold_taps(gaussian_taps(sigma, TAPS).to(dtype), n, "reflect").to(device=device)

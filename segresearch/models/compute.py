@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Compute:
     """How a loaded model computes; `load_sdxl(..., compute=Compute(...))`, and `compute.*` of every script.
 
-    precision: of fp32 arithmetic. "fast" lets a GPU's matrix units round the factors of fp32 products to TF32 (10 bits
-        of mantissa). "exact" keeps fp32, so that CPU and GPU agree to rounding. "auto" is fast on a GPU and exact
+    precision: of fp32 arithmetic. "fast" is torch's own default on a GPU: convolutions round their factors to TF32 (10
+        bits of mantissa). "exact" keeps fp32, so that CPU and GPU agree to rounding. "auto" is fast on a GPU and exact
         elsewhere. It has no effect on networks in bf16 or fp16.
     graph: replay the networks' kernels as CUDA graphs, captured once for each shape and set of branches.
     compile: run the networks through torch.compile, once for each shape and set of branches.
@@ -59,19 +59,19 @@ PLAIN = Compute()
 
 
 @contextmanager
-def arithmetic(precision: str, device: "torch.device") -> Iterator[None]:
+def arithmetic(precision: str, device: "torch.device | str") -> Iterator[None]:
     """fp32 products on this device as `Compute.precision` says ("exact" or "fast"); afterwards as before.
 
-    Sets torch's two switches of TF32, of matrix products and of convolutions, where the device is a GPU.
+    Sets torch's two switches of TF32, where the device is a GPU: of matrix products (always off) and of convolutions.
     """
-    import torch
-
-    if device.type != "cuda":
+    if not str(device).startswith("cuda"):
         yield
         return
+    import torch
+
     matmul, cudnn, fast = torch.backends.cuda.matmul, torch.backends.cudnn, precision == "fast"
     before = (matmul.allow_tf32, cudnn.allow_tf32)
-    matmul.allow_tf32, cudnn.allow_tf32 = fast, fast
+    matmul.allow_tf32, cudnn.allow_tf32 = False, fast
     try:
         yield
     finally:
@@ -108,7 +108,7 @@ class Runner:
                 if self.networks[net] is net:
                     raise
                 self.networks[net] = net
-                reason = str(error).strip().splitlines()[0]
+                reason = " ".join(str(error).split()[:40])
                 warnings.warn(f"compute.compile: {type(net).__name__} runs uncompiled: {reason}", stacklevel=2)
                 return self._run(function, net, x, *args)
 

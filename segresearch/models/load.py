@@ -1,20 +1,24 @@
 """load_sdxl: from a path or a name to a ready SDXL, whatever the layout on disk."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.models.checkpoint import fill
+from segresearch.models.compute import PLAIN, Compute, arithmetic
 from segresearch.models.conditioning import Cond
 from segresearch.models.control_folder import Asked, check_fit, open_controlnets
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
 from segresearch.models.layouts import Parts, Weights, from_file, from_folder
 from segresearch.models.locate import CheckpointError, located
+from segresearch.models.offload import on_device, pin
 from segresearch.models.text import TextEncoders
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE
@@ -26,6 +30,7 @@ class SDXL:
 
     name: as it was asked for. zero_negative: no negative prompt means zeros (SDXL), else the encoding of "".
     controlnets: by the names they were asked for by, in that order.
+    compute: of the denoiser, and of the methods here; the VAE's own decode and encode compute where and as they are.
     """
 
     unet: UNet
@@ -35,6 +40,12 @@ class SDXL:
     name: str = "sdxl"
     zero_negative: bool = True
     controlnets: Mapping[str, ControlNet] = field(default_factory=dict)
+    compute: Compute = PLAIN
+
+    @property
+    def device(self) -> torch.device:
+        """Of the UNet, where everything is computed."""
+        return self.unet.conv_in.weight.device
 
     @property
     def latent_channels(self) -> int:
@@ -90,24 +101,46 @@ class SDXL:
         height, width = size or self.default_size
         if negative is not None and not isinstance(negative, str) and len(negative) != len(prompts):
             raise ValueError(f"negative has {len(negative)} texts for {len(prompts)} prompts: give one text or as many")
-        rows, device = len(prompts), self.unet.conv_in.weight.device
+        rows, device = len(prompts), self.device
+        moved = device if self.compute.offload else None
         ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device).expand(rows, 6)
 
         def cond(context: Tensor, pooled: Tensor) -> Cond:
             return Cond(context, pooled, ids).to(device, self.unet.conv_in.weight.dtype)
 
-        positive = cond(*self.text.encode(prompts, clip_skip))
+        def encode(texts: Sequence[str], clip_skip: int | None = None) -> tuple[Tensor, Tensor]:
+            with self.arithmetic():
+                return self.text.encode(texts, clip_skip, moved)
+
+        positive = cond(*encode(prompts, clip_skip))
         if negative is None and self.zero_negative:
             return {
                 "cond": positive,
                 "uncond": Cond(torch.zeros_like(positive.context), torch.zeros_like(positive.pooled), ids),
             }
         if negative is None or isinstance(negative, str):
-            context, pooled = self.text.encode([negative or ""])
+            context, pooled = encode([negative or ""])
             context, pooled = context.expand(rows, -1, -1), pooled.expand(rows, -1)  # (1, ...) -> (rows, ...)
         else:
-            context, pooled = self.text.encode(negative)
+            context, pooled = encode(negative)
         return {"cond": positive, "uncond": cond(context, pooled)}
+
+    def decode(self, latents: Float[Tensor, "b l h w"]) -> Float[Tensor, "b c H W"]:
+        """Images from scaled latents, not clamped: `vae.decode` on the UNet's device, as `compute` says."""
+        return self._vae("decode", latents)
+
+    def encode_images(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b l h w"]:
+        """Scaled latents of images in [−1, 1]: `vae.encode` on the UNet's device, as `compute` says."""
+        return self._vae("encode", images)
+
+    def _vae(self, method: str, x: Tensor) -> Tensor:
+        run = on_device(self.vae, self.device, method) if self.compute.offload else getattr(self.vae, method)
+        with self.arithmetic():
+            return run(x.to(self.device), tile=self.compute.vae_tile)
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """fp32 products within its block as `compute.precision` says, of networks that are called directly too."""
+        return arithmetic(self.compute.resolved(self.device).precision, self.device)
 
 
 def load_sdxl(
@@ -120,6 +153,7 @@ def load_sdxl(
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
+    compute: Compute = PLAIN,
 ) -> SDXL:
     """An SDXL from a diffusers folder, a single .safetensors file in the original layout, "mini", or a hub id in the
     local cache.
@@ -134,6 +168,8 @@ def load_sdxl(
     tokenizer: for a single file, a folder with tokenizer/ and tokenizer_2/, or with one tokenizer for both encoders;
         None takes them from `config` or the local transformers cache.
     vae_dtype: None is `dtype`, but float32 for a VAE that overflows in float16 (SDXL's own; config force_upcast).
+    compute: how the model computes; with offload, text encoders and VAE are left on the CPU, and SDXL's own methods
+        bring them to `device` for each call.
 
     Weights are read one tensor at a time into their place, on the caller's device and in the caller's dtype. Nothing is
     fetched from a network. Raises CheckpointError, a ValueError of one line, for anything that is not a complete SDXL.
@@ -156,7 +192,7 @@ def load_sdxl(
             path, None if config is None else Path(config), None if tokenizer is None else Path(tokenizer)
         )
     nets = open_controlnets(controlnet, path, variant)
-    return _built(parts, nets, str(path_or_name), dtype, torch.device(device), vae_dtype)
+    return _built(parts, nets, str(path_or_name), dtype, torch.device(device), vae_dtype, compute)
 
 
 def _built(
@@ -166,6 +202,7 @@ def _built(
     dtype: torch.dtype,
     device: torch.device,
     vae_dtype: torch.dtype | None,
+    compute: Compute,
 ) -> SDXL:
     if vae_dtype is None:
         vae_dtype = torch.float32 if dtype == torch.float16 and parts.force_upcast else dtype
@@ -175,21 +212,26 @@ def _built(
         check_fit(own, net.config, unet.config, vae.config.factor)
     try:
         schedule, offset = alphas_cumprod(parts.scheduler).to(device), int(parts.scheduler.get("steps_offset", 1))
-        denoiser = Denoiser(unet, schedule, parts.scheduler.get("prediction_type", "epsilon"), offset)
+        denoiser = Denoiser(unet, schedule, parts.scheduler.get("prediction_type", "epsilon"), offset, compute)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{name}: {error}") from error
     modules = (unet, vae, *text.encoders, *(net for net, _ in nets.values()))
+    aside, home = ((vae, *text.encoders), torch.device("cpu")) if compute.offload else ((), device)
     for module, w in zip(modules, (*parts.weights, *(w for _, w in nets.values())), strict=True):
         kind = vae_dtype if module is vae else dtype
-        fill(module, w.entries, w.sources, dtype=kind, device=device, what=w.what)
+        fill(module, w.entries, w.sources, dtype=kind, device=home if module in aside else device, what=w.what)
     for encoder in text.encoders:  # position_ids, the one buffer that checkpoints do not hold
         embeddings: Any = getattr(encoder, "text_model", encoder).embeddings
-        embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=device)[None]
+        embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=home)[None]
+    if device.type == "cuda":
+        for module in aside:
+            pin(module)
     for module in modules:
         assert not any(b.is_meta for b in module.buffers()), (
             f"a buffer of {type(module).__name__} was left on the meta device"
         )
-    return SDXL(unet, vae, text, denoiser, name, parts.zero_negative, {key: net for key, (net, _) in nets.items()})
+    own_nets = {key: net for key, (net, _) in nets.items()}
+    return SDXL(unet, vae, text, denoiser, name, parts.zero_negative, own_nets, compute)
 
 
 def _agree(unet: UNet, vae: VAE, text: TextEncoders) -> None:

@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from segresearch.models.offload import on_device
+
 TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")  # of SDXL, on the hub
 
 
@@ -57,13 +59,15 @@ class TextEncoders:
 
     @torch.no_grad()
     def encode(
-        self, texts: Sequence[str], clip_skip: int | None = None
+        self, texts: Sequence[str], clip_skip: int | None = None, device: torch.device | str | None = None
     ) -> tuple[Float[Tensor, "rows text dim"], Float[Tensor, "rows pooled"]]:
         """Hidden states before the last layer of both encoders, side by side, and the projected end-of-text state of
         the second.
 
         clip_skip leaves out that many more layers, as diffusers counts (None and 0: the penultimate states); the pooled
-        vector does not depend on it. Computed in the encoders' dtype. Raises ValueError for a clip_skip out of range.
+        vector does not depend on it. Computed in the encoders' dtype and where they lie, or on `device` with
+        copies of their weights, one encoder after the other (`on_device`). Raises ValueError for a clip_skip out of
+        range.
         """
         skip = clip_skip or 0
         if not 0 <= skip <= self.layers - 1:
@@ -72,7 +76,9 @@ class TextEncoders:
             )
         states = []
         for which, encoder in enumerate(self.encoders):
-            out = encoder(self.tokens(texts, which).to(encoder.device), output_hidden_states=True)
+            ids = self.tokens(texts, which).to(device or encoder.device)
+            run = encoder if device is None else on_device(encoder, device)
+            out = run(ids, output_hidden_states=True)
             states.append(out.hidden_states[-(skip + 2)])
         return torch.cat(
             states, dim=-1

@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segresearch.models import tiles
 from segresearch.models.blocks import Downsample, Resnet, Upsample
 
 _EPS = 1e-6
@@ -66,7 +67,7 @@ class VAEConfig:
 
 
 class PixelAttention(nn.Module):
-    """One head over all pixels of the lowest grid."""
+    """One head over all pixels of the lowest grid; queries are asked `many` at a time, None all at once."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -76,9 +77,10 @@ class PixelAttention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def forward(self, x: Float[Tensor, "b c h w"], many: int | None = None) -> Float[Tensor, "b c h w"]:
         y = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
-        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        q, k, v = self.to_q(y), self.to_k(y), self.to_v(y)
+        y = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(many or q.shape[2], dim=2)], 2)
         return x + rearrange(self.to_out[0](y), "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
@@ -88,10 +90,10 @@ class Mid(nn.Module):
         self.resnets = nn.ModuleList(Resnet(channels, channels, groups, _EPS) for _ in range(2))
         self.attentions = nn.ModuleList([PixelAttention(channels, groups)] if attention else [])
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def forward(self, x: Float[Tensor, "b c h w"], many: int | None = None) -> Float[Tensor, "b c h w"]:
         x = self.resnets[0](x)
         for attention in self.attentions:
-            x = attention(x)
+            x = attention(x, many)
         return self.resnets[1](x)
 
 
@@ -186,34 +188,62 @@ class VAE(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.encoder.conv_in.weight.dtype
 
-    def moments(self, images: Float[Tensor, "b c H W"]) -> tuple[Float[Tensor, "b l h w"], Float[Tensor, "b l h w"]]:
+    def moments(
+        self, images: Float[Tensor, "b c H W"], tile: int | None = None
+    ) -> tuple[Float[Tensor, "b l h w"], Float[Tensor, "b l h w"]]:
         """Mean and log-variance of the latent Gaussian, in the VAE's own units (not scaled).
 
-        Raises ValueError if a side is not a multiple of the downsampling factor.
+        tile: as of `decode`. Raises ValueError if a side is not a multiple of the downsampling factor.
         """
         f = self.config.factor
         if images.shape[2] % f or images.shape[3] % f:
             raise ValueError(
                 f"vae: image sides {tuple(images.shape[2:])} must be multiples of {f}: crop or pad the image"
             )
-        mean, logvar = self.quant_conv(self.encoder(images.to(self.dtype))).chunk(2, dim=1)  # (b, 2l, h, w) -> 2 × l
+        x = images.to(self.dtype)
+        if tile is None or self._whole(images, 1, tile):
+            y = self.encoder(x)
+        else:
+            y = tiles.encoded(self.encoder, x, tile)
+        mean, logvar = self.quant_conv(y).chunk(2, dim=1)  # (b, 2l, h, w) -> 2 × l
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def encode(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b l h w"]:
-        """Scaled latents: (mean − shift) · scaling_factor, with no sampling, so that an image has one latent."""
-        mean, _ = self.moments(images)
+    def encode(self, images: Float[Tensor, "b c H W"], tile: int | None = None) -> Float[Tensor, "b l h w"]:
+        """Scaled latents: (mean − shift) · scaling_factor, with no sampling, so that an image has one latent.
+
+        tile: as of `decode`.
+        """
+        mean, _ = self.moments(images, tile)
         mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
         return (mean - self.config.shift_factor) * self.config.scaling_factor
 
-    def decode(self, latents: Float[Tensor, "b l h w"]) -> Float[Tensor, "b c H W"]:
+    def decode(self, latents: Float[Tensor, "b l h w"], tile: int | None = None) -> Float[Tensor, "b c H W"]:
         """Images from scaled latents, not clamped.
 
         Computed in the weights' dtype: SDXL's own VAE overflows in fp16, so keep it in fp32 or bf16.
+        tile: side, in image pixels, of the windows in which a larger picture is computed to save memory (`tiles`);
+        None computes whole pictures. Both give the same picture to rounding. Raises ValueError for a tile smaller than
+        a latent pixel, and for latents that want a gradient, which windows do not have.
         """
         if latents.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"vae: latents of {latents.shape[1]} channels, this model's have {self.config.latent_channels}"
             )
         z = latents / self.config.scaling_factor + self.config.shift_factor
-        images = self.decoder(self.post_quant_conv(z.to(self.dtype)))
+        z = self.post_quant_conv(z.to(self.dtype))
+        if tile is None or self._whole(latents, self.config.factor, tile):
+            images = self.decoder(z)
+        else:
+            images = tiles.decoded(self.decoder, z, tile, self.config.factor)
         return images.to(torch.promote_types(images.dtype, torch.float32))
+
+    def _whole(self, x: Float[Tensor, "b c h w"], scale: int, tile: int) -> bool:
+        """Whether a picture of x, `scale` image pixels to one of x, lies within a tile."""
+        if not isinstance(tile, int) or tile < self.config.factor:
+            least = self.config.factor
+            raise ValueError(f"vae: tile={tile!r} must be a whole number of image pixels, at least {least}")
+        if max(x.shape[2:]) * scale <= tile:
+            return True
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"vae: no gradients through tiles of {tile} pixels: tile=None keeps them")
+        return False

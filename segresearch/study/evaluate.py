@@ -26,9 +26,10 @@ import torch
 
 from segresearch import runs
 from segresearch.analysis.figures import save
-from segresearch.build import load_model
+from segresearch.build import device_kind, load_model
 from segresearch.command import Ended, exit_code, hydra_settings, line
 from segresearch.config import EvaluateConfig
+from segresearch.models.compute import arithmetic
 from segresearch.models.locate import CheckpointError, located
 from segresearch.study import figure, making, reference, shards, table
 from segresearch.study.judges import Judge, judges
@@ -75,7 +76,8 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
     model: already loaded. place: among several workers; None asks the environment. ValueError for settings that do not
     fit, `Ended` with a code of its own for weights, room and what is not complete.
     """
-    with _ending(), threads(config.threads):
+    kind = device_kind(config.device)
+    with _ending(), threads(config.threads), arithmetic(config.compute.resolved(kind).precision, kind):
         plan, place = study(config), place or worker()
         plan = placed(config, plan, located(config.model.path))
         real = reference.sources(config)

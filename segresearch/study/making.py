@@ -122,7 +122,7 @@ class Sampler:
                 if not latents.isfinite().all():
                     broken = [i for i, z in zip(batch, latents, strict=True) if not z.isfinite().all()]
                     raise NotFinite(f"latents of pictures {broken} are not finite")
-                decoded = torch.cat([sdxl.vae.decode(part) for part in latents.split(DECODED)])
+                decoded = torch.cat([sdxl.decode(part) for part in latents.split(DECODED)])
                 images.append(decoded.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
             if self.notes and all(len(n) == len(batch) for n in self.notes):
                 norms.append(torch.stack(self.notes, dim=1).float())

@@ -1,0 +1,225 @@
+"""The tests that need a GPU and the benchmark, one after the other within a limit, into one file: benchmarks/gpu.sh.
+
+    python benchmarks/gpu.py                        # 9 minutes at most; results in runs/gpu/results.md
+    python benchmarks/gpu.py --device cpu --smoke   # the same code at tiny sizes, without a GPU
+    python benchmarks/gpu.py --only bench           # or tests
+    python benchmarks/gpu.py --keep runs/gpu/results.md      # its tables into benchmarks/RESULTS.md
+
+Every test file and every part of the benchmark is a process of its own with its own limit. The file is written anew
+after each, so that whoever stops it, or loses the machine, has what there was; logs lie beside it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+from cuda import plan, run_part, warm_up  # noqa: E402
+from cuda_tables import shown  # noqa: E402
+from harness import HERE, ON_A_GPU, bounded, machine, table, with_section, written  # noqa: E402
+
+ROOT = HERE.parent
+TESTS = {"pictures": 150.0, "compute": 150.0, "full_size": 150.0, "scripts": 150.0}  # files and their seconds
+MOST = 900_000  # characters of the file
+NUMBERS = "## All numbers"
+
+
+class Results:
+    """What was found so far; `save` writes all of it."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any]):
+        self.folder, self.facts = folder, facts
+        self.tests: dict[str, dict[str, Any]] = {}
+        self.parts: dict[str, dict[str, Any]] = {}
+        self.notes: list[str] = []
+        self.lock = threading.Lock()
+
+    def save(self) -> None:
+        with self.lock:
+            self._save()
+
+    def _save(self) -> None:
+        said = ", ".join(f"{k} {v}" for k, v in self.facts.items() if v is not None)
+        heading = f"{ON_A_GPU}{self.facts['gpu'] or 'none, a trial'}, commit {self.facts['commit']}"
+        lines = [heading, f"    benchmarks/gpu.sh {' '.join(sys.argv[1:])}".rstrip(), f"Machine: {said}."]
+        lines += self.notes
+        lines += self.tested() + (["## Benchmark", *shown(self.parts)] if self.parts else [])
+        raw = {"facts": self.facts, "tests": self.tests, "parts": self.parts}
+        text = "\n\n".join(lines) + "\n"
+        for keep in (raw, {"facts": self.facts, "parts": self.parts}):
+            whole = f"{text}\n{NUMBERS}\n\n```json\n{json.dumps(keep)}\n```\n"
+            if len(whole) < MOST:
+                break
+        written(self.folder / "results.md", whole[:MOST])
+
+    def tested(self) -> list[str]:
+        """How many tests passed, those that did not, and the numbers that they noted."""
+        if not self.tests:
+            return []
+        rows, failed, noted = [], [], []
+        for name, one in self.tests.items():
+            ends = [n for n in one["notes"] if n["name"] == "test"]
+            count = {kind: sum(n["value"] == kind for n in ends) for kind in ("passed", "failed", "skipped")}
+            rows.append([name, *count.values(), one["seconds"], one["failed"]])
+            failed += [f"- {n['test']}: {n['value']}: {' '.join(n['reason'].split())[:300]}"
+                       for n in ends if n["value"] != "passed"]  # fmt: skip
+            noted += [[n["name"], value(n["value"])] for n in one["notes"] if n["name"] != "test"]
+        out = ["## Tests", table(("file", "passed", "failed", "skipped", "s", ""), rows)]
+        out += ["\n".join(failed)] if failed else []
+        return out + ([table(("noted", "value"), noted)] if noted else [])
+
+
+def value(given: Any) -> str:
+    text = f"{given:.3g}" if isinstance(given, float) else json.dumps(given) if isinstance(given, dict) else str(given)
+    return " ".join(text.replace("|", "/").split())[:160]
+
+
+def commit() -> str:
+    """Of the code: git's, or what COMMIT says where the folder is a copy without git's records."""
+    call = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(call, capture_output=True, text=True, timeout=20)
+        found = done.stdout.strip() if done.returncode == 0 else ""
+    except (OSError, subprocess.SubprocessError):
+        found = ""
+    return found or os.environ.get("COMMIT", "unknown")
+
+
+def driver() -> str | None:
+    call = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(call, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def test_file(name: str, folder: Path, device: str, limit: float) -> dict[str, Any]:
+    """How the tests of tests/gpu/test_gpu_`name`.py ended, and what they noted, in at most `limit` seconds."""
+    notes, log = folder / f"tests-{name}.jsonl", folder / f"tests-{name}.log"
+    notes.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5",
+               str(ROOT / "tests" / "gpu" / f"test_gpu_{name}.py"), "--rootdir", str(ROOT)]  # fmt: skip
+    if device == "cpu":
+        command += ["-k", "(seg_cfg and not batch) or analyze or finite or follows or guess or demo"]
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    own = {"SEGRESEARCH_TEST_DEVICE": device, "SEGRESEARCH_TEST_NOTES": str(notes), "PYTHONPATH": paths}
+    start = time.perf_counter()
+    failed = bounded(command, limit, log, **own)
+    lines = notes.read_text().splitlines() if notes.is_file() else []
+    return {"failed": failed, "seconds": round(time.perf_counter() - start, 1),
+            "notes": [json.loads(line) for line in lines if line.endswith("}")]}  # fmt: skip
+
+
+def run(
+    device: str, smoke: bool, only: Sequence[str], limit: float, folder: Path, parts: Sequence[str] = ()
+) -> Results:
+    """Everything, in `limit` seconds: while the first test files run, compilations are made side by side with them.
+
+    parts: first words of those of the benchmark that are wanted; none: all.
+    """
+    end = time.monotonic() + limit
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("*.json*"), *folder.glob("*.log")):
+        old.unlink()
+    results = Results(folder, {**machine(os.cpu_count() or 1), "driver": driver(), "commit": commit()})
+    results.save()
+    threads = {name: "1" if device == "cpu" else "4" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+             "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}  # fmt: skip
+    if smoke:
+        cache["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes minutes without a GPU: the calls are made uncompiled
+
+    def left(reserve: float = 5.0) -> float:
+        return end - time.monotonic() - reserve
+
+    def tested(name: str) -> None:
+        results.tests[name] = test_file(name, folder, device, min(TESTS[name], left()))
+        results.save()
+
+    def warmed(part: Any) -> None:
+        done = run_part(part, folder, left(), TORCHINDUCTOR_COMPILE_THREADS="3", **cache, **threads)
+        results.notes.append(f"{part.name}: {done['seconds']:.0f} s {done['failed']}".rstrip())
+        results.save()
+
+    os.environ.update(threads)
+    together = [(tested, name) for name in TESTS if name != "scripts"] if "tests" in only else []
+    compiles = "bench" in only and (not parts or "compiled" in parts)
+    together += [(warmed, part) for part in warm_up(device, smoke)] if compiles else []
+    with ThreadPoolExecutor(1 if device == "cpu" else max(1, len(together))) as pool:
+        for future in [pool.submit(call, what) for call, what in together]:
+            future.result()
+    if "tests" in only:
+        tested("scripts")  # alone, for they are timed
+    wanted = [part for part in plan(device, smoke) if not parts or part.name.startswith(("ceiling", *parts))]
+    for part in wanted if "bench" in only else ():
+        if left() < 15:
+            results.parts[part.name] = {"found": None, "failed": "was not begun: no time was left", "seconds": 0}
+        else:
+            results.parts[part.name] = run_part(part, folder, left(), **cache, **threads)
+        results.save()
+        print(f"{part.name}: {results.parts[part.name]['seconds']} s {results.parts[part.name]['failed']}", flush=True)
+    results.facts["seconds"] = round(limit - (end - time.monotonic()))
+    results.save()
+    return results
+
+
+def bench(device: str, quick: bool, parts: Sequence[str] | None, markdown: Path | None) -> None:
+    """The benchmark alone, in under seven minutes; its tables printed, and put into the file `markdown`."""
+    refuse_without(device)
+    chosen = parts or (("steps", "pictures", "decode", "memory") if quick else ())
+    folder = Path("runs/gpu")
+    run(device, False, ["bench"], 410, folder, chosen)
+    section = (folder / "results.md").read_text().partition(f"\n{NUMBERS}")[0]
+    print(section)
+    if markdown:
+        written(markdown, with_section(markdown.read_text() if markdown.is_file() else "", section))
+
+
+def refuse_without(device: str) -> None:
+    """SystemExit, in one line, where this GPU is not."""
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("no GPU here: torch finds no CUDA device; gpu.py --device cpu --smoke tries the code without")
+
+
+def keep(results: Path) -> None:
+    """Put the tables of a results.md into benchmarks/RESULTS.md, without all numbers."""
+    place = HERE / "RESULTS.md"
+    section = results.read_text().partition(f"\n{NUMBERS}")[0]
+    if not section.startswith(ON_A_GPU):
+        raise SystemExit(f"{results}: begins with {section[:20]!r}, not with {ON_A_GPU!r}: give a file of gpu.sh")
+    written(place, with_section(place.read_text(), section))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the code")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes")
+    parser.add_argument("--only", nargs="+", default=["tests", "bench"], choices=["tests", "bench"])
+    parser.add_argument("--limit", type=float, default=530, help="seconds for everything")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "runs/gpu"))
+    parser.add_argument("--keep", type=Path, metavar="RESULTS", help="put the tables of this file into RESULTS.md")
+    options = parser.parse_args()
+    if options.keep:
+        return keep(options.keep)
+    refuse_without(options.device)
+    results = run(options.device, options.smoke, options.only, options.limit, options.out)
+    print("\n\n".join(results.tested()[:3]))
+    print(f"results: {options.out / 'results.md'}")
+    if any(one["failed"] for one in results.tests.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

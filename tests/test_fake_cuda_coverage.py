@@ -1,0 +1,229 @@
+"""Guards of the fake-CUDA tests: no module without one, no allocation without a device, no `device=` that may go."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from fake_cuda import fake_cuda, fake_denoiser, real_inputs, sent
+
+import segresearch
+from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbations, perturbed, sag
+
+ROOT = Path(segresearch.__file__).parent
+PACKAGES = ("models", "guidance", "sampling", "analysis", "evaluation")
+
+# module -> the tests/test_fake_cuda_<name>.py that runs it on the device
+COVERED = {
+    "models.attention": "guidance", "models.blocks": "guidance", "models.checkpoint": "pictures",
+    "models.conditioning": "models", "models.control_folder": "pictures", "models.controlnet": "models",
+    "models.denoiser": "models", "models.encoder": "guidance", "models.load": "pictures", "models.text": "models",
+    "models.unet": "guidance", "models.vae": "models",
+    "guidance.blocks": "guidance", "guidance.blur": "guidance", "guidance.control": "models",
+    "guidance.denoiser": "guidance", "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",
+    "guidance.sag": "guidance",
+    "sampling.loop": "sampling", "sampling.noise": "sampling", "sampling.rows": "sampling",
+    "sampling.schedules": "sampling", "sampling.windows": "sampling",
+    "analysis.curvature": "analysis", "analysis.energy": "analysis", "analysis.lemmas": "analysis",
+    "analysis.record": "analysis", "analysis.regimes": "analysis", "analysis.smoothing": "analysis",
+    "analysis.statistics": "analysis", "analysis.table": "analysis", "analysis.verdict": "analysis",
+    "evaluation.attributes": "metrics", "evaluation.clip_score": "metrics", "evaluation.distance": "metrics",
+    "evaluation.edges": "metrics", "evaluation.features": "metrics", "evaluation.frechet": "metrics",
+    "evaluation.inception": "metrics", "evaluation.interval": "metrics", "evaluation.kernel": "metrics",
+    "evaluation.lpips": "metrics", "evaluation.precision": "metrics", "evaluation.vision": "metrics",
+}  # fmt: skip
+# module -> why it has no tensor of the device, though it imports torch
+HOST = {
+    "models.compute": "settings; torch is imported for types",
+    "models.graphs": "CUDA graphs are of a real GPU: pytest -m gpu",
+    "models.layouts": "what is on disk: modules on the meta device, sizes and names",
+    "analysis.analyze": "the run itself: sampling, decoding and the table, each covered, and files",
+    "analysis.story": "figures of a recording, which lies on the CPU",
+    "evaluation.assets": "files and checksums; `frozen` is nn.Module.to",
+}
+FACTORIES = {"zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tensor", "as_tensor", "rand",
+             "randn", "randint", "randperm", "normal", "from_numpy", "tril_indices", "triu_indices"}  # fmt: skip
+GENERATED = "drawn on the CPU, so that a seed is the same on every device, then sent"
+# module:function -> why what it allocates without a device is of the CPU
+ALLOWED = {
+    "guidance.blur:gaussian_taps": "fp64 on the CPU; cached as a matrix on the device by its users",
+    "guidance.blur:fold_taps": "as gaussian_taps",
+    "guidance.blur:_matrix": "fp64 on the CPU, sent once a shape",
+    "models.checkpoint:fill": "the buffer that a file is read into",
+    "models.controlnet:ControlNet.forward": "weights of guess mode, as numbers",
+    "models.denoiser:alphas_cumprod": "numbers of a config in fp64; `load_sdxl` sends them",
+    "sampling.loop:sample": "levels as given, sent with the noise",
+    "sampling.noise:initial_noise": GENERATED,
+    "sampling.noise:white_noise.draw": GENERATED,
+    "sampling.noise:brownian_noise": GENERATED,
+    "sampling.noise:brownian_noise.draw": "two numbers that have been read",
+    "sampling.schedules:positive_levels": "fp64 on the CPU, sent as a whole",
+    "sampling.windows:step_window": "levels as numbers",
+    "analysis.curvature:chain_norm": GENERATED,
+    "analysis.smoothing:log_spectrum": "small fp64 vectors of a grid, whose sums are numbers of the host",
+    "analysis.statistics:end_weights": "of a grid alone; sent by whoever has a device",
+    "analysis.story:regime": "a figure, on the CPU",
+    "analysis.story:field": "a figure, on the CPU",
+    "analysis.story:landscape": "a figure, on the CPU",
+    "evaluation.attributes:of_scenes": "of numbers of scenes, on the CPU",
+    "evaluation.attributes:of_objects": "of scenes, on the CPU",
+    "evaluation.edges:contrast": "two 3×3 kernels, sent to the pictures",
+    "evaluation.frechet:Moments.__init__": "moments are fp64 on the CPU",
+    "evaluation.frechet:resamples": GENERATED,
+    "evaluation.frechet:frechet_distance": "numbers",
+    "evaluation.inception:resized": "one number without axes, which meets any device",
+    "evaluation.interval:interval": "numbers",
+    "evaluation.kernel:subset": GENERATED,
+    "evaluation.kernel:kid": "numbers",
+}
+
+
+@lru_cache
+def modules() -> dict[str, ast.Module]:
+    """Every module of the packages that imports torch, parsed."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).glob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            imported = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+            imported += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+            if any(name.partition(".")[0] == "torch" for name in imported) and path.stem != "__init__":
+                found[f"{package}.{path.stem}"] = tree
+    return found
+
+
+def without_device(tree: ast.AST, inside: str = "") -> list[str]:
+    """The functions in which a factory of torch is called without `device=`, once for each call."""
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        named = isinstance(node, ast.FunctionDef | ast.ClassDef)
+        place = f"{inside}.{node.name}".lstrip(".") if named else inside
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FACTORIES:
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            if of_torch and not any(word.arg in ("device", None) for word in node.keywords):
+                found.append(place)
+        found += without_device(node, place)
+    return found
+
+
+def test_every_module_with_tensors_has_its_test():
+    lacking = sorted(set(modules()) - set(COVERED) - set(HOST))
+    assert not lacking, f"{lacking}: run on the device in tests/test_fake_cuda_*.py, then name the test in COVERED"
+    assert not set(COVERED) & set(HOST)
+    for module, name in COVERED.items():
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        assert (Path(__file__).parent / f"test_fake_cuda_{name}.py").is_file(), name
+
+
+def test_nothing_is_allocated_without_a_device():
+    found = {f"{module}:{place}" for module, tree in modules().items() for place in without_device(tree)}
+    assert not found - set(ALLOWED), "give it the device of its neighbours, or say in ALLOWED why it is of the CPU"
+    assert len(found) > 10  # the search sees calls
+
+
+def test_factories_are_called_by_their_full_names():
+    """`from torch import zeros` would hide an allocation from the test above."""
+    for module, tree in modules().items():
+        imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "torch"]
+        assert not {a.name for n in imports for a in n.names} & FACTORIES, module
+
+
+def test_the_search_sees_a_new_perturbation():
+    source = "class New:\n    def __call__(self, q, k, v, site, attend):\n        return v * torch.ones(3)\n"
+    assert without_device(ast.parse(source)) == ["New.__call__"]
+    assert not any(place.startswith("guidance.perturbations") for place in ALLOWED)
+
+
+# --- every `device=` of guidance is needed ------------------------------------------------------------
+
+
+def everything() -> None:
+    """What uses each of them: a mask of heads, a blur, two branches of a fork, SAG, rows with scales of their own."""
+    x, _, conds = sent(real_inputs())
+    sigma = torch.tensor([3.0, 1.0], device="cuda")
+    terms = {"cfg": cfg(3.0, window=(2.0, 9.0)), "seg": perturbed("seg", [SEG(1.0, heads=[1]), PAG(heads=[0])], 2.0)}
+    model = GuidedDenoiser(fake_denoiser(), terms, rescale=0.7)
+    sag.SelfAttentionGuidance(model, lambda s: s / 4, base="cond")(x, sigma, conds)
+
+
+def code_of(module, name: str):
+    """The function of this dotted name behind its decorators, whose code can be exchanged."""
+    found = module
+    for part in name.split("."):
+        found = inspect.getattr_static(found, part)
+    while hasattr(found, "__wrapped__"):
+        found = found.__wrapped__
+    return found
+
+
+def compiled(tree: ast.Module, name: str, like):
+    """The code of one function of a changed module."""
+    code = compile(ast.fix_missing_locations(tree), like.co_filename, "exec")
+    for part in name.split("."):
+        code = next(c for c in code.co_consts if inspect.iscode(c) and c.co_name == part)
+    return code
+
+
+def mutations() -> list[tuple[str, str, int]]:
+    """(module, outermost function, which of its calls with `device=`) for each of them in segresearch/guidance."""
+    found = []
+    for path in sorted((ROOT / "guidance").glob("*.py")):
+        for function in functions(ast.parse(path.read_text(encoding="utf-8"))):
+            name, node = function
+            count = sum(word.arg == "device" for call in calls(node) for word in call.keywords)
+            found += [(path.stem, name, i) for i in range(count)]
+    return found
+
+
+def functions(tree: ast.AST, inside: str = "") -> list[tuple[str, ast.FunctionDef]]:
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef):
+            found.append((f"{inside}{node.name}", node))
+        elif isinstance(node, ast.ClassDef):
+            found += functions(node, f"{inside}{node.name}.")
+    return found
+
+
+def calls(node: ast.AST) -> list[ast.Call]:
+    return [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+
+
+@pytest.mark.parametrize("module, name, which", mutations())
+def test_no_device_of_guidance_can_be_removed(monkeypatch, module, name, which):
+    tree = ast.parse((ROOT / "guidance" / f"{module}.py").read_text(encoding="utf-8"))
+    node = dict(functions(tree))[name]
+    call = [call for call in calls(node) for word in call.keywords if word.arg == "device"][which]
+    call.keywords = [word for word in call.keywords if word.arg != "device"]
+    if not call.args and not call.keywords:  # `.to()` is not a call
+        call.args = [ast.Constant("cpu")]
+    function = code_of(importlib.import_module(f"segresearch.guidance.{module}"), name)
+    monkeypatch.setattr(function, "__code__", compiled(tree, name, function.__code__))
+    with fake_cuda(), pytest.raises(RuntimeError, match="same device|an index on the cpu"):
+        everything()
+
+
+def test_the_blur_of_sag_on_the_cpu_fails(monkeypatch):
+    """The line that once stopped every run with SAG on a GPU."""
+
+    def degrade(self, plain, mask):
+        h, w = plain.shape[2:]
+        taps = sag.gaussian_taps(self.blur_sigma, sag.TAPS).to(plain)
+        return sag.fold_taps(taps, h, "reflect") @ plain @ sag.fold_taps(taps, w, "reflect").T
+
+    with fake_cuda():
+        everything()
+    monkeypatch.setattr(SelfAttentionGuidance, "degrade", degrade)
+    with fake_cuda(), pytest.raises(RuntimeError, match="same device"):
+        everything()
+
+
+def test_every_perturbation_is_in_the_table():
+    from test_fake_cuda_guidance import PERTURBATIONS
+
+    classes = [c for c in vars(perturbations).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+    assert {c for c in classes if "where" in c.__dataclass_fields__} == {type(p) for p in PERTURBATIONS}

@@ -1,0 +1,239 @@
+"""The networks on a GPU that is not there: denoiser, ControlNets, VAE, texts, conditionings."""
+
+import warnings
+from dataclasses import fields
+from functools import lru_cache
+
+import pytest
+import torch
+from fake_cuda import (
+    CONFIG,
+    DTYPES,
+    check_same,
+    fake_denoiser,
+    gpu,  # noqa: F401  a fixture
+    moved,
+    on_the_cpu,
+    real_denoiser,
+    real_inputs,
+    sent,
+)
+from make_models import write_tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
+from segresearch.guidance.control import residuals
+from segresearch.models import SDXL
+from segresearch.models.conditioning import Cond
+from segresearch.models.controlnet import Controlled, ControlNet, ControlNetConfig, controlled
+from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.encoder import EncoderConfig
+from segresearch.models.text import TextEncoders
+from segresearch.models.vae import VAE, VAEConfig
+
+ROUNDING = {torch.float16: 5e-2, torch.bfloat16: 2e-1, torch.float32: 2e-5}
+
+
+def random(module: torch.nn.Module) -> torch.nn.Module:
+    """Weights away from zero, the same at every call, for evaluation."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in module.parameters():
+        weight.data = weight.data * 0.5 + 0.1 * torch.randn(weight.shape, generator=generator)
+    return module.eval().requires_grad_(False)
+
+
+# --- the denoiser ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, prediction", [*((d, "epsilon") for d in DTYPES), (torch.float32, "v_prediction")])
+def test_denoiser(gpu, dtype, prediction):  # noqa: F811
+    x, sigma, conds = real_inputs(dtype=dtype)
+    fake, real = fake_denoiser(dtype, prediction), real_denoiser(dtype, prediction)
+    with on_the_cpu():
+        expected = real(x, sigma, cond=conds["cond"]), real.loss(x, x.flip(0), sigma, cond=conds["cond"])
+    x, sigma, conds = sent((x, sigma, conds))
+    gpu.reads.clear()
+    prepared = fake.prepare({"cond": conds["cond"]})["cond"]
+    found = fake(x, sigma, cond=prepared), fake.loss(x, x.flip(0), sigma, cond=conds["cond"])
+    check_same(found, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+    assert not gpu.reads
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))
+def test_times_and_levels(gpu, dtype):  # noqa: F811
+    with on_the_cpu():
+        sigma, t = torch.tensor([0.05, 1.0, 14.0], dtype=dtype), torch.tensor([0.0, 10.5, 999.0])
+        real = real_denoiser()
+        expected = [real.sigma_to_t(sigma), real.sigma_to_t(sigma, quantize=True), real.t_to_sigma(t)]
+        expected += [real.t_to_sigma(sigma)]
+    fake = fake_denoiser()
+    gpu.reads.clear()
+    sigma, t = sent((sigma, t))
+    found = [fake.sigma_to_t(sigma), fake.sigma_to_t(sigma, quantize=True), fake.t_to_sigma(t), fake.t_to_sigma(sigma)]
+    check_same(found, expected)
+    assert not gpu.reads
+    assert fake.sigmas.device.type == fake.log_sigmas.device.type == fake.alphas.device.type == "cuda"
+
+
+def test_schedules_of_training_are_made_on_the_cpu(gpu):  # noqa: F811
+    """By design: the numbers of a config, in fp64; `load_sdxl` sends them to the device before the denoiser is made."""
+    for config in ({}, {"beta_schedule": "linear"}):
+        assert alphas_cumprod(config).device.type == "cpu"
+    snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert Denoiser(fake_denoiser().unet, alphas_cumprod(snr).to("cuda"), "v_prediction").sigmas.device.type == "cuda"
+
+
+def test_conditionings(gpu):  # noqa: F811
+    real = real_inputs()[2]
+    cond, other = sent(real).values()
+    net = fake_denoiser().unet
+    both = Cond.cat([cond.projected(net), other.projected(net)])
+    assert both.rows == 4 and {z.device.type for z in (both.context, both.pooled, both.time_ids)} == {"cuda"}
+    assert both.projections[net].added.device.type == "cuda" and both[1:2].expand(3).rows == 3
+    gpu.reads.clear()
+    assert cond.equals(cond) and not cond.equals(other)
+    assert set(gpu.reads) == {"aten.equal.default"}  # once a conditioning, in `prepare`
+    with on_the_cpu():
+        expected = Cond.cat([*real.values()])
+    check_same([both.context, both.pooled, both.time_ids], [expected.context, expected.pooled, expected.time_ids])
+
+
+# --- ControlNets ----------------------------------------------------------------------------------
+
+
+@lru_cache
+def nets(dtype: torch.dtype, order: str = "rgb"):
+    """(on the CPU, on the device)."""
+    shared = {field.name: getattr(CONFIG, field.name) for field in fields(EncoderConfig)}
+    config = ControlNetConfig(
+        **shared, conditioning_embedding_out_channels=(4, 8), controlnet_conditioning_channel_order=order
+    )
+    with on_the_cpu():
+        real = random(ControlNet(config)).to(dtype)
+    return real, moved(real)
+
+
+def picture(rows: int = 2):
+    with on_the_cpu():
+        return torch.rand(rows, 3, 12, 16, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_controlnets(gpu, dtype):  # noqa: F811
+    """Two at once, one with a picture for all and of another channel order, under every kind of guidance."""
+    terms = {"cfg": cfg(3.0), "seg": perturbed("seg", SEG(1.0), 2.0)}
+
+    def run(denoiser, which, image, x, sigma, conds):
+        control = [
+            controlled(nets(dtype)[which], image, 0.8),
+            controlled(nets(dtype, "bgr")[which], image[:1], window=(0.0, 9.0)),
+        ]
+        guided = GuidedDenoiser(denoiser, terms)
+        arguments = guided.prepare({"conds": conds, "control": control})
+        called = SelfAttentionGuidance(guided) if dtype == torch.float32 else guided
+        return called(x, sigma, **arguments)
+
+    given = (picture(), *real_inputs(dtype=dtype))
+    nets(dtype), nets(dtype, "bgr")
+    with on_the_cpu():
+        expected = run(real_denoiser(dtype), 0, *given)
+    found = run(fake_denoiser(dtype), 1, *sent(given))
+    check_same(found, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype, fork", [*((d, True) for d in DTYPES), (torch.float32, False)])
+def test_guess_mode(gpu, dtype, fork):  # noqa: F811
+    terms = {"cfg": cfg(3.0), "seg": perturbed("seg", SEG(1.0), 2.0)}
+    _, net = nets(dtype)
+    x, sigma, conds = sent(real_inputs(dtype=dtype))
+    control = [controlled(net, picture().to("cuda"), guess=True)]
+    model = GuidedDenoiser(fake_denoiser(dtype), terms, fork=fork)
+    gpu.reads.clear()
+    branches = model.branches(3.0)
+    denoised = model.evaluate(x, sigma, branches, conds, control, values=[3.0, 3.0])
+    assert not gpu.reads and {z.device.type for z in denoised.values()} == {"cuda"}
+
+
+def test_scales_of_rows_on_both_sides_of_a_window(gpu):  # noqa: F811
+    real, fake = nets(torch.float32)
+    x, _, conds = real_inputs()
+    with on_the_cpu():
+        sigma = torch.tensor([3.0, 1.0])
+        control = controlled(real, picture(), 0.8, window=(2.0, 9.0))
+        expected = residuals(real_denoiser(), x, sigma, conds, "cond", [control])
+    x, sigma, conds = sent((x, sigma, conds))
+    control = controlled(fake, picture().to("cuda"), 0.8, window=(2.0, 9.0))
+    gpu.reads.clear()
+    found = residuals(fake_denoiser(), x, sigma, conds, "cond", [control], values=[3.0, 1.0])
+    check_same([*found.down, found.mid], [*expected.down, expected.mid])
+    assert not gpu.reads
+
+
+def test_a_control_image_lies_where_its_net_does(gpu):  # noqa: F811
+    """A picture of the CPU is sent by `embed_image`; its range is looked at before, where it lies."""
+    _, net = nets(torch.bfloat16)
+    gpu.reads.clear()
+    control = controlled(net, picture())
+    assert not gpu.reads and control.hint.device.type == "cuda" and control.hint.dtype == torch.bfloat16
+    assert isinstance(control[0:1], Controlled) and control[0:1].rows == 1
+
+
+# --- VAE ------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def vaes(dtype: torch.dtype):
+    config = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+    with on_the_cpu():
+        real = random(VAE(config)).to(dtype)
+    return real, moved(real)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vae_both_ways(gpu, dtype):  # noqa: F811
+    real, fake = vaes(dtype)
+    images = picture()
+    with on_the_cpu():
+        latents = real.encode(images)
+        expected = [latents, *real.moments(images), real.decode(latents)]
+    images, latents = sent((images, latents))
+    found = [fake.encode(images), *fake.moments(images), fake.decode(latents)]
+    check_same(found, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+    assert not gpu.reads and found[0].dtype == found[-1].dtype == torch.float32
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+TEXT = {"vocab_size": 517, "intermediate_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 16,
+        "bos_token_id": 0, "eos_token_id": 2, "num_attention_heads": 1}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first = CLIPTextModel(CLIPTextConfig(**TEXT, hidden_size=4))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, hidden_size=8, projection_dim=8))
+    return (write_tokenizer(folder),) * 2, tuple(random(model) for model in (first, second))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_texts(encoders, gpu, dtype):  # noqa: F811
+    tokenizers, networks = encoders
+    with on_the_cpu():
+        networks = tuple(network.to(dtype) for network in networks)
+        real = SDXL(real_denoiser(dtype).unet, vaes(dtype)[0], TextEncoders(tokenizers, networks), real_denoiser(dtype))
+        asked = [{}, {"negative": "a cube"}, {"negative": ["a cube", "red"], "clip_skip": 1, "size": (24, 32)}]
+        expected = [real.encode(["a red cube", "cubes"], **more) for more in asked]
+    on_gpu = TextEncoders(tokenizers, tuple(map(moved, networks)))
+    fake = SDXL(fake_denoiser(dtype).unet, vaes(dtype)[1], on_gpu, fake_denoiser(dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [fake.encode(["a red cube", "cubes"], **more) for more in asked]
+    for ours, theirs in zip(found, expected):
+        for name in ("cond", "uncond"):
+            a, b = ours[name], theirs[name]
+            assert (a.context.dtype, a.time_ids.dtype) == (dtype, torch.float32)
+            ours_of, theirs_of = ([c.context, c.pooled, c.time_ids] for c in (a, b))
+            check_same(ours_of, theirs_of, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])

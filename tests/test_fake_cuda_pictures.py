@@ -1,0 +1,45 @@
+"""From weights on disk to pictures on a GPU that is not there: what `make demo` does, on the embedded model."""
+
+import torch
+from fake_cuda import (
+    check_same,
+    gpu,  # noqa: F401  a fixture
+    on_the_cpu,
+)
+
+from segresearch.build import load_model
+from segresearch.config import ModelConfig
+from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, perturbed
+from segresearch.models import load_sdxl
+from segresearch.models.checkpoint import fill
+from segresearch.models.control_folder import open_controlnets
+from segresearch.models.locate import located
+from segresearch.sampling import initial_noise, sample
+
+
+def pictures(sdxl):
+    """One image of one step, with SEG and SAG, and its latents encoded again."""
+    conds = sdxl.encode(["a red cube"], size=(64, 64))
+    model = SelfAttentionGuidance(GuidedDenoiser(sdxl.denoiser, {"seg": perturbed("seg", SEG(1.0), 2.0)}))
+    noise = initial_noise([0], sdxl.latent_shape((64, 64)))
+    latents = sample(model, noise, schedule="trailing", steps=1, conds=conds, seeds=[0])
+    images = sdxl.vae.decode(latents)
+    return latents, images, sdxl.vae.encode(images.clamp(-1, 1))
+
+
+def test_a_picture_of_mini(gpu, monkeypatch):  # noqa: F811
+    with on_the_cpu():
+        expected = pictures(load_sdxl("mini"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    sdxl = load_model(ModelConfig("mini", "mini"), "auto")
+    held = [*sdxl.unet.parameters(), *sdxl.vae.parameters(), *sdxl.denoiser.buffers()]
+    held += [z for encoder in sdxl.text.encoders for z in (*encoder.parameters(), *encoder.buffers())]
+    assert {z.device.type for z in held} == {"cuda"}
+    check_same(pictures(sdxl), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_are_sent_to_the_device_in_its_dtype(gpu):  # noqa: F811
+    net, weights = open_controlnets("canny", located("mini"), None)["canny"]
+    fill(net, weights.entries, weights.sources, dtype=torch.bfloat16, device="cuda", what=weights.what)
+    assert {(z.device.type, z.dtype) for z in net.parameters()} == {("cuda", torch.bfloat16)}
+    assert float(net.conv_in.weight.to("cpu", torch.float32).abs().mean()) > 0
