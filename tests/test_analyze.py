@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib.util
+import itertools
 import math
 import re
 import subprocess
@@ -17,8 +18,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from segresearch import command
+from segresearch.analysis import table
 from segresearch.analysis.analyze import analyze
-from segresearch.analysis.record import Recording
+from segresearch.analysis.record import Entry, Recording
 from segresearch.analysis.settings import AnalyzeConfig, settings
 from segresearch.analysis.table import measure, short, to_csv, together
 from segresearch.config import conf_dir
@@ -238,3 +240,44 @@ def test_the_script_is_quick_to_help_and_says_slips_in_one_line(monkeypatch, cap
 def test_csv_writes_infinities_and_names():
     assert to_csv([{"a": math.inf, "b": 0.1234567891, "c": "x, y"}]) == 'a,b,c\ninf,0.1234568,"x, y"\n'
     assert short("up_blocks.0.attentions.1.transformer_blocks.3.attn1") == "up.0.1.3"
+
+
+def test_entries_of_one_shape_are_measured_together_to_the_same_numbers(monkeypatch):
+    """Columns of other entries change no number beyond rounding; rows and verdicts stay in the recording's order."""
+    sites, entries = ("mid_block.0", "mid_block.1", "up_blocks.0.0"), []
+    for step, (site, grid) in itertools.product((0, 4), zip(sites, ((2, 4), (2, 4), (3, 3)), strict=True)):
+        g = torch.Generator().manual_seed(len(entries))
+        kept = {name: 2 * torch.randn(2, 2, math.prod(grid), 4, generator=g) for name in "qk"}
+        images = ({"prompt": "", "seed": 0}, {"prompt": "", "seed": 1})
+        entries.append(Entry(site, grid, ("cond",), step, (1.0, 1.0), images, (0, 1), lambda kept=kept: kept))
+    calls, inside = [], []
+    one_by_one = table._measured
+
+    def counted(some, *rest):
+        calls.append(len(some))
+        return one_by_one(some, *rest)
+
+    measured_of = table.curvature
+
+    def seen(*args):
+        inside.append(torch.get_num_threads())
+        return measured_of(*args)
+
+    monkeypatch.setattr(table, "_measured", counted)
+    monkeypatch.setattr(table, "curvature", seen)
+    torch.set_num_threads(2)
+    try:
+        together = list(measure(Recording(tuple(entries)), [1.0, math.inf], ["reflect", "exact"], sites))
+        assert set(inside) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert calls == [2, 1, 2, 1]
+    alone = [part for e in entries for part in measure(Recording((e,)), [1.0, math.inf], ["reflect", "exact"], sites)]
+    for entry, (rows, claims), (single, judged) in zip(entries, together, alone, strict=True):
+        assert [r["site"] for r in rows] == [entry.site] * 8 and {r["step"] for r in rows} == {entry.step}
+        for a, b in zip(rows, single, strict=True):
+            assert a == {k: pytest.approx(v, rel=1e-6, abs=1e-9) if isinstance(v, float) else v for k, v in b.items()}
+        for a, b in zip(claims, judged, strict=True):
+            assert (a.claim, a.axis, a.count, a.boundary) == (b.claim, b.axis, b.count, b.boundary)
+            assert a.medians == pytest.approx(b.medians, rel=1e-6, abs=1e-5)
+            assert a.smallest == pytest.approx(b.smallest, rel=1e-6, abs=1e-5)

@@ -144,6 +144,7 @@ def _measured(
     folder: Path,
 ) -> None:
     """The table, the verdicts, the figures and the page of a recording, written to `folder`."""
+    import torch
     from tqdm import tqdm
 
     from segresearch.analysis import figures, report, story, table
@@ -151,7 +152,9 @@ def _measured(
     rows: list[table.Row] = []
     judged: list[table.Judged] = []
     sites = tuple(sdxl.unet.site_heads)
-    measured = table.measure(recording, config.blur.sigmas, config.blur.boundaries, sites)
+    device = sdxl.unet.conv_in.weight.device
+    device = device if device.type == "cuda" else torch.device("cpu")  # both have fp64
+    measured = table.measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
     for some, claims in tqdm(measured, total=len(recording), unit="site", disable=None, leave=False):
         rows += some
         judged += claims

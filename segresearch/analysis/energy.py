@@ -18,7 +18,7 @@ from torch import Tensor
 
 from segresearch.analysis.curvature import gaussian_curvature
 from segresearch.analysis.smoothing import Smoothing
-from segresearch.analysis.statistics import BLOCK, blocks, columns, log_sum_exp, sides
+from segresearch.analysis.statistics import blocks, columns, log_sum_exp, sides
 
 
 def energies(
@@ -39,7 +39,7 @@ def energy_gradient(
     q: Float[Tensor, "rows heads queries dim"],
     k: Float[Tensor, "rows heads keys dim"],
     axis: str,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Tensor, "rows heads n dim"]:
     """∂`energy`/∂q (axis "queries") or ∂/∂k (axis "keys"): −Σ_j ξ_ij v_j/√d, streamed, without autograd.
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from segresearch.analysis.smoothing import Smoothing
 from segresearch.analysis.statistics import (
     AXES,
-    BLOCK,
     Statistics,
     blocks,
     blurred,
@@ -207,15 +206,17 @@ def corrected(
     k: Float[Tensor, "rows heads keys dim"],
     axis: str,
     smoothing: Smoothing,
+    before: Statistics | None = None,
 ) -> tuple[Verdict, Verdict, Verdict]:
     """Lemmas 3.1 (both halves) and 3.2 under "reflect" with `end_weights`: so weighted, they hold without exception.
 
+    before: statistics of the unblurred logits, where they are known.
     Raises ValueError for another boundary, for which the plain lemmas hold.
     """
     if smoothing.boundary != "reflect":
         raise ValueError(f'end weights mend the boundary "reflect", got {smoothing.boundary!r}')
     weights = end_weights(smoothing.grid).to(q.device)
-    plain = statistics(q, k, axis)
+    plain = before or statistics(q, k, axis)
     smooth = blurred(q, k, smoothing.grid, smoothing.sigma, smoothing.boundary, on=axis)
     (mean, variance), (mean_after, variance_after) = moments(q, k, axis, weights), moments(*smooth, axis, weights)
     lse, lse_after = log_sum_exp(q, k, axis, weights), log_sum_exp(*smooth, axis, weights)
@@ -238,7 +239,7 @@ def blur_commutes(
     k: Float[Tensor, "rows heads keys dim"],
     axis: str,
     smoothing: Smoothing,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Verdict:
     """Proposition 3.1: logits of blurred queries are the blurred logits, blur(Q)Kᵀ = B(QKᵀ). Exact for any linear B.
 

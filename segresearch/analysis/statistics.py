@@ -7,7 +7,7 @@ the n entries along the named axis, whichever it is.
 
 Mean and variance are exact from the moments of one side: mean(Q)·k and kᵀ Cov(Q) k. Everything that needs exp is
 streamed over blocks of whole columns. Logits and exp are in the dtype of q and k (at least fp32); sums are fp64.
-Memory beside the inputs and the (rows, heads, m) results: about `8 * BLOCK` numbers, whatever the size of the map.
+Memory beside the inputs and the (rows, heads, m) results: about `8 * block` numbers, whatever the size of the map.
 """
 
 import math
@@ -22,7 +22,14 @@ from torch import Tensor
 from segresearch.guidance.blur import blur
 
 AXES = ("queries", "keys")
-BLOCK = 2**18  # logits held at once: 1 MiB in fp32, which stays in cache
+BLOCK = 2**18  # logits held at once on a CPU: 1 MiB in fp32, which stays in cache
+WIDE = 2**24  # on other devices: 64 MiB in fp32, so that a launch has enough to do
+
+
+
+def block_size(z: Tensor) -> int:
+    """How many logits are held at once on the device of z."""
+    return BLOCK if z.device.type == "cpu" else WIDE
 
 
 def sides(q: Tensor, k: Tensor, axis: str) -> tuple[Tensor, Tensor]:
@@ -112,12 +119,13 @@ class Columns:
 
 
 def blocks(
-    entries: Float[Tensor, "rows heads n dim"], vectors: Float[Tensor, "rows heads m dim"], block: int = BLOCK
+    entries: Float[Tensor, "rows heads n dim"], vectors: Float[Tensor, "rows heads m dim"], block: int | None = None
 ) -> Iterator[tuple[slice, slice, Columns]]:
     """(groups, columns, logits) until every column was seen once; a group is one (row, head), row by row.
 
-    Each block holds at most about `block` logits, at least one whole column.
+    Each block holds at most about `block` logits (None: BLOCK or WIDE, by the device), at least one whole column.
     """
+    block = block or block_size(entries)
     n, m, dim = entries.shape[2], vectors.shape[2], entries.shape[3]
     dtype = torch.promote_types(entries.dtype, torch.float32)
     flat = entries.flatten(0, 1), vectors.flatten(0, 1)  # (r, h, n, d) -> (g, n, d)
@@ -136,7 +144,7 @@ def stream(
     entries: Float[Tensor, "rows heads n dim"],
     vectors: Float[Tensor, "rows heads m dim"],
     measures: Mapping[str, Callable[[Columns], Tensor]],
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> dict[str, Tensor]:
     """Each measure of every column, (rows, heads, m) fp64, in one pass over the logits."""
     rows, heads, m = vectors.shape[:3]
@@ -165,12 +173,14 @@ def moments(
     w = w / w.sum()
     mean = torch.empty(rows * heads, m, dtype=torch.float64, device=entries.device)
     variance = torch.empty_like(mean)
-    for g, (side, other) in enumerate(zip(entries.flatten(0, 1), vectors.flatten(0, 1))):  # one head at a time, fp64
-        side, other = side.double(), other.double() / math.sqrt(dim)
-        centre = w @ side  # (n) (n, d) -> (d)
-        side = side - centre
-        covariance = side.T @ (side * w[:, None])  # (d, d)
-        mean[g] = other @ centre
+    together = max(1, block_size(entries) // (max(n, m) * dim))  # heads, whose sides are copied to fp64
+    for start in range(0, rows * heads, together):
+        g = slice(start, start + together)
+        side, other = entries.flatten(0, 1)[g].double(), vectors.flatten(0, 1)[g].double() / math.sqrt(dim)
+        centre = w @ side  # (n) (g, n, d) -> (g, d)
+        side = side - centre[:, None]
+        covariance = side.mT @ (side * w[:, None])  # (g, d, n) (g, n, d) -> (g, d, d)
+        mean[g] = (other @ centre[:, :, None])[..., 0]  # (g, m, d) (g, d, 1) -> (g, m)
         variance[g] = ((other @ covariance) * other).sum(dim=-1).clamp_min(0)
     return mean.reshape(rows, heads, m), variance.reshape(rows, heads, m)
 
@@ -180,7 +190,7 @@ def log_sum_exp(
     k: Float[Tensor, "rows heads keys dim"],
     axis: str,
     weights: Float[Tensor, " n"] | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Tensor, "rows heads m"]:
     """lse = log Σ_i w_i exp(a_i) of each column, fp64, streamed; weights (n,) > 0, None is 1."""
     entries, vectors = sides(q, k, axis)
@@ -244,7 +254,10 @@ MEASURES: dict[str, Callable[[Columns], Tensor]] = {
 
 
 def statistics(
-    q: Float[Tensor, "rows heads queries dim"], k: Float[Tensor, "rows heads keys dim"], axis: str, block: int = BLOCK
+    q: Float[Tensor, "rows heads queries dim"],
+    k: Float[Tensor, "rows heads keys dim"],
+    axis: str,
+    block: int | None = None,
 ) -> Statistics:
     """The statistics of q kᵀ/√d along `axis`; of blurred logits with `statistics(*blurred(q, k, ...), axis)`.
 

@@ -13,10 +13,12 @@ from segresearch.analysis.settings import AnalyzeConfig
 from segresearch.analysis.smoothing import Smoothing
 from segresearch.analysis.statistics import blurred, columns, moments
 from segresearch.analysis.table import Row, chosen, short
+from segresearch.threads import one_thread
 
 REACH = 2.5  # of an energy slice, in parts of the real column
 
 
+@one_thread
 def draw(
     config: AnalyzeConfig,
     recording: Recording,

@@ -8,6 +8,7 @@ dual of the paper's Appendix B (blurred keys, columns over keys).
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +26,12 @@ from segresearch.analysis.smoothing import Smoothing
 from segresearch.analysis.statistics import statistics
 from segresearch.analysis.verdict import Verdict
 from segresearch.guidance.blur import INFINITE
+from segresearch.models.compute import arithmetic
+from segresearch.threads import one_thread_for
 
 Row = dict[str, Any]
+COLUMNS = 2**17  # measured in one call: 1 MiB for each number of a column
+SMALL = 256  # tokens of a grid up to which one thread is enough
 KEYS = ("site", "layer", "grid", "head", "step", "sigma_t", "blur_sigma", "boundary")
 CLAIMS = {  # a claim of `lemmas` -> its column of shares
     "mean_kept": "mean_holds",
@@ -77,27 +82,75 @@ class Judged:
 
 
 def measure(
-    recording: Recording, sigmas: Sequence[float | int], boundaries: Sequence[str], sites: Sequence[str]
+    recording: Recording,
+    sigmas: Sequence[float | int],
+    boundaries: Sequence[str],
+    sites: Sequence[str],
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[list[Row], list[Judged]]]:
-    """For each entry, one after another: its rows of the table, and what was judged. `sites`: the model's, in order."""
-    for entry in recording:
-        q, k = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (entry.q, entry.k))
-        before = curvature(q, k, "queries", Smoothing(entry.grid, 0.0))
-        rows: list[Row] = []
-        judged: list[Judged] = []
-        dual_before = statistics(q, k, "keys")
-        for boundary in boundaries:
-            for sigma in sigmas:
-                smoothing = Smoothing(entry.grid, float(sigma), boundary)
-                after = curvature(q, k, "queries", smoothing)
-                found = verdicts(before.statistics, after.statistics, smoothing)
-                more = (*judge(q, k, "keys", smoothing, dual_before), blur_commutes(q, k, "queries", smoothing))
-                cut = boundary == "reflect" and sigma <= INFINITE  # beyond, every boundary is the plain mean
-                mended = corrected(q, k, "queries", smoothing) if cut else ()
-                judged += [_judged(entry, verdict) for verdict in (*found, *mended, *more)]
-                for row, numbers in zip(_rows(entry, sites, smoothing), _numbers(before, after, found), strict=True):
-                    rows.append(row | numbers)
-        yield rows, judged
+    """For each entry, one after another: its rows of the table, and what was judged. `sites`: the model's, in order.
+
+    Entries that follow each other and have one shape are measured in one call, up to COLUMNS columns: at small grids
+    calls take longer than what they compute. device: where; q and k go there in one transfer each, and two small
+    tensors come back for each blur. Logits of fp32 are products in fp32, never in TF32.
+    """
+    for entries in _alike(recording):
+        with arithmetic("exact", torch.device(device)):
+            measured = _measured(entries, sigmas, boundaries, sites, device)
+        yield from measured
+
+
+def _alike(recording: Recording) -> Iterator[list[Entry]]:
+    """Runs of entries of one shape, of at most COLUMNS columns unless one entry has more."""
+    shapes = itertools.groupby(recording, lambda entry: (entry.grid, len(entry.heads), len(entry.images)))
+    for ((h, w), heads, images), run in shapes:
+        yield from map(list, batched(run, max(1, COLUMNS // (h * w * heads * images))))
+
+
+def batched(items: Iterable[Entry], count: int) -> Iterator[tuple[Entry, ...]]:
+    """Tuples of `count`, and what remains."""
+    iterator = iter(items)
+    while part := tuple(itertools.islice(iterator, count)):
+        yield part
+
+
+def _small(entries: Sequence[Entry], *rest: Any) -> bool:
+    return math.prod(entries[0].grid) <= SMALL
+
+
+@one_thread_for(_small)
+def _measured(
+    entries: Sequence[Entry],
+    sigmas: Sequence[float | int],
+    boundaries: Sequence[str],
+    sites: Sequence[str],
+    device: torch.device | str,
+) -> list[tuple[list[Row], list[Judged]]]:
+    """`measure` of entries of one shape, whose rows (images) become one axis."""
+    q, k = (torch.cat(side).to(device) for side in zip(*((e.q, e.k) for e in entries), strict=True))
+    q, k = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (q, k))
+    before = curvature(q, k, "queries", Smoothing(entries[0].grid, 0.0))
+    dual_before = statistics(q, k, "keys")
+
+    def under(boundary: str, sigma: float | int) -> list[tuple[list[Row], list[Judged]]]:
+        smoothing = Smoothing(entries[0].grid, float(sigma), boundary)
+        after = curvature(q, k, "queries", smoothing)
+        found = verdicts(before.statistics, after.statistics, smoothing)
+        more = (*judge(q, k, "keys", smoothing, dual_before), blur_commutes(q, k, "queries", smoothing))
+        cut = boundary == "reflect" and sigma <= INFINITE  # beyond, every boundary is the plain mean
+        mended = corrected(q, k, "queries", smoothing, before.statistics) if cut else ()
+        numbers = _numbers(before, after, found, len(entries))
+        rows = [
+            [place | values for place, values in zip(_rows(entry, sites, smoothing), of_heads, strict=True)]
+            for entry, of_heads in zip(entries, numbers, strict=True)
+        ]
+        return list(zip(rows, _judged(entries, (*found, *mended, *more)), strict=True))
+
+    of_blurs = [under(boundary, sigma) for boundary in boundaries for sigma in sigmas]
+    return [
+        (list(itertools.chain(*rows)), list(itertools.chain(*judged)))
+        for rows, judged in (zip(*of_entry, strict=True) for of_entry in zip(*of_blurs, strict=True))
+    ]
 
 
 def _rows(entry: Entry, sites: Sequence[str], smoothing: Smoothing) -> list[Row]:
@@ -109,40 +162,43 @@ def _rows(entry: Entry, sites: Sequence[str], smoothing: Smoothing) -> list[Row]
     ]  # fmt: skip
 
 
-def _numbers(before: Curvature, after: Curvature, found: Iterable[Verdict]) -> list[Row]:
-    """What is measured of each head."""
+def _numbers(before: Curvature, after: Curvature, found: Iterable[Verdict], entries: int) -> list[list[Row]]:
+    """What is measured of each head of each entry, read back at once."""
+
+    def apart(z: Float[Tensor, "rows heads m"]) -> Float[Tensor, "entries images heads m"]:
+        return z.unflatten(0, (entries, -1))
+
+    def mean(z: Float[Tensor, "rows heads m"]) -> Float[Tensor, "entries heads"]:
+        return apart(z).mean(dim=(1, 3))
+
     a, b, n = before.statistics, after.statistics, before.statistics.n
     std = a.variance.sqrt().clamp_min(1e-6)
     per_head = {
-        "spread": _mean(a.variance).sqrt(),
-        "mean_shift": _mean((b.mean - a.mean).abs() / std),
-        "variance_ratio": _mean(b.variance) / _mean(a.variance).clamp_min(1e-12),
-        "variance_ratio_max": (b.variance / a.variance.clamp_min(1e-12)).amax(dim=(0, 2)),
-        "lse_fall": _mean(a.lse - b.lse),
-        "taylor_fall": _mean(a.variance - b.variance) / 2,
-        "log_product_before": _mean(before.log_product),
-        "log_product_after": _mean(after.log_product),
-        "eq20_margin": _mean(before.log_product - after.entrywise_log_product) / n,
-        "chain_margin": _mean(before.log_pdet - after.chain_log_pdet) / n,
-        "entropy_before": _mean(a.entropy),
-        "entropy_after": _mean(b.entropy),
-        "rank_share": _mean(a.effective_rank) / n,
-        "rank_share_after": _mean(b.effective_rank) / n,
-        "trace_before": _mean(before.trace),
-        "trace_after": _mean(after.trace),
-        "chain_trace_after": _mean(after.chain_trace),
-        "norm_before": _mean(before.norm),
-        "norm_after": _mean(after.norm),
+        "spread": mean(a.variance).sqrt(),
+        "mean_shift": mean((b.mean - a.mean).abs() / std),
+        "variance_ratio": mean(b.variance) / mean(a.variance).clamp_min(1e-12),
+        "variance_ratio_max": apart(b.variance / a.variance.clamp_min(1e-12)).amax(dim=(1, 3)),
+        "lse_fall": mean(a.lse - b.lse),
+        "taylor_fall": mean(a.variance - b.variance) / 2,
+        "log_product_before": mean(before.log_product),
+        "log_product_after": mean(after.log_product),
+        "eq20_margin": mean(before.log_product - after.entrywise_log_product) / n,
+        "chain_margin": mean(before.log_pdet - after.chain_log_pdet) / n,
+        "entropy_before": mean(a.entropy),
+        "entropy_after": mean(b.entropy),
+        "rank_share": mean(a.effective_rank) / n,
+        "rank_share_after": mean(b.effective_rank) / n,
+        "trace_before": mean(before.trace),
+        "trace_after": mean(after.trace),
+        "chain_trace_after": mean(after.chain_trace),
+        "norm_before": mean(before.norm),
+        "norm_after": mean(after.norm),
     }
     for verdict in found:
         if verdict.claim in CLAIMS:
-            per_head[CLAIMS[verdict.claim]] = verdict.by_head.mean(dim=0)
-    table = {name: value.tolist() for name, value in per_head.items()}
-    return [dict(zip(table, numbers, strict=True)) for numbers in zip(*table.values(), strict=True)]
-
-
-def _mean(z: Float[Tensor, "rows heads m"]) -> Float[Tensor, " heads"]:
-    return z.mean(dim=(0, 2))
+            per_head[CLAIMS[verdict.claim]] = mean(verdict.holds.double())
+    values = torch.stack(list(per_head.values()), dim=-1).tolist()  # names of (e, h) -> (e, h, names)
+    return [[dict(zip(per_head, numbers, strict=True)) for numbers in heads] for heads in values]
 
 
 def pooled(rows: Sequence[Row]) -> list[Row]:
@@ -156,10 +212,26 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _judged(entry: Entry, verdict: Verdict) -> Judged:
-    """A verdict on the columns of one entry, in a few numbers."""
-    margin = verdict.margin
-    row, head, column = np.unravel_index(int(margin.argmin()), margin.shape)
+def _judged(entries: Sequence[Entry], found: Sequence[Verdict]) -> list[list[Judged]]:
+    """Of each entry, its columns' verdicts in a few numbers, which are read back at once."""
+    apart = (len(entries), -1)
+    margin = torch.stack([verdict.margin for verdict in found]).unflatten(1, apart)  # (c, e·r, h, m) -> (c, e, r, h, m)
+    holding = torch.stack([verdict.holds for verdict in found]).unflatten(1, apart).flatten(2).sum(-1, keepdim=True)
+    medians = margin.transpose(2, 3).flatten(3).median(dim=-1).values  # -> (c, e, h, r·m) -> (c, e, h)
+    shape, flat = margin.shape[2:], margin.flatten(2)
+    least = flat.argmin(-1, keepdim=True), flat.amin(-1, keepdim=True)
+    values = torch.cat([z.double() for z in (*least, holding, medians)], dim=-1).tolist()  # (c, e, 3 + h)
+    return [
+        [_of_entry(entry, verdict, shape, *numbers[i]) for verdict, numbers in zip(found, values, strict=True)]
+        for i, entry in enumerate(entries)
+    ]
+
+
+def _of_entry(
+    entry: Entry, verdict: Verdict, shape: Sequence[int], at: float, smallest: float, holding: float, *medians: float
+) -> Judged:
+    """shape: (images, heads, columns) of the entry; at: place of its smallest margin among them, flat."""
+    row, head, column = np.unravel_index(int(at), tuple(shape))
     worst = {
         "site": short(entry.site),
         "head": entry.heads[head],
@@ -167,10 +239,9 @@ def _judged(entry: Entry, verdict: Verdict) -> Judged:
         "step": entry.step,
         **entry.images[row],
     }
-    medians = tuple(margin.transpose(0, 1).flatten(1).median(dim=1).values.tolist())  # (r, h, m) -> (h, r·m)
     return Judged(
-        verdict.claim, verdict.statement, verdict.axis, float(verdict.sigma), verdict.boundary, margin.numel(),
-        int(verdict.holds.sum()), medians, float(margin.min()), worst,
+        verdict.claim, verdict.statement, verdict.axis, float(verdict.sigma), verdict.boundary, math.prod(shape),
+        int(holding), medians, smallest, worst,
     )  # fmt: skip
 
 
