@@ -8,87 +8,19 @@ Rows of a table are timed in turn, round after round in one process. `size` tiny
 
 import contextlib
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from harness import bounded, installed, median, written  # noqa: E402
+from harness import installed, median, written  # noqa: E402
 
-WAYS = ("eager", "graph", "compile", "compile+graph")
-ROWS = ("plain", "SEG", "CFG+SEG", "ControlNet+SEG")
 Save = Callable[[Any], None]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One process: a function of this module, its arguments, and the seconds that it may take."""
-
-    name: str
-    function: str
-    limit: float
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-
-def plan(device: str, smoke: bool) -> list[Part]:
-    """The parts in the order of what they are worth, were there no time for all."""
-    px, size, rounds = (64, "tiny", 2) if smoke else (1024, "full", 15)
-    same = {"px": px, "device": device, "size": size}
-    batches = (1, 2) if smoke else (1, 4, 8)
-    eager = {"whats": ROWS, "ways": ("eager", "graph")}
-    parts = [Part("ceiling", "ceiling", 60, {"device": device, "side": 256 if smoke else 8192})]
-    for batch in batches[-1:] if smoke else batches:
-        own = {"batch": batch, "rounds": max(2, rounds // batch + 4 * (batch > 1)), "beside": ("eager", "pipelines")}
-        parts.append(Part(f"steps, batch {batch}", "steps", 110, same | eager | own))
-    both = {"ways": ("graph", "compile", "compile+graph"), "rounds": rounds}
-    compiled = [
-        ("plain", 1, ("eager", "compiled"), 200), ("CFG+SEG", 1, (), 150), ("plain", batches[-1], ("compiled",), 200)
-    ]  # fmt: skip
-    for what, batch, beside, limit in compiled[:1] if smoke else compiled:
-        own = {"whats": (what,), "batch": batch, "beside": beside}
-        parts.append(Part(f"compiled {what}, batch {batch}", "steps", limit, same | both | own))
-    for batch in batches[:1] if smoke else (1, 4):
-        own = {"batch": batch, "steps": 2 if smoke else 25, "ways": ("eager", "graph")}
-        parts.append(Part(f"pictures, batch {batch}", "pictures", 90, same | own))
-    parts.append(Part("decode", "decode", 80, {"sides": (64,) if smoke else (1024, 2048), "device": device,
-                                               "tile": 64 if smoke else 512, "size": size}))  # fmt: skip
-    parts.append(Part("trials", "trials", 90, same | {"batches": batches[:: len(batches) - 1], "rounds": rounds}))
-    for who, what in () if smoke else (("ours", "SEG"), ("diffusers", "PAG")):
-        own = {"px": px, "device": device, "who": who, "what": what}
-        parts.append(Part(f"memory of {who}", "memory", 60, own))
-    return parts
-
-
-def warm_up(device: str, smoke: bool) -> list[Part]:
-    """The compilations of `plan`, to be run side by side before it: their kernels then come from a cache on disk."""
-    parts = []
-    for part in plan(device, smoke):
-        if part.name.startswith("compiled "):
-            own = part.arguments | {"rounds": 0, "beside": (), "ways": ("compile",)}
-            parts.append(Part(f"warm-up: {part.name}", "steps", 240, own))
-            others = [b for b in part.arguments["beside"] if b.startswith("compiled")]
-            for other in others if installed("diffusers") else []:
-                own = part.arguments | {"rounds": 0, "beside": (other,), "ways": ()}
-                parts.append(Part(f"warm-up: diffusers {other}, {part.name}", "steps", 240, own))
-    return parts
-
-
-def run_part(part: Part, folder: Path, limit: float, **environment: str) -> dict[str, Any]:
-    """What a part found in at most `limit` seconds, as {"found", "failed", "seconds"}; its output lies in `folder`."""
-    name = "".join(c if c.isalnum() else "-" for c in part.name)
-    into, log = folder / f"{name}.json", folder / f"{name}.log"
-    command = [sys.executable, str(Path(__file__).resolve()), part.function, json.dumps(part.arguments), str(into)]
-    start = time.perf_counter()
-    failed = bounded(command, min(limit, part.limit), log, PYTHONWARNINGS="default", **environment)
-    found = json.loads(into.read_text()) if into.is_file() else None
-    return {"found": found, "failed": failed, "seconds": round(time.perf_counter() - start, 1)}
-
-
-# --- what runs in a child -----------------------------------------------------------------------------
 
 
 class Rows:
@@ -372,6 +304,47 @@ def fused(found: dict[str, Any], px: int, device: str, batch: int, rounds: int) 
         found.setdefault("qkv", {}).update({name: median(times) for name, times in rows.found["times"].items()})
 
 
+def mini(save: Save, device: str, batches: Sequence[int]) -> None:
+    """Pictures a second of the embedded model at `pace=quick`'s steps: SEG, from noise to uint8, fp32 and bf16."""
+    import torch
+    from networks import terms
+
+    from segresearch.guidance import GuidedDenoiser
+    from segresearch.models import load_sdxl
+    from segresearch.models.compute import Compute
+    from segresearch.sampling import initial_noise, sample
+
+    found: list[dict[str, Any]] = []
+    for dtype in ("float32", "bfloat16"):
+        for graph in (False, True):
+            sdxl = load_sdxl("mini", getattr(torch, dtype), device, compute=Compute(graph=graph))
+            for batch in batches:
+                rows = Rows(device, lambda _: None)
+
+                def call(batch: int = batch, sdxl: Any = sdxl) -> Any:
+                    model = GuidedDenoiser(sdxl.denoiser, terms("SEG"))
+                    noise, conds = initial_noise(range(batch), sdxl.latent_shape()), sdxl.encode([""] * batch)
+                    x = sample(model, noise, "dpmpp_2m", "karras", 10, conds=conds, seeds=range(batch))
+                    return sdxl.decode(x).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+                rows.add("", lambda call=call: call, warm=1)
+                rows.time(2)
+                found.append({"dtype": dtype, "graph": graph, "batch": batch, "times": rows.found["times"].get(""),
+                              "failed": rows.found["failed"].get("")})  # fmt: skip
+                save(found)
+
+
+def script(save: Save, device: str, name: str, given: Sequence[str]) -> None:
+    """Seconds of a script of experiments/, from start to end."""
+    root = Path(__file__).resolve().parent.parent
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, str(root / "experiments" / f"{name}.py"), f"device={device}", f"out={out}", *given]
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    end = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    save({"name": name, "seconds": round(time.perf_counter() - start, 1), "code": done.returncode, "said": end[-2:]})
+
+
 def memory(save: Save, px: int, device: str, who: str, what: str) -> None:
     """Peak memory of two steps of SDXL at full size."""
     import parts
@@ -386,7 +359,7 @@ def main() -> None:
     if arguments["device"] == "cpu":
         torch.set_num_threads(1)
     with torch.no_grad():
-        {f.__name__: f for f in (ceiling, steps, pictures, decode, trials, memory)}[name](
+        {f.__name__: f for f in (ceiling, steps, pictures, decode, trials, mini, script, memory)}[name](
             lambda found: written(into, json.dumps(found)), **arguments
         )
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cuda import ROWS, WAYS
+from cuda_plan import ROWS, WAYS
 from harness import median, ratio, table
 
 PLAIN_MS, FLOP_MARGIN, SHARE, COMPILED = 16.0, 1.2, 0.6, 1.2  # the goals, of an H200 at 1024 px in bf16
@@ -21,7 +21,7 @@ def shown(parts: Parts) -> list[str]:
     for name, part in parts.items():
         found, kind = part.get("found"), name.partition(",")[0].partition(" ")[0]
         make = {"steps": steps, "compiled": steps, "pictures": pictures, "decode": decode, "trials": trials,
-                "memory": memory}.get(kind)  # fmt: skip
+                "mini": mini, "analyze": script, "memory": memory}.get(kind)  # fmt: skip
         if make is not None and found:
             out += [f"### {name[:1].upper()}{name[1:]}", *make(found, ceiling)]
         if part.get("failed"):
@@ -102,6 +102,16 @@ def decode(found: list[Mapping[str, Any]], ceiling: float | None) -> list[str]:
         rows.append([d["px"], d["dtype"], way, seconds, *memory, apart])
     head = ("px", "dtype", "way", "s", "peak, GiB", "above the weights, GiB", "largest difference")
     return ["The VAE at full size, one picture, random weights.", table(head, rows)]
+
+
+def mini(found: list[Mapping[str, Any]], ceiling: float | None) -> list[str]:
+    rows = [[d["dtype"], "graph" if d["graph"] else "eager", d["batch"],
+             f"{d['batch'] / median(d['times']):.1f}" if d["times"] else d["failed"]] for d in found]  # fmt: skip
+    return ["SEG, 10 steps of dpmpp_2m, noise to pixels.", table(("dtype", "way", "batch", "images/s"), rows)]
+
+
+def script(found: Mapping[str, Any], ceiling: float | None) -> list[str]:
+    return [f"experiments/{found['name']}.py alone: {found['seconds']} s, exit code {found['code']}."]
 
 
 def memory(found: Mapping[str, Any], ceiling: float | None) -> list[str]:

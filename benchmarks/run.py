@@ -24,9 +24,9 @@ Parts, each in a process of its own:
 Ratios are medians of ratios within rounds, in which everything compared takes its turn. They need a quiet machine.
 
 On a GPU, SDXL at full size, 1024 px, bf16: steps at batch 1, 4 and 8, eager and as CUDA graphs beside diffusers'; some
-compiled; whole pictures; decode with and without tiles; what else might pay. --only takes the first words of these
-parts (steps, compiled, pictures, decode, trials, memory), --quick leaves out what is compiled and tried. gpu.sh runs the
-tests that need a GPU too.
+compiled; whole pictures; decode with and without tiles; what else might pay. --only takes the first words of parts
+(steps, compiled, pictures, decode, trials, mini, analyze, memory), --quick leaves out what is compiled and tried.
+gpu.sh runs the tests that need a GPU too.
 """
 
 import argparse
