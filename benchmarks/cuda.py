@@ -87,11 +87,21 @@ def ceiling(save: Save, device: str, side: int) -> None:
         save(found)
 
 
+def flops(save: Save, px: int, device: str, size: str, whats: Sequence[str]) -> None:
+    """Floating-point operations of a step for one picture, counted on the meta device."""
+    from networks import steps_flops
+
+    save({what: steps_flops(px, what, size=size)["step"] for what in whats})
+
+
 def steps(
     save: Save, px: int, batch: int, device: str, size: str, whats: Sequence[str], ways: Sequence[str],
-    beside: Sequence[str], rounds: int,
+    beside: Sequence[str], rounds: int, counted: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
-    """Seconds of a step: `whats` in `ways`; beside, diffusers' UNet eager and compiled and its pipelines' steps."""
+    """Seconds of a step: `whats` in `ways`; beside, diffusers' UNet eager and compiled and its pipelines' steps.
+
+    counted: the operations of a step for one picture, where they are known.
+    """
     import torch
     from networks import guided, ours, pipeline_step, plain_denoiser, rows_of_diffusers, steps_flops, theirs
 
@@ -99,7 +109,8 @@ def steps(
 
     dtype = torch.bfloat16
     facts = {"px": px, "batch": batch, "dtype": "bfloat16"}
-    flops = {what: steps_flops(px, what, batch=batch, size=size)["step"] for what in whats}
+    counted = counted or {what: steps_flops(px, what, size=size)["step"] for what in whats}
+    flops = {what: batch * counted[what] for what in whats}
     rows = Rows(device, save, **facts, flops=flops, peak={})
     control = any("ControlNet" in what for what in whats)
     own = ours(dtype, device, control, size)
@@ -359,7 +370,7 @@ def main() -> None:
     if arguments["device"] == "cpu":
         torch.set_num_threads(1)
     with torch.no_grad():
-        {f.__name__: f for f in (ceiling, steps, pictures, decode, trials, mini, script, memory)}[name](
+        {f.__name__: f for f in (ceiling, flops, steps, pictures, decode, trials, mini, script, memory)}[name](
             lambda found: written(into, json.dumps(found)), **arguments
         )
 

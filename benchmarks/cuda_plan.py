@@ -63,6 +63,12 @@ def plan(device: str, smoke: bool) -> list[Part]:
     return first + more + rest + last
 
 
+def counting(smoke: bool) -> Part:
+    """The part that counts operations, which needs no GPU."""
+    px, size = (64, "tiny") if smoke else (1024, "full")
+    return Part("flops", "flops", 120, {"px": px, "device": "cpu", "size": size, "whats": ROWS})
+
+
 def warm_up(device: str, smoke: bool) -> list[Part]:
     """The compilations of `plan`, to be run side by side before it: their kernels then come from a cache on disk."""
     parts = []

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from cuda_plan import plan, run_part, warm_up  # noqa: E402
+from cuda_plan import counting, plan, run_part, warm_up  # noqa: E402
 from cuda_tables import shown  # noqa: E402
 from harness import HERE, ON_A_GPU, bounded, machine, table, with_section, written  # noqa: E402
 
@@ -165,8 +165,13 @@ def _run(
         results.notes.append(f"{part.name}: {done['seconds']:.0f} s {done['failed']}".rstrip())
         results.save()
 
+    def count(part: Any) -> None:
+        counted.update(run_part(part, work, left(), **threads)["found"] or {})
+
+    counted: dict[str, int] = {}
     os.environ.update(threads)
     together: list[tuple[Any, Any]] = [(tested, name) for name in TESTS] if "tests" in only else []
+    together += [(count, counting(smoke))] if "bench" in only else []
     compiles = "bench" in only and (not parts or "compiled" in parts)
     together += [(warmed, part) for part in warm_up(device, smoke)] if compiles else []
     with ThreadPoolExecutor(2 if device == "cpu" else max(1, len(together))) as pool:
@@ -174,6 +179,8 @@ def _run(
             future.result()
     wanted = [part for part in plan(device, smoke) if not parts or part.name.startswith(("ceiling", *parts))]
     for part in wanted if "bench" in only else ():
+        if part.function == "steps" and counted:
+            part.arguments["counted"] = counted
         if left() < 15:
             results.parts[part.name] = {"found": None, "failed": "was not begun: no time was left", "seconds": 0}
         else:

@@ -1,0 +1,71 @@
+"""What benchmarks/gpu.sh is made of, as far as no GPU is needed: limits, tables, sections of RESULTS.md."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from cuda_plan import Part, plan, run_part, warm_up  # noqa: E402
+from cuda_tables import shown  # noqa: E402
+from harness import bounded, with_section, with_start  # noqa: E402
+
+
+def test_a_process_ends_at_its_limit_and_says_why(tmp_path):
+    log = tmp_path / "log"
+    start = time.monotonic()
+    assert bounded([sys.executable, "-c", "import time; time.sleep(60)"], 0.3, log) == "stopped after 0 s"
+    assert time.monotonic() - start < 20
+    code = "import sys; print('some'); sys.exit('no such kernel')"
+    assert bounded([sys.executable, "-c", code], 20, log) == "ended with 1: no such kernel"
+    assert bounded([sys.executable, "-c", "import os; print(os.environ['A'])"], 20, log, A="7") == ""
+    assert log.read_text().endswith("7\n")
+
+
+def test_a_part_that_fails_is_recorded(tmp_path):
+    done = run_part(Part("odd, one", "no_such_part", 60, {"device": "cpu"}), tmp_path, 60)
+    assert done["found"] is None and "KeyError: 'no_such_part'" in done["failed"]
+
+
+def test_what_is_compiled_is_compiled_before():
+    names = {part.name for part in plan("cuda", False)}
+    warmed = [part for part in warm_up("cuda", False) if part.arguments["ways"]]
+    assert {f"warm-up: {n}" for n in names if n.startswith("compiled")} == {part.name for part in warmed}
+    assert all(part.arguments["rounds"] == 0 and part.arguments["batch"] in (1, 8) for part in warmed)
+    assert json.dumps([part.arguments for part in plan("cuda", False)])
+
+
+STEPS = {
+    "px": 1024, "batch": 1, "dtype": "bfloat16", "flops": {"plain": 6e12, "CFG+SEG": 16e12}, "first": {}, "failed": {},
+    "times": {"plain, eager": [0.04] * 3, "plain, graph": [0.0125] * 3, "CFG+SEG, graph": [0.04] * 3,
+              "diffusers UNet, compiled": [0.02] * 3},
+}  # fmt: skip
+
+
+def test_goals_are_judged_and_ratios_wait_for_the_ceiling():
+    parts = {"ceiling": {"found": {"bfloat16": 8e14}}, "steps, batch 1": {"found": STEPS, "failed": ""}}
+    text = "\n".join(shown(parts))
+    assert "12.50 ms, graph" in text and "1.20 × (40.00 ms, graph)" in text and "1.60 ×" in text
+    assert text.count("reaches") + text.count("misses") == 3
+    assert "CFG+SEG / plain, graph" in text  # 6e12 / 0.0125 is 60 % of the ceiling
+    parts["ceiling"] = {"found": {"bfloat16": 16e14}}
+    assert "CFG+SEG / plain" not in "\n".join(shown(parts))
+
+
+def test_what_was_found_until_a_part_was_stopped_is_shown():
+    stopped = {"found": {**STEPS, "times": {"plain, eager": [0.04]}}, "failed": "stopped after 90 s"}
+    text = "\n".join(shown({"steps, batch 8": stopped, "trials": {"found": None, "failed": "ended with 1: no memory"}}))
+    assert "40.00" in text and "steps, batch 8 stopped after 90 s" in text and "trials ended with 1: no memory" in text
+
+
+@pytest.mark.parametrize("text", ["", "# Measured\n\ntable\n", "# Measured\n\n# On a GPU: A, commit 1\n\nold\n"])
+def test_sections_of_gpus_stay_and_are_replaced_by_their_own(text):
+    one = with_section(text, "# On a GPU: A, commit 1\n\nnew")
+    assert one.count("# On a GPU: A, commit 1") == 1 and one.endswith("new\n") and "old" not in one
+    two = with_section(one, "# On a GPU: B, commit 1\n\nother")
+    assert two.startswith(one.rstrip()) and two.endswith("other\n")
+    again = with_start(two, "# Measured\n\nanew")
+    assert again.startswith("# Measured\n\nanew\n\n# On a GPU: A") and again.endswith("other\n")
