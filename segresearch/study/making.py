@@ -73,7 +73,7 @@ class Sampler:
 
     def note(self, guided: Tensor, plain: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """The last post-processor of every setting: looks at what guidance adds, and changes nothing."""
-        self.notes.append((guided - plain).square().mean((1, 2, 3)).sqrt().cpu())  # (b, c, h, w) -> (b,)
+        self.notes.append((guided - plain).square().mean((1, 2, 3)).sqrt())  # (b, c, h, w) -> (b,)
         return guided
 
     def control(self, batch: range, levels: Any) -> Any:
@@ -125,7 +125,7 @@ class Sampler:
                 decoded = torch.cat([sdxl.decode(part) for part in latents.split(DECODED)])
                 images.append(decoded.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
             if self.notes and all(len(n) == len(batch) for n in self.notes):
-                norms.append(torch.stack(self.notes, dim=1).float())
+                norms.append(torch.stack(self.notes, dim=1).float().cpu())
             done(len(batch))
         found = {COST: np.array([cost])} if rows.start == 0 else {}
         if len(norms) == len(images):
