@@ -116,12 +116,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--decode", action="store_true", help="decode the latents as well")
+    parser.add_argument("--vae-dtype", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--tile", type=int, help="side of the VAE's tiles in pixels (compute.vae_tile)")
+    parser.add_argument("--offload", action="store_true", help="text encoders and VAE on the CPU (compute.offload)")
     options = parser.parse_args()
 
     import torch
 
     from segresearch.guidance import SEG, GuidedDenoiser, cfg, perturbed
     from segresearch.models import load_sdxl
+    from segresearch.models.compute import Compute
     from segresearch.sampling import initial_noise, sample, sigmas
 
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +135,14 @@ def main() -> None:
     def report(what: str) -> None:
         nonlocal clock
         now = time.monotonic()
-        gpu = f", GPU {torch.cuda.max_memory_allocated() / GIB:.2f} GiB" if options.device.startswith("cuda") else ""
+        gpu = ""
+        if options.device.startswith("cuda"):  # of this part alone
+            torch.cuda.synchronize()
+            now = time.monotonic()
+            most, kept = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            gpu = f", GPU {most / GIB:.2f} GiB, {kept / GIB:.2f} with what the allocator keeps"
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         print(f"{what}: {now - clock:.1f} s, peak {peak():.2f} GiB{gpu}", flush=True)
         clock = now
 
@@ -140,8 +151,10 @@ def main() -> None:
     write_tokenizer(options.folder / "tokens")
     report(f"file of {path.stat().st_size / GIB:.2f} GiB")
     sdxl = load_sdxl(
-        path, dtype=getattr(torch, options.dtype), device=options.device, tokenizer=options.folder / "tokens"
-    )
+        path, getattr(torch, options.dtype), options.device, tokenizer=options.folder / "tokens",
+        vae_dtype=options.vae_dtype and getattr(torch, options.vae_dtype),
+        compute=Compute(vae_tile=options.tile, offload=options.offload),
+    )  # fmt: skip
     networks = (sdxl.unet, sdxl.vae, *sdxl.text.encoders)
     bytes_ = sum(p.nbytes for network in networks for p in network.parameters())
     counts = [sum(p.numel() for p in network.parameters()) / 1e9 for network in networks]

@@ -7,6 +7,7 @@ GPU does. Here each tensor has its value beside it, computed on the CPU by the s
 
 import copy
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ class FakeCuda(FakeTensorMode):
         self.reads: list[str] = []
         self.sends: list[str] = []
         self.inside = False
+        self.valued = True
 
     def may_turn_const(self, t: Tensor) -> bool:
         return False  # values are kept here for every tensor
@@ -92,14 +94,18 @@ class FakeCuda(FakeTensorMode):
             dependent = True
         finally:
             self.inside = False
-        worth = self._computed(func, _worth(args), {key: _worth(value) for key, value in kwargs.items()})
+        worth = None
+        if self.valued:
+            worth = self._computed(func, _worth(args), {key: _worth(value) for key, value in kwargs.items()})
         if dependent:
+            if not self.valued:
+                raise RuntimeError(f"{func}: a value is read in a block without values")
             if gpu:
                 self.reads.append(str(func))
             device = "cuda" if gpu else "cpu"
             return tree_map(lambda z: self.fake(z, device) if isinstance(z, Tensor) else z, worth)
         self._count(packet, args, out, gpu)
-        for fake, value in zip(_flat(out), _flat(worth), strict=False):
+        for fake, value in itertools.zip_longest(_flat(out), _flat(worth)):
             if isinstance(fake, FakeTensor):
                 fake.worth = value
         return out
@@ -136,6 +142,15 @@ class FakeCuda(FakeTensorMode):
                 self.reads.append(packet.__name__)
             if _on_gpu(out) and not _on_gpu(source):
                 self.sends.append(packet.__name__)
+
+    @contextmanager
+    def without_values(self) -> Iterator[None]:
+        """Shapes, dtypes and devices alone, for what is too large to be computed; a read raises."""
+        self.valued = False
+        try:
+            yield
+        finally:
+            self.valued = True
 
     def fake(self, value: Tensor, device: torch.device | str) -> FakeTensor:
         """A tensor of the mode that says `device` and is worth `value`."""

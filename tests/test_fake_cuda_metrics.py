@@ -79,27 +79,11 @@ def extractors(monkeypatch, tmp_path, gpu):  # noqa: F811
     monkeypatch.setattr(features, "load_vision", lambda path: tower)
     monkeypatch.setattr(features.assets, "tensors", lambda *given: ({}, "0" * 64))
     monkeypatch.setattr(features.assets, "put", lambda *given: None)
-    monkeypatch.setattr(inception, "Inception", lambda: Narrow)
     return gpu
 
 
-class Part(torch.nn.Module):
-    """The two ends of Inception: resizing and scaling before, the average over places after."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = torch.nn.Linear(3, 1)
-
-    def forward(self, images):
-        x = (inception.resized(images.to(self.fc.weight.dtype)) - 128) / 128
-        return x.mean(dim=(2, 3)).repeat(1, 683)[:, : inception.FEATURES]
-
-
-Narrow = real(Part)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", features.EXTRACTORS)
+@pytest.mark.parametrize("name", [name for name in features.EXTRACTORS if name != "inception"])
 def test_extractors(extractors, name, dtype):
     """Pictures of the CPU are sent to the network; `of` brings the features back, a batch at a time."""
     images = pictures()
@@ -113,8 +97,26 @@ def test_extractors(extractors, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_of_inception(gpu, dtype):  # noqa: F811
-    """One block of each kind at a few places; the whole network is these in a row."""
+def test_inception(extractors, monkeypatch, dtype):
+    """The whole network, at its own size, in shapes and devices alone."""
+    images = pictures()
+    with on_the_cpu(), torch.device("meta"):
+        whole = inception.Inception()
+    monkeypatch.setattr(inception, "Inception", lambda: whole)
+    with extractors.without_values():
+        extractor = load_extractor("inception", device="cuda:0", dtype=dtype)
+        found = extractor(images)
+        assert (found.device.type, found.dtype, found.shape) == ("cuda", dtype, (2, inception.FEATURES))
+        assert extractor.network.logits(found).device.type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_inception(gpu, dtype):  # noqa: F811
+    """Its resizing, and one block of each kind at a few places, with values."""
+    with on_the_cpu():
+        images = pictures().to(dtype)
+        expected = inception.resized(images, 9)
+    check_same(inception.resized(images.to("cuda"), 9), expected, rtol=ROUNDING[dtype], atol=1)
     kinds = [(inception._narrow, (192, 32)), (inception._wide, (1280, "max"))]
     for build, given in kinds if dtype == torch.float32 else kinds[:1]:
         block = real(build, *given)

@@ -9,7 +9,7 @@ from fake_cuda import (
 
 from segresearch.build import load_model
 from segresearch.config import ModelConfig
-from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, perturbed
+from segresearch.guidance import SelfAttentionGuidance
 from segresearch.models import load_sdxl
 from segresearch.models.checkpoint import fill
 from segresearch.models.control_folder import open_controlnets
@@ -18,9 +18,9 @@ from segresearch.sampling import initial_noise, sample
 
 
 def pictures(sdxl):
-    """One image of one step, with SEG and SAG, and its latents encoded again."""
+    """One image of one step, with SAG, and its latents encoded again."""
     conds = sdxl.encode(["a red cube"], size=(64, 64))
-    model = SelfAttentionGuidance(GuidedDenoiser(sdxl.denoiser, {"seg": perturbed("seg", SEG(1.0), 2.0)}))
+    model = SelfAttentionGuidance(sdxl.denoiser)
     noise = initial_noise([0], sdxl.latent_shape((64, 64)))
     latents = sample(model, noise, schedule="trailing", steps=1, conds=conds, seeds=[0])
     images = sdxl.vae.decode(latents)

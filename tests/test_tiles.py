@@ -1,5 +1,7 @@
 """The VAE in windows against the VAE of whole pictures."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -88,6 +90,22 @@ def test_no_seams_in_real_pictures():
     step = tile // vae.config.factor
     alone = torch.cat([vae.decode(part) for part in latents.split(step, dim=3)], dim=3)
     assert (alone - whole).abs().max() > 0.02
+
+
+def test_windows_save_memory(monkeypatch):
+    """Counted on the meta device: two activations of the highest grid and a quarter, and a window."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from memory import counted
+
+    with torch.device("meta"):
+        vae = VAE(CONFIG)
+        latents, images = torch.empty(1, 4, 32, 32), torch.empty(1, 3, 256, 256)
+    one = 4 * 16 * 256 * 256  # bytes of an activation of the highest grid; the last upsampling has twice its channels
+    before = [*vae.parameters(), latents, images]
+    assert 6 * one < counted(lambda: vae.decode(latents), before) < 6.1 * one
+    assert 2 * one < counted(lambda: vae.decode(latents, tile=32), before) < 2.8 * one
+    assert 4 * one <= counted(lambda: vae.encode(images), before) < 4.1 * one
+    assert 2 * one < counted(lambda: vae.encode(images, tile=32), before) < 2.2 * one
 
 
 def test_windows_cover_the_grid_once():

@@ -74,7 +74,7 @@ class Sampler:
 
     def note(self, guided: Tensor, plain: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """The last post-processor of every setting: looks at what guidance adds, and changes nothing."""
-        self.notes.append((guided - plain).square().mean((1, 2, 3)).sqrt())  # (b, c, h, w) -> (b,), on the device
+        self.notes.append((guided - plain).square().mean((1, 2, 3)).sqrt())  # (b, c, h, w) -> (b,)
         return guided
 
     def control(self, batch: range, levels: Any) -> Any:

@@ -60,10 +60,12 @@ def test_under_a_controlnet_the_device_gives_the_pictures_of_the_cpu(tmp_path):
 
 
 def test_table1(tmp_path):
-    """`experiment=table1 pace=quick images=100`, whole: features of 10,000 real pictures, table, figures, page."""
+    """`experiment=table1 pace=quick images=100`, whole: features of 10,000 real pictures, table, figures, page.
+
+    100 pictures are fewer than the features have dimensions, hence `force`."""
     small = few("images=12", "shard=6", "batch_size=6", "steps=2", "reference=scene:100000-100149", "draws=10",
-                "force=true", "subsets=2")  # fmt: skip
-    script("evaluate", tmp_path, "experiment=table1", "pace=quick", "images=100", f"device={DEVICE}", "wandb.mode=off",
+                "subsets=2")  # fmt: skip
+    script("evaluate", tmp_path, "experiment=table1", "pace=quick", "images=100", "force=true", f"device={DEVICE}", "wandb.mode=off",
            *small)  # fmt: skip
     folder = run_of(tmp_path, "table1")
     rows = json.loads((folder / "results.json").read_text())["rows"]
