@@ -1,6 +1,7 @@
 """From typed settings to the objects that run: the model and its guidance. Torch is imported when one is made."""
 
 import ctypes
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -11,7 +12,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from segresearch.config import (
     CFGTerm,
@@ -28,6 +29,7 @@ from segresearch.typed import ConfigError, nearest
 if TYPE_CHECKING:
     from segresearch.models import SDXL
 
+Sized = TypeVar("Sized", bound=Any)  # GenerateConfig, EvaluateConfig or AnalyzeConfig
 EVERYWHERE = (0.0, float("inf"))
 
 
@@ -47,6 +49,14 @@ def device_kind(device: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def with_batch_size(config: Sized) -> Sized:
+    """`config` with its `batch_size` as a number: "auto" is the model's own for the kind of its `device`."""
+    if config.batch_size != "auto":
+        return config
+    gpu = config.model.batch_size_cuda if device_kind(config.device) == "cuda" else None
+    return dataclasses.replace(config, batch_size=gpu or config.model.batch_size)
 
 
 def load_model(

@@ -11,6 +11,7 @@ from segresearch.typed import Bounds, ConfigError
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Count = Annotated[int, Bounds(1, 100_000_000)]
+Batch = Count | Literal["auto"]  # images a batch; auto: the model's own number for the device
 Width = Annotated[float, Bounds(low=0)]
 Where = str | int | tuple[str | int, ...]  # a selector of self-attention sites: group, glob, block index, or several
 Heads = tuple[int, ...] | None  # the heads perturbed; None: all
@@ -21,7 +22,7 @@ Seeds = int | str | tuple[int | str, ...]
 class ModelConfig:
     """Which weights (the arguments of `load_sdxl`), and what suits them.
 
-    batch_size: images a batch where the run does not say.
+    batch_size, batch_size_cuda: images a batch where the run does not say, and on a GPU (None: as many).
     strengths: useful ones by method, which conf/guidance and conf/controlnet refer to.
     controlnets: its ControlNets by what they read (canny, depth), which conf/controlnet refers to.
     """
@@ -34,6 +35,7 @@ class ModelConfig:
     config: str | None = None
     tokenizer: str | None = None
     batch_size: Count = 8
+    batch_size_cuda: Count | None = None
     strengths: dict[str, float] = field(default_factory=dict)
     controlnets: dict[str, str] = field(default_factory=dict)
 
@@ -216,7 +218,7 @@ class GenerateConfig:
     pairing: Literal["product", "zip"] = "product"
     steps: Count = 25
     size: tuple[Count, Count] | None = None
-    batch_size: Count = 8
+    batch_size: Batch = 8
     device: str = "auto"
     compute: Compute = Compute()
     out: str = "runs"
@@ -252,7 +254,7 @@ class EvaluateConfig:
     images: Count = 1000
     steps: Count = 25
     size: tuple[Count, Count] | None = None
-    batch_size: Count = 8
+    batch_size: Batch = 8
     shard: Count = 100
     keep: Annotated[int, Bounds(low=0)] | None = None
     features: tuple[Literal["mini", "inception", "dinov2", "clip"], ...] = ("mini",)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segresearch import images, runs
-from segresearch.build import build_guidance, device_kind, load_model
+from segresearch.build import build_guidance, device_kind, load_model, with_batch_size
 from segresearch.command import Ended, hydra_settings
 from segresearch.config import ControlConfig, GenerateConfig, GuidanceConfig
 from segresearch.control.sources import Sources
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 VERSION = 1  # of the grid's drawing
-OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "${model.batch_size}"}  # not of the run
+OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto"}  # not of the run
 IDENTITY = ("run", "method", "prompt", "seed")  # what tells one picture's settings from any other's
 
 
@@ -75,6 +75,7 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
     ValueError for settings that do not fit the model, OSError where the folder cannot be written. On an
     interrupt finished pictures stay.
     """
+    config = with_batch_size(config)
     plan = panels(config)
     weights = located(config.model.path)
     sources = Sources(plan, weights)
@@ -152,8 +153,9 @@ def cut(
                 })
                 for path, row in zip(paths, panel.rows, strict=True)
             ]  # fmt: skip
-            for i in range(0, len(pictures), config.batch_size):
-                yield Batch(guidance, panel.negative, panel.controls, tuple(pictures[i : i + config.batch_size]))
+            size = int(config.batch_size)
+            for i in range(0, len(pictures), size):
+                yield Batch(guidance, panel.negative, panel.controls, tuple(pictures[i : i + size]))
 
 
 def picture_paths(folder: Path, plan: tuple[Panel, ...], number: int, method: str) -> list[Path]:
@@ -216,8 +218,8 @@ def _make(
                     guided(batch.guidance), initial_noise(seeds, shape), sampler=config.sampler.name, schedule=levels,
                     steps=config.steps, conds=conds, seeds=seeds, options=config.sampler.options, **more,
                 )  # fmt: skip
-                bad = [p.seed for p, z in zip(batch.pictures, latents, strict=True) if not z.isfinite().all()]
-                if bad:
+                finite = latents.isfinite().flatten(1).all(1).tolist()  # (b, c, h, w) -> (b)
+                if bad := [p.seed for p, whole in zip(batch.pictures, finite, strict=True) if not whole]:
                     name = batch.pictures[0].settings["method"]
                     hint = "try model.dtype=float32 or lower scales"
                     raise Ended(4, f"{name}: the latents of seeds {bad} are not finite; {hint}")

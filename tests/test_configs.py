@@ -13,9 +13,11 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from segresearch.build import build_guidance
+from segresearch.analysis.settings import AnalyzeConfig
+from segresearch.build import build_guidance, with_batch_size
 from segresearch.command import lazy_help
 from segresearch.config import (
+    EvaluateConfig,
     GenerateConfig,
     GuidanceConfig,
     ModelConfig,
@@ -270,3 +272,24 @@ def test_hydra_starts_where_argparse_reads_every_help_text(monkeypatch):
     assert "Application's help" in checked and all(isinstance(text, str) for text in checked)
     assert len(set(checked)) == len(parser._actions) - 1  # all but that of --shell-completion
     assert argparse._ActionsContainer._check_help is check
+
+
+def test_auto_batch_size_is_the_models_for_the_device():
+    def sized(device: str, **given) -> int | str:
+        model = ModelConfig("m", "p", batch_size=25, **given)
+        run = {"sampler": SamplerConfig("euler"), "schedule": ScheduleConfig("karras"), "device": device}
+        sizes = {
+            with_batch_size(kind(model, batch_size="auto", **run)).batch_size
+            for kind in (GenerateConfig, EvaluateConfig, AnalyzeConfig)
+        }
+        (size,) = sizes
+        return size
+
+    assert sized("cpu", batch_size_cuda=100) == 25
+    assert sized("cuda:1", batch_size_cuda=100) == 100
+    assert sized("cuda") == 25
+    stated = GenerateConfig(ModelConfig("m", "p"), SamplerConfig("euler"), ScheduleConfig("karras"), batch_size=3)
+    assert with_batch_size(stated) is stated
+    with pytest.raises(ConfigError, match="batch_size"):
+        typed(GenerateConfig, {"model": {"name": "m", "path": "p"}, "sampler": {"name": "euler"},
+                               "schedule": {"name": "karras"}, "batch_size": "all"})  # fmt: skip

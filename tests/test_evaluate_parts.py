@@ -124,7 +124,10 @@ def test_shards_lie_by_what_pictures_depend_on():
     one = places("experiment=table2")
     assert one == places("experiment=table2", "images=40")
     assert one == places("experiment=table2", "draws=3", "shown=2", "device=cpu", "only=reduce", "keep=8")
-    assert one == places("experiment=table2", "device=cuda", "compute.precision=exact", "compute.offload=true")
+    assert one == places("experiment=table2", "device=cuda", "batch_size=25", "compute.precision=exact",
+                         "compute.offload=true")  # fmt: skip
+    assert places("experiment=table2", "device=cuda") == places("experiment=table2", "device=cuda", "batch_size=100")
+    assert one == places("experiment=table2", "batch_size=25") != places("experiment=table2", "batch_size=100")
     changes = ["device=cuda", "compute.compile=true", "compute.graph=true", "compute.vae_tile=64",
                "batch_size=4", "shard=48", "steps=9", "sampler=heun", "prompts='scene:1-'", "model.dtype=float16",
                "controlnet=canny controls.canny.image=scene:0-", "controlnet=canny controls.canny.image=scene:1-",

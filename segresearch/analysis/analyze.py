@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from segresearch import runs
 from segresearch.analysis.settings import AnalyzeConfig, measured_steps
-from segresearch.build import build_guidance, device_kind, load_model
+from segresearch.build import build_guidance, device_kind, load_model, with_batch_size
 from segresearch.command import hydra_settings
 from segresearch.config import ScheduleConfig
 from segresearch.models.locate import located
@@ -57,6 +57,7 @@ def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
     the folder cannot be written.
     """
     start = time.perf_counter()
+    config = with_batch_size(config)
     images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
     identity = semantics(config, images, runs.fingerprint(located(config.model.path)))
     folder = runs.run_folder(config.out, config.name, identity)
@@ -112,8 +113,9 @@ def capture(
         sdxl.unet.site_heads, config.where, config.heads, measured_steps(config), [config.branch], folder=folder
     )
     with torch.no_grad(), sdxl.arithmetic():
-        for i in range(0, len(images), config.batch_size):
-            batch = images[i : i + config.batch_size]
+        size = int(config.batch_size)
+        for i in range(0, len(images), size):
+            batch = images[i : i + size]
             seeds = [image["seed"] for image in batch]
             conds = sdxl.encode([image["prompt"] for image in batch], negative=config.negative, size=config.size)
             latents = sample(
@@ -179,5 +181,5 @@ def written_config(config: AnalyzeConfig) -> str:
     """config.yaml: every setting in full, in a form that analyze.py takes back."""
     from omegaconf import OmegaConf
 
-    of_a_call = {"out": "runs", "device": "auto", "batch_size": "${model.batch_size}", "wandb": {"mode": "off"}}
+    of_a_call = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}
     return "".join(OmegaConf.to_yaml(OmegaConf.create(p)) for p in (hydra_settings(), runs.plain(config) | of_a_call))

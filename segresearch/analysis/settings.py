@@ -5,7 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from segresearch.config import Count, GuidanceConfig, Heads, ModelConfig, SamplerConfig, ScheduleConfig, Seeds, Where
+from segresearch.config import (
+    Batch,
+    Count,
+    GuidanceConfig,
+    Heads,
+    ModelConfig,
+    SamplerConfig,
+    ScheduleConfig,
+    Seeds,
+    Where,
+)
 from segresearch.config import Width as Sigma
 from segresearch.models.compute import Compute
 from segresearch.tracking import WandbConfig
@@ -46,7 +56,7 @@ class AnalyzeConfig:
     branch: str = "cond"
     blur: BlurConfig = BlurConfig()
     keep: bool = False
-    batch_size: Count = 8
+    batch_size: Batch = 8
     device: str = "auto"
     compute: Compute = Compute()
     out: str = "runs"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from segresearch.evaluation import assets, inception
 from segresearch.evaluation.vision import SIDE, load_vision, unit_range
+from segresearch.models.compute import arithmetic
 from segresearch.models.locate import located
 from segresearch.threads import one_thread
 
@@ -43,8 +44,9 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b dim"]:
-        """Features of one batch, on the extractor's device."""
-        found = self.network(images.to(self.device))
+        """Features of one batch, on the extractor's device; fp32 products in fp32, whatever else computes there."""
+        with arithmetic("exact", self.device):
+            found = self.network(images.to(self.device))
         assert found.shape == (len(images), self.dim), found.shape
         return found
 

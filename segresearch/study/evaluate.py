@@ -26,7 +26,7 @@ import torch
 
 from segresearch import runs
 from segresearch.analysis.figures import save
-from segresearch.build import device_kind, load_model
+from segresearch.build import device_kind, load_model, with_batch_size
 from segresearch.command import Ended, exit_code, hydra_settings, line
 from segresearch.config import EvaluateConfig
 from segresearch.models.compute import arithmetic
@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
     model: already loaded. place: among several workers; None asks the environment. ValueError for settings that do not
     fit, `Ended` with a code of its own for weights, room and what is not complete.
     """
-    kind = device_kind(config.device)
+    config, kind = with_batch_size(config), device_kind(config.device)
     with _ending(), threads(config.threads), arithmetic(config.compute.resolved(kind).precision, kind):
         plan, place = study(config), place or worker()
         plan = placed(config, plan, located(config.model.path))

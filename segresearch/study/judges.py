@@ -17,6 +17,7 @@ from segresearch.evaluation.edges import edge_agreement
 from segresearch.evaluation.features import Extractor, load_extractor
 from segresearch.evaluation.lpips import load_lpips, lpips_distances
 from segresearch.evaluation.vision import SIDE, load_vision, unit_range
+from segresearch.models.compute import arithmetic
 from segresearch.models.locate import located
 from segresearch.plan import HELD_OUT, SCENE
 from segresearch.runs import digest, fingerprint
@@ -63,7 +64,7 @@ class Judge:
 
 
 def judges(config: EvaluateConfig, study: "Study", device: str = "cpu") -> tuple[Judge, ...]:
-    """Those that `config` names, loaded. `mini`'s are small and stay on the CPU.
+    """Those that `config` names, loaded on `device`; what names attributes is small and stays on the CPU.
 
     Raises ConfigError for names that are none, CheckpointError for weights that are missing.
     """
@@ -74,7 +75,7 @@ def judges(config: EvaluateConfig, study: "Study", device: str = "cpu") -> tuple
     given, sums = config.weights, config.checksums
     found: list[Judge] = []
     for name in config.features:
-        extractor = load_extractor(name, given.get(name), sums.get(name), device="cpu" if name == "mini" else device)
+        extractor = load_extractor(name, given.get(name), sums.get(name), device=device)
         found.append(Judge(f"features-{name}", extractor.weights, _features(extractor), extractor=extractor))
     if len(study.settings) > 1:
         found += [_distance(name, config, study, device) for name in config.distances]
@@ -129,13 +130,13 @@ def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) ->
     given, stored = config.weights, f"distance-{name}@{study.places[study.first].name.rpartition('-')[2]}"
     if name == "mini":
         place = located(given.get("mini") or "mini")
-        vision = load_vision(place).vision
+        vision = load_vision(place).vision.to(device)
 
         def apart(p: Pictures) -> Tensor:
             h, w = p.images.shape[2:]
             if h % 16 or w % 16:
                 raise ValueError(f"pictures of {h}×{w}: sides must be multiples of 16")
-            return distances(vision, p.images, p.first)
+            return distances(vision, p.images.to(device), p.first.to(device))
 
         return Judge(stored, fingerprint(place / "vision"), apart, True)
     trunk, heads = given.get(name), given.get(f"{name}_heads")
@@ -155,13 +156,13 @@ def _caption(config: EvaluateConfig, device: str) -> Judge:
     from segresearch.models import load_sdxl
 
     place = located(config.weights.get("mini") or "mini")
-    tower, text = load_vision(place), load_sdxl(place).text
+    tower, text = load_vision(place).to(device), load_sdxl(place, device=device).text
     by = digest([fingerprint(place / part) for part in ("vision", "text_encoder_2")])
 
     def match(p: Pictures) -> Tensor:
         if p.images.shape[2:] != (SIDE, SIDE):
             raise ValueError(f"pictures of {p.images.shape[2]}×{p.images.shape[3]}: mini reads {SIDE}×{SIDE}")
-        return mini_cosines(tower, text, p.images, p.texts)
+        return mini_cosines(tower, text, p.images.to(device), p.texts)
 
     return Judge("caption-mini", by, match)
 
@@ -188,7 +189,8 @@ def measured(found: Sequence[Judge], pictures: Pictures, wanted: Collection[str]
     made = {}
     for judge in found:
         if judge.name in wanted:
-            value = judge.measure(pictures).float().cpu()
+            with arithmetic("exact", "cuda"):  # whatever samples
+                value = judge.measure(pictures).float().cpu()
             if not value.isfinite().all():
                 raise NotFinite(f"{judge.name} is not finite")
             made[judge.name] = Array(value.numpy(), judge.by)

@@ -27,7 +27,8 @@ from segresearch.study.workers import Worker
 if TYPE_CHECKING:
     from segresearch.models import SDXL
 
-DECODED = 10  # latents that are decoded together: small parts stay in a CPU's cache
+DECODED = 10  # latents that are decoded together on a CPU, in whose cache small parts stay
+PIXELS = 2**23  # of pictures decoded together on a GPU, at least a picture
 IMAGES, NORMS, COST, SAMPLED = "images", "norms", "cost", "sampled"
 
 
@@ -89,6 +90,12 @@ class Sampler:
             self.steered[batch] = made
         return self.steered[batch]
 
+    def decoded(self, device: torch.device) -> int:
+        """How many latents are decoded together."""
+        assert self.sdxl is not None
+        pixels = math.prod(self.config.size or self.sdxl.default_size)
+        return DECODED if device.type == "cpu" else max(1, PIXELS // pixels)
+
     def __call__(
         self, setting: str, rows: range, done: Callable[[int], object]
     ) -> tuple[UInt8[Tensor, "b 3 h w"], dict[str, np.ndarray]]:
@@ -105,7 +112,8 @@ class Sampler:
         levels: Any = config.schedule.name
         if config.schedule.rho is not None:
             levels = sigmas(sdxl.denoiser, config.schedule.name, config.steps, config.schedule.rho)
-        for batch in (rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)):
+        size = int(config.batch_size)
+        for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
             conds = sdxl.encode(self.plan.texts(batch), negative=config.negative, size=config.size)
             self.notes = []
             more = {"control": self.control(batch, levels)} if config.controls else {}
@@ -120,9 +128,10 @@ class Sampler:
                 if counter is not None:
                     cost = counter.get_total_flops() / len(batch)
                 if not latents.isfinite().all():
-                    broken = [i for i, z in zip(batch, latents, strict=True) if not z.isfinite().all()]
+                    whole = latents.isfinite().flatten(1).all(1).tolist()
+                    broken = [i for i, finite in zip(batch, whole, strict=True) if not finite]
                     raise NotFinite(f"latents of pictures {broken} are not finite")
-                decoded = torch.cat([sdxl.decode(part) for part in latents.split(DECODED)])
+                decoded = torch.cat([sdxl.decode(part) for part in latents.split(self.decoded(latents.device))])
                 images.append(decoded.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
             if self.notes and all(len(n) == len(batch) for n in self.notes):
                 norms.append(torch.stack(self.notes, dim=1).float().cpu())

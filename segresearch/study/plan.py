@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from segresearch import runs
-from segresearch.build import device_kind
+from segresearch.build import device_kind, with_batch_size
 from segresearch.config import EvaluateConfig, GuidanceConfig
 from segresearch.control.sources import Sources
 from segresearch.plan import (
@@ -91,6 +91,7 @@ def placed(config: EvaluateConfig, plan: Study, model: Path) -> Study:
 
     model: the folder or file of the model. ConfigError for a ControlNet or a control image that is not there.
     """
+    config = with_batch_size(config)
     asked = ("sampler", "schedule", "negative", "steps", "size", "batch_size", "shard")
     kind = {"dtype": config.model.dtype, "vae_dtype": config.model.vae_dtype}
     common = {
