@@ -48,7 +48,8 @@ def plan(device: str, smoke: bool) -> list[Part]:
         pictures_of(1),
         Part("decode", "decode", 80, {"device": device, "size": size} | sides),
         Part("trials", "trials", 90, same | {"batches": (2,) if smoke else (1, 8), "rounds": rounds}),
-        Part("mini", "mini", 60, {"device": device, "batches": (2,) if smoke else (25, 100, 400)}),
+        Part("mini", "mini", 60, {"device": device, "batches": (2,) if smoke else (25, 100, 400),
+                                         "steps": 1 if smoke else 10}),  # fmt: skip
     ]
     if smoke:
         return first + rest
@@ -59,7 +60,7 @@ def plan(device: str, smoke: bool) -> list[Part]:
         *(Part(f"memory of {who}", "memory", 60, {"px": px, "device": device, "who": who, "what": what})
           for who, what in (("ours", "SEG"), ("diffusers", "PAG"))),
     ]  # fmt: skip
-    more = [compiled("CFG+SEG", 1, (), 150), compiled("plain", 8, ("compiled",), 200), steps_of(8)]
+    more = [compiled("CFG+SEG", 1, (), 150), compiled("plain", 8, (), 150), steps_of(8)]
     return first + more + rest + last
 
 

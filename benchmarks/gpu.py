@@ -26,12 +26,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from cuda_plan import counting, plan, run_part, warm_up  # noqa: E402
 from cuda_tables import shown  # noqa: E402
-from harness import HERE, ON_A_GPU, bounded, machine, table, with_section, written  # noqa: E402
+from harness import HERE, ON_A_GPU, bounded, machine, table, with_sections, written  # noqa: E402
 
 ROOT = HERE.parent
-TESTS = ("scripts", "full_size", "compute", "pictures")  # files of tests/gpu
+TESTS = ("study", "generate", "full_size", "compute", "pictures")  # files of tests/gpu
 TESTS_LIMIT = 220.0  # seconds a file
-SMALL = "every_method and sag_cfg or guess or follows or guided_steps or analyze"  # tests of a trial without a GPU
+SMALL = "every_method and sag_cfg or guess or follows or guided_steps or analyze or device_gives"  # for a trial
 MOST = 900_000  # characters of the file
 LOG = 20_000  # characters of the end of a log that are kept
 NUMBERS = "## All numbers"
@@ -55,10 +55,10 @@ class Results:
         said = ", ".join(f"{k} {v}" for k, v in self.facts.items() if v is not None)
         heading = f"{ON_A_GPU}{self.facts['gpu'] or 'none, a trial'}, commit {self.facts['commit']}"
         lines = [heading, f"    benchmarks/gpu.sh {' '.join(sys.argv[1:])}".rstrip(), f"Machine: {said}."]
-        lines += self.notes
+        lines += ["; ".join(self.notes) + "."] if self.notes else []
         lines += self.tested() + (["## Benchmark", *shown(self.parts)] if self.parts else [])
         raw = {"facts": self.facts, "tests": self.tests, "parts": self.parts}
-        text = "\n\n".join(lines) + "\n"
+        text = ("\n\n".join(lines) + "\n").replace(f"{ROOT}/", "")
         for keep in (raw, {"facts": self.facts, "parts": self.parts}):
             whole = f"{text}\n{NUMBERS}\n\n```json\n{json.dumps(keep)}\n```\n"
             if len(whole) < MOST:
@@ -78,26 +78,28 @@ class Results:
             rows.append([name, *count.values(), one["seconds"], one["failed"]])
             failed += [f"- {n['test']}: {n['value']}: {' '.join(n['reason'].split())[:300]}"
                        for n in ends if n["value"] != "passed"]  # fmt: skip
-            noted += [[n["name"], value(n["value"])] for n in one["notes"] if n["name"] != "test"]
+            noted += [f"| {n['name'][:100]} | {value(n['value'])} |" for n in one["notes"] if n["name"] != "test"]
         out = ["## Tests", table(("file", "passed", "failed", "skipped", "s", ""), rows)]
         out += ["\n".join(failed)] if failed else []
-        return out + ([table(("noted", "value"), noted)] if noted else [])
+        return out + (["\n".join(["| noted | value |", "|---|---|", *noted])] if noted else [])
 
 
 def value(given: Any) -> str:
     text = f"{given:.3g}" if isinstance(given, float) else json.dumps(given) if isinstance(given, dict) else str(given)
-    return " ".join(text.replace("|", "/").split())[:160]
+    return " ".join(text.replace("|", "/").split())[:120]
 
 
 def commit() -> str:
-    """Of the code: git's, or what COMMIT says where the folder is a copy without git's records."""
+    """Of the code: what COMMIT says, for a copy that git does not know as it is; else git's."""
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
     call = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(call, capture_output=True, text=True, timeout=20)
         found = done.stdout.strip() if done.returncode == 0 else ""
     except (OSError, subprocess.SubprocessError):
         found = ""
-    return found or os.environ.get("COMMIT", "unknown")
+    return found or "unknown"
 
 
 def driver() -> str | None:
@@ -200,7 +202,7 @@ def bench(device: str, quick: bool, parts: Sequence[str] | None, markdown: Path 
     section = (folder / "results.md").read_text().partition(f"\n{NUMBERS}")[0]
     print(section)
     if markdown:
-        written(markdown, with_section(markdown.read_text() if markdown.is_file() else "", section))
+        written(markdown, with_sections(markdown.read_text() if markdown.is_file() else "", section))
 
 
 def refuse_without(device: str) -> None:
@@ -217,7 +219,7 @@ def keep(results: Path) -> None:
     section = results.read_text().partition(f"\n{NUMBERS}")[0]
     if not section.startswith(ON_A_GPU):
         raise SystemExit(f"{results}: begins with {section[:20]!r}, not with {ON_A_GPU!r}: give a file of gpu.sh")
-    written(place, with_section(place.read_text(), section))
+    written(place, with_sections(place.read_text(), section))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import statistics
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ON_A_GPU = "# On a GPU: "  # what sections of RESULTS.md begin with that no CPU makes anew
+ON_A_CPU, ON_A_GPU = "# Measured", "# On a GPU: "  # what sections of RESULTS.md begin with
 Calls = Mapping[str, Callable[[], Any]]
 
 
@@ -120,18 +121,21 @@ def written(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def with_section(text: str, section: str) -> str:
-    """`text` with this section on a GPU in it, in the place of one of the same heading, else at its end."""
-    first, *others = f"\n{text.rstrip()}\n".split(f"\n{ON_A_GPU}")
-    heading = section.strip().splitlines()[0].removeprefix(ON_A_GPU)
-    own = {one.splitlines()[0]: one.strip() for one in others} | {heading: section.strip().removeprefix(ON_A_GPU)}
-    return "\n\n".join([first.strip(), *(ON_A_GPU + one for one in own.values())]) + "\n"
+def sections(text: str) -> dict[str, str]:
+    """The sections of a file of results, by their first lines, "# ..."."""
+    parts = [part.strip() for part in re.split(r"(?m)^(?=# )", text) if part.strip()]
+    return {part.splitlines()[0]: part for part in parts}
+
+
+def with_sections(text: str, new: str) -> str:
+    """`text` with these sections in it, each in the place of one of the same first line, else at the end."""
+    return "\n\n".join((sections(text) | sections(new)).values()) + "\n"
 
 
 def with_start(text: str, start: str) -> str:
-    """`text` with another start, its sections on GPUs kept."""
-    _, mark, rest = f"\n{text}".partition(f"\n{ON_A_GPU}")
-    return start.rstrip() + "\n" + (f"\n{ON_A_GPU}{rest}" if mark else "")
+    """`text` with another start: what runs on a CPU measured anew, all other sections kept."""
+    others = [part for line, part in sections(text).items() if not line.startswith(ON_A_CPU)]
+    return "\n\n".join([start.strip(), *others]) + "\n"
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from cuda_plan import Part, plan, run_part, warm_up  # noqa: E402
 from cuda_tables import shown  # noqa: E402
-from harness import bounded, with_section, with_start  # noqa: E402
+from harness import bounded, with_sections, with_start  # noqa: E402
 
 
 def test_a_process_ends_at_its_limit_and_says_why(tmp_path):
@@ -61,11 +61,16 @@ def test_what_was_found_until_a_part_was_stopped_is_shown():
     assert "40.00" in text and "steps, batch 8 stopped after 90 s" in text and "trials ended with 1: no memory" in text
 
 
-@pytest.mark.parametrize("text", ["", "# Measured\n\ntable\n", "# Measured\n\n# On a GPU: A, commit 1\n\nold\n"])
+OLD = "# Measured\n\ntable\n\n# Measured, more\n\n## Part\n\n# On a GPU: A, commit 1\n\nold\n\n# Scenes\n\nhere\n"
+
+
+@pytest.mark.parametrize("text", ["", "# Measured\n\ntable\n", OLD])
 def test_sections_of_gpus_stay_and_are_replaced_by_their_own(text):
-    one = with_section(text, "# On a GPU: A, commit 1\n\nnew")
-    assert one.count("# On a GPU: A, commit 1") == 1 and one.endswith("new\n") and "old" not in one
-    two = with_section(one, "# On a GPU: B, commit 1\n\nother")
+    one = with_sections(text, "# On a GPU: A, commit 1\n\nnew")
+    assert one.count("# On a GPU: A, commit 1\n\nnew\n") == 1 and "old" not in one
+    assert one.count("here") == text.count("here") and one.count("table") == text.count("table")
+    two = with_sections(one, "# On a GPU: B, commit 1\n\nother")
     assert two.startswith(one.rstrip()) and two.endswith("other\n")
     again = with_start(two, "# Measured\n\nanew")
     assert again.startswith("# Measured\n\nanew\n\n# On a GPU: A") and again.endswith("other\n")
+    assert again.count("# Measured") == 1 and again.count("here") == text.count("here")

@@ -6,6 +6,8 @@ SEGRESEARCH_TEST_NOTES=FILE takes a JSON line for every number noted and every t
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from segresearch.plan import settings
 DEVICE = os.environ.get("SEGRESEARCH_TEST_DEVICE", "cuda")
 REAL = DEVICE.startswith("cuda")
 ABSENT = "no GPU here: torch finds no CUDA device"
+LIMIT = 120 if REAL else 600  # seconds a script
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ("a red sphere left of a blue cube", "two yellow cubes")
 
@@ -88,3 +91,28 @@ class Clock:
     def __exit__(self, *_: object) -> None:
         wait()
         self.seconds = time.perf_counter() - self.start
+
+
+def script(name: str, out: Path, *arguments: str) -> str:
+    """What experiments/`name`.py printed; its seconds are noted. AssertionError, with its last errors, if it failed."""
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *arguments]
+    with Clock() as clock:
+        done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=LIMIT,
+                              env={**os.environ, "PYTHONPATH": paths})  # fmt: skip
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    assert done.returncode == 0, f"{name}.py ended with {done.returncode}: {last}\n{done.stderr[-2000:]}"
+    given = " ".join(a for a in arguments if not a.startswith("out="))
+    note(f"seconds of {name}.py {given}", round(clock.seconds, 1), said=done.stdout[-300:])
+    return done.stdout
+
+
+def run_of(out: Path, name: str) -> Path:
+    """The one run of that name below `out`."""
+    (folder,) = (p for p in (out / "runs" / name).iterdir() if p.is_dir())
+    return folder
+
+
+def few(*arguments: str) -> tuple[str, ...]:
+    """Arguments of the small run that a CPU makes of it."""
+    return () if REAL else arguments
