@@ -41,7 +41,7 @@ from segresearch.models.attention import Site, sdpa
 from segresearch.plan import settings
 
 SITE = Site("mid_block.attentions.0.transformer_blocks.0.attn1", (3, 4))
-ROUNDING = {torch.float16: 1e-1, torch.bfloat16: 2e-1, torch.float32: 2e-5}  # of guided sums, scales up to 7.5
+ROUNDING = {torch.float16: 1e-1, torch.bfloat16: 6e-1, torch.float32: 2e-5}  # of guided sums, scales up to 7.5
 
 
 def keep_values(q, k, v, site, attend):
@@ -169,7 +169,7 @@ POSTS = [Projected(), Projected(0.5, 3.0), lambda guided, plain, x, sigma: resca
 def test_terms_together(gpu, fork):  # noqa: F811
     terms = {
         "cfg": cfg(Ramp(3.0, 1.0), window=(1.0, 9.0)),
-        "seg": perturbed("seg", [SEG(1.0), PAG(where="up", tau=0.5)], 2.0),
+        "seg": perturbed("seg", [SEG(1.0), PAG(where=-1, tau=0.5)], 2.0),
         "pag": perturbed("pag", PAG(), EveryKth(1.0, (9.0, 3.0), 1), base="uncond"),
     }
     found, expected = both(lambda d: GuidedDenoiser(d, terms, rescale=0.7, post=POSTS, fork=fork), rows=1)

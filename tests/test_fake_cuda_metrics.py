@@ -13,7 +13,6 @@ from fake_cuda import (
     on_the_cpu,
     sent,
 )
-from make_models import write_tokenizer
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -34,6 +33,8 @@ from segresearch.evaluation.interval import interval
 from segresearch.evaluation.lpips import LPIPS, lpips_distances
 from segresearch.evaluation.precision import precision_recall
 from segresearch.evaluation.vision import VisionTower, features_of, unit_range
+from segresearch.models.locate import located
+from segresearch.models.text import load_tokenizer
 from segresearch.study.judges import look
 
 ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4}
@@ -142,11 +143,11 @@ def test_lpips(gpu, dtype, net):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_clip_score(gpu, dtype, tmp_path):  # noqa: F811
+def test_clip_score(gpu, dtype):  # noqa: F811
     """The model's own image processor works on the CPU, by design; its pixels and tokens are then sent."""
-    text = {**SMALL, "vocab_size": 517, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 2}
+    text = {**SMALL, "vocab_size": 721, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 2}
     model = real(CLIPModel, CLIPConfig(text_config=text, vision_config=VIT, projection_dim=6))
-    tokenizer = write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(located("mini") / "tokenizer")
     processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     images, texts = pictures(), ["a red cube", "a very long text that is cut off after sixteen tokens"]
     with on_the_cpu():

@@ -18,7 +18,6 @@ from fake_cuda import (
     real_inputs,
     sent,
 )
-from make_models import write_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
@@ -28,7 +27,8 @@ from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import Controlled, ControlNet, ControlNetConfig, controlled
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
 from segresearch.models.encoder import EncoderConfig
-from segresearch.models.text import TextEncoders
+from segresearch.models.locate import located
+from segresearch.models.text import TextEncoders, load_tokenizer
 from segresearch.models.vae import VAE, VAEConfig
 
 ROUNDING = {torch.float16: 5e-2, torch.bfloat16: 2e-1, torch.float32: 2e-5}
@@ -204,18 +204,17 @@ def test_vae_both_ways(gpu, dtype):  # noqa: F811
 
 # --- texts ----------------------------------------------------------------------------------------
 
-TEXT = {"vocab_size": 517, "intermediate_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 16,
+TEXT = {"vocab_size": 721, "intermediate_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 16,
         "bos_token_id": 0, "eos_token_id": 2, "num_attention_heads": 1}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
+def encoders():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         first = CLIPTextModel(CLIPTextConfig(**TEXT, hidden_size=4))
         second = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, hidden_size=8, projection_dim=8))
-    return (write_tokenizer(folder),) * 2, tuple(random(model) for model in (first, second))
+    return (load_tokenizer(located("mini") / "tokenizer"),) * 2, tuple(random(model) for model in (first, second))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

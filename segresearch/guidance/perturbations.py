@@ -51,8 +51,10 @@ def _freeze(perturbation: Any) -> None:
 @constant(maxsize=64)
 def _mask(heads: tuple[int, ...], count: int, site: str, device: torch.device) -> Bool[Tensor, "1 {count} 1 1"]:
     check_heads(heads, count, site)
+    numbers = torch.arange(count, device=device)
     mask = torch.zeros(count, dtype=torch.bool, device=device)
-    mask[list(heads)] = True
+    for head in heads:
+        mask = mask | (numbers == head)
     return mask[None, :, None, None]
 
 
