@@ -4,15 +4,28 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import math
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from fake_cuda import fake_cuda, fake_denoiser, real_inputs, sent
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import segresearch
-from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbations, perturbed, sag
+from segresearch.guidance import (
+    PAG,
+    SEG,
+    GuidedDenoiser,
+    SelfAttentionGuidance,
+    cfg,
+    perturbations,
+    perturbed,
+    sag,
+)
+from segresearch.guidance.blur import _matrix
 
 ROOT = Path(segresearch.__file__).parent
 PACKAGES = ("models", "guidance", "sampling", "analysis", "evaluation")
@@ -23,7 +36,9 @@ COVERED = {
     "models.conditioning": "models", "models.control_folder": "pictures", "models.controlnet": "models",
     "models.denoiser": "models", "models.encoder": "guidance", "models.load": "pictures", "models.text": "models",
     "models.unet": "guidance", "models.vae": "models",
-    "guidance.blocks": "guidance", "guidance.blur": "guidance", "guidance.control": "models",
+    "models.offload": "pictures", "models.tiles": "pictures",
+    "guidance.blocks": "guidance", "guidance.constants": "guidance", "guidance.blur": "guidance",
+    "guidance.control": "models",
     "guidance.denoiser": "guidance", "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",
     "guidance.sag": "guidance",
     "sampling.loop": "sampling", "sampling.noise": "sampling", "sampling.rows": "sampling",
@@ -50,9 +65,6 @@ FACTORIES = {"zeros", "ones", "full", "empty", "eye", "arange", "linspace", "log
 GENERATED = "drawn on the CPU, so that a seed is the same on every device, then sent"
 # module:function -> why what it allocates without a device is of the CPU
 ALLOWED = {
-    "guidance.blur:gaussian_taps": "fp64 on the CPU; cached as a matrix on the device by its users",
-    "guidance.blur:fold_taps": "as gaussian_taps",
-    "guidance.blur:_matrix": "fp64 on the CPU, sent once a shape",
     "models.checkpoint:fill": "the buffer that a file is read into",
     "models.controlnet:ControlNet.forward": "weights of guess mode, as numbers",
     "models.denoiser:alphas_cumprod": "numbers of a config in fp64; `load_sdxl` sends them",
@@ -148,6 +160,14 @@ def everything() -> None:
     terms = {"cfg": cfg(3.0, window=(2.0, 9.0)), "seg": perturbed("seg", [SEG(1.0, heads=[1]), PAG(heads=[0])], 2.0)}
     model = GuidedDenoiser(fake_denoiser(), terms, rescale=0.7)
     sag.SelfAttentionGuidance(model, lambda s: s / 4, base="cond")(x, sigma, conds)
+    q = torch.ones(1, 1, 12, 2, device="cuda")
+    mode = _get_current_dispatch_mode()
+    before = len(mode.sends)
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):  # matrices are then made on the device
+        for size, boundary in ((0.0, "reflect"), (1.0, "reflect"), (1.0, "exact"), (math.inf, "reflect")):
+            _matrix(3, size, boundary, torch.float32, q.device)
+    if len(mode.sends) > before:
+        raise RuntimeError("a matrix of compiled code was not made on the same device as the queries")
 
 
 def code_of(module, name: str):
@@ -207,19 +227,24 @@ def test_no_device_of_guidance_can_be_removed(monkeypatch, module, name, which):
         everything()
 
 
-def test_the_blur_of_sag_on_the_cpu_fails(monkeypatch):
-    """The line that once stopped every run with SAG on a GPU."""
+def test_a_blur_of_sag_that_is_made_on_the_cpu_shows(monkeypatch):
+    """As the line that once stopped every run with SAG on a GPU: its taps would now be sent over at each step."""
 
     def degrade(self, plain, mask):
         h, w = plain.shape[2:]
         taps = sag.gaussian_taps(self.blur_sigma, sag.TAPS).to(plain)
         return sag.fold_taps(taps, h, "reflect") @ plain @ sag.fold_taps(taps, w, "reflect").T
 
-    with fake_cuda():
+    def sends(mode) -> int:
+        mode.sends.clear()
         everything()
-    monkeypatch.setattr(SelfAttentionGuidance, "degrade", degrade)
-    with fake_cuda(), pytest.raises(RuntimeError, match="same device"):
-        everything()
+        return len(mode.sends)
+
+    with fake_cuda() as mode:
+        sends(mode)  # the first makes the matrices
+        own = sends(mode)
+        monkeypatch.setattr(SelfAttentionGuidance, "degrade", degrade)
+        assert sends(mode) > own
 
 
 def test_every_perturbation_is_in_the_table():

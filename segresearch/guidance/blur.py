@@ -5,7 +5,6 @@ convolution, the analysis reads the factors from the same place, and a boundary 
 """
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -42,8 +41,8 @@ def fold_taps(taps: Float[Tensor, " size"], n: int, boundary: str) -> Float[Tens
     filters go on reflecting), "symmetric" mirrors about the half sample beyond it (period 2n), "circular" has period n.
     """
     size = taps.shape[0]
-    line = {"device": taps.device}
-    at = torch.arange(n, **line)[:, None] + torch.arange(size, **line) - size // 2  # (n, size): where each tap reads
+    offsets = torch.arange(size, device=taps.device) - size // 2
+    at = torch.arange(n, device=taps.device)[:, None] + offsets  # (n, size): the extended position each tap reads
     if boundary == "circular":
         source = at % n
     elif boundary == "symmetric":
@@ -51,30 +50,31 @@ def fold_taps(taps: Float[Tensor, " size"], n: int, boundary: str) -> Float[Tens
     else:
         period = max(2 * n - 2, 1)
         source = torch.where(at % period < n, at % period, period - at % period)
-    return torch.zeros(n, n, dtype=taps.dtype, **line).scatter_add_(1, source, taps.expand(n, size))
+    matrix = torch.zeros(n, n, dtype=taps.dtype, device=taps.device)
+    return matrix.scatter_add_(1, source, taps.expand(n, size))
 
 
 @constant(maxsize=256)
 def _matrix(n: int, sigma: float | int, boundary: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     # in fp64, so on the CPU, for some devices have none; compiled code makes it where it is used
-    wide: dict[str, Any] = {"dtype": torch.float64, "device": device if torch.compiler.is_compiling() else CPU}
+    place = device if torch.compiler.is_compiling() else CPU
     if sigma == 0:
-        matrix = torch.eye(n, **wide)
+        matrix = torch.eye(n, dtype=torch.float64, device=place)
     elif sigma > INFINITE:
-        matrix = torch.full((n, n), 1 / n, **wide)
+        matrix = torch.full((n, n), 1 / n, dtype=torch.float64, device=place)
     elif boundary == "exact":
         # The whole Gaussian: beyond 9σ a tap is under 3e-18 of the largest. First sum it over the period 2n of the
         # symmetric extension, so that memory stays n × 2n whatever sigma is, then fold.
         radius = math.ceil(9 * sigma)
-        taps = gaussian_taps(sigma, 2 * radius + 1, wide["device"])
-        wrapped = torch.zeros(2 * n, **wide)
-        wrapped.index_add_(0, torch.arange(-radius, radius + 1, device=taps.device) % (2 * n), taps)
-        j = torch.arange(n, device=taps.device)
+        taps = gaussian_taps(sigma, 2 * radius + 1, place)
+        wrapped = torch.zeros(2 * n, dtype=torch.float64, device=place)
+        wrapped.index_add_(0, torch.arange(-radius, radius + 1, device=place) % (2 * n), taps)
+        j = torch.arange(n, device=place)
         i = j[:, None]
         matrix = wrapped[(i - j) % (2 * n)] + wrapped[(i + j + 1) % (2 * n)]
     else:
         size = math.ceil(6 * sigma) | 1  # smallest odd number ≥ ⌈6σ⌉
-        taps = gaussian_taps(sigma, min(size, n | 1), wide["device"])  # n | 1: n + 1 if n is even, else n
+        taps = gaussian_taps(sigma, min(size, n | 1), place)  # n | 1: n + 1 if n is even, else n
         matrix = fold_taps(taps, n, boundary)
     return matrix.to(device=device, dtype=dtype)
 
