@@ -4,28 +4,17 @@ import ast
 import dataclasses
 import importlib
 import inspect
-import math
 from functools import lru_cache
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from fake_cuda import fake_cuda, fake_denoiser, real_inputs, sent
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from fake_cuda import MODE, fake_cuda, fake_denoiser, real_inputs, sent
 
 import segresearch
-from segresearch.guidance import (
-    PAG,
-    SEG,
-    GuidedDenoiser,
-    SelfAttentionGuidance,
-    cfg,
-    perturbations,
-    perturbed,
-    sag,
-)
-from segresearch.guidance.blur import _matrix
+from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbations, perturbed
+from segresearch.guidance.blur import BOUNDARIES, blur, gaussian_taps
+from segresearch.guidance.sag import TAPS
 
 ROOT = Path(segresearch.__file__).parent
 PACKAGES = ("models", "guidance", "sampling", "analysis", "evaluation")
@@ -34,11 +23,11 @@ PACKAGES = ("models", "guidance", "sampling", "analysis", "evaluation")
 COVERED = {
     "models.attention": "guidance", "models.blocks": "guidance", "models.checkpoint": "pictures",
     "models.conditioning": "models", "models.control_folder": "pictures", "models.controlnet": "models",
-    "models.denoiser": "models", "models.encoder": "guidance", "models.load": "pictures", "models.text": "models",
+    "models.denoiser": "models", "models.encoder": "guidance", "models.load": "pictures",
+    "models.offload": "models", "models.tiles": "models", "models.text": "models",
     "models.unet": "guidance", "models.vae": "models",
-    "models.offload": "pictures", "models.tiles": "pictures",
-    "guidance.blocks": "guidance", "guidance.constants": "guidance", "guidance.blur": "guidance",
-    "guidance.control": "models",
+    "guidance.constants": "guidance", "guidance.blocks": "guidance",
+    "guidance.blur": "guidance", "guidance.control": "models",
     "guidance.denoiser": "guidance", "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",
     "guidance.sag": "guidance",
     "sampling.loop": "sampling", "sampling.noise": "sampling", "sampling.rows": "sampling",
@@ -54,7 +43,7 @@ COVERED = {
 # module -> why it has no tensor of the device, though it imports torch
 HOST = {
     "models.compute": "settings; torch is imported for types",
-    "models.graphs": "CUDA graphs are of a real GPU: pytest -m gpu",
+    "models.graphs": "CUDA graphs are of a real GPU: tests/gpu",
     "models.layouts": "what is on disk: modules on the meta device, sizes and names",
     "analysis.analyze": "the run itself: sampling, decoding and the table, each covered, and files",
     "analysis.story": "figures of a recording, which lies on the CPU",
@@ -65,6 +54,9 @@ FACTORIES = {"zeros", "ones", "full", "empty", "eye", "arange", "linspace", "log
 GENERATED = "drawn on the CPU, so that a seed is the same on every device, then sent"
 # module:function -> why what it allocates without a device is of the CPU
 ALLOWED = {
+    "guidance.blur:gaussian_taps": "fp64 on the CPU; cached as a matrix on the device by its users",
+    "guidance.blur:fold_taps": "as gaussian_taps",
+    "guidance.blur:_matrix": "fp64 on the CPU, sent once a shape",
     "models.checkpoint:fill": "the buffer that a file is read into",
     "models.controlnet:ControlNet.forward": "weights of guess mode, as numbers",
     "models.denoiser:alphas_cumprod": "numbers of a config in fp64; `load_sdxl` sends them",
@@ -159,15 +151,15 @@ def everything() -> None:
     sigma = torch.tensor([3.0, 1.0], device="cuda")
     terms = {"cfg": cfg(3.0, window=(2.0, 9.0)), "seg": perturbed("seg", [SEG(1.0, heads=[1]), PAG(heads=[0])], 2.0)}
     model = GuidedDenoiser(fake_denoiser(), terms, rescale=0.7)
-    sag.SelfAttentionGuidance(model, lambda s: s / 4, base="cond")(x, sigma, conds)
-    q = torch.ones(1, 1, 12, 2, device="cuda")
-    mode = _get_current_dispatch_mode()
-    before = len(mode.sends)
-    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):  # matrices are then made on the device
-        for size, boundary in ((0.0, "reflect"), (1.0, "reflect"), (1.0, "exact"), (math.inf, "reflect")):
-            _matrix(3, size, boundary, torch.float32, q.device)
-    if len(mode.sends) > before:
-        raise RuntimeError("a matrix of compiled code was not made on the same device as the queries")
+    SelfAttentionGuidance(model, lambda s: s / 4, base="cond")(x, sigma, conds)
+    with pytest.MonkeyPatch.context() as patch:  # compiled code makes every matrix where it is used, at each call
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        z = torch.ones(1, 1, 48, 2, device="cuda")
+        MODE.sends = []
+        for boundary in BOUNDARIES:
+            blur(z, (6, 8), 1.0, boundary)
+        if MODE.sends:
+            raise RuntimeError("not on the same device: compiled code sends a matrix at each call")
 
 
 def code_of(module, name: str):
@@ -189,13 +181,12 @@ def compiled(tree: ast.Module, name: str, like):
 
 
 def mutations() -> list[tuple[str, str, int]]:
-    """(module, outermost function, which of its calls with `device=`) for each of them in segresearch/guidance."""
+    """(module, outermost function, which of its devices) for each `device=` and {"device": ...} in guidance."""
     found = []
     for path in sorted((ROOT / "guidance").glob("*.py")):
         for function in functions(ast.parse(path.read_text(encoding="utf-8"))):
             name, node = function
-            count = sum(word.arg == "device" for call in calls(node) for word in call.keywords)
-            found += [(path.stem, name, i) for i in range(count)]
+            found += [(path.stem, name, i) for i in range(len(devices(node)))]
     return found
 
 
@@ -209,42 +200,57 @@ def functions(tree: ast.AST, inside: str = "") -> list[tuple[str, ast.FunctionDe
     return found
 
 
-def calls(node: ast.AST) -> list[ast.Call]:
-    return [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+def devices(node: ast.AST) -> list[ast.Call | ast.Dict]:
+    """Calls with `device=`, and dictionaries of such arguments."""
+    found: list[ast.Call | ast.Dict] = []
+    for part in ast.walk(node):
+        if isinstance(part, ast.Call) and any(word.arg == "device" for word in part.keywords):
+            found.append(part)
+        if isinstance(part, ast.Dict) and any(isinstance(k, ast.Constant) and k.value == "device" for k in part.keys):
+            found.append(part)
+    return found
+
+
+def remove_device(part: ast.Call | ast.Dict) -> None:
+    if isinstance(part, ast.Dict):
+        kept = [i for i, key in enumerate(part.keys) if not (isinstance(key, ast.Constant) and key.value == "device")]
+        part.keys, part.values = [part.keys[i] for i in kept], [part.values[i] for i in kept]
+        return
+    part.keywords = [word for word in part.keywords if word.arg != "device"]
+    if not part.args and not part.keywords:  # `.to()` is not a call
+        part.args = [ast.Constant("cpu")]
 
 
 @pytest.mark.parametrize("module, name, which", mutations())
 def test_no_device_of_guidance_can_be_removed(monkeypatch, module, name, which):
     tree = ast.parse((ROOT / "guidance" / f"{module}.py").read_text(encoding="utf-8"))
     node = dict(functions(tree))[name]
-    call = [call for call in calls(node) for word in call.keywords if word.arg == "device"][which]
-    call.keywords = [word for word in call.keywords if word.arg != "device"]
-    if not call.args and not call.keywords:  # `.to()` is not a call
-        call.args = [ast.Constant("cpu")]
+    remove_device(devices(node)[which])
     function = code_of(importlib.import_module(f"segresearch.guidance.{module}"), name)
     monkeypatch.setattr(function, "__code__", compiled(tree, name, function.__code__))
-    with fake_cuda(), pytest.raises(RuntimeError, match="same device|an index on the cpu"):
+    with fake_cuda(), pytest.raises((RuntimeError, KeyError), match="device|an index on the cpu"):
         everything()
 
 
-def test_a_blur_of_sag_that_is_made_on_the_cpu_shows(monkeypatch):
-    """As the line that once stopped every run with SAG on a GPU: its taps would now be sent over at each step."""
+def test_the_blur_of_sag_on_the_cpu_fails(monkeypatch):
+    """What once stopped every run with SAG on a GPU: taps on the device, folded into a matrix on the CPU."""
+
+    def folded(taps, n):
+        at = torch.arange(n)[:, None] + torch.arange(len(taps)) - len(taps) // 2
+        period = 2 * n - 2
+        source = torch.where(at % period < n, at % period, period - at % period)
+        return torch.zeros(n, n, dtype=taps.dtype).scatter_add_(1, source, taps.expand(n, len(taps)))
 
     def degrade(self, plain, mask):
         h, w = plain.shape[2:]
-        taps = sag.gaussian_taps(self.blur_sigma, sag.TAPS).to(plain)
-        return sag.fold_taps(taps, h, "reflect") @ plain @ sag.fold_taps(taps, w, "reflect").T
+        taps = gaussian_taps(self.blur_sigma, TAPS).to(plain)
+        return folded(taps, h) @ plain @ folded(taps, w).T
 
-    def sends(mode) -> int:
-        mode.sends.clear()
+    with fake_cuda():
         everything()
-        return len(mode.sends)
-
-    with fake_cuda() as mode:
-        sends(mode)  # the first makes the matrices
-        own = sends(mode)
-        monkeypatch.setattr(SelfAttentionGuidance, "degrade", degrade)
-        assert sends(mode) > own
+    monkeypatch.setattr(SelfAttentionGuidance, "degrade", degrade)
+    with fake_cuda(), pytest.raises(RuntimeError, match="same device"):
+        everything()
 
 
 def test_every_perturbation_is_in_the_table():

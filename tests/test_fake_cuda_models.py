@@ -28,6 +28,7 @@ from segresearch.models.controlnet import Controlled, ControlNet, ControlNetConf
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
 from segresearch.models.encoder import EncoderConfig
 from segresearch.models.locate import located
+from segresearch.models.offload import on_device
 from segresearch.models.text import TextEncoders, load_tokenizer
 from segresearch.models.vae import VAE, VAEConfig
 
@@ -157,14 +158,18 @@ def test_guess_mode(gpu, dtype, fork):  # noqa: F811
 def test_scales_of_rows_on_both_sides_of_a_window(gpu):  # noqa: F811
     real, fake = nets(torch.float32)
     x, _, conds = real_inputs()
+
+    def of(conds):
+        return lambda names, rows: Cond.cat([conds[name] for name in names])
+
     with on_the_cpu():
         sigma = torch.tensor([3.0, 1.0])
         control = controlled(real, picture(), 0.8, window=(2.0, 9.0))
-        expected = residuals(real_denoiser(), x, sigma, conds, "cond", [control])
+        expected = residuals(real_denoiser(), x, sigma, tuple(conds), of(conds), "cond", [control])
     x, sigma, conds = sent((x, sigma, conds))
     control = controlled(fake, picture().to("cuda"), 0.8, window=(2.0, 9.0))
     gpu.reads.clear()
-    found = residuals(fake_denoiser(), x, sigma, conds, "cond", [control], values=[3.0, 1.0])
+    found = residuals(fake_denoiser(), x, sigma, tuple(conds), of(conds), "cond", [control], values=[3.0, 1.0])
     check_same([*found.down, found.mid], [*expected.down, expected.mid])
     assert not gpu.reads
 
@@ -196,10 +201,23 @@ def test_vae_both_ways(gpu, dtype):  # noqa: F811
     with on_the_cpu():
         latents = real.encode(images)
         expected = [latents, *real.moments(images), real.decode(latents)]
+        tiled = [real.encode(images[:1], tile=8), real.decode(latents[:1], tile=8)]
     images, latents = sent((images, latents))
     found = [fake.encode(images), *fake.moments(images), fake.decode(latents)]
     check_same(found, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+    parts = [fake.encode(images[:1], tile=8), fake.decode(latents[:1], tile=8)]
+    check_same(parts, tiled, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
     assert not gpu.reads and found[0].dtype == found[-1].dtype == torch.float32
+
+
+def test_vae_of_the_cpu_computes_on_the_device(gpu):  # noqa: F811
+    """Offloaded: its weights are sent at each call, and stay where they are."""
+    real, _ = vaes(torch.float32)
+    with on_the_cpu():
+        latents = real.encode(picture())
+        expected = real.decode(latents)
+    check_same(on_device(real, "cuda", "decode")(latents.to("cuda")), expected)
+    assert {z.device.type for z in real.parameters()} == {"cpu"} and len(gpu.sends) > len([*real.parameters()])
 
 
 # --- texts ----------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def test_a_picture_of_mini(gpu, monkeypatch):  # noqa: F811
     with on_the_cpu():
         expected = pictures(load_sdxl("mini"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    sdxl = load_model(ModelConfig("mini", "mini"), "auto")
+    sdxl = load_model(ModelConfig("mini", "mini"), "cuda")
     held = [*sdxl.unet.parameters(), *sdxl.vae.parameters(), *sdxl.denoiser.buffers()]
     held += [z for encoder in sdxl.text.encoders for z in (*encoder.parameters(), *encoder.buffers())]
     assert {z.device.type for z in held} == {"cuda"}
