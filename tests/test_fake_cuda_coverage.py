@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fake_cuda import MODE, fake_cuda, fake_denoiser, real_inputs, sent
 
 import segresearch
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbations, perturbed
-from segresearch.guidance.blur import BOUNDARIES, blur, gaussian_taps
+from segresearch.guidance.blur import BOUNDARIES, _matrix, blur, gaussian_taps
 from segresearch.guidance.sag import TAPS
 
 ROOT = Path(segresearch.__file__).parent
@@ -158,6 +159,8 @@ def everything() -> None:
         MODE.sends = []
         for boundary in BOUNDARIES:
             blur(z, (6, 8), 1.0, boundary)
+        for sigma in (0.0, math.inf):  # which `blur` does without a matrix
+            _matrix(6, sigma, "reflect", torch.float32, z.device)
         if MODE.sends:
             raise RuntimeError("not on the same device: compiled code sends a matrix at each call")
 
