@@ -22,7 +22,7 @@ demo: $(READY)
 	$(VENV)/bin/python experiments/generate.py experiment=demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(WORKERS)
 
 test-gpu: $(READY)
 	@$(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

@@ -38,8 +38,12 @@ ROUNDING = {torch.float16: 5e-2, torch.bfloat16: 2e-1, torch.float32: 2e-5}
 def random(module: torch.nn.Module) -> torch.nn.Module:
     """Weights away from zero, the same at every call, for evaluation."""
     generator = torch.Generator().manual_seed(0)
-    for weight in module.parameters():
-        weight.data = weight.data * 0.5 + 0.1 * torch.randn(weight.shape, generator=generator)
+    for name, weight in module.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim == 1:  # biases about 0, norms about 1
+            weight.data = 0.1 * noise + (0 if name.endswith("bias") else 1)
+        else:
+            weight.data = noise * weight[0].numel() ** -0.5
     return module.eval().requires_grad_(False)
 
 
@@ -168,10 +172,11 @@ def test_scales_of_rows_on_both_sides_of_a_window(gpu):  # noqa: F811
         expected = residuals(real_denoiser(), x, sigma, tuple(conds), of(conds), "cond", [control])
     x, sigma, conds = sent((x, sigma, conds))
     control = controlled(fake, picture().to("cuda"), 0.8, window=(2.0, 9.0))
+    denoiser = fake_denoiser()  # which reads what it is made of
     gpu.reads.clear()
-    found = residuals(fake_denoiser(), x, sigma, tuple(conds), of(conds), "cond", [control], values=[3.0, 1.0])
-    check_same([*found.down, found.mid], [*expected.down, expected.mid])
+    found = residuals(denoiser, x, sigma, tuple(conds), of(conds), "cond", [control], values=[3.0, 1.0])
     assert not gpu.reads
+    check_same([*found.down, found.mid], [*expected.down, expected.mid])
 
 
 def test_a_control_image_lies_where_its_net_does(gpu):  # noqa: F811
@@ -238,13 +243,14 @@ def encoders():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_texts(encoders, gpu, dtype):  # noqa: F811
     tokenizers, networks = encoders
+    vae, vae_there = vaes(dtype)
     with on_the_cpu():
         networks = tuple(network.to(dtype) for network in networks)
-        real = SDXL(real_denoiser(dtype).unet, vaes(dtype)[0], TextEncoders(tokenizers, networks), real_denoiser(dtype))
+        real = SDXL(real_denoiser(dtype).unet, vae, TextEncoders(tokenizers, networks), real_denoiser(dtype))
         asked = [{}, {"negative": "a cube"}, {"negative": ["a cube", "red"], "clip_skip": 1, "size": (24, 32)}]
         expected = [real.encode(["a red cube", "cubes"], **more) for more in asked]
     on_gpu = TextEncoders(tokenizers, tuple(map(moved, networks)))
-    fake = SDXL(fake_denoiser(dtype).unet, vaes(dtype)[1], on_gpu, fake_denoiser(dtype))
+    fake = SDXL(fake_denoiser(dtype).unet, vae_there, on_gpu, fake_denoiser(dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = [fake.encode(["a red cube", "cubes"], **more) for more in asked]

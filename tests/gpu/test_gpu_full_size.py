@@ -83,18 +83,17 @@ def test_a_picture_at_1024_px_in_8_gb(path, dtype):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
-    sdxl = loaded(path, getattr(torch, dtype), vae_tile=512, offload=True)
+    sdxl = loaded(path, getattr(torch, dtype), vae_tile=256, offload=True)
     peaks = {"loaded": torch.cuda.max_memory_allocated() - start}
     x = steps(sdxl)
     peaks["steps"] = torch.cuda.max_memory_allocated() - start
     torch.cuda.reset_peak_memory_stats()
     picture = decoded(sdxl, x)
     peaks["decode"] = torch.cuda.max_memory_allocated() - start
-    note(f"peak of CFG+SEG at 1024 px, GiB: vae_tile=512, offload, {dtype}",
+    note(f"peak of CFG+SEG at 1024 px, GiB: vae_tile=256, offload, {dtype}",
          {k: round(v / GIB, 2) for k, v in peaks.items()})  # fmt: skip
     assert picture.isfinite().all() or dtype == "float16"  # random weights may overflow a VAE in fp16
-    most = 8e9 if dtype == "bfloat16" else 8 * GIB  # under fp16 the VAE stays in fp32
-    assert max(peaks["loaded"], peaks["steps"], peaks["decode"]) < most
+    assert max(peaks["loaded"], peaks["steps"], peaks["decode"]) < 8e9
 
 
 @only_cuda
