@@ -23,8 +23,9 @@ from segresearch.config import (
     PerturbationConfig,
     RampConfig,
 )
+from segresearch.errors import ConfigError
 from segresearch.models.compute import PLAIN, Compute
-from segresearch.typed import ConfigError, nearest
+from segresearch.typed import nearest
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from segresearch.config import conf_dir
-from segresearch.typed import ConfigError, nearest, unknown
+from segresearch.errors import CheckpointError, ConfigError, Ended, InputError, PackageError
+from segresearch.typed import nearest, unknown
 
 FULL = "HYDRA_FULL_ERROR"
 INTERRUPTED = 130
@@ -30,14 +31,6 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
 TARGET = "_target_"  # by which Hydra makes objects of its own
 CLOSED = ("searchpath", "callbacks", "job_logging", "hydra_logging")  # of Hydra: what they name is made into objects
-
-
-class Ended(ValueError):
-    """What ends a script with a code of its own."""
-
-    def __init__(self, code: int, said: str):
-        super().__init__(said)
-        self.code = code
 
 
 def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -215,10 +208,10 @@ def exit_code(error: BaseException) -> int | None:
         return 5 if error.errno in (*NO_ROOM, *LOCKED) else 2
     if out_of_memory(error):
         return 5
-    if any(kind.__name__ == "CheckpointError" for kind in type(error).__mro__):  # by name: nothing is imported for it
+    if isinstance(error, CheckpointError):
         return 3
     composed = type(error).__module__ in ("hydra.errors", "omegaconf.errors")
-    return 2 if composed or _unread(error) or isinstance(error, ValueError | ImportError) else None
+    return 2 if composed or _unread(error) or isinstance(error, InputError | PackageError) else None
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from segresearch.errors import ConfigError
 from segresearch.models.compute import Compute
 from segresearch.tracking import WandbConfig
-from segresearch.typed import Bounds, ConfigError
+from segresearch.typed import Bounds
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Count = Annotated[int, Bounds(1, 100_000_000)]

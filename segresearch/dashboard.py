@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from segresearch.errors import ConfigError
 from segresearch.study.overview import RESULTS
 from segresearch.study.table import DISTANCES, FRECHET
 from segresearch.tracking import GUIDANCE, PICTURES, SIDE_BY_SIDE, TABLE
-from segresearch.typed import ConfigError
 
 EXTRA = "wandb-workspaces is not installed; pip install 'segresearch[dashboards]' brings it"
 Kind = Literal["workspace", "report"]

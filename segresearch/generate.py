@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from segresearch import images, runs
 from segresearch.build import build_guidance, device_kind, load_model, with_batch_size
-from segresearch.command import Ended, hydra_settings
+from segresearch.command import hydra_settings
 from segresearch.config import ControlConfig, GenerateConfig, GuidanceConfig
 from segresearch.control.sources import Sources
+from segresearch.errors import Ended
 from segresearch.models.locate import located
 from segresearch.plan import Panel, panels, slug
 

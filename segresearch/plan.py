@@ -28,7 +28,8 @@ from segresearch.config import (
     conf_dir,
 )
 from segresearch.data.prompts import from_coco, from_text
-from segresearch.typed import ConfigError, nearest, typed
+from segresearch.errors import ConfigError
+from segresearch.typed import nearest, typed
 
 SCENE = "scene:"  # what names of procedural scenes begin with, where others are files
 HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training

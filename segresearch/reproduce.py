@@ -16,9 +16,10 @@ from PIL import Image
 
 from segresearch import runs
 from segresearch.config import ControlConfig, EvaluateConfig, GenerateConfig
+from segresearch.errors import ConfigError
 from segresearch.images import read_settings
 from segresearch.models.locate import located, located_controlnet
-from segresearch.typed import ConfigError, typed
+from segresearch.typed import typed
 
 EXACT = {"precision": "exact"}  # of records without a word on it, which are of a CPU
 OF_A_PICTURE = ("sampler", "schedule", "guidance", "steps", "size", "negative")

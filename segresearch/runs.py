@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from segresearch.typed import ConfigError
+from segresearch.errors import ConfigError
 
 SAMPLES = 16  # places of 4 KiB read from each weight file for its fingerprint
 EDGE = 1 << 16

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-
-class ConfigError(ValueError):
-    """A setting that cannot be: one line with its full name, its value, and what would do instead."""
+from segresearch.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from segresearch.analysis.record import Entry, Recording
 from segresearch.analysis.settings import AnalyzeConfig, settings
 from segresearch.analysis.table import measure, short, to_csv, together
 from segresearch.config import conf_dir
+from segresearch.errors import ConfigError
 from segresearch.guidance import blur_matrix
 from segresearch.models import load_sdxl
-from segresearch.typed import ConfigError, typed
+from segresearch.typed import typed
 
 SCRIPT = conf_dir().parent / "experiments" / "analyze.py"
 SEG = {"kind": "perturbed", "scale": 1, "perturbation": {"kind": "seg", "sigma": 1}}

@@ -27,10 +27,11 @@ from segresearch.config import (
     SEGConfig,
     conf_dir,
 )
+from segresearch.errors import ConfigError
 from segresearch.plan import panels, parse_seeds, read_prompts, settings, slug
 from segresearch.sampling import SAMPLERS, SCHEDULES
 from segresearch.sampling.loop import checked_options
-from segresearch.typed import ConfigError, typed
+from segresearch.typed import typed
 
 CONF = conf_dir()
 SCRIPT = CONF.parent / "experiments" / "generate.py"

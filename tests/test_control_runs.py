@@ -15,10 +15,11 @@ from segresearch import command, images, runs
 from segresearch.config import GenerateConfig
 from segresearch.control.sources import Sources
 from segresearch.data.scenes import captions
+from segresearch.errors import ConfigError
 from segresearch.generate import generate, semantics
 from segresearch.models import load_sdxl
 from segresearch.plan import HELD_OUT, control_images, panels, settings
-from segresearch.typed import ConfigError, typed
+from segresearch.typed import typed
 
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
 CANNY = {"net": "canny", "image": "scene:0-", "preprocess": "canny"}

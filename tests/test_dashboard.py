@@ -11,7 +11,7 @@ import pytest
 from segresearch import dashboard
 from segresearch.config import conf_dir
 from segresearch.dashboard import build, found_metrics, spec
-from segresearch.typed import ConfigError
+from segresearch.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")
 METRICS = ("n", "fd-mini", "fd-mini-error", "fd-inception", "distance-mini", "distance-vgg", "saturation", "contrast")

@@ -12,13 +12,13 @@ from hydra import compose, initialize_config_dir
 
 from segresearch.config import EvaluateConfig, conf_dir
 from segresearch.data.prompts import from_coco, from_text
+from segresearch.errors import ConfigError
 from segresearch.models.locate import located
 from segresearch.plan import settings
 from segresearch.study import figure, paper, shards, table
 from segresearch.study.plan import placed, study
 from segresearch.study.shards import Array
 from segresearch.study.workers import Worker, worker
-from segresearch.typed import ConfigError
 
 
 def composed(*overrides: str) -> EvaluateConfig:

@@ -9,6 +9,7 @@ import torch
 from experiments.mini.export import export_attributes, export_vision
 from segresearch.data.captions import COLORS, SHAPES
 from segresearch.data.scenes import scenes
+from segresearch.errors import CheckpointError
 from segresearch.evaluation import (
     Attributes,
     Gaussian,
@@ -32,7 +33,6 @@ from segresearch.evaluation import (
 from segresearch.evaluation.attributes import loss_of
 from segresearch.evaluation.edges import contrast, edge_agreement
 from segresearch.evaluation.frechet import parts_of, root
-from segresearch.models.locate import CheckpointError
 
 
 def normal(*shape, seed=0):

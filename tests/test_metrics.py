@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from segresearch.errors import CheckpointError
 from segresearch.evaluation import assets
 from segresearch.evaluation.assets import Asset
 from segresearch.evaluation.clip_score import clip_score
@@ -18,7 +19,6 @@ from segresearch.evaluation.interval import interval
 from segresearch.evaluation.kernel import cmmd, discrepancy, gaussian_kernel, kid, polynomial, subset
 from segresearch.evaluation.lpips import HEADS, load_lpips
 from segresearch.evaluation.precision import covered, precision_recall, radii
-from segresearch.models.locate import CheckpointError
 
 
 def normal(*shape, seed=0):

@@ -25,6 +25,7 @@ from transformers import (
     Dinov2Model,
 )
 
+from segresearch.errors import CheckpointError
 from segresearch.evaluation import assets
 from segresearch.evaluation.clip_score import cosines, load_clip, mini_cosines
 from segresearch.evaluation.features import load_extractor
@@ -34,7 +35,7 @@ from segresearch.evaluation.kernel import cmmd, discrepancy, gaussian_kernel, ki
 from segresearch.evaluation.lpips import LPIPS, load_lpips, lpips_distances
 from segresearch.evaluation.precision import precision_recall
 from segresearch.evaluation.vision import VisionTower, load_vision
-from segresearch.models.locate import MINI, CheckpointError
+from segresearch.models.locate import MINI
 
 TEXTS = ["a red cube", "a blue sphere left of a small green cone", "a ring"]
 

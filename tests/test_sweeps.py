@@ -16,12 +16,11 @@ from omegaconf import OmegaConf
 
 from segresearch import command
 from segresearch.config import conf_dir
+from segresearch.errors import CheckpointError, ConfigError
 from segresearch.models import load_sdxl
-from segresearch.models.locate import CheckpointError
 from segresearch.study import evaluate as run
 from segresearch.study import making
 from segresearch.study.overview import overview
-from segresearch.typed import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
 CONF = conf_dir()

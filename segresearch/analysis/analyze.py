@@ -21,10 +21,10 @@ from segresearch.analysis.settings import AnalyzeConfig, measured_steps
 from segresearch.build import build_guidance, device_kind, load_model, with_batch_size
 from segresearch.command import hydra_settings
 from segresearch.config import ScheduleConfig
+from segresearch.errors import ConfigError
 from segresearch.models.locate import located
 from segresearch.plan import parse_seeds, read_prompts
 from segresearch.tracking import Mirror, mirror
-from segresearch.typed import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,6 +19,7 @@ from torch import Tensor
 from segresearch.analysis.curvature import gaussian_curvature
 from segresearch.analysis.smoothing import Smoothing
 from segresearch.analysis.statistics import blocks, columns, log_sum_exp, sides
+from segresearch.errors import InputError
 
 
 def energies(
@@ -168,7 +169,7 @@ def query_slice(
     Raises ValueError for another `move`.
     """
     if move not in ("one", "all"):
-        raise ValueError(f'move must be "one" (query) or "all", got {move!r}')
+        raise InputError(f'move must be "one" (query) or "all", got {move!r}')
     row, head, index = place
     queries, keys = q[row, head].double(), k[row, head].double() / math.sqrt(q.shape[-1])
     if directions is None:

@@ -29,6 +29,7 @@ from segresearch.analysis.statistics import (
     statistics,
 )
 from segresearch.analysis.verdict import Verdict
+from segresearch.errors import InputError
 
 # claim: its relation, and where it stands in the paper with what is on both sides of the relation
 STATEMENTS = {
@@ -175,7 +176,7 @@ def verdicts(before: Statistics, after: Statistics, smoothing: Smoothing) -> tup
     Raises ValueError if the two statistics are not of the same columns or not of the grid.
     """
     if (before.axis, before.n) != (after.axis, after.n) or after.n != smoothing.n:
-        raise ValueError(
+        raise InputError(
             f"statistics of {before.n} {before.axis} and {after.n} {after.axis} do not fit each other and "
             f"a grid of {smoothing.n} tokens"
         )
@@ -214,7 +215,7 @@ def corrected(
     Raises ValueError for another boundary, for which the plain lemmas hold.
     """
     if smoothing.boundary != "reflect":
-        raise ValueError(f'end weights mend the boundary "reflect", got {smoothing.boundary!r}')
+        raise InputError(f'end weights mend the boundary "reflect", got {smoothing.boundary!r}')
     weights = end_weights(smoothing.grid).to(q.device)
     plain = before or statistics(q, k, axis)
     smooth = blurred(q, k, smoothing.grid, smoothing.sigma, smoothing.boundary, on=axis)

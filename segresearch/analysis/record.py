@@ -29,6 +29,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.guidance.denoiser import Note, Record
 from segresearch.guidance.select import Where, check_heads, select_sites
 from segresearch.models.attention import Site
@@ -72,7 +73,7 @@ class Entry:
         """The values. ValueError where they were not recorded."""
         tensors = self.load()
         if "v" not in tensors:
-            raise ValueError("the values were not recorded; record with Recorder(..., values=True)")
+            raise InputError("the values were not recorded; record with Recorder(..., values=True)")
         return tensors["v"]
 
 
@@ -87,7 +88,7 @@ class Recording:
         """What a recorder streamed into `folder`; no tensor is read yet. ValueError where there is no recording."""
         folder = Path(folder)
         if not (folder / INDEX).is_file():
-            raise ValueError(f"{folder} holds no recording (no {INDEX})")
+            raise InputError(f"{folder} holds no recording (no {INDEX})")
         lines = (folder / INDEX).read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last one was cut off
         return cls(tuple(_entry(json.loads(line), folder) for line in lines))
 
@@ -117,7 +118,7 @@ class Recording:
         sites = select_sites(site, self.sites)
         for name, value, known in (("branch", branch, self.branches), ("step", step, self.steps)):
             if value is not None and value not in known:
-                raise ValueError(f"{name}={value!r} was not recorded; there are {', '.join(map(str, known))}")
+                raise InputError(f"{name}={value!r} was not recorded; there are {', '.join(map(str, known))}")
         return Recording(
             tuple(
                 e for e in self.entries
@@ -161,7 +162,7 @@ class Recorder:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             if (self.folder / INDEX).exists():
-                raise ValueError(f"{self.folder} holds a recording already; name another folder, or remove it")
+                raise InputError(f"{self.folder} holds a recording already; name another folder, or remove it")
             (self.folder / INDEX).touch()
 
     @property
@@ -177,7 +178,7 @@ class Recorder:
             nonlocal count
             count += 1
             if len(sigma) != len(labels):
-                raise ValueError(f"record: {len(labels)} labels for {len(sigma)} images; give one for each")
+                raise InputError(f"record: {len(labels)} labels for {len(sigma)} images; give one for each")
             if self.steps is not None and count not in self.steps:
                 return None
             step, sigmas = count, tuple(sigma.tolist())
@@ -202,7 +203,7 @@ class Recorder:
         heads = list(facts["heads"])
         size = sum(z[:, heads].nbytes for z in tensors.values())
         if self.folder is None and self.bytes + size > self.limit:
-            raise ValueError(
+            raise InputError(
                 f"the recording passes its limit of {self.limit / 2**20:.0f} MiB at step {facts['step']}, "
                 f"{facts['site']}; keep fewer sites, heads or steps, raise limit=, or give a folder to stream to"
             )

@@ -18,6 +18,7 @@ from segresearch.analysis.curvature import (
 from segresearch.analysis.smoothing import Smoothing
 from segresearch.analysis.statistics import blurred, moments, sides
 from segresearch.analysis.verdict import Verdict
+from segresearch.errors import InputError
 
 
 def distances(
@@ -143,7 +144,7 @@ def regime(
     a = columns.double() - columns.double().mean(dim=1, keepdim=True)
     spread = a.square().mean(dim=1, keepdim=True).sqrt()
     if not bool((spread > 0).all()):
-        raise ValueError(f"column {int(spread.squeeze(1).argmin())} is constant: it has no spread to scale")
+        raise InputError(f"column {int(spread.squeeze(1).argmin())} is constant: it has no spread to scale")
     unit, n = a / spread, a.shape[1]
     shape = (len(spreads), len(sigmas))
     out = [torch.empty(shape, dtype=torch.float64, device=a.device) for _ in range(4)]
@@ -191,7 +192,7 @@ def hessians(columns: Float[Tensor, "samples n"], smoothing: Smoothing) -> Hessi
     """
     n = columns.shape[1]
     if n > LARGEST:
-        raise ValueError(f"dense Hessians are for up to {LARGEST} tokens, these columns have {n}; see `curvature`")
+        raise InputError(f"dense Hessians are for up to {LARGEST} tokens, these columns have {n}; see `curvature`")
     found = []
     for a in columns.double():
         plain, entrywise, chain = hessian(a), entrywise_hessian(a, smoothing), chain_hessian(a, smoothing)

@@ -17,9 +17,10 @@ from segresearch.config import (
     Where,
 )
 from segresearch.config import Width as Sigma
+from segresearch.errors import ConfigError
 from segresearch.models.compute import Compute
 from segresearch.tracking import WandbConfig
-from segresearch.typed import ConfigError, typed
+from segresearch.typed import typed
 
 BoundaryName = Literal["reflect", "symmetric", "circular", "exact"]
 

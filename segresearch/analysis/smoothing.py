@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.guidance.blur import INFINITE, blur_matrix, check_blur
 
 
@@ -55,7 +56,7 @@ class Smoothing:
     def __post_init__(self) -> None:
         check_blur(self.sigma, self.boundary)
         if min(self.grid) < 1:
-            raise ValueError(f"a grid needs at least one token, got {self.grid[0]}x{self.grid[1]}")
+            raise InputError(f"a grid needs at least one token, got {self.grid[0]}x{self.grid[1]}")
 
     @property
     def n(self) -> int:
@@ -115,6 +116,6 @@ class Smoothing:
     def _separable(self, x: Tensor, down: Tensor, across: Tensor) -> Tensor:
         h, w = self.grid
         if h * w != x.shape[-1]:
-            raise ValueError(f"grid {h}x{w} has {h * w} cells, but there are {x.shape[-1]} entries")
+            raise InputError(f"grid {h}x{w} has {h * w} cells, but there are {x.shape[-1]} entries")
         image = x.reshape(-1, w) @ across.to(x).T  # (..., h·w) -> (...·h, w)
         return (down.to(x) @ image.reshape(-1, h, w)).reshape(x.shape)  # (..., h, w) -> (..., h·w)

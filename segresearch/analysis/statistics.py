@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.guidance.blur import blur
 
 AXES = ("queries", "keys")
@@ -38,9 +39,9 @@ def sides(q: Tensor, k: Tensor, axis: str) -> tuple[Tensor, Tensor]:
     Raises ValueError for an unknown axis and for q and k that do not fit each other.
     """
     if axis not in AXES:
-        raise ValueError(f'axis must be "queries" (Definition 2.1) or "keys" (its dual), got {axis!r}')
+        raise InputError(f'axis must be "queries" (Definition 2.1) or "keys" (its dual), got {axis!r}')
     if q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in rows, heads and dim")
+        raise InputError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in rows, heads and dim")
     return (q, k) if axis == "queries" else (k, q)
 
 
@@ -60,7 +61,7 @@ def blurred(
     """q and k after SEG's blur of `on` = "q", "k" or "qk"; "queries" and "keys", the axis, name the same sides."""
     on = {"queries": "q", "keys": "k"}.get(on, on)
     if on not in ("q", "k", "qk"):
-        raise ValueError(f'a blur is on="q", "k" or "qk", got {on!r}')
+        raise InputError(f'a blur is on="q", "k" or "qk", got {on!r}')
     q, k = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (q, k))  # of half precisions, no second rounding
     return (
         blur(q, grid, sigma, boundary) if "q" in on else q,

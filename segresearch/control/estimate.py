@@ -13,7 +13,7 @@ from torch import Tensor
 
 from segresearch.control.images import fit
 from segresearch.control.maps import to_tensor
-from segresearch.models.locate import CheckpointError
+from segresearch.errors import CheckpointError, InputError
 
 NEAREST = 0.01  # m: metric estimates below it are taken for it
 METRIC = ("glpn", "zoedepth", "depth_pro", "prompt_depth_anything")  # these predict distances, others their inverse
@@ -59,7 +59,7 @@ def depth(image: Image.Image, model: str | Path, size: tuple[int, int] | None = 
     if metric:
         predicted = predicted.clamp(min=NEAREST).reciprocal()
     if not predicted.isfinite().all():
-        raise ValueError(f"depth model {model}: its estimate is not finite")
+        raise InputError(f"depth model {model}: its estimate is not finite")
     low, high = predicted.min(), predicted.max()
     whole = Image.fromarray(((predicted - low) / (high - low).clamp(min=1e-12)).numpy().astype(np.float32))
     values = np.asarray(fit(whole, size or (image.height, image.width), aspect=image.width / image.height))
@@ -84,11 +84,11 @@ def _loaded(folder: Path) -> tuple[Any, Any, bool]:
             )
     except Exception as error:  # whatever transformers raises on a folder that is not what it should be
         reason = " ".join(str(error).split()).split(". ")[0]
-        raise ValueError(f"depth model {folder}: not a depth estimator of transformers ({reason})") from error
+        raise InputError(f"depth model {folder}: not a depth estimator of transformers ({reason})") from error
     finally:
         if bars:
             logging.enable_progress_bar()
     if found["missing_keys"]:
-        raise ValueError(f"depth model {folder}: its weights lack {sorted(found['missing_keys'])[0]!r}; fetch it again")
+        raise InputError(f"depth model {folder}: its weights lack {sorted(found['missing_keys'])[0]!r}; fetch it again")
     kind = getattr(network.config, "depth_estimation_type", "relative")
     return processor, network.eval(), kind == "metric" or network.config.model_type in METRIC

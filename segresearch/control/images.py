@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from segresearch.errors import InputError
+
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 FULL = 65535  # white in 16 bits
 
@@ -31,7 +33,7 @@ def open_image(path: str | Path, behind: str = "white") -> Image.Image:
     try:
         return image.convert("RGB")
     except ValueError as error:
-        raise ValueError(f"{path}: colours of mode {image.mode} cannot be converted; save it as RGB") from error
+        raise InputError(f"{path}: colours of mode {image.mode} cannot be converted; save it as RGB") from error
 
 
 def open_map(path: str | Path) -> Image.Image:
@@ -49,7 +51,7 @@ def fit(image: Image.Image, size: tuple[int, int], aspect: float | None = None) 
     """
     height, width = size
     if min(height, width) < 1:
-        raise ValueError(f"size={(height, width)}: height and width must be at least 1 pixel")
+        raise InputError(f"size={(height, width)}: height and width must be at least 1 pixel")
     shown, wanted = aspect or image.width / image.height, width / height
     w, h = image.width * min(1, wanted / shown), image.height * min(1, shown / wanted)
     left, top = (image.width - w) / 2, (image.height - h) / 2
@@ -67,8 +69,8 @@ def _scaled(image: Image.Image, path: str | Path) -> Image.Image:
     if not (values.min() >= 0 and values.max() <= top):  # so that NaN is refused
         kind = "float" if image.mode == "F" else "integer"
         if not np.isfinite(values).all():
-            raise ValueError(f"{path}: values that are not finite; save it as 8- or 16-bit grey")
-        raise ValueError(
+            raise InputError(f"{path}: values that are not finite; save it as 8- or 16-bit grey")
+        raise InputError(
             f"{path}: {kind} values from {values.min():g} to {values.max():g}, which could mean anything; save it as "
             f"8- or 16-bit grey, or scale it to 0 ... {top}"
         )
@@ -80,13 +82,13 @@ def _upright(path: Path) -> Image.Image:
     if not path.exists():
         web = str(path).startswith(("http:", "https:"))
         hint = "nothing is fetched from the network: download it first" if web else "give the path of an image"
-        raise ValueError(f"{path}: no such file; {hint}")
+        raise InputError(f"{path}: no such file; {hint}")
     if path.is_dir():
-        raise ValueError(f"{path}: a folder, not an image; list its files: [a.png, b.png]")
+        raise InputError(f"{path}: a folder, not an image; list its files: [a.png, b.png]")
     if not path.is_file():
-        raise ValueError(f"{path}: not a file; give the path of an image")
+        raise InputError(f"{path}: not a file; give the path of an image")
     if not path.stat().st_size:
-        raise ValueError(f"{path}: empty (0 bytes); save or download it again")
+        raise InputError(f"{path}: empty (0 bytes); save or download it again")
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]
     with warnings.catch_warnings():
@@ -98,11 +100,11 @@ def _upright(path: Path) -> Image.Image:
                 return ImageOps.exif_transpose(image)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             limit = f"the limit of {Image.MAX_IMAGE_PIXELS:,}" if Image.MAX_IMAGE_PIXELS else "the limit"
-            raise ValueError(f"{path}: more pixels than {limit}; save it smaller") from error
+            raise InputError(f"{path}: more pixels than {limit}; save it smaller") from error
         except Image.UnidentifiedImageError as error:
-            raise ValueError(f"{path}: not an image of a known format ({', '.join(known)}); convert it") from error
+            raise InputError(f"{path}: not an image of a known format ({', '.join(known)}); convert it") from error
         except PermissionError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
+            raise InputError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
         except Exception as error:  # decoders raise all kinds on damaged data
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{path}: damaged or incomplete ({reason}); save or download it again") from error
+            raise InputError(f"{path}: damaged or incomplete ({reason}); save or download it again") from error

@@ -18,11 +18,11 @@ from segresearch.control.images import fit, open_image, open_map
 from segresearch.control.maps import canny, to_tensor
 from segresearch.data.maps import depth_image, edge_image
 from segresearch.data.scenes import scenes
+from segresearch.errors import ConfigError, InputError
 from segresearch.images import read_settings, save_png
 from segresearch.models.controlnet import Controlled, controlled
 from segresearch.plan import HELD_OUT, SCENE
 from segresearch.sampling import step_window
-from segresearch.typed import ConfigError
 
 
 def scene_maps(images: Sequence[str], preprocess: str, size: tuple[int, int]) -> Float[Tensor, "b 3 h w"]:
@@ -69,7 +69,7 @@ def controlled_batch(
         window = step_window(levels, control.start, control.end)
         try:
             found.append(controlled(sdxl.controlnets[control.net], shown, control.scale, window, control.guess))
-        except ValueError as error:
+        except InputError as error:
             raise ConfigError(f"controls.{name}: {error}") from error
     return found
 

@@ -6,6 +6,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from segresearch.errors import InputError
+
 
 def to_tensor(image: Image.Image) -> Float[Tensor, "1 3 h w"]:
     """An RGB picture, or a map of mode "F", as a control image in [0, 1]."""
@@ -23,7 +25,7 @@ def canny(image: Image.Image, low: float | int = 100, high: float | int = 200) -
     SDXL's canny ControlNets are commonly used. Raises ValueError unless 0 <= low <= high.
     """
     if not 0 <= low <= high:
-        raise ValueError(f"canny thresholds must be 0 <= low <= high, got low={low:g}, high={high:g}")
+        raise InputError(f"canny thresholds must be 0 <= low <= high, got low={low:g}, high={high:g}")
     import cv2
 
     edges = cv2.Canny(np.ascontiguousarray(image.convert("RGB")), low, high)

@@ -9,10 +9,9 @@ from typing import Any
 
 from segresearch.config import ControlConfig
 from segresearch.control.images import open_image
-from segresearch.models.locate import CheckpointError
+from segresearch.errors import CheckpointError, ConfigError, InputError
 from segresearch.plan import SCENE, Panel, Row
 from segresearch.runs import fingerprint, plain
-from segresearch.typed import ConfigError
 
 SEEN = (64, 64)  # the size at which a scene's map is identified
 
@@ -89,7 +88,7 @@ def _said(at: str, call: Callable[[str], Any], value: str) -> Any:
         return call(value)
     except CheckpointError as error:
         raise CheckpointError(f"{at}: {error}") from error
-    except ValueError as error:
+    except InputError as error:
         raise ConfigError(f"{at}: {error}") from error
 
 

@@ -3,6 +3,8 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from segresearch.errors import InputError
+
 
 def edge_image(edges: Bool[Tensor, "b h w"]) -> Float[Tensor, "b 3 h w"]:
     """Edges white (1) on black (0), the same in the three channels."""
@@ -17,7 +19,7 @@ def depth_image(depth: Float[Tensor, "b h w"]) -> Float[Tensor, "b 3 h w"]:
     that is not positive.
     """
     if not (depth > 0).all():
-        raise ValueError(f"depth: distances must be positive, the smallest is {depth.min().item():g}")
+        raise InputError(f"depth: distances must be positive, the smallest is {depth.min().item():g}")
     inverse = depth.double().reciprocal()  # infinite -> 0
     near = inverse.amax(dim=(1, 2), keepdim=True)
     far = inverse.where(inverse > 0, near).amin(dim=(1, 2), keepdim=True)

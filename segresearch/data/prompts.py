@@ -5,7 +5,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from segresearch.typed import ConfigError
+from segresearch.errors import ConfigError
 
 
 def _bytes(path: Path, at: str) -> bytes:

@@ -10,6 +10,7 @@ from torch import Tensor
 from segresearch.data.captions import COLORS, DRAWS, FLOORS, SHAPES, SIZES, SKIES, VOCABULARY, Thing, caption
 from segresearch.data.layout import FOCAL, SLOTS, Layout, layout, uniform
 from segresearch.data.rendering import render
+from segresearch.errors import InputError
 from segresearch.threads import one_thread
 
 __all__ = ["COLORS", "FLOORS", "SHAPES", "SIZES", "SKIES", "VOCABULARY", "SceneObject", "Scenes", "captions", "scenes"]
@@ -49,7 +50,7 @@ class Scenes:
 
 def _indices(indices: Sequence[int]) -> Int[Tensor, "b"]:
     if not len(indices):
-        raise ValueError("no scene indices: give at least one")
+        raise InputError("no scene indices: give at least one")
     return torch.as_tensor(indices if not isinstance(indices, range) else list(indices), dtype=torch.int64)
 
 
@@ -82,7 +83,7 @@ def scenes(indices: Sequence[int], seed: int = 0, size: int | tuple[int, int] = 
     """
     h, w = (size, size) if isinstance(size, int) else size
     if min(h, w) < 16:
-        raise ValueError(f"scenes of size {(h, w)}: each side needs at least 16 pixels")
+        raise InputError(f"scenes of size {(h, w)}: each side needs at least 16 pixels")
     rows = _indices(indices)
     drawn = layout(rows, seed)
     chunk = max(1, _CHUNK // (h * w))

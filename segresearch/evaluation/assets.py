@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from segresearch.models.locate import CheckpointError
+from segresearch.errors import CheckpointError
 
 Module = TypeVar("Module", bound=nn.Module)
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")

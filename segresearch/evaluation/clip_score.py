@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from segresearch.errors import CheckpointError, InputError
 from segresearch.evaluation import assets
 from segresearch.evaluation.vision import VisionTower, features_of
-from segresearch.models.locate import CheckpointError
 from segresearch.threads import one_thread
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -86,9 +86,9 @@ def load_clip(
 def _paired(images: Tensor, texts: Sequence[str]) -> None:
     if isinstance(texts, str) or len(images) != len(texts):
         count = "one string" if isinstance(texts, str) else len(texts)
-        raise ValueError(f"{len(images)} pictures and {count} as texts: give a list with one text for each picture")
+        raise InputError(f"{len(images)} pictures and {count} as texts: give a list with one text for each picture")
     if not len(texts):
-        raise ValueError("no pictures and texts to compare")
+        raise InputError("no pictures and texts to compare")
 
 
 def cosines(clip: Clip, images: UInt8[Tensor, "n 3 h w"], texts: Sequence[str], batch: int = 64) -> Float[Tensor, " n"]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.evaluation.vision import Vision, unit_range
 from segresearch.threads import one_thread
 
@@ -20,7 +21,7 @@ def feature_distance(vision: Vision, a: Float[Tensor, "b 3 h w"], b: Tensor) -> 
     averaged over places, then over stages.
     """
     if a.shape != b.shape:
-        raise ValueError(f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared one by one")
+        raise InputError(f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared one by one")
     stages = []
     for x, y in zip(vision.stages(a), vision.stages(b), strict=True):
         apart = F.normalize(x, dim=1) - F.normalize(y, dim=1)

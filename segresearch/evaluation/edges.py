@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.threads import one_thread
 
 
@@ -26,7 +27,7 @@ def edge_agreement(images: Float[Tensor, "b 3 h w"], edges: Bool[Tensor, "b h w"
     wanted = edges.flatten(1)
     positive = wanted.sum(1)
     if not ((positive > 0) & (positive < wanted.shape[1])).all():
-        raise ValueError("edge agreement needs pictures with some edges, and not edges everywhere")
+        raise InputError("edge agreement needs pictures with some edges, and not edges everywhere")
     order = contrast(images).flatten(1).argsort(dim=1)
     ranks = torch.zeros(order.shape, dtype=torch.float64, device=order.device)
     places = torch.arange(1, order.shape[1] + 1, dtype=torch.float64, device=order.device)

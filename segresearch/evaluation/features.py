@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.evaluation import assets, inception
 from segresearch.evaluation.vision import SIDE, load_vision, unit_range
 from segresearch.models.compute import arithmetic
@@ -53,7 +54,7 @@ class Extractor:
     def of(self, images: UInt8[Tensor, "n 3 h w"], batch: int = 64) -> Float[Tensor, "n dim"]:
         """Features of many pictures, `batch` at a time, on the CPU. ValueError for none."""
         if not len(images):
-            raise ValueError("no pictures to take features of")
+            raise InputError("no pictures to take features of")
         return torch.cat([self(part).cpu() for part in images.split(batch)])
 
 
@@ -95,7 +96,7 @@ def load_extractor(
     Raises ValueError for an unknown name, CheckpointError for weights that are missing or not the ones meant.
     """
     if name not in EXTRACTORS:
-        raise ValueError(f"features {name!r}: choose one of {', '.join(EXTRACTORS)}")
+        raise InputError(f"features {name!r}: choose one of {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name](path, sha256, torch.device(device), dtype)
 
 
@@ -146,7 +147,7 @@ def _mini(path: str | Path | None, sha256: str | None, device: torch.device, dty
     @one_thread
     def network(images: Tensor) -> Tensor:
         if images.shape[2:] != (SIDE, SIDE):
-            raise ValueError(
+            raise InputError(
                 f"pictures of {images.shape[2]}×{images.shape[3]}: the features of mini need {SIDE}×{SIDE}"
             )
         return tower.vision(unit_range(images).to(dtype))

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.threads import few_features, one_thread_for
 
 
@@ -70,9 +71,9 @@ class Moments:
     def add(self, features: Float[Tensor, "n dim"]) -> None:
         """Raises ValueError for another number of features, or values that are not finite."""
         if features.shape[1] != len(self.mean):
-            raise ValueError(f"features of {features.shape[1]} numbers after some of {len(self.mean)}")
+            raise InputError(f"features of {features.shape[1]} numbers after some of {len(self.mean)}")
         if not features.isfinite().all():
-            raise ValueError("features hold values that are not finite: the pictures they come from are broken")
+            raise InputError("features hold values that are not finite: the pictures they come from are broken")
         if not len(features):
             return
         x = features.detach().to("cpu", torch.float64)
@@ -89,7 +90,7 @@ class Moments:
 
 def _checked(g: Gaussian, force: bool) -> Gaussian:
     if g.count < 2 or (g.count <= g.dim and not force):
-        raise ValueError(
+        raise InputError(
             f"{g.count} pictures for {g.dim} features: the covariance needs at least {g.dim + 1} to be of full rank; "
             "take more pictures, or force=True for a distance that is biased far upwards"
         )
@@ -101,7 +102,7 @@ def gaussian(features: Float[Tensor, "n dim"] | Iterable[Tensor], force: bool = 
     parts = iter([features] if isinstance(features, Tensor) else features)
     first = next(parts, None)
     if first is None:
-        raise ValueError("no features: give at least one part")
+        raise InputError("no features: give at least one part")
     moments = Moments(first.shape[1])
     moments.add(first)
     for part in parts:
@@ -118,7 +119,7 @@ def root(cov: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
 def parts_of(a: Gaussian, b: Gaussian, b_root: Float[Tensor, "dim dim"] | None = None) -> tuple[float, float]:
     """(|μ₁ − μ₂|², the rest) of the distance between two Gaussians; b_root: root(b.cov), if it is known already."""
     if a.dim != b.dim:
-        raise ValueError(f"Gaussians of {a.dim} and {b.dim} features cannot be compared")
+        raise InputError(f"Gaussians of {a.dim} and {b.dim} features cannot be compared")
     half = root(b.cov) if b_root is None else b_root
     middle = half @ a.cov @ half
     cross = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp(min=0).sqrt().sum()
@@ -158,7 +159,7 @@ def frechet_distance(
     small = n // 2 <= reference.dim
     extrapolated = math.nan if small else 2 * (mean + cov) - (at(x[0::2]) + at(x[1::2])) / 2
     if groups and n // groups <= reference.dim and not force:
-        raise ValueError(
+        raise InputError(
             f"{groups} groups of {n // groups} pictures for {reference.dim} features: each needs {reference.dim + 1}; "
             "take fewer groups"
         )

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from segresearch.errors import InputError
 from segresearch.evaluation.frechet import Frechet
 
 
@@ -15,10 +16,10 @@ def interval(found: Frechet, level: float = 0.95) -> tuple[float, float]:
     infinitely many pictures stays: see `Frechet.extrapolated`. ValueError for fewer draws than the level needs.
     """
     if not 0 < level < 1:
-        raise ValueError(f"level={level}: must lie between 0 and 1")
+        raise InputError(f"level={level}: must lie between 0 and 1")
     least = math.ceil(2 / (1 - level) - 1e-9)
     if len(found.draws) < least:
-        raise ValueError(f"{len(found.draws)} draws: an interval of {level:.0%} needs frechet_distance(draws={least})")
+        raise InputError(f"{len(found.draws)} draws: an interval of {level:.0%} needs frechet_distance(draws={least})")
     draws = torch.tensor(found.draws, dtype=torch.float64)
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = (found.distance + draws.quantile(ends) - draws.mean()).tolist()

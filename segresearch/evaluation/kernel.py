@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.threads import few_features, one_thread_for
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -60,7 +61,7 @@ def polynomial(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"]) -> Float[Te
 def gaussian_kernel(width: float) -> Kernel:
     """exp(−|x − y|² / 2·width²)."""
     if not 0 < width < math.inf:
-        raise ValueError(f"width={width}: a Gaussian kernel needs a positive, finite width")
+        raise InputError(f"width={width}: a Gaussian kernel needs a positive, finite width")
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         apart = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T  # (n, dim), (m, dim) -> (n, m)
@@ -71,12 +72,12 @@ def gaussian_kernel(width: float) -> Kernel:
 
 def _prepared(features: Tensor, reference: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
     if features.shape[1] != reference.shape[1]:
-        raise ValueError(f"features of {features.shape[1]} and {reference.shape[1]} numbers cannot be compared")
+        raise InputError(f"features of {features.shape[1]} and {reference.shape[1]} numbers cannot be compared")
     for x, side in ((features, "features"), (reference, "reference")):
         if len(x) < least:
-            raise ValueError(f"{side}: {len(x)} pictures, at least {least} are needed")
+            raise InputError(f"{side}: {len(x)} pictures, at least {least} are needed")
         if not x.isfinite().all():
-            raise ValueError(f"{side} hold values that are not finite: the pictures they come from are broken")
+            raise InputError(f"{side} hold values that are not finite: the pictures they come from are broken")
     return features.detach().double(), reference.detach().double()
 
 
@@ -129,11 +130,11 @@ def kid(
     Raises ValueError for subsets larger than either side, or of fewer than two.
     """
     if subsets < 1 or size < 2:
-        raise ValueError(f"subsets={subsets}, size={size}: at least 1 subset of 2 pictures is needed")
+        raise InputError(f"subsets={subsets}, size={size}: at least 1 subset of 2 pictures is needed")
     x, y = _prepared(features, reference)
     n, m = len(x), len(y)
     if size > min(n, m):
-        raise ValueError(f"size={size}: subsets cannot be larger than the {n} pictures or the {m} of the reference")
+        raise InputError(f"size={size}: subsets cannot be larger than the {n} pictures or the {m} of the reference")
     drawn = torch.tensor(
         [
             discrepancy(polynomial, _drawn(x, size, seed, i, 0), _drawn(y, size, seed, i, 1)).unbiased

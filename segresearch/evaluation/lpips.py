@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from segresearch.errors import InputError
 from segresearch.evaluation.assets import Asset, frozen, put, tensors
 from segresearch.evaluation.vision import unit_range
 
@@ -65,7 +66,7 @@ class LPIPS(nn.Module):
     def __init__(self, net: str = "vgg"):
         super().__init__()
         if net not in TRUNKS:
-            raise ValueError(f"LPIPS net={net!r}: choose one of {', '.join(TRUNKS)}")
+            raise InputError(f"LPIPS net={net!r}: choose one of {', '.join(TRUNKS)}")
         self.net = net
         self.features, self.ends, widths = _vgg() if net == "vgg" else _alex()
         for i, width in enumerate(widths):
@@ -88,9 +89,9 @@ class LPIPS(nn.Module):
         ValueError for pictures smaller than the network can see, or of two shapes.
         """
         if a.shape != b.shape:
-            raise ValueError(f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared one by one")
+            raise InputError(f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared one by one")
         if min(a.shape[2:]) < LEAST[self.net]:
-            raise ValueError(
+            raise InputError(
                 f"pictures of {a.shape[2]}×{a.shape[3]}: LPIPS with {self.net} needs sides of {LEAST[self.net]} pixels"
             )
         apart = [(x - y).square() for x, y in zip(self.stages(a), self.stages(b), strict=True)]
@@ -130,7 +131,7 @@ def lpips_distances(
 ) -> Float[Tensor, " n"]:
     """LPIPS of uint8 pictures, pair by pair, `batch` at a time, on the CPU. ValueError for two shapes, as LPIPS."""
     if len(a) != len(b):
-        raise ValueError(f"{len(a)} and {len(b)} pictures cannot be compared one by one")
+        raise InputError(f"{len(a)} and {len(b)} pictures cannot be compared one by one")
     weight = next(net.parameters())
 
     def ready(images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.threads import few_features, one_thread_for
 
 ROUNDING = 1e-13  # squared distances below this times the squared lengths are rounding, and count as 0
@@ -63,13 +64,13 @@ def precision_recall(
     `neighbour`, for values that are not finite or features of another number.
     """
     if features.shape[1] != reference.shape[1]:
-        raise ValueError(f"features of {features.shape[1]} and {reference.shape[1]} numbers cannot be compared")
+        raise InputError(f"features of {features.shape[1]} and {reference.shape[1]} numbers cannot be compared")
     n, m = len(features), len(reference)
     if not 1 <= neighbour < min(n, m):
-        raise ValueError(f"neighbour={neighbour}: must lie between 1 and {min(n, m) - 1}, for {n} and {m} pictures")
+        raise InputError(f"neighbour={neighbour}: must lie between 1 and {min(n, m) - 1}, for {n} and {m} pictures")
     x, y = features.detach().double(), reference.detach().double()
     if not (x.isfinite().all() and y.isfinite().all()):
-        raise ValueError("features hold values that are not finite: the pictures they come from are broken")
+        raise InputError("features hold values that are not finite: the pictures they come from are broken")
     middle = y.mean(0)  # distances do not change, their rounding shrinks
     x, y = x - middle, y - middle
     precision = covered(x, y, radii(y, neighbour, block), block)

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from segresearch.models.locate import CheckpointError, located
+from segresearch.errors import CheckpointError
+from segresearch.models.locate import located
 from segresearch.threads import one_thread
 
 SIDE = 64  # pixels

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.guidance.constants import constant
 
 BOUNDARIES = ("reflect", "symmetric", "circular", "exact")
@@ -19,9 +20,9 @@ INFINITE = 9999.0  # a sigma above this means infinity, as in the official code;
 def check_blur(sigma: float | int, boundary: str) -> None:
     """ValueError unless `sigma` is a number ≥ 0 (tokens; inf allowed) and `boundary` is one of `BOUNDARIES`."""
     if not sigma >= 0:  # NaN fails too
-        raise ValueError(f"blur sigma must be a number >= 0 (0 = identity, inf = mean over the grid), got {sigma!r}")
+        raise InputError(f"blur sigma must be a number >= 0 (0 = identity, inf = mean over the grid), got {sigma!r}")
     if boundary not in BOUNDARIES:
-        raise ValueError(f"blur boundary must be one of {', '.join(BOUNDARIES)}, got {boundary!r}")
+        raise InputError(f"blur boundary must be one of {', '.join(BOUNDARIES)}, got {boundary!r}")
 
 
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ def blur_matrix(n: int, sigma: float | int, boundary: str = "reflect") -> Float[
     """
     check_blur(sigma, boundary)
     if n < 1:
-        raise ValueError(f"a grid side must be at least 1, got {n}")
+        raise InputError(f"a grid side must be at least 1, got {n}")
     return _matrix(n, float(sigma), boundary, torch.float64, torch.device("cpu")).clone()
 
 
@@ -114,7 +115,7 @@ def blur(
     check_blur(sigma, boundary)
     h, w = grid
     if h * w != z.shape[2]:
-        raise ValueError(f"grid {h}x{w} has {h * w} cells, but the tensor has {z.shape[2]} tokens")
+        raise InputError(f"grid {h}x{w} has {h * w} cells, but the tensor has {z.shape[2]} tokens")
     if sigma == 0:
         return z
     wide = torch.promote_types(z.dtype, torch.float32)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import Controlled, weighted
 from segresearch.models.unet import Control
@@ -21,12 +22,12 @@ def in_use(control: Any) -> tuple[Controlled, ...]:
         return ()
     if isinstance(control, Controlled) or not isinstance(control, Iterable):
         kind = type(control).__name__
-        raise ValueError(f"control is a sequence of ControlNets in use: write control=[controlled(...)], got {kind}")
+        raise InputError(f"control is a sequence of ControlNets in use: write control=[controlled(...)], got {kind}")
     found = tuple(control)
     wrong = next((one for one in found if not isinstance(one, Controlled)), None)
     if wrong is not None:
         kind = type(wrong).__name__
-        raise ValueError(f"control is a sequence of ControlNets in use: [controlled(net, image)], got a {kind} in it")
+        raise InputError(f"control is a sequence of ControlNets in use: [controlled(net, image)], got a {kind} in it")
     return found
 
 
@@ -54,7 +55,7 @@ def residuals(
         values = sigma.tolist()
     for one in control:
         if one.rows not in (1, len(x)):
-            raise ValueError(f"a ControlNet has {one.rows} control images for {len(x)} images; it needs {len(x)} or 1")
+            raise InputError(f"a ControlNet has {one.rows} control images for {len(x)} images; it needs {len(x)} or 1")
         scales = [one.scale_at(s) for s in values or ()]
         names = [name for name in conds if name == base or not one.guess]
         if not any(scales) or not names:

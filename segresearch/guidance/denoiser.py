@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.guidance.blocks import BlockAttention, Groups, Note, Watch
 from segresearch.guidance.constants import constant
 from segresearch.guidance.control import in_use, per_row, residuals
@@ -60,14 +61,14 @@ class GuidedDenoiser:
         fork: bool = True,
     ):
         if isinstance(denoiser, GuidedDenoiser) or isinstance(getattr(denoiser, "inner", None), GuidedDenoiser):
-            raise ValueError(
+            raise InputError(
                 "a GuidedDenoiser takes the plain denoiser, not a guided one; put all terms into one GuidedDenoiser"
             )
         for name, term in terms.items():
             if not isinstance(term, Term):
-                raise ValueError(f"terms[{name!r}] is {term!r}; a term is cfg(...), perturbed(...) or Term(...)")
+                raise InputError(f"terms[{name!r}] is {term!r}; a term is cfg(...), perturbed(...) or Term(...)")
         if not 0 <= rescale <= 1:
-            raise ValueError(f"rescale must be in [0, 1], got {rescale!r}")
+            raise InputError(f"rescale must be in [0, 1], got {rescale!r}")
         self.denoiser = denoiser
         self.terms = dict(terms)
         self.base = Branch(base)
@@ -82,7 +83,7 @@ class GuidedDenoiser:
             for branch in (term.pos, term.neg):
                 other = named.setdefault(branch.name, branch).perturbations
                 if other != branch.perturbations:
-                    raise ValueError(
+                    raise InputError(
                         f"two branches are named {branch.name!r}: {other} and {branch.perturbations}; rename one"
                     )
                 if branch.perturbations not in self._places:
@@ -166,7 +167,7 @@ class GuidedDenoiser:
         missing = [branch.conditioning for branch in branches if branch.conditioning not in conds]
         if missing:
             given = ", ".join(map(repr, conds)) or "none"
-            raise ValueError(f"conds lacks {missing[0]!r}, which the guidance needs; given: {given}")
+            raise InputError(f"conds lacks {missing[0]!r}, which the guidance needs; given: {given}")
         control = in_use(control)
         # names of one Cond are one conditioning, unless a ControlNet tells the base from the others
         first: dict[int, str] = {}
@@ -300,4 +301,4 @@ def _rows(name: str, cond: Cond, rows: int) -> Cond:
         return cond
     if cond.rows == 1:
         return cond.expand(rows)
-    raise ValueError(f"conds[{name!r}] has {cond.rows} rows for {rows} images; it needs {rows} or 1")
+    raise InputError(f"conds[{name!r}] has {cond.rows} rows for {rows} images; it needs {rows} or 1")

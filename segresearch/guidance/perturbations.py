@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.guidance.blur import INFINITE, blur, check_blur
 from segresearch.guidance.constants import constant
 from segresearch.guidance.select import Where, check_heads
@@ -27,7 +28,7 @@ def checked_out(
     """`out` where it is a tensor of v's shape, else a ValueError that names the perturbation and the site."""
     found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if found != tuple(v.shape):
-        raise ValueError(f"{perturbation!r} gave {found} at {site.name}, expected {tuple(v.shape)}")
+        raise InputError(f"{perturbation!r} gave {found} at {site.name}, expected {tuple(v.shape)}")
     return out
 
 
@@ -35,17 +36,17 @@ def _freeze(perturbation: Any) -> None:
     """Lists (of a config file, say) become tuples, so that equal perturbations compare and hash equal."""
     where, heads = perturbation.where, perturbation.heads
     if isinstance(where, bool) or not isinstance(where, str | int | Sequence):
-        raise ValueError(f"where={where!r}: a selector is a text, an index or a list of these")
+        raise InputError(f"where={where!r}: a selector is a text, an index or a list of these")
     if not isinstance(where, str | int):
         object.__setattr__(perturbation, "where", tuple(where))
     if heads is not None:
         if not isinstance(heads, Sequence) or not all(isinstance(h, int) for h in heads):
-            raise ValueError(f"heads={heads!r}: a list of head indices, or None for all")
+            raise InputError(f"heads={heads!r}: a list of head indices, or None for all")
         if not heads:
-            raise ValueError("heads=[] perturbs nothing; name at least one head, or None for all")
+            raise InputError("heads=[] perturbs nothing; name at least one head, or None for all")
         object.__setattr__(perturbation, "heads", tuple(heads))
         if min(perturbation.heads) < 0:
-            raise ValueError(f"heads={list(heads)}: head indices start at 0")
+            raise InputError(f"heads={list(heads)}: head indices start at 0")
 
 
 @constant(maxsize=64)
@@ -86,7 +87,7 @@ class SEG:
     def __post_init__(self) -> None:
         check_blur(self.sigma, self.boundary)
         if self.on not in ("q", "k", "qk"):
-            raise ValueError(f'SEG blurs on="q", "k" or "qk", got {self.on!r}')
+            raise InputError(f'SEG blurs on="q", "k" or "qk", got {self.on!r}')
         _freeze(self)
 
     def __call__(
@@ -128,7 +129,7 @@ class PAG:
 
     def __post_init__(self) -> None:
         if not 0 <= self.tau <= 1:
-            raise ValueError(f"PAG tau must be in [0, 1], got {self.tau!r}")
+            raise InputError(f"PAG tau must be in [0, 1], got {self.tau!r}")
         _freeze(self)
 
     @property
@@ -168,7 +169,7 @@ class At:
 
     def __post_init__(self) -> None:
         if not callable(self.function) or isinstance(self.function, type):
-            raise ValueError(f"a perturbation is a call (q, k, v, site, attend) -> out, got {self.function!r}")
+            raise InputError(f"a perturbation is a call (q, k, v, site, attend) -> out, got {self.function!r}")
         _freeze(self)
 
     def __call__(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.errors import InputError
+
 Post = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -49,7 +51,7 @@ class Projected:
 
     def __post_init__(self) -> None:
         if not (self.eta >= 0 and self.norm >= 0):
-            raise ValueError(f"eta and norm must be >= 0, got {self}")
+            raise InputError(f"eta and norm must be >= 0, got {self}")
 
     def __call__(
         self,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.guidance.blur import check_blur, fold_taps, gaussian_taps
 from segresearch.guidance.constants import constant
 from segresearch.guidance.control import per_row
@@ -54,11 +55,11 @@ class SelfAttentionGuidance:
         check_scale(scale, window, "SAG")
         check_blur(blur_sigma, "reflect")
         if not threshold >= 0:
-            raise ValueError(f"SAG threshold must be >= 0, got {threshold!r}")
+            raise InputError(f"SAG threshold must be >= 0, got {threshold!r}")
         self.inner = inner if isinstance(inner, GuidedDenoiser) else GuidedDenoiser(inner, {})
         mid = [site for site in self.inner.unet.site_heads if site.startswith("mid_block.")]
         if not mid:
-            raise ValueError("SAG reads the first mid-block self-attention, and this model has none")
+            raise InputError("SAG reads the first mid-block self-attention, and this model has none")
         self.site: str = mid[0]
         self.scale, self.blur_sigma, self.threshold, self.base, self.window = scale, blur_sigma, threshold, base, window
 
@@ -87,7 +88,7 @@ class SelfAttentionGuidance:
         needed = [self.inner.branches(s) for s in sorted(set(values))]
         bases = {self._base(s) for s in values}
         if len(bases) > 1:
-            raise ValueError("SAG: rows of this batch are on both sides of the window of the CFG term; name a base")
+            raise InputError("SAG: rows of this batch are on both sides of the window of the CFG term; name a base")
         base = bases.pop()
         received: list[Tensor] = []
 

@@ -17,6 +17,8 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from segresearch.errors import InputError
+
 Where = str | int | Sequence[str | int]
 
 
@@ -41,7 +43,7 @@ def select_sites(where: Where, sites: Sequence[str]) -> tuple[str, ...]:
     for part in parts or [""]:
         found = _matches(part, sites)
         if not found:
-            raise ValueError(
+            raise InputError(
                 f"where={where!r}: {part!r} matches no self-attention site of this model; use a group (down, mid, up), "
                 f'a block ("up.0.2"), an index or a glob over: {_listing(sites)}'
             )
@@ -61,4 +63,4 @@ def check_heads(heads: Sequence[int] | None, count: int, site: str) -> None:
     """ValueError unless every index in `heads` is one of the `count` heads of `site`."""
     wrong = [h for h in heads or () if not 0 <= h < count]
     if wrong:
-        raise ValueError(f"heads={list(heads or ())}: no head {wrong[0]} at {site}, which has heads 0 to {count - 1}")
+        raise InputError(f"heads={list(heads or ())}: no head {wrong[0]} at {site}, which has heads 0 to {count - 1}")

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from segresearch.errors import InputError
 from segresearch.guidance.perturbations import PAG, SEG, At, Perturbation
 from segresearch.guidance.select import Where
 from segresearch.sampling.windows import ALWAYS, Window, check_window
@@ -18,7 +19,7 @@ Scale = float | int | Callable[[float], float]  # a number, or s(σ)
 def check_scale(scale: Scale, window: Sequence[float | int], what: str) -> None:
     """ValueError for a scale that is not finite or a window that is not 0 ≤ low ≤ high."""
     if not callable(scale) and not (isinstance(scale, float | int) and math.isfinite(scale)):
-        raise ValueError(f"the scale of {what} must be finite, got {scale!r}")
+        raise InputError(f"the scale of {what} must be finite, got {scale!r}")
     check_window(window, what)
 
 
@@ -28,7 +29,7 @@ def scale_at(scale: Scale, window: Window, sigma: float, what: str) -> float:
         return 0.0
     value = float(scale(sigma) if callable(scale) else scale)
     if not math.isfinite(value):
-        raise ValueError(f"the scale of {what} is {value} at sigma {sigma:g}")
+        raise InputError(f"the scale of {what} is {value} at sigma {sigma:g}")
     return value
 
 
@@ -63,14 +64,14 @@ class Branch:
 
     def __post_init__(self) -> None:
         if bool(self.perturbations) != bool(self.name):
-            raise ValueError(f"a branch has perturbations and a name, or neither: {self.perturbations}, {self.name!r}")
+            raise InputError(f"a branch has perturbations and a name, or neither: {self.perturbations}, {self.name!r}")
         for p in self.perturbations:
             if not (callable(p) and hasattr(p, "where")) or isinstance(p, type):
-                raise ValueError(f'branch {self}: {p!r} has no place; give one: At(function, where="mid")')
+                raise InputError(f'branch {self}: {p!r} has no place; give one: At(function, where="mid")')
             try:
                 hash(p)
             except TypeError as error:
-                raise ValueError(
+                raise InputError(
                     f"branch {self}: {p!r} cannot be hashed ({error}); make it a function or a frozen dataclass"
                 ) from error
 
@@ -92,7 +93,7 @@ class Ramp:
 
     def __post_init__(self) -> None:
         if not (math.inf > self.sigma_start > self.sigma_stop > 0) or not math.isfinite(self.start + self.stop):
-            raise ValueError(f"a ramp needs sigma_start > sigma_stop > 0 and finite scales, got {self}")
+            raise InputError(f"a ramp needs sigma_start > sigma_stop > 0 and finite scales, got {self}")
 
     def __call__(self, sigma: float) -> float:
         clamped = min(max(sigma, self.sigma_stop), self.sigma_start)
@@ -121,7 +122,7 @@ class EveryKth:
     def __post_init__(self) -> None:
         falling = all(a > b > 0 for a, b in zip(self.levels, self.levels[1:])) and len(self.levels) > 0
         if self.k < 1 or not falling or not math.isfinite(self.scale):
-            raise ValueError(f"guidance every k-th step needs k >= 1, a finite scale and falling levels, got {self}")
+            raise InputError(f"guidance every k-th step needs k >= 1, a finite scale and falling levels, got {self}")
 
     def __call__(self, sigma: float) -> float:
         step = sum(sigma <= level * (1 + 1e-6) for level in self.levels) - 1

@@ -10,13 +10,14 @@ Names are loaded when they are first used, so that a script can look around here
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from segresearch.errors import CheckpointError
+
 if TYPE_CHECKING:
     from segresearch.models.attention import Attend, Fork, Heads, Site, sdpa
     from segresearch.models.conditioning import Cond
     from segresearch.models.controlnet import Controlled, ControlNet, ControlNetConfig, controlled
     from segresearch.models.denoiser import Denoiser
     from segresearch.models.load import SDXL, load_sdxl
-    from segresearch.models.locate import CheckpointError
     from segresearch.models.text import TextEncoders
     from segresearch.models.unet import Control, UNet, UNetConfig
     from segresearch.models.vae import VAE, VAEConfig

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from segresearch.models.locate import CheckpointError, refuse_pickle
+from segresearch.errors import CheckpointError, InputError
+from segresearch.models.locate import refuse_pickle
 
 BUFFER = 16 * 2**20  # bytes
 _DTYPES = {
@@ -94,7 +95,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 begin, end = h["data_offsets"]
                 bytes_needed = torch.Size(h["shape"]).numel() * getattr(_DTYPES.get(h["dtype"]), "itemsize", 0)
                 if begin < 0 or (bytes_needed and end - begin != bytes_needed):
-                    raise ValueError(f"{key} spans bytes {begin} to {end}, its shape needs {bytes_needed}")
+                    raise InputError(f"{key} spans bytes {begin} to {end}, its shape needs {bytes_needed}")
             entries = {
                 key: Entry(path, key, h["dtype"], tuple(h["shape"]), 8 + length + h["data_offsets"][0])
                 for key, h in header.items()

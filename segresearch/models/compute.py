@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from segresearch.errors import InputError
 from segresearch.typed import Bounds
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ class Compute:
 
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "exact", "fast"):
-            raise ValueError(f"compute.precision={self.precision!r}: choose auto, exact or fast")
+            raise InputError(f"compute.precision={self.precision!r}: choose auto, exact or fast")
         if self.vae_tile is not None and self.vae_tile < 64:
-            raise ValueError(f"compute.vae_tile={self.vae_tile!r}: at least 64 pixels, or null for whole pictures")
+            raise InputError(f"compute.vae_tile={self.vae_tile!r}: at least 64 pixels, or null for whole pictures")
 
     def resolved(self, device: "torch.device | str") -> "Compute":
         """With `precision` decided for this device."""

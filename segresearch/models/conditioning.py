@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.errors import InputError
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -94,7 +96,7 @@ class Cond:
             return conds[0]
         lengths = {c.context.shape[1] for c in conds}
         if len(lengths) > 1:
-            raise ValueError(
+            raise InputError(
                 f"conditionings of different text lengths {sorted(lengths)} cannot share a batch: "
                 "encode them to one length (both prompt and negative through the same `encode`)"
             )

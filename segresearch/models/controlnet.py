@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segresearch.errors import InputError
 from segresearch.models.attention import sdpa
 from segresearch.models.conditioning import Cond, Projection
 from segresearch.models.encoder import CROSSED_MID, PLAIN_MID, Encoder, EncoderConfig, counts, refuse_unless
@@ -118,7 +119,7 @@ class ControlNet(Encoder):
         height, width = image.shape[2:]
         factor = self.config.image_factor
         if height % factor or width % factor or not height or not width:
-            raise ValueError(
+            raise InputError(
                 f"controlnet: the control image is {height}×{width} pixels; its sides must be positive multiples of "
                 f"{factor}"
             )
@@ -144,9 +145,9 @@ class ControlNet(Encoder):
         if hint.shape[2:] != x.shape[2:]:
             factor = self.config.image_factor
             (h, w), (height, width) = ([factor * n for n in z.shape[2:]] for z in (hint, x))
-            raise ValueError(f"controlnet: the control image is {h}×{w} pixels, the picture {height}×{width}")
+            raise InputError(f"controlnet: the control image is {h}×{w} pixels, the picture {height}×{width}")
         if hint.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"controlnet: {hint.shape[0]} rows of hint for {x.shape[0]} rows of x")
+            raise InputError(f"controlnet: {hint.shape[0]} rows of hint for {x.shape[0]} rows of x")
         projection = self.projection(cond)
         emb = self.embed(t, projection)
         mid, skips = self.encode(x, emb, projection.text, sdpa, None, hint.to(emb.dtype))
@@ -180,7 +181,7 @@ class Controlled:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.scale, float | int) and math.isfinite(self.scale)):
-            raise ValueError(f"the scale of a ControlNet must be finite, got {self.scale!r}")
+            raise InputError(f"the scale of a ControlNet must be finite, got {self.scale!r}")
         check_window(self.window, "a ControlNet")
 
     @property
@@ -210,12 +211,12 @@ def controlled(
     """
     if not isinstance(image, Tensor):
         kind = type(image).__name__
-        raise ValueError(f"a control image is a tensor of RGB in [0, 1], (rows, 3, h, w); got a {kind}")
+        raise InputError(f"a control image is a tensor of RGB in [0, 1], (rows, 3, h, w); got a {kind}")
     if image.ndim != 4 or image.shape[1] != 3 or not image.numel() or not image.is_floating_point():
-        raise ValueError(f"a control image is RGB in [0, 1], (rows, 3, h, w); got {tuple(image.shape)} {image.dtype}")
+        raise InputError(f"a control image is RGB in [0, 1], (rows, 3, h, w); got {tuple(image.shape)} {image.dtype}")
     low, high = image.min().item(), image.max().item()
     if not (low >= -1e-3 and high <= 1 + 1e-3):
-        raise ValueError(f"a control image is RGB in [0, 1]; these values reach from {low:g} to {high:g}")
+        raise InputError(f"a control image is RGB in [0, 1]; these values reach from {low:g} to {high:g}")
     check_window(window, "a ControlNet")
     with torch.no_grad():
         return Controlled(net, net.embed_image(image), scale, (window[0], window[1]), guess)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segresearch.errors import InputError
 from segresearch.models.attention import Attend, Fork, sdpa
 from segresearch.models.compute import PLAIN, Compute, Runner
 from segresearch.models.conditioning import Cond, Projection
@@ -27,30 +28,30 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Float[Tensor, " steps"]:
     start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
     steps, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "scaled_linear")
     if not (isinstance(start, float | int) and isinstance(end, float | int) and isinstance(steps, int) and steps > 1):
-        raise ValueError(
+        raise InputError(
             f"scheduler config: beta_start={start!r}, beta_end={end!r} and num_train_timesteps={steps!r} must be "
             "numbers, with at least 2 timesteps"
         )
     if not isinstance(config.get("steps_offset", 1), int):
-        raise ValueError(f"scheduler config: steps_offset={config['steps_offset']!r} must be an integer")
+        raise InputError(f"scheduler config: steps_offset={config['steps_offset']!r} must be an integer")
     if config.get("trained_betas") is not None:
-        raise ValueError(
+        raise InputError(
             "scheduler config: trained_betas is not supported, only beta_start, beta_end and beta_schedule"
         )
     if not 0 < start <= end < 1:
-        raise ValueError(f"scheduler config: beta_start={start}, beta_end={end} must satisfy 0 < start <= end < 1")
+        raise InputError(f"scheduler config: beta_start={start}, beta_end={end} must satisfy 0 < start <= end < 1")
     if schedule == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     elif schedule == "linear":
         betas = torch.linspace(start, end, steps, dtype=torch.float64)
     else:
-        raise ValueError(
+        raise InputError(
             f"scheduler config: beta_schedule={schedule!r} is not supported, only 'scaled_linear' and 'linear'"
         )
     alphas = torch.cumprod(1 - betas, dim=0)
     if config.get("rescale_betas_zero_snr"):
         if config.get("prediction_type", "epsilon") != "v_prediction":
-            raise ValueError(
+            raise InputError(
                 "scheduler config: rescale_betas_zero_snr=true makes the largest sigma infinite, where an "
                 "eps-prediction says nothing: set prediction_type to v_prediction if the model was trained so, else "
                 "rescale_betas_zero_snr to false"
@@ -81,9 +82,9 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         compute: Compute = PLAIN,
     ):
         if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction {prediction!r} is not supported, only {' and '.join(PREDICTIONS)}")
+            raise InputError(f"prediction {prediction!r} is not supported, only {' and '.join(PREDICTIONS)}")
         if not ((alphas_cumprod > 0) & (alphas_cumprod < 1)).all():
-            raise ValueError("alphas_cumprod must lie strictly between 0 and 1: at 0 sigma is infinite, at 1 it is 0")
+            raise InputError("alphas_cumprod must lie strictly between 0 and 1: at 0 sigma is infinite, at 1 it is 0")
         super().__init__(unet, alphas_cumprod.double(), quantize=False)
         self.sigmas: Tensor = self.sigmas.float()
         self.log_sigmas = (

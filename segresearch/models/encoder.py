@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segresearch.errors import InputError
 from segresearch.models.attention import Attend, Fork, TextKeys, Transformer, TransformerBlock
 from segresearch.models.blocks import Downsample, Resnet
 from segresearch.models.conditioning import Cond, Projection
@@ -42,14 +43,14 @@ def refuse_unless(config: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]
         if key in config and config[key] not in allowed:
             hint = " (SDXL's has text_time)" if key == "addition_embed_type" else ""
             only = " or ".join(map(repr, dict.fromkeys(allowed)))
-            raise ValueError(f"{what} config: {key}={config[key]!r} is not supported, only {only}{hint}")
+            raise InputError(f"{what} config: {key}={config[key]!r} is not supported, only {only}{hint}")
 
 
 def counts(value: Any, n: int, name: str, what: str, least: int = 1) -> tuple[int, ...]:
     """`value`, or each of `n` values, as whole numbers from `least` up; else ValueError."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * n
     if len(values) != n or not all(isinstance(v, int) and v >= least for v in values):
-        raise ValueError(
+        raise InputError(
             f"{what} config: {name}={value!r} must be an integer from {least} up"
             + (f", or one for each of {n} blocks" if n > 1 else "")
         )
@@ -62,7 +63,7 @@ def block_types(config: Mapping[str, Any], kind: str, default: tuple[str, ...], 
     types = tuple(config.get(key, default))
     for name in types:
         if name not in known:
-            raise ValueError(f"{what} config: {key} has {name!r}, supported are {known}")
+            raise InputError(f"{what} config: {key} has {name!r}, supported are {known}")
     return types
 
 
@@ -92,7 +93,7 @@ class EncoderConfig:
         """
         refuse_unless(config, _FIXED, what)
         if "addition_embed_type" not in config:
-            raise ValueError(
+            raise InputError(
                 f"{what} config: addition_embed_type is missing: not of SDXL, whose networks have text_time"
             )
         given = config.get("block_out_channels", EncoderConfig.block_out_channels)
@@ -103,7 +104,7 @@ class EncoderConfig:
 
         contexts = set(per_block("cross_attention_dim", EncoderConfig.cross_attention_dim))
         if len(contexts) > 1:
-            raise ValueError(f"{what} config: cross_attention_dim={config['cross_attention_dim']!r} must be one width")
+            raise InputError(f"{what} config: cross_attention_dim={config['cross_attention_dim']!r} must be one width")
         own = {f.name for f in fields(EncoderConfig)} - {"heads"}
         values: dict[str, Any] = {k: v for k, v in config.items() if k in own}
         for name in ("in_channels", "addition_time_embed_dim", "norm_num_groups"):
@@ -127,18 +128,18 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         n = len(self.block_out_channels)
         if len(self.down_block_types) != n:
-            raise ValueError(
+            raise InputError(
                 f"{self.what} config: {n} block_out_channels and {len(self.down_block_types)} down_block_types must be "
                 "as many"
             )
         for width, heads in zip(self.block_out_channels, self.heads, strict=True):
             if width % heads or width % self.norm_num_groups:
-                raise ValueError(
+                raise InputError(
                     f"{self.what} config: width {width} must be a multiple of its heads {heads} and of "
                     f"norm_num_groups {self.norm_num_groups}"
                 )
         if self.pooled_dim < 1:
-            raise ValueError(
+            raise InputError(
                 f"{self.what} config: projection_class_embeddings_input_dim="
                 f"{self.projection_class_embeddings_input_dim} leaves no room for pooled text beside "
                 f"6 × addition_time_embed_dim={self.addition_time_embed_dim}"
@@ -165,7 +166,7 @@ class EncoderConfig:
 def sinusoid(values: Float[Tensor, " n"], dim: int) -> Float[Tensor, "n dim"]:
     """cos and sin of the values at dim/2 frequencies from 1 down to 1/10000, cosines first (in fp32 at least)."""
     if dim % 2:
-        raise ValueError(f"sinusoid: the width must be even, not {dim}")
+        raise InputError(f"sinusoid: the width must be even, not {dim}")
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     steps = torch.arange(dim // 2, dtype=values.dtype, device=values.device)
     angles = values[:, None] * torch.exp(-math.log(10000.0) * steps / (dim // 2))
@@ -306,9 +307,9 @@ class Encoder(nn.Module):
         """ValueError unless x and cond fit this network and each other."""
         c = self.config
         if cond.rows != x.shape[0]:
-            raise ValueError(f"{c.what}: {x.shape[0]} rows of x but {cond.rows} rows of conditioning")
+            raise InputError(f"{c.what}: {x.shape[0]} rows of x but {cond.rows} rows of conditioning")
         if x.shape[1] != c.in_channels:
-            raise ValueError(f"{c.what}: x has {x.shape[1]} channels, this model takes {c.in_channels}")
+            raise InputError(f"{c.what}: x has {x.shape[1]} channels, this model takes {c.in_channels}")
         if isinstance(cond, Cond):
             self.check_widths(cond)
 
@@ -317,7 +318,7 @@ class Encoder(nn.Module):
         c = self.config
         widths = (cond.context.shape[-1], cond.pooled.shape[-1])
         if widths != (c.cross_attention_dim, c.pooled_dim):
-            raise ValueError(
+            raise InputError(
                 f"{c.what}: conditioning is {widths[0]} wide (pooled {widths[1]}), this model takes "
                 f"{c.cross_attention_dim} (pooled {c.pooled_dim}): encode prompts with this model's own text encoders"
             )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from segresearch.errors import CheckpointError
 from segresearch.models import singlefile
 from segresearch.models.checkpoint import (
     Entry,
@@ -19,7 +20,7 @@ from segresearch.models.checkpoint import (
     read_header,
     unexpected,
 )
-from segresearch.models.locate import CheckpointError, refuse_pickle
+from segresearch.models.locate import refuse_pickle
 from segresearch.models.text import TOKENIZERS, load_tokenizer
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.models.vae import VAE, VAEConfig

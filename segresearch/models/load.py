@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.errors import CheckpointError, InputError
 from segresearch.models.checkpoint import fill
 from segresearch.models.compute import PLAIN, Compute, arithmetic
 from segresearch.models.conditioning import Cond
@@ -17,7 +18,7 @@ from segresearch.models.control_folder import Asked, check_fit, open_controlnets
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
 from segresearch.models.layouts import Parts, Weights, from_file, from_folder
-from segresearch.models.locate import CheckpointError, located
+from segresearch.models.locate import located
 from segresearch.models.offload import on_device, pin
 from segresearch.models.text import TextEncoders
 from segresearch.models.unet import UNet
@@ -68,11 +69,11 @@ class SDXL:
         Raises ValueError if a side is not a positive multiple of the VAE's factor.
         """
         if size is not None and not (isinstance(size, tuple | list) and len(size) == 2):
-            raise ValueError(f"size={size!r}: give (height, width) in pixels")
+            raise InputError(f"size={size!r}: give (height, width) in pixels")
         height, width = size or self.default_size
         factor = self.vae_factor
         if height < factor or width < factor or height % factor or width % factor:
-            raise ValueError(f"size={(height, width)}: height and width must be positive multiples of {factor} pixels")
+            raise InputError(f"size={(height, width)}: height and width must be positive multiples of {factor} pixels")
         return (self.latent_channels, height // factor, width // factor)
 
     def encode(
@@ -91,16 +92,16 @@ class SDXL:
         not fit.
         """
         if isinstance(prompts, str):
-            raise ValueError(f"prompts must be a list of strings, not the string {prompts!r}: write [{prompts!r}]")
+            raise InputError(f"prompts must be a list of strings, not the string {prompts!r}: write [{prompts!r}]")
         if not prompts:
-            raise ValueError('prompts is empty: give at least one, [""] for an unconditional picture')
+            raise InputError('prompts is empty: give at least one, [""] for an unconditional picture')
         for text in (*prompts, *(negative if isinstance(negative, list | tuple) else ())):
             if not isinstance(text, str):
-                raise ValueError(f"{text!r} among the prompts is not a string")
+                raise InputError(f"{text!r} among the prompts is not a string")
         self.latent_shape(size)
         height, width = size or self.default_size
         if negative is not None and not isinstance(negative, str) and len(negative) != len(prompts):
-            raise ValueError(f"negative has {len(negative)} texts for {len(prompts)} prompts: give one text or as many")
+            raise InputError(f"negative has {len(negative)} texts for {len(prompts)} prompts: give one text or as many")
         rows, device = len(prompts), self.device
         moved = device if self.compute.offload else None
         ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device).expand(rows, 6)
@@ -176,18 +177,18 @@ def load_sdxl(
     """
     for asked, kind in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
         if kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"{asked}={kind!r}: the networks run in torch.float32, bfloat16, float16 or float64")
+            raise InputError(f"{asked}={kind!r}: the networks run in torch.float32, bfloat16, float16 or float64")
     if torch.device(device).type == "meta" or (torch.device(device).type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device={str(device)!r} cannot run the networks here: give another, such as 'cpu'")
+        raise InputError(f"device={str(device)!r} cannot run the networks here: give another, such as 'cpu'")
     path = located(path_or_name)
     if path.is_dir():
         for name, value in (("config", config), ("tokenizer", tokenizer)):
             if value is not None:
-                raise ValueError(f"{name}={str(value)!r} is for a single file: the folder {path} brings its own")
+                raise InputError(f"{name}={str(value)!r} is for a single file: the folder {path} brings its own")
         parts = from_folder(path, variant)
     else:
         if variant is not None:
-            raise ValueError(f"variant={variant!r} is for a folder: {path} is a single file")
+            raise InputError(f"variant={variant!r} is for a folder: {path} is a single file")
         parts = from_file(
             path, None if config is None else Path(config), None if tokenizer is None else Path(tokenizer)
         )

@@ -3,12 +3,10 @@
 import re
 from pathlib import Path
 
+from segresearch.errors import CheckpointError
+
 MINI = Path(__file__).parent.parent / "weights" / "mini"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded: one line says what it is and how to mend it."""
 
 
 def refuse_pickle(path: Path) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
 
+from segresearch.errors import CheckpointError, InputError
 from segresearch.models.checkpoint import Entry, Source
-from segresearch.models.locate import CheckpointError
 from segresearch.models.unet import UNetConfig
 
 UNET = "model.diffusion_model."
@@ -83,7 +83,7 @@ def unet_config(shapes: Shapes, pooled: int) -> dict[str, Any]:
     depths = [_span(shapes, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in starts]
     mid = _span(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     if depths[-1] not in (0, mid):
-        raise ValueError(
+        raise InputError(
             f"the mid block is {mid} transformer blocks deep, the lowest level {depths[-1]}: not SDXL's shape"
         )
     context = shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from segresearch.errors import InputError
 from segresearch.models.offload import on_device
 
 TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")  # of SDXL, on the hub
@@ -25,7 +26,7 @@ class TextEncoders:
     def __post_init__(self) -> None:
         for i, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.encoders, strict=True), 1):
             if len(tokenizer) > encoder.config.vocab_size:
-                raise ValueError(
+                raise InputError(
                     f"tokenizer {i} knows {len(tokenizer)} tokens, text encoder {i} has {encoder.config.vocab_size}: "
                     "they are of different models, give the tokenizer of this checkpoint"
                 )
@@ -71,7 +72,7 @@ class TextEncoders:
         """
         skip = clip_skip or 0
         if not 0 <= skip <= self.layers - 1:
-            raise ValueError(
+            raise InputError(
                 f"clip_skip={clip_skip}: must lie between 0 and {self.layers - 1} for encoders of {self.layers} layers"
             )
         states = []

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segresearch.errors import InputError
 from segresearch.models.attention import Attend, Fork, TextKeys, follow, sdpa
 from segresearch.models.blocks import Resnet, Upsample
 from segresearch.models.conditioning import Cond, Projection
@@ -73,7 +74,7 @@ class UNetConfig(EncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.up_block_types) != len(self.block_out_channels):
-            raise ValueError(
+            raise InputError(
                 f"unet config: {len(self.block_out_channels)} block_out_channels and {len(self.up_block_types)} "
                 "up_block_types must be as many"
             )
@@ -181,14 +182,14 @@ class UNet(Encoder):
         if control is not None:
             widths, given = self.config.skip_widths, tuple(r.shape[1] for r in control.down)
             if given != widths or control.mid.shape[1] != widths[-1]:
-                raise ValueError(
+                raise InputError(
                     f"unet: control has residuals {given} and {control.mid.shape[1]} wide, this model has skips "
                     f"{widths} and {widths[-1]} wide: the ControlNet belongs to another model"
                 )
             if {r.shape[0] for r in (*control.down, control.mid)} != {x.shape[0]}:
-                raise ValueError(f"unet: {x.shape[0]} rows of x but {control.mid.shape[0]} rows of control")
+                raise InputError(f"unet: {x.shape[0]} rows of x but {control.mid.shape[0]} rows of control")
         if fork is not None:
             if fork.site not in self.site_heads:
-                raise ValueError(f"unet: fork at unknown site {fork.site!r}; sites are {', '.join(self.sites)}")
+                raise InputError(f"unet: fork at unknown site {fork.site!r}; sites are {', '.join(self.sites)}")
             if fork.index.shape[0] <= x.shape[0]:
-                raise ValueError(f"unet: a fork must add rows, not turn {x.shape[0]} into {fork.index.shape[0]}")
+                raise InputError(f"unet: a fork must add rows, not turn {x.shape[0]} into {fork.index.shape[0]}")

@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segresearch.errors import InputError
 from segresearch.models import tiles
 from segresearch.models.blocks import Downsample, Resnet, Upsample
 
@@ -44,10 +45,10 @@ class VAEConfig:
             ("latents_std", (None,)),
         ):
             if config.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"vae config: {key}={config[key]!r} is not supported, only {allowed[0]!r}")
+                raise InputError(f"vae config: {key}={config[key]!r} is not supported, only {allowed[0]!r}")
         for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if set(config.get(key, [known])) != {known}:
-                raise ValueError(f"vae config: {key}={config[key]!r} is not supported, only {known}")
+                raise InputError(f"vae config: {key}={config[key]!r} is not supported, only {known}")
         own = VAEConfig.__dataclass_fields__
         given = {k: v for k, v in config.items() if k in own and v is not None}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
@@ -56,7 +57,7 @@ class VAEConfig:
     def __post_init__(self) -> None:
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
-                raise ValueError(
+                raise InputError(
                     f"vae config: width {width} is not a multiple of norm_num_groups {self.norm_num_groups}"
                 )
 
@@ -197,7 +198,7 @@ class VAE(nn.Module):
         """
         f = self.config.factor
         if images.shape[2] % f or images.shape[3] % f:
-            raise ValueError(
+            raise InputError(
                 f"vae: image sides {tuple(images.shape[2:])} must be multiples of {f}: crop or pad the image"
             )
         x = images.to(self.dtype)
@@ -226,7 +227,7 @@ class VAE(nn.Module):
         a latent pixel, and for latents that want a gradient, which windows do not have.
         """
         if latents.shape[1] != self.config.latent_channels:
-            raise ValueError(
+            raise InputError(
                 f"vae: latents of {latents.shape[1]} channels, this model's have {self.config.latent_channels}"
             )
         z = latents / self.config.scaling_factor + self.config.shift_factor
@@ -241,9 +242,9 @@ class VAE(nn.Module):
         """Whether a picture of x, `scale` image pixels to one of x, lies within a tile."""
         if not isinstance(tile, int) or tile < self.config.factor:
             least = self.config.factor
-            raise ValueError(f"vae: tile={tile!r} must be a whole number of image pixels, at least {least}")
+            raise InputError(f"vae: tile={tile!r} must be a whole number of image pixels, at least {least}")
         if max(x.shape[2:]) * scale <= tile:
             return True
         if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"vae: no gradients through tiles of {tile} pixels: tile=None keeps them")
+            raise InputError(f"vae: no gradients through tiles of {tile} pixels: tile=None keeps them")
         return False

@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from segresearch.errors import PackageError
+
 VERSION = "0.0.16"  # the one to install: from 0.1.0 on k-diffusion requires dctorch, which holds numpy below 2
 PRIVATE = "_segresearch_k_diffusion"  # not "k_diffusion": a caller's own import of that name stays what it is
 MODULES = ("utils", "sampling", "external")  # in the order in which they import one another
@@ -38,11 +40,11 @@ def k_diffusion() -> ModuleType:
     """
     spec = importlib.util.find_spec("k_diffusion")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"k-diffusion is not installed; {INSTALL}")
+        raise PackageError(f"k-diffusion is not installed; {INSTALL}")
     folders = list(spec.submodule_search_locations)
     for file, sha256 in CONTENT.items():
         if _sha256(Path(folders[0], file)) != sha256:
-            raise ImportError(
+            raise PackageError(
                 f"k-diffusion {_version()} has another {file} than {VERSION}, which segresearch wraps; {INSTALL}"
             )
 
@@ -56,7 +58,7 @@ def k_diffusion() -> ModuleType:
     except ImportError as error:
         for name in (PRIVATE, *(f"{PRIVATE}.{module}" for module in MODULES)):
             sys.modules.pop(name, None)
-        raise ImportError(f"k-diffusion {_version()} does not load: {error}; {INSTALL}") from error
+        raise PackageError(f"k-diffusion {_version()} does not load: {error}; {INSTALL}") from error
     return package
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from segresearch.errors import InputError
 from segresearch.sampling.doorway import k_diffusion
 from segresearch.sampling.noise import brownian_noise, image_key, noise_keys, white_noise
 from segresearch.sampling.rows import checked_rows, one_row
@@ -168,20 +169,20 @@ def checked_options(sampler: str, options: Mapping[str, Any]) -> dict[str, Any]:
     known = tuple(name for name in parameters if name not in OURS)
     for name in options:
         if name not in known:
-            raise ValueError(f"sampler {sampler} has no option {name!r}; it takes {', '.join(known) or 'none'}")
+            raise InputError(f"sampler {sampler} has no option {name!r}; it takes {', '.join(known) or 'none'}")
         if options[name] != options[name] or (name == "order" and options[name] < 1):
-            raise ValueError(f"sampler {sampler}: option {name}={options[name]!r} makes no step")
+            raise InputError(f"sampler {sampler}: option {name}={options[name]!r} makes no step")
     return dict(options)
 
 
 def check_noise(noise: Tensor) -> None:
     """ValueError unless `noise` is (images, channels, height, width), floating and finite, with at least one image."""
     if noise.ndim != 4 or not len(noise):
-        raise ValueError(f"noise must be (images, channels, height, width), got shape {tuple(noise.shape)}")
+        raise InputError(f"noise must be (images, channels, height, width), got shape {tuple(noise.shape)}")
     if not noise.is_floating_point():
-        raise ValueError(f"noise must be floating point, got {noise.dtype}")
+        raise InputError(f"noise must be floating point, got {noise.dtype}")
     if not noise.isfinite().all():
-        raise ValueError("noise holds values that are not finite")
+        raise InputError("noise holds values that are not finite")
 
 
 def global_generator(device: torch.device) -> torch.Generator:

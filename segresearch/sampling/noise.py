@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.sampling.doorway import k_diffusion
 
 RESOLUTION = 1e-6  # to which a Brownian tree rounds the levels it is asked for
@@ -23,7 +24,7 @@ def checked_seed(seed: Any) -> int:
     except TypeError:
         value = -1
     if not 0 <= value < 2**63:
-        raise ValueError(f"a seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
+        raise InputError(f"a seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
     return value
 
 
@@ -42,9 +43,9 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor,
     is not an integer from 0 to 2^63 - 1, a shape with a side below 1.
     """
     if not len(seeds):
-        raise ValueError("initial_noise needs at least one seed")
+        raise InputError("initial_noise needs at least one seed")
     if not shape or min(shape) < 1:
-        raise ValueError(f"the shape of one image's noise must have positive sides, got {tuple(shape)}")
+        raise InputError(f"the shape of one image's noise must have positive sides, got {tuple(shape)}")
     generators = [torch.Generator().manual_seed(checked_seed(seed)) for seed in seeds]
     return torch.stack([torch.randn(*shape, generator=generator, dtype=torch.float32) for generator in generators])
 
@@ -55,7 +56,7 @@ def noise_keys(noise: Float[Tensor, "images *latent"], seeds: Sequence[int] | No
         rows = noise.detach().to("cpu", torch.float32).contiguous()
         return [image_key(row.numpy().tobytes(), stream) for row in rows]
     if len(seeds) != len(noise):
-        raise ValueError(f"seeds must be one per image: got {len(seeds)} seeds for {len(noise)} images")
+        raise InputError(f"seeds must be one per image: got {len(seeds)} seeds for {len(noise)} images")
     return [image_key(seed, stream) for seed in seeds]
 
 

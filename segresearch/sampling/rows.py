@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from segresearch.errors import InputError
+
 
 def row_count(value: Any) -> int | None:
     """Rows of a tensor with axes or of an object that says so (`rows`); None for anything else."""
@@ -19,7 +21,7 @@ def checked_rows(name: str, value: Any, images: int) -> None:
     """ValueError, with the place in `value`, where something in it has rows that are neither one nor `images`."""
     rows = row_count(value)
     if rows is not None and rows not in (1, images):
-        raise ValueError(f"{name} has {rows} rows for {images} images of noise; give one row per image, or one for all")
+        raise InputError(f"{name} has {rows} rows for {images} images of noise; give one row per image, or one for all")
     if rows is None and isinstance(value, Mapping):
         for key, item in value.items():
             checked_rows(f"{name}[{key!r}]", item, images)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.sampling.doorway import k_diffusion
 
 SCHEDULES = ("leading", "linspace", "trailing", "karras", "exponential", "polyexponential", "align-your-steps")
@@ -24,7 +25,7 @@ def choose(name: str, choices: Sequence[str], what: str) -> str:
         return name
     near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown {what} {name!r}: {hint}choose one of {', '.join(choices)}")
+    raise InputError(f"unknown {what} {name!r}: {hint}choose one of {', '.join(choices)}")
 
 
 def sigmas(
@@ -47,9 +48,9 @@ def sigmas(
     """
     choose(schedule, SCHEDULES, "schedule")
     if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
+        raise InputError(f"steps must be a whole number, at least 1, got {steps!r}")
     if rho is not None and (schedule not in RHO or not rho > 0):
-        raise ValueError(f"rho must be positive and is only for {' and '.join(RHO)}; got rho={rho} for {schedule}")
+        raise InputError(f"rho must be positive and is only for {' and '.join(RHO)}; got rho={rho} for {schedule}")
     levels = positive_levels(denoiser, schedule, steps, RHO.get(schedule) if rho is None else rho)
     levels = torch.cat([levels, levels.new_zeros(1)]).float()
     return checked_levels(levels, f"schedule {schedule} with {steps} steps").to(denoiser.sigmas.device)
@@ -91,11 +92,11 @@ def interpolate(table: Float[Tensor, "entries"], at: Float[Tensor, "points"]) ->
 def checked_levels(levels: Float[Tensor, "levels"], name: str) -> Float[Tensor, "levels"]:
     """`levels` where they are what every sampler relies on: finite, strictly falling, at least one step, zero last."""
     if levels.ndim != 1 or len(levels) < 2 or not levels.isfinite().all() or levels[-1] != 0:
-        raise ValueError(f"{name}: sigmas must be finite, at least two, and end at 0; got {levels.tolist()[:8]}")
+        raise InputError(f"{name}: sigmas must be finite, at least two, and end at 0; got {levels.tolist()[:8]}")
     repeated = (levels.diff() >= 0).nonzero()
     if len(repeated):
         i = int(repeated[0])
-        raise ValueError(
+        raise InputError(
             f"{name}: sigmas must strictly fall, but number {i} is {float(levels[i]):.6g} and the next "
             f"{float(levels[i + 1]):.6g}; take fewer steps"
         )

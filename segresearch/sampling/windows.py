@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.errors import InputError
+
 Window = tuple[float | int, float | int]  # (low, high) in σ, both included
 ALWAYS: Window = (0.0, math.inf)
 NEVER: Window = (math.inf, math.inf)
@@ -16,7 +18,7 @@ INTO = 0.25  # of the way, in log σ, from a level towards the next higher one
 def check_window(window: Sequence[float | int], what: str) -> None:
     """ValueError unless `window` is (low, high) with 0 ≤ low ≤ high."""
     if len(window) != 2 or not 0 <= window[0] <= window[1]:
-        raise ValueError(f"the window of {what} must be (low, high) in sigma, 0 <= low <= high, got {tuple(window)}")
+        raise InputError(f"the window of {what} must be (low, high) in sigma, 0 <= low <= high, got {tuple(window)}")
 
 
 def step_window(levels: Float[Tensor, " levels"] | Sequence[float], start: float | int, end: float | int) -> Window:
@@ -30,11 +32,11 @@ def step_window(levels: Float[Tensor, " levels"] | Sequence[float], start: float
     ValueError unless 0 ≤ start < end ≤ 1 and there is a step.
     """
     if not 0 <= start < end <= 1:
-        raise ValueError(f"start and end are fractions of the steps, 0 <= start < end <= 1, got {start!r} and {end!r}")
+        raise InputError(f"start and end are fractions of the steps, 0 <= start < end <= 1, got {start!r} and {end!r}")
     sigmas = torch.as_tensor(levels).tolist()
     n = len(sigmas) - 1
     if n < 1:
-        raise ValueError(f"a schedule has at least two levels, got {sigmas}")
+        raise InputError(f"a schedule has at least two levels, got {sigmas}")
     on = [i for i in range(n) if i / n >= start and (i + 1) / n <= end]
     if not on:
         return NEVER

@@ -27,10 +27,11 @@ import torch
 from segresearch import runs
 from segresearch.analysis.figures import save
 from segresearch.build import device_kind, load_model, with_batch_size
-from segresearch.command import Ended, exit_code, hydra_settings, line
+from segresearch.command import exit_code, hydra_settings, line
 from segresearch.config import EvaluateConfig
+from segresearch.errors import CheckpointError, ConfigError, Ended
 from segresearch.models.compute import arithmetic
-from segresearch.models.locate import CheckpointError, located
+from segresearch.models.locate import located
 from segresearch.study import figure, making, reference, shards, table
 from segresearch.study.judges import Judge, judges
 from segresearch.study.mirror import mirror_study
@@ -40,7 +41,6 @@ from segresearch.study.record import figure_record, records
 from segresearch.study.reduce import Result, reduce
 from segresearch.study.workers import Worker, worker
 from segresearch.threads import threads
-from segresearch.typed import ConfigError
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL

@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from segresearch.config import EvaluateConfig
+from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation.attributes import agreement, load_namer, named, of_scenes
 from segresearch.evaluation.clip_score import CLIP, cosines, load_clip, mini_cosines
 from segresearch.evaluation.distance import distances
@@ -23,7 +24,7 @@ from segresearch.plan import HELD_OUT, SCENE
 from segresearch.runs import digest, fingerprint
 from segresearch.study.shards import Array
 from segresearch.threads import one_thread
-from segresearch.typed import ConfigError, nearest
+from segresearch.typed import nearest
 
 if TYPE_CHECKING:
     from segresearch.study.plan import Study
@@ -33,7 +34,7 @@ ATTRIBUTES = ("count", "colors", "shapes", "objects", "exact", "objects_chance")
 LOOK = ("saturation", "brightness", "contrast", "red", "green", "blue")
 
 
-class NotFinite(ValueError):
+class NotFinite(InputError):
     """Pictures, or what is measured of them, that are not numbers: this shard cannot be made."""
 
 
@@ -94,7 +95,7 @@ def tried(found: Sequence[Judge], size: tuple[int, int]) -> None:
     for judge in found:
         try:
             judge.measure(Pictures(blank, blank, ["blank"], range(1)))
-        except ValueError as error:
+        except InputError as error:
             raise ConfigError(
                 f"{judge.name} cannot be measured here: {error}; leave it out, or choose another"
             ) from error
@@ -135,7 +136,7 @@ def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) ->
         def apart(p: Pictures) -> Tensor:
             h, w = p.images.shape[2:]
             if h % 16 or w % 16:
-                raise ValueError(f"pictures of {h}×{w}: sides must be multiples of 16")
+                raise InputError(f"pictures of {h}×{w}: sides must be multiples of 16")
             return distances(vision, p.images.to(device), p.first.to(device))
 
         return Judge(stored, fingerprint(place / "vision"), apart, True)
@@ -161,7 +162,7 @@ def _caption(config: EvaluateConfig, device: str) -> Judge:
 
     def match(p: Pictures) -> Tensor:
         if p.images.shape[2:] != (SIDE, SIDE):
-            raise ValueError(f"pictures of {p.images.shape[2]}×{p.images.shape[3]}: mini reads {SIDE}×{SIDE}")
+            raise InputError(f"pictures of {p.images.shape[2]}×{p.images.shape[3]}: mini reads {SIDE}×{SIDE}")
         return mini_cosines(tower, text, p.images.to(device), p.texts)
 
     return Judge("caption-mini", by, match)

@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 
 from segresearch import runs
+from segresearch.errors import ConfigError
 from segresearch.study.table import Column, Row, columns, to_csv
-from segresearch.typed import ConfigError, nearest
+from segresearch.typed import nearest
 
 RESULTS = "results.json"
 NOT_COMPARED = ("hydra", "defaults", "out", "device", "only", "wandb", "shown", "name")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from segresearch.config import CFGTerm, GuidanceConfig, PAGConfig, SEGConfig
-from segresearch.typed import ConfigError
+from segresearch.errors import ConfigError
 
 Key = str | float  # "vanilla", "SAG", "PAG", or SEG's sigma
 HEADS = {"fid": "FID", "clip": "CLIP", "vgg": "LPIPS vgg", "alex": "LPIPS alex"}

@@ -11,6 +11,7 @@ from segresearch import runs
 from segresearch.build import device_kind, with_batch_size
 from segresearch.config import EvaluateConfig, GuidanceConfig
 from segresearch.control.sources import Sources
+from segresearch.errors import ConfigError
 from segresearch.plan import (
     HELD_OUT,
     SCENE,
@@ -26,7 +27,6 @@ from segresearch.plan import (
 )
 from segresearch.study import paper
 from segresearch.study.shards import cut, name
-from segresearch.typed import ConfigError
 
 VERSION = 2  # of what shards hold
 OF_RESULTS = ("images", "features", "distances", "caption", "draws", "subsets", "force")  # and not of shards

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from segresearch import runs
 from segresearch.config import EvaluateConfig
+from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation.features import Extractor
 from segresearch.plan import HELD_OUT, SCENE, scene_numbers
 from segresearch.study import shards
-from segresearch.typed import ConfigError
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SCENES = 500  # rendered together
@@ -84,7 +84,7 @@ def features(config: EvaluateConfig, extractor: Extractor) -> Tensor:
         for part in images:
             try:
                 parts.append(extractor.of(part).float())
-            except ValueError as error:
+            except InputError as error:
                 raise ConfigError(f"reference: {config.reference}: {error}") from error
             bar.update(len(part))
     whole = torch.cat(parts)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from segresearch import runs
+from segresearch.errors import InputError
 
 MANIFEST = "manifest.json"
 TRIES = 5
@@ -35,7 +36,7 @@ class Array:
     by: str
 
 
-class Damaged(ValueError):
+class Damaged(InputError):
     """A shard whose bytes are not those that were written."""
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from segresearch.typed import ConfigError
+from segresearch.errors import ConfigError
 
 Item = TypeVar("Item")
 LAUNCHERS = (  # a step's tasks, not the job's: a batch script that calls the program once is one worker

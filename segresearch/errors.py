@@ -1,0 +1,29 @@
+"""The errors that are a user's, not a defect: a script ends with their one line and a code of its own.
+
+Everything else that is raised is a defect of the program (or of a perturbation of one's own), and shows its traceback.
+Light: imports nothing.
+"""
+
+
+class InputError(ValueError):
+    """A value that was given cannot be used: the message has what, where, and what would do instead."""
+
+
+class ConfigError(InputError):
+    """A setting that cannot be: one line with its full name, its value, and what would do instead."""
+
+
+class CheckpointError(InputError):
+    """Weights that are missing, incomplete, or of another architecture."""
+
+
+class Ended(InputError):
+    """What ends a script with a code of its own."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+class PackageError(ImportError):
+    """A package that is missing, or of a version that does not do."""
