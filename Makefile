@@ -31,7 +31,7 @@ test-gpu: $(READY)
 
 reproduce: $(READY)
 	set -e; for name in table1 table2 fig6 fig12; do \
-	    OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node=$(WORKERS) experiments/evaluate.py experiment=$$name pace=quick images=$(IMAGES); \
+	    OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node=$(WORKERS) experiments/evaluate.py experiment=$$name preset=quick images=$(IMAGES); \
 	done
 
 check: $(READY)

@@ -319,7 +319,7 @@ def fused(found: dict[str, Any], px: int, device: str, batch: int, rounds: int) 
 
 
 def mini(save: Save, device: str, batches: Sequence[int], steps: int) -> None:
-    """Pictures a second of the embedded model at `pace=quick`'s steps: SEG, from noise to uint8, fp32 and bf16."""
+    """Pictures a second of the embedded model at `preset=quick`'s steps: SEG, from noise to uint8, fp32 and bf16."""
     import torch
     from networks import terms
 

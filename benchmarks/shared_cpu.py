@@ -24,7 +24,7 @@ ONE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "
 
 def rendered(threads: int | None, count: int) -> tuple[float, float]:
     """(seconds, CPU seconds) of rendering `count` scenes, with `threads` stated, or as the package does it."""
-    from segresearch.data.scenes import scenes
+    from segresearch.scenes.scenes import scenes
     from segresearch.threads import threads as stated
 
     start, busy = time.perf_counter(), time.process_time()

@@ -2,7 +2,7 @@
 
     python experiments/evaluate.py experiment=table1
     torchrun --nproc-per-node=2 experiments/evaluate.py experiment=table2 images=1000
-    torchrun --nproc-per-node=8 experiments/evaluate.py experiment=table1 model=sdxl judges=paper images=30000 \
+    torchrun --nproc-per-node=8 experiments/evaluate.py experiment=table1 model=sdxl metrics=paper images=30000 \
         reference=/path/to/val2014 keep=64
 
 Settings live in conf/evaluate.yaml and the groups beside it; `--help` lists them. The same command resumes a run.
@@ -18,13 +18,13 @@ from segresearch.command import command, sources
 def main(config: Any) -> None:
     """Checks the settings, then makes and measures what is missing of the run."""
     from segresearch.config import EvaluateConfig
+    from segresearch.evaluation.spec import study
     from segresearch.plan import settings
-    from segresearch.study.plan import study
 
     typed = settings(config, sources(), EvaluateConfig)
     study(typed)  # a slip shows before anything heavy is imported
 
-    from segresearch.study.evaluate import evaluate
+    from segresearch.evaluation.evaluate import evaluate
 
     print(evaluate(typed))
 

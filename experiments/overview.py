@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from segresearch.command import exit_code, line
-from segresearch.study.overview import overview, write
+from segresearch.evaluation.compare_runs import overview, write
 
 
 def main() -> None:

@@ -6,7 +6,12 @@ hand-written UNet. Nothing is ever set on a loaded module.
 
     segresearch.models     the networks, text conditioning, checkpoints and the k-diffusion denoiser
     segresearch.guidance   perturbations, branches and terms, the guided denoiser
-    segresearch.sampling   the door to k-diffusion: samplers, noise schedules, per-image noise
+    segresearch.sampling   k-diffusion's samplers, noise schedules, per-image noise
+    segresearch.analysis   the energy of attention: statistics, curvature, the paper's claims on real activations
+    segresearch.metrics    metrics of images and of sets of images
+    segresearch.evaluation     methods side by side: shards of images, metrics, tables, pages
+    segresearch.control_images  images for ControlNets
+    segresearch.scenes     procedural captioned scenes
 
 This module imports nothing: `import segresearch` is immediate, the subpackages load torch when they are imported.
 """

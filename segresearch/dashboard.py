@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from segresearch.errors import ConfigError
-from segresearch.study.overview import RESULTS
-from segresearch.study.table import DISTANCES, FRECHET
+from segresearch.evaluation.compare_runs import RESULTS
+from segresearch.evaluation.table import DISTANCES, FRECHET
 from segresearch.tracking import GUIDANCE, PICTURES, SIDE_BY_SIDE, TABLE
 
 EXTRA = "wandb-workspaces is not installed; pip install 'segresearch[dashboards]' brings it"

@@ -17,7 +17,7 @@ from segresearch import images, runs
 from segresearch.build import build_guidance, device_kind, load_model, with_batch_size
 from segresearch.command import hydra_settings
 from segresearch.config import ControlConfig, GenerateConfig, GuidanceConfig
-from segresearch.control.sources import Sources
+from segresearch.control_images.identify import Sources
 from segresearch.errors import Ended
 from segresearch.models.locate import located
 from segresearch.plan import Panel, panels, slug
@@ -186,7 +186,7 @@ def show_controls(plan: tuple[Panel, ...], folder: Path, semantic: Mapping[str, 
     """Write the control images as files, for whoever looks and for the grid."""
     for number, panel in enumerate(plan, 1):
         for k, (name, control) in enumerate(panel.controls.items()):
-            from segresearch.control.making import show
+            from segresearch.control_images.prepare import show
 
             for path, row in zip(control_paths(folder, plan, number, name), panel.rows, strict=True):
                 made = runs.plain(dataclasses.replace(control, image=row.images[k]))
@@ -238,7 +238,7 @@ def _make(
 
 def control(sdxl: "SDXL", config: GenerateConfig, batch: Batch) -> list["Controlled"]:
     """The ControlNets of a batch, each with the control images of its pictures."""
-    from segresearch.control.making import controlled_batch
+    from segresearch.control_images.prepare import controlled_batch
     from segresearch.sampling import sigmas
 
     levels = sigmas(sdxl.denoiser, config.schedule.name, config.steps, config.schedule.rho)

@@ -27,8 +27,8 @@ from segresearch.config import (
     SEGConfig,
     conf_dir,
 )
-from segresearch.data.prompts import from_coco, from_text
 from segresearch.errors import ConfigError
+from segresearch.prompts import from_coco, from_text
 from segresearch.typed import nearest, typed
 
 SCENE = "scene:"  # what names of procedural scenes begin with, where others are files
@@ -174,7 +174,7 @@ def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts", count: int
     if isinstance(prompts, tuple):
         found = prompts
     elif numbers := scene_numbers(prompts, count, at):
-        from segresearch.data.scenes import captions
+        from segresearch.scenes.scenes import captions
 
         found = tuple(captions([HELD_OUT + number for number in numbers]))
     elif prompts.lower().endswith((".txt", ".json")):

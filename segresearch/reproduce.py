@@ -143,7 +143,7 @@ def _figure(record: Mapping[str, Any], device: str, out: str) -> Path:
     """A figure of a run; the run is made, unless it is in `out` already."""
     name = str(record["figure"])
     if "evaluate" in record:
-        from segresearch.study.evaluate import evaluate
+        from segresearch.evaluation.evaluate import evaluate
 
         config: EvaluateConfig = typed(EvaluateConfig, {**record["evaluate"], "device": device, "out": out})
         folder = evaluate(dataclasses.replace(config, only="all")).folder
@@ -167,7 +167,7 @@ def _control(record: Mapping[str, Any]) -> Image.Image:
     height, width = typed(tuple[int, int], record["size"], "size")
     assert isinstance(control.image, str)
 
-    from segresearch.control.making import control_image
+    from segresearch.control_images.prepare import control_image
 
     pixels = control_image(control, control.image, (height, width))[0].permute(1, 2, 0)  # (1, 3, h, w) -> (h, w, 3)
     return Image.fromarray(np.rint(pixels.numpy() * 255).astype(np.uint8))

@@ -35,7 +35,7 @@ from segresearch.models.unet import UNet, UNetConfig
 
 aten = torch.ops.aten
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-CACHES = tuple(f"segresearch.{part}." for part in ("guidance", "models", "analysis", "evaluation", "sampling"))
+CACHES = tuple(f"segresearch.{part}." for part in ("guidance", "models", "analysis", "metrics", "sampling"))
 QUERIES = frozenset(_DISPATCH_META_HANDLERS) | frozenset(_DISPATCH_HANDLE_DIRECTLY)
 INDEXED, COPIES = (aten.index, aten.index_put, aten.index_put_), (aten._to_copy, aten.copy_, aten.to)
 HOST = torch.device("cpu")

@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from segresearch import command
-from segresearch.analysis import table
+from segresearch.analysis import measurements
 from segresearch.analysis.analyze import analyze
-from segresearch.analysis.record import Entry, Recording
+from segresearch.analysis.measurements import measure, short, to_csv, together
+from segresearch.analysis.recorder import Entry, Recording
 from segresearch.analysis.settings import AnalyzeConfig, settings
-from segresearch.analysis.table import measure, short, to_csv, together
 from segresearch.config import conf_dir
 from segresearch.errors import ConfigError
 from segresearch.guidance import blur_matrix
@@ -252,20 +252,20 @@ def test_entries_of_one_shape_are_measured_together_to_the_same_numbers(monkeypa
         images = ({"prompt": "", "seed": 0}, {"prompt": "", "seed": 1})
         entries.append(Entry(site, grid, ("cond",), step, (1.0, 1.0), images, (0, 1), lambda kept=kept: kept))
     calls, inside = [], []
-    one_by_one = table._measured
+    one_by_one = measurements._measured
 
     def counted(some, *rest):
         calls.append(len(some))
         return one_by_one(some, *rest)
 
-    measured_of = table.curvature
+    measured_of = measurements.curvature
 
     def seen(*args):
         inside.append(torch.get_num_threads())
         return measured_of(*args)
 
-    monkeypatch.setattr(table, "_measured", counted)
-    monkeypatch.setattr(table, "curvature", seen)
+    monkeypatch.setattr(measurements, "_measured", counted)
+    monkeypatch.setattr(measurements, "curvature", seen)
     torch.set_num_threads(2)
     try:
         together = list(measure(Recording(tuple(entries)), [1.0, math.inf], ["reflect", "exact"], sites))

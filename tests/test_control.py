@@ -7,12 +7,12 @@ from PIL import Image
 from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 from segresearch.config import ControlConfig
-from segresearch.control import canny, depth, fit, open_image, open_map, to_tensor
-from segresearch.control.estimate import located_depth
-from segresearch.control.making import control_image, scene_maps
-from segresearch.data.maps import depth_image, edge_image
-from segresearch.data.scenes import scenes
+from segresearch.control_images import canny, depth, fit, open_image, open_map, to_tensor
+from segresearch.control_images.depth_estimator import located_depth
+from segresearch.control_images.prepare import control_image, scene_maps
 from segresearch.plan import HELD_OUT
+from segresearch.scenes.control_maps import depth_image, edge_image
+from segresearch.scenes.scenes import scenes
 
 
 def corners() -> Image.Image:

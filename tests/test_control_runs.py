@@ -13,12 +13,12 @@ from test_configs import composed
 
 from segresearch import command, images, runs
 from segresearch.config import GenerateConfig
-from segresearch.control.sources import Sources
-from segresearch.data.scenes import captions
+from segresearch.control_images.identify import Sources
 from segresearch.errors import ConfigError
 from segresearch.generate import generate, semantics
 from segresearch.models import load_sdxl
 from segresearch.plan import HELD_OUT, control_images, panels, settings
+from segresearch.scenes.scenes import captions
 from segresearch.typed import typed
 
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}

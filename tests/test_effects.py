@@ -5,8 +5,8 @@ from hydra import compose, initialize_config_dir
 
 from experiments.mini.effects import PARTS, table, written
 from segresearch.config import EvaluateConfig, conf_dir
+from segresearch.evaluation.spec import study
 from segresearch.plan import settings
-from segresearch.study.plan import study
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)

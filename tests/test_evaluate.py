@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 
 from segresearch import command, runs
 from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir
+from segresearch.evaluation import evaluate as run
+from segresearch.evaluation import reference, sample_shards, shards
+from segresearch.evaluation.evaluate import evaluate
+from segresearch.evaluation.workers import Worker
 from segresearch.models import load_sdxl
-from segresearch.study import evaluate as run
-from segresearch.study import making, reference, shards
-from segresearch.study.evaluate import evaluate
-from segresearch.study.workers import Worker
 from segresearch.typed import typed
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
@@ -141,8 +141,8 @@ def test_the_cost_of_a_picture_is_that_of_its_rows(config, model):
 def test_pictures_are_those_of_their_seed_and_prompt(base, whole, model):
     """Any of them from the public calls, without this machinery."""
     from segresearch.build import build_guidance
-    from segresearch.data.scenes import captions
     from segresearch.sampling import initial_noise, sample
+    from segresearch.scenes.scenes import captions
 
     place = shard(base, "0000002-0000003")
     conds = model.encode(captions([HELD + 2]), size=(64, 64))
@@ -236,8 +236,8 @@ def test_more_pictures_and_other_judges_keep_what_is_there(config, base, whole, 
     first = evaluate(few, model, Worker())
     assert first.made == 4 and first.folder.name != whole.folder.name and first.result is None
     drawn = []
-    sampled = making.sample
-    monkeypatch.setattr(making, "sample", lambda *a, **k: drawn.append(len(a[1])) or sampled(*a, **k))
+    sampled = sample_shards.sample
+    monkeypatch.setattr(sample_shards, "sample", lambda *a, **k: drawn.append(len(a[1])) or sampled(*a, **k))
     more = evaluate(config, model, Worker())
     assert sum(drawn) == SETTINGS and more.result == whole.result  # the third picture alone is sampled
     assert contents(config) == contents(base)
@@ -309,13 +309,13 @@ def whole_shards(config) -> list:
 
 
 def test_pictures_that_are_not_finite_spoil_their_shard_alone(config, model, monkeypatch):
-    sampled = making.sample
+    sampled = sample_shards.sample
 
     def broken(guided, noise, **keywords):
         found = sampled(guided, noise, **keywords)
         return found * float("nan") if keywords["seeds"] == [1] and guided.terms else found
 
-    monkeypatch.setattr(making, "sample", broken)
+    monkeypatch.setattr(sample_shards, "sample", broken)
     with pytest.raises(command.Ended, match=r"1 shards could not be made: SEG, 0000001-0000002: .*\[1\]") as caught:
         evaluate(config, model, Worker())
     assert caught.value.code == 4
@@ -330,7 +330,7 @@ def test_memory_and_weights_have_codes_of_their_own(config, model, monkeypatch):
     with pytest.raises(command.Ended, match="not in|no such file") as caught:
         evaluate(dataclasses.replace(config, weights={"vgg": "none.pth"}, distances=("vgg",)), model, Worker())
     assert caught.value.code == 3
-    monkeypatch.setattr(making, "sample", greedy)
+    monkeypatch.setattr(sample_shards, "sample", greedy)
     with pytest.raises(command.Ended, match="lower batch_size") as caught:
         evaluate(config, model, Worker())
     assert caught.value.code == 5
@@ -359,7 +359,7 @@ def test_memory_and_weights_have_codes_of_their_own(config, model, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_one_line_before_a_picture_is_made(config, model, monkeypatch, change, words):
-    monkeypatch.setattr(making, "sample", None)
+    monkeypatch.setattr(sample_shards, "sample", None)
     with pytest.raises(ValueError, match=words) as caught:
         evaluate(dataclasses.replace(config, **change), model, Worker())
     assert command.exit_code(caught.value) == 2 and "\n" not in command.line(caught.value)
@@ -368,8 +368,8 @@ def test_what_cannot_be_is_one_line_before_a_picture_is_made(config, model, monk
 def test_reference_pictures_come_from_a_folder_too(config, tmp_path):
     from PIL import Image
 
-    from segresearch.data.scenes import scenes
-    from segresearch.evaluation.features import load_extractor
+    from segresearch.metrics.features import load_extractor
+    from segresearch.scenes.scenes import scenes
 
     (tmp_path / "real" / "deep").mkdir(parents=True)
     numbers = range(10_100_000, 10_100_006)
@@ -408,7 +408,7 @@ ARGUMENTS = [
     ("images=10000000000000000", 2, "images"),
     ("threads=100000", 2, "threads"),
     ("experiment=demo", 2, "panels: for generate.py"),
-    ("judges=paper", 2, "reference: missing; it must be text"),
+    ("metrics=paper", 2, "reference: missing; it must be text"),
     ("features=[incepton]", 2, "did you mean inception?"),
     ("paper=table2", 2, "paper: table2 is of pictures with prompts"),
     ("prompts=none.json", 2, "cannot read none.json"),

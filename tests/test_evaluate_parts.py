@@ -11,14 +11,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from segresearch.config import EvaluateConfig, conf_dir
-from segresearch.data.prompts import from_coco, from_text
 from segresearch.errors import ConfigError
+from segresearch.evaluation import paper_numbers, plots, shards, table
+from segresearch.evaluation.shards import Array
+from segresearch.evaluation.spec import placed, study
+from segresearch.evaluation.workers import Worker, worker
 from segresearch.models.locate import located
 from segresearch.plan import settings
-from segresearch.study import figure, paper, shards, table
-from segresearch.study.plan import placed, study
-from segresearch.study.shards import Array
-from segresearch.study.workers import Worker, worker
+from segresearch.prompts import from_coco, from_text
 
 
 def composed(*overrides: str) -> EvaluateConfig:
@@ -100,11 +100,11 @@ def test_a_shard_is_whole_or_not_there_and_a_later_one_takes_its_place(tmp_path)
 @pytest.mark.parametrize("model", ["mini", "sdxl"])
 def test_every_experiment_is_a_table_of_its_settings(name, count, model):
     plan = study(composed(f"experiment={name}", f"model={model}", "images=12"))
-    assert len(plan.settings) == count and plan.paper == (name if name in paper.TABLES else None)
+    assert len(plan.settings) == count and plan.paper == (name if name in paper_numbers.TABLES else None)
     assert not plan.settings[plan.first].terms and plan.settings[plan.first].sag is None
     if plan.paper:
-        beside = [paper.figures(plan.paper, guidance) for guidance in plan.settings.values()]
-        assert beside == list(paper.TABLES[name].values())  # in the paper's order, each line once
+        beside = [paper_numbers.figures(plan.paper, guidance) for guidance in plan.settings.values()]
+        assert beside == list(paper_numbers.TABLES[name].values())  # in the paper's order, each line once
     assert all(plan.texts(range(12))) == (name == "table2")
 
 
@@ -202,16 +202,16 @@ def test_figures_are_drawn_of_bars_and_of_lines_over_sigma():
     plan = study(config)
     plan = type(plan)(guided, plan.prompts, (), plan.ranges, None)
     norms = {"vanilla": (0.0, 0.0), "SEG 2 σ=∞": (0.5, 0.25)}
-    found = figure.draw(plan, ROWS, norms, "a run")
+    found = plots.draw(plan, ROWS, norms, "a run")
     assert set(found) == {"quality", "colour", "norms"}
     assert [t.get_text() for t in found["quality"].axes[0].get_yticklabels()] == ["vanilla", "SEG 2 σ=∞"]
     narrow = {**seg, "perturbation": {"kind": "seg", "sigma": 1}}
     guided |= typed(dict[str, GuidanceConfig], {"SEG 2 σ=1": {"terms": {"seg": narrow}}})
     plan = type(plan)(guided, plan.prompts, (), plan.ranges, None)
-    found = figure.draw(plan, [*ROWS, {**ROWS[1], "setting": "SEG 2 σ=1", "fd-mini-first": -3.0}], {}, "a run")
+    found = plots.draw(plan, [*ROWS, {**ROWS[1], "setting": "SEG 2 σ=1", "fd-mini-first": -3.0}], {}, "a run")
     assert set(found) == {"quality", "colour"}
     left = found["quality"].axes[0]
     assert [t.get_text() for t in left.get_xticklabels()] == ["1", "∞"]
     assert list(left.containers[0][0].get_ydata()) == [-3.0, -4.75]  # by rising σ
-    assert figure.family(guided["SEG 2 σ=1"]) == ("SEG s = 2", 1.0) and figure.method(guided["vanilla"]) == "vanilla"
-    assert paper.key(guided["SEG 2 σ=∞"]) == math.inf
+    assert plots.family(guided["SEG 2 σ=1"]) == ("SEG s = 2", 1.0) and plots.method(guided["vanilla"]) == "vanilla"
+    assert paper_numbers.key(guided["SEG 2 σ=∞"]) == math.inf

@@ -7,10 +7,8 @@ import scipy.linalg
 import torch
 
 from experiments.mini.export import export_attributes, export_vision
-from segresearch.data.captions import COLORS, SHAPES
-from segresearch.data.scenes import scenes
 from segresearch.errors import CheckpointError
-from segresearch.evaluation import (
+from segresearch.metrics import (
     Attributes,
     Gaussian,
     Moments,
@@ -30,9 +28,11 @@ from segresearch.evaluation import (
     of_scenes,
     resamples,
 )
-from segresearch.evaluation.attributes import loss_of
-from segresearch.evaluation.edges import contrast, edge_agreement
-from segresearch.evaluation.frechet import parts_of, root
+from segresearch.metrics.attributes import loss_of
+from segresearch.metrics.edge_agreement import contrast, edge_agreement
+from segresearch.metrics.frechet import parts_of, root
+from segresearch.scenes.captions import COLORS, SHAPES
+from segresearch.scenes.scenes import scenes
 
 
 def normal(*shape, seed=0):

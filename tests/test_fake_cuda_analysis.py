@@ -15,8 +15,8 @@ from fake_cuda import (
     tensors_of,
 )
 
-from segresearch.analysis import curvature, energy, lemmas, regimes, smoothing, statistics, table
-from segresearch.analysis.record import Entry, Recorder, Recording
+from segresearch.analysis import curvature, energy, lemmas, measurements, regimes, smoothing, statistics
+from segresearch.analysis.recorder import Entry, Recorder, Recording
 from segresearch.analysis.smoothing import Smoothing
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.guidance.blur import BOUNDARIES
@@ -156,9 +156,9 @@ def test_table(gpu, dtype):  # noqa: F811
     def measured(q, k):
         held = {"q": q, "k": k}
         entry = Entry(site, GRID, ("cond",), 0, (1.0, 1.0), ({"seed": 0}, {"seed": 1}), (0, 1), lambda: held)
-        some = list(table.measure(Recording((entry,)), (1.0,), ("reflect", "exact"), (site,)))
+        some = list(measurements.measure(Recording((entry,)), (1.0,), ("reflect", "exact"), (site,)))
         rows, judged = ([one for part in some for one in part[i]] for i in (0, 1))
-        return table.pooled(rows), table.together(judged)
+        return measurements.pooled(rows), measurements.together(judged)
 
     q, k = pair(dtype)
     with on_the_cpu():

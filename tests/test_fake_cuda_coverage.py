@@ -18,28 +18,28 @@ from segresearch.guidance.blur import BOUNDARIES, _matrix, blur, gaussian_taps
 from segresearch.guidance.sag import TAPS
 
 ROOT = Path(segresearch.__file__).parent
-PACKAGES = ("models", "guidance", "sampling", "analysis", "evaluation")
+PACKAGES = ("models", "guidance", "sampling", "analysis", "metrics")
 
 # module -> the tests/test_fake_cuda_<name>.py that runs it on the device
 COVERED = {
-    "models.attention": "guidance", "models.blocks": "guidance", "models.checkpoint": "pictures",
+    "models.attention": "guidance", "models.layers": "guidance", "models.checkpoint": "pictures",
     "models.conditioning": "models", "models.control_folder": "pictures", "models.controlnet": "models",
     "models.denoiser": "models", "models.encoder": "guidance", "models.load": "pictures",
     "models.offload": "models", "models.tiles": "models", "models.text": "models",
     "models.unet": "guidance", "models.vae": "models",
-    "guidance.constants": "guidance", "guidance.blocks": "guidance",
-    "guidance.blur": "guidance", "guidance.control": "models",
-    "guidance.denoiser": "guidance", "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",
+    "guidance.constants": "guidance", "guidance.branch_attention": "guidance",
+    "guidance.blur": "guidance", "guidance.controlnet_residuals": "models",
+    "guidance.guided_denoiser": "guidance", "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",
     "guidance.sag": "guidance",
-    "sampling.loop": "sampling", "sampling.noise": "sampling", "sampling.rows": "sampling",
-    "sampling.schedules": "sampling", "sampling.windows": "sampling",
+    "sampling.loop": "sampling", "sampling.noise": "sampling", "sampling.batching": "sampling",
+    "sampling.schedules": "sampling", "sampling.intervals": "sampling",
     "analysis.curvature": "analysis", "analysis.energy": "analysis", "analysis.lemmas": "analysis",
-    "analysis.record": "analysis", "analysis.regimes": "analysis", "analysis.smoothing": "analysis",
-    "analysis.statistics": "analysis", "analysis.table": "analysis", "analysis.verdict": "analysis",
-    "evaluation.attributes": "metrics", "evaluation.clip_score": "metrics", "evaluation.distance": "metrics",
-    "evaluation.edges": "metrics", "evaluation.features": "metrics", "evaluation.frechet": "metrics",
-    "evaluation.inception": "metrics", "evaluation.interval": "metrics", "evaluation.kernel": "metrics",
-    "evaluation.lpips": "metrics", "evaluation.precision": "metrics", "evaluation.vision": "metrics",
+    "analysis.recorder": "analysis", "analysis.regimes": "analysis", "analysis.smoothing": "analysis",
+    "analysis.statistics": "analysis", "analysis.measurements": "analysis", "analysis.verdict": "analysis",
+    "metrics.attributes": "metrics", "metrics.clip_score": "metrics", "metrics.perceptual_mini": "metrics",
+    "metrics.edge_agreement": "metrics", "metrics.features": "metrics", "metrics.frechet": "metrics",
+    "metrics.inception": "metrics", "metrics.interval": "metrics", "metrics.mmd": "metrics",
+    "metrics.lpips": "metrics", "metrics.precision": "metrics", "metrics.mini_vision": "metrics",
 }  # fmt: skip
 # module -> why it has no tensor of the device, though it imports torch
 HOST = {
@@ -48,7 +48,7 @@ HOST = {
     "models.layouts": "what is on disk: modules on the meta device, sizes and names",
     "analysis.analyze": "the run itself: sampling, decoding and the table, each covered, and files",
     "analysis.story": "figures of a recording, which lies on the CPU",
-    "evaluation.assets": "files and checksums; `frozen` is nn.Module.to",
+    "metrics.weight_files": "files and checksums; `frozen` is nn.Module.to",
 }
 FACTORIES = {"zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tensor", "as_tensor", "rand",
              "randn", "randint", "randperm", "normal", "from_numpy", "tril_indices", "triu_indices"}  # fmt: skip
@@ -67,23 +67,23 @@ ALLOWED = {
     "sampling.noise:brownian_noise": GENERATED,
     "sampling.noise:brownian_noise.draw": "two numbers that have been read",
     "sampling.schedules:positive_levels": "fp64 on the CPU, sent as a whole",
-    "sampling.windows:step_window": "levels as numbers",
+    "sampling.intervals:step_window": "levels as numbers",
     "analysis.curvature:chain_norm": GENERATED,
     "analysis.smoothing:log_spectrum": "small fp64 vectors of a grid, whose sums are numbers of the host",
     "analysis.statistics:end_weights": "of a grid alone; sent by whoever has a device",
     "analysis.story:regime": "a figure, on the CPU",
     "analysis.story:field": "a figure, on the CPU",
     "analysis.story:landscape": "a figure, on the CPU",
-    "evaluation.attributes:of_scenes": "of numbers of scenes, on the CPU",
-    "evaluation.attributes:of_objects": "of scenes, on the CPU",
-    "evaluation.edges:contrast": "two 3×3 kernels, sent to the pictures",
-    "evaluation.frechet:Moments.__init__": "moments are fp64 on the CPU",
-    "evaluation.frechet:resamples": GENERATED,
-    "evaluation.frechet:frechet_distance": "numbers",
-    "evaluation.inception:resized": "one number without axes, which meets any device",
-    "evaluation.interval:interval": "numbers",
-    "evaluation.kernel:subset": GENERATED,
-    "evaluation.kernel:kid": "numbers",
+    "metrics.attributes:of_scenes": "of numbers of scenes, on the CPU",
+    "metrics.attributes:of_objects": "of scenes, on the CPU",
+    "metrics.edge_agreement:contrast": "two 3×3 kernels, sent to the pictures",
+    "metrics.frechet:Moments.__init__": "moments are fp64 on the CPU",
+    "metrics.frechet:resamples": GENERATED,
+    "metrics.frechet:frechet_distance": "numbers",
+    "metrics.inception:resized": "one number without axes, which meets any device",
+    "metrics.interval:interval": "numbers",
+    "metrics.mmd:subset": GENERATED,
+    "metrics.mmd:kid": "numbers",
 }
 
 

@@ -34,7 +34,7 @@ from segresearch.guidance import (
     perturbed,
 )
 from segresearch.guidance.blur import BOUNDARIES, blur
-from segresearch.guidance.denoiser import _copies
+from segresearch.guidance.guided_denoiser import _copies
 from segresearch.guidance.postprocess import rescale
 from segresearch.guidance.sag import attention_received
 from segresearch.models.attention import Site, sdpa

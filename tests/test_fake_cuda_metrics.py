@@ -23,19 +23,19 @@ from transformers import (
     Dinov2Model,
 )
 
-from segresearch.evaluation import features, frechet, inception, kernel
-from segresearch.evaluation.attributes import Namer, agreement, named, of_objects, of_scenes
-from segresearch.evaluation.clip_score import Clip, clip_score, cosines, mini_cosines
-from segresearch.evaluation.distance import distances
-from segresearch.evaluation.edges import edge_agreement
-from segresearch.evaluation.features import load_extractor
-from segresearch.evaluation.interval import interval
-from segresearch.evaluation.lpips import LPIPS, lpips_distances
-from segresearch.evaluation.precision import precision_recall
-from segresearch.evaluation.vision import VisionTower, features_of, unit_range
+from segresearch.evaluation.image_metrics import look
+from segresearch.metrics import features, frechet, inception, mmd
+from segresearch.metrics.attributes import Namer, agreement, named, of_objects, of_scenes
+from segresearch.metrics.clip_score import Clip, clip_score, cosines, mini_cosines
+from segresearch.metrics.edge_agreement import edge_agreement
+from segresearch.metrics.features import load_extractor
+from segresearch.metrics.interval import interval
+from segresearch.metrics.lpips import LPIPS, lpips_distances
+from segresearch.metrics.mini_vision import VisionTower, features_of, unit_range
+from segresearch.metrics.perceptual_mini import distances
+from segresearch.metrics.precision import precision_recall
 from segresearch.models.locate import located
 from segresearch.models.text import load_tokenizer
-from segresearch.study.judges import look
 
 ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4}
 
@@ -74,12 +74,12 @@ def extractors(monkeypatch, tmp_path, gpu):  # noqa: F811
             module = module.to(dtype)
         return moved(module) if torch.device(device).type == "cuda" else module
 
-    monkeypatch.setattr(features.assets, "hub_folder", lambda path, sha256: (tmp_path, "0" * 64))
-    monkeypatch.setattr(features.assets, "pretrained", lambda build, folder, **more: networks[build])
-    monkeypatch.setattr(features.assets, "frozen", frozen)
+    monkeypatch.setattr(features.weight_files, "hub_folder", lambda path, sha256: (tmp_path, "0" * 64))
+    monkeypatch.setattr(features.weight_files, "pretrained", lambda build, folder, **more: networks[build])
+    monkeypatch.setattr(features.weight_files, "frozen", frozen)
     monkeypatch.setattr(features, "load_vision", lambda path: tower)
-    monkeypatch.setattr(features.assets, "tensors", lambda *given: ({}, "0" * 64))
-    monkeypatch.setattr(features.assets, "put", lambda *given: None)
+    monkeypatch.setattr(features.weight_files, "tensors", lambda *given: ({}, "0" * 64))
+    monkeypatch.setattr(features.weight_files, "put", lambda *given: None)
     return gpu
 
 
@@ -228,8 +228,8 @@ def test_kernels_and_neighbours(gpu):  # noqa: F811
 
     def measured(x, y):
         return (
-            kernel.kid(x, y, subsets=2, size=20), kernel.cmmd(x, y),
-            kernel.discrepancy(kernel.polynomial, x, y), precision_recall(x, y, block=16),
+            mmd.kid(x, y, subsets=2, size=20), mmd.cmmd(x, y),
+            mmd.discrepancy(mmd.polynomial, x, y), precision_recall(x, y, block=16),
         )  # fmt: skip
 
     with on_the_cpu():

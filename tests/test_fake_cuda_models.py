@@ -21,7 +21,7 @@ from fake_cuda import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
-from segresearch.guidance.control import residuals
+from segresearch.guidance.controlnet_residuals import residuals
 from segresearch.models import SDXL
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import Controlled, ControlNet, ControlNetConfig, controlled

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from segresearch.data.maps import depth_image, edge_image
-from segresearch.data.scenes import scenes
+from segresearch.scenes.control_maps import depth_image, edge_image
+from segresearch.scenes.scenes import scenes
 
 
 def test_maps_of_scenes_are_normalised_and_near_is_bright():

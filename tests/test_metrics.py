@@ -9,16 +9,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from segresearch.errors import CheckpointError
-from segresearch.evaluation import assets
-from segresearch.evaluation.assets import Asset
-from segresearch.evaluation.clip_score import clip_score
-from segresearch.evaluation.features import CLIP, IMAGENET, load_extractor, squared
-from segresearch.evaluation.frechet import frechet_distance, gaussian
-from segresearch.evaluation.inception import resized
-from segresearch.evaluation.interval import interval
-from segresearch.evaluation.kernel import cmmd, discrepancy, gaussian_kernel, kid, polynomial, subset
-from segresearch.evaluation.lpips import HEADS, load_lpips
-from segresearch.evaluation.precision import covered, precision_recall, radii
+from segresearch.metrics import weight_files
+from segresearch.metrics.clip_score import clip_score
+from segresearch.metrics.features import CLIP, IMAGENET, load_extractor, squared
+from segresearch.metrics.frechet import frechet_distance, gaussian
+from segresearch.metrics.inception import resized
+from segresearch.metrics.interval import interval
+from segresearch.metrics.lpips import HEADS, load_lpips
+from segresearch.metrics.mmd import cmmd, discrepancy, gaussian_kernel, kid, polynomial, subset
+from segresearch.metrics.precision import covered, precision_recall, radii
+from segresearch.metrics.weight_files import Asset
 
 
 def normal(*shape, seed=0):
@@ -54,7 +54,7 @@ def test_unbiased_discrepancy_has_mean_zero_and_the_biased_one_falls_with_n():
 def test_kernel_distances_do_not_depend_on_order_or_on_blocks(monkeypatch):
     x, y = normal(50, 6), normal(41, 6, seed=1) + 0.3
     whole = discrepancy(polynomial, x, y)
-    monkeypatch.setattr("segresearch.evaluation.kernel.BLOCK", 7)
+    monkeypatch.setattr("segresearch.metrics.mmd.BLOCK", 7)
     blocked = discrepancy(polynomial, shuffled(x), shuffled(y))
     assert blocked.biased == pytest.approx(whole.biased, rel=1e-10)
     assert blocked.unbiased == pytest.approx(whole.unbiased, rel=1e-10)
@@ -211,7 +211,7 @@ def test_missing_weights_say_which_file_and_where(monkeypatch, tmp_path):
         load_extractor("inception", tmp_path / "nowhere.pth")
     absent = Asset("x.pth", "https://x", "0" * 64, ("no_such_package", "weights"))
     with pytest.raises(CheckpointError, match="not installed: pip install no_such_package, or give the path"):
-        assets.tensors(absent)
+        weight_files.tensors(absent)
 
 
 def test_missing_hub_models_say_how_to_fetch_them(monkeypatch, tmp_path):
@@ -229,16 +229,16 @@ def test_missing_hub_models_say_how_to_fetch_them(monkeypatch, tmp_path):
 def test_weights_of_another_checksum_are_refused(tmp_path):
     file = tmp_path / "w.safetensors"
     save_file({"a": torch.zeros(2)}, file)
-    asset, known = Asset("w.pth", "https://x", "12345678"), assets.digest(file)
+    asset, known = Asset("w.pth", "https://x", "12345678"), weight_files.digest(file)
     with pytest.raises(CheckpointError, match=rf"its SHA-256 is {known}, not 12345678"):
-        assets.tensors(asset, file)
-    held, said = assets.tensors(asset, file, known[:8])
+        weight_files.tensors(asset, file)
+    held, said = weight_files.tensors(asset, file, known[:8])
     assert said == known and held["a"].tolist() == [0, 0]
     for wrong in ("", "xyz", known[:7], known.upper()):
         with pytest.raises(CheckpointError, match="hexadecimal digits"):
-            assets.checked(file, wrong)
+            weight_files.checked(file, wrong)
     with pytest.raises(CheckpointError, match="the weights do not fit: .*Missing key"):
-        assets.put(torch.nn.Linear(1, 1, device="meta"), held, "w")
+        weight_files.put(torch.nn.Linear(1, 1, device="meta"), held, "w")
 
 
 class Touch:
@@ -258,17 +258,17 @@ def test_pickles_that_run_code_and_damaged_files_are_refused(tmp_path):
     asset = Asset("w.pth", "https://x", "12345678")
     for file in (bad, cut):
         with pytest.raises(CheckpointError, match="cannot be read") as caught:
-            assets.tensors(asset, file, assets.digest(file))
+            weight_files.tensors(asset, file, weight_files.digest(file))
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
     listed = tmp_path / "list.pth"
     torch.save([1], listed)
     with pytest.raises(CheckpointError, match="does not hold named tensors"):
-        assets.tensors(asset, listed, assets.digest(listed))
+        weight_files.tensors(asset, listed, weight_files.digest(listed))
 
 
 def test_official_lpips_heads_are_the_published_ones():
     for net, count in (("vgg", [64, 128, 256, 512, 512]), ("alex", [64, 192, 384, 256, 256])):
-        held, known = assets.tensors(HEADS[net])
+        held, known = weight_files.tensors(HEADS[net])
         assert known == HEADS[net].sha256
         assert [held[f"lin{i}.model.1.weight"].shape[1] for i in range(5)] == count

@@ -26,15 +26,15 @@ from transformers import (
 )
 
 from segresearch.errors import CheckpointError
-from segresearch.evaluation import assets
-from segresearch.evaluation.clip_score import cosines, load_clip, mini_cosines
-from segresearch.evaluation.features import load_extractor
-from segresearch.evaluation.frechet import frechet_distance, gaussian
-from segresearch.evaluation.inception import Inception
-from segresearch.evaluation.kernel import cmmd, discrepancy, gaussian_kernel, kid, polynomial, subset
-from segresearch.evaluation.lpips import LPIPS, load_lpips, lpips_distances
-from segresearch.evaluation.precision import precision_recall
-from segresearch.evaluation.vision import VisionTower, load_vision
+from segresearch.metrics import weight_files
+from segresearch.metrics.clip_score import cosines, load_clip, mini_cosines
+from segresearch.metrics.features import load_extractor
+from segresearch.metrics.frechet import frechet_distance, gaussian
+from segresearch.metrics.inception import Inception
+from segresearch.metrics.lpips import LPIPS, load_lpips, lpips_distances
+from segresearch.metrics.mini_vision import VisionTower, load_vision
+from segresearch.metrics.mmd import cmmd, discrepancy, gaussian_kernel, kid, polynomial, subset
+from segresearch.metrics.precision import precision_recall
 from segresearch.models.locate import MINI
 
 TEXTS = ["a red cube", "a blue sphere left of a small green cone", "a ring"]
@@ -141,7 +141,7 @@ def inception_file(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype, count, rel", [(torch.float32, 2, 1e-5), (torch.float64, 1, 2e-6)])
 def test_inception_features_and_logits(inception_file, dtype, count, rel):
-    ours = load_extractor("inception", inception_file, assets.digest(inception_file), dtype=dtype)
+    ours = load_extractor("inception", inception_file, weight_files.digest(inception_file), dtype=dtype)
     with torch.device("meta"), pytest.MonkeyPatch.context() as patch:  # as it is built, but for its download
         patch.setattr("torch.nn.Module.load_state_dict", lambda self, state: self)
         patch.setattr("torch.nn.Module.to", lambda self, dtype: self)
@@ -179,7 +179,7 @@ def lpips_nets(request, tmp_path_factory):
         ]
     trunk = {k: v for k, v in random_state(ours).items() if k.startswith("features.")}
     torch.save(trunk | {"classifier.1.weight": torch.zeros(2, 2)}, file)
-    ours = load_lpips(net, file, sha256=(assets.digest(file), None))
+    ours = load_lpips(net, file, sha256=(weight_files.digest(file), None))
     held = ours.state_dict()
     for other in others:
         names = {
@@ -296,7 +296,7 @@ def test_what_clip_refuses_and_warns_of(clip_folder, tmp_path):
 
 
 def test_clip_features(clip_folder):
-    extractor = load_extractor("clip", clip_folder, assets.digest(clip_folder / "model.safetensors"))
+    extractor = load_extractor("clip", clip_folder, weight_files.digest(clip_folder / "model.safetensors"))
     images = pictures(3, 3, 32, 32)
     assert extractor.dim == 24
     close(extractor.of(images, batch=2), load_clip(clip_folder).of_images(images), 1e-5)
@@ -331,7 +331,7 @@ def test_features_and_cosines_of_the_embedded_model(tmp_path):
         close(extractor.of(images), tower.vision(images / 127.5 - 1), 1e-5)
     with pytest.raises(ValueError, match="pictures of 64×32: the features of mini need 64×64"):
         extractor(images[..., :32])
-    assert extractor.dim == 24 and extractor.weights == assets.digest(folder / "model.safetensors")
+    assert extractor.dim == 24 and extractor.weights == weight_files.digest(folder / "model.safetensors")
 
     class Text:
         @staticmethod

@@ -16,12 +16,12 @@ from experiments.mini.train_controlnet import Trained, initial, maps
 from experiments.mini.train_unet import CONFIG, alphas_cumprod, attention, conditioning, diffusion_loss
 from experiments.mini.train_vae import CONFIG as VAE_CONFIG
 from experiments.mini.train_vae import reconstruction_loss
-from segresearch.data.maps import depth_image, edge_image
-from segresearch.data.scenes import VOCABULARY, captions, scenes
 from segresearch.models.attention import Site, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.models.vae import VAE, VAEConfig
+from segresearch.scenes.control_maps import depth_image, edge_image
+from segresearch.scenes.scenes import VOCABULARY, captions, scenes
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import segresearch
-from segresearch.sampling.doorway import MODULES, VERSION
+from segresearch.sampling.kdiffusion import MODULES, VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*(ROOT / "experiments").glob("*.py")]  # a script finds its neighbours as modules, and benchmarks/ these

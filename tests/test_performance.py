@@ -14,8 +14,8 @@ from test_controlnet import picture
 from torch.utils.flop_counter import FlopCounterMode
 
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
-from segresearch.guidance.blocks import BlockAttention
-from segresearch.guidance.denoiser import _copies
+from segresearch.guidance.branch_attention import BlockAttention
+from segresearch.guidance.guided_denoiser import _copies
 from segresearch.guidance.perturbations import _mask
 from segresearch.models.attention import Fork, Site, sdpa
 from segresearch.models.conditioning import Cond

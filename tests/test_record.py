@@ -6,7 +6,7 @@ import pytest
 import torch
 from guidance_models import denoiser, noisy
 
-from segresearch.analysis.record import Recorder, Recording
+from segresearch.analysis.recorder import Recorder, Recording
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, blur, cfg, perturbed
 from segresearch.models.attention import sdpa
 from segresearch.sampling import initial_noise, sample

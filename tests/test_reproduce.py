@@ -16,12 +16,12 @@ from segresearch import images
 from segresearch.analysis.figures import save
 from segresearch.config import EvaluateConfig, GenerateConfig, conf_dir
 from segresearch.errors import ConfigError
+from segresearch.evaluation import evaluate as run
+from segresearch.evaluation.evaluate import evaluate
+from segresearch.evaluation.workers import Worker
 from segresearch.generate import generate
 from segresearch.models import load_sdxl
 from segresearch.reproduce import recorded, reproduce
-from segresearch.study import evaluate as run
-from segresearch.study.evaluate import evaluate
-from segresearch.study.workers import Worker
 from segresearch.typed import typed
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")

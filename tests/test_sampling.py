@@ -16,10 +16,10 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from segresearch.sampling import SAMPLERS, SCHEDULES, initial_noise, k_diffusion, sample, sigmas, start_scale
-from segresearch.sampling.doorway import CONTENT, PRIVATE, VERSION
+from segresearch.sampling.batching import one_row
+from segresearch.sampling.kdiffusion import CONTENT, PRIVATE, VERSION
 from segresearch.sampling.loop import ANCESTRAL, SDE
 from segresearch.sampling.noise import brownian_noise, checked_seed, image_key, white_noise
-from segresearch.sampling.rows import one_row
 
 SHAPE = (4, 6, 10)
 ODE = tuple(name for name in SAMPLERS if name not in (*ANCESTRAL, *SDE))

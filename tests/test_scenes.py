@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
-from segresearch.data.captions import Thing, relations, words
-from segresearch.data.layout import FOCAL, layout, uniform
-from segresearch.data.scenes import COLORS, SHAPES, SIZES, VOCABULARY, captions, scenes
-from segresearch.data.shapes import hit, normal
+from segresearch.scenes.captions import Thing, relations, words
+from segresearch.scenes.layout import FOCAL, layout, uniform
+from segresearch.scenes.scenes import COLORS, SHAPES, SIZES, VOCABULARY, captions, scenes
+from segresearch.scenes.shapes import hit, normal
 
 KIND = {"ball": "sphere", "box": "cube", "hoop": "ring"}
 NUMBER = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}

@@ -17,10 +17,10 @@ from omegaconf import OmegaConf
 from segresearch import command
 from segresearch.config import conf_dir
 from segresearch.errors import CheckpointError, ConfigError
+from segresearch.evaluation import evaluate as run
+from segresearch.evaluation import sample_shards
+from segresearch.evaluation.compare_runs import overview
 from segresearch.models import load_sdxl
-from segresearch.study import evaluate as run
-from segresearch.study import making
-from segresearch.study.overview import overview
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
 CONF = conf_dir()
@@ -133,17 +133,17 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
         "reference=scene:100000-100005", "draws=2", "subsets=2", "device=cpu", "wandb.mode=off", "shard=2",
         "batch_size=2", "shown=2",
     )  # fmt: skip
-    sampled, made = making.sample, []
+    sampled, made = sample_shards.sample, []
 
     def counted(model, noise, **keywords):
         made.append(keywords["steps"])
         found = sampled(model, noise, **keywords)
         return found * float("nan") if len(made) == 5 else found  # pictures of the third job
 
-    monkeypatch.setattr(making, "sample", counted)
+    monkeypatch.setattr(sample_shards, "sample", counted)
     code, said = call(main_of("evaluate"), *sweep)
     assert code == 4 and said.out.count("page: ") == 3 and said.err.count("error: job 3 ") == 1, said
-    monkeypatch.setattr(making, "sample", lambda *a, **k: made.append("again") or sampled(*a, **k))
+    monkeypatch.setattr(sample_shards, "sample", lambda *a, **k: made.append("again") or sampled(*a, **k))
     code, said = call(main_of("evaluate"), *sweep)
     assert code == 0 and said.out.count("page: ") == 4 and 0 < made.count("again") <= 2
 
@@ -220,7 +220,7 @@ def test_no_config_names_a_target_outside_the_project():
 
 
 @pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "torch.load", "builtins.eval", "hydra.utils.call",
-                                    "segresearch.study.figure.Figure"])
+                                    "segresearch.evaluation.plots.Figure"])
 def test_a_function_of_others_is_no_perturbation(target):
     from segresearch.build import build_perturbation
     from segresearch.config import CustomConfig

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-import segresearch.data.scenes as scene_module
-from segresearch.data.scenes import scenes
-from segresearch.evaluation import gaussian
-from segresearch.evaluation.frechet import frechet_distance
+import segresearch.scenes.scenes as scene_module
+from segresearch.metrics import gaussian
+from segresearch.metrics.frechet import frechet_distance
+from segresearch.scenes.scenes import scenes
 from segresearch.threads import FEW, few_features, one_thread, one_thread_for, threads
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from segresearch.data.scenes import scenes
 from segresearch.models import load_sdxl, tiles
 from segresearch.models.vae import VAE, VAEConfig
+from segresearch.scenes.scenes import scenes
 
 CONFIG = VAEConfig(block_out_channels=(16, 32, 48, 48), norm_num_groups=8, layers_per_block=1)
 # largest difference to whole pictures, of random weights with outputs up to 5 (decoded) and 0.2 (encoded)

@@ -9,10 +9,10 @@ from test_tracking import read
 
 from segresearch import images, tracking
 from segresearch.config import EvaluateConfig
+from segresearch.evaluation import evaluate as run
+from segresearch.evaluation.evaluate import evaluate
+from segresearch.evaluation.workers import Worker
 from segresearch.models import load_sdxl
-from segresearch.study import evaluate as run
-from segresearch.study.evaluate import evaluate
-from segresearch.study.workers import Worker
 from segresearch.tracking import WandbConfig
 from segresearch.typed import typed
 

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 
 from experiments.mini.common import replace_file
-from segresearch.data.scenes import scenes
-from segresearch.evaluation.features import load_extractor
-from segresearch.evaluation.frechet import frechet_distance, gaussian
+from segresearch.metrics.features import load_extractor
+from segresearch.metrics.frechet import frechet_distance, gaussian
 from segresearch.models import load_sdxl
 from segresearch.plan import HELD_OUT
+from segresearch.scenes.scenes import scenes
 
 SCRIPT = Path(__file__).resolve().parents[1] / "evaluate.py"
-REFERENCE = range(HELD_OUT + 100_000, HELD_OUT + 110_000)  # as in conf/judges/mini.yaml
+REFERENCE = range(HELD_OUT + 100_000, HELD_OUT + 110_000)  # as in conf/metrics/mini.yaml
 PLAIN = {"setting": "setting", "fd-mini": "FD", "fd-mini-first": "− vanilla", "fd-mini-mean": "means",
          "variance-mini": "variance", "precision-mini": "precision",
          "recall-mini": "recall", "distance-mini": "distance", "caption-mini": "cosine", "count": "count",
@@ -44,7 +44,7 @@ class Part:
     half: bool = False
 
     def command(self, count: int) -> list[str]:
-        return [*self.settings, "pace=quick", f"images={count // 2 if self.half else count}"]
+        return [*self.settings, "preset=quick", f"images={count // 2 if self.half else count}"]
 
 
 PARTS = (

@@ -14,7 +14,7 @@ from experiments.mini.common import save_array
 from experiments.mini.render import SHARD, shard_path
 from experiments.mini.tokenizer import load_tokenizer, tokenize
 from experiments.mini.train_vae import load_vae
-from segresearch.data.scenes import captions
+from segresearch.scenes.scenes import captions
 
 
 def load_shards(folder: Path, count: int, axis: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from experiments.mini.train_clip import load_clips
 from experiments.mini.train_controlnet import CONFIG as CONTROLNET_CONFIG
 from experiments.mini.train_unet import CONFIG as UNET_CONFIG
 from experiments.mini.train_vae import load_vae
-from segresearch.evaluation.vision import VisionTower
+from segresearch.metrics.mini_vision import VisionTower
 from segresearch.models.unet import UNet, UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

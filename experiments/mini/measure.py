@@ -18,11 +18,11 @@ from experiments.mini.common import generator, replace_file
 from experiments.mini.train_clip import TwoCLIPs, load_clips, trim
 from experiments.mini.train_unet import alphas_cumprod
 from experiments.mini.train_vae import HELD_OUT
-from segresearch.data.scenes import scenes
 from segresearch.guidance import GuidedDenoiser, cfg
 from segresearch.models import load_sdxl
 from segresearch.models.load import SDXL
 from segresearch.sampling import initial_noise, sample
+from segresearch.scenes.scenes import scenes
 
 FIRST = HELD_OUT + 100_000
 BATCH = 64

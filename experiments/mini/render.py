@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from experiments.mini.common import save_array
-from segresearch.data.scenes import scenes
+from segresearch.scenes.scenes import scenes
 
 SHARD = 4096
 

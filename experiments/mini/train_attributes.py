@@ -20,8 +20,8 @@ from torch import Tensor
 from experiments.mini.common import Plan, batch_indices, generator, save_state, train
 from experiments.mini.render import SHARD, open_images, take
 from experiments.mini.train_vae import HELD_OUT
-from segresearch.data.scenes import scenes
-from segresearch.evaluation.attributes import Namer, agreement, loss_of, named, of_scenes
+from segresearch.metrics.attributes import Namer, agreement, loss_of, named, of_scenes
+from segresearch.scenes.scenes import scenes
 
 WIDTH = 24
 

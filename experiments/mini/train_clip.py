@@ -25,8 +25,8 @@ from experiments.mini.encode import load_shards
 from experiments.mini.render import SHARD, open_images, take
 from experiments.mini.tokenizer import LENGTH, load_tokenizer, second, tokenize
 from experiments.mini.train_vae import HELD_OUT
-from segresearch.data.scenes import scenes
-from segresearch.evaluation.vision import Vision
+from segresearch.metrics.mini_vision import Vision
+from segresearch.scenes.scenes import scenes
 
 BEGIN_ID, END_ID = 719, 720  # of the built vocabulary, checked when training starts
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from experiments.mini.common import Plan, batch_indices, generator, save_state, train
 from experiments.mini.render import SHARD, open_images, take
-from segresearch.data.scenes import scenes
 from segresearch.models.vae import VAE, VAEConfig
+from segresearch.scenes.scenes import scenes
 
 HELD_OUT = 10_000_000  # scenes from this index on are never trained on
 

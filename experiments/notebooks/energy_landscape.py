@@ -23,7 +23,7 @@
 # %%
 from segresearch.analysis import story
 from segresearch.analysis.energy import energies
-from segresearch.analysis.record import Recorder
+from segresearch.analysis.recorder import Recorder
 from segresearch.analysis.smoothing import Smoothing
 from segresearch.guidance import SEG, GuidedDenoiser, perturbed
 from segresearch.models import load_sdxl

@@ -20,9 +20,9 @@
 # %%
 import torch
 
-from segresearch.analysis import figures, story, table
+from segresearch.analysis import figures, measurements, story
 from segresearch.analysis.lemmas import corrected, dual, judge
-from segresearch.analysis.record import Recorder
+from segresearch.analysis.recorder import Recorder
 from segresearch.analysis.regimes import hessians
 from segresearch.analysis.smoothing import Smoothing
 from segresearch.analysis.statistics import columns
@@ -89,9 +89,9 @@ for sigma in (0.5, 1.0):
 # The table that `analyze.py` writes, of this recording, and the regime map drawn from it.
 
 # %%
-parts = list(table.measure(recorder.recording, [0.5, 1.0, 2.0], ["exact"], sdxl.unet.sites))
+parts = list(measurements.measure(recorder.recording, [0.5, 1.0, 2.0], ["exact"], sdxl.unet.sites))
 rows = [row for some, _ in parts for row in some]
-for claim in table.together(claim for _, claims in parts for claim in claims):
+for claim in measurements.together(claim for _, claims in parts for claim in claims):
     if claim.claim.startswith("theorem"):
         print(f"{claim.claim} {claim.axis:8} sigma {claim.blur_sigma:g}: holds {claim.share:7.2%}, worst {claim.worst}")
 

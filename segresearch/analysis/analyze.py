@@ -1,7 +1,7 @@
 """One run of the energy bench: sample, capture q and k, measure, judge, draw, and write it all as a page.
 
     <out>/<name>/<id>/  index.html      the page, which holds its figures and works offline
-                        table.csv       site × head × σ_t × blur σ × boundary
+                        measurements.csv       site × head × σ_t × blur σ × boundary
                         verdicts.csv    claim × boundary × blur σ
                         figures/*.png   config.yaml
                         recording/      the captured q and k, if they are to be kept
@@ -29,7 +29,7 @@ from segresearch.tracking import Mirror, mirror
 if TYPE_CHECKING:
     import numpy as np
 
-    from segresearch.analysis.record import Recording
+    from segresearch.analysis.recorder import Recording
     from segresearch.models import SDXL
 
 VERSION = 1  # of the measurement and the page: part of the identity
@@ -98,7 +98,7 @@ def capture(
     """
     import torch
 
-    from segresearch.analysis.record import Recorder
+    from segresearch.analysis.recorder import Recorder
     from segresearch.guidance import SelfAttentionGuidance
     from segresearch.sampling import initial_noise, sample
 
@@ -149,27 +149,27 @@ def _measured(
     import torch
     from tqdm import tqdm
 
-    from segresearch.analysis import figures, report, story, table
+    from segresearch.analysis import figures, measurements, report, story
 
-    rows: list[table.Row] = []
-    judged: list[table.Judged] = []
+    rows: list[measurements.Row] = []
+    judged: list[measurements.Judged] = []
     sites = tuple(sdxl.unet.site_heads)
     device = sdxl.unet.conv_in.weight.device
     device = device if device.type == "cuda" else torch.device("cpu")  # both have fp64
-    measured = table.measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
+    measured = measurements.measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
     for some, claims in tqdm(measured, total=len(recording), unit="site", disable=None, leave=False):
         rows += some
         judged += claims
-    rows, claims = table.pooled(rows), table.together(judged)
+    rows, claims = measurements.pooled(rows), measurements.together(judged)
     drawn = story.draw(config, recording, rows, pictures, images)
     paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
     asked = {key: value for key, value in runs.plain(config).items() if key not in ("out", "device", "wandb")}
     for name, figure in drawn.items():
         figures.save(figure, paths[name], {"figure": name, "code": runs.code_version(), "analyze": asked})
     runs.write(folder / "config.yaml", written_config(config))
-    runs.write(folder / "table.csv", table.to_csv(rows))
+    runs.write(folder / "table.csv", measurements.to_csv(rows))
     verdict_rows = [claim.row() for claim in claims]
-    runs.write(folder / "verdicts.csv", table.to_csv(verdict_rows))
+    runs.write(folder / "verdicts.csv", measurements.to_csv(verdict_rows))
     runs.write(folder / PAGE, report.page(config, images, rows, claims, paths))
     metrics = {f"{c.claim}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
     tables = {"table": rows, "verdicts": verdict_rows}

@@ -1,6 +1,6 @@
 """Figures of the energy landscape, each readable on its own: title, axes with units, and a caption in the picture.
 
-Each function takes plain numbers (rows of the table of `segresearch.analysis.table`, or arrays) and returns a Figure of
+Each function takes plain numbers (rows of `segresearch.analysis.measurements`, or arrays) and returns a Figure of
 matplotlib; nothing is shown, and pyplot's global state is not touched. `save` writes one atomically as PNG.
 """
 
@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from segresearch.analysis.measurements import Row, chosen, short, values
 from segresearch.analysis.regimes import Limits
-from segresearch.analysis.table import Row, chosen, short, values
 from segresearch.images import KEY
 from segresearch.runs import plain, replacing
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from segresearch.analysis.measurements import Judged, Row, chosen, values
 from segresearch.analysis.settings import AnalyzeConfig
-from segresearch.analysis.table import Judged, Row, chosen, values
 from segresearch.runs import code_version
 
 CSS = """

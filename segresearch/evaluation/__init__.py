@@ -1,28 +1,17 @@
-"""Evaluation: Fréchet distance, feature distance, and the attributes of pictures, with the small networks they need."""
+"""An evaluation: methods of guidance on the same noise and prompts, measured, as tables, plots and a page.
 
-from segresearch.evaluation.attributes import Attributes, Namer, agreement, load_namer, named, of_objects, of_scenes
-from segresearch.evaluation.distance import distances, feature_distance
-from segresearch.evaluation.frechet import Frechet, Gaussian, Moments, frechet_distance, gaussian, resamples
-from segresearch.evaluation.vision import Vision, VisionTower, features_of, load_vision
-
-__all__ = [
-    "Attributes",
-    "Frechet",
-    "Gaussian",
-    "Moments",
-    "Namer",
-    "Vision",
-    "VisionTower",
-    "agreement",
-    "distances",
-    "feature_distance",
-    "features_of",
-    "frechet_distance",
-    "gaussian",
-    "load_namer",
-    "load_vision",
-    "named",
-    "of_objects",
-    "of_scenes",
-    "resamples",
-]
+evaluate         the run: make what is missing, verify, reduce
+spec             a config to methods, prompts and ranges of images; where shards of them lie
+workers          which part of the work is this process's (torchrun, Slurm)
+shards           folders of arrays that are there whole or not at all
+sample_shards    sampling of the ranges that are missing
+image_metrics    what is measured of each image, and by which networks
+reference        features of real images
+aggregate        from shards to one row of numbers a method
+table            rows as markdown, CSV, LaTeX and metrics.jsonl
+paper_numbers    the numbers of arXiv 2408.00760
+plots, page      what is drawn; the page that holds it
+provenance       the record that an image carries
+compare_runs     runs of an experiment in one table
+wandb_log        an evaluation in Weights & Biases
+"""

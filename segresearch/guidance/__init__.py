@@ -1,11 +1,11 @@
 """Guidance: perturbations of self-attention, terms that combine branches, and the denoisers that evaluate them."""
 
 from segresearch.guidance.blur import blur, blur_matrix
-from segresearch.guidance.denoiser import GuidedDenoiser
+from segresearch.guidance.guided_denoiser import GuidedDenoiser
 from segresearch.guidance.perturbations import PAG, SEG, At, Perturbation
 from segresearch.guidance.postprocess import Projected, rescale
 from segresearch.guidance.sag import SelfAttentionGuidance
-from segresearch.guidance.select import select_sites
+from segresearch.guidance.sites import select_sites
 from segresearch.guidance.terms import Branch, EveryKth, Ramp, Term, cfg, perturbed
 
 __all__ = [

@@ -16,7 +16,7 @@ from torch import Tensor
 from segresearch.errors import InputError
 from segresearch.guidance.blur import INFINITE, blur, check_blur
 from segresearch.guidance.constants import constant
-from segresearch.guidance.select import Where, check_heads
+from segresearch.guidance.sites import Where, check_heads
 from segresearch.models.attention import Attend, Site, is_plain
 
 Perturbation = Callable[[Tensor, Tensor, Tensor, Site, Attend], Tensor]  # (q, k, v, site, attend) -> out, each Heads
@@ -71,7 +71,7 @@ class SEG:
     Blurring the queries blurs the whole map of logits (Proposition 3.1), without ever forming it.
 
     sigma: standard deviation of the blur in tokens; 0 is plain attention, above 9999 (inf) every query is their mean.
-    where: sites, see `segresearch.guidance.select`. heads: indices of the blurred heads; None is all.
+    where: sites, see `segresearch.guidance.sites`. heads: indices of the blurred heads; None is all.
     on: "q" (the paper), "k" (the dual of its Appendix B: blur the keys) or "qk" (both).
     boundary: of `blur_matrix`; "reflect" reproduces the official code.
 

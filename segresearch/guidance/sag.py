@@ -11,8 +11,8 @@ from torch import Tensor
 from segresearch.errors import InputError
 from segresearch.guidance.blur import check_blur, fold_taps, gaussian_taps
 from segresearch.guidance.constants import constant
-from segresearch.guidance.control import per_row
-from segresearch.guidance.denoiser import SCHEDULE, GuidedDenoiser, Record
+from segresearch.guidance.controlnet_residuals import per_row
+from segresearch.guidance.guided_denoiser import SCHEDULE, GuidedDenoiser, Record
 from segresearch.guidance.terms import ALWAYS, Branch, Scale, Window, check_scale, scale_at, scale_text
 from segresearch.models.attention import Attend, Site
 from segresearch.models.conditioning import Cond

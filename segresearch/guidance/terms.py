@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from segresearch.errors import InputError
 from segresearch.guidance.perturbations import PAG, SEG, At, Perturbation
-from segresearch.guidance.select import Where
-from segresearch.sampling.windows import ALWAYS, Window, check_window
+from segresearch.guidance.sites import Where
+from segresearch.sampling.intervals import ALWAYS, Window, check_window
 
 Scale = float | int | Callable[[float], float]  # a number, or s(σ)
 

@@ -21,7 +21,7 @@ from segresearch.models.attention import sdpa
 from segresearch.models.conditioning import Cond, Projection
 from segresearch.models.encoder import CROSSED_MID, PLAIN_MID, Encoder, EncoderConfig, counts, refuse_unless
 from segresearch.models.unet import Control
-from segresearch.sampling.windows import ALWAYS, Window, check_window
+from segresearch.sampling.intervals import ALWAYS, Window, check_window
 
 # What only a ControlNet's config.json says besides the sizes (see encoder.py).
 _FIXED: dict[str, tuple[Any, ...]] = {

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from segresearch.errors import InputError
 from segresearch.models.attention import Attend, Fork, TextKeys, Transformer, TransformerBlock
-from segresearch.models.blocks import Downsample, Resnet
 from segresearch.models.conditioning import Cond, Projection
+from segresearch.models.layers import Downsample, Resnet
 
 # What config.json may say besides the sizes: everything else is another architecture, refused by name.
 _FIXED: dict[str, tuple[Any, ...]] = {

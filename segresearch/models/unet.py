@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from segresearch.errors import InputError
 from segresearch.models.attention import Attend, Fork, TextKeys, follow, sdpa
-from segresearch.models.blocks import Resnet, Upsample
 from segresearch.models.conditioning import Cond, Projection
 from segresearch.models.encoder import (
     CROSSED_MID,
@@ -28,6 +27,7 @@ from segresearch.models.encoder import (
     refuse_unless,
     transformer,
 )
+from segresearch.models.layers import Resnet, Upsample
 
 # What only a UNet's config.json says besides the sizes (see encoder.py).
 _FIXED: dict[str, tuple[Any, ...]] = {

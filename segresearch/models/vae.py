@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from segresearch.errors import InputError
 from segresearch.models import tiles
-from segresearch.models.blocks import Downsample, Resnet, Upsample
+from segresearch.models.layers import Downsample, Resnet, Upsample
 
 _EPS = 1e-6
 

@@ -4,11 +4,11 @@
     x0 = sample(model, noise, sampler="euler", schedule="leading", steps=25, conds=conds)
 """
 
-from segresearch.sampling.doorway import k_diffusion
+from segresearch.sampling.intervals import ALWAYS, step_window
+from segresearch.sampling.kdiffusion import k_diffusion
 from segresearch.sampling.loop import SAMPLERS, sample
 from segresearch.sampling.noise import image_key, initial_noise
 from segresearch.sampling.schedules import SCHEDULES, sigmas, start_scale
-from segresearch.sampling.windows import ALWAYS, step_window
 
 __all__ = [
     "ALWAYS", "SAMPLERS", "SCHEDULES", "image_key", "initial_noise", "k_diffusion", "sample", "sigmas", "start_scale",

@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from segresearch.errors import InputError
-from segresearch.sampling.doorway import k_diffusion
+from segresearch.sampling.batching import checked_rows, one_row
+from segresearch.sampling.kdiffusion import k_diffusion
 from segresearch.sampling.noise import brownian_noise, image_key, noise_keys, white_noise
-from segresearch.sampling.rows import checked_rows, one_row
 from segresearch.sampling.schedules import checked_levels, choose, sigmas, start_scale
 
 ANCESTRAL = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral")

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.errors import InputError
-from segresearch.sampling.doorway import k_diffusion
+from segresearch.sampling.kdiffusion import k_diffusion
 
 RESOLUTION = 1e-6  # to which a Brownian tree rounds the levels it is asked for
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]  # (sigma, sigma_next) -> unit Gaussian noise shaped like x

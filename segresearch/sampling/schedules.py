@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.errors import InputError
-from segresearch.sampling.doorway import k_diffusion
+from segresearch.sampling.kdiffusion import k_diffusion
 
 SCHEDULES = ("leading", "linspace", "trailing", "karras", "exponential", "polyexponential", "align-your-steps")
 

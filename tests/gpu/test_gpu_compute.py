@@ -13,13 +13,13 @@ import pytest
 import torch
 from gpu_models import DEVICE, REAL, ROOT, composed, gpu, mini, note, only_cuda
 
-from segresearch.analysis.record import Recorder
+from segresearch.analysis.recorder import Recorder
 from segresearch.build import build_guidance
-from segresearch.data.maps import depth_image, edge_image
-from segresearch.data.scenes import scenes
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.models.controlnet import controlled
 from segresearch.sampling import initial_noise, sample
+from segresearch.scenes.control_maps import depth_image, edge_image
+from segresearch.scenes.scenes import scenes
 
 pytestmark = [*gpu, pytest.mark.filterwarnings("ignore:compute.graph" if not REAL else "default")]
 PROMPTS, SEEDS = ["a red cup", "two yellow cubes"], [5, 6]

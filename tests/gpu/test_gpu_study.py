@@ -8,13 +8,13 @@ pytestmark = gpu
 
 
 def test_table1(tmp_path):
-    """`experiment=table1 pace=quick images=100`, whole: features of 10,000 real pictures, table, figures, page.
+    """`experiment=table1 preset=quick images=100`, whole: features of 10,000 real pictures, table, figures, page.
 
     100 pictures are fewer than the features have dimensions, hence `force`.
     """
     small = few("images=12", "shard=6", "batch_size=6", "steps=2", "reference=scene:100000-100149", "draws=10",
                 "subsets=2")  # fmt: skip
-    given = ("experiment=table1", "pace=quick", "images=100", "force=true", "wandb.mode=off", f"device={DEVICE}")
+    given = ("experiment=table1", "preset=quick", "images=100", "force=true", "wandb.mode=off", f"device={DEVICE}")
     script("evaluate", tmp_path, *given, *small)
     folder = run_of(tmp_path, "table1")
     rows = json.loads((folder / "results.json").read_text())["rows"]

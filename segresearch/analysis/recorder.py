@@ -1,0 +1,232 @@
+"""Recording what the softmax saw: q and k (v on request) per branch, site, head and sigma, under the perturbation.
+
+    recorder = Recorder(sdxl.unet.site_heads, where="mid", steps=[0, 12, 24])
+    sample(model, noise, conds=conds, record=recorder.run([{"prompt": "a red cube", "seed": 0}]))
+    for entry in recorder.recording.select(branch="cond~seg"):
+        entry.site, entry.sigma, entry.q, entry.k
+
+The recorder is an argument of the call (`record=` of GuidedDenoiser and SelfAttentionGuidance) and only looks on: each
+perturbation is handed an attention that shows its q, k and v before it computes the same thing. No output bit changes,
+not even on SEG's shortcut at sigma = inf, where the softmax sees the mean query alone: that one query is stored, and
+`entry.q` repeats it.
+
+What a branch shares with another up to the first perturbed site is computed, and stored, once, under both names. A
+perturbation that computes no attention (PAG) leaves no entry of its branch at its sites.
+
+Memory: in memory, the sum of all that is kept, which `limit` bounds; streamed to a folder, the one call at hand, with
+
+    bytes of one call = (2, or 3 with v) · rows · heads · tokens · dim · bytes of a number
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from segresearch.errors import InputError
+from segresearch.guidance.guided_denoiser import Note, Record
+from segresearch.guidance.sites import Where, check_heads, select_sites
+from segresearch.models.attention import Site
+from segresearch.runs import plain, replacing
+
+INDEX = "index.jsonl"
+Image = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One self-attention call of one branch. Its tensors are read when they are asked for.
+
+    site, grid: where. branches: whose rows these are; several names where the branches are still equal.
+    step: which evaluation of the model in its run, from 0 (the sampling step, for samplers of one evaluation a step).
+    sigma: noise level of each row. images: one label a row. heads: the head numbers that are kept.
+    """
+
+    site: str
+    grid: tuple[int, int]
+    branches: tuple[str, ...]
+    step: int
+    sigma: tuple[float, ...]
+    images: tuple[Image, ...]
+    heads: tuple[int, ...]
+    load: Callable[[], Mapping[str, Tensor]] = field(repr=False, compare=False)
+
+    @property
+    def q(self) -> Float[Tensor, "rows heads tokens dim"]:
+        """The queries that the softmax saw, blurred where the branch blurs them."""
+        q = self.load()["q"]
+        return q.expand(-1, -1, self.grid[0] * self.grid[1], -1)  # (b, h, 1 or n, d) -> (b, h, n, d)
+
+    @property
+    def k(self) -> Float[Tensor, "rows heads tokens dim"]:
+        """The keys that the softmax saw."""
+        return self.load()["k"]
+
+    @property
+    def v(self) -> Float[Tensor, "rows heads tokens dim"]:
+        """The values. ValueError where they were not recorded."""
+        tensors = self.load()
+        if "v" not in tensors:
+            raise InputError("the values were not recorded; record with Recorder(..., values=True)")
+        return tensors["v"]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Entries in the order they were made; `select` narrows them."""
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Recording":
+        """What a recorder streamed into `folder`; no tensor is read yet. ValueError where there is no recording."""
+        folder = Path(folder)
+        if not (folder / INDEX).is_file():
+            raise InputError(f"{folder} holds no recording (no {INDEX})")
+        lines = (folder / INDEX).read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last one was cut off
+        return cls(tuple(_entry(json.loads(line), folder) for line in lines))
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Site names, in the order of a forward pass."""
+        return tuple(dict.fromkeys(entry.site for entry in self.entries))
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of all branches, such as "cond", "uncond", "cond~seg"."""
+        return tuple(dict.fromkeys(name for entry in self.entries for name in entry.branches))
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps recorded, rising."""
+        return tuple(sorted({entry.step for entry in self.entries}))
+
+    def select(self, site: Where = "*", branch: str | None = None, step: int | None = None) -> "Recording":
+        """The entries of these sites (a selector), this branch, this step. ValueError where there is none."""
+        sites = select_sites(site, self.sites)
+        for name, value, known in (("branch", branch, self.branches), ("step", step, self.steps)):
+            if value is not None and value not in known:
+                raise InputError(f"{name}={value!r} was not recorded; there are {', '.join(map(str, known))}")
+        return Recording(
+            tuple(
+                e for e in self.entries
+                if e.site in sites and branch in (None, *e.branches) and step in (None, e.step)
+            )
+        )  # fmt: skip
+
+
+class Recorder:
+    """Keeps what it is shown, in memory or, with `folder`, streamed to one safetensors file a call and an index.
+
+    Args:
+        sites: the model's, with their numbers of heads (`unet.site_heads`).
+        where: the sites kept, see `segresearch.guidance.sites`. heads: the heads kept; None is all.
+        steps: the evaluations kept, counted from 0 in each run; None is all. branches: those kept; None is all.
+        values: keep v too.
+        folder: where to stream to; it must not hold a recording yet.
+        limit: bytes that may be held in memory; not read with `folder`.
+
+    Raises ValueError for a selector without a match, a head that does not exist, a folder that holds a recording.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, int],
+        where: Where = "*",
+        heads: Sequence[int] | None = None,
+        steps: Sequence[int] | None = None,
+        branches: Sequence[str] | None = None,
+        values: bool = False,
+        folder: str | Path | None = None,
+        limit: int = 1 << 30,
+    ):
+        self.sites = select_sites(where, tuple(sites))
+        for site in self.sites:
+            check_heads(heads, sites[site], site)
+        self.heads, self.steps, self.branches, self.values = heads, steps, branches, values
+        self.folder = None if folder is None else Path(folder)
+        self.limit, self.bytes = limit, 0
+        self._entries: list[Entry] = []
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if (self.folder / INDEX).exists():
+                raise InputError(f"{self.folder} holds a recording already; name another folder, or remove it")
+            (self.folder / INDEX).touch()
+
+    @property
+    def recording(self) -> Recording:
+        """What was recorded so far."""
+        return Recording(tuple(self._entries))
+
+    def run(self, images: Sequence[Image]) -> Record:
+        """The `record` argument for one `sample()`: a label for each image, and steps counted from 0."""
+        labels, count = tuple(plain(dict(image)) for image in images), -1
+
+        def record(sigma: Tensor) -> Note | None:
+            nonlocal count
+            count += 1
+            if len(sigma) != len(labels):
+                raise InputError(f"record: {len(labels)} labels for {len(sigma)} images; give one for each")
+            if self.steps is not None and count not in self.steps:
+                return None
+            step, sigmas = count, tuple(sigma.tolist())
+
+            def note(q: Tensor, k: Tensor, v: Tensor, site: Site, blocks: list[tuple[str, ...]]) -> None:
+                if site.name not in self.sites:
+                    return
+                tensors = {"q": q, "k": k, "v": v} if self.values else {"q": q, "k": k}
+                parts = zip(*(z.split(len(labels)) for z in tensors.values()), strict=True)
+                for names, part in zip(blocks, parts, strict=True):
+                    if self.branches is None or set(names) & set(self.branches):
+                        heads = range(q.shape[1]) if self.heads is None else self.heads
+                        facts = {"site": site.name, "grid": site.grid, "branches": names, "step": step,
+                                 "sigma": sigmas, "images": labels, "heads": tuple(heads)}  # fmt: skip
+                        self._keep(facts, dict(zip(tensors, part, strict=True)))
+
+            return note
+
+        return record
+
+    def _keep(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        heads = list(facts["heads"])
+        size = sum(z[:, heads].nbytes for z in tensors.values())
+        if self.folder is None and self.bytes + size > self.limit:
+            raise InputError(
+                f"the recording passes its limit of {self.limit / 2**20:.0f} MiB at step {facts['step']}, "
+                f"{facts['site']}; keep fewer sites, heads or steps, raise limit=, or give a folder to stream to"
+            )
+        kept = {name: _copied(z[:, heads]) for name, z in tensors.items()}
+        self.bytes += size
+        if self.folder is None:
+            self._entries.append(Entry(**facts, load=lambda: kept))
+            return
+        facts["file"] = f"{len(self._entries):06d}.safetensors"
+        with replacing(self.folder / facts["file"]) as temporary:
+            save_file(kept, temporary)
+        with (self.folder / INDEX).open("a", encoding="utf-8") as index:
+            index.write(json.dumps(plain(facts), ensure_ascii=False) + "\n")
+        self._entries.append(_entry(plain(facts), self.folder))
+
+
+def _copied(z: Tensor) -> Tensor:
+    """A copy on the CPU that holds no more than it shows."""
+    copy = torch.empty(z.shape, dtype=z.dtype, device="cpu")
+    return copy.copy_(z.detach())
+
+
+def _entry(facts: Mapping[str, Any], folder: Path) -> Entry:
+    """An entry from its line of the index."""
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items() if key != "file"}
+    return Entry(**values, load=lambda: load_file(folder / facts["file"]))

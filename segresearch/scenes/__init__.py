@@ -1,0 +1,1 @@
+"""Procedural captioned scenes with exact depth and edges."""
