@@ -60,6 +60,13 @@ def with_batch_size(config: Sized) -> Sized:
     return dataclasses.replace(config, batch_size=gpu or config.model.batch_size)
 
 
+def of_model(config: Any, model: "SDXL | None") -> Any:
+    """A run's settings with the device and the `compute` of a model that is loaded already; None changes nothing."""
+    if model is None:
+        return config
+    return dataclasses.replace(config, device=str(model.device), compute=model.compute)
+
+
 def load_model(
     config: ModelConfig, device: str = "auto", controlnets: Sequence[str] = (), compute: Compute = PLAIN
 ) -> "SDXL":

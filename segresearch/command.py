@@ -29,6 +29,7 @@ FULL = "HYDRA_FULL_ERROR"
 INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
+RENAMED = {"judges": "metrics", "pace": "preset"}  # groups of evaluate.py, by their old names
 TARGET = "_target_"  # by which Hydra makes objects of its own
 CLOSED = ("searchpath", "callbacks", "job_logging", "hydra_logging")  # of Hydra: what they name is made into objects
 
@@ -276,6 +277,8 @@ def _translated(error: BaseException, config_name: str) -> BaseException:
         hint = f"for one value write '{key}=\"{value}\"', for a list {key}=[...], for a sweep add --multirun"
         return ConfigError(f"{key}={value}: a bare comma could mean several things; {hint}")
     missing = re.search(r"Could not override '([^']+)'", text)
+    if missing and missing[1] in RENAMED:
+        return ConfigError(f"{missing[1]}: now called {RENAMED[missing[1]]}")
     if missing:
         name, siblings = _siblings(missing[1], config_name)
         if name.startswith("controls.") and not siblings:

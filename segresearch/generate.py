@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segresearch import images, runs
-from segresearch.build import build_guidance, device_kind, load_model, with_batch_size
+from segresearch.build import build_guidance, device_kind, load_model, of_model, with_batch_size
 from segresearch.command import hydra_settings
 from segresearch.config import ControlConfig, GenerateConfig, GuidanceConfig
 from segresearch.control_images.identify import Sources
@@ -76,7 +76,7 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
     ValueError for settings that do not fit the model, OSError where the folder cannot be written. On an
     interrupt finished pictures stay.
     """
-    config = with_batch_size(config)
+    config = with_batch_size(of_model(config, model))
     plan = panels(config)
     weights = located(config.model.path)
     sources = Sources(plan, weights)
@@ -141,8 +141,7 @@ def cut(
     common = {k: v for k, v in semantic.items() if k != "panels"}
     loaded = ("name", "path", "variant", "config", "tokenizer")
     common["model"] = {**{key: getattr(config.model, key) for key in loaded}, **common["model"]}
-    kind = device_kind(config.device)
-    common["compute"] = {"device": kind, **dataclasses.asdict(config.compute.resolved(kind))}
+    common["compute"] = config.compute.record(device_kind(config.device))
     common |= {"run": runs.digest(semantic), **runs.versions()}
     for number, panel in enumerate(plan, 1):
         for method, guidance in panel.methods.items():
@@ -269,7 +268,9 @@ def draw(config: GenerateConfig, plan: tuple[Panel, ...], folder: Path, semantic
     texts = [(b.title, b.heads, b.captions) for b in blocks]
     drawn = runs.digest([VERSION, config.grid, texts, title, note])
     whole = {key: value for key, value in whole_config(config, plan).items() if key not in OF_A_CALL}
-    settings = runs.plain({"run": runs.digest(semantic), "drawn": drawn, "settings": semantic})
+    compute = config.compute.record(device_kind(config.device))
+    whole["compute"] = {key: value for key, value in compute.items() if key != "device"}
+    settings = runs.plain({"run": runs.digest(semantic), "drawn": drawn, "settings": semantic, "compute": compute})
     found = images.read_settings(path) or {}
     if not found.pop("generate", None) or found != settings:
         settings["generate"] = whole  # its paths are of this machine, so they are not compared

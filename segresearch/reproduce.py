@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from segresearch import runs
+from segresearch.build import device_kind
 from segresearch.config import ControlConfig, EvaluateConfig, GenerateConfig
 from segresearch.errors import ConfigError
 from segresearch.images import read_settings
@@ -91,7 +92,8 @@ def compared(path: Path, made: Image.Image, notes: tuple[str, ...] = ()) -> Repr
 
 def _made(record: Mapping[str, Any], device: str, out: str) -> tuple[Image.Image, tuple[str, ...]]:
     if "figure" in record:
-        return _opened(_figure(record, device, out)), tuple(_differences(record, {"code": runs.code_version()}))
+        here = {"code": runs.code_version(), "compute": {"device": device_kind(device)}}
+        return _opened(_figure(record, device, out)), tuple(_differences(record, here))
     if "control" in record:
         return _control(record), ()
     config = _config(record, device, out)
@@ -145,13 +147,15 @@ def _figure(record: Mapping[str, Any], device: str, out: str) -> Path:
     if "evaluate" in record:
         from segresearch.evaluation.evaluate import evaluate
 
-        config: EvaluateConfig = typed(EvaluateConfig, {**record["evaluate"], "device": device, "out": out})
+        given = {"compute": EXACT, **record["evaluate"], "device": device, "out": out}
+        config: EvaluateConfig = typed(EvaluateConfig, given)
         folder = evaluate(dataclasses.replace(config, only="all")).folder
     elif "analyze" in record:
         from segresearch.analysis.analyze import analyze
         from segresearch.analysis.settings import AnalyzeConfig
 
-        folder = analyze(typed(AnalyzeConfig, {**record["analyze"], "device": device, "out": out})).folder
+        given = {"compute": EXACT, **record["analyze"], "device": device, "out": out}
+        folder = analyze(typed(AnalyzeConfig, given)).folder
     else:
         raise ConfigError("figure: of what run is missing")
     path = folder / "figures" / f"{Path(name).name}.png"
@@ -184,7 +188,7 @@ def _flat_grid(record: Mapping[str, Any]) -> Mapping[str, Any]:
         return record
     settings = record["settings"]
     contents = {f"panel {i}": panel["controls"] for i, panel in enumerate(settings["panels"], 1) if "controls" in panel}
-    return {"model": settings["model"], "contents": contents}
+    return {"model": settings["model"], "contents": contents, "compute": record.get("compute", {})}
 
 
 def _differences(given: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

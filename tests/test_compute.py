@@ -9,7 +9,7 @@ import pytest
 import torch
 from guidance_models import denoiser, noisy
 
-from segresearch.errors import ConfigError
+from segresearch.errors import ConfigError, InputError
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, cfg, perturbed
 from segresearch.models import Denoiser
 from segresearch.models.compute import Compute, Runner, arithmetic
@@ -40,8 +40,9 @@ def test_arithmetic_holds_for_the_block_alone(precision, flags):
         (Compute(), "cpu", {}),
         (Compute(), "cuda:1", {"precision": "fast"}),
         (Compute(precision="exact", offload=True), "cuda", {}),
-        (Compute(precision="fast"), "cpu", {"precision": "fast"}),
-        (Compute(graph=True, compile=True, vae_tile=512), "cpu", {"graph": True, "compile": True, "vae_tile": 512}),
+        (Compute(precision="fast", graph=True), "cpu", {}),
+        (Compute(compile=True, vae_tile=512), "cpu", {"compile": True, "vae_tile": 512}),
+        (Compute("exact", graph=True, compile=True), "cuda", {"graph": True, "compile": True}),
     ],
 )
 def test_the_identity_is_what_differs_from_the_plain_way(compute, device, identity):
@@ -52,6 +53,21 @@ def test_the_identity_is_what_differs_from_the_plain_way(compute, device, identi
 def test_settings_that_cannot_be_are_refused(values):
     with pytest.raises(ConfigError, match=f"compute.{next(iter(values))}"):
         typed(Compute, values, "compute")
+
+
+@pytest.mark.parametrize("values", [{"graph": 1}, {"offload": "false"}, {"vae_tile": 64.5}, {"vae_tile": "128"}])
+def test_values_of_another_type_are_refused(values):
+    compute, ((name, value),) = Compute(), values.items()
+    object.__setattr__(compute, name, value)  # past the check of types that the tests add
+    with pytest.raises(InputError, match=f"compute.{name}="):
+        compute.__post_init__()
+
+
+def test_the_record_is_of_what_acts():
+    record = Compute(graph=True, vae_tile=512).record("cuda:1")
+    assert (record["device"], record["precision"], record["graph"], record["vae_tile"]) == ("cuda", "fast", True, 512)
+    record = Compute(graph=True, precision="fast").record("cpu")
+    assert (record["device"], record["precision"], record["graph"]) == ("cpu", "exact", False)
 
 
 # --- layouts of calls -------------------------------------------------------------------------------
@@ -97,6 +113,43 @@ def test_what_may_keep_a_state_is_not_captured():
         with pytest.raises(NotCapturable):
             layout(value)
     assert layout((math.sqrt, functools.partial(math.pow, 2.0), tf32, PAG())).tensors == ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """Looks like a value, and takes notes."""
+
+    seen: list
+
+    def __call__(self, q, k, v, site):
+        self.seen.append(q)
+        return v
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    scale: float
+
+    def __post_init__(self):
+        object.__setattr__(self, "seen", [])
+
+
+def test_a_frozen_dataclass_that_can_take_notes_is_not_captured():
+    for value in (Notes([]), Hidden(1.0)):
+        with pytest.raises(NotCapturable):
+            layout(value)
+    space: dict = {"__name__": "nowhere"}
+    exec("def outer():\n    seen = []\n    def inner(q): seen.append(q)\n    return inner", space)
+    with pytest.raises(NotCapturable):
+        layout(space["outer"]())
+
+
+def test_a_network_that_was_moved_is_another():
+    net = torch.nn.Linear(2, 2)
+    before = layout(net).key
+    assert layout(net).key == before
+    net.half()
+    assert layout(net).key != before
 
 
 def test_a_graph_runs_where_there_is_a_gpu_and_gradients_are_off():
@@ -192,6 +245,55 @@ def test_a_network_that_cannot_be_compiled_runs_as_it_is(monkeypatch):
         out = run(lambda net, x: net(x), failing, x)
     assert torch.equal(out, failing(x))
     assert torch.equal(run(lambda net, x: net(x), failing, x), out)
+
+
+def test_more_variants_than_a_compiler_takes_run_as_they_are(monkeypatch):
+    net = torch.nn.Linear(2, 2).requires_grad_(False)
+
+    class FailOnRecompileLimitHit(Exception):
+        __module__ = "torch._dynamo.exc"
+
+    def limited(net, **options):
+        def call(*args):
+            raise FailOnRecompileLimitHit("recompile_limit reached")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", limited)
+    run, x = Runner(Compute(compile=True)), torch.ones(1, 2)
+    with pytest.warns(UserWarning, match="runs uncompiled: recompile_limit reached"):
+        assert torch.equal(run(lambda net, x: net(x), net, x), net(x))
+
+
+def test_a_call_that_is_watched_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda net, **options: pytest.fail("compiled"))
+    seen = []
+    run, net = Runner(Compute(compile=True)), torch.nn.Linear(2, 2).requires_grad_(False)
+    with pytest.warns(UserWarning, match="compute.compile: a call runs uncompiled: .* may keep a state"):
+        run(lambda net, x, note: note(net(x)), net, torch.ones(1, 2), seen.append)
+    assert len(seen) == 1
+
+
+def test_a_defect_of_a_network_is_no_matter_of_the_compiler(monkeypatch):
+    def broken(net, **options):
+        def call(*args):
+            raise KeyError("a defect")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(KeyError, match="a defect"):
+        Runner(Compute(compile=True))(lambda net, x: net(x), torch.nn.Linear(2, 2), torch.ones(1, 2))
+
+
+def test_prepared_conditionings_cannot_be_changed():
+    x, sigma, conds = noisy(2)
+    model = GuidedDenoiser(denoiser(), {"cfg": cfg(3.0)})
+    prepared = model.prepare({"conds": conds})["conds"]
+    with pytest.raises(TypeError):
+        prepared["cond"] = conds["uncond"]
+    assert prepared.joined(["cond", "uncond"], 2) is prepared.joined(["cond", "uncond"], 2)
+    torch.testing.assert_close(model(x, sigma, prepared), model(x, sigma, conds), rtol=0, atol=1e-12)
 
 
 def test_frozen_settings():

@@ -128,7 +128,7 @@ def test_shards_lie_by_what_pictures_depend_on():
                          "compute.offload=true")  # fmt: skip
     assert places("experiment=table2", "device=cuda") == places("experiment=table2", "device=cuda", "batch_size=100")
     assert one == places("experiment=table2", "batch_size=25") != places("experiment=table2", "batch_size=100")
-    changes = ["device=cuda", "compute.compile=true", "compute.graph=true", "compute.vae_tile=64",
+    changes = ["device=cuda", "compute.compile=true", "device=cuda compute.graph=true", "compute.vae_tile=64",
                "batch_size=4", "shard=48", "steps=9", "sampler=heun", "prompts='scene:1-'", "model.dtype=float16",
                "controlnet=canny controls.canny.image=scene:0-", "controlnet=canny controls.canny.image=scene:1-",
                "controlnet=canny controls.canny.image=scene:0-999",

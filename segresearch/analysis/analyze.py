@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from segresearch import runs
 from segresearch.analysis.settings import AnalyzeConfig, measured_steps
-from segresearch.build import build_guidance, device_kind, load_model, with_batch_size
+from segresearch.build import build_guidance, device_kind, load_model, of_model, with_batch_size
 from segresearch.command import hydra_settings
 from segresearch.config import ScheduleConfig
 from segresearch.errors import ConfigError
@@ -57,7 +57,7 @@ def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
     the folder cannot be written.
     """
     start = time.perf_counter()
-    config = with_batch_size(config)
+    config = with_batch_size(of_model(config, model))
     images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
     identity = semantics(config, images, runs.fingerprint(located(config.model.path)))
     folder = runs.run_folder(config.out, config.name, identity)
@@ -164,8 +164,11 @@ def _measured(
     drawn = story.draw(config, recording, rows, pictures, images)
     paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
     asked = {key: value for key, value in runs.plain(config).items() if key not in ("out", "device", "wandb")}
+    compute = config.compute.record(device_kind(config.device))
+    asked["compute"] = {key: value for key, value in compute.items() if key != "device"}
+    record = {"code": runs.code_version(), "analyze": asked, "compute": compute}
     for name, figure in drawn.items():
-        figures.save(figure, paths[name], {"figure": name, "code": runs.code_version(), "analyze": asked})
+        figures.save(figure, paths[name], {"figure": name, **record})
     runs.write(folder / "config.yaml", written_config(config))
     runs.write(folder / "table.csv", measurements.to_csv(rows))
     verdict_rows = [claim.row() for claim in claims]

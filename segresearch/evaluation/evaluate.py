@@ -26,7 +26,7 @@ import torch
 
 from segresearch import runs
 from segresearch.analysis.figures import save
-from segresearch.build import device_kind, load_model, with_batch_size
+from segresearch.build import device_kind, load_model, of_model, with_batch_size
 from segresearch.command import exit_code, hydra_settings, line
 from segresearch.config import EvaluateConfig
 from segresearch.errors import CheckpointError, ConfigError, Ended
@@ -76,7 +76,8 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
     model: already loaded. place: among several workers; None asks the environment. ValueError for settings that do not
     fit, `Ended` with a code of its own for weights, room and what is not complete.
     """
-    config, kind = with_batch_size(config), device_kind(config.device)
+    config = with_batch_size(of_model(config, model))
+    kind = device_kind(config.device)
     with _ending(), threads(config.threads), arithmetic(config.compute.resolved(kind).precision, kind):
         plan, place = study(config), place or worker()
         plan = placed(config, plan, located(config.model.path))

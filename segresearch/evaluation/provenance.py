@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from segresearch import runs
+from segresearch.build import device_kind
 from segresearch.config import EvaluateConfig, GenerateConfig
 from segresearch.control_images.identify import Sources
 from segresearch.evaluation import shards
@@ -46,4 +47,6 @@ def figure_record(config: EvaluateConfig, figure: str) -> Mapping[str, Any]:
     """What a figure of a study carries."""
     of_a_call = ("out", "device", "only", "wandb")
     asked = {key: value for key, value in runs.plain(config).items() if key not in of_a_call}
-    return {"figure": figure, "code": runs.code_version(), "evaluate": asked}
+    compute = config.compute.record(device_kind(config.device))
+    asked["compute"] = {key: value for key, value in compute.items() if key != "device"}
+    return {"figure": figure, "code": runs.code_version(), "evaluate": asked, "compute": compute}

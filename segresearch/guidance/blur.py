@@ -55,7 +55,7 @@ def fold_taps(taps: Float[Tensor, " size"], n: int, boundary: str) -> Float[Tens
     return matrix.scatter_add_(1, source, taps.expand(n, size))
 
 
-@constant(maxsize=256)
+@constant
 def _matrix(n: int, sigma: float | int, boundary: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     # in fp64, so on the CPU, for some devices have none; compiled code makes it where it is used
     place = device if torch.compiler.is_compiling() else CPU

@@ -5,7 +5,7 @@ x (b, 4, h, w) ─► [ before the fork: a block of b rows for each conditioning
                ─► D[branch] ─► D = D[base] + Σ s(σ)·(D[pos] − D[neg]) ─► post-processors
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -275,12 +275,24 @@ class GuidedDenoiser:
         return "\n".join(lines)
 
 
-class Prepared(dict[str, Cond]):
-    """Conditionings by name, for a run of calls: what a batch needs of several is joined at its first call."""
+class Prepared(Mapping[str, Cond]):
+    """Conditionings by name, for a run of calls: what a batch needs of several is joined at its first call.
+
+    It cannot be changed; for other conditionings call `prepare` again.
+    """
 
     def __init__(self, conds: Mapping[str, Cond]):
-        super().__init__(conds)
+        self._conds = dict(conds)
         self.joins: dict[tuple[tuple[str, ...], int], Cond] = {}
+
+    def __getitem__(self, name: str) -> Cond:
+        return self._conds[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._conds)
+
+    def __len__(self) -> int:
+        return len(self._conds)
 
     def joined(self, names: Sequence[str], rows: int) -> Cond:
         """`rows` rows of each of these conditionings, one after another."""
@@ -290,7 +302,7 @@ class Prepared(dict[str, Cond]):
         return self.joins[key]
 
 
-@constant(maxsize=64)
+@constant
 def _copies(blocks: tuple[int, ...], rows: int, device: torch.device) -> Int[Tensor, " rows_out"]:
     """The row numbers of these blocks of `rows` rows, one block after another; made once, not once a step."""
     return torch.tensor([block * rows + row for block in blocks for row in range(rows)], device=device)

@@ -49,7 +49,7 @@ def _freeze(perturbation: Any) -> None:
             raise InputError(f"heads={list(heads)}: head indices start at 0")
 
 
-@constant(maxsize=64)
+@constant
 def _mask(heads: tuple[int, ...], count: int, site: str, device: torch.device) -> Bool[Tensor, "1 {count} 1 1"]:
     check_heads(heads, count, site)
     numbers = torch.arange(count, device=device)

@@ -135,7 +135,7 @@ class SelfAttentionGuidance:
         return "\n".join([f"{first} + {term}", sag + where, *rest, f"  and {own}1 row per image in a second forward"])
 
 
-@constant(maxsize=64)
+@constant
 def _latent_blur(n: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "{n} {n}"]:
     """One axis of the latent blur; built on the CPU and moved once, not once a step."""
     return fold_taps(gaussian_taps(sigma, TAPS).to(dtype), n, "reflect").to(device=device)

@@ -38,18 +38,28 @@ class Compute:
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "exact", "fast"):
             raise InputError(f"compute.precision={self.precision!r}: choose auto, exact or fast")
-        if self.vae_tile is not None and self.vae_tile < 64:
-            raise InputError(f"compute.vae_tile={self.vae_tile!r}: at least 64 pixels, or null for whole pictures")
+        for name in ("graph", "compile", "offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"compute.{name}={getattr(self, name)!r}: true or false")
+        tile = self.vae_tile
+        if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 64):
+            raise InputError(f"compute.vae_tile={tile!r}: whole pixels from 64 up, or null for whole pictures")
 
     def resolved(self, device: "torch.device | str") -> "Compute":
-        """With `precision` decided for this device."""
-        if self.precision != "auto":
-            return self
-        return replace(self, precision="fast" if str(device).startswith("cuda") else "exact")
+        """What of it acts on this device, with `precision` decided: only a GPU has another arithmetic, and graphs."""
+        if not str(device).startswith("cuda"):
+            return replace(self, precision="exact", graph=False)
+        return self if self.precision != "auto" else replace(self, precision="fast")
+
+    def record(self, device: "torch.device | str") -> dict[str, Any]:
+        """For the record of a PNG: the kind of device, and what acts on it."""
+        kind = str(device).partition(":")[0]
+        return {"device": kind, **asdict(self.resolved(kind))}
 
     def identity(self, device: "torch.device | str") -> dict[str, Any]:
-        """What of it can change a pixel on this device, as {"compute": {...}}; {} where that is nothing: eager, exact,
-        whole pictures."""
+        """What of it acts on this device and is not the plain way (eager, exact, whole), as {"compute": {...}}.
+
+        {} where that is nothing. Where a network lies between its calls changes nothing."""
         plain = asdict(Compute(precision="exact"))
         own = {key: value for key, value in asdict(self.resolved(device)).items() if key != "offload"}
         own = {key: value for key, value in own.items() if value != plain[key]}
@@ -57,6 +67,7 @@ class Compute:
 
 
 PLAIN = Compute()
+VARIANTS = 64  # of a network that are compiled: shapes, dtypes, sets of branches
 
 
 @contextmanager
@@ -89,6 +100,7 @@ class Runner:
         self.compute = compute
         self.graphs: Any = None
         self.networks: dict[Any, Any] = {}  # by the plain one, its compiled form; the plain one again where that fails
+        self.lines: set[str] = set()
         if compute.graph:
             from segresearch.models.graphs import Graphs
 
@@ -101,17 +113,38 @@ class Runner:
                 return self._run(function, net, x, *args)
             import torch
 
+            from segresearch.models.graphs import NotCapturable, layout
+
+            try:
+                layout(args)  # a new closure at every call, such as a recorder's, would be compiled at every call
+            except NotCapturable as state:
+                self._once(f"compute.compile: a call runs uncompiled: {state}")
+                return self._run(function, net, x, *args)
             if net not in self.networks:
                 self.networks[net] = torch.compile(net, dynamic=False, fullgraph=True)
             try:
-                return self._run(function, self.networks[net], x, *args)
-            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:  # type: ignore[attr-defined]
-                if self.networks[net] is net:
+                with torch._dynamo.config.patch(recompile_limit(), VARIANTS):  # type: ignore[attr-defined]
+                    return self._run(function, self.networks[net], x, *args)
+            except Exception as error:
+                of_the_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+                if not of_the_compiler or self.networks[net] is net:
                     raise
                 self.networks[net] = net
                 reason = " ".join(str(error).split()[:40])
-                warnings.warn(f"compute.compile: {type(net).__name__} runs uncompiled: {reason}", stacklevel=2)
+                self._once(f"compute.compile: {type(net).__name__} runs uncompiled: {reason}")
                 return self._run(function, net, x, *args)
 
     def _run(self, function: Callable[..., Any], net: Any, *args: Any) -> Any:
         return function(net, *args) if self.graphs is None else self.graphs(function, net, *args)
+
+    def _once(self, line: str) -> None:
+        if line not in self.lines:
+            self.lines.add(line)
+            warnings.warn(line, stacklevel=3)
+
+
+def recompile_limit() -> str:
+    """The name of torch's setting of how many variants of a network it compiles; it was renamed."""
+    import torch
+
+    return "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"

@@ -53,8 +53,9 @@ def _key(value: Any, tensors: list[Tensor]) -> Hashable:
         return ("tensor", value.shape, value.stride(), value.dtype, value.device)
     if isinstance(value, LEAVES):
         return (type(value), value)
-    if isinstance(value, nn.Module):
-        return ("network", id(value))
+    if isinstance(value, nn.Module):  # where its weights lie, should it be moved
+        first = next(iter(value.parameters()), None)
+        return ("network", id(value), None if first is None else (first.data_ptr(), first.dtype))
     if isinstance(value, Mapping):
         return ("mapping", *((_key(k, tensors), _key(v, tensors)) for k, v in value.items()))
     if isinstance(value, tuple | list | range):
@@ -63,17 +64,34 @@ def _key(value: Any, tensors: list[Tensor]) -> Hashable:
         return ("partial", _key(value.func, tensors), _key(value.args, tensors), _key(value.keywords, tensors))
     if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and of_a_module(value):
         return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    if is_value(value):
         return (type(value), *(_key(getattr(value, f.name), tensors) for f in dataclasses.fields(value)))
     raise NotCapturable(f"{value!r} may keep a state")
 
 
 def of_a_module(function: Any) -> bool:
-    """Whether a module holds this function under its own name: no closure, no method."""
-    module = sys.modules.get(function.__module__ or "")
-    return isinstance(getattr(function, "__self__", None), types.ModuleType | None) and (
-        module is None or getattr(module, function.__qualname__, None) is function
-    )
+    """Whether a module holds this function under its own name: no closure, no method; or it is one of C's."""
+    if isinstance(function, types.BuiltinFunctionType):
+        return isinstance(function.__self__, types.ModuleType | None)
+    module = sys.modules.get(function.__module__)
+    return module is not None and getattr(module, function.__qualname__, None) is function
+
+
+def is_value(instance: Any) -> bool:
+    """Whether this is a frozen dataclass whose fields are all it holds. One of another package that can be called must
+    be hashable too: a list in it could take notes."""
+    if not dataclasses.is_dataclass(instance) or isinstance(instance, type):
+        return False
+    fields = {field.name for field in dataclasses.fields(instance)}
+    if not instance.__dataclass_params__.frozen or not set(getattr(instance, "__dict__", ())) <= fields:  # type: ignore[attr-defined]
+        return False
+    if not callable(instance) or type(instance).__module__.startswith("segresearch."):
+        return True
+    try:
+        hash(instance)
+    except TypeError:
+        return False
+    return True
 
 
 def rebuilt(value: Any, tensors: Sequence[Tensor]) -> Any:
@@ -154,7 +172,7 @@ class Graphs:
             refuse_state(tensors)
         except NotCapturable as reason:
             return self._plain(str(reason), function, args)
-        key = (getattr(function, "__name__", function), *(one.key for one in layouts))
+        key = (getattr(function, "__func__", function), *(one.key for one in layouts))
         if key not in self.graphs:
             while len(self.graphs) >= self.limit:
                 self.graphs.popitem(last=False)
@@ -179,6 +197,8 @@ class Graphs:
         known = self.memo.get(id(value))
         if known is not None and known[0] is value:
             return known[1]
+        if len(self.numbers) > 4096:  # of arguments that are new at every call
+            self.clear()
         whole = layout(value)
         one = Layout(whole.tensors, self.numbers.setdefault(whole.key, len(self.numbers)))
         if len(one.tensors) > 2 and dataclasses.is_dataclass(value):

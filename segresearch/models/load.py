@@ -180,6 +180,8 @@ def load_sdxl(
             raise InputError(f"{asked}={kind!r}: the networks run in torch.float32, bfloat16, float16 or float64")
     if torch.device(device).type == "meta" or (torch.device(device).type == "cuda" and not torch.cuda.is_available()):
         raise InputError(f"device={str(device)!r} cannot run the networks here: give another, such as 'cpu'")
+    if not isinstance(compute, Compute):
+        raise InputError(f"compute={compute!r}: give Compute(precision=..., graph=..., ...)")
     path = located(path_or_name)
     if path.is_dir():
         for name, value in (("config", config), ("tokenizer", tokenizer)):
