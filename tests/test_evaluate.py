@@ -53,7 +53,7 @@ def sketched():
     with pytest.MonkeyPatch.context() as patch:
         loading = run.judges
         patch.setattr(run, "judges", judges)
-        patch.setattr(run.figure, "draw", draw)
+        patch.setattr(run.plots, "draw", draw)
         yield
 
 

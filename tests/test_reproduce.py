@@ -97,7 +97,7 @@ def test_pictures_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, 
         made.subplots().plot([1, 2])
         return {"quality": made}
 
-    monkeypatch.setattr(run.figure, "draw", draw)
+    monkeypatch.setattr(run.plots, "draw", draw)
     given = {
         "model": {"name": "tiny", "path": str(folder)}, "sampler": {"name": "euler"}, "schedule": {"name": "leading"},
         "compare": [{}, {"label": "SEG", "terms": {"seg": SEG}}], "prompts": ["red", ""], "controls": {"canny": CANNY},

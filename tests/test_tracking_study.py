@@ -27,7 +27,7 @@ def drawn(monkeypatch):
         made.subplots().plot([1, 2])
         return {"quality": made}
 
-    monkeypatch.setattr(run.figure, "draw", draw)
+    monkeypatch.setattr(run.plots, "draw", draw)
 
 
 @pytest.fixture(scope="module")
