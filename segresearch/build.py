@@ -61,10 +61,14 @@ def with_batch_size(config: Sized) -> Sized:
 
 
 def of_model(config: Any, model: "SDXL | None") -> Any:
-    """A run's settings with the device and the `compute` of a model that is loaded already; None changes nothing."""
+    """A run's settings with the `compute` of a model that is loaded already, and its device for "auto".
+
+    None changes nothing.
+    """
     if model is None:
         return config
-    return dataclasses.replace(config, device=str(model.device), compute=model.compute)
+    device = str(model.device) if config.device == "auto" else config.device
+    return dataclasses.replace(config, device=device, compute=model.compute)
 
 
 def load_model(
