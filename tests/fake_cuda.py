@@ -270,25 +270,31 @@ def check_same(found: Any, expected: Any, device: str = "cuda", rtol: float = 2e
 
 
 CONFIG = UNetConfig(
-    down_block_types=("DownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "UpBlock2D"),
-    block_out_channels=(8, 16),
-    layers_per_block=(1, 1),
-    transformer_layers_per_block=(1, 2),
-    heads=(1, 2),
+    down_block_types=("DownBlock2D",),
+    up_block_types=("UpBlock2D",),
+    block_out_channels=(16,),
+    layers_per_block=(1,),
+    transformer_layers_per_block=(2,),
+    heads=(2,),
     cross_attention_dim=12,
     addition_time_embed_dim=4,
     projection_class_embeddings_input_dim=6 * 4 + 8,
     norm_num_groups=4,
 )  # two sites, in the mid block
+LEVELS = dataclasses.replace(  # with a downsampling and an upsampling
+    CONFIG, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, block_out_channels=(8, 16),
+    layers_per_block=(1, 1), transformer_layers_per_block=(1, 2), heads=(1, 2),
+)  # fmt: skip
 
 
 @lru_cache
-def real_denoiser(dtype: torch.dtype = torch.float32, prediction: str = "epsilon") -> Denoiser:
+def real_denoiser(
+    dtype: torch.dtype = torch.float32, prediction: str = "epsilon", config: UNetConfig = CONFIG
+) -> Denoiser:
     """A tiny random network on the CPU, its attention far from uniform."""
     with on_the_cpu(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = UNet(CONFIG).eval().requires_grad_(False)
+        unet = UNet(config).eval().requires_grad_(False)
         for name, weight in unet.named_parameters():
             if "attn1.to_q" in name or "attn1.to_k" in name:
                 weight *= 3
@@ -296,9 +302,11 @@ def real_denoiser(dtype: torch.dtype = torch.float32, prediction: str = "epsilon
 
 
 @lru_cache
-def fake_denoiser(dtype: torch.dtype = torch.float32, prediction: str = "epsilon") -> Denoiser:
+def fake_denoiser(
+    dtype: torch.dtype = torch.float32, prediction: str = "epsilon", config: UNetConfig = CONFIG
+) -> Denoiser:
     """The same network on the device, its schedule too."""
-    return Denoiser(moved(real_denoiser(dtype, prediction).unet), alphas_cumprod({}).to("cuda"), prediction)
+    return Denoiser(moved(real_denoiser(dtype, prediction, config).unet), alphas_cumprod({}).to("cuda"), prediction)
 
 
 def real_inputs(rows: int = 2, dtype: torch.dtype = torch.float32, sigma: float = 3.0) -> tuple[Tensor, Tensor, dict]:

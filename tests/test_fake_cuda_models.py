@@ -9,6 +9,7 @@ import torch
 from fake_cuda import (
     CONFIG,
     DTYPES,
+    LEVELS,
     check_same,
     fake_denoiser,
     gpu,  # noqa: F401  a fixture
@@ -53,7 +54,7 @@ def random(module: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.parametrize("dtype, prediction", [*((d, "epsilon") for d in DTYPES), (torch.float32, "v_prediction")])
 def test_denoiser(gpu, dtype, prediction):  # noqa: F811
     x, sigma, conds = real_inputs(dtype=dtype)
-    fake, real = fake_denoiser(dtype, prediction), real_denoiser(dtype, prediction)
+    fake, real = fake_denoiser(dtype, prediction, LEVELS), real_denoiser(dtype, prediction, LEVELS)
     with on_the_cpu():
         expected = real(x, sigma, cond=conds["cond"]), real.loss(x, x.flip(0), sigma, cond=conds["cond"])
     x, sigma, conds = sent((x, sigma, conds))
