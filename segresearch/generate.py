@@ -268,8 +268,9 @@ def draw(config: GenerateConfig, plan: tuple[Panel, ...], folder: Path, semantic
     texts = [(b.title, b.heads, b.captions) for b in blocks]
     drawn = runs.digest([VERSION, config.grid, texts, title, note])
     whole = {key: value for key, value in whole_config(config, plan).items() if key not in OF_A_CALL}
-    compute = config.compute.record(device_kind(config.device))
-    whole["compute"] = {key: value for key, value in compute.items() if key != "device"}
+    kind = device_kind(config.device)
+    whole["compute"] = runs.plain(config.compute.resolved(kind))
+    compute = config.compute.record(kind)
     settings = runs.plain({"run": runs.digest(semantic), "drawn": drawn, "settings": semantic, "compute": compute})
     found = images.read_settings(path) or {}
     if not found.pop("generate", None) or found != settings:

@@ -202,6 +202,24 @@ def test_graphs_are_bounded_and_freed(monkeypatch):
     assert not calls.graphs and not calls.memo and calls.pool is None
 
 
+def test_numbers_of_layouts_are_not_renewed_within_a_call(monkeypatch):
+    """A key of old and new numbers could be that of another call."""
+    monkeypatch.setattr("segresearch.models.graphs.refuse_state", lambda tensors: None)
+
+    class Same(Graphs):
+        def _captured(self, function, args, tensors):
+            static, result = tensors[0].clone(), tensors[0].clone()
+            return Graph(Replay(static, result), tuple(tensors), [(t, -1) for t in tensors], result, ())
+
+    calls = Same()
+    calls.numbers = {("old", i): i for i in range(4096)}
+    for size in (1, 2):
+        calls(torch.add, torch.ones(size), torch.ones(size, dtype=torch.float64))
+        newest = next(reversed(calls.graphs))
+        assert set(newest[1:]) <= set(calls.numbers.values())
+    assert len(calls.numbers) == 2  # they were renewed before the second call
+
+
 def test_a_failed_capture_is_not_tried_again(monkeypatch):
     monkeypatch.setattr("segresearch.models.graphs.refuse_state", lambda tensors: None)
     tries = []

@@ -1,7 +1,7 @@
 """One run of the energy bench: sample, capture q and k, measure, judge, draw, and write it all as a page.
 
     <out>/<name>/<id>/  index.html      the page, which holds its figures and works offline
-                        measurements.csv       site × head × σ_t × blur σ × boundary
+                        table.csv       site × head × σ_t × blur σ × boundary
                         verdicts.csv    claim × boundary × blur σ
                         figures/*.png   config.yaml
                         recording/      the captured q and k, if they are to be kept
@@ -154,8 +154,7 @@ def _measured(
     rows: list[measurements.Row] = []
     judged: list[measurements.Judged] = []
     sites = tuple(sdxl.unet.site_heads)
-    device = sdxl.unet.conv_in.weight.device
-    device = device if device.type == "cuda" else torch.device("cpu")  # both have fp64
+    device = sdxl.device if sdxl.device.type == "cuda" else torch.device("cpu")  # both have fp64
     measured = measurements.measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
     for some, claims in tqdm(measured, total=len(recording), unit="site", disable=None, leave=False):
         rows += some
@@ -164,9 +163,9 @@ def _measured(
     drawn = story.draw(config, recording, rows, pictures, images)
     paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
     asked = {key: value for key, value in runs.plain(config).items() if key not in ("out", "device", "wandb")}
-    compute = config.compute.record(device_kind(config.device))
-    asked["compute"] = {key: value for key, value in compute.items() if key != "device"}
-    record = {"code": runs.code_version(), "analyze": asked, "compute": compute}
+    kind = device_kind(config.device)
+    asked["compute"] = runs.plain(config.compute.resolved(kind))
+    record = {"code": runs.code_version(), "analyze": asked, "compute": config.compute.record(kind)}
     for name, figure in drawn.items():
         figures.save(figure, paths[name], {"figure": name, **record})
     runs.write(folder / "config.yaml", written_config(config))

@@ -47,6 +47,7 @@ def figure_record(config: EvaluateConfig, figure: str) -> Mapping[str, Any]:
     """What a figure of a study carries."""
     of_a_call = ("out", "device", "only", "wandb")
     asked = {key: value for key, value in runs.plain(config).items() if key not in of_a_call}
-    compute = config.compute.record(device_kind(config.device))
-    asked["compute"] = {key: value for key, value in compute.items() if key != "device"}
+    kind = device_kind(config.device)
+    asked["compute"] = runs.plain(config.compute.resolved(kind))
+    compute = config.compute.record(kind)
     return {"figure": figure, "code": runs.code_version(), "evaluate": asked, "compute": compute}

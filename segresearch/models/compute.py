@@ -115,8 +115,10 @@ class Runner:
 
             from segresearch.models.graphs import NotCapturable, layout
 
+            of_one = layout if self.graphs is None else self.graphs.layout  # which keeps that of the text
             try:
-                layout(args)  # a new closure at every call, such as a recorder's, would be compiled at every call
+                for arg in args:  # a new closure at every call, such as a recorder's, would be compiled at every call
+                    of_one(arg)
             except NotCapturable as state:
                 self._once(f"compute.compile: a call runs uncompiled: {state}")
                 return self._run(function, net, x, *args)

@@ -166,8 +166,10 @@ class Graphs:
         self.reasons: set[str] = set()
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        if len(self.numbers) > 4096:  # of arguments that are new at every call
+            self.clear()
         try:
-            layouts = [self._layout(arg) for arg in args]
+            layouts = [self.layout(arg) for arg in args]
             tensors = [tensor for one in layouts for tensor in one.tensors]
             refuse_state(tensors)
         except NotCapturable as reason:
@@ -192,13 +194,11 @@ class Graphs:
         self.numbers.clear()
         self.pool = None
 
-    def _layout(self, value: Any) -> Layout:
-        """Its `layout`; that of a value of many tensors is kept, for the next step brings the same object."""
+    def layout(self, value: Any) -> Layout:
+        """Its `layout`, with a number for the key. That of a value of many tensors is kept: it comes at every step."""
         known = self.memo.get(id(value))
         if known is not None and known[0] is value:
             return known[1]
-        if len(self.numbers) > 4096:  # of arguments that are new at every call
-            self.clear()
         whole = layout(value)
         one = Layout(whole.tensors, self.numbers.setdefault(whole.key, len(self.numbers)))
         if len(one.tensors) > 2 and dataclasses.is_dataclass(value):
