@@ -111,20 +111,20 @@ def build_guidance(config: GuidanceConfig, denoiser: Any, post: Sequence[Callabl
 
     terms = {}
     for name, term in config.terms.items():
-        window = term.window or EVERYWHERE
+        interval = term.interval or EVERYWHERE
         if isinstance(term, CFGTerm):
-            terms[name] = cfg(_scale(term.weight), window=window)
+            terms[name] = cfg(_scale(term.weight), interval=interval)
         else:
             several = term.perturbation if isinstance(term.perturbation, tuple) else (term.perturbation,)
             made = [build_perturbation(p, f"guidance.terms.{name}.perturbation") for p in several]
-            terms[name] = perturbed(name, made, _scale(term.scale), base=term.base, window=window)
+            terms[name] = perturbed(name, made, _scale(term.scale), base=term.base, interval=interval)
     own = [] if config.apg is None else [Projected(config.apg.eta, config.apg.norm)]
     model = GuidedDenoiser(denoiser, terms, rescale=config.rescale, post=[*own, *post])
     sag = config.sag
     if sag is None:
         return model
     return SelfAttentionGuidance(
-        model, _scale(sag.scale), sag.blur_sigma, sag.threshold, base=sag.base, window=sag.window or EVERYWHERE
+        model, _scale(sag.scale), sag.blur_sigma, sag.threshold, base=sag.base, interval=sag.interval or EVERYWHERE
     )
 
 

@@ -93,18 +93,18 @@ class CFGTerm:
 
     kind: Literal["cfg"]
     weight: float | RampConfig
-    window: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class PerturbedTerm:
-    """scale·(D[base] − D[base, perturbed]) while sigma lies in `window`; several perturbations share one branch."""
+    """scale·(D[base] − D[base, perturbed]) while sigma lies in `interval`; several perturbations share one branch."""
 
     kind: Literal["perturbed"]
     perturbation: PerturbationConfig | tuple[PerturbationConfig, ...]
     scale: float | RampConfig
     base: Literal["cond", "uncond"] = "cond"
-    window: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class SAGConfig:
     blur_sigma: Width = 1.0
     threshold: Width = 1.0
     base: Literal["cond", "uncond"] | None = None
-    window: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -108,13 +108,13 @@ def test_guidance_is_what_the_config_says():
     config = composed(
         "guidance=seg_cfg", "model=sdxl", f"{seg}.perturbation.sigma=2", f"{seg}.perturbation.on=k",
         f"{seg}.base=uncond",
-        f"{seg}.perturbation.heads=[1]", f"{seg}.window=[1,inf]", f"{seg}.perturbation.where=[mid,up.0.0,-1]",
+        f"{seg}.perturbation.heads=[1]", f"{seg}.interval=[1,inf]", f"{seg}.perturbation.where=[mid,up.0.0,-1]",
         "guidance.terms.cfg.weight={start: 7, stop: 2}", "guidance.rescale=0.5",
     )  # fmt: skip
     place = {"where": ("mid", "up.0.0", -1), "heads": [1]}
     terms = {
         "cfg": cfg(Ramp(7.0, 2.0)),
-        "seg": perturbed("seg", SEG(2.0, on="k", **place), 3.0, base="uncond", window=(1.0, math.inf)),
+        "seg": perturbed("seg", SEG(2.0, on="k", **place), 3.0, base="uncond", interval=(1.0, math.inf)),
     }
     expected = GuidedDenoiser(denoiser(), terms, rescale=0.5)
     built = build_guidance(config.guidance, denoiser())

@@ -21,7 +21,7 @@ from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance
 from segresearch.models import Denoiser, load_sdxl
 from segresearch.models.controlnet import ControlNet, ControlNetConfig, controlled, weighted
 from segresearch.models.unet import Control, UNetConfig
-from segresearch.sampling import ALWAYS, initial_noise, sample, sigmas, step_window
+from segresearch.sampling import ALWAYS, initial_noise, sample, sigmas, step_interval
 
 # --- the network ------------------------------------------------------------------------------------
 
@@ -190,8 +190,8 @@ def test_shared_residuals_equal_those_of_every_row(terms, sag):
     x, sigma, conds = noisy(2, 4, 8)
     control = [
         controlled(net(0), picture(2), scale=0.7),
-        controlled(net(1), picture(1, seed=8), scale=-0.4, window=(2.0, 4.0)),
-        controlled(net(2), picture(2, seed=7), window=(4.0, math.inf)),
+        controlled(net(1), picture(1, seed=8), scale=-0.4, interval=(2.0, 4.0)),
+        controlled(net(2), picture(2, seed=7), interval=(4.0, math.inf)),
     ]
 
     def guided(inner, fork=True):
@@ -233,7 +233,7 @@ def test_nothing_is_computed_where_nothing_acts():
     x, sigma, conds = noisy(2, 4, 8)
     model = GuidedDenoiser(denoiser(), {"cfg": cfg(5.0), "seg": SEG_TERM})
     plain = model(x, sigma, conds=conds)
-    for options in ({"scale": 0.0}, {"window": (0.0, 2.9)}, {"window": (3.1, math.inf)}):
+    for options in ({"scale": 0.0}, {"interval": (0.0, 2.9)}, {"interval": (3.1, math.inf)}):
         quiet = net()
         assert torch.equal(model(x, sigma, conds=conds, control=[controlled(quiet, picture(), **options)]), plain)
         assert not hasattr(quiet, "rows_seen")
@@ -243,10 +243,10 @@ def test_nothing_is_computed_where_nothing_acts():
 
 
 @torch.no_grad()
-def test_rows_on_both_sides_of_a_window():
+def test_rows_on_both_sides_of_an_interval():
     x, _, conds = noisy(2, 4, 8)
     sigma = torch.tensor([3.0, 1.0], dtype=x.dtype)
-    control = [controlled(net(), picture(), scale=0.5, window=(2.0, 4.0))]
+    control = [controlled(net(), picture(), scale=0.5, interval=(2.0, 4.0))]
     model = GuidedDenoiser(denoiser(), {"cfg": cfg(3.0), "seg": SEG_TERM})
     both = model(x, sigma, conds=conds, control=control)
     for i, own in enumerate(([control[0][[0]]], None)):
@@ -295,8 +295,8 @@ def test_wrong_inputs_are_named():
             controlled(one, image)
     with pytest.raises(ValueError, match="scale of a ControlNet must be finite, got inf"):
         controlled(one, picture(), scale=math.inf)
-    with pytest.raises(ValueError, match=r"window of a ControlNet .* got \(3.0, 2.0\)"):
-        controlled(one, picture(), window=(3.0, 2.0))
+    with pytest.raises(ValueError, match=r"interval of a ControlNet .* got \(3.0, 2.0\)"):
+        controlled(one, picture(), interval=(3.0, 2.0))
     _, ours = pair("two levels", torch.float64)
     with pytest.raises(ValueError, match="the ControlNet belongs to another model"):
         model(x, sigma, conds=conds, control=[controlled(ours, picture(1))])
@@ -323,13 +323,13 @@ def test_control_is_any_iterable_of_what_controlled_makes():
 
 @pytest.mark.parametrize("schedule", ["leading", "karras", "align-your-steps"])
 @pytest.mark.parametrize("n", [1, 4, 7, 25])
-def test_step_window_switches_on_diffusers_steps(schedule, n):
+def test_step_interval_switches_on_diffusers_steps(schedule, n):
     levels = sigmas(denoiser(), schedule, n)
     fractions = [0.0, 0.1, 0.25, 0.3, 0.5, 0.62, 0.8, 1.0]
-    assert step_window(levels, 0.0, 1.0) == ALWAYS
+    assert step_interval(levels, 0.0, 1.0) == ALWAYS
     for start in fractions:
         for end in (f for f in fractions if f > start):
-            low, high = step_window(levels, start, end)
+            low, high = step_interval(levels, start, end)
             for i, (sigma, below) in enumerate(pairwise(levels.tolist())):
                 on = not (i / n < start or (i + 1) / n > end)
                 assert (low <= sigma <= high) == on
@@ -337,7 +337,7 @@ def test_step_window_switches_on_diffusers_steps(schedule, n):
                 assert middle == 0 or (low <= middle <= high) == on
     for start, end in ((0.5, 0.5), (0.6, 0.4), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)):
         with pytest.raises(ValueError, match="0 <= start < end <= 1"):
-            step_window(levels, start, end)
+            step_interval(levels, start, end)
 
 
 # --- whole pictures ------------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def test_pictures_of_diffusers_pipelines(model, case):
 
     levels = sigmas(sdxl.denoiser, "leading", STEPS)
     control = [
-        controlled(sdxl.controlnets[name], images[name], o["scale"], step_window(levels, o["start"], o["end"]), guess)
+        controlled(sdxl.controlnets[name], images[name], o["scale"], step_interval(levels, o["start"], o["end"]), guess)
         for name, o in options.items()
     ]
     terms = {"cfg": cfg(weight)} | ({} if pag is None else {"pag": perturbed("pag", PAG(where="mid"), pag)})

@@ -128,9 +128,9 @@ def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whol
 
 
 def test_the_cost_of_a_picture_is_that_of_its_rows(config, model):
-    """Whatever the workers; with CFG twice, each window its steps; steps cost alike."""
+    """Whatever the workers; with CFG twice, each interval its steps; steps cost alike."""
     cfg = {"kind": "cfg", "weight": 3.0}
-    half = cfg | {"window": [1.0, math.inf]}
+    half = cfg | {"interval": [1.0, math.inf]}
     terms = {"CFG": {"cfg": cfg}, "half": {"cfg": half}, "none": {"seg": SEG | {"scale": 0}}}
     guided = tuple(typed(GuidanceConfig, {"label": key, "terms": given}) for key, given in terms.items())
     asked = dataclasses.replace(config, compare=(config.compare[0], *guided))

@@ -67,7 +67,7 @@ ALLOWED = {
     "sampling.noise:brownian_noise": GENERATED,
     "sampling.noise:brownian_noise.draw": "two numbers that have been read",
     "sampling.schedules:positive_levels": "fp64 on the CPU, sent as a whole",
-    "sampling.intervals:step_window": "levels as numbers",
+    "sampling.intervals:step_interval": "levels as numbers",
     "analysis.curvature:chain_norm": GENERATED,
     "analysis.smoothing:log_spectrum": "small fp64 vectors of a grid, whose sums are numbers of the host",
     "analysis.statistics:end_weights": "of a grid alone; sent by whoever has a device",
@@ -150,7 +150,7 @@ def everything() -> None:
     """What uses each of them: a mask of heads, a blur, two branches of a fork, SAG, rows with scales of their own."""
     x, _, conds = sent(real_inputs())
     sigma = torch.tensor([3.0, 1.0], device="cuda")
-    terms = {"cfg": cfg(3.0, window=(2.0, 9.0)), "seg": perturbed("seg", [SEG(1.0, heads=[1]), PAG(heads=[0])], 2.0)}
+    terms = {"cfg": cfg(3.0, interval=(2.0, 9.0)), "seg": perturbed("seg", [SEG(1.0, heads=[1]), PAG(heads=[0])], 2.0)}
     model = GuidedDenoiser(fake_denoiser(), terms, rescale=0.7)
     SelfAttentionGuidance(model, lambda s: s / 4, base="cond")(x, sigma, conds)
     with pytest.MonkeyPatch.context() as patch:  # compiled code makes every matrix where it is used, at each call

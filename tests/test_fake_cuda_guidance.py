@@ -168,7 +168,7 @@ POSTS = [Projected(), Projected(0.5, 3.0), lambda guided, plain, x, sigma: resca
 @pytest.mark.parametrize("fork", [True, False])
 def test_terms_together(gpu, fork):  # noqa: F811
     terms = {
-        "cfg": cfg(Ramp(3.0, 1.0), window=(1.0, 9.0)),
+        "cfg": cfg(Ramp(3.0, 1.0), interval=(1.0, 9.0)),
         "seg": perturbed("seg", [SEG(1.0), PAG(where=-1, tau=0.5)], 2.0),
         "pag": perturbed("pag", PAG(), EveryKth(1.0, (9.0, 3.0), 1), base="uncond"),
     }
@@ -176,8 +176,8 @@ def test_terms_together(gpu, fork):  # noqa: F811
     check_same(found, expected)
 
 
-def test_rows_on_both_sides_of_a_window(gpu):  # noqa: F811
-    terms = {"cfg": cfg(3.0, window=(2.0, 9.0)), "seg": perturbed("seg", SEG(), lambda sigma: sigma)}
+def test_rows_on_both_sides_of_an_interval(gpu):  # noqa: F811
+    terms = {"cfg": cfg(3.0, interval=(2.0, 9.0)), "seg": perturbed("seg", SEG(), lambda sigma: sigma)}
     model = GuidedDenoiser(fake_denoiser(), terms, rescale=0.7)
     found = step(model, sigma=[3.0, 1.0])
     with on_the_cpu():

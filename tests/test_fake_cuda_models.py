@@ -132,7 +132,7 @@ def test_controlnets(gpu, dtype):  # noqa: F811
     def run(denoiser, which, image, x, sigma, conds):
         control = [
             controlled(nets(dtype)[which], image, 0.8),
-            controlled(nets(dtype, "bgr")[which], image[:1], window=(0.0, 9.0)),
+            controlled(nets(dtype, "bgr")[which], image[:1], interval=(0.0, 9.0)),
         ]
         guided = GuidedDenoiser(denoiser, terms)
         arguments = guided.prepare({"conds": conds, "control": control})
@@ -160,7 +160,7 @@ def test_guess_mode(gpu, dtype, fork):  # noqa: F811
     assert not gpu.reads and {z.device.type for z in denoised.values()} == {"cuda"}
 
 
-def test_scales_of_rows_on_both_sides_of_a_window(gpu):  # noqa: F811
+def test_scales_of_rows_on_both_sides_of_an_interval(gpu):  # noqa: F811
     real, fake = nets(torch.float32)
     x, _, conds = real_inputs()
 
@@ -169,10 +169,10 @@ def test_scales_of_rows_on_both_sides_of_a_window(gpu):  # noqa: F811
 
     with on_the_cpu():
         sigma = torch.tensor([3.0, 1.0])
-        control = controlled(real, picture(), 0.8, window=(2.0, 9.0))
+        control = controlled(real, picture(), 0.8, interval=(2.0, 9.0))
         expected = residuals(real_denoiser(), x, sigma, tuple(conds), of(conds), "cond", [control])
     x, sigma, conds = sent((x, sigma, conds))
-    control = controlled(fake, picture().to("cuda"), 0.8, window=(2.0, 9.0))
+    control = controlled(fake, picture().to("cuda"), 0.8, interval=(2.0, 9.0))
     denoiser = fake_denoiser()  # which reads what it is made of
     gpu.reads.clear()
     found = residuals(denoiser, x, sigma, tuple(conds), of(conds), "cond", [control], values=[3.0, 1.0])

@@ -1,4 +1,4 @@
-"""Sampling on a GPU that is not there: schedules, noise, windows, and every sampler's own loop."""
+"""Sampling on a GPU that is not there: schedules, noise, intervals, and every sampler's own loop."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from fake_cuda import (
 )
 
 from segresearch.guidance import GuidedDenoiser, cfg
-from segresearch.sampling import SAMPLERS, initial_noise, sample, sigmas, step_window
+from segresearch.sampling import SAMPLERS, initial_noise, sample, sigmas, step_interval
 from segresearch.sampling.loop import ANCESTRAL, SDE, global_generator
 from segresearch.sampling.noise import brownian_noise, noise_keys, white_noise
 from segresearch.sampling.schedules import SCHEDULES
@@ -44,7 +44,7 @@ def test_schedules(gpu, schedule):  # noqa: F811
     gpu.reads.clear()
     check_same(sigmas(fake, schedule, 5), expected)
     assert len(gpu.reads) <= 3  # the table or its two ends
-    assert step_window(sigmas(fake, schedule, 5), 0.2, 0.8) == step_window(expected, 0.2, 0.8)
+    assert step_interval(sigmas(fake, schedule, 5), 0.2, 0.8) == step_interval(expected, 0.2, 0.8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

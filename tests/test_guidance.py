@@ -103,10 +103,10 @@ def test_rows_are_not_evaluated_twice_or_for_nothing():
     assert scalars({"none": Term(Branch("uncond"), Branch("uncond"), 3.0)})[1] == [(1, None)]
 
 
-def test_windows_and_schedules():
+def test_intervals_and_schedules():
     terms = {
-        "cfg": cfg(5.0, window=[1.0, 3.0]),
-        "seg": perturbed("seg", three_quarters, lambda sigma: sigma, window=(2, 9)),
+        "cfg": cfg(5.0, interval=[1.0, 3.0]),
+        "seg": perturbed("seg", three_quarters, lambda sigma: sigma, interval=(2, 9)),
     }
     expected = {0.5: 2.0, 1.0: 6.0, 2.0: 7.0, 3.0: 7.5, 4.0: 4.0, 10.0: 2.0}
     for sigma, value in expected.items():
@@ -197,7 +197,7 @@ def test_limits():
         {},
         {"cfg": cfg(1.0)},
         {"seg": perturbed("seg", SEG(), 0.0)},
-        {"seg": perturbed("seg", SEG(), 3.0, window=(5.0, 9.0))},
+        {"seg": perturbed("seg", SEG(), 3.0, interval=(5.0, 9.0))},
     ):
         assert torch.equal(GuidedDenoiser(denoiser(), terms)(x, sigma, conds={"cond": conds["cond"]}), plain)
     for perturbation in (SEG(0.0), PAG(tau=0.0), SEG(0.0, on="qk", where="*")):
@@ -269,7 +269,7 @@ def test_rescale_acts_only_with_cfg():
     for terms, acts in (
         (seg, False),
         (seg | {"cfg": cfg(5.0)}, True),
-        (seg | {"cfg": cfg(5.0, window=(4.0, 9.0))}, False),
+        (seg | {"cfg": cfg(5.0, interval=(4.0, 9.0))}, False),
     ):
         plain, scaled = (GuidedDenoiser(denoiser(), terms, rescale=phi)(x, sigma, conds=conds) for phi in (0.0, 0.7))
         assert torch.equal(plain, scaled) != acts
@@ -279,7 +279,7 @@ def test_print_shows_formula_and_rows():
     model = GuidedDenoiser(
         denoiser(),
         {
-            "cfg": cfg(5.0, window=(0, 8)),
+            "cfg": cfg(5.0, interval=(0, 8)),
             "seg": perturbed("seg", SEG(), 3.0),
             "pag": perturbed("pag", PAG(), Ramp(2, 0)),
         },
@@ -319,7 +319,7 @@ def test_schedule_of_the_inner_denoiser():
             "two branches are named 't'",
         ),
         (lambda: {"t": perturbed("t", SEG(), math.inf)}, "must be finite, got inf"),
-        (lambda: {"t": perturbed("t", SEG(), 1.0, window=(3, 1))}, r"0 <= low <= high, got \(3, 1\)"),
+        (lambda: {"t": perturbed("t", SEG(), 1.0, interval=(3, 1))}, r"0 <= low <= high, got \(3, 1\)"),
         (lambda: {"t": perturbed("", SEG(), 1.0)}, "has perturbations and a name, or neither"),
         (lambda: {"t": Term(Branch("cond"), Branch("cond", (three_quarters,), "t"), 1.0)}, "no place; give one: At"),
     ],
@@ -381,8 +381,8 @@ def test_pag_parity_with_diffusers():
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde"])
 def test_any_sampler_runs_guidance(sampler):
-    """CFG, SEG in a window, and SAG over four steps: finite, and image i does not depend on the batch."""
-    terms = {"cfg": cfg(5.0), "seg": perturbed("seg", SEG(), 3.0, window=(1.0, 20.0))}
+    """CFG, SEG in an interval, and SAG over four steps: finite, and image i does not depend on the batch."""
+    terms = {"cfg": cfg(5.0), "seg": perturbed("seg", SEG(), 3.0, interval=(1.0, 20.0))}
     model = SelfAttentionGuidance(GuidedDenoiser(denoiser(), terms), 0.5)
     conds, noise = noisy(2)[2], initial_noise([3, 4], (4, 8, 12)).double()
     both = sample(model, noise, sampler=sampler, steps=4, conds=conds)

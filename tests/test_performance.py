@@ -275,12 +275,12 @@ def test_sigma_is_read_once_a_step(rows, monkeypatch):
     assert reads == ["tolist"]
 
 
-def test_outside_every_window_only_the_base_is_computed():
+def test_outside_every_interval_only_the_base_is_computed():
     inner = denoiser()
     x, sigma, conds = noisy(1)  # sigma 3
-    terms = {"cfg": cfg(4.0, window=(0, 1)), "seg": perturbed("seg", SEG(1.0), 2.0, window=(5, 9))}
+    terms = {"cfg": cfg(4.0, interval=(0, 1)), "seg": perturbed("seg", SEG(1.0), 2.0, interval=(5, 9))}
     _, control = steering(1)
-    control = dataclasses.replace(control, window=(0, 1))
+    control = dataclasses.replace(control, interval=(0, 1))
     guided, plain = GuidedDenoiser(inner, terms), inner(x, sigma, cond=conds["cond"])
     assert torch.equal(guided(x, sigma, conds, [control]), plain)
     assert flops(lambda: guided(x, sigma, conds, [control])) == flops(lambda: inner(x, sigma, cond=conds["cond"]))

@@ -69,7 +69,7 @@ def test_with_cfg_the_unconditional_branch_is_degraded():
     expected = published(x, sigma, conds, "cond", 1.0, eps_u + 5.0 * (eps_c - eps_u))
     out = SelfAttentionGuidance(inner, 1.0, base="cond")(x, sigma, conds=conds)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
-    outside = GuidedDenoiser(denoiser(), {"cfg": cfg(5.0, window=(5.0, 9.0))})  # no CFG at this sigma
+    outside = GuidedDenoiser(denoiser(), {"cfg": cfg(5.0, interval=(5.0, 9.0))})  # no CFG at this sigma
     expected = published(x, sigma, conds, "cond", 1.0, eps_c)
     torch.testing.assert_close(SelfAttentionGuidance(outside, 1.0)(x, sigma, conds=conds), expected, rtol=0, atol=1e-10)
 
@@ -95,7 +95,7 @@ def test_limits():
     plain = inner(x, sigma, conds=conds)
     for model in (
         SelfAttentionGuidance(inner, 0.0),
-        SelfAttentionGuidance(inner, window=(5.0, math.inf)),
+        SelfAttentionGuidance(inner, interval=(5.0, math.inf)),
         SelfAttentionGuidance(inner, lambda sigma: 0.0),
     ):
         assert torch.equal(model(x, sigma, conds=conds), plain)
@@ -119,13 +119,13 @@ def test_images_do_not_depend_on_the_batch():
 def test_sigma_per_row():
     x, sigma, conds = noisy(2)
     sigma = torch.tensor([3.0, 1.0], dtype=x.dtype)
-    model = SelfAttentionGuidance(GuidedDenoiser(denoiser(), SEG_TERM), window=(2.0, 9.0))
+    model = SelfAttentionGuidance(GuidedDenoiser(denoiser(), SEG_TERM), interval=(2.0, 9.0))
     together = model(x, sigma, conds=conds)
     for i in range(2):
         alone = model(x[i : i + 1], sigma[i : i + 1], conds={name: c[[i]] for name, c in conds.items()})
         torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-11)
-    inner = GuidedDenoiser(denoiser(), {"cfg": cfg(5.0, window=(2.0, 9.0))})
-    with pytest.raises(ValueError, match="both sides of the window"):
+    inner = GuidedDenoiser(denoiser(), {"cfg": cfg(5.0, interval=(2.0, 9.0))})
+    with pytest.raises(ValueError, match="both sides of the interval"):
         SelfAttentionGuidance(inner)(x, sigma, conds=conds)
 
 
@@ -139,7 +139,7 @@ def test_attention_received_is_streamed_exactly():
 
 
 def test_construction():
-    model = SelfAttentionGuidance(GuidedDenoiser(denoiser(), {"cfg": cfg(5.0)}), 0.5, window=(0, 9))
+    model = SelfAttentionGuidance(GuidedDenoiser(denoiser(), {"cfg": cfg(5.0)}), 0.5, interval=(0, 9))
     assert model.sigmas is denoiser().sigmas
     assert repr(model).startswith(
         "D = D[cond] + 4·(D[cond] − D[uncond]) + 0.5·(x̂ − D[base](x̂ + σ·ε)) [σ ≤ 9]\n  SAG: base uncond where CFG is on"
@@ -148,7 +148,7 @@ def test_construction():
         ({"scale": math.nan}, "scale of SAG must be finite"),
         ({"blur_sigma": -1.0}, "sigma must be a number >= 0"),
         ({"threshold": -1.0}, "threshold must be >= 0"),
-        ({"window": (3, 1)}, "window of SAG"),
+        ({"interval": (3, 1)}, "interval of SAG"),
     ):
         with pytest.raises(ValueError, match=message):
             SelfAttentionGuidance(denoiser(), **options)

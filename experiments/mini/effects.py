@@ -59,7 +59,7 @@ PARTS = (
     Part("control-canny-text", ("experiment=control", "controlnet=canny", "prompts=scene:0-", "name=control_text")),
     Part("control-depth", ("experiment=control", "controlnet=depth")),
     Part("control-depth-text", ("experiment=control", "controlnet=depth", "prompts=scene:0-", "name=control_text")),
-    Part("windows", ("experiment=windows",), half=True),
+    Part("intervals", ("experiment=intervals",), half=True),
     Part("fig6", ("experiment=fig6",)),
     Part("fig12", ("experiment=fig12",), half=True),
 )  # fmt: skip

@@ -20,7 +20,7 @@ from segresearch.errors import ConfigError, InputError
 from segresearch.images import read_settings, save_png
 from segresearch.models.controlnet import Controlled, controlled
 from segresearch.plan import HELD_OUT, SCENE
-from segresearch.sampling import step_window
+from segresearch.sampling import step_interval
 from segresearch.scenes.control_maps import depth_image, edge_image
 from segresearch.scenes.scenes import scenes
 
@@ -66,9 +66,9 @@ def controlled_batch(
             there = ", ".join(sdxl.controlnets) or "none"
             raise ConfigError(f"controls.{name}.net: the model was loaded without {control.net!r} (with {there})")
         shown = torch.cat([control_image(control, own[k], size) for own in images])
-        window = step_window(levels, control.start, control.end)
+        interval = step_interval(levels, control.start, control.end)
         try:
-            found.append(controlled(sdxl.controlnets[control.net], shown, control.scale, window, control.guess))
+            found.append(controlled(sdxl.controlnets[control.net], shown, control.scale, interval, control.guess))
         except InputError as error:
             raise ConfigError(f"controls.{name}: {error}") from error
     return found

@@ -32,7 +32,7 @@ TABLES: dict[str, dict[Key, dict[str, float]]] = {
 
 
 def key(guidance: GuidanceConfig) -> Key | None:
-    """Which line of a table a setting is; None for none: two methods at once, blurred keys, a window in sigma, other
+    """Which line of a table a setting is; None for none: two methods at once, blurred keys, an interval in sigma, other
     sites than the mid block's, some of the heads, symmetric ends, a post-processor."""
     terms = list(guidance.terms.values())
     if guidance.rescale or guidance.apg is not None:
@@ -42,7 +42,7 @@ def key(guidance: GuidanceConfig) -> Key | None:
     if not terms:
         return "vanilla"
     term = terms[0]
-    if len(terms) > 1 or isinstance(term, CFGTerm) or term.window is not None:
+    if len(terms) > 1 or isinstance(term, CFGTerm) or term.interval is not None:
         return None
     kind = term.perturbation
     if not isinstance(kind, PAGConfig | SEGConfig) or kind.where != "mid" or kind.heads is not None:

@@ -45,8 +45,8 @@ def residuals(
 
     conds: names of conditionings. joined: the rows of several, one after another (`Prepared.joined`).
 
-    None where every scale is 0 or σ is outside every window: nothing is then computed. A perturbed branch has the x and
-    the conditioning of the branch it perturbs, so it shares that one's residuals; ControlNets are never perturbed.
+    None where every scale is 0 or σ is outside every interval: nothing is then computed. A perturbed branch has the x
+    and the conditioning of the branch it perturbs, so it shares that one's residuals; ControlNets are never perturbed.
     With `guess` only the rows of the conditioning `base` get any. values: sigma.tolist(), where the caller has read it.
     Raises ValueError for a hint of another number of rows, or what does not fit x.
     """

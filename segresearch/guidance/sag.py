@@ -13,7 +13,7 @@ from segresearch.guidance.blur import check_blur, fold_taps, gaussian_taps
 from segresearch.guidance.constants import constant
 from segresearch.guidance.controlnet_residuals import per_row
 from segresearch.guidance.guided_denoiser import SCHEDULE, GuidedDenoiser, Record
-from segresearch.guidance.terms import ALWAYS, Branch, Scale, Window, check_scale, scale_at, scale_text
+from segresearch.guidance.terms import ALWAYS, Branch, Interval, Scale, check_scale, scale_at, scale_text
 from segresearch.models.attention import Attend, Site
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import Controlled
@@ -38,7 +38,7 @@ class SelfAttentionGuidance:
         blur_sigma: of the latent blur, in latent pixels. threshold: of the mask; 1 is the mean attention.
         base: the conditioning that is degraded. None: the negative one of the inner CFG term where that is on (as
             in diffusers), else the inner's base.
-        window: (low, high) in σ in which it acts; outside there is no second forward.
+        interval: (low, high) in σ in which it acts; outside there is no second forward.
 
     Raises ValueError for a scale that is not finite, a negative blur_sigma or threshold, a model without mid sites.
     """
@@ -50,9 +50,9 @@ class SelfAttentionGuidance:
         blur_sigma: float | int = 1.0,
         threshold: float | int = 1.0,
         base: str | None = None,
-        window: Window = ALWAYS,
+        interval: Interval = ALWAYS,
     ):
-        check_scale(scale, window, "SAG")
+        check_scale(scale, interval, "SAG")
         check_blur(blur_sigma, "reflect")
         if not threshold >= 0:
             raise InputError(f"SAG threshold must be >= 0, got {threshold!r}")
@@ -61,7 +61,8 @@ class SelfAttentionGuidance:
         if not mid:
             raise InputError("SAG reads the first mid-block self-attention, and this model has none")
         self.site: str = mid[0]
-        self.scale, self.blur_sigma, self.threshold, self.base, self.window = scale, blur_sigma, threshold, base, window
+        self.scale, self.interval, self.base = scale, interval, base
+        self.blur_sigma, self.threshold = blur_sigma, threshold
 
     def __getattr__(self, name: str) -> Any:
         if name in (*SCHEDULE, "prepare"):
@@ -82,13 +83,13 @@ class SelfAttentionGuidance:
         `control` and `attend` serve both forwards, each with ControlNets of its own x; `record` sees the first.
         """
         values = sigma.tolist()
-        scales = [scale_at(self.scale, self.window, s, "SAG") for s in values]
+        scales = [scale_at(self.scale, self.interval, s, "SAG") for s in values]
         if not any(scales):
             return self.inner(x, sigma, conds, control, attend, record)
         needed = [self.inner.branches(s) for s in sorted(set(values))]
         bases = {self._base(s) for s in values}
         if len(bases) > 1:
-            raise InputError("SAG: rows of this batch are on both sides of the window of the CFG term; name a base")
+            raise InputError("SAG: rows of this batch are on both sides of the interval of the CFG term; name a base")
         base = bases.pop()
         received: list[Tensor] = []
 
@@ -128,7 +129,7 @@ class SelfAttentionGuidance:
         first, *rest = repr(self.inner).split("\n")
         negative = next((str(t.neg) for t in self.inner.terms.values() if t.mixes_conditionings), None)
         base = self.base or (f"{negative} where CFG is on, else " if negative else "") + str(self.inner.base)
-        term = scale_text(self.scale, self.window, "(x̂ − D[base](x̂ + σ·ε))")
+        term = scale_text(self.scale, self.interval, "(x̂ − D[base](x̂ + σ·ε))")
         sag = f"  SAG: base {base}; x̂ = D[base] blurred (sigma {self.blur_sigma:g})"
         where = f" where the attention received at {self.site} > {self.threshold:g}"
         own = "" if self.base in (None, self.inner.base.conditioning) else f"D[{self.base}] if not among them, and "

@@ -11,21 +11,21 @@ from dataclasses import dataclass, field, replace
 from segresearch.errors import InputError
 from segresearch.guidance.perturbations import PAG, SEG, At, Perturbation
 from segresearch.guidance.sites import Where
-from segresearch.sampling.intervals import ALWAYS, Window, check_window
+from segresearch.sampling.intervals import ALWAYS, Interval, check_interval
 
 Scale = float | int | Callable[[float], float]  # a number, or s(σ)
 
 
-def check_scale(scale: Scale, window: Sequence[float | int], what: str) -> None:
-    """ValueError for a scale that is not finite or a window that is not 0 ≤ low ≤ high."""
+def check_scale(scale: Scale, interval: Sequence[float | int], what: str) -> None:
+    """ValueError for a scale that is not finite or an interval that is not 0 ≤ low ≤ high."""
     if not callable(scale) and not (isinstance(scale, float | int) and math.isfinite(scale)):
         raise InputError(f"the scale of {what} must be finite, got {scale!r}")
-    check_window(window, what)
+    check_interval(interval, what)
 
 
-def scale_at(scale: Scale, window: Window, sigma: float, what: str) -> float:
-    """s(σ), and 0 outside the window. ValueError if the schedule gives no finite number."""
-    if not window[0] <= sigma <= window[1]:
+def scale_at(scale: Scale, interval: Interval, sigma: float, what: str) -> float:
+    """s(σ), and 0 outside the interval. ValueError if the schedule gives no finite number."""
+    if not interval[0] <= sigma <= interval[1]:
         return 0.0
     value = float(scale(sigma) if callable(scale) else scale)
     if not math.isfinite(value):
@@ -33,9 +33,9 @@ def scale_at(scale: Scale, window: Window, sigma: float, what: str) -> float:
     return value
 
 
-def scale_text(scale: Scale, window: Window, factor: str) -> str:
+def scale_text(scale: Scale, interval: Interval, factor: str) -> str:
     """How a term is printed: "3·(…) [σ ≤ 5]"."""
-    low, high = window
+    low, high = interval
     bounds = (f"{low:g} ≤ " if low > 0 else "") + "σ" + (f" ≤ {high:g}" if high < math.inf else "")
     number = f"{scale:g}" if isinstance(scale, float | int) else _schedule(scale)
     return f"{number}·{factor}" + (f" [{bounds}]" if bounds != "σ" else "")
@@ -137,22 +137,22 @@ class Term:
     """s(σ) · (D[pos] − D[neg]).
 
     scale: a finite number, or a call from σ (float) to one. Where it is 0, the term's branches are not evaluated.
-    window: (low, high) in σ, both ends included; outside it the scale is 0.
+    interval: (low, high) in σ, both ends included; outside it the scale is 0.
 
-    Raises ValueError for a scale that is not finite or a window that is not 0 ≤ low ≤ high.
+    Raises ValueError for a scale that is not finite or an interval that is not 0 ≤ low ≤ high.
     """
 
     pos: Branch
     neg: Branch
     scale: Scale
-    window: Window = ALWAYS
+    interval: Interval = ALWAYS
 
     def __post_init__(self) -> None:
-        check_scale(self.scale, self.window, str(self))
+        check_scale(self.scale, self.interval, str(self))
 
     def scale_at(self, sigma: float) -> float:
-        """s(σ), 0 outside the window. Raises ValueError if the schedule gives no finite number."""
-        return scale_at(self.scale, self.window, sigma, str(self))
+        """s(σ), 0 outside the interval. Raises ValueError if the schedule gives no finite number."""
+        return scale_at(self.scale, self.interval, sigma, str(self))
 
     @property
     def mixes_conditionings(self) -> bool:
@@ -160,17 +160,17 @@ class Term:
         return self.pos.conditioning != self.neg.conditioning and not self.pos.name and not self.neg.name
 
     def __str__(self) -> str:
-        return scale_text(self.scale, self.window, f"(D[{self.pos}] − D[{self.neg}])")
+        return scale_text(self.scale, self.interval, f"(D[{self.pos}] − D[{self.neg}])")
 
 
-def cfg(weight: Scale, window: Sequence[float | int] = ALWAYS, pos: str = "cond", neg: str = "uncond") -> Term:
+def cfg(weight: Scale, interval: Sequence[float | int] = ALWAYS, pos: str = "cond", neg: str = "uncond") -> Term:
     """Classifier-free guidance (arXiv 2207.12598) in the usual weight w: D[uncond] + w·(D[cond] − D[uncond]).
 
     As a term on D[cond] its scale is w − 1, so at w = 1 `neg` is not evaluated. A callable gives w(σ).
     """
     check_scale(weight, ALWAYS, "cfg")
     scale = _LessOne(weight) if callable(weight) else weight - 1
-    return Term(Branch(pos), Branch(neg), scale, _window(window))
+    return Term(Branch(pos), Branch(neg), scale, _interval(interval))
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def perturbed(
     base: str = "cond",
     where: Where | None = None,
     heads: Sequence[int] | None = None,
-    window: Sequence[float | int] = ALWAYS,
+    interval: Sequence[float | int] = ALWAYS,
 ) -> Term:
     """Guidance away from a perturbed branch: s·(D[base] − D[base~name]).
 
@@ -203,16 +203,16 @@ def perturbed(
         base: the conditioning that is perturbed. "cond" is the official code's choice, "uncond" the paper's eq. (10).
         where, heads: place of the perturbation, if not None in place of its own. A plain function has none of its own
             and gets where="mid" and every head. Given several perturbations, these apply to each.
-        window: (low, high) of σ in which the term acts.
+        interval: (low, high) of σ in which the term acts.
     """
     several = perturbation if isinstance(perturbation, Sequence) else [perturbation]
     placed = tuple(_place(p, where, heads) for p in several)
-    return Term(Branch(base), Branch(base, placed, name), scale, _window(window))
+    return Term(Branch(base), Branch(base, placed, name), scale, _interval(interval))
 
 
-def _window(window: Sequence[float | int]) -> Window:
-    check_scale(0.0, window, "this term")
-    return (window[0], window[1])
+def _interval(interval: Sequence[float | int]) -> Interval:
+    check_scale(0.0, interval, "this term")
+    return (interval[0], interval[1])
 
 
 def _place(p: Perturbation, where: Where | None, heads: Sequence[int] | None) -> Perturbation:

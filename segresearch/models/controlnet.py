@@ -21,7 +21,7 @@ from segresearch.models.attention import sdpa
 from segresearch.models.conditioning import Cond, Projection
 from segresearch.models.encoder import CROSSED_MID, PLAIN_MID, Encoder, EncoderConfig, counts, refuse_unless
 from segresearch.models.unet import Control
-from segresearch.sampling.intervals import ALWAYS, Window, check_window
+from segresearch.sampling.intervals import ALWAYS, Interval, check_interval
 
 # What only a ControlNet's config.json says besides the sizes (see encoder.py).
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -164,25 +164,25 @@ def weighted(control: Control, weights: Sequence[float | Tensor]) -> Control:
 
 @dataclass(frozen=True)
 class Controlled:
-    """One ControlNet in use: residuals `scale` · net(x, t, cond, hint) where σ is inside the window.
+    """One ControlNet in use: residuals `scale` · net(x, t, cond, hint) where σ is inside the interval.
 
-    hint: of `net.embed_image`, a row for each image or one for all. scale: of the residuals. window: (low, high) in
-    σ, both included (`sampling.step_window` makes one from fractions of the steps). guess: the residuals go to the
+    hint: of `net.embed_image`, a row for each image or one for all. scale: of the residuals. interval: (low, high) in
+    σ, both included (`sampling.step_interval` makes one from fractions of the steps). guess: the residuals go to the
     rows of the base conditioning only, none to the others such as "uncond", and are weighted by depth from 0.1 to 1.
 
-    Raises ValueError for a scale that is not finite or a window that is not 0 ≤ low ≤ high.
+    Raises ValueError for a scale that is not finite or an interval that is not 0 ≤ low ≤ high.
     """
 
     net: ControlNet
     hint: Float[Tensor, "rows c h w"]
     scale: float | int = 1.0
-    window: Window = ALWAYS
+    interval: Interval = ALWAYS
     guess: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.scale, float | int) and math.isfinite(self.scale)):
             raise InputError(f"the scale of a ControlNet must be finite, got {self.scale!r}")
-        check_window(self.window, "a ControlNet")
+        check_interval(self.interval, "a ControlNet")
 
     @property
     def rows(self) -> int:
@@ -193,15 +193,15 @@ class Controlled:
         return replace(self, hint=self.hint[index])
 
     def scale_at(self, sigma: float) -> float:
-        """The scale at σ: 0 outside the window."""
-        return float(self.scale) if self.window[0] <= sigma <= self.window[1] else 0.0
+        """The scale at σ: 0 outside the interval."""
+        return float(self.scale) if self.interval[0] <= sigma <= self.interval[1] else 0.0
 
 
 def controlled(
     net: ControlNet,
     image: Float[Tensor, "rows channels h w"],
     scale: float | int = 1.0,
-    window: Sequence[float | int] = ALWAYS,
+    interval: Sequence[float | int] = ALWAYS,
     guess: bool = False,
 ) -> Controlled:
     """A ControlNet with its control image: RGB in [0, 1] at the picture's size, a row for each picture or one for all.
@@ -217,6 +217,6 @@ def controlled(
     low, high = image.min().item(), image.max().item()
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise InputError(f"a control image is RGB in [0, 1]; these values reach from {low:g} to {high:g}")
-    check_window(window, "a ControlNet")
+    check_interval(interval, "a ControlNet")
     with torch.no_grad():
-        return Controlled(net, net.embed_image(image), scale, (window[0], window[1]), guess)
+        return Controlled(net, net.embed_image(image), scale, (interval[0], interval[1]), guess)

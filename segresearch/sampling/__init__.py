@@ -4,13 +4,16 @@
     x0 = sample(model, noise, sampler="euler", schedule="leading", steps=25, conds=conds)
 """
 
-from segresearch.sampling.intervals import ALWAYS, step_window
+from segresearch.sampling.intervals import ALWAYS, step_interval
 from segresearch.sampling.kdiffusion import k_diffusion
 from segresearch.sampling.loop import SAMPLERS, sample
 from segresearch.sampling.noise import image_key, initial_noise
 from segresearch.sampling.schedules import SCHEDULES, sigmas, start_scale
 
+step_window = step_interval  # its older name
+
 __all__ = [
     "ALWAYS", "SAMPLERS", "SCHEDULES", "image_key", "initial_noise", "k_diffusion", "sample", "sigmas", "start_scale",
+    "step_interval",
     "step_window",
 ]  # fmt: skip

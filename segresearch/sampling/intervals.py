@@ -9,25 +9,26 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 
-Window = tuple[float | int, float | int]  # (low, high) in σ, both included
-ALWAYS: Window = (0.0, math.inf)
-NEVER: Window = (math.inf, math.inf)
+Interval = tuple[float | int, float | int]  # (low, high) in σ, both included
+ALWAYS: Interval = (0.0, math.inf)
+NEVER: Interval = (math.inf, math.inf)
 INTO = 0.25  # of the way, in log σ, from a level towards the next higher one
 
 
-def check_window(window: Sequence[float | int], what: str) -> None:
-    """ValueError unless `window` is (low, high) with 0 ≤ low ≤ high."""
-    if len(window) != 2 or not 0 <= window[0] <= window[1]:
-        raise InputError(f"the window of {what} must be (low, high) in sigma, 0 <= low <= high, got {tuple(window)}")
+def check_interval(interval: Sequence[float | int], what: str) -> None:
+    """ValueError unless `interval` is (low, high) with 0 ≤ low ≤ high."""
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1]:
+        shown = tuple(interval)
+        raise InputError(f"the interval of {what} must be (low, high) in sigma, 0 <= low <= high, got {shown}")
 
 
-def step_window(levels: Float[Tensor, " levels"] | Sequence[float], start: float | int, end: float | int) -> Window:
-    """The window in σ that switches on the steps i of n with i/n ≥ start and (i+1)/n ≤ end, and no other step.
+def step_interval(levels: Float[Tensor, " levels"] | Sequence[float], start: float | int, end: float | int) -> Interval:
+    """The interval in σ that switches on the steps i of n with i/n ≥ start and (i+1)/n ≤ end, and no other step.
 
     These are the steps of diffusers' control_guidance_start and _end. `levels` are a schedule's n + 1 sigmas, the last
     of which is 0. The bounds lie a quarter of the way (in log σ) above the first level that is in and above the level
     that the last step ends at, so evaluations between levels, as dpm_2's, count to the step that makes them; heun's
-    at a step's end counts to the next step. (0, 1) is ALWAYS; where no step fits the window is empty.
+    at a step's end counts to the next step. (0, 1) is ALWAYS; where no step fits the interval is empty.
 
     ValueError unless 0 ≤ start < end ≤ 1 and there is a step.
     """

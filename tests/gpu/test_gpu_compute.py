@@ -150,12 +150,12 @@ def test_memory_of_graphs_is_bounded_and_freed():
     assert left <= max(held / 2, 64 * 2**20)
 
 
-def test_sag_around_a_graphed_denoiser_at_the_edges_of_its_window(eager, graphed):
+def test_sag_around_a_graphed_denoiser_at_the_edges_of_its_interval(eager, graphed):
     noise, found = initial_noise(SEEDS, eager.latent_shape()), []
     for sdxl in (eager, graphed):
-        model = SelfAttentionGuidance(sdxl.denoiser, 0.75, window=(0.5, 5.0))
+        model = SelfAttentionGuidance(sdxl.denoiser, 0.75, interval=(0.5, 5.0))
         found.append(sample(model, noise, steps=6, conds=sdxl.encode(PROMPTS)))
-    check("sag in a window", graphed, *found, 1e-3)
+    check("sag in an interval", graphed, *found, 1e-3)
 
 
 def test_compiled_steps_are_eager_ones_to_rounding():
