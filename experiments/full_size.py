@@ -33,7 +33,9 @@ def original_shapes() -> dict[str, tuple[int, ...]]:
     import torch  # late, here and below: --help answers at once
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from segresearch.models import VAE, UNet, UNetConfig, VAEConfig, singlefile
+    from segresearch.checkpoints import single_file
+    from segresearch.models.unet import UNet, UNetConfig
+    from segresearch.models.vae import VAE, VAEConfig
 
     text: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
     clip: dict[str, Any] = {
@@ -50,12 +52,12 @@ def original_shapes() -> dict[str, tuple[int, ...]]:
     }
     with torch.device("meta"):
         networks = (
-            (UNet(UNetConfig()), singlefile.unet_map(UNetConfig())),
-            (VAE(VAEConfig()), singlefile.vae_map(4)),
-            (CLIPTextModel(CLIPTextConfig(**text, **clip)), singlefile.clip_map),
+            (UNet(UNetConfig()), single_file.unet_map(UNetConfig())),
+            (VAE(VAEConfig()), single_file.vae_map(4)),
+            (CLIPTextModel(CLIPTextConfig(**text, **clip)), single_file.clip_map),
             (
                 CLIPTextModelWithProjection(CLIPTextConfig(**text, **big, projection_dim=1280)),
-                singlefile.open_clip_map,
+                single_file.open_clip_map,
             ),
         )
     shapes: dict[str, tuple[int, ...]] = {}

@@ -25,6 +25,7 @@ from transformers import (
     Dinov2Model,
 )
 
+from segresearch.checkpoints.resolve import MINI
 from segresearch.errors import CheckpointError
 from segresearch.metrics import weight_files
 from segresearch.metrics.clip_score import cosines, load_clip, mini_cosines
@@ -35,7 +36,6 @@ from segresearch.metrics.lpips import LPIPS, load_lpips, lpips_distances
 from segresearch.metrics.mini_vision import VisionTower, load_vision
 from segresearch.metrics.mmd import cmmd, discrepancy, gaussian_kernel, kid, polynomial, subset
 from segresearch.metrics.precision import precision_recall
-from segresearch.models.locate import MINI
 
 TEXTS = ["a red cube", "a blue sphere left of a small green cone", "a ring"]
 

@@ -1,50 +1,36 @@
-"""The two layouts on disk, a folder and a single file: told apart from what is not SDXL, and laid out for loading."""
+"""The diffusers folder layout: an SDXL or a ControlNet, opened with its networks on the meta device."""
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from segresearch.checkpoints.refusals import POINTER, is_pointer, refuse_no_pipeline, refuse_other_pipeline
+from segresearch.checkpoints.resolve import resolve_controlnet
+from segresearch.checkpoints.tensors import Entry, Weights, open_folder
 from segresearch.errors import CheckpointError
-from segresearch.models import singlefile
-from segresearch.models.checkpoint import (
-    Entry,
-    Source,
-    open_weights,
-    read_header,
-    unexpected,
-)
-from segresearch.models.locate import refuse_pickle
-from segresearch.models.text import TOKENIZERS, load_tokenizer
+from segresearch.models.controlnet import ControlNet, ControlNetConfig
+from segresearch.models.text import load_tokenizer
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.models.vae import VAE, VAEConfig
 
-_LFS = "version https://git-lfs"
-_POINTER = "is a git-lfs pointer: run `git lfs pull` in its repository, or download the file itself"
+STEM = "diffusion_pytorch_model"
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+Networks = tuple[UNet, VAE, CLIPTextModel, CLIPTextModelWithProjection]
+Names = str | Path | Sequence[str | Path] | None  # of ControlNets
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Where the weights of one network lie; sources as in `checkpoint.fill`."""
+class Checkpoint:
+    """An SDXL on disk: its networks, still on the meta device, the weights of each, and the facts beside them."""
 
-    entries: Mapping[str, Entry]
-    sources: Mapping[str, Source] | None
-    what: str
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The networks, still on the meta device, their weights (unet, vae, encoders), and the facts beside them."""
-
-    unet: UNet
-    vae: VAE
-    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+    networks: Networks
     weights: tuple[Weights, Weights, Weights, Weights]
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     scheduler: Mapping[str, Any]
@@ -56,11 +42,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """A config. Raises CheckpointError for a file that is missing, a git-lfs pointer or not a JSON object."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: fetch the model again, with its configs")
-    text = path.read_text(errors="replace")
-    if text.startswith(_LFS):
-        raise CheckpointError(f"{path} {_POINTER}")
+    if is_pointer(path):
+        raise CheckpointError(f"{path} {POINTER}")
     try:
-        value = json.loads(text)
+        value = json.loads(path.read_text(errors="replace"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from error
     if not isinstance(value, dict):
@@ -68,17 +53,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    if not (folder / "tokenizer.json").is_file() and not (
-        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    ):
+def read_optional(path: Path) -> dict[str, Any]:
+    """A config, {} where there is none. Raises CheckpointError as `read_json`."""
+    return read_json(path) if path.is_file() else {}
+
+
+def read_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a folder. Raises CheckpointError where it is missing or cannot be read."""
+    files = {path.name: path for path in sorted(folder.glob("*")) if path.is_file()}
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
         raise CheckpointError(f"{folder}: no tokenizer here (vocab.json and merges.txt): fetch the model's tokenizers")
-    for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            read_json(folder / name)
-    merges = folder / "merges.txt"
-    if merges.is_file() and merges.read_text(errors="replace").startswith(_LFS):
-        raise CheckpointError(f"{merges} {_POINTER}")
+    for path in files.values():
+        if is_pointer(path):
+            raise CheckpointError(f"{path} {POINTER}")
     try:
         return load_tokenizer(folder)
     except Exception as error:  # the tokenizers' own errors have no common class
@@ -87,206 +74,89 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
         ) from error
 
 
-def _on_meta(
-    unet: Mapping[str, Any], vae: Mapping[str, Any], first: Mapping[str, Any], second: Mapping[str, Any], where: str
-) -> tuple[UNet, VAE, tuple[CLIPTextModel, CLIPTextModelWithProjection]]:
-    """The networks of the configs, without weights; a config that is not supported becomes one line with its place."""
+def build_networks(configs: Sequence[Mapping[str, Any]], where: Path) -> Networks:
+    """The networks of the configs of PARTS, without weights. CheckpointError for a config that is not supported."""
+    unet, vae, first, second = map(dict, configs)
     try:
         with torch.device("meta"):
-            texts = (
-                CLIPTextModel(CLIPTextConfig.from_dict(dict(first))),
-                CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(second))),
+            return (
+                UNet(UNetConfig.from_dict(unet)),
+                VAE(VAEConfig.from_dict(vae)),
+                CLIPTextModel(CLIPTextConfig.from_dict(first)),
+                CLIPTextModelWithProjection(CLIPTextConfig.from_dict(second)),
             )
-            return UNet(UNetConfig.from_dict(unet)), VAE(VAEConfig.from_dict(vae)), texts
     except Exception as error:  # transformers checks its configs with errors of its own classes
-        kind = (
-            ""
-            if isinstance(error, ValueError)
-            else f"a config that no model can be built from, {type(error).__name__}: "
-        )
-        raise CheckpointError(f"{where}: {kind}{' '.join(str(error).split())}") from error
+        kind = type(error).__name__
+        problem = "" if isinstance(error, ValueError) else f"a config that no model can be built from, {kind}: "
+        raise CheckpointError(f"{where}: {problem}{' '.join(str(error).split())}") from error
 
 
-# --- the folder layout ----------------------------------------------------------------------------
-
-
-def from_folder(folder: Path, variant: str | None) -> Parts:
-    index = _pipeline_index(folder)
-    configs = [read_json(folder / name / "config.json") for name in ("unet", "vae", "text_encoder", "text_encoder_2")]
-    unet, vae, encoders = _on_meta(configs[0], configs[1], configs[2], configs[3], str(folder))
-    texts = []
-    for module, name in zip(encoders, ("text_encoder", "text_encoder_2"), strict=True):
-        entries = open_weights(folder / name, "model", variant)
-        texts.append(Weights(entries, _covering(module, entries), name))
-    vae_entries = {_modern(k): e for k, e in open_weights(folder / "vae", "diffusion_pytorch_model", variant).items()}
-    weights = (
-        Weights(open_weights(folder / "unet", "diffusion_pytorch_model", variant), None, "unet"),
-        Weights(vae_entries, None, "vae"),
-        texts[0],
-        texts[1],
-    )
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    return Parts(
-        unet,
-        vae,
-        encoders,
-        weights,
-        (_tokenizer(folder / "tokenizer"), _tokenizer(folder / "tokenizer_2")),
-        read_json(scheduler) if scheduler.is_file() else {},
+def open_sdxl_folder(folder: Path, variant: str | None) -> Checkpoint:
+    """An SDXL pipeline. variant: of its weights. Raises CheckpointError for anything else."""
+    refuse_no_pipeline(folder)
+    index = read_json(folder / "model_index.json")
+    refuse_other_pipeline(folder, index, read_optional(folder / "unet" / "config.json"))
+    configs = [read_json(folder / part / "config.json") for part in PARTS]
+    networks = build_networks(configs, folder)
+    unet, vae = (open_folder(folder / part, STEM, variant) for part in PARTS[:2])
+    first, second = (open_folder(folder / part, "model", variant) for part in PARTS[2:])
+    return Checkpoint(
+        networks,
+        (
+            Weights("unet", unet),
+            Weights("vae", {_vae_key(key): entry for key, entry in vae.items()}),
+            Weights("text_encoder", _text_entries(networks[2], first)),
+            Weights("text_encoder_2", _text_entries(networks[3], second)),
+        ),
+        (read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")),
+        read_optional(folder / "scheduler" / "scheduler_config.json"),
         bool(index.get("force_zeros_for_empty_prompt", True)),
         bool(configs[1].get("force_upcast", True)),
     )
 
 
-def _pipeline_index(folder: Path) -> dict[str, Any]:
-    """model_index.json of an SDXL pipeline folder. Raises CheckpointError, naming what the folder is instead."""
-    hint = "give a folder in the diffusers layout of SDXL (with model_index.json)"
-    if not (folder / "model_index.json").is_file():
-        if (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{folder} is one component, not a whole model: give the folder above it (with model_index.json)"
-            )
-        files = sorted(folder.glob("*.safetensors"))
-        if files:
-            raise CheckpointError(
-                f"{folder} has no model_index.json but {files[0].name}: give that file's path, if it is the checkpoint"
-            )
-        for path in sorted(folder.glob("*")):
-            refuse_pickle(path)
-        raise CheckpointError(f"{folder}: no model_index.json here: {hint}")
-    index = read_json(folder / "model_index.json")
-    kind = str(index.get("_class_name", ""))
-    unet = read_json(folder / "unet" / "config.json") if (folder / "unet" / "config.json").is_file() else None
-    if unet is None:
-        raise CheckpointError(f"{folder} is a {kind or 'pipeline'} without unet/config.json, not SDXL; {hint}")
-    width = unet.get("cross_attention_dim")
-    if unet.get("addition_embed_type") != "text_time":
-        name = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}.get(
-            width if isinstance(width, int) else 0, kind or "another model"
-        )
-        raise CheckpointError(
-            f"{folder} is {name} (cross_attention_dim {width}, no size conditioning), not SDXL; {hint}"
-        )
-    if unet.get("in_channels", 4) != unet.get("out_channels", 4):
-        raise CheckpointError(
-            f"{folder} is an inpainting or editing model ({unet['in_channels']} input channels), not supported; {hint}"
-        )
-    encoders = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
-    if encoders == ["text_encoder_2"] and index.get("requires_aesthetics_score"):
-        raise CheckpointError(
-            f"{folder} is the SDXL refiner: it has one text encoder and cannot start from noise; give SDXL base"
-        )
-    for name in ("text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2"):
-        if not (folder / name).is_dir():
-            raise CheckpointError(
-                f"{folder}: {name}/ is missing: SDXL needs two text encoders with tokenizers and a VAE; fetch it too"
-            )
-    if str(index.get("scheduler", [""])[-1]).startswith("EDM"):
-        raise CheckpointError(
-            f"{folder} uses the EDM formulation ({index['scheduler'][-1]}), which is not supported; {hint}"
-        )
-    return index
+def _text_entries(encoder: torch.nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Under the encoder's own names: transformers 5.6 dropped `text_model.` from those of CLIPTextModel."""
+    keys, prefix = encoder.state_dict().keys(), "text_model."
+    names = {key: {key, prefix + key, key.removeprefix(prefix)} & keys for key in entries}
+    return {min(names[key], default=key): entry for key, entry in entries.items()}
 
 
-def _covering(module: nn.Module, entries: Mapping[str, Entry]) -> dict[str, Source]:
-    """Text encoder keys as the file writes them: transformers 5.6 dropped `text_model.` from CLIPTextModel's names."""
-    keys = list(module.state_dict())
-    prefix = "text_model."
-    layouts = (lambda k: k, lambda k: prefix + k, lambda k: k.removeprefix(prefix))
-    best = max(layouts, key=lambda layout: sum(layout(k) in entries for k in keys))
-    return {k: Source(best(k)) for k in keys}
-
-
-def _modern(key: str) -> str:
+def _vae_key(key: str) -> str:
     """VAE attention names of old diffusers folders as they are called today."""
     old = re.fullmatch(r"(.+\.mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.(weight|bias)", key)
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     return f"{old[1]}.{names[old[2]]}.{old[3]}" if old else key
 
 
-# --- the single file ------------------------------------------------------------------------------
+def open_controlnets(names: Names, model: Path, variant: str | None) -> dict[str, tuple[ControlNet, Weights]]:
+    """The ControlNets of these names, in their order, still on the meta device, with their weights.
+
+    model: the folder of the SDXL, whose own ones lie in controlnet/. variant: of the weights, where there are such.
+    Raises CheckpointError for what is not a ControlNet of SDXL, or is named twice.
+    """
+    several = [] if names is None else [names] if isinstance(names, str | Path) else names
+    opened: dict[str, tuple[ControlNet, Weights]] = {}
+    for name in map(str, several):
+        if name in opened:
+            raise CheckpointError(f"controlnet {name!r} is named twice: load it once")
+        opened[name] = _open_controlnet(resolve_controlnet(name, model), variant)
+    return opened
 
 
-def from_file(path: Path, config: Path | None, tokenizer: Path | None) -> Parts:
-    entries, metadata = read_header(path)
-    singlefile.refuse_others(entries, str(path))
-    if config is not None and not config.is_dir():
-        raise CheckpointError(f"config={str(config)!r}: no such folder")
-
-    def sized(prefix: str, part: str, infer: Callable[[singlefile.Shapes], dict[str, Any]]) -> dict[str, Any]:
-        given = config / part / "config.json" if config else None
-        if given is not None and given.is_file():
-            return read_json(given)
-        try:
-            return infer({k.removeprefix(prefix): e.shape for k, e in entries.items() if k.startswith(prefix)})
-        except (KeyError, IndexError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: cannot tell the sizes of {prefix}* ({error}): keys are missing, fetch it again"
-            ) from error
-
-    prefixes = (singlefile.UNET, singlefile.CLIP, singlefile.OPEN_CLIP, singlefile.VAE)
-    stray = unexpected(k for k in entries if not k.startswith(prefixes))
-    if stray:
-        raise CheckpointError(f"{path}: {stray} that belong to no part of SDXL")
-    first = sized(singlefile.CLIP, "text_encoder", singlefile.clip_config)
-    second = sized(singlefile.OPEN_CLIP, "text_encoder_2", singlefile.open_clip_config)
-    pooled = second["projection_dim"]
-    unet_config = sized(singlefile.UNET, "unet", lambda shapes: singlefile.unet_config(shapes, pooled))
-    vae_config = sized(singlefile.VAE, "vae", singlefile.vae_config)
-    unet, vae, encoders = _on_meta(unet_config, vae_config, first, second, where=str(path))
-
-    def weights(module: nn.Module, source: Callable[[str], Source], prefix: str) -> Weights:
-        part = {k: e for k, e in entries.items() if k.startswith(prefix)}
-        return Weights(part, {k: source(k) for k in module.state_dict()}, prefix + "*")
-
-    index = config / "model_index.json" if config else None
-    return Parts(
-        unet,
-        vae,
-        encoders,
-        (
-            weights(unet, singlefile.unet_map(unet.config), singlefile.UNET),
-            weights(vae, singlefile.vae_map(len(vae.config.block_out_channels)), singlefile.VAE),
-            weights(encoders[0], singlefile.clip_map, singlefile.CLIP),
-            weights(encoders[1], singlefile.open_clip_map, singlefile.OPEN_CLIP),
-        ),
-        _file_tokenizers(tokenizer, config),
-        _file_scheduler(entries, metadata, config),
-        bool((read_json(index) if index and index.is_file() else {}).get("force_zeros_for_empty_prompt", True)),
-        bool(vae_config.get("force_upcast", True)),
-    )
-
-
-def _file_scheduler(entries: Mapping[str, Entry], metadata: Mapping[str, str], config: Path | None) -> dict[str, Any]:
-    """The noise schedule: of the config folder, else SDXL's and what the file says (keys v_pred and ztsnr)."""
-    given = config / "scheduler" / "scheduler_config.json" if config else None
-    if given is not None and given.is_file():
-        return read_json(given)
-    said = str(metadata.get("modelspec.prediction_type", "")).lower()
-    v = "v_pred" in entries or said in ("v", "v_prediction", "velocity")
-    return {"prediction_type": "v_prediction" if v else "epsilon", "rescale_betas_zero_snr": "ztsnr" in entries}
-
-
-def _file_tokenizers(tokenizer: Path | None, config: Path | None) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """From a folder, or the local transformers cache; the second pads with token 0, as OpenCLIP does."""
-    if tokenizer is None and config is not None and (config / "tokenizer").is_dir():
-        tokenizer = config
-    if tokenizer is not None and (tokenizer / "tokenizer").is_dir():
-        return _tokenizer(tokenizer / "tokenizer"), _tokenizer(tokenizer / "tokenizer_2")
-    if tokenizer is not None:
-        first, second = _tokenizer(tokenizer), _tokenizer(tokenizer)
-    else:
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = [try_to_load_from_cache(name, "vocab.json") for name in TOKENIZERS]
-        # both encoders share one vocabulary, so either tokenizer will do for the other
-        found = [Path(c).parent for c in cached if isinstance(c, str)]
-        if not found:
-            raise CheckpointError(
-                "a single file brings no tokenizer and none is in the local cache: pass "
-                "tokenizer=<folder with vocab.json and merges.txt>, "
-                f'or fetch it once with: hf download {TOKENIZERS[0]} --include "*.json" "*.txt"'
-            )
-        first, second = _tokenizer(found[0]), _tokenizer(found[-1])
-    second.pad_token = second.convert_ids_to_tokens(0)
-    return first, second
+def _open_controlnet(folder: Path, variant: str | None) -> tuple[ControlNet, Weights]:
+    if (folder / "model_index.json").is_file() or (folder / "unet" / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is a whole model, not a ControlNet: give a folder with a ControlNet's config.json"
+        )
+    config = read_json(folder / "config.json")
+    try:
+        with torch.device("meta"):
+            net = ControlNet(ControlNetConfig.from_dict(config))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: {' '.join(str(error).split())}") from error
+    has_variant = variant is not None and any(folder.glob(f"{STEM}*.{variant}.*"))
+    entries = open_folder(folder, STEM, variant if has_variant else None)
+    if any(key.startswith(("task_embedding", "control_add_embedding.")) for key in entries):
+        raise CheckpointError(f"{folder}: a union of ControlNets is not supported: give one for a single kind of image")
+    return net, Weights(f"controlnet {folder.name}", entries)

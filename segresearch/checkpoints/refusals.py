@@ -1,67 +1,136 @@
-"""ControlNets on disk, in the diffusers folder layout: where a name lies, what is there, whether it fits the UNet."""
+"""What is not an SDXL checkpoint, refused by its name: files without weights, other models, incomplete folders.
 
-from collections.abc import Sequence
+Each function raises CheckpointError with one line. Light: no torch.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from segresearch.errors import CheckpointError
-from segresearch.models.checkpoint import open_weights
-from segresearch.models.controlnet import ControlNet, ControlNetConfig
-from segresearch.models.encoder import EncoderConfig
-from segresearch.models.layouts import Weights, read_json
-from segresearch.models.locate import located_controlnet
 
-STEM = "diffusion_pytorch_model"
-Asked = str | Path | Sequence[str | Path] | None
+UNET = "model.diffusion_model."  # prefixes of the parts of a single file
+CLIP = "conditioner.embedders.0.transformer."
+OPEN_CLIP = "conditioner.embedders.1.model."
+VAE = "first_stage_model."
 
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+POINTER = "is a git-lfs pointer: run `git lfs pull` in its repository, or download the file itself"
+FILE_HINT = "give the base checkpoint (as sd_xl_base_1.0.safetensors) or a diffusers folder of SDXL"
+FOLDER_HINT = "give a folder in the diffusers layout of SDXL (with model_index.json)"
 
-def open_controlnets(asked: Asked, model: Path, variant: str | None) -> dict[str, tuple[ControlNet, Weights]]:
-    """The ControlNets asked for, by the names they were asked by, still on the meta device, with their weights.
-
-    model: the folder of the SDXL, whose own ones lie in controlnet/. variant: of the weights, where there are such.
-    Raises CheckpointError for what is not a ControlNet of SDXL, or asked twice.
-    """
-    several = [] if asked is None else [asked] if isinstance(asked, str | Path) else list(asked)
-    names = [str(name) for name in several]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise CheckpointError(f"controlnet {twice[0]!r} is asked for twice: load it once")
-    return {name: _opened(located_controlnet(name, model), variant) for name in names}
-
-
-def _opened(folder: Path, variant: str | None) -> tuple[ControlNet, Weights]:
-    for other in ("model_index.json", "unet/config.json"):
-        if (folder / other).is_file():
-            raise CheckpointError(
-                f"{folder} is a whole model, not a ControlNet: give a folder with a ControlNet's config.json"
-            )
-    config = read_json(folder / "config.json")
-    try:
-        with torch.device("meta"):
-            net = ControlNet(ControlNetConfig.from_dict(config))
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: {' '.join(str(error).split())}") from error
-    there = variant is not None and any(folder.glob(f"{STEM}*.{variant}.*"))
-    entries = open_weights(folder, STEM, variant if there else None)
-    if "task_embedding" in entries or any(key.startswith("control_add_embedding.") for key in entries):
-        raise CheckpointError(f"{folder}: a union of ControlNets is not supported: give one for a single kind of image")
-    return net, Weights(entries, None, f"controlnet {folder.name}")
+_OTHER_FILES = {  # a pattern of keys -> what the file is; the first that matches
+    r"lora_|\.lora\.": "a LoRA, not a checkpoint: merge it into its base model first",
+    r"control_model\.|controlnet_cond_embedding": "a ControlNet, not a checkpoint: pass the SDXL that it steers",
+    r"double_blocks\.": "Flux, not SDXL",
+    r"joint_blocks\.": "Stable Diffusion 3, not SDXL",
+    r"clip_txt_(pooled_)?mapper": "Stable Cascade, not SDXL",
+    r"cond_stage_model\.model\.": "a Stable Diffusion 2 checkpoint, not SDXL",
+    r"cond_stage_model\.": "a Stable Diffusion 1 checkpoint, not SDXL",
+    r"conditioner\.embedders\.0\.model\.": (
+        "the SDXL refiner, not SDXL base: it has one text encoder and cannot start from noise"
+    ),
+    r"^edm_mean$": "Playground v2.5 (EDM formulation), which is not supported",
+}
+_PARTS = {UNET: "UNet", CLIP: "first text encoder", OPEN_CLIP: "second text encoder", VAE: "VAE"}
 
 
-def check_fit(name: str, net: ControlNetConfig, unet: EncoderConfig, vae_factor: int) -> None:
-    """Raises CheckpointError, naming both values, for a ControlNet made for another model than this one."""
-    facts = (
-        ("latent channels", net.in_channels, "UNet", unet.in_channels),
-        ("level widths", net.block_out_channels, "UNet", unet.block_out_channels),
-        ("layers per level", net.layers_per_block, "UNet", unet.layers_per_block),
-        ("text width", net.cross_attention_dim, "UNet", unet.cross_attention_dim),
-        ("pooled text width", net.pooled_dim, "UNet", unet.pooled_dim),
-        ("image pixels per latent pixel", net.image_factor, "VAE", vae_factor),
-    )
-    for what, mine, other, its in facts:
-        if mine != its:
-            raise CheckpointError(
-                f"controlnet {name!r}: {what}: {mine} in the ControlNet, {its} in the {other}: it was made for another "
-                "model"
-            )
+def _refuse(where: Path | str, faults: Mapping[str, Any]) -> None:
+    """Raises the first fault whose condition holds."""
+    for fault, holds in faults.items():
+        if holds:
+            raise CheckpointError(f"{where} {fault}")
+
+
+def refuse_pickle(path: Path) -> None:
+    """A file name of a pickled checkpoint."""
+    convert = "(where you trust its origin, load it once and save its tensors with safetensors.torch.save_file)"
+    if path.suffix.lower() in PICKLES:
+        raise CheckpointError(
+            f"{path}: pickle checkpoints can run code when opened and are refused: convert it to .safetensors {convert}"
+        )
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether git-lfs left its pointer in place of the file."""
+    with path.open("rb") as file:
+        return file.read(64).startswith(b"version https://git-lfs")
+
+
+def refuse_unreadable(path: Path, reason: str) -> None:
+    """A .safetensors file that safetensors cannot open for `reason`."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+    header = start[8:9] == b"{"
+    cut = header and re.search("incomplete|header ?length", reason, re.IGNORECASE)
+    faults = {
+        "is empty (0 bytes)": not start,
+        POINTER: is_pointer(path),
+        "holds a pickle under a .safetensors name: pickles are refused, convert it to safetensors": (
+            not header and start.startswith((b"PK\x03\x04", b"\x80"))
+        ),
+        "is a web page, not the weights: the download went wrong": not header and start.lstrip()[:1] == b"<",
+        f"is truncated, or longer than its header says ({size:,} bytes)": cut,
+        f"is not a safetensors file ({' '.join(reason.split())})": True,
+    }
+    _refuse(path, {f"{fault}: fetch it again": holds for fault, holds in faults.items()})
+
+
+def refuse_other_file(keys: Iterable[str], path: Path) -> None:
+    """A single file whose keys are not those of an SDXL in the original layout."""
+    text = "\n".join(sorted(keys))
+    for pattern, kind in _OTHER_FILES.items():
+        if re.search(pattern, text, re.MULTILINE):
+            raise CheckpointError(f"{path} is {kind}; {FILE_HINT}")
+    missing = [prefix for prefix in _PARTS if not re.search(f"^{re.escape(prefix)}", text, re.MULTILINE)]
+    component = re.search(r"down_blocks\.|text_model\.", text)
+    kind = "one component in the folder layout" if component else "of an unknown layout"
+    first = text.partition("\n")[0]
+    if len(missing) == len(_PARTS):
+        raise CheckpointError(f"{path} is {kind} (its first key is {first!r}); {FILE_HINT}")
+    if missing:
+        raise CheckpointError(f"{path}: the {_PARTS[missing[0]]} is missing (no {missing[0]}* keys); {FILE_HINT}")
+
+
+def refuse_no_pipeline(folder: Path) -> None:
+    """A folder without model_index.json."""
+    if (folder / "model_index.json").is_file():
+        return
+    file = min((path.name for path in folder.glob("*.safetensors")), default=None)
+    component = (folder / "config.json").is_file()
+    if not component and file is None:
+        for path in sorted(folder.glob("*")):
+            refuse_pickle(path)
+    faults = {
+        "is one component, not a whole model: give the folder above it (with model_index.json)": component,
+        f"has no model_index.json but {file}: give that file's path, if it is the checkpoint": file,
+        f"has no model_index.json: {FOLDER_HINT}": True,
+    }
+    _refuse(folder, faults)
+
+
+def refuse_other_pipeline(folder: Path, index: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+    """A pipeline folder of another model, or without a part. index: model_index.json; unet: its config, {} if none."""
+    kind, width = str(index.get("_class_name") or "pipeline"), unet.get("cross_attention_dim")
+    model = {"768": "Stable Diffusion 1", "1024": "Stable Diffusion 2"}.get(str(width), kind)
+    scheduler = str((index.get("scheduler") or [""])[-1])
+    parts = ("text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2")
+    missing = next((part for part in parts if not (folder / part).is_dir()), None)
+    channels = unet.get("in_channels", 4)
+    faults = {
+        f"is a {kind} without unet/config.json, not SDXL; {FOLDER_HINT}": not unet,
+        f"is {model} (cross_attention_dim {width}, no size conditioning), not SDXL; {FOLDER_HINT}": (
+            unet.get("addition_embed_type") != "text_time"
+        ),
+        f"is an inpainting or editing model ({channels} input channels), not supported; {FOLDER_HINT}": (
+            channels != unet.get("out_channels", 4)
+        ),
+        "is the SDXL refiner: it has one text encoder and cannot start from noise; give SDXL base": (
+            missing == "text_encoder" and index.get("requires_aesthetics_score")
+        ),
+        f"is incomplete, {missing}/ is missing: SDXL needs two text encoders with tokenizers, and a VAE": missing,
+        f"uses the EDM formulation ({scheduler}), which is not supported; {FOLDER_HINT}": scheduler.startswith("EDM"),
+    }
+    _refuse(folder, faults)

@@ -1,10 +1,9 @@
-"""The original SDXL layout, one .safetensors file: what it is, the sizes in it, and the key map to the folder layout.
+"""The original SDXL layout, one .safetensors file: the sizes in it, and the key map to the folder layout.
 
-    model.diffusion_model.*                            UNet: input_blocks, middle_block, output_blocks, counted through
-    conditioner.embedders.0.transformer.text_model.*   CLIP text encoder, names as in transformers
-    conditioner.embedders.1.model.*                    OpenCLIP text encoder: q, k, v in one in_proj, projection
-    transposed first_stage_model.*                                VAE: decoder levels counted from the finest, attention
-    as 1×1 convolutions
+    model.diffusion_model.*              UNet: input_blocks, middle_block and output_blocks, numbered through all levels
+    conditioner.embedders.0.transformer.text_model.*    CLIP text encoder, names as in transformers
+    conditioner.embedders.1.model.*      OpenCLIP text encoder: q, k, v in one in_proj; text_projection transposed
+    first_stage_model.*                  VAE: decoder levels numbered from the finest; attention as 1×1 convolutions
 
 Sizes are read from the shapes. What shapes cannot tell is SDXL's rule: 64 channels a head, 32 groups, VAE scaling
 0.13025, quick_gelu in the first text encoder and gelu in the second; a folder of configs overrides it.
@@ -13,56 +12,102 @@ Sizes are read from the shapes. What shapes cannot tell is SDXL's rule: 64 chann
 import re
 from collections.abc import Callable, Mapping
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+from transformers import CLIPTokenizer
+
+from segresearch.checkpoints.folder import Checkpoint, build_networks, read_optional, read_tokenizer
+from segresearch.checkpoints.refusals import CLIP, OPEN_CLIP, UNET, VAE, refuse_other_file
+from segresearch.checkpoints.tensors import Source, Weights, open_file, unexpected
 from segresearch.errors import CheckpointError, InputError
-from segresearch.models.checkpoint import Entry, Source
+from segresearch.models.text import TOKENIZERS
 from segresearch.models.unet import UNetConfig
 
-UNET = "model.diffusion_model."
-CLIP = "conditioner.embedders.0.transformer."
-OPEN_CLIP = "conditioner.embedders.1.model."
-VAE = "first_stage_model."
 HEAD_DIM = 64
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def refuse_others(entries: Mapping[str, Entry], where: str) -> None:
-    """Raises CheckpointError, naming what it is, unless the keys are those of an SDXL in the original layout."""
-
-    def has(part: str) -> bool:
-        return any(part in key for key in entries)
-
-    kinds = {  # the first that matches
-        "a LoRA, not a checkpoint: merge it into its base model first": has("lora_") or has(".lora."),
-        "a ControlNet, not a checkpoint: pass the SDXL that it steers": has("control_model.")
-        or has("controlnet_cond_embedding"),
-        "Flux, not SDXL": has("double_blocks."),
-        "Stable Diffusion 3, not SDXL": has("joint_blocks."),
-        "Stable Cascade, not SDXL": has("clip_txt_mapper") or has("clip_txt_pooled_mapper"),
-        "a Stable Diffusion 2 checkpoint, not SDXL": has("cond_stage_model.model."),
-        "a Stable Diffusion 1 checkpoint, not SDXL": has("cond_stage_model."),
-        "the SDXL refiner, not SDXL base: it has one text encoder and cannot start from noise": has(
-            "conditioner.embedders.0.model."
-        ),
-        "Playground v2.5 (EDM formulation), which is not supported": "edm_mean" in entries,
+def open_sdxl_file(path: Path, config: Path | None, tokenizer: Path | None) -> Checkpoint:
+    """An SDXL in the original layout. config, tokenizer: as in `load_sdxl`. CheckpointError for anything else."""
+    entries, metadata = open_file(path)
+    refuse_other_file(entries, path)
+    if config is not None and not config.is_dir():
+        raise CheckpointError(f"config={str(config)!r}: no such folder")
+    parts = {
+        prefix: {key: entry for key, entry in entries.items() if key.startswith(prefix)}
+        for prefix in (UNET, VAE, CLIP, OPEN_CLIP)
     }
-    hint = "give the base checkpoint (as sd_xl_base_1.0.safetensors) or a diffusers folder of SDXL"
-    for kind, matches in kinds.items():
-        if matches:
-            raise CheckpointError(f"{where} is {kind}; {hint}")
-    parts = {"UNet": UNET, "first text encoder": CLIP, "second text encoder": OPEN_CLIP, "VAE": VAE}
-    missing = {name: prefix for name, prefix in parts.items() if not any(k.startswith(prefix) for k in entries)}
-    if len(missing) == len(parts):
-        one = (
-            "one component in the folder layout"
-            if has("down_blocks.") or has("text_model.")
-            else "of an unknown layout"
+    stray = unexpected(set(entries).difference(*parts.values()))
+    if stray:
+        raise CheckpointError(f"{path}: {stray} that belong to no part of SDXL")
+
+    def override(name: str) -> dict[str, Any]:
+        return {} if config is None else read_optional(config / name)
+
+    def sizes(prefix: str, folder: str, infer: Callable[[Shapes], dict[str, Any]]) -> dict[str, Any]:
+        if values := override(f"{folder}/config.json"):
+            return values
+        try:
+            return infer({key.removeprefix(prefix): entry.shape for key, entry in parts[prefix].items()})
+        except (KeyError, IndexError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: cannot tell the sizes of {prefix}* ({error}): keys are missing, fetch it again"
+            ) from error
+
+    vae_sizes = sizes(VAE, "vae", vae_config)
+    first, second = sizes(CLIP, "text_encoder", clip_config), sizes(OPEN_CLIP, "text_encoder_2", open_clip_config)
+    unet_sizes = sizes(UNET, "unet", lambda shapes: unet_config(shapes, second["projection_dim"]))
+    networks = build_networks((unet_sizes, vae_sizes, first, second), path)
+    unet, vae = networks[:2]
+
+    def weights(module: nn.Module, source: Callable[[str], Source], prefix: str) -> Weights:
+        return Weights(f"{prefix}*", parts[prefix], {key: source(key) for key in module.state_dict()})
+
+    v_prediction = {"v", "v_prediction", "velocity"} & {str(metadata.get("modelspec.prediction_type")).lower()}
+    scheduler = {
+        "prediction_type": "v_prediction" if v_prediction or "v_pred" in entries else "epsilon",
+        "rescale_betas_zero_snr": "ztsnr" in entries,
+    }
+    return Checkpoint(
+        networks,
+        (
+            weights(unet, unet_map(unet.config), UNET),
+            weights(vae, vae_map(len(vae.config.block_out_channels)), VAE),
+            weights(networks[2], clip_map, CLIP),
+            weights(networks[3], open_clip_map, OPEN_CLIP),
+        ),
+        _tokenizers(tokenizer, config),
+        override("scheduler/scheduler_config.json") or scheduler,
+        bool(override("model_index.json").get("force_zeros_for_empty_prompt", True)),
+        bool(vae_sizes.get("force_upcast", True)),
+    )
+
+
+def _tokenizers(tokenizer: Path | None, config: Path | None) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """From a folder, or the local transformers cache; the second pads with token 0, as OpenCLIP does."""
+    if tokenizer is None and config is not None and (config / "tokenizer").is_dir():
+        tokenizer = config
+    if tokenizer is not None and (tokenizer / "tokenizer").is_dir():
+        return read_tokenizer(tokenizer / "tokenizer"), read_tokenizer(tokenizer / "tokenizer_2")
+    if tokenizer is not None:
+        folders = [tokenizer]
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = [try_to_load_from_cache(name, "vocab.json") for name in TOKENIZERS]
+        folders = [Path(file).parent for file in cached if isinstance(file, str)]
+    if not folders:
+        raise CheckpointError(
+            "a single file brings no tokenizer and none is in the local cache: pass "
+            "tokenizer=<folder with vocab.json and merges.txt>, "
+            f'or fetch it once with: hf download {TOKENIZERS[0]} --include "*.json" "*.txt"'
         )
-        raise CheckpointError(f"{where} is {one} (its first key is {min(entries)!r}); {hint}")
-    for name, prefix in missing.items():
-        raise CheckpointError(f"{where}: the {name} is missing (no {prefix}* keys); {hint}")
+    first, second = read_tokenizer(folders[0]), read_tokenizer(folders[-1])  # their vocabulary is the same
+    second.pad_token = second.convert_ids_to_tokens(0)
+    return first, second
 
 
 # --- sizes from shapes ----------------------------------------------------------------------------
@@ -120,37 +165,38 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def clip_config(shapes: Shapes) -> dict[str, Any]:
-    """A transformers CLIP text `config.json` from the shapes below `conditioner.embedders.0.transformer.`."""
-    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+def _text_config(shapes: Shapes, tokens: str, positions: str, mlp: str, layers: str) -> dict[str, Any]:
+    """From the names of the embeddings and of the first layer's MLP, and a pattern that counts the layers."""
+    vocabulary, width = shapes[tokens]
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": _span(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+        "intermediate_size": shapes[mlp][0],
+        "num_hidden_layers": _span(shapes, layers),
         "num_attention_heads": max(width // HEAD_DIM, 1),
-        "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
-        "hidden_act": "quick_gelu",
+        "max_position_embeddings": shapes[positions][0],
         "bos_token_id": 0,
         "eos_token_id": 2,  # SDXL's configs say 2: the end of a text is its highest token id
     }
 
 
+def clip_config(shapes: Shapes) -> dict[str, Any]:
+    """A transformers CLIP text `config.json` from the shapes below `conditioner.embedders.0.transformer.`."""
+    embeddings, layers = "text_model.embeddings", "text_model.encoder.layers"
+    config = _text_config(
+        shapes, f"{embeddings}.token_embedding.weight", f"{embeddings}.position_embedding.weight",
+        f"{layers}.0.mlp.fc1.weight", rf"{layers}\.(\d+)\.",
+    )  # fmt: skip
+    return config | {"hidden_act": "quick_gelu"}
+
+
 def open_clip_config(shapes: Shapes) -> dict[str, Any]:
     """The same from the shapes below `conditioner.embedders.1.model.`."""
-    vocabulary, width = shapes["token_embedding.weight"]
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_hidden_layers": _span(shapes, r"transformer\.resblocks\.(\d+)\."),
-        "num_attention_heads": max(width // HEAD_DIM, 1),
-        "max_position_embeddings": shapes["positional_embedding"][0],
-        "projection_dim": shapes["text_projection"][1],
-        "hidden_act": "gelu",
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-    }
+    layers = "transformer.resblocks"
+    config = _text_config(
+        shapes, "token_embedding.weight", "positional_embedding", f"{layers}.0.mlp.c_fc.weight", rf"{layers}\.(\d+)\."
+    )
+    return config | {"hidden_act": "gelu", "projection_dim": shapes["text_projection"][1]}
 
 
 # --- the key map: folder layout -> original layout ------------------------------------------------

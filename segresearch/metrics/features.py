@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.errors import InputError
 from segresearch.metrics import inception, weight_files
 from segresearch.metrics.mini_vision import SIDE, load_vision, unit_range
 from segresearch.models.compute import arithmetic
-from segresearch.models.locate import located
 from segresearch.threads import one_thread
 
 DINOV2 = "facebook/dinov2-large"  # ViT-L/14, 1024 features (arXiv 2304.07193)
@@ -141,7 +141,7 @@ def _clip(path: str | Path | None, sha256: str | None, device: torch.device, dty
 
 def _mini(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
     tower = weight_files.frozen(load_vision(path or "mini"), device, dtype)
-    file = located(path or "mini") / "vision" / "model.safetensors"
+    file = resolve_model(path or "mini") / "vision" / "model.safetensors"
     known = weight_files.checked(file, sha256) if sha256 else weight_files.digest(file)
 
     @one_thread

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.errors import CheckpointError
-from segresearch.models.locate import located
 from segresearch.threads import one_thread
 
 SIDE = 64  # pixels
@@ -72,7 +72,7 @@ def filled(path_or_name: str | Path, part: str, build: Callable[..., Module]) ->
 
     Raises CheckpointError where the part is missing or does not fit.
     """
-    folder = located(path_or_name) / part
+    folder = resolve_model(path_or_name) / part
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
