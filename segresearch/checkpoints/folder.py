@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segresearch.checkpoints.refusals import POINTER, is_pointer, refuse_no_pipeline, refuse_other_pipeline
+from segresearch.checkpoints.refusals import POINTER, is_pointer, refuse_other_folder
 from segresearch.checkpoints.resolve import resolve_controlnet
 from segresearch.checkpoints.tensors import Entry, Weights, open_folder
 from segresearch.errors import CheckpointError
@@ -69,33 +70,38 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     try:
         return load_tokenizer(folder)
     except Exception as error:  # the tokenizers' own errors have no common class
-        raise CheckpointError(
-            f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())}): fetch its files again"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({reason}): fetch its files again") from error
 
 
-def build_networks(configs: Sequence[Mapping[str, Any]], where: Path) -> Networks:
-    """The networks of the configs of PARTS, without weights. CheckpointError for a config that is not supported."""
-    unet, vae, first, second = map(dict, configs)
+@contextmanager
+def building(where: Path) -> Iterator[None]:
+    """Networks that are built here lie on the meta device; CheckpointError for a config that is not supported."""
     try:
         with torch.device("meta"):
-            return (
-                UNet(UNetConfig.from_dict(unet)),
-                VAE(VAEConfig.from_dict(vae)),
-                CLIPTextModel(CLIPTextConfig.from_dict(first)),
-                CLIPTextModelWithProjection(CLIPTextConfig.from_dict(second)),
-            )
+            yield
     except Exception as error:  # transformers checks its configs with errors of its own classes
         kind = type(error).__name__
         problem = "" if isinstance(error, ValueError) else f"a config that no model can be built from, {kind}: "
         raise CheckpointError(f"{where}: {problem}{' '.join(str(error).split())}") from error
 
 
+def build_networks(configs: Sequence[dict[str, Any]], where: Path) -> Networks:
+    """The networks of the configs of PARTS, without weights."""
+    unet, vae, first, second = configs
+    with building(where):
+        return (
+            UNet(UNetConfig.from_dict(unet)),
+            VAE(VAEConfig.from_dict(vae)),
+            CLIPTextModel(CLIPTextConfig.from_dict(first)),
+            CLIPTextModelWithProjection(CLIPTextConfig.from_dict(second)),
+        )
+
+
 def open_sdxl_folder(folder: Path, variant: str | None) -> Checkpoint:
     """An SDXL pipeline. variant: of its weights. Raises CheckpointError for anything else."""
-    refuse_no_pipeline(folder)
-    index = read_json(folder / "model_index.json")
-    refuse_other_pipeline(folder, index, read_optional(folder / "unet" / "config.json"))
+    index = read_optional(folder / "model_index.json")
+    refuse_other_folder(folder, index, read_optional(folder / "unet" / "config.json"))
     configs = [read_json(folder / part / "config.json") for part in PARTS]
     networks = build_networks(configs, folder)
     unet, vae = (open_folder(folder / part, STEM, variant) for part in PARTS[:2])
@@ -146,15 +152,10 @@ def open_controlnets(names: Names, model: Path, variant: str | None) -> dict[str
 
 def _open_controlnet(folder: Path, variant: str | None) -> tuple[ControlNet, Weights]:
     if (folder / "model_index.json").is_file() or (folder / "unet" / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} is a whole model, not a ControlNet: give a folder with a ControlNet's config.json"
-        )
+        raise CheckpointError(f"{folder} is a whole model, not a ControlNet: give the folder of a ControlNet")
     config = read_json(folder / "config.json")
-    try:
-        with torch.device("meta"):
-            net = ControlNet(ControlNetConfig.from_dict(config))
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: {' '.join(str(error).split())}") from error
+    with building(folder):
+        net = ControlNet(ControlNetConfig.from_dict(config))
     has_variant = variant is not None and any(folder.glob(f"{STEM}*.{variant}.*"))
     entries = open_folder(folder, STEM, variant if has_variant else None)
     if any(key.startswith(("task_embedding", "control_add_embedding.")) for key in entries):

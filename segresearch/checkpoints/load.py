@@ -1,6 +1,5 @@
 """load_sdxl: from a path or a name to a ready SDXL, whatever the layout on disk."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -110,35 +109,29 @@ def load_sdxl(
 def refuse_mixture(unet: UNetConfig, vae: VAEConfig, first: CLIPTextConfig, second: CLIPTextConfig) -> None:
     """Raises CheckpointError, naming both sides, for an SDXL whose networks do not fit each other."""
     if unet.in_channels != unet.out_channels:
-        raise CheckpointError(
-            f"the UNet has {unet.in_channels} input channels for {unet.out_channels} of output: an inpainting or "
-            "editing model, not supported; give a text-to-image SDXL"
-        )
+        channels = f"{unet.in_channels} input channels for {unet.out_channels} of output"
+        raise CheckpointError(f"the UNet has {channels}: an inpainting or editing model, not supported")
     width = first.hidden_size + second.hidden_size
-    facts = (
-        ("text width", "text encoders", width, "UNet", unet.cross_attention_dim),
-        ("pooled text width", "second text encoder", second.projection_dim, "UNet", unet.pooled_dim),
-        ("latent channels", "VAE", vae.latent_channels, "UNet", unet.in_channels),
-    )
-    _refuse_unequal(facts, "parts of different models are mixed")
+    for quantity, part, value, unets in (
+        ("text width", "text encoders", width, unet.cross_attention_dim),
+        ("pooled text width", "second text encoder", second.projection_dim, unet.pooled_dim),
+        ("latent channels", "VAE", vae.latent_channels, unet.in_channels),
+    ):
+        if value != unets:
+            problem = "parts of different models are mixed"
+            raise CheckpointError(f"{quantity}: {value} in the {part}, {unets} in the UNet: {problem}")
 
 
 def check_fit(name: str, net: ControlNetConfig, unet: EncoderConfig, vae_factor: int) -> None:
     """Raises CheckpointError, naming both values, for a ControlNet made for another model than this one."""
-    sizes = {
-        "latent channels": (net.in_channels, unet.in_channels),
-        "level widths": (net.block_out_channels, unet.block_out_channels),
-        "layers per level": (net.layers_per_block, unet.layers_per_block),
-        "text width": (net.cross_attention_dim, unet.cross_attention_dim),
-        "pooled text width": (net.pooled_dim, unet.pooled_dim),
-    }
-    facts = [(f"controlnet {name!r}: {size}", "ControlNet", mine, "UNet", its) for size, (mine, its) in sizes.items()]
-    factor = (f"controlnet {name!r}: image pixels per latent pixel", "ControlNet", net.image_factor, "VAE", vae_factor)
-    _refuse_unequal((*facts, factor), "it was made for another model")
-
-
-def _refuse_unequal(facts: Iterable[tuple[str, str, Any, str, Any]], problem: str) -> None:
-    """Each fact: a quantity, and the two parts that must have it in common, each with its value."""
-    for quantity, part, value, other, other_value in facts:
-        if value != other_value:
-            raise CheckpointError(f"{quantity}: {value} in the {part}, {other_value} in the {other}: {problem}")
+    for quantity, value, other, others in (
+        ("latent channels", net.in_channels, "UNet", unet.in_channels),
+        ("level widths", net.block_out_channels, "UNet", unet.block_out_channels),
+        ("layers per level", net.layers_per_block, "UNet", unet.layers_per_block),
+        ("text width", net.cross_attention_dim, "UNet", unet.cross_attention_dim),
+        ("pooled text width", net.pooled_dim, "UNet", unet.pooled_dim),
+        ("image pixels per latent pixel", net.image_factor, "VAE", vae_factor),
+    ):
+        if value != others:
+            sides = f"{value} in the ControlNet, {others} in the {other}"
+            raise CheckpointError(f"controlnet {name!r}: {quantity}: {sides}: it was made for another model")

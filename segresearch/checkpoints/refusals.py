@@ -19,6 +19,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 POINTER = "is a git-lfs pointer: run `git lfs pull` in its repository, or download the file itself"
 FILE_HINT = "give the base checkpoint (as sd_xl_base_1.0.safetensors) or a diffusers folder of SDXL"
 FOLDER_HINT = "give a folder in the diffusers layout of SDXL (with model_index.json)"
+REFINER = "it has one text encoder and cannot start from noise"
 
 _OTHER_FILES = {  # a pattern of keys -> what the file is; the first that matches
     r"lora_|\.lora\.": "a LoRA, not a checkpoint: merge it into its base model first",
@@ -28,9 +29,7 @@ _OTHER_FILES = {  # a pattern of keys -> what the file is; the first that matche
     r"clip_txt_(pooled_)?mapper": "Stable Cascade, not SDXL",
     r"cond_stage_model\.model\.": "a Stable Diffusion 2 checkpoint, not SDXL",
     r"cond_stage_model\.": "a Stable Diffusion 1 checkpoint, not SDXL",
-    r"conditioner\.embedders\.0\.model\.": (
-        "the SDXL refiner, not SDXL base: it has one text encoder and cannot start from noise"
-    ),
+    r"conditioner\.embedders\.0\.model\.": f"the SDXL refiner, not SDXL base: {REFINER}",
     r"^edm_mean$": "Playground v2.5 (EDM formulation), which is not supported",
 }
 _PARTS = {UNET: "UNet", CLIP: "first text encoder", OPEN_CLIP: "second text encoder", VAE: "VAE"}
@@ -45,11 +44,10 @@ def _refuse(where: Path | str, faults: Mapping[str, Any]) -> None:
 
 def refuse_pickle(path: Path) -> None:
     """A file name of a pickled checkpoint."""
-    convert = "(where you trust its origin, load it once and save its tensors with safetensors.torch.save_file)"
+    convert = "where you trust its origin, load it once and save its tensors with safetensors.torch.save_file"
+    fault = f"pickle checkpoints can run code when opened and are refused: convert it to .safetensors ({convert})"
     if path.suffix.lower() in PICKLES:
-        raise CheckpointError(
-            f"{path}: pickle checkpoints can run code when opened and are refused: convert it to .safetensors {convert}"
-        )
+        raise CheckpointError(f"{path}: {fault}")
 
 
 def is_pointer(path: Path) -> bool:
@@ -60,22 +58,20 @@ def is_pointer(path: Path) -> bool:
 
 def refuse_unreadable(path: Path, reason: str) -> None:
     """A .safetensors file that safetensors cannot open for `reason`."""
-    size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
-    header = start[8:9] == b"{"
-    cut = header and re.search("incomplete|header ?length", reason, re.IGNORECASE)
-    faults = {
-        "is empty (0 bytes)": not start,
+    has_header = start[8:9] == b"{"
+    cut = has_header and re.search("incomplete|header ?length", reason, re.IGNORECASE)
+    pickle = not has_header and start.startswith((b"PK\x03\x04", b"\x80"))
+    page = not has_header and start.lstrip()[:1] == b"<"
+    _refuse(path, {
+        "is empty (0 bytes): fetch it again": not start,
         POINTER: is_pointer(path),
-        "holds a pickle under a .safetensors name: pickles are refused, convert it to safetensors": (
-            not header and start.startswith((b"PK\x03\x04", b"\x80"))
-        ),
-        "is a web page, not the weights: the download went wrong": not header and start.lstrip()[:1] == b"<",
-        f"is truncated, or longer than its header says ({size:,} bytes)": cut,
-        f"is not a safetensors file ({' '.join(reason.split())})": True,
-    }
-    _refuse(path, {f"{fault}: fetch it again": holds for fault, holds in faults.items()})
+        "holds a pickle under a .safetensors name: pickles are refused, convert it to safetensors": pickle,
+        "is a web page, not the weights: the download went wrong, fetch it again": page,
+        f"is truncated, or longer than its header says ({path.stat().st_size:,} bytes): fetch it again": cut,
+        f"is not a safetensors file ({' '.join(reason.split())}): fetch it again": True,
+    })  # fmt: skip
 
 
 def refuse_other_file(keys: Iterable[str], path: Path) -> None:
@@ -94,43 +90,27 @@ def refuse_other_file(keys: Iterable[str], path: Path) -> None:
         raise CheckpointError(f"{path}: the {_PARTS[missing[0]]} is missing (no {missing[0]}* keys); {FILE_HINT}")
 
 
-def refuse_no_pipeline(folder: Path) -> None:
-    """A folder without model_index.json."""
-    if (folder / "model_index.json").is_file():
-        return
-    file = min((path.name for path in folder.glob("*.safetensors")), default=None)
+def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+    """Anything but an SDXL pipeline. index: model_index.json; unet: the UNet's config; {} for one that is missing."""
     component = (folder / "config.json").is_file()
-    if not component and file is None:
+    file = min((path.name for path in folder.glob("*.safetensors")), default=None)
+    if not index and not component and file is None:
         for path in sorted(folder.glob("*")):
             refuse_pickle(path)
-    faults = {
-        "is one component, not a whole model: give the folder above it (with model_index.json)": component,
-        f"has no model_index.json but {file}: give that file's path, if it is the checkpoint": file,
-        f"has no model_index.json: {FOLDER_HINT}": True,
-    }
-    _refuse(folder, faults)
-
-
-def refuse_other_pipeline(folder: Path, index: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
-    """A pipeline folder of another model, or without a part. index: model_index.json; unet: its config, {} if none."""
     kind, width = str(index.get("_class_name") or "pipeline"), unet.get("cross_attention_dim")
     model = {"768": "Stable Diffusion 1", "1024": "Stable Diffusion 2"}.get(str(width), kind)
-    scheduler = str((index.get("scheduler") or [""])[-1])
     parts = ("text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2")
     missing = next((part for part in parts if not (folder / part).is_dir()), None)
-    channels = unet.get("in_channels", 4)
-    faults = {
+    refiner = missing == "text_encoder" and index.get("requires_aesthetics_score")
+    scheduler = str((index.get("scheduler") or [""])[-1])
+    sizes = unet.get("addition_embed_type") == "text_time"
+    _refuse(folder, {
+        "is one component, not a whole model: give the folder above it, with model_index.json": component and not index,
+        f"has no model_index.json but {file}: give that file's path, if it is the checkpoint": file and not index,
+        f"has no model_index.json: {FOLDER_HINT}": not index,
         f"is a {kind} without unet/config.json, not SDXL; {FOLDER_HINT}": not unet,
-        f"is {model} (cross_attention_dim {width}, no size conditioning), not SDXL; {FOLDER_HINT}": (
-            unet.get("addition_embed_type") != "text_time"
-        ),
-        f"is an inpainting or editing model ({channels} input channels), not supported; {FOLDER_HINT}": (
-            channels != unet.get("out_channels", 4)
-        ),
-        "is the SDXL refiner: it has one text encoder and cannot start from noise; give SDXL base": (
-            missing == "text_encoder" and index.get("requires_aesthetics_score")
-        ),
+        f"is {model} (cross_attention_dim {width}, no size conditioning), not SDXL; {FOLDER_HINT}": not sizes,
+        f"is the SDXL refiner: {REFINER}; give SDXL base": refiner,
         f"is incomplete, {missing}/ is missing: SDXL needs two text encoders with tokenizers, and a VAE": missing,
         f"uses the EDM formulation ({scheduler}), which is not supported; {FOLDER_HINT}": scheduler.startswith("EDM"),
-    }
-    _refuse(folder, faults)
+    })  # fmt: skip

@@ -10,26 +10,21 @@ MINI = Path(__file__).parent.parent / "weights" / "mini"
 
 
 def resolve_model(path_or_name: str | Path) -> Path:
-    """The folder or the single file of a model: "mini", a path, or a hub id in the local cache.
-
-    Raises CheckpointError if there is none.
-    """
+    """The folder or the single file of a model: "mini", a path, or a hub id in the local cache."""
     name = str(path_or_name)
     if name == "mini":
         if not (MINI / "model_index.json").is_file():
-            raise CheckpointError(
-                f'"mini": {MINI} holds no model: install the package with its weights, or train it (experiments/mini)'
-            )
+            hint = "install the package with its weights, or train it (experiments/mini)"
+            raise CheckpointError(f'"mini": {MINI} holds no model: {hint}')
         return MINI
     path = Path(path_or_name).expanduser()
     if path.exists():
         return path
     refuse_pickle(path)
-    if path.suffix != ".safetensors" and _is_hub_id(name):
-        return _cached(name, "model_index.json", f"{name!r} is neither a path nor a complete model", '"*.txt" ')
-    raise CheckpointError(
-        f'{name}: no such file or folder; give a diffusers folder, a .safetensors file, a hub id or "mini"'
-    )
+    if path.suffix != ".safetensors" and (folder := _cached(name, "model_index.json", "a complete model ", '"*.txt" ')):
+        return folder
+    hint = 'give a diffusers folder, a .safetensors file, a hub id or "mini"'
+    raise CheckpointError(f"{name}: no such file or folder; {hint}")
 
 
 def resolve_controlnet(name: str, model: Path) -> Path:
@@ -48,24 +43,22 @@ def resolve_controlnet(name: str, model: Path) -> Path:
     refuse_pickle(path)
     if path.is_file():
         raise CheckpointError(f"controlnet {name}: give its folder in the diffusers layout, with config.json")
-    if _is_hub_id(name):
-        return _cached(name, "config.json", f"controlnet {name!r} is neither a path nor")
+    if folder := _cached(name, "config.json"):
+        return folder
     has = f"the model has {', '.join(own)}" if own else f"the model {model} has none of its own"
     raise CheckpointError(f"unknown controlnet {name!r}: {has}; or give a diffusers folder or a hub id")
 
 
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-
-
-def _cached(name: str, file: str, problem: str, more: str = "") -> Path:
-    """The folder of a hub id's `file` in the local cache; CheckpointError with the problem and the command to fetch."""
+def _cached(name: str, file: str, kind: str = "", more: str = "") -> Path | None:
+    """The folder of a hub id in the local cache, which has `file`; None for what is no hub id, else CheckpointError."""
     from huggingface_hub import constants, try_to_load_from_cache
 
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return None
     path = try_to_load_from_cache(name, file)
     if isinstance(path, str):
         return Path(path).parent
     raise CheckpointError(
-        f"{problem} in the local cache ({constants.HF_HUB_CACHE}); fetch it once with: "
+        f"{name!r} is neither a path nor {kind}in the local cache ({constants.HF_HUB_CACHE}); fetch it once with: "
         f'hf download {name} --include "*.json" {more}"*.safetensors"'
     )

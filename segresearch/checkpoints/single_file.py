@@ -11,11 +11,10 @@ Sizes are read from the shapes. What shapes cannot tell is SDXL's rule: 64 chann
 
 import re
 from collections.abc import Callable, Mapping
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTokenizer
 
 from segresearch.checkpoints.folder import Checkpoint, build_networks, read_optional, read_tokenizer
@@ -40,8 +39,7 @@ def open_sdxl_file(path: Path, config: Path | None, tokenizer: Path | None) -> C
         prefix: {key: entry for key, entry in entries.items() if key.startswith(prefix)}
         for prefix in (UNET, VAE, CLIP, OPEN_CLIP)
     }
-    stray = unexpected(set(entries).difference(*parts.values()))
-    if stray:
+    if stray := unexpected(set(entries).difference(*parts.values())):
         raise CheckpointError(f"{path}: {stray} that belong to no part of SDXL")
 
     def override(name: str) -> dict[str, Any]:
@@ -53,31 +51,23 @@ def open_sdxl_file(path: Path, config: Path | None, tokenizer: Path | None) -> C
         try:
             return infer({key.removeprefix(prefix): entry.shape for key, entry in parts[prefix].items()})
         except (KeyError, IndexError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: cannot tell the sizes of {prefix}* ({error}): keys are missing, fetch it again"
-            ) from error
+            reason = f"keys are missing ({error}), fetch it again"
+            raise CheckpointError(f"{path}: cannot tell the sizes of {prefix}*: {reason}") from error
 
     vae_sizes = sizes(VAE, "vae", vae_config)
-    first, second = sizes(CLIP, "text_encoder", clip_config), sizes(OPEN_CLIP, "text_encoder_2", open_clip_config)
+    first, second = sizes(CLIP, "text_encoder", clip_config), sizes(OPEN_CLIP, "text_encoder_2", clip_config)
     unet_sizes = sizes(UNET, "unet", lambda shapes: unet_config(shapes, second["projection_dim"]))
     networks = build_networks((unet_sizes, vae_sizes, first, second), path)
-    unet, vae = networks[:2]
-
-    def weights(module: nn.Module, source: Callable[[str], Source], prefix: str) -> Weights:
-        return Weights(f"{prefix}*", parts[prefix], {key: source(key) for key in module.state_dict()})
-
-    v_prediction = {"v", "v_prediction", "velocity"} & {str(metadata.get("modelspec.prediction_type")).lower()}
-    scheduler = {
-        "prediction_type": "v_prediction" if v_prediction or "v_pred" in entries else "epsilon",
-        "rescale_betas_zero_snr": "ztsnr" in entries,
-    }
+    v = metadata.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction", "velocity")
+    prediction = "v_prediction" if v or "v_pred" in entries else "epsilon"
+    scheduler = {"prediction_type": prediction, "rescale_betas_zero_snr": "ztsnr" in entries}
     return Checkpoint(
         networks,
         (
-            weights(unet, unet_map(unet.config), UNET),
-            weights(vae, vae_map(len(vae.config.block_out_channels)), VAE),
-            weights(networks[2], clip_map, CLIP),
-            weights(networks[3], open_clip_map, OPEN_CLIP),
+            Weights(f"{UNET}*", parts[UNET], unet_map(networks[0].config)),
+            Weights(f"{VAE}*", parts[VAE], vae_map(len(networks[1].config.block_out_channels))),
+            Weights(f"{CLIP}*", parts[CLIP], clip_map),
+            Weights(f"{OPEN_CLIP}*", parts[OPEN_CLIP], open_clip_map),
         ),
         _tokenizers(tokenizer, config),
         override("scheduler/scheduler_config.json") or scheduler,
@@ -86,24 +76,19 @@ def open_sdxl_file(path: Path, config: Path | None, tokenizer: Path | None) -> C
     )
 
 
-def _tokenizers(tokenizer: Path | None, config: Path | None) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+def _tokenizers(folder: Path | None, config: Path | None) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """From a folder, or the local transformers cache; the second pads with token 0, as OpenCLIP does."""
-    if tokenizer is None and config is not None and (config / "tokenizer").is_dir():
-        tokenizer = config
-    if tokenizer is not None and (tokenizer / "tokenizer").is_dir():
-        return read_tokenizer(tokenizer / "tokenizer"), read_tokenizer(tokenizer / "tokenizer_2")
-    if tokenizer is not None:
-        folders = [tokenizer]
-    else:
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = [try_to_load_from_cache(name, "vocab.json") for name in TOKENIZERS]
-        folders = [Path(file).parent for file in cached if isinstance(file, str)]
+    if folder is None and config is not None and (config / "tokenizer").is_dir():
+        folder = config
+    if folder is not None and (folder / "tokenizer").is_dir():
+        return read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")
+    cached = [try_to_load_from_cache(name, "vocab.json") for name in TOKENIZERS]
+    folders = [folder] if folder else [Path(file).parent for file in cached if isinstance(file, str)]
     if not folders:
+        hint = f'or fetch it once with: hf download {TOKENIZERS[0]} --include "*.json" "*.txt"'
         raise CheckpointError(
-            "a single file brings no tokenizer and none is in the local cache: pass "
-            "tokenizer=<folder with vocab.json and merges.txt>, "
-            f'or fetch it once with: hf download {TOKENIZERS[0]} --include "*.json" "*.txt"'
+            "a single file brings no tokenizer and none is in the local cache: "
+            f"pass tokenizer=<folder with vocab.json and merges.txt>, {hint}"
         )
     first, second = read_tokenizer(folders[0]), read_tokenizer(folders[-1])  # their vocabulary is the same
     second.pad_token = second.convert_ids_to_tokens(0)
@@ -128,9 +113,7 @@ def unet_config(shapes: Shapes, pooled: int) -> dict[str, Any]:
     depths = [_span(shapes, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in starts]
     mid = _span(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     if depths[-1] not in (0, mid):
-        raise InputError(
-            f"the mid block is {mid} transformer blocks deep, the lowest level {depths[-1]}: not SDXL's shape"
-        )
+        raise InputError(f"{mid} transformer blocks in the middle, {depths[-1]} on the lowest level: not SDXL's shape")
     context = shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]
     sizes = shapes["label_emb.0.0.weight"][1]
     return {
@@ -165,123 +148,95 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _text_config(shapes: Shapes, tokens: str, positions: str, mlp: str, layers: str) -> dict[str, Any]:
-    """From the names of the embeddings and of the first layer's MLP, and a pattern that counts the layers."""
+def clip_config(shapes: Shapes) -> dict[str, Any]:
+    """A transformers CLIP text `config.json` from the shapes of either text encoder below its prefix."""
+    open_clip = "positional_embedding" in shapes
+    embeddings = "text_model.embeddings"
+    tokens, positions, layers, mlp = (
+        ("token_embedding.weight", "positional_embedding", "transformer.resblocks", "c_fc") if open_clip
+        else (f"{embeddings}.token_embedding.weight", f"{embeddings}.position_embedding.weight",
+              "text_model.encoder.layers", "fc1")
+    )  # fmt: skip
     vocabulary, width = shapes[tokens]
-    return {
+    config = {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": shapes[mlp][0],
-        "num_hidden_layers": _span(shapes, layers),
+        "intermediate_size": shapes[f"{layers}.0.mlp.{mlp}.weight"][0],
+        "num_hidden_layers": _span(shapes, rf"{layers}\.(\d+)\."),
         "num_attention_heads": max(width // HEAD_DIM, 1),
         "max_position_embeddings": shapes[positions][0],
+        "hidden_act": "gelu" if open_clip else "quick_gelu",
         "bos_token_id": 0,
         "eos_token_id": 2,  # SDXL's configs say 2: the end of a text is its highest token id
     }
-
-
-def clip_config(shapes: Shapes) -> dict[str, Any]:
-    """A transformers CLIP text `config.json` from the shapes below `conditioner.embedders.0.transformer.`."""
-    embeddings, layers = "text_model.embeddings", "text_model.encoder.layers"
-    config = _text_config(
-        shapes, f"{embeddings}.token_embedding.weight", f"{embeddings}.position_embedding.weight",
-        f"{layers}.0.mlp.fc1.weight", rf"{layers}\.(\d+)\.",
-    )  # fmt: skip
-    return config | {"hidden_act": "quick_gelu"}
-
-
-def open_clip_config(shapes: Shapes) -> dict[str, Any]:
-    """The same from the shapes below `conditioner.embedders.1.model.`."""
-    layers = "transformer.resblocks"
-    config = _text_config(
-        shapes, "token_embedding.weight", "positional_embedding", f"{layers}.0.mlp.c_fc.weight", rf"{layers}\.(\d+)\."
-    )
-    return config | {"hidden_act": "gelu", "projection_dim": shapes["text_projection"][1]}
+    return config | ({"projection_dim": shapes["text_projection"][1]} if open_clip else {})
 
 
 # --- the key map: folder layout -> original layout ------------------------------------------------
 
 _RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_UNET_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_UNET = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}  # fmt: skip
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OPEN_CLIP = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "self_attn.out_proj": "attn.out_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-_BLOCK = re.compile(
-    r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
-)
+    "text_projection.weight": "text_projection", "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final", "layer_norm": "ln_",
+    "encoder.layers": "transformer.resblocks", "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+}  # fmt: skip
 
 
-def _swap(name: str, table: Mapping[str, str]) -> str:
-    """`a.b.weight` with a.b looked up."""
-    stem, leaf = name.rsplit(".", 1)
-    return f"{table.get(stem, stem)}.{leaf}"
+def _renamed(key: str, names: Mapping[str, str]) -> tuple[str, str]:
+    """The original name of the longest module that `key` begins with, and what follows it."""
+    modules = [key[: dot.start()] for dot in re.finditer(r"\.", key)]
+    module = next((name for name in reversed(modules) if name in names), "")
+    return (f"{names[module]}.", key[len(module) + 1 :]) if module else ("", key)
 
 
 def unet_map(config: UNetConfig) -> Callable[[str], Source]:
-    """From a UNet key of the folder layout to the original one; blocks of all levels are counted through there."""
-    layers = config.layers_per_block
-    first_in = list(accumulate((n + 1 for n in layers), initial=1))  # a level's resnets and its downsampler
-    first_out = list(accumulate((n + 1 for n in reversed(layers)), initial=0))  # one resnet more a level
+    """From a UNet key of the folder layout to the original one; blocks of all levels are numbered through there."""
+    names, down, up = dict(_UNET), 1, 0
+    for level, layers in enumerate(config.layers_per_block):
+        for i in range(layers):
+            names[f"down_blocks.{level}.resnets.{i}"] = f"input_blocks.{down + i}.0"
+            names[f"down_blocks.{level}.attentions.{i}"] = f"input_blocks.{down + i}.1"
+        names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{down + layers}.0.op"
+        down += layers + 1
+    for level, layers in enumerate(reversed(config.layers_per_block)):
+        for i in range(layers + 1):
+            names[f"up_blocks.{level}.resnets.{i}"] = f"output_blocks.{up + i}.0"
+            names[f"up_blocks.{level}.attentions.{i}"] = f"output_blocks.{up + i}.1"
+        slot = 2 if config.up_block_types[level] == "CrossAttnUpBlock2D" else 1
+        names[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{up + layers}.{slot}"
+        up += layers + 1
 
     def source(key: str) -> Source:
-        match = _BLOCK.match(key)
-        if not match:
-            return Source(UNET + _swap(key, _UNET_ENDS))
-        side, level, part, index, name = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
-        if part == "resnets":
-            name = _swap(name, _RESNET)
-        if side == "mid_block":
-            return Source(f"{UNET}middle_block.{1 if part == 'attentions' else 2 * index}.{name}")
-        slot = 0 if part == "resnets" else 1
-        if part == "downsamplers":
-            return Source(f"{UNET}input_blocks.{first_in[level] + layers[level]}.0.op.{name.removeprefix('conv.')}")
-        if part == "upsamplers":
-            index, slot = layers[-1 - level], 2 if config.up_block_types[level] == "CrossAttnUpBlock2D" else 1
-        block = ("input", first_in) if side == "down_blocks" else ("output", first_out)
-        return Source(f"{UNET}{block[0]}_blocks.{block[1][level] + index}.{slot}.{name}")
+        module, rest = _renamed(key, names)
+        return Source(UNET + module + "".join(_renamed(rest, _RESNET)))
 
     return source
 
 
 def vae_map(levels: int) -> Callable[[str], Source]:
     """From a VAE key of the folder layout to the original one; there the decoder counts levels from the finest."""
-
-    def source(key: str) -> Source:
-        side, _, rest = key.partition(".")
-        match = _BLOCK.match(rest)
-        if not match:
-            return Source(VAE + key.replace("conv_norm_out", "norm_out"))
-        block, level, part, index, name = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
-        if part == "attentions":
-            return Source(f"{VAE}{side}.mid.attn_{index + 1}.{_swap(name, _VAE_ATTENTION)}")
-        name = name.replace("conv_shortcut", "nin_shortcut")
-        if block == "mid_block":
-            return Source(f"{VAE}{side}.mid.block_{index + 1}.{name}")
-        place = f"down.{level}" if block == "down_blocks" else f"up.{levels - 1 - level}"
-        inner = {"resnets": f"block.{index}", "downsamplers": "downsample", "upsamplers": "upsample"}[part]
-        return Source(f"{VAE}{side}.{place}.{inner}.{name}")
-
-    return source
+    names: dict[str, str] = {}
+    for half, way in (("encoder", "down"), ("decoder", "up")):
+        names[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        names |= {f"{half}.mid_block.resnets.{i}": f"{half}.mid.block_{i + 1}" for i in (0, 1)}
+        names |= {f"{half}.mid_block.attentions.0.{k}": f"{half}.mid.attn_1.{v}" for k, v in _VAE_ATTENTION.items()}
+        for level in range(levels):
+            block = f"{half}.{way}.{level if way == 'down' else levels - 1 - level}"
+            names[f"{half}.{way}_blocks.{level}.resnets"] = f"{block}.block"
+            names[f"{half}.{way}_blocks.{level}.{way}samplers.0"] = f"{block}.{way}sample"
+    return lambda key: Source(VAE + "".join(_renamed(key, names)).replace("conv_shortcut", "nin_shortcut"))
 
 
 def clip_map(key: str) -> Source:
@@ -291,17 +246,9 @@ def clip_map(key: str) -> Source:
 
 def open_clip_map(key: str) -> Source:
     """From a key of transformers' CLIPTextModelWithProjection to OpenCLIP's: q, k and v are thirds of in_proj."""
-    if key == "text_projection.weight":
-        return Source(OPEN_CLIP + "text_projection", transpose=True)
     key = key.removeprefix("text_model.")
-    ends = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
-    if key == "embeddings.position_embedding.weight":
-        return Source(OPEN_CLIP + "positional_embedding")
-    match = re.match(r"encoder\.layers\.(\d+)\.(.+)", key)
-    if not match:
-        return Source(OPEN_CLIP + _swap(key, ends))
-    block = f"{OPEN_CLIP}transformer.resblocks.{match[1]}."
-    projection = re.match(r"self_attn\.([qkv])_proj\.(weight|bias)", match[2])
-    if projection:
-        return Source(f"{block}attn.in_proj_{projection[2]}", third="qkv".index(projection[1]))
-    return Source(block + _swap(match[2], _OPEN_CLIP))
+    for name, original in _OPEN_CLIP.items():
+        key = key.replace(name, original)
+    if part := re.fullmatch(r"(.+)\.self_attn\.([qkv])_proj\.(weight|bias)", key):
+        return Source(f"{OPEN_CLIP}{part[1]}.attn.in_proj_{part[3]}", third="qkv".index(part[2]))
+    return Source(OPEN_CLIP + key, transpose=key == "text_projection")

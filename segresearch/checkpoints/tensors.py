@@ -6,7 +6,7 @@ of a mapped file count as the process's memory, so a file is opened anew after e
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,38 +27,39 @@ _IGNORED = re.compile(
     r"^conditioner\.embedders\.0\.transformer\.text_projection\.weight$|"  # of CLIP; SDXL pools the second encoder
     r"^(global_step|logvar|alphas_cumprod.*|betas|log_one_minus_.*|posterior_.*|sqrt_.*|__.*)$"
 )
+Shape = tuple[int, ...]
 
 
 class Entry(NamedTuple):
-    """A stored tensor."""
+    """A stored tensor; dtype as safetensors writes it (F16, BF16, ...)."""
 
     file: Path
     key: str
-    dtype: str  # as safetensors writes it: F16, BF16, ...
-    shape: tuple[int, ...]
+    dtype: str
+    shape: Shape
 
 
 class Source(NamedTuple):
-    """How a parameter is made from a stored tensor: from all of it or the given third of its rows, or transposed."""
+    """How a parameter is made from a stored tensor: from all of it or the given third of its rows; transposed."""
 
     key: str
     third: int | None = None
     transpose: bool = False
 
-    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """The parameter's shape for a stored one."""
+    def shape(self, stored: Shape) -> Shape:
+        """The parameter's shape, without the 1×1 of a convolution that a linear layer may stand for."""
         if self.third is not None and stored and stored[0] % 3 == 0:
             stored = (stored[0] // 3, *stored[1:])
-        return stored[::-1] if self.transpose else stored
+        return _linear(stored[::-1] if self.transpose else stored)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The stored tensors of one network. sources: of each parameter; None where names are equal. name: for messages."""
+    """The stored tensors of one network. name: for messages. source: of a parameter by its name, by default its own."""
 
     name: str
     entries: Mapping[str, Entry]
-    sources: Mapping[str, Source] | None = None
+    source: Callable[[str], Source] = Source
 
 
 def open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -106,8 +107,7 @@ def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not an index of shards ({error}): fetch it again") from error
-    missing = listed((name for name in shards if not (folder / name).is_file()), "missing shard")
-    if missing:
+    if missing := listed((name for name in shards if not (folder / name).is_file()), "missing shard"):
         raise CheckpointError(f"{folder}: {missing}: fetch the model's weights again")
     return {key: entry for name in shards for key, entry in open_file(folder / name)[0].items()}
 
@@ -132,12 +132,11 @@ def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.
     anything is read.
     """
     shapes = {key: tuple(parameter.shape) for key, parameter in module.state_dict().items()}
-    sources = weights.sources or {key: Source(key) for key in shapes}
-    refuse_misfit(shapes, sources, weights)
+    sources = {key: weights.source(key) for key in shapes}
+    _refuse_misfit(shapes, sources, weights)
     tensors: dict[str, Tensor] = {}
     path, left = Path(), 0
-    for key, shape in shapes.items():
-        source = sources[key]
+    for key, source in sources.items():
         entry = weights.entries[source.key]
         if left <= 0 or entry.file != path:
             path, left, file = entry.file, MAPPED, _mapped(entry.file)
@@ -147,37 +146,30 @@ def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.
             rows = entry.shape[0] // 3
             stored = file.get_slice(entry.key)[source.third * rows : (source.third + 1) * rows]
         left -= stored.nbytes
-        stored = (stored.T if source.transpose else stored).reshape(shape)
-        tensors[key] = torch.empty(shape, dtype=dtype, device=device).copy_(stored)
+        stored = (stored.T if source.transpose else stored).reshape(shapes[key])
+        tensors[key] = torch.empty(shapes[key], dtype=dtype, device=device).copy_(stored)
     module.requires_grad_(False)
     module.load_state_dict(tensors, strict=True, assign=True)
     module.eval()
 
 
-def refuse_misfit(
-    shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, Source], weights: Weights
-) -> None:
-    """CheckpointError for keys that are missing or unexpected, for a shape or a dtype that does not fit."""
-    entries, name = weights.entries, weights.name
+def _refuse_misfit(shapes: Mapping[str, Shape], sources: Mapping[str, Source], weights: Weights) -> None:
+    entries = weights.entries
     file = next((entry.file for entry in entries.values()), "nothing")
     keys = {source.key for source in sources.values()}
-    faults = [fault for fault in (listed(keys - set(entries), "missing key"), unexpected(set(entries) - keys)) if fault]
-    if faults:
-        raise CheckpointError(f"{name}: {' and '.join(faults)} in {file}: not the weights of this config")
+    faults = filter(None, (listed(keys - set(entries), "missing key"), unexpected(set(entries) - keys)))
+    if fault := " and ".join(faults):
+        raise CheckpointError(f"{weights.name}: {fault} in {file}: not the weights of this config")
     for key, shape in shapes.items():
         entry = entries[sources[key].key]
-        if _squeezed(sources[key].shape(entry.shape)) != _squeezed(shape):
-            raise CheckpointError(
-                f"{name}: {entry.key} has shape {entry.shape}, expected {shape} for {key} by the config "
-                f"(in {file}): config and weights are of different models"
-            )
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{name}: {entry.key} is stored as {entry.dtype} (in {file}): quantised weights are not supported, "
-                "use the fp16 or fp32 checkpoint"
-            )
+        fault = ""
+        if sources[key].shape(entry.shape) != _linear(shape):
+            fault = f"has shape {entry.shape}, expected {shape} for {key}: config and weights are of different models"
+        elif entry.dtype not in DTYPES:
+            fault = f"is stored as {entry.dtype}: quantised weights are not supported, use fp16 or fp32 ones"
+        if fault:
+            raise CheckpointError(f"{weights.name}: {entry.key} {fault} (in {entry.file})")
 
 
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1×1 convolution's weight as the linear layer that it equals."""
-    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+def _linear(shape: Shape) -> Shape:
+    return shape[:2] if shape[2:] == (1, 1) else shape

@@ -7,6 +7,7 @@
 The two names below are imported when they are first used, so that modules here can be imported without torch.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,12 +18,7 @@ __all__ = ["SDXL", "load_sdxl"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_sdxl":
-        from segresearch.checkpoints.load import load_sdxl
-
-        return load_sdxl
-    if name == "SDXL":
-        from segresearch.models.sdxl import SDXL
-
-        return SDXL
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "segresearch.models.sdxl" if name == "SDXL" else "segresearch.checkpoints.load"
+    return getattr(import_module(module), name)
