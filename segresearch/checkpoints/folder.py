@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segresearch.checkpoints.refusals import POINTER, is_pointer, refuse_other_folder
+from segresearch.checkpoints.refusals import refuse_other_folder, refuse_pointer
 from segresearch.checkpoints.resolve import resolve_controlnet
 from segresearch.checkpoints.tensors import Entry, Weights, open_folder
 from segresearch.errors import CheckpointError
@@ -39,12 +39,16 @@ class Checkpoint:
     force_upcast: bool
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A config. Raises CheckpointError for a file that is missing, a git-lfs pointer or not a JSON object."""
+def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    """A config; {} for an optional one that is missing.
+
+    Raises CheckpointError for a file that is missing, a git-lfs pointer or not a JSON object.
+    """
     if not path.is_file():
+        if optional:
+            return {}
         raise CheckpointError(f"{path} is missing: fetch the model again, with its configs")
-    if is_pointer(path):
-        raise CheckpointError(f"{path} {POINTER}")
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(errors="replace"))
     except ValueError as error:
@@ -54,19 +58,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_optional(path: Path) -> dict[str, Any]:
-    """A config, {} where there is none. Raises CheckpointError as `read_json`."""
-    return read_json(path) if path.is_file() else {}
-
-
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer of a folder. Raises CheckpointError where it is missing or cannot be read."""
     files = {path.name: path for path in sorted(folder.glob("*")) if path.is_file()}
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
         raise CheckpointError(f"{folder}: no tokenizer here (vocab.json and merges.txt): fetch the model's tokenizers")
     for path in files.values():
-        if is_pointer(path):
-            raise CheckpointError(f"{path} {POINTER}")
+        refuse_pointer(path)
     try:
         return load_tokenizer(folder)
     except Exception as error:  # the tokenizers' own errors have no common class
@@ -100,8 +98,8 @@ def build_networks(configs: Sequence[dict[str, Any]], where: Path) -> Networks:
 
 def open_sdxl_folder(folder: Path, variant: str | None) -> Checkpoint:
     """An SDXL pipeline. variant: of its weights. Raises CheckpointError for anything else."""
-    index = read_optional(folder / "model_index.json")
-    refuse_other_folder(folder, index, read_optional(folder / "unet" / "config.json"))
+    index = read_json(folder / "model_index.json", optional=True)
+    refuse_other_folder(folder, index, read_json(folder / "unet" / "config.json", optional=True))
     configs = [read_json(folder / part / "config.json") for part in PARTS]
     networks = build_networks(configs, folder)
     unet, vae = (open_folder(folder / part, STEM, variant) for part in PARTS[:2])
@@ -115,7 +113,7 @@ def open_sdxl_folder(folder: Path, variant: str | None) -> Checkpoint:
             Weights("text_encoder_2", _text_entries(networks[3], second)),
         ),
         (read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")),
-        read_optional(folder / "scheduler" / "scheduler_config.json"),
+        read_json(folder / "scheduler" / "scheduler_config.json", optional=True),
         bool(index.get("force_zeros_for_empty_prompt", True)),
         bool(configs[1].get("force_upcast", True)),
     )
@@ -146,18 +144,15 @@ def open_controlnets(names: Names, model: Path, variant: str | None) -> dict[str
     for name in map(str, several):
         if name in opened:
             raise CheckpointError(f"controlnet {name!r} is named twice: load it once")
-        opened[name] = _open_controlnet(resolve_controlnet(name, model), variant)
+        folder = resolve_controlnet(name, model)
+        if any((folder / file).is_file() for file in ("model_index.json", "unet/config.json")):
+            raise CheckpointError(f"{folder} is a whole model, not a ControlNet: give the folder of a ControlNet")
+        config = read_json(folder / "config.json")
+        with building(folder):
+            net = ControlNet(ControlNetConfig.from_dict(config))
+        has_variant = variant is not None and any(folder.glob(f"{STEM}*.{variant}.*"))
+        entries = open_folder(folder, STEM, variant if has_variant else None)
+        if any(key.startswith(("task_embedding", "control_add_embedding.")) for key in entries):
+            raise CheckpointError(f"{folder}: a union of ControlNets is not supported: give one for a kind of image")
+        opened[name] = net, Weights(f"controlnet {folder.name}", entries)
     return opened
-
-
-def _open_controlnet(folder: Path, variant: str | None) -> tuple[ControlNet, Weights]:
-    if (folder / "model_index.json").is_file() or (folder / "unet" / "config.json").is_file():
-        raise CheckpointError(f"{folder} is a whole model, not a ControlNet: give the folder of a ControlNet")
-    config = read_json(folder / "config.json")
-    with building(folder):
-        net = ControlNet(ControlNetConfig.from_dict(config))
-    has_variant = variant is not None and any(folder.glob(f"{STEM}*.{variant}.*"))
-    entries = open_folder(folder, STEM, variant if has_variant else None)
-    if any(key.startswith(("task_embedding", "control_add_embedding.")) for key in entries):
-        raise CheckpointError(f"{folder}: a union of ControlNets is not supported: give one for a single kind of image")
-    return net, Weights(f"controlnet {folder.name}", entries)

@@ -16,7 +16,6 @@ OPEN_CLIP = "conditioner.embedders.1.model."
 VAE = "first_stage_model."
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-POINTER = "is a git-lfs pointer: run `git lfs pull` in its repository, or download the file itself"
 FILE_HINT = "give the base checkpoint (as sd_xl_base_1.0.safetensors) or a diffusers folder of SDXL"
 FOLDER_HINT = "give a folder in the diffusers layout of SDXL (with model_index.json)"
 REFINER = "it has one text encoder and cannot start from noise"
@@ -50,14 +49,17 @@ def refuse_pickle(path: Path) -> None:
         raise CheckpointError(f"{path}: {fault}")
 
 
-def is_pointer(path: Path) -> bool:
-    """Whether git-lfs left its pointer in place of the file."""
+def refuse_pointer(path: Path) -> None:
+    """What git-lfs left in place of the file."""
     with path.open("rb") as file:
-        return file.read(64).startswith(b"version https://git-lfs")
+        if file.read(64).startswith(b"version https://git-lfs"):
+            hint = "run `git lfs pull` in its repository, or download the file itself"
+            raise CheckpointError(f"{path} is a git-lfs pointer: {hint}")
 
 
 def refuse_unreadable(path: Path, reason: str) -> None:
     """A .safetensors file that safetensors cannot open for `reason`."""
+    refuse_pointer(path)
     with path.open("rb") as file:
         start = file.read(64)
     has_header = start[8:9] == b"{"
@@ -66,7 +68,6 @@ def refuse_unreadable(path: Path, reason: str) -> None:
     page = not has_header and start.lstrip()[:1] == b"<"
     _refuse(path, {
         "is empty (0 bytes): fetch it again": not start,
-        POINTER: is_pointer(path),
         "holds a pickle under a .safetensors name: pickles are refused, convert it to safetensors": pickle,
         "is a web page, not the weights: the download went wrong, fetch it again": page,
         f"is truncated, or longer than its header says ({path.stat().st_size:,} bytes): fetch it again": cut,

@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTokenizer
 
-from segresearch.checkpoints.folder import Checkpoint, build_networks, read_optional, read_tokenizer
+from segresearch.checkpoints.folder import Checkpoint, build_networks, read_json, read_tokenizer
 from segresearch.checkpoints.refusals import CLIP, OPEN_CLIP, UNET, VAE, refuse_other_file
 from segresearch.checkpoints.tensors import Source, Weights, open_file, unexpected
 from segresearch.errors import CheckpointError, InputError
@@ -43,7 +43,7 @@ def open_sdxl_file(path: Path, config: Path | None, tokenizer: Path | None) -> C
         raise CheckpointError(f"{path}: {stray} that belong to no part of SDXL")
 
     def override(name: str) -> dict[str, Any]:
-        return {} if config is None else read_optional(config / name)
+        return {} if config is None else read_json(config / name, optional=True)
 
     def sizes(prefix: str, folder: str, infer: Callable[[Shapes], dict[str, Any]]) -> dict[str, Any]:
         if values := override(f"{folder}/config.json"):
