@@ -34,7 +34,8 @@ def original_shapes() -> dict[str, tuple[int, ...]]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from segresearch.checkpoints import single_file
-    from segresearch.models.unet import UNet, UNetConfig
+    from segresearch.models.network_configs import UNetConfig
+    from segresearch.models.unet import UNet
     from segresearch.models.vae import VAE, VAEConfig
 
     text: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}

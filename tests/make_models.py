@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from segresearch.checkpoints import single_file
 from segresearch.checkpoints.tensors import Source
-from segresearch.models.unet import UNetConfig
+from segresearch.models.network_configs import UNetConfig
 
 LENGTH = 16  # tokens
 VOCABULARY = 2 * 256 + 3 + 2

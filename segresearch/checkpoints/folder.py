@@ -15,9 +15,10 @@ from segresearch.checkpoints.refusals import refuse_other_folder, refuse_pointer
 from segresearch.checkpoints.resolve import resolve_controlnet
 from segresearch.checkpoints.tensors import Entry, Weights, open_folder
 from segresearch.errors import CheckpointError
-from segresearch.models.controlnet import ControlNet, ControlNetConfig
+from segresearch.models.controlnet import ControlNet
+from segresearch.models.network_configs import ControlNetConfig, UNetConfig
 from segresearch.models.text import load_tokenizer
-from segresearch.models.unet import UNet, UNetConfig
+from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE, VAEConfig
 
 STEM = "diffusion_pytorch_model"

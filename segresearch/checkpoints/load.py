@@ -12,13 +12,11 @@ from segresearch.checkpoints.single_file import open_sdxl_file
 from segresearch.checkpoints.tensors import fill
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.compute import PLAIN, Compute
-from segresearch.models.controlnet import ControlNetConfig
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
-from segresearch.models.encoder import EncoderConfig
+from segresearch.models.network_configs import ControlNetConfig, EncoderConfig, UNetConfig
 from segresearch.models.offload import pin
 from segresearch.models.sdxl import SDXL
 from segresearch.models.text import TextEncoders
-from segresearch.models.unet import UNetConfig
 from segresearch.models.vae import VAEConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -21,8 +21,8 @@ from segresearch.checkpoints.folder import Checkpoint, build_networks, read_json
 from segresearch.checkpoints.refusals import CLIP, OPEN_CLIP, UNET, VAE, refuse_other_file
 from segresearch.checkpoints.tensors import Source, Weights, open_file, unexpected
 from segresearch.errors import CheckpointError, InputError
+from segresearch.models.network_configs import UNetConfig
 from segresearch.models.text import TOKENIZERS
-from segresearch.models.unet import UNetConfig
 
 HEAD_DIM = 64
 
