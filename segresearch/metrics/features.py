@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from segresearch import pretrained
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.errors import InputError
 from segresearch.metrics import weight_files
 from segresearch.metrics.inception import FEATURES, WEIGHTS, load_inception
