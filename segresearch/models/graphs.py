@@ -2,7 +2,7 @@
 
 At batch 1 a step is bound by launching its kernels one by one. A replay launches them as one. The arguments of a call
 must be made of values: tensors, numbers, texts, networks, module-level functions, containers, frozen dataclasses of
-these. Tensors are copied into the graph's own before a replay, but only those that are new since the last one. A closure
+these. Only tensors that are new since the last replay are copied into the graph's own. A closure
 or an object with a state may look at what passes (a recorder). A replay would not show it, so it is never captured.
 """
 
@@ -195,7 +195,7 @@ class Graphs:
         self.pool = None
 
     def structure(self, value: Any) -> Structure:
-        """Its `structure`, with a number for the key. That of a value of many tensors is kept: it comes at every step."""
+        """Its `structure`, with a number for the key; kept for a value of many tensors, which comes at every step."""
         known = self.memo.get(id(value))
         if known is not None and known[0] is value:
             return known[1]
