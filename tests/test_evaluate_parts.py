@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig, conf_dir
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers, plots, shards, table
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import placed, study
 from segresearch.evaluation.workers import Worker, worker
-from segresearch.models.locate import located
 from segresearch.plan import settings
 from segresearch.prompts import from_coco, from_text
 
@@ -117,7 +117,7 @@ def test_experiments_are_pictures_too():
 
 def places(*overrides: str) -> dict[str, str]:
     config = composed(*overrides)
-    return {name: place.name for name, place in placed(config, study(config), located("mini")).places.items()}
+    return {name: place.name for name, place in placed(config, study(config), resolve_model("mini")).places.items()}
 
 
 def test_shards_lie_by_what_pictures_depend_on():

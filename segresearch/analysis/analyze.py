@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from segresearch import runs
 from segresearch.analysis.settings import AnalyzeConfig, measured_steps
 from segresearch.build import build_guidance, device_kind, load_model, of_model, with_batch_size
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.command import hydra_settings
 from segresearch.config import ScheduleConfig
 from segresearch.errors import ConfigError
-from segresearch.models.locate import located
 from segresearch.plan import parse_seeds, read_prompts
 from segresearch.tracking import Mirror, mirror
 
@@ -59,7 +59,7 @@ def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
     start = time.perf_counter()
     config = with_batch_size(of_model(config, model))
     images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
-    identity = semantics(config, images, runs.fingerprint(located(config.model.path)))
+    identity = semantics(config, images, runs.fingerprint(resolve_model(config.model.path)))
     folder = runs.run_folder(config.out, config.name, identity)
     recorded, page = folder / "recording", folder / PAGE
     if page.is_file() and (recorded.is_dir() or not config.keep):

@@ -27,6 +27,7 @@ import torch
 from segresearch import runs
 from segresearch.analysis.figures import save
 from segresearch.build import device_kind, load_model, of_model, with_batch_size
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.command import exit_code, hydra_settings, line
 from segresearch.config import EvaluateConfig
 from segresearch.errors import CheckpointError, ConfigError, Ended
@@ -39,7 +40,6 @@ from segresearch.evaluation.spec import Study, placed, run_identity, study
 from segresearch.evaluation.wandb_log import mirror_study
 from segresearch.evaluation.workers import Worker, worker
 from segresearch.models.compute import arithmetic
-from segresearch.models.locate import located
 from segresearch.threads import threads
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
     kind = device_kind(config.device)
     with _ending(), threads(config.threads), arithmetic(config.compute.resolved(kind).precision, kind):
         plan, place = study(config), place or worker()
-        plan = placed(config, plan, located(config.model.path))
+        plan = placed(config, plan, resolve_model(config.model.path))
         real = reference.sources(config)
         folder = runs.run_folder(config.out, config.name, run_identity(config, plan, reference.identity(config, real)))
         if config.stage == "verify":

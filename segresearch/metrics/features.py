@@ -23,7 +23,6 @@ from segresearch.metrics.inception import FEATURES, WEIGHTS, load_inception
 from segresearch.metrics.mini_vision import SIDE, load_vision, unit_range
 from segresearch.metrics.weight_files import Device
 from segresearch.models.compute import arithmetic
-from segresearch.models.locate import located
 from segresearch.threads import one_thread
 
 DINOV2 = "facebook/dinov2-large"  # ViT-L/14, 1024 features (arXiv 2304.07193)
@@ -135,7 +134,7 @@ def _clip(path: str | Path | None, sha256: str | None, device: torch.device, dty
 
 def _mini(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
     vision = weight_files.frozen(load_vision(path or "mini"), device, dtype).vision
-    file = located(path or "mini") / "vision" / "model.safetensors"
+    file = resolve_model(path or "mini") / "vision" / "model.safetensors"
     digest = weight_files.checked(file, sha256) if sha256 else weight_files.digest(file)
 
     @one_thread
