@@ -67,7 +67,7 @@ ALLOWED = {
     "sampling.noise:white_noise.draw": GENERATED,
     "sampling.noise:brownian_noise": GENERATED,
     "sampling.noise:brownian_noise.draw": "two numbers that have been read",
-    "sampling.schedules:positive_levels": "fp64 on the CPU, sent as a whole",
+    "sampling.schedules:positive_sigmas": "fp64 on the CPU, sent as a whole",
     "sampling.intervals:step_interval": "levels as numbers",
     "analysis.curvature:chain_norm": GENERATED,
     "analysis.smoothing:log_spectrum": "small fp64 vectors of a grid, whose sums are numbers of the host",
