@@ -10,6 +10,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from segresearch.config import EvaluateConfig
+from segresearch.config.names import nearest
+from segresearch.config.parse import HELD_OUT, SCENE
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation.shards import Array
 from segresearch.metrics.attributes import agreement, load_namer, named, of_scenes
@@ -21,10 +23,8 @@ from segresearch.metrics.mini_vision import SIDE, load_vision, unit_range
 from segresearch.metrics.perceptual_mini import distances
 from segresearch.models.compute import arithmetic
 from segresearch.models.locate import located
-from segresearch.plan import HELD_OUT, SCENE
 from segresearch.runs import digest, fingerprint
 from segresearch.threads import one_thread
-from segresearch.typed import nearest
 
 if TYPE_CHECKING:
     from segresearch.evaluation.spec import Study
