@@ -24,7 +24,7 @@ from segresearch.models.locate import located
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL
-    from segresearch.models.controlnet import Controlled
+    from segresearch.models.controlnet import ActiveControlNet
 
 
 VERSION = 1  # of the grid's drawing
@@ -235,7 +235,7 @@ def _make(
             raise
 
 
-def control(sdxl: "SDXL", config: GenerateConfig, batch: Batch) -> list["Controlled"]:
+def control(sdxl: "SDXL", config: GenerateConfig, batch: Batch) -> list["ActiveControlNet"]:
     """The ControlNets of a batch, each with the control images of its pictures."""
     from segresearch.control_images.prepare import controlled_batch
     from segresearch.sampling import sigmas

@@ -121,7 +121,7 @@ def capture(
             conds = sdxl.encode([image["prompt"] for image in batch], negative=config.negative, size=config.size)
             latents = sample(
                 guided, initial_noise(seeds, shape), sampler=config.sampler.name, schedule=schedule, steps=config.steps,
-                conds=conds, seeds=seeds, options=config.sampler.options, record=recorder.run(batch),
+                conds=conds, seeds=seeds, options=config.sampler.options, attend=recorder.attend(batch),
             )  # fmt: skip
             pictures.append(sdxl.decode(latents).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
     if not len(recorder.recording):

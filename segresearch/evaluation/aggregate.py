@@ -99,7 +99,7 @@ def _features(config: EvaluateConfig, name: str, values: np.ndarray, real: _Real
     apart = spread = math.nan
     if first is not d:
         apart = d.distance - first.distance
-        spread = float(np.std(np.subtract(d.draws, first.draws), ddof=1)) if len(d.draws) > 1 else math.nan
+        spread = float(np.std(np.subtract(d.resamples, first.resamples), ddof=1)) if len(d.resamples) > 1 else math.nan
     n, m = min(len(x), MOST), min(len(real.all), len(x), MOST)
     size = min(1000, len(x) // 2, len(real.all) // 2)
     near = precision_recall(x[:n], real.all[:m]) if min(n, m) > 3 else None

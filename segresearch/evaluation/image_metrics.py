@@ -14,13 +14,12 @@ from segresearch.config.names import nearest
 from segresearch.config.parse import HELD_OUT, SCENE
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation.shards import Array
-from segresearch.metrics.attributes import agreement, load_namer, named, of_scenes
-from segresearch.metrics.clip_score import CLIP, cosines, load_clip, mini_cosines
+from segresearch.metrics.attributes import agreement, classify, load_attribute_classifier, scene_attributes
 from segresearch.metrics.edge_agreement import edge_agreement
 from segresearch.metrics.features import Extractor, load_extractor
 from segresearch.metrics.lpips import load_lpips, lpips_distances
-from segresearch.metrics.mini_vision import SIDE, load_vision, unit_range
-from segresearch.metrics.perceptual_mini import distances
+from segresearch.metrics.mini_vision import SIDE, load_vision, perceptual_distances, unit_range
+from segresearch.metrics.text_alignment import CLIP, load_clip, mini_text_alignment, text_alignment
 from segresearch.models.compute import arithmetic
 from segresearch.models.locate import located
 from segresearch.runs import digest, fingerprint
@@ -106,11 +105,12 @@ def _features(extractor: Extractor) -> Callable[[Pictures], Tensor]:
 
 
 def _attributes(scenes: Sequence[int]) -> Judge:
-    namer = load_namer()
+    classifier = load_attribute_classifier()
 
     def match(p: Pictures) -> Tensor:
-        found = named(namer, p.images)
-        seen, other = (agreement(found, of_scenes([scenes[(i + k) % len(scenes)] for i in p.rows])) for k in (0, 1))
+        found = classify(classifier, p.images)
+        held = [scene_attributes([scenes[(i + k) % len(scenes)] for i in p.rows]) for k in (0, 1)]
+        seen, other = (agreement(found, expected) for expected in held)
         return torch.stack([*(seen[key] for key in ATTRIBUTES[:-1]), other["objects"]], dim=1)
 
     return Judge("attributes", digest([2, fingerprint(located("mini") / "attributes")]), match)
@@ -137,7 +137,7 @@ def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) ->
             h, w = p.images.shape[2:]
             if h % 16 or w % 16:
                 raise InputError(f"pictures of {h}×{w}: sides must be multiples of 16")
-            return distances(vision, p.images.to(device), p.first.to(device))
+            return perceptual_distances(vision, p.images.to(device), p.first.to(device))
 
         return Judge(stored, fingerprint(place / "vision"), apart, True)
     trunk, heads = given.get(name), given.get(f"{name}_heads")
@@ -154,7 +154,7 @@ def _caption(config: EvaluateConfig, device: str) -> Judge:
     if config.text_alignment == "clip":
         path, checksum = (keys.get("text_alignment") for keys in (config.weights, config.checksums))
         clip = load_clip(path or CLIP, checksum, device=device)
-        return Judge("caption-clip", clip.weights, lambda p: cosines(clip, p.images, p.texts))
+        return Judge("caption-clip", clip.weights, lambda p: text_alignment(clip, p.images, p.texts))
     from segresearch.models import load_sdxl
 
     place = located(config.weights.get("mini") or "mini")
@@ -164,7 +164,7 @@ def _caption(config: EvaluateConfig, device: str) -> Judge:
     def match(p: Pictures) -> Tensor:
         if p.images.shape[2:] != (SIDE, SIDE):
             raise InputError(f"pictures of {p.images.shape[2]}×{p.images.shape[3]}: mini reads {SIDE}×{SIDE}")
-        return mini_cosines(tower, text, p.images.to(device), p.texts)
+        return mini_text_alignment(tower, text, p.images.to(device), p.texts)
 
     return Judge("caption-mini", by, match)
 
