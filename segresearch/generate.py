@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segresearch import images, runs
-from segresearch.build import build_guidance, device_kind, load_model, of_model, with_batch_size
 from segresearch.checkpoints.resolve import resolve_model
-from segresearch.command import hydra_settings
 from segresearch.config import ControlConfig, GenerateConfig, GuidanceConfig
+from segresearch.config.build import build_guidance, device_kind, load_model, of_model, with_batch_size
+from segresearch.config.compose import hydra_settings
+from segresearch.config.expand import Panel, panels, slug
 from segresearch.control_images.identify import Sources
 from segresearch.errors import Ended
-from segresearch.plan import Panel, panels, slug
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL

@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 
 from segresearch import runs
-from segresearch.build import device_kind
 from segresearch.checkpoints.resolve import resolve_controlnet, resolve_model
-from segresearch.config import ControlConfig, EvaluateConfig, GenerateConfig
+from segresearch.config import ControlConfig, EvaluateConfig, GenerateConfig, typed
+from segresearch.config.build import device_kind, refuse_foreign
+from segresearch.config.names import modern
 from segresearch.errors import ConfigError
 from segresearch.images import read_settings
-from segresearch.typed import typed
 
 EXACT = {"precision": "exact"}  # of records without a word on it, which are of a CPU
 OF_A_PICTURE = ("sampler", "schedule", "guidance", "steps", "size", "negative")
@@ -48,11 +48,10 @@ def reproduce(path: Path, model: str | None = None, device: str = "auto", out: P
     runs that are there already; None: a temporary folder. trust: import functions outside segresearch that the record
     names. ConfigError for a file without a record that can be used, CheckpointError for weights that are missing.
     """
-    record = recorded(path)
+    record = modern(recorded(path))
     if model is not None:
         _moved(record, model)
-    if not trust:
-        _refuse_strangers(record, path)
+    _refuse_strangers(record, path, trust)
     with tempfile.TemporaryDirectory(prefix="segresearch-") as temporary:
         try:
             made, notes = _made(record, device, str(out or temporary))
@@ -152,7 +151,7 @@ def _figure(record: Mapping[str, Any], device: str, out: str) -> Path:
         folder = evaluate(dataclasses.replace(config, stage="all")).folder
     elif "analyze" in record:
         from segresearch.analysis.analyze import analyze
-        from segresearch.analysis.settings import AnalyzeConfig
+        from segresearch.config import AnalyzeConfig
 
         given = {"compute": EXACT, **record["analyze"], "device": device, "out": out}
         folder = analyze(typed(AnalyzeConfig, given)).folder
@@ -214,14 +213,16 @@ def _moved(record: dict[str, Any], model: str) -> None:
             holder["model"]["path"] = model
 
 
-def _refuse_strangers(record: Any, path: Path) -> None:
+def _refuse_strangers(record: Any, path: Path, trust: bool) -> None:
     """ConfigError for a record that would import a function from outside segresearch: pictures come from anywhere."""
     if isinstance(record, Mapping):
         target = record.get("target")
-        if record.get("kind") == "custom" and not str(target).startswith("segresearch."):
-            raise ConfigError(f"{path}: its record calls {target}; look at that function, then add --trust")
+        if record.get("kind") == "custom":
+            if not trust and not str(target).startswith("segresearch."):
+                raise ConfigError(f"{path}: its record calls {target}; look at that function, then add --trust")
+            refuse_foreign(str(target), f"{path}: its record")
         for value in record.values():
-            _refuse_strangers(value, path)
+            _refuse_strangers(value, path, trust)
     elif isinstance(record, list):
         for value in record:
-            _refuse_strangers(value, path)
+            _refuse_strangers(value, path, trust)

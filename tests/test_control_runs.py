@@ -11,15 +11,15 @@ from omegaconf import OmegaConf
 from PIL import Image
 from test_configs import composed
 
-from segresearch import command, images, runs
-from segresearch.config import GenerateConfig
+from segresearch import cli, images, runs
+from segresearch.config import GenerateConfig, settings, typed
+from segresearch.config.expand import panels
+from segresearch.config.parse import HELD_OUT, control_images
 from segresearch.control_images.identify import Sources
 from segresearch.errors import ConfigError
 from segresearch.generate import generate, semantics
 from segresearch.models import load_sdxl
-from segresearch.plan import HELD_OUT, control_images, panels, settings
 from segresearch.scenes.scenes import captions
-from segresearch.typed import typed
 
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
 CANNY = {"net": "canny", "image": "scene:0-", "preprocess": "canny"}
@@ -199,7 +199,7 @@ def test_what_cannot_be_is_one_line_before_a_picture_is_made(config, model, chan
         generate(config(controls={"canny": {**CANNY, **change}}), model)
     asset = "hf download" in words or "unknown controlnet" in words
     assert words in str(caught.value) and "\n" not in str(caught.value)
-    assert command.exit_code(caught.value) == (3 if asset else 2)
+    assert cli.exit_code(caught.value) == (3 if asset else 2)
     assert not list(Path(config().out).rglob("*.png"))
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from segresearch.config import ControlConfig
+from segresearch.config.expand import ImageSpec, Panel
+from segresearch.config.parse import SCENE
 from segresearch.control_images.read import open_image
 from segresearch.errors import CheckpointError, ConfigError, InputError
-from segresearch.plan import SCENE, Panel, Row
 from segresearch.runs import fingerprint, plain
 
 SEEN = (64, 64)  # the size at which a scene's map is identified
@@ -62,7 +63,7 @@ class Sources:
             controls.append({**settings, "contents": [self._contents(control, image) for image in images]})
         return {"controls": controls} if controls else {}
 
-    def settings(self, panel: Panel, row: Row) -> dict[str, Any]:
+    def settings(self, panel: Panel, row: ImageSpec) -> dict[str, Any]:
         """The part of a picture's settings about its controls: as a config has them, and what these names stood for."""
         pairs = list(zip(panel.controls.items(), row.images, strict=True))
         said = {name: plain(dataclasses.replace(control, image=image)) for (name, control), image in pairs}

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from segresearch.config import ControlConfig
+from segresearch.config.parse import HELD_OUT, SCENE
 from segresearch.control_images.depth_estimator import depth
 from segresearch.control_images.edges import canny, to_tensor
 from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.errors import ConfigError, InputError
 from segresearch.images import read_settings, save_png
 from segresearch.models.controlnet import ActiveControlNet, controlled
-from segresearch.plan import HELD_OUT, SCENE
 from segresearch.sampling import step_interval
 from segresearch.scenes.control_maps import depth_image, edge_image
 from segresearch.scenes.scenes import scenes

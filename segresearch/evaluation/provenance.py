@@ -5,21 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from segresearch import runs
-from segresearch.build import device_kind
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig, GenerateConfig
+from segresearch.config.build import device_kind
+from segresearch.config.expand import ImageSpec, Panel
 from segresearch.control_images.identify import Sources
 from segresearch.evaluation import shards
 from segresearch.evaluation.spec import Study
 from segresearch.generate import cut, semantics
-from segresearch.plan import Panel, Row
 
 
 def records(config: EvaluateConfig, plan: Study, images: range, run: str = "") -> dict[str, list[dict[str, Any]]]:
     """Of every setting the records of some pictures, with the versions that their shards were made with, where these
     say so. run: the name of the run's folder."""
     shown = plan.controls or [()] * images.stop
-    rows = tuple(Row(text, i, tuple(shown[i])) for i, text in zip(images, plan.texts(images), strict=True))
+    rows = tuple(ImageSpec(text, i, tuple(shown[i])) for i, text in zip(images, plan.texts(images), strict=True))
     panel = Panel("", config.negative, rows, dict(plan.settings), dict(config.controls))
     place = resolve_model(config.model.path)
     sources = Sources([panel], place)
