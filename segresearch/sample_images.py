@@ -14,7 +14,7 @@ from segresearch.analysis.settings import AnalyzeConfig
 from segresearch.config import EvaluateConfig, GenerateConfig
 from segresearch.errors import NotFinite
 from segresearch.models import SDXL
-from segresearch.models.controlnet import Controlled
+from segresearch.models.controlnet import ActiveControlNet
 from segresearch.sampling import initial_noise, sample, sigmas
 
 SamplingConfig = GenerateConfig | EvaluateConfig | AnalyzeConfig  # of which sampler, schedule, steps and size are read
@@ -27,7 +27,7 @@ def sample_images(
     prompts: Sequence[str],
     config: SamplingConfig,
     negative: str | None = None,
-    control: Sequence[Controlled] = (),
+    control: Sequence[ActiveControlNet] = (),
     record: Any = None,
     decode_rows: int | None = None,
 ) -> UInt8[Tensor, "rows 3 h w"]:
@@ -48,7 +48,7 @@ def sample_latents(
     seeds: Sequence[int],
     conds: Mapping[str, Any],
     config: SamplingConfig,
-    control: Sequence[Controlled] = (),
+    control: Sequence[ActiveControlNet] = (),
     record: Any = None,
 ) -> Float[Tensor, "rows channels h w"]:
     """Latents from the noise of each seed; conds: of `SDXL.encode`. Raises NotFinite, which names the seeds."""

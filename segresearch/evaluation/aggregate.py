@@ -94,16 +94,16 @@ def reduce(config: EvaluateConfig, plan: Study, judges: Sequence[Judge], real: C
 
 def _features(config: EvaluateConfig, name: str, values: np.ndarray, real: _Real, plain: dict[str, Frechet]) -> Row:
     x = torch.from_numpy(values)
-    d = frechet_distance(x, real.fitted, config.draws, force=config.force)
+    d = frechet_distance(x, real.fitted, config.n_bootstrap, force=config.force)
     first = plain.setdefault(name, d)
     apart = spread = math.nan
     if first is not d:
         apart = d.distance - first.distance
-        spread = float(np.std(np.subtract(d.draws, first.draws), ddof=1)) if len(d.draws) > 1 else math.nan
+        spread = float(np.std(np.subtract(d.resamples, first.resamples), ddof=1)) if len(d.resamples) > 1 else math.nan
     n, m = min(len(x), MOST), min(len(real.all), len(x), MOST)
     size = min(1000, len(x) // 2, len(real.all) // 2)
     near = precision_recall(x[:n], real.all[:m]) if min(n, m) > 3 else None
-    kernel = kid(x, real.all, config.subsets, size) if size > 1 and name != "clip" else None
+    kernel = kid(x, real.all, config.n_subsets, size) if size > 1 and name != "clip" else None
     kernels = {
         f"kd-{name}": kernel.distance if kernel else math.nan,
         f"kd-{name}-spread": kernel.spread if kernel else math.nan,

@@ -12,13 +12,12 @@ from torch import Tensor
 from segresearch.config import EvaluateConfig
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation.shards import Array
-from segresearch.metrics.attributes import agreement, load_namer, named, of_scenes
-from segresearch.metrics.clip_score import CLIP, cosines, load_clip, mini_cosines
+from segresearch.metrics.attributes import agreement, classify, load_attribute_classifier, scene_attributes
 from segresearch.metrics.edge_agreement import edge_agreement
 from segresearch.metrics.features import Extractor, load_extractor
 from segresearch.metrics.lpips import load_lpips, lpips_distances
-from segresearch.metrics.mini_vision import SIDE, load_vision, unit_range
-from segresearch.metrics.perceptual_mini import distances
+from segresearch.metrics.mini_vision import SIDE, load_vision, perceptual_distances, unit_range
+from segresearch.metrics.text_alignment import CLIP, load_clip, mini_text_alignment, text_alignment
 from segresearch.models.compute import arithmetic
 from segresearch.models.locate import located
 from segresearch.plan import HELD_OUT, SCENE
@@ -29,7 +28,7 @@ from segresearch.typed import nearest
 if TYPE_CHECKING:
     from segresearch.evaluation.spec import Study
 
-WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "caption")
+WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "text_alignment")
 ATTRIBUTES = ("count", "colors", "shapes", "objects", "exact", "objects_chance")
 LOOK = ("saturation", "brightness", "contrast", "red", "green", "blue")
 
@@ -80,9 +79,9 @@ def judges(config: EvaluateConfig, study: "Study", device: str = "cpu") -> tuple
         found.append(Judge(f"features-{name}", extractor.weights, _features(extractor), extractor=extractor))
     if len(study.settings) > 1:
         found += [_distance(name, config, study, device) for name in config.distances]
-    if any(study.prompts) and config.caption != "none":
+    if any(study.prompts) and config.text_alignment != "none":
         found.append(_caption(config, device))
-    if study.scenes and config.caption == "mini":
+    if study.scenes and config.text_alignment == "mini":
         found.append(_attributes(study.scenes))
     if study.controls and all(shown[0].startswith(SCENE) for shown in study.controls):
         found.append(_edges([HELD_OUT + int(shown[0].removeprefix(SCENE)) for shown in study.controls]))
@@ -106,11 +105,12 @@ def _features(extractor: Extractor) -> Callable[[Pictures], Tensor]:
 
 
 def _attributes(scenes: Sequence[int]) -> Judge:
-    namer = load_namer()
+    classifier = load_attribute_classifier()
 
     def match(p: Pictures) -> Tensor:
-        found = named(namer, p.images)
-        seen, other = (agreement(found, of_scenes([scenes[(i + k) % len(scenes)] for i in p.rows])) for k in (0, 1))
+        found = classify(classifier, p.images)
+        held = [scene_attributes([scenes[(i + k) % len(scenes)] for i in p.rows]) for k in (0, 1)]
+        seen, other = (agreement(found, expected) for expected in held)
         return torch.stack([*(seen[key] for key in ATTRIBUTES[:-1]), other["objects"]], dim=1)
 
     return Judge("attributes", digest([2, fingerprint(located("mini") / "attributes")]), match)
@@ -137,7 +137,7 @@ def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) ->
             h, w = p.images.shape[2:]
             if h % 16 or w % 16:
                 raise InputError(f"pictures of {h}×{w}: sides must be multiples of 16")
-            return distances(vision, p.images.to(device), p.first.to(device))
+            return perceptual_distances(vision, p.images.to(device), p.first.to(device))
 
         return Judge(stored, fingerprint(place / "vision"), apart, True)
     trunk, heads = given.get(name), given.get(f"{name}_heads")
@@ -151,9 +151,10 @@ def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) ->
 
 
 def _caption(config: EvaluateConfig, device: str) -> Judge:
-    if config.caption == "clip":
-        clip = load_clip(config.weights.get("caption") or CLIP, config.checksums.get("caption"), device=device)
-        return Judge("caption-clip", clip.weights, lambda p: cosines(clip, p.images, p.texts))
+    if config.text_alignment == "clip":
+        path, checksum = (keys.get("text_alignment") for keys in (config.weights, config.checksums))
+        clip = load_clip(path or CLIP, checksum, device=device)
+        return Judge("caption-clip", clip.weights, lambda p: text_alignment(clip, p.images, p.texts))
     from segresearch.models import load_sdxl
 
     place = located(config.weights.get("mini") or "mini")
@@ -163,7 +164,7 @@ def _caption(config: EvaluateConfig, device: str) -> Judge:
     def match(p: Pictures) -> Tensor:
         if p.images.shape[2:] != (SIDE, SIDE):
             raise InputError(f"pictures of {p.images.shape[2]}×{p.images.shape[3]}: mini reads {SIDE}×{SIDE}")
-        return mini_cosines(tower, text, p.images.to(device), p.texts)
+        return mini_text_alignment(tower, text, p.images.to(device), p.texts)
 
     return Judge("caption-mini", by, match)
 

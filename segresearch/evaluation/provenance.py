@@ -11,7 +11,7 @@ from segresearch.evaluation import shards
 from segresearch.evaluation.spec import Study
 from segresearch.models.locate import located
 
-OF_A_CALL = ("out", "device", "only", "wandb")
+OF_A_CALL = ("out", "device", "stage", "wandb")
 
 
 def records(config: EvaluateConfig, plan: Study, images: range, run: str = "") -> dict[str, list[dict[str, Any]]]:
