@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segresearch import runs
-from segresearch.build import build_guidance, device_kind, load_model, of_model, with_batch_size
 from segresearch.config import GenerateConfig
+from segresearch.config.build import build_guidance, device_kind, load_model, of_model, with_batch_size
+from segresearch.config.expand import ImageSpec, Panel, panels, slug
 from segresearch.control_images.identify import IdentifiedControl, control_records, identify_control
 from segresearch.errors import NotFinite
 from segresearch.image_grid import Block, cell_height, draw_grid, image_size
 from segresearch.models.locate import located
-from segresearch.plan import Panel, Row, panels, slug
 from segresearch.png_metadata import read_record, save_png
 from segresearch.records import config_record, image_record, run_record, sampling_identity
 
@@ -55,11 +55,11 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class ImageSpec:
-    """One image: its file, what it is sampled from, and the record that its PNG carries."""
+class ImageFile:
+    """The file of one image: what it is sampled from, and the record that it carries."""
 
     path: Path
-    row: Row
+    spec: ImageSpec
     record: Mapping[str, Any]
 
 
@@ -68,7 +68,7 @@ class PanelImages:
     """A panel and its files, in the order of its rows: images by method, paths of control images by control."""
 
     panel: Panel
-    images: Mapping[str, list[ImageSpec]]
+    images: Mapping[str, list[ImageFile]]
     controls: Mapping[str, list[Path]]
 
 
@@ -78,7 +78,7 @@ class Column:
 
     panel: Panel
     method: str
-    images: list[ImageSpec]
+    images: list[ImageFile]
     guided: Any
 
 
@@ -163,7 +163,7 @@ def expand(config: GenerateConfig) -> Run:
                 image_record(shared, method, guidance, row.prompt, panel.negative, row.seed, control)
                 for row, control in zip(panel.rows, steered, strict=True)
             ]
-            images[method] = list(map(ImageSpec, paths, panel.rows, records))
+            images[method] = list(map(ImageFile, paths, panel.rows, records))
         files = {name: [folder / "controls" / subfolder / slug(name) / seed for seed in seeds] for name in controls}
         expanded.append(PanelImages(panel, images, files))
     return Run(config, identity, folder, expanded)
@@ -196,7 +196,7 @@ def sample_missing(config: GenerateConfig, sdxl: "SDXL", columns: list[Column], 
                 for batch in (column.images[i : i + batch_size] for i in range(0, len(column.images), batch_size)):
                     if not any(image.path in missing for image in batch):
                         continue
-                    panel, rows = column.panel, [image.row for image in batch]
+                    panel, rows = column.panel, [image.spec for image in batch]
                     control = controlled_batch(sdxl, panel.controls, [row.images for row in rows], size, sigmas)
                     seeds, prompts = [row.seed for row in rows], [row.prompt for row in rows]
                     pixels = sample_images(sdxl, column.guided, seeds, prompts, config, panel.negative, control)

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from segresearch import runs
-from segresearch.build import device_kind
 from segresearch.config import EvaluateConfig, GenerateConfig, GuidanceConfig
+from segresearch.config.build import device_kind
 
 
 def sampling_identity(config: GenerateConfig | EvaluateConfig, fingerprint: str) -> dict[str, Any]:

@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 
 from segresearch import runs
-from segresearch.build import device_kind
-from segresearch.config import ControlConfig, EvaluateConfig, GenerateConfig
+from segresearch.config import AnalyzeConfig, ControlConfig, EvaluateConfig, GenerateConfig, typed
+from segresearch.config.build import device_kind, refuse_foreign
+from segresearch.config.names import modern
 from segresearch.errors import ConfigError
 from segresearch.models.locate import located, located_controlnet
 from segresearch.png_metadata import read_record
-from segresearch.typed import typed
 
 EXACT = {"precision": "exact"}  # the arithmetic of records without `compute`: they are of a CPU
 OF_AN_IMAGE = ("sampler", "schedule", "guidance", "steps", "size", "negative")
@@ -49,12 +49,11 @@ def reproduce(
     already; None: a temporary one. trust: import functions outside segresearch that the record names. ConfigError for a
     file without a usable record, CheckpointError for weights that are missing.
     """
-    record = recorded(path)
+    record = modern(recorded(path))
     for holder in (record, *(record.get(script) for script in ("generate", "evaluate", "analyze"))):
         if model is not None and isinstance(holder, dict) and isinstance(holder.get("model"), dict):
             holder["model"]["path"] = model
-    if not trust:
-        _refuse_foreign_targets(record, path)
+    _refuse_foreign_targets(record, path, trust)
     with tempfile.TemporaryDirectory(prefix="segresearch-") as temporary:
         try:
             image, now = _again(record, device, str(out or temporary))
@@ -146,7 +145,6 @@ def _figure(record: Mapping[str, Any], device: str, out: str) -> Path:
         folder = evaluate(dataclasses.replace(config, stage="all")).folder
     elif "analyze" in record:
         from segresearch.analysis.analyze import analyze
-        from segresearch.analysis.settings import AnalyzeConfig
 
         folder = analyze(_config(AnalyzeConfig, record["analyze"], device, out)).folder
     else:
@@ -174,12 +172,13 @@ def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _refuse_foreign_targets(record: Any, path: Path) -> None:
+def _refuse_foreign_targets(record: Any, path: Path, trust: bool) -> None:
     """ConfigError for a record that would import a function from outside segresearch: PNGs come from anywhere."""
     if isinstance(record, Mapping) and record.get("kind") == "custom":
         target = str(record.get("target"))
-        if not target.startswith("segresearch."):
+        if not trust and not target.startswith("segresearch."):
             raise ConfigError(f"{path}: its record calls {target}; look at that function, then add --trust")
+        refuse_foreign(target, f"{path}: its record")
     children = record.values() if isinstance(record, Mapping) else record if isinstance(record, list) else ()
     for child in children:
-        _refuse_foreign_targets(child, path)
+        _refuse_foreign_targets(child, path, trust)

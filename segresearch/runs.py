@@ -64,7 +64,7 @@ def written_config(settings: Mapping[str, Any], of_a_call: Mapping[str, Any]) ->
     """
     from omegaconf import OmegaConf
 
-    from segresearch.command import hydra_settings
+    from segresearch.config.compose import hydra_settings
 
     parts = (hydra_settings(), plain(settings) | plain(of_a_call))
     return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in parts)

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from segresearch.analysis.settings import AnalyzeConfig
-from segresearch.config import EvaluateConfig, GenerateConfig
+from segresearch.config import AnalyzeConfig, EvaluateConfig, GenerateConfig
 from segresearch.errors import NotFinite
 from segresearch.models import SDXL
 from segresearch.models.controlnet import ActiveControlNet

@@ -9,12 +9,12 @@ import pytest
 import torch
 from guidance_models import denoiser, noisy
 
+from segresearch.config import typed
 from segresearch.errors import ConfigError, InputError
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, cfg, perturbed
 from segresearch.models import Denoiser
 from segresearch.models.compute import Compute, Runner, arithmetic
 from segresearch.models.graphs import Graph, Graphs, NotCapturable, layout, rebuilt, refuse_state
-from segresearch.typed import typed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -11,14 +11,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 from test_configs import composed
 
-from segresearch import command, png_metadata
-from segresearch.config import GenerateConfig
+from segresearch import cli, png_metadata
+from segresearch.config import GenerateConfig, settings, typed
+from segresearch.config.expand import panels
+from segresearch.config.parse import HELD_OUT, control_images
 from segresearch.errors import ConfigError
 from segresearch.generate import expand, generate
 from segresearch.models import load_sdxl
-from segresearch.plan import HELD_OUT, control_images, panels, settings
 from segresearch.scenes.scenes import captions
-from segresearch.typed import typed
 
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
 CANNY = {"net": "canny", "image": "scene:0-", "preprocess": "canny"}
@@ -197,7 +197,7 @@ def test_what_cannot_be_is_one_line_before_an_image_is_made(config, model, chang
         generate(config(controls={"canny": {**CANNY, **change}}), model)
     asset = "hf download" in words or "unknown controlnet" in words
     assert words in str(caught.value) and "\n" not in str(caught.value)
-    assert command.exit_code(caught.value) == (3 if asset else 2)
+    assert cli.exit_code(caught.value) == (3 if asset else 2)
     assert not list(Path(config().out).rglob("*.png"))
 
 

@@ -7,8 +7,8 @@ from fake_cuda import (
     on_the_cpu,
 )
 
-from segresearch.build import load_model
 from segresearch.config import ModelConfig
+from segresearch.config.build import load_model
 from segresearch.guidance import SelfAttentionGuidance
 from segresearch.models import load_sdxl
 from segresearch.models.checkpoint import fill

@@ -11,12 +11,10 @@ from make_models import write_folder
 from omegaconf import OmegaConf
 from PIL import Image
 
-from segresearch import command, png_metadata
-from segresearch.config import GenerateConfig
+from segresearch import cli, png_metadata
+from segresearch.config import GenerateConfig, settings, typed
 from segresearch.generate import generate
 from segresearch.models import load_sdxl
-from segresearch.plan import settings
-from segresearch.typed import typed
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +180,7 @@ def test_what_the_model_cannot_do_is_said_before_an_image_is_made(config, model)
     ):
         with pytest.raises(ValueError) as caught:
             generate(dataclasses.replace(config, **change), None if "device" in change else model)
-        assert command.exit_code(caught.value) == 2 and "\n" not in command.line(caught.value)
+        assert cli.exit_code(caught.value) == 2 and "\n" not in cli.line(caught.value)
     assert not list(Path(config.out, "generate").iterdir())  # not even a folder is left
 
 
@@ -193,9 +191,9 @@ def test_a_full_disk_and_a_locked_folder_are_one_line(config, model, monkeypatch
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(OSError) as caught:
         generate(config, model)
-    assert command.exit_code(caught.value) == 5 and "free some room" in command.line(caught.value)
+    assert cli.exit_code(caught.value) == 5 and "free some room" in cli.line(caught.value)
     assert not [p for p in Path(config.out).rglob("*") if p.name.endswith((".tmp", ".png"))]
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError) as caught:
         generate(dataclasses.replace(config, out=str(tmp_path / "file")), model)
-    assert command.exit_code(caught.value) == 2 and command.line(caught.value)
+    assert cli.exit_code(caught.value) == 2 and cli.line(caught.value)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from segresearch import png_metadata
 from segresearch.analysis.figures import save
-from segresearch.config import EvaluateConfig, GenerateConfig, conf_dir
+from segresearch.config import EvaluateConfig, GenerateConfig, conf_dir, typed
 from segresearch.errors import ConfigError
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.evaluate import evaluate
@@ -22,7 +22,6 @@ from segresearch.evaluation.workers import Worker
 from segresearch.generate import generate
 from segresearch.models import load_sdxl
 from segresearch.reproduce import recorded, reproduce
-from segresearch.typed import typed
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}

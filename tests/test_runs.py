@@ -9,15 +9,15 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from segresearch import image_grid, png_metadata, runs
-from segresearch.config import SEGConfig
+from segresearch.guidance import SEG
 
 
 def test_digest_depends_on_content_alone():
-    a = {"x": 1.0, "y": [math.inf, None], "p": SEGConfig("seg", 2.0)}
-    b = {"p": SEGConfig("seg", 2.0), "y": (math.inf, None), "x": 1.0}
+    a = {"x": 1.0, "y": [math.inf, None], "p": SEG(2.0)}
+    b = {"p": SEG(2.0), "y": (math.inf, None), "x": 1.0}
     assert runs.digest(a) == runs.digest(b)
     assert (
-        len({runs.digest(v) for v in (a, {**a, "x": 2.0}, {**a, "p": SEGConfig("seg", 3.0)}, {**a, "y": [1.0]})}) == 4
+        len({runs.digest(v) for v in (a, {**a, "x": 2.0}, {**a, "p": SEG(3.0)}, {**a, "y": [1.0]})}) == 4
     )
 
 

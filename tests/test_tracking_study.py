@@ -8,13 +8,12 @@ from matplotlib.figure import Figure
 from test_tracking import read
 
 from segresearch import png_metadata, tracking
-from segresearch.config import EvaluateConfig
+from segresearch.config import EvaluateConfig, typed
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.workers import Worker
 from segresearch.models import load_sdxl
 from segresearch.tracking import WandbConfig
-from segresearch.typed import typed
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": 1}}

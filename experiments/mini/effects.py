@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from experiments.mini.common import replace_file
+from segresearch.config.parse import HELD_OUT
 from segresearch.metrics.features import load_extractor
 from segresearch.metrics.frechet import frechet_distance, gaussian
 from segresearch.models import load_sdxl
-from segresearch.plan import HELD_OUT
 from segresearch.sample_images import to_uint8
 from segresearch.scenes.scenes import scenes
 

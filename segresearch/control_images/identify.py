@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from segresearch.config import ControlConfig
+from segresearch.config.parse import SCENE
 from segresearch.control_images.read import open_image
 from segresearch.errors import CheckpointError, ConfigError, InputError
-from segresearch.plan import SCENE
 from segresearch.runs import fingerprint, plain
 
 SCENE_SIZE = (64, 64)  # at which a scene's map is identified

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from segresearch.config import ControlConfig
+from segresearch.config.parse import HELD_OUT, SCENE
 from segresearch.control_images.depth_estimator import depth
 from segresearch.control_images.edges import canny, to_tensor
 from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.errors import ConfigError, InputError
 from segresearch.models.controlnet import ActiveControlNet, controlled
-from segresearch.plan import HELD_OUT, SCENE
 from segresearch.png_metadata import read_record, save_png
 from segresearch.sampling import step_interval
 from segresearch.scenes.control_maps import depth_image, edge_image

@@ -10,6 +10,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from segresearch.config import EvaluateConfig
+from segresearch.config.names import nearest
+from segresearch.config.parse import HELD_OUT, SCENE
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation.shards import Array
 from segresearch.metrics.attributes import agreement, classify, load_attribute_classifier, scene_attributes
@@ -20,10 +22,8 @@ from segresearch.metrics.mini_vision import SIDE, load_vision, perceptual_distan
 from segresearch.metrics.text_alignment import CLIP, load_clip, mini_text_alignment, text_alignment
 from segresearch.models.compute import arithmetic
 from segresearch.models.locate import located
-from segresearch.plan import HELD_OUT, SCENE
 from segresearch.runs import digest, fingerprint
 from segresearch.threads import one_thread
-from segresearch.typed import nearest
 
 if TYPE_CHECKING:
     from segresearch.evaluation.spec import Study

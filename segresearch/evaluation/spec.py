@@ -8,23 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from segresearch import runs
-from segresearch.build import device_kind, with_batch_size
 from segresearch.config import EvaluateConfig, GuidanceConfig
+from segresearch.config.build import device_kind, with_batch_size
+from segresearch.config.expand import checked_control, describe, methods, slug
+from segresearch.config.parse import HELD_OUT, SCENE, control_images, read_prompts, scene_numbers
 from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers
 from segresearch.evaluation.shards import cut, name
-from segresearch.plan import (
-    HELD_OUT,
-    SCENE,
-    checked_control,
-    control_images,
-    describe,
-    methods,
-    read_prompts,
-    scene_numbers,
-    slug,
-)
 
 VERSION = 2  # of what shards hold
 # and not of shards
