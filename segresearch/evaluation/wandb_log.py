@@ -15,7 +15,7 @@ from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.provenance import records
 from segresearch.evaluation.spec import Study
 from segresearch.guidance import SEG
-from segresearch.images import save_png
+from segresearch.png_metadata import save_png
 from segresearch.tracking import (
     GUIDANCE,
     PICTURES,
