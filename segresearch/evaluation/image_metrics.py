@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from segresearch.errors import ConfigError, InputError
+from segresearch.errors import ConfigError, InputError, NotFinite
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.metrics.attributes import agreement, load_namer, named, of_scenes
@@ -28,10 +28,6 @@ from segresearch.typed import nearest
 WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "caption")
 ATTRIBUTES = ("count", "colors", "shapes", "objects", "exact", "objects_chance")
 LOOK = ("saturation", "brightness", "contrast", "red", "green", "blue")
-
-
-class NotFinite(InputError):
-    """Images, or what is measured of them, that are not numbers: this shard cannot be written."""
 
 
 @dataclass(frozen=True)
