@@ -59,9 +59,9 @@ def aggregate(spec: EvaluationSpec, metrics: Sequence[ImageMetric], features: Ca
             values = _joined(spec, method, metric.array)
             if metric.extractor is not None:
                 x, real = torch.from_numpy(values), reference[metric.name]
-                distance = frechet_distance(x, fitted[metric.name], config.draws, force=config.force)
+                distance = frechet_distance(x, fitted[metric.name], config.n_bootstrap, force=config.force)
                 kinds = frechet_numbers(distance, baselines.setdefault(metric.name, distance))
-                kinds |= set_numbers(x, real, config.subsets, metric.extractor.name == "clip")
+                kinds |= set_numbers(x, real, config.n_subsets, metric.extractor.name == "clip")
                 numbers |= {f"{kind}-{metric.extractor.name}": number for kind, number in kinds.items()}
             elif metric.columns:
                 means = values.mean(0, dtype=np.float64)  # (n, columns) -> (columns,)

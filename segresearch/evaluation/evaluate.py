@@ -83,7 +83,7 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, part: Worker |
         spec = with_folders(spec, located(config.model.path))
         real = reference(config.reference)
         folder = runs.run_folder(config.out, config.name, run_identity(spec, real.identity()))
-        if config.only == "verify":
+        if config.stage == "verify":
             return Evaluation(folder, message=_verified(spec))
         device = str(usable_device(part.device(config.device)))
         metrics = image_metrics(spec, device)
@@ -95,14 +95,14 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, part: Worker |
 
         start = time.perf_counter()
         try:
-            progress = Progress() if config.only == "reduce" else sample_shards(spec, metrics, part, load)
+            progress = Progress() if config.stage == "reduce" else sample_shards(spec, metrics, part, load)
         except KeyboardInterrupt:
             print("stopped: whole shards are kept; the same command goes on", file=sys.stderr)
             raise
         done = Evaluation(folder, progress.sampled, progress.existing, time.perf_counter() - start)
         if message := _incomplete(spec, metrics, progress, part):
             return dataclasses.replace(done, message=message)
-        if config.only == "shards":
+        if config.stage == "shards":
             return dataclasses.replace(done, message=f"all {len(spec.shards())} shards are there")
         for place in [*spec.folders.values(), Path(config.out) / "reference", folder, folder / "figures"]:
             shards.sweep(place)
@@ -146,7 +146,7 @@ def _incomplete(spec: EvaluationSpec, metrics: Sequence[ImageMetric], progress: 
         return ""
     message = f"{missing} of {len(spec.shards())} shards are missing"
     if part.world == 1:
-        raise Ended(4, f"{message}; the same command without only= makes them")
+        raise Ended(4, f"{message}; the same command without stage= makes them")
     return f"{part} has made its part; {message}, which others make" + (f"; {failed}" if failed else "")
 
 
@@ -155,7 +155,7 @@ def _inputs(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path) 
     config = spec.config
     read = [required_arrays(spec, metrics, method, rows) for method in spec.methods for rows in spec.ranges]
     sums = [shards.checksums(path, names) for path, names in zip(spec.shards(), read, strict=True)]
-    named = [folder.name, config.name, config.model.name, config.shown]
+    named = [folder.name, config.name, config.model.name, config.n_examples]
     return runs.digest([VERSION, runs.code_version(), named, [metric.producer for metric in metrics], sums])
 
 
@@ -195,7 +195,7 @@ def _write(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path, r
         "prompts": prompts if any(spec.prompts) else "none (unconditional)", "reference": config.reference,
         "measured by": "; ".join(f"{metric.array} ({metric.producer[:12]})" for metric in metrics),
     }  # fmt: skip
-    shown = records(spec, range(min(config.shown, config.images)), folder.name)
+    shown = records(spec, range(min(config.n_examples, config.images)), folder.name)
     runs.write(folder / PAGE, page(spec, result, shown_images(spec), paths, facts, shown))
     content = {
         "inputs": _inputs(spec, metrics, folder),
@@ -207,7 +207,7 @@ def _write(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path, r
 
 def shown_images(spec: EvaluationSpec) -> dict[str, np.ndarray]:
     """Of every method the images that the page shows, uint8 (n, 3, h, w)."""
-    shown = spec.config.shown
+    shown = spec.config.n_examples
     ranges = [rows for rows in spec.ranges if rows.start < shown]
     return {
         method: np.concatenate([shards.load(spec.shard(method, rows), IMAGES) for rows in ranges])[:shown]

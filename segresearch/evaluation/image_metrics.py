@@ -25,7 +25,7 @@ from segresearch.runs import digest, fingerprint
 from segresearch.threads import one_thread
 from segresearch.typed import nearest
 
-WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "caption")
+WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "text_alignment")
 ATTRIBUTES = ("count", "colors", "shapes", "objects", "exact", "objects_chance")
 LOOK = ("saturation", "brightness", "contrast", "red", "green", "blue")
 
@@ -76,9 +76,9 @@ def image_metrics(spec: EvaluationSpec, device: str = "cpu") -> tuple[ImageMetri
     metrics = [_features(name, spec, device) for name in config.features]
     if len(spec.methods) > 1:
         metrics += [_distance(name, spec, device) for name in config.distances]
-    if any(spec.prompts) and config.caption != "none":
+    if any(spec.prompts) and config.text_alignment != "none":
         metrics.append(_text_alignment(spec, device))
-    if spec.scenes and config.caption == "mini":
+    if spec.scenes and config.text_alignment == "mini":
         metrics.append(_attributes(spec.scenes))
     if spec.controls and all(images[0].startswith(SCENE) for images in spec.controls):
         metrics.append(_edges([HELD_OUT + int(images[0].removeprefix(SCENE)) for images in spec.controls]))
@@ -141,8 +141,8 @@ def _distance(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
 
 def _text_alignment(spec: EvaluationSpec, device: str) -> ImageMetric:
     config = spec.config
-    if config.caption == "clip":
-        clip = load_clip(config.weights.get("caption") or CLIP, config.checksums.get("caption"), device=device)
+    if config.text_alignment == "clip":
+        clip = load_clip(config.weights.get("text_alignment") or CLIP, config.checksums.get("text_alignment"), device=device)
         return ImageMetric("text_alignment-clip", clip.weights, lambda s: cosines(clip, s.images, s.prompts))
     from segresearch.models import load_sdxl
 

@@ -14,7 +14,7 @@ from segresearch.generate import cut, semantics
 from segresearch.models.locate import located
 from segresearch.plan import Panel, Row
 
-OF_A_CALL = {"out": "runs", "device": "auto", "only": "all", "wandb": {"mode": "off"}}  # not of the run
+OF_A_CALL = {"out": "runs", "device": "auto", "stage": "all", "wandb": {"mode": "off"}}  # not of the run
 
 
 def records(spec: EvaluationSpec, images: range, run: str) -> dict[str, list[dict[str, Any]]]:
