@@ -1,27 +1,16 @@
-"""HTML pages from one template, page.html.j2: all in one file, the same bytes for the same content. Light: no torch."""
+"""HTML pages from the templates: all in one file, the same bytes for the same content. Light: no torch."""
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-
-
-class Image(NamedTuple):
-    """An image inside a cell. src: its data URI (`embedded`). width, height: pixels on the page."""
-
-    src: str
-    alt: str
-    width: int
-    height: int
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 class Cell(NamedTuple):
-    """strong: a bold line above `text`. kind: CSS classes ("first" in a row's first cell draws a line above the row).
-    rows: how many rows it spans."""
+    """Of a table. kind: CSS classes ("first" in a row's first cell draws a line above the row). strong: a bold line above
+    `text`. rows: how many it spans. image: a PNG, shown at width × height pixels; `text` describes it."""
 
     text: str = ""
     kind: str = ""
@@ -29,28 +18,9 @@ class Cell(NamedTuple):
     href: str = ""
     rows: int = 1
     style: str = ""
-    image: Image | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """summary: the line under which the table is folded; "" shows it at once."""
-
-    head: Sequence[Cell]
-    rows: Sequence[Sequence[Cell]]
-    kind: str = ""
-    summary: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """In this order on the page. html: markup written in this package, not escaped. plots: PNG files."""
-
-    title: str = ""
-    html: str = ""
-    tables: Sequence[Table] = ()
-    items: Sequence[str] = ()
-    plots: Sequence[Path] = ()
+    image: bytes | None = None
+    width: int = 0
+    height: int = 0
 
 
 def embedded(png: Path | bytes) -> str:
@@ -60,15 +30,15 @@ def embedded(png: Path | bytes) -> str:
 
 
 @cache
-def _template() -> Template:
+def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["embedded"] = embedded
-    return environment.get_template("page.html.j2")
+    return environment
 
 
-def render(title: str, lead: Sequence[str], sections: Sequence[Section]) -> str:
-    """The page. lead: lines below the title."""
-    return _template().render(title=title, lead=lead, sections=sections)
+def render(title: str, lead: list[str], template: str = "page", **content: Any) -> str:
+    """A page. lead: lines below the title. content: what the template asks for; page.html.j2: a table's head, rows."""
+    return _environment().get_template(f"{template}.html.j2").render(title=title, lead=lead, **content)

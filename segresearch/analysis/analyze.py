@@ -149,7 +149,8 @@ def _measured(
     import torch
     from tqdm import tqdm
 
-    from segresearch.analysis import figures, measurements, report, story
+    from segresearch.analysis import energy_plots, measurements, report
+    from segresearch.plot_style import save
 
     rows: list[measurements.Row] = []
     judged: list[measurements.Judged] = []
@@ -160,14 +161,14 @@ def _measured(
         rows += some
         judged += claims
     rows, claims = measurements.pooled(rows), measurements.together(judged)
-    drawn = story.draw(config, recording, rows, pictures, images)
+    drawn = energy_plots.draw(config, recording, rows, pictures, images)
     paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
     asked = {key: value for key, value in runs.plain(config).items() if key not in ("out", "device", "wandb")}
     kind = device_kind(config.device)
     asked["compute"] = runs.plain(config.compute.resolved(kind))
     record = {"code": runs.code_version(), "analyze": asked, "compute": config.compute.record(kind)}
     for name, figure in drawn.items():
-        figures.save(figure, paths[name], {"figure": name, **record})
+        save(figure, paths[name], {"figure": name, **record})
     runs.write(folder / "config.yaml", written_config(config))
     runs.write(folder / "table.csv", measurements.to_csv(rows))
     verdict_rows = [claim.row() for claim in claims]

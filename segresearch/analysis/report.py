@@ -8,28 +8,11 @@ import numpy as np
 
 from segresearch.analysis.measurements import Judged, Row, chosen, values
 from segresearch.analysis.settings import AnalyzeConfig
-from segresearch.pages import Cell, Section, Table, render
+from segresearch.pages import Cell, render
 from segresearch.plot_style import name_sigma
 from segresearch.runs import code_version
 
-CLAIMS = (
-    "Each claim was checked on every column of logits that was captured: for one image, σ_t, site, head and key, the "
-    "logits over all queries (Definition 2.1). A cell is the share of columns for which the claim holds. "
-    "<b>reflect</b> is the boundary that the official SEG code ships; the others make the blur doubly stochastic, as "
-    "the proofs assume. A margin says how far a claim is from failing: below 0 it fails. The last column says where "
-    "it is worst."
-)
-THEOREM = (
-    "The theorem says that blurring the queries attenuates the curvature of the energy. Under the paper's own "
-    "approximations, eqs. (19) and (20), that is so exactly where <i>n</i>·(lse fall) stays below −Σ log "
-    "b<sub>ii</sub>: soft attention or a wide blur. The chain rule gives the Hessian BᵀH(ã)B, whose bound is −2 "
-    "log|det B|, and the conclusion holds far more widely."
-)
-FILES = (
-    "<code>table.csv</code> beside this page holds one row for each site, head, σ_t, blur σ and boundary; "
-    "<code>verdicts.csv</code> one for each claim, boundary and blur σ; <code>config.yaml</code> all settings."
-)
-DUAL = "The dual of Appendix B: blurred keys, columns over keys"
+KINDS = ("sigma", "limits", "regime", "layers", "field", "energy", "attention")  # of plots, before "_boundary"
 
 
 def page(
@@ -37,22 +20,15 @@ def page(
     plots: Mapping[str, Path],
 ) -> str:  # fmt: skip
     """The whole page. plots: PNG files by the names that `energy_plots.draw` gives them."""
-
-    def shown(*names: str) -> list[Path]:
-        return [path for name in names for key, path in plots.items() if key.partition("_")[0] == name]
-
+    kinds: dict[str, list[Path]] = {kind: [] for kind in KINDS}
+    for name, path in plots.items():
+        kinds[name.partition("_")[0]].append(path)
     queries = [c for c in claims if c.axis == "queries"]
-    keys = [c for c in claims if c.axis == "keys"]
-    sections = [
-        Section(items=summary(rows, queries)),
-        Section("The claims, tested on what was measured", CLAIMS, [_table(queries), _table(keys, DUAL)]),
-        Section("What the blur does to the logits", plots=shown("sigma", "limits")),
-        Section("Theorem 3.1: a matter of regime", THEOREM, plots=shown("regime")),
-        Section("Layer by layer, step by step", plots=shown("layers")),
-        Section("The landscape itself", plots=shown("field", "energy", "attention")),
-        Section("Where the numbers are", FILES, items=[f"Code: {code_version()}"]),
-    ]
-    return render(f"The energy landscape of {config.model.name}", [_run(config, images, rows)], sections)
+    return render(
+        f"The energy landscape of {config.model.name}", [_run(config, images, rows)], "energy", plots=kinds,
+        summary=summary(rows, queries), queries=table(queries), keys=table([c for c in claims if c.axis == "keys"]),
+        code=code_version(),
+    )  # fmt: skip
 
 
 def _run(config: AnalyzeConfig, images: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
@@ -103,8 +79,8 @@ def summary(rows: Sequence[Row], claims: Sequence[Judged]) -> list[str]:
     return lines
 
 
-def _table(claims: Sequence[Judged], fold: str = "") -> Table:
-    """A block a claim: rows are boundaries, columns blur sigmas, cells the share of columns where it holds."""
+def table(claims: Sequence[Judged]) -> tuple[list[Cell], list[list[Cell]]]:
+    """Head and rows: a block a claim: rows are boundaries, columns blur sigmas, cells the share of columns where it holds."""
     sigmas = sorted({c.blur_sigma for c in claims})
     heads = ("claim", "boundary", *(f"σ = {name_sigma(s)}" for s in sigmas), "median margin", "worst margin, and where")
     blocks: dict[tuple[str, str], dict[float, Judged]] = {}
@@ -124,7 +100,7 @@ def _table(claims: Sequence[Judged], fold: str = "") -> Table:
             cells.insert(0, Cell(formula, "claim first", name, rows=sum(key[0] == statement for key in blocks)))
             last = statement
         lines.append(cells)
-    return Table([Cell(head) for head in heads], lines, summary=fold)
+    return [Cell(head) for head in heads], lines
 
 
 def _share(claim: Judged | None) -> Cell:
