@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from segresearch.errors import ConfigError, InputError
+from segresearch.errors import ConfigError, InputError, NotFinite
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.metrics.attributes import agreement, load_namer, named, of_scenes
@@ -25,13 +25,9 @@ from segresearch.runs import digest, fingerprint
 from segresearch.threads import one_thread
 from segresearch.typed import nearest
 
-WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "caption")
+WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "text_alignment")
 ATTRIBUTES = ("count", "colors", "shapes", "objects", "exact", "objects_chance")
 LOOK = ("saturation", "brightness", "contrast", "red", "green", "blue")
-
-
-class NotFinite(InputError):
-    """Images, or what is measured of them, that are not numbers: this shard cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +76,9 @@ def image_metrics(spec: EvaluationSpec, device: str = "cpu") -> tuple[ImageMetri
     metrics = [_features(name, spec, device) for name in config.features]
     if len(spec.methods) > 1:
         metrics += [_distance(name, spec, device) for name in config.distances]
-    if any(spec.prompts) and config.caption != "none":
+    if any(spec.prompts) and config.text_alignment != "none":
         metrics.append(_text_alignment(spec, device))
-    if spec.scenes and config.caption == "mini":
+    if spec.scenes and config.text_alignment == "mini":
         metrics.append(_attributes(spec.scenes))
     if spec.controls and all(images[0].startswith(SCENE) for images in spec.controls):
         metrics.append(_edges([HELD_OUT + int(images[0].removeprefix(SCENE)) for images in spec.controls]))
@@ -145,8 +141,8 @@ def _distance(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
 
 def _text_alignment(spec: EvaluationSpec, device: str) -> ImageMetric:
     config = spec.config
-    if config.caption == "clip":
-        clip = load_clip(config.weights.get("caption") or CLIP, config.checksums.get("caption"), device=device)
+    if config.text_alignment == "clip":
+        clip = load_clip(config.weights.get("text_alignment") or CLIP, config.checksums.get("text_alignment"), device=device)
         return ImageMetric("text_alignment-clip", clip.weights, lambda s: cosines(clip, s.images, s.prompts))
     from segresearch.models import load_sdxl
 

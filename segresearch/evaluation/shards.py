@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from segresearch import runs
-from segresearch.errors import InputError
+from segresearch.errors import Ended
 
 HEADER = "shard"  # one key, since safetensors keeps no order of several
 
@@ -31,8 +31,11 @@ class Array:
     producer: str
 
 
-class Damaged(InputError):
-    """A shard whose bytes are not those that were written."""
+class Damaged(Ended):
+    """A shard whose bytes are not those that were written: uncaught, it ends a script with exit code 4."""
+
+    def __init__(self, message: str):
+        super().__init__(4, f"{message}; remove the file, and the same command makes it again")
 
 
 def ranges(count: int, size: int) -> tuple[range, ...]:
@@ -54,7 +57,7 @@ def _header(path: Path) -> dict[str, Any]:
                 return header
     except (SafetensorError, ValueError, KeyError, TypeError):
         pass
-    raise Damaged(f"{path}: damaged; remove the file, and the same command makes it again")
+    raise Damaged(f"{path}: damaged")
 
 
 def producers(path: Path) -> dict[str, str]:
@@ -82,8 +85,7 @@ def load(path: Path, key: str) -> np.ndarray:
     with safe_open(path, "numpy") as file:
         value = file.get_tensor(key)
     if _sha256(value) != checksum:
-        hint = "remove the file, and the same command makes it again"
-        raise Damaged(f"{path}: {key}: not the bytes that were written; {hint}")
+        raise Damaged(f"{path}: {key}: not the bytes that were written")
     return value
 
 

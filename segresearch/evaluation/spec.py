@@ -29,7 +29,7 @@ from segresearch.plan import (
 
 VERSION = 3  # of what shards hold
 OF_IMAGES = ("sampler", "schedule", "negative", "steps", "size", "batch_size", "shard")
-OF_RESULTS = ("images", "features", "distances", "caption", "draws", "subsets", "force")  # and not of shards
+OF_RESULTS = ("images", "features", "distances", "text_alignment", "n_bootstrap", "n_subsets", "force")  # and not of shards
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:
     scenes: tuple[int, ...] = ()
     if isinstance(config.prompts, str):
         scenes = tuple(HELD_OUT + n for n in scene_numbers(config.prompts, config.images, "prompts") or ())
-    if config.keep is not None and config.keep < config.shown:
-        raise ConfigError(f"keep: {config.keep} images kept are fewer than are shown, {config.shown}; lower `shown`")
+    if config.keep is not None and config.keep < config.n_examples:
+        raise ConfigError(f"keep: {config.keep} images kept are fewer than n_examples, {config.n_examples}; lower it")
     for key in ("features", "distances"):
         names = getattr(config, key)
         if len(set(names)) < len(names):
