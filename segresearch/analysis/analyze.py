@@ -24,7 +24,7 @@ from segresearch.config import ScheduleConfig
 from segresearch.errors import ConfigError
 from segresearch.models.locate import located
 from segresearch.plan import parse_seeds, read_prompts
-from segresearch.tracking import Mirror, mirror
+from segresearch.wandb_log import WandbRun, log
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,6 +152,7 @@ def _measured(
 
     from segresearch.analysis import energy_plots, measurements, report
     from segresearch.plot_style import save
+    from segresearch.tidy_csv import to_csv
 
     rows: list[measurements.Row] = []
     judged: list[measurements.Judged] = []
@@ -171,14 +172,16 @@ def _measured(
     for name, figure in drawn.items():
         save(figure, paths[name], {"figure": name, **record})
     runs.write(folder / "config.yaml", written_config(config))
-    runs.write(folder / "table.csv", measurements.to_csv(rows))
+    runs.write(folder / "table.csv", to_csv(rows, digits=7))
     verdict_rows = [claim.row() for claim in claims]
-    runs.write(folder / "verdicts.csv", measurements.to_csv(verdict_rows))
+    runs.write(folder / "verdicts.csv", to_csv(verdict_rows, digits=7))
     runs.write(folder / PAGE, report.page(config, images, rows, claims, paths))
     metrics = {f"{c.claim}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
     tables = {"table": rows, "verdicts": verdict_rows}
     name = f"{config.name}-{folder.name}"
-    mirror(config.wandb, folder, [Mirror(name, config.name, "analysis", "", config, metrics, {}, tables, paths)])
+    images = {key: [(path, "")] for key, path in paths.items()}
+    logged = WandbRun(name, config.name, "analysis", config, metrics, {}, tables, images)
+    log(config.wandb, folder, [name, metrics], lambda _: [logged])
 
 
 def written_config(config: AnalyzeConfig) -> str:

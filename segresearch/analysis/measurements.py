@@ -6,8 +6,6 @@ keys and images; shares ("..._holds") are of the same columns. Claims are judged
 dual of the paper's Appendix B (blurred keys, columns over keys).
 """
 
-import csv
-import io
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -275,19 +273,3 @@ def short(site: str) -> str:
     """A site's name as a selector: "mid.0.3", "up.0.1.3"."""
     group, *rest = site.split(".")
     return ".".join([group.split("_")[0], *(part for part in rest if part.isdigit())])
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """The rows as csv text; infinities are written "inf"."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: _text(value) for key, value in row.items()})
-    return text.getvalue()
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, float):
-        return format(value, ".7g") if math.isfinite(value) else str(value)
-    return value

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from segresearch.evaluation.paper_numbers import HEADS
 
+
 @dataclass(frozen=True)
 class Metric:
     """What a number of the frame is, and how a table shows it.
