@@ -9,8 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 class Cell(NamedTuple):
-    """Of a table. kind: CSS classes ("first" in a row's first cell draws a line above the row). strong: a bold line above
-    `text`. rows: how many it spans. image: a PNG, shown at width × height pixels; `text` describes it."""
+    """Of a table. kind: CSS classes ("first" in a row's first cell draws a line above the row). strong: a bold line
+    above `text`. rows: how many it spans. image: a PNG, shown at width × height pixels; `text` describes it."""
 
     text: str = ""
     kind: str = ""

@@ -131,7 +131,7 @@ def _write(config: WandbConfig, folder: Path, content: Sequence[tuple[str, Wandb
             logged.log({"evaluation": step, **dict(zip(run.series, values))})
         summary: dict[str, Any] = {name: value for name, value in run.values.items() if value is not None}
         for name, rows in run.tables.items():
-            columns = list(dict.fromkeys(column for row in rows for column in row))
+            columns: list[Any] = list(dict.fromkeys(column for row in rows for column in row))
             cells = [[wandb.Image(str(v)) if isinstance(v := row.get(c), Path) else v for c in columns] for row in rows]
             summary[name] = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
         for name, images in run.images.items():
@@ -144,7 +144,7 @@ def _write(config: WandbConfig, folder: Path, content: Sequence[tuple[str, Wandb
 def log_evaluation(
     spec: "EvaluationSpec", result: "Result", images: "Callable[[], Mapping[str, np.ndarray]]", folder: Path
 ) -> bool:
-    """`log` of a finished evaluation: a group for the experiment, in it a W&B run for each method and one for the whole.
+    """`log` of a finished evaluation: the experiment is a group; each method, and the whole, is a W&B run in it.
 
     images: of each method those of the first seeds, uint8 (n, 3, h, w).
     """
@@ -152,9 +152,9 @@ def log_evaluation(
     common = {
         "experiment": config.name, "run": folder.name, "model": config.model.name, "sampler": config.sampler.name,
         "schedule": config.schedule.name, "steps": config.steps, "images": config.images, "code": code_version(),
-        "reference": config.reference, "reference_images": result.reference,
+        "reference": config.reference, "reference_images": result.reference_images,
     }  # fmt: skip
-    rows = {method: {"method": method} for method in spec.methods}
+    rows: dict[str, dict[str, Any]] = {method: {"method": method} for method in spec.methods}
     for row in result.frame.rows:
         rows[row.method] |= {row.metric: row.value, f"{row.metric}-error": row.error}
 

@@ -155,14 +155,14 @@ def _measured(
     from segresearch.tidy_csv import to_csv
 
     rows: list[measurements.Row] = []
-    judged: list[measurements.Judged] = []
+    judged: list[measurements.ClaimSummary] = []
     sites = tuple(sdxl.unet.site_heads)
     device = sdxl.device if sdxl.device.type == "cuda" else torch.device("cpu")  # both have fp64
     measured = measurements.measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
     for some, claims in tqdm(measured, total=len(recording), unit="site", disable=None, leave=False):
         rows += some
         judged += claims
-    rows, claims = measurements.pooled(rows), measurements.together(judged)
+    rows, claims = measurements.mean_over_runs(rows), measurements.merge_claims(judged)
     drawn = energy_plots.draw(config, recording, rows, pictures, images)
     paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
     asked = {key: value for key, value in runs.plain(config).items() if key not in ("out", "device", "wandb")}
@@ -179,8 +179,8 @@ def _measured(
     metrics = {f"{c.claim}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
     tables = {"table": rows, "verdicts": verdict_rows}
     name = f"{config.name}-{folder.name}"
-    images = {key: [(path, "")] for key, path in paths.items()}
-    logged = WandbRun(name, config.name, "analysis", config, metrics, {}, tables, images)
+    plots = {key: [(path, "")] for key, path in paths.items()}
+    logged = WandbRun(name, config.name, "analysis", config, metrics, {}, tables, plots)
     log(config.wandb, folder, [name, metrics], lambda _: [logged])
 
 

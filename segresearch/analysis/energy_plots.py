@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from segresearch.analysis import energy, regimes
+from segresearch.analysis import energy, theorem_regimes
 from segresearch.analysis.measurements import Row, chosen, short, values
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.analysis.settings import AnalyzeConfig
-from segresearch.analysis.smoothing import Smoothing
-from segresearch.analysis.statistics import blurred, columns, moments
+from segresearch.analysis.blur_operator import BlurOperator
+from segresearch.analysis.logit_statistics import blurred, columns, moments
 from segresearch.images import INK, RULE
 from segresearch.plot_style import canvas, label, name_sigma
 from segresearch.threads import one_thread
@@ -53,7 +53,7 @@ def draw(
         plots[f"layers_{boundary}"] = heat_maps(rows, middle, boundary, model)
     rising = sorted(s for s in sigmas if s > 0)
     few = rising if len(rising) <= 3 else [rising[1], rising[2], rising[-1]]
-    blurs = [Smoothing(entry.grid, float(s), boundaries[0]) for s in few]
+    blurs = [BlurOperator(entry.grid, float(s), boundaries[0]) for s in few]
     row = next((i for i, image in enumerate(entry.images) if image["prompt"]), 0)
     head = int(moments(entry.q, entry.k, "queries")[1][row].mean(dim=-1).argmax())  # of the widest logits
     plots["field"] = field(entry, row, head, blurs)
@@ -74,10 +74,11 @@ def _origin(entry: Entry, row: int, head: str = "") -> str:
     """Where an example was taken, in words."""
     image = entry.images[row]
     prompt = f"“{image['prompt']}”" if image["prompt"] else "no prompt"
-    return f"{short(entry.site)}, {head}σ_t = {entry.sigma[row]:.3g} (step {entry.step}), {prompt}, seed {image['seed']}"
+    noise = f"σ_t = {entry.sigma[row]:.3g} (step {entry.step})"
+    return f"{short(entry.site)}, {head}{noise}, {prompt}, seed {image['seed']}"
 
 
-def _name(blur: Smoothing) -> str:
+def _name(blur: BlurOperator) -> str:
     return f"blur σ = {name_sigma(blur.sigma)}, {blur.boundary}"
 
 
@@ -130,9 +131,9 @@ def regime(rows: Sequence[Row], boundary: str, model: str) -> Figure:
     spreads, blurs = values(heads, "spread"), values(heads, "blur_sigma")
     xs = np.geomspace(min(0.1, spreads.min() / 1.3), max(10.0, spreads.max() * 1.3), 28)
     ys = np.geomspace(0.3, max(4.0, blurs.max()) * 1.35, 22)
-    noise = torch.randn(16, h * w, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    margins = regimes.regime(noise, (h, w), xs.tolist(), ys.tolist(), boundary)
-    fields = [margin.T.numpy() for margin in (margins.entrywise, margins.chain)]  # (sigmas, spreads) each
+    noise = theorem_regimes.white_noise(h * w)
+    operators = [BlurOperator((h, w), float(y), boundary) for y in ys]
+    margins = np.array([[theorem_regimes.theorem_margins(x * noise, b) for x in xs] for b in operators])  # (ys, xs, 2)
     caption = (
         f"Colour: margin of the conclusion, log|det H| − log|det H̃| over the {h * w} tokens, for white-noise logits of "
         f"that standard deviation on a {h}×{w} grid ({boundary} boundary); above 0 (blue) the blur attenuates the "
@@ -146,10 +147,10 @@ def regime(rows: Sequence[Row], boundary: str, model: str) -> Figure:
     titles = ("as in eqs. (19) and (20): Π ξ(ã)ᵢ bᵢᵢ against Π ξ(a)ᵢ",
               "by the chain rule: pdet(BᵀH(ã)B) against pdet H(a)")  # fmt: skip
     jitter = np.random.default_rng(0)
-    both = np.stack(fields)
-    limit = float(np.quantile(np.abs(both[np.isfinite(both)]), 0.8))
-    for axis, margin, title, column in zip(axes, fields, titles, ("eq20_holds", "chain_holds")):
-        label(axis, title, "standard deviation of the logits over queries", "" if axis is axes[1] else "blur σ (tokens)")
+    limit = float(np.quantile(np.abs(margins[np.isfinite(margins)]), 0.8))
+    for index, (axis, title, column) in enumerate(zip(axes, titles, ("eq20_holds", "chain_holds"))):
+        margin = margins[..., index]
+        label(axis, title, "standard deviation of the logits over queries", "" if index else "blur σ (tokens)")
         mesh = axis.contourf(xs, ys, margin.clip(-limit, limit), np.linspace(-limit, limit, 25), cmap=LIGHT,
                              norm=TwoSlopeNorm(0, -limit, limit))  # fmt: skip
         if margin.min() < 0 < margin.max():
@@ -184,7 +185,7 @@ def limits(entry: Entry, boundaries: Sequence[str]) -> Figure:
     label(near, "distance to the original", "blur σ (tokens)", "rms / standard deviation")
     label(far, "distance to the mean", "blur σ (tokens)")
     for boundary in boundaries:
-        limit = regimes.limits(entry.q, entry.k, "queries", entry.grid, SIGMAS, boundary)
+        limit = theorem_regimes.limits(entry.q, entry.k, "queries", entry.grid, SIGMAS, boundary)
         style, color = LINES[boundary]
         near.plot(limit.sigmas, limit.to_identity, style, color=color, linewidth=1.8)
         far.plot(limit.sigmas, limit.to_mean, style, color=color, label=boundary, linewidth=1.8)
@@ -204,13 +205,15 @@ def heat_maps(rows: Sequence[Row], sigma: float, boundary: str, model: str) -> F
     caption = (
         "One row a self-attention site, in the order of a forward pass; one column a measured step, at its σ_t. Means "
         "over heads, keys and images. Columns of logits run over queries, as in Definition 2.1. The four panels on the "
-        f"right are for blur σ = {name_sigma(sigma)}, {boundary}: variance after / before, fall of the lse in nats, and "
-        "the share of (head, key, image) where the conclusion of Theorem 3.1 holds, as in eqs. (19) and (20) and by "
-        "the chain rule."
+        f"right are for blur σ = {name_sigma(sigma)}, {boundary}: variance after / before, fall of the lse in nats, "
+        "and the share of (head, key, image) where the conclusion of Theorem 3.1 holds, as in eqs. (19) and (20) and "
+        "by the chain rule."
     )
     figure = canvas(13.0, 1.5 + 0.2 * len(sites), f"Layer by layer, step by step: {model}", caption)
-    panels = {"spread": "logit std", "rank_share": "effective rank / n", "variance_ratio": "variance ratio",
-              "lse_fall": "lse fall", "eq20_holds": "Thm 3.1, eq. (20)", "chain_holds": "Thm 3.1, chain rule"}  # fmt: skip
+    panels = {
+        "spread": "logit std", "rank_share": "effective rank / n", "variance_ratio": "variance ratio",
+        "lse_fall": "lse fall", "eq20_holds": "Thm 3.1, eq. (20)", "chain_holds": "Thm 3.1, chain rule",
+    }  # fmt: skip
     for axis, (column, title) in zip(figure.subplots(1, 6, sharey=True), panels.items()):
         label(axis, title, "σ_t")
         means = np.array([[np.mean(values(chosen(rows, site=s, step=t), column)) for t in steps] for s in sites])
@@ -224,7 +227,7 @@ def heat_maps(rows: Sequence[Row], sigma: float, boundary: str, model: str) -> F
     return figure
 
 
-def field(entry: Entry, row: int, head: int, blurs: Sequence[Smoothing]) -> Figure:
+def field(entry: Entry, row: int, head: int, blurs: Sequence[BlurOperator]) -> Figure:
     """One key's logits over the grid of queries, before and after the blur."""
     key = int(moments(entry.q, entry.k, "queries")[1][row, head].argmax())
     a = columns(entry.q[[row]][:, [head]], entry.k[[row]][:, [head]], "queries", torch.tensor([key]))[0, 0, 0]
@@ -241,24 +244,24 @@ def field(entry: Entry, row: int, head: int, blurs: Sequence[Smoothing]) -> Figu
     return _surfaces(surfaces, axes, "logit", "The field that the blur smooths", caption)
 
 
-def landscape(entry: Entry, row: int, head: int, blurs: Sequence[Smoothing]) -> Figure:
+def landscape(entry: Entry, row: int, head: int, blurs: Sequence[BlurOperator]) -> Figure:
     """The energy of that key's column as its smooth and its rough part are scaled, before and after the blur."""
     key = int(moments(entry.q, entry.k, "queries")[1][row, head].argmax())
-    a, _ = energy.column_slice(entry.q, entry.k, (row, head, key), (0, 1))
+    a = columns(entry.q[[row]][:, [head]], entry.k[[row]][:, [head]], "queries", torch.tensor([key]))[0, 0, 0]
     mean = a.mean().expand_as(a)
-    smooth = Smoothing(entry.grid, 1.0, "exact").apply(a) - mean
+    smooth = BlurOperator(entry.grid, 1.0, "exact").apply(a) - mean
     along = torch.stack([smooth, a - mean - smooth])
     reach = torch.linspace(-REACH, REACH, 25, dtype=torch.float64)
     surfaces = {}
-    for name, blur in (("original", Smoothing(entry.grid, 0.0)), *((_name(blur), blur) for blur in blurs)):
+    for name, blur in (("original", BlurOperator(entry.grid, 0.0)), *((_name(blur), blur) for blur in blurs)):
         around = energy.surface(blur.apply(mean), blur.apply(along), reach, reach)
         real = energy.surface(blur.apply(mean), blur.apply(along), torch.ones(1), torch.ones(1))
         surfaces[f"{name}\nGaussian curvature {float(real.gaussian_curvature):.2g}"] = around.energy.numpy().T
     caption = (
         f"Energy −lse(B a) of Definition 2.1 for the logits a = mean + s·smooth + t·rough of one column: key {key} at "
-        f"{_origin(entry, row, f'head {entry.heads[head]}, ')}. Smooth is what a blur of σ = 1 leaves of its variation, "
-        "rough the rest; (1, 1) is the real column, where the Gaussian curvature of the surface is given, and (0, 0) a "
-        "uniform one. The blur flattens the landscape along the rough direction first."
+        f"{_origin(entry, row, f'head {entry.heads[head]}, ')}. Smooth is what a blur of σ = 1 leaves of its "
+        "variation, rough the rest; (1, 1) is the real column, where the Gaussian curvature of the surface is given, "
+        "and (0, 0) a uniform one. The blur flattens the landscape along the rough direction first."
     )
     axes = {"s (smooth)": reach.numpy(), "t (rough)": reach.numpy()}
     return _surfaces(surfaces, axes, "energy (nats)", "The energy landscape around a column", caption)
@@ -286,7 +289,7 @@ def _surfaces(
     return figure
 
 
-def attention(entry: Entry, row: int, blurs: Sequence[Smoothing], image: np.ndarray) -> Figure:
+def attention(entry: Entry, row: int, blurs: Sequence[BlurOperator], image: np.ndarray) -> Figure:
     """Attention of the query that is most selective on average over heads, before and after the blur, one row a head.
 
     image: (height, width, 3) uint8, the decoded image.
@@ -298,14 +301,14 @@ def attention(entry: Entry, row: int, blurs: Sequence[Smoothing], image: np.ndar
         return (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(dim=-1)[0]  # (heads, n, n)
 
     maps = {"original": weights(q)}
-    maps |= {_name(b): weights(blurred(q, k, entry.grid, b.sigma, b.boundary)[0]) for b in blurs}
+    maps |= {_name(b): weights(blurred(q, k, "queries", b)[0]) for b in blurs}
     query = int(torch.special.entr(maps["original"]).sum(dim=-1).mean(dim=0).argmin())
     at = ((query % w + 0.5) / w, (query // w + 0.5) / h)  # (x, y) of the query, from 0 to 1
     caption = (
-        f"Softmax over keys of one query (the cross) at {_origin(entry, row)}, n times the weight, so that 1 is uniform "
-        "attention; each row has one colour scale, given at its right. A wider blur of the queries moves the query "
-        "towards the mean query of the grid, and its attention towards what the mean query attends to; that need not "
-        "be uniform."
+        f"Softmax over keys of one query (the cross) at {_origin(entry, row)}, n times the weight, so that 1 is "
+        "uniform attention; each row has one colour scale, given at its right. A wider blur of the queries moves the "
+        "query towards the mean query of the grid, and its attention towards what the mean query attends to; that "
+        "need not be uniform."
     )
     heads = min(4, len(entry.heads))
     size = 1.75 * (len(maps) + 1) + 0.8, 1.75 * heads

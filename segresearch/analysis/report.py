@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from segresearch.analysis.measurements import Judged, Row, chosen, values
+from segresearch.analysis.measurements import ClaimSummary, Row, chosen, values
 from segresearch.analysis.settings import AnalyzeConfig
 from segresearch.pages import Cell, render
 from segresearch.plot_style import name_sigma
@@ -16,7 +16,7 @@ KINDS = ("sigma", "limits", "regime", "layers", "field", "energy", "attention") 
 
 
 def page(
-    config: AnalyzeConfig, images: Sequence[Mapping[str, Any]], rows: Sequence[Row], claims: Sequence[Judged],
+    config: AnalyzeConfig, images: Sequence[Mapping[str, Any]], rows: Sequence[Row], claims: Sequence[ClaimSummary],
     plots: Mapping[str, Path],
 ) -> str:  # fmt: skip
     """The whole page. plots: PNG files by the names that `energy_plots.draw` gives them."""
@@ -41,7 +41,7 @@ def _run(config: AnalyzeConfig, images: Sequence[Mapping[str, Any]], rows: Seque
     )
 
 
-def summary(rows: Sequence[Row], claims: Sequence[Judged]) -> list[str]:
+def summary(rows: Sequence[Row], claims: Sequence[ClaimSummary]) -> list[str]:
     """A few sentences with the values that matter most. claims: those on columns over queries."""
     lines = []
     kept = [c for c in claims if c.claim == "mean_kept"]
@@ -79,11 +79,11 @@ def summary(rows: Sequence[Row], claims: Sequence[Judged]) -> list[str]:
     return lines
 
 
-def table(claims: Sequence[Judged]) -> tuple[list[Cell], list[list[Cell]]]:
-    """Head and rows: a block a claim: rows are boundaries, columns blur sigmas, cells the share of columns where it holds."""
+def table(claims: Sequence[ClaimSummary]) -> tuple[list[Cell], list[list[Cell]]]:
+    """Head and rows. A block a claim: rows are boundaries, columns blur sigmas, cells shares of columns where it holds."""
     sigmas = sorted({c.blur_sigma for c in claims})
     heads = ("claim", "boundary", *(f"σ = {name_sigma(s)}" for s in sigmas), "median margin", "worst margin, and where")
-    blocks: dict[tuple[str, str], dict[float, Judged]] = {}
+    blocks: dict[tuple[str, str], dict[float, ClaimSummary]] = {}
     for c in claims:
         blocks.setdefault((c.statement, c.boundary), {})[c.blur_sigma] = c
     lines, last = [], ""
@@ -91,7 +91,7 @@ def table(claims: Sequence[Judged]) -> tuple[list[Cell], list[list[Cell]]]:
         tested = blocks[statement, boundary]
         worst = min(tested.values(), key=lambda c: c.smallest)
         medians = [c.median for c in tested.values()]
-        where = ", ".join(f"{key} {value!r}" if key == "prompt" else f"{key} {value}" for key, value in worst.worst.items())
+        where = ", ".join(f"{key} {repr(value) if key == 'prompt' else value}" for key, value in worst.worst.items())
         cells = [Cell(boundary), *(_share(tested.get(s)) for s in sigmas)]
         cells.append(Cell(" to ".join(dict.fromkeys((_number(min(medians)), _number(max(medians)))))))
         cells.append(Cell(f"{_number(worst.smallest)} at σ = {name_sigma(worst.blur_sigma)}: {where}", "quiet where"))
@@ -103,7 +103,7 @@ def table(claims: Sequence[Judged]) -> tuple[list[Cell], list[list[Cell]]]:
     return [Cell(head) for head in heads], lines
 
 
-def _share(claim: Judged | None) -> Cell:
+def _share(claim: ClaimSummary | None) -> Cell:
     if claim is None:
         return Cell()
     color = "33,102,172" if claim.share >= 0.5 else "196,80,27"
@@ -111,7 +111,7 @@ def _share(claim: Judged | None) -> Cell:
     return Cell(_percent(claim.share), "number", style=f"background:rgba({color},{depth:.2f})")
 
 
-def _span(claims: Sequence[Judged]) -> str:
+def _span(claims: Sequence[ClaimSummary]) -> str:
     """The range of their shares."""
     return " to ".join(dict.fromkeys(_percent(pick(c.share for c in claims)) for pick in (min, max)))
 

@@ -128,7 +128,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         value = dict(enumerate(value))
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else f"{key}").items()}
+    nested = [_flat(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items()]
+    return {key: item for settings in nested for key, item in settings.items()}
 
 
 def _short(value: Any) -> str | None:
