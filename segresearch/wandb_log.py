@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from segresearch.runs import code_version, digest, plain
 
@@ -122,7 +122,7 @@ def _write(config: WandbConfig, folder: Path, content: Sequence[tuple[str, Wandb
         )  # fmt: skip
         logged = wandb.init(
             project=config.project, name=run.name, group=run.group, job_type=run.kind, id=run_id, dir=folder,
-            mode=config.mode, config=plain(run.settings), settings=quiet, reinit="finish_previous",
+            mode=cast(Any, config.mode), config=plain(run.settings), settings=quiet, reinit="finish_previous",
         )  # fmt: skip
         logged.define_metric("evaluation")
         for name in run.series:

@@ -14,11 +14,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from segresearch.analysis import energy, theorem_regimes
+from segresearch.analysis.blur_operator import BlurOperator
+from segresearch.analysis.logit_statistics import blurred, columns, moments
 from segresearch.analysis.measurements import Row, chosen, short, values
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.analysis.settings import AnalyzeConfig
-from segresearch.analysis.blur_operator import BlurOperator
-from segresearch.analysis.logit_statistics import blurred, columns, moments
 from segresearch.images import INK, RULE
 from segresearch.plot_style import canvas, label, name_sigma
 from segresearch.threads import one_thread

@@ -80,7 +80,7 @@ def summary(rows: Sequence[Row], claims: Sequence[ClaimSummary]) -> list[str]:
 
 
 def table(claims: Sequence[ClaimSummary]) -> tuple[list[Cell], list[list[Cell]]]:
-    """Head and rows. A block a claim: rows are boundaries, columns blur sigmas, cells shares of columns where it holds."""
+    """Head and rows. A block a claim: rows are boundaries, columns blur sigmas, cells the shares where it holds."""
     sigmas = sorted({c.blur_sigma for c in claims})
     heads = ("claim", "boundary", *(f"σ = {name_sigma(s)}" for s in sigmas), "median margin", "worst margin, and where")
     blocks: dict[tuple[str, str], dict[float, ClaimSummary]] = {}
