@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segresearch.analysis.smoothing import Smoothing, log_spectrum
+from segresearch.analysis.statistics import AXES, columns, statistics
 
 from segresearch.analysis.curvature import (
     Columns,
@@ -22,8 +24,6 @@ from segresearch.analysis.curvature import (
     log_pseudo_det,
     spectral_norm,
 )
-from segresearch.analysis.smoothing import Smoothing, log_spectrum
-from segresearch.analysis.statistics import AXES, columns, statistics
 from segresearch.guidance.blur import BOUNDARIES, blur_matrix
 
 GRIDS = [(3, 5), (4, 4), (1, 6)]

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from segresearch.analysis.smoothing import Smoothing
+from segresearch.analysis.statistics import AXES, columns
 
 from segresearch.analysis.curvature import hessian
 from segresearch.analysis.energy import (
@@ -19,8 +21,6 @@ from segresearch.analysis.energy import (
     query_slice,
     surface,
 )
-from segresearch.analysis.smoothing import Smoothing
-from segresearch.analysis.statistics import AXES, columns
 from segresearch.guidance.blur import BOUNDARIES, blur
 
 GRID = (3, 4)

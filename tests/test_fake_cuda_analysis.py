@@ -14,10 +14,10 @@ from fake_cuda import (
     sent,
     tensors_of,
 )
+from segresearch.analysis.smoothing import Smoothing
 
 from segresearch.analysis import curvature, energy, lemmas, measurements, regimes, smoothing, statistics
 from segresearch.analysis.recorder import Entry, Recorder, Recording
-from segresearch.analysis.smoothing import Smoothing
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.guidance.blur import BOUNDARIES
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segresearch.analysis.smoothing import Smoothing
+from segresearch.analysis.statistics import AXES, Statistics, blurred, columns, statistics
 
 from segresearch.analysis import lemmas, regimes
 from segresearch.analysis.curvature import chain_log_pseudo_det, entrywise_log_product, log_product, log_pseudo_det
-from segresearch.analysis.smoothing import Smoothing
-from segresearch.analysis.statistics import AXES, Statistics, blurred, columns, statistics
 from segresearch.guidance.blur import BOUNDARIES, blur_matrix
 
 DOUBLY = ["symmetric", "circular", "exact"]

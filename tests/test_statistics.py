@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from segresearch.analysis.statistics import (
     AXES,
     blurred,
@@ -16,6 +15,7 @@ from segresearch.analysis.statistics import (
     sides,
     statistics,
 )
+
 from segresearch.guidance.blur import BOUNDARIES, blur_matrix
 
 GRID = (3, 5)

@@ -21,7 +21,7 @@
 # `jupytext --to ipynb` (or directly, with jupytext's Jupyter extension).
 
 # %%
-from segresearch.analysis import story
+from segresearch.analysis import energy_plots
 from segresearch.analysis.energy import energies
 from segresearch.analysis.recorder import Recorder
 from segresearch.analysis.smoothing import Smoothing
@@ -66,19 +66,19 @@ for step in recording.steps:
 # ## The field, and the landscape around it
 
 # %%
-entry = story.example(recording.select(branch="cond"))
+entry = energy_plots.example(recording.select(branch="cond"))
 blurs = [Smoothing(entry.grid, sigma, "reflect") for sigma in (1.0, 2.0, float("inf"))]
-story.field(entry, 0, 0, blurs)
+energy_plots.field(entry, 0, 0, blurs)
 
 # %%
-story.landscape(entry, 0, 0, blurs)
+energy_plots.landscape(entry, 0, 0, blurs)
 
 # %% [markdown]
 # ## What a query attends to
 
 # %%
 picture = sdxl.decode(latents)[0].permute(1, 2, 0).add(1).mul(127.5).round().clamp(0, 255).byte().numpy()
-story.attention(entry, 0, blurs, picture)
+energy_plots.attention(entry, 0, blurs, picture)
 
 # %% [markdown]
 # ## The limits of the blur
@@ -86,4 +86,4 @@ story.attention(entry, 0, blurs, picture)
 # The official code's kernel is cut at the grid's size, so its blur never tends to the mean: an infinite σ is a jump.
 
 # %%
-story.limits(entry, ["reflect", "exact"])
+energy_plots.limits(entry, ["reflect", "exact"])

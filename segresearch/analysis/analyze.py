@@ -24,7 +24,7 @@ from segresearch.config import ScheduleConfig
 from segresearch.errors import ConfigError
 from segresearch.models.locate import located
 from segresearch.plan import parse_seeds, read_prompts
-from segresearch.tracking import Mirror, mirror
+from segresearch.wandb_log import WandbRun, log
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,34 +150,38 @@ def _measured(
     import torch
     from tqdm import tqdm
 
-    from segresearch.analysis import figures, measurements, report, story
+    from segresearch.analysis import energy_plots, measurements, report
+    from segresearch.plot_style import save
+    from segresearch.tidy_csv import to_csv
 
     rows: list[measurements.Row] = []
-    judged: list[measurements.Judged] = []
+    judged: list[measurements.ClaimSummary] = []
     sites = tuple(sdxl.unet.site_heads)
     device = sdxl.device if sdxl.device.type == "cuda" else torch.device("cpu")  # both have fp64
     measured = measurements.measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
     for some, claims in tqdm(measured, total=len(recording), unit="site", disable=None, leave=False):
         rows += some
         judged += claims
-    rows, claims = measurements.pooled(rows), measurements.together(judged)
-    drawn = story.draw(config, recording, rows, pictures, images)
+    rows, claims = measurements.mean_over_runs(rows), measurements.merge_claims(judged)
+    drawn = energy_plots.draw(config, recording, rows, pictures, images)
     paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
     asked = {key: value for key, value in runs.plain(config).items() if key not in ("out", "device", "wandb")}
     kind = device_kind(config.device)
     asked["compute"] = runs.plain(config.compute.resolved(kind))
     record = {"code": runs.code_version(), "analyze": asked, "compute": config.compute.record(kind)}
     for name, figure in drawn.items():
-        figures.save(figure, paths[name], {"figure": name, **record})
+        save(figure, paths[name], {"figure": name, **record})
     runs.write(folder / "config.yaml", written_config(config))
-    runs.write(folder / "table.csv", measurements.to_csv(rows))
+    runs.write(folder / "table.csv", to_csv(rows, digits=7))
     verdict_rows = [claim.row() for claim in claims]
-    runs.write(folder / "verdicts.csv", measurements.to_csv(verdict_rows))
+    runs.write(folder / "verdicts.csv", to_csv(verdict_rows, digits=7))
     runs.write(folder / PAGE, report.page(config, images, rows, claims, paths))
     metrics = {f"{c.claim}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
     tables = {"table": rows, "verdicts": verdict_rows}
     name = f"{config.name}-{folder.name}"
-    mirror(config.wandb, folder, [Mirror(name, config.name, "analysis", "", config, metrics, {}, tables, paths)])
+    plots = {key: [(path, "")] for key, path in paths.items()}
+    logged = WandbRun(name, config.name, "analysis", config, metrics, {}, tables, plots)
+    log(config.wandb, folder, [name, metrics], lambda _: [logged])
 
 
 def written_config(config: AnalyzeConfig) -> str:

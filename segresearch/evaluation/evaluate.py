@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from segresearch import runs
-from segresearch.analysis.figures import save
 from segresearch.build import load_model, of_model, usable_device, with_batch_size
 from segresearch.command import hydra_settings
 from segresearch.config import EvaluateConfig
@@ -38,10 +37,12 @@ from segresearch.evaluation.provenance import OF_A_CALL, figure_record, records
 from segresearch.evaluation.reference import features, reference
 from segresearch.evaluation.sample_shards import IMAGES, Progress, missing_arrays, required_arrays, sample_shards
 from segresearch.evaluation.spec import EvaluationSpec, evaluation_spec, run_identity, with_folders
-from segresearch.evaluation.wandb_log import log_evaluation
 from segresearch.evaluation.workers import Worker, worker
 from segresearch.models.locate import located
+from segresearch.plot_style import save
 from segresearch.threads import threads
+from segresearch.tidy_csv import to_csv
+from segresearch.wandb_log import log_evaluation
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL
@@ -180,7 +181,7 @@ def _write(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path, r
     }  # fmt: skip
     texts = {
         "config.yaml": written_config(config), "table.md": table.markdown(result.frame),
-        "table.tex": table.latex(result.frame), "metrics.csv": table.to_csv(result.frame),
+        "table.tex": table.latex(result.frame), "metrics.csv": to_csv(result.frame.plain()),
         "metrics.jsonl": table.to_jsonl(result.frame, common),
     }  # fmt: skip
     for name, text in texts.items():

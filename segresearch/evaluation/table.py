@@ -1,8 +1,6 @@
 """A frame of numbers as tables: markdown and LaTeX (a row a method), metrics.csv and metrics.jsonl (a row a number).
 Light: no torch."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -48,15 +46,6 @@ def latex(frame: Frame) -> str:
     lines += [line(["method", *(metric.head for metric in metrics)]), r"\midrule"]
     lines += [line([method, *cells(frame, method, metrics)]) for method in frame.methods]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def to_csv(frame: Frame) -> str:
-    """method,metric,value,error: every number of the frame; empty where there is none."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ["method", "metric", "value", "error"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(frame.plain())
-    return text.getvalue()
 
 
 def to_jsonl(frame: Frame, common: Mapping[str, Any]) -> str:
