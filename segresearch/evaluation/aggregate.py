@@ -97,7 +97,8 @@ def set_numbers(
 ) -> dict[str, tuple[float, ...]]:
     """Variance, kernel distance, precision and recall of features against the reference, by kind of metric; nan where
     there are too few. gaussian_kernel: CMMD in place of the kernel distance of subsets."""
-    numbers = dict.fromkeys(("variance", "kd", "kd_spread", "precision", "recall"), (math.nan,))
+    kinds = ("variance", "kd", "kd_spread", "precision", "recall")
+    numbers: dict[str, tuple[float, ...]] = dict.fromkeys(kinds, (math.nan,))
     if len(x) > 1:
         numbers["variance"] = (float(x.double().var(0).sum() / reference.double().var(0).sum()),)
     size = min(1000, len(x) // 2, len(reference) // 2)
