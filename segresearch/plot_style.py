@@ -9,7 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from segresearch.images import INK, KEY, QUIET
+from segresearch.image_grid import INK, QUIET
+from segresearch.png_metadata import KEY
 from segresearch.runs import plain, replacing
 
 CHARACTERS = 15.5  # of a caption's line, an inch

@@ -19,7 +19,7 @@ from segresearch.analysis.logit_statistics import blurred, columns, moments
 from segresearch.analysis.measurements import Row, chosen, short, values
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.analysis.settings import AnalyzeConfig
-from segresearch.images import INK, RULE
+from segresearch.image_grid import INK, RULE
 from segresearch.plot_style import canvas, label, name_sigma
 from segresearch.threads import one_thread
 

@@ -45,7 +45,7 @@ class Value:
 
     method: str
     metric: str
-    value: float | None
+    value: float | int | None
     error: float | None = None
 
     def __str__(self) -> str:

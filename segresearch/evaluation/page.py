@@ -11,8 +11,8 @@ from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import Frame, Metric
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.evaluation.table import cells, columns
-from segresearch.images import png
 from segresearch.pages import Cell, render
+from segresearch.png_metadata import png
 
 TALLEST = 256  # pixels that an image of the page is high
 SMALLEST = 96  # a smaller one is shown larger

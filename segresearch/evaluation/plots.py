@@ -12,7 +12,7 @@ from segresearch.config import CFGTerm, GuidanceConfig, PAGConfig, PerturbedTerm
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import METRICS, Frame
 from segresearch.evaluation.spec import EvaluationSpec
-from segresearch.images import INK, QUIET, RULE
+from segresearch.image_grid import INK, QUIET, RULE
 from segresearch.plot_style import canvas, name_sigma
 
 COLORS = {"vanilla": QUIET, "CFG": "#b8860b", "SEG": "#1f5fa8", "PAG": "#b03a2e", "SAG": "#2e7d4f", "other": "#7a4ea3"}
