@@ -6,6 +6,6 @@
     energy       Definition 2.1 and its dual as functions, Hopfield energy, slices of the landscape
     recorder     captured queries and keys
     measurements a recording to a tidy table and the claims, tested
-    regimes, verdict, figures, story, report, settings, analyze    where the theorem holds; shares; the page and its run
+    regimes, verdict, energy_plots, report, settings, analyze    where the theorem holds; shares; the page and its run
     lemmas       one function per claim of arXiv 2408.00760, with both sides, the gap and where it holds
 """
