@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from segresearch.analysis.measurements import Row, chosen, short, values
-from segresearch.analysis.regimes import Limits
+from segresearch.analysis.theorem_regimes import Limits
 from segresearch.images import KEY
 from segresearch.runs import plain, replacing
 

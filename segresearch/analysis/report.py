@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from segresearch.analysis.measurements import Judged, Row, chosen, values
+from segresearch.analysis.measurements import ClaimSummary, Row, chosen, values
 from segresearch.analysis.settings import AnalyzeConfig
 from segresearch.runs import code_version
 
@@ -35,7 +35,7 @@ def page(
     config: AnalyzeConfig,
     images: Sequence[Mapping[str, Any]],
     rows: Sequence[Row],
-    claims: Sequence[Judged],
+    claims: Sequence[ClaimSummary],
     figures: Mapping[str, Path],
 ) -> str:
     """The whole page. figures: paths of PNGs by the names that `segresearch.analysis.story` gives them."""
@@ -92,16 +92,16 @@ def _run(config: AnalyzeConfig, images: Sequence[Mapping[str, Any]], rows: Seque
     )
 
 
-def _summary(rows: Sequence[Row], claims: Sequence[Judged]) -> list[str]:
+def _summary(rows: Sequence[Row], claims: Sequence[ClaimSummary]) -> list[str]:
     """A few sentences with the numbers that matter most."""
     said = []
 
-    def shares(claim: str, reflect: bool | None = None) -> list[Judged]:
+    def shares(claim: str, reflect: bool | None = None) -> list[ClaimSummary]:
         return [
             c for c in claims if c.claim == claim and c.axis == "queries" and reflect in (None, c.boundary == "reflect")
         ]
 
-    def span(parts: Sequence[Judged]) -> str:
+    def span(parts: Sequence[ClaimSummary]) -> str:
         low, high = (_percent(pick(c.share for c in parts)) for pick in (min, max))
         return low if low == high else f"{low} to {high}"
 
@@ -136,7 +136,7 @@ def _summary(rows: Sequence[Row], claims: Sequence[Judged]) -> list[str]:
     return ["<ul>", *(f"<li>{_text(s)}</li>" for s in said), "</ul>"]
 
 
-def _claims_table(claims: Sequence[Judged]) -> str:
+def _claims_table(claims: Sequence[ClaimSummary]) -> str:
     """A block a claim: rows are boundaries, columns blur sigmas, cells the share of columns where it holds."""
     sigmas = sorted({c.blur_sigma for c in claims})
     head = "".join(f"<th>σ = {_sigma(s)}</th>" for s in sigmas)
@@ -163,7 +163,7 @@ def _claims_table(claims: Sequence[Judged]) -> str:
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
-def _share(claim: Judged | None) -> str:
+def _share(claim: ClaimSummary | None) -> str:
     if claim is None:
         return "<td></td>"
     color = "33,102,172" if claim.share >= 0.5 else "196,80,27"

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from segresearch.analysis import energy, figures, regimes
+from segresearch.analysis import energy, figures, theorem_regimes
+from segresearch.analysis.blur_operator import BlurOperator
+from segresearch.analysis.logit_statistics import blurred, columns, moments
 from segresearch.analysis.measurements import Row, chosen, short
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.analysis.settings import AnalyzeConfig
-from segresearch.analysis.smoothing import Smoothing
-from segresearch.analysis.statistics import blurred, columns, moments
 from segresearch.threads import one_thread
 
 REACH = 2.5  # of an energy slice, in parts of the real column
@@ -36,7 +36,7 @@ def draw(
         if any(map(figures.on_map, rows)):
             made[f"regime_{boundary}"] = regime(rows, entry, boundary, model)
         made[f"layers_{boundary}"] = figures.heat_maps(rows, middle, boundary, model)
-    shown = [Smoothing(entry.grid, float(s), first) for s in _few(sigmas)]
+    shown = [BlurOperator(entry.grid, float(s), first) for s in _few(sigmas)]
     row = next((i for i, image in enumerate(entry.images) if image["prompt"]), 0)
     head = int(moments(entry.q, entry.k, "queries")[1][row].mean(dim=-1).argmax())  # of the widest logits
     made["field"] = field(entry, row, head, shown)
@@ -73,20 +73,15 @@ def regime(rows: Sequence[Row], entry: Entry, boundary: str, model: str) -> Figu
     grids = [row["grid"] for row in rows]
     common = max(dict.fromkeys(grids), key=grids.count)
     h, w = map(int, common.split("x"))
-    noise = torch.randn(16, h * w, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noise = (noise - noise.mean(dim=1, keepdim=True)) / noise.std(dim=1, correction=0, keepdim=True)
+    noise = theorem_regimes.white_noise(h * w)
 
     def margin(spread: float, sigma: float) -> tuple[float, float]:
-        smoothing, a = Smoothing((h, w), sigma, boundary), spread * noise
-        after = smoothing.apply(a)
-        rise = (after.mean(1) - after.logsumexp(1)) - (a.mean(1) - a.logsumexp(1))  # of log Π ξ, per token
-        middle = float(rise.median())
-        return -smoothing.log_diagonal / (h * w) - middle, -2 * smoothing.log_det / (h * w) - middle
+        return theorem_regimes.theorem_margins(spread * noise, BlurOperator((h, w), sigma, boundary))
 
     return figures.regime_map(chosen(rows, grid=common), (h, w), margin, boundary, model)
 
 
-def field(entry: Entry, row: int, head: int, shown: Sequence[Smoothing]) -> Figure:
+def field(entry: Entry, row: int, head: int, shown: Sequence[BlurOperator]) -> Figure:
     """One key's logits over the grid of queries, before and after the blur."""
     variance = moments(entry.q, entry.k, "queries")[1][row, head]
     key = int(variance.argmax())
@@ -109,16 +104,16 @@ def field(entry: Entry, row: int, head: int, shown: Sequence[Smoothing]) -> Figu
     )
 
 
-def landscape(entry: Entry, row: int, head: int, shown: Sequence[Smoothing]) -> Figure:
+def landscape(entry: Entry, row: int, head: int, shown: Sequence[BlurOperator]) -> Figure:
     """The energy of that key's column as its smooth and its rough part are scaled, before and after the blur."""
     key = int(moments(entry.q, entry.k, "queries")[1][row, head].argmax())
-    a, _ = energy.column_slice(entry.q, entry.k, (row, head, key), (0, 1))
+    a = columns(entry.q[[row]][:, [head]], entry.k[[row]][:, [head]], "queries", torch.tensor([key]))[0, 0, 0]
     mean = a.mean().expand_as(a)
-    smooth = Smoothing(entry.grid, 1.0, "exact").apply(a) - mean
+    smooth = BlurOperator(entry.grid, 1.0, "exact").apply(a) - mean
     along = torch.stack([smooth, a - mean - smooth])
     reach = torch.linspace(-REACH, REACH, 25, dtype=torch.float64)
     fields = {}
-    for name, blur in (("original", Smoothing(entry.grid, 0.0)), *((_named(s), s) for s in shown)):
+    for name, blur in (("original", BlurOperator(entry.grid, 0.0)), *((_named(s), s) for s in shown)):
         slice_ = energy.surface(blur.apply(mean), blur.apply(along), reach, reach)
         real = energy.surface(blur.apply(mean), blur.apply(along), torch.ones(1), torch.ones(1))
         fields[f"{name}\nGaussian curvature {float(real.gaussian_curvature):.2g}"] = slice_.energy.numpy().T
@@ -137,11 +132,11 @@ def landscape(entry: Entry, row: int, head: int, shown: Sequence[Smoothing]) -> 
 def limits(entry: Entry, boundaries: Sequence[str]) -> Figure:
     """Distances to the limits of the blur, at all sigma from 0.1 to 100."""
     sigmas = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0, 50.0, 100.0]
-    found = [regimes.limits(entry.q, entry.k, "queries", entry.grid, sigmas, boundary) for boundary in boundaries]
+    found = [theorem_regimes.limits(entry.q, entry.k, "queries", entry.grid, sigmas, boundary) for boundary in boundaries]
     return figures.limits(found, f"{short(entry.site)}, σ_t = {entry.sigma[0]:.3g} (step {entry.step})")
 
 
-def attention(entry: Entry, row: int, shown: Sequence[Smoothing], picture: np.ndarray) -> Figure:
+def attention(entry: Entry, row: int, shown: Sequence[BlurOperator], picture: np.ndarray) -> Figure:
     """The attention of the query that is most selective on average over heads, head by head."""
     h, w = entry.grid
     q, k = entry.q[[row]].double(), entry.k[[row]].double()
@@ -153,12 +148,12 @@ def attention(entry: Entry, row: int, shown: Sequence[Smoothing], picture: np.nd
     query = int(torch.special.entr(original).sum(dim=-1).mean(dim=0).argmin())
     heads = range(min(4, len(entry.heads)))
     named = {"original": original}
-    named |= {_named(s): maps(blurred(q, k, entry.grid, s.sigma, s.boundary)[0]) for s in shown}
+    named |= {_named(s): maps(blurred(q, k, "queries", s)[0]) for s in shown}
     pictures = {name: [z[head, query].reshape(h, w).numpy() for head in heads] for name, z in named.items()}
     spot = ((query // w + 0.5) / h, (query % w + 0.5) / w)
     where = place(entry, row, 0).replace(f", head {entry.heads[0]}", "")
     return figures.attention_maps(picture, spot, pictures, [f"head {entry.heads[head]}" for head in heads], where)
 
 
-def _named(smoothing: Smoothing) -> str:
-    return f"blur σ = {figures.name_sigma(smoothing.sigma)}, {smoothing.boundary}"
+def _named(operator: BlurOperator) -> str:
+    return f"blur σ = {figures.name_sigma(operator.sigma)}, {operator.boundary}"
