@@ -57,6 +57,19 @@ def run_folder(out: str | Path, name: str, semantic: Mapping[str, Any]) -> Path:
     return folder
 
 
+def written_config(settings: Mapping[str, Any], of_a_call: Mapping[str, Any]) -> str:
+    """config.yaml of a run: every setting in full, in a form that its script takes back.
+
+    of_a_call: keys that are of one call and not of the run, with the values that the file has in their place.
+    """
+    from omegaconf import OmegaConf
+
+    from segresearch.command import hydra_settings
+
+    parts = (hydra_settings(), plain(settings) | plain(of_a_call))
+    return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in parts)
+
+
 def own() -> str:
     """This process, in the name of a temporary file: its machine and its number."""
     return f"{socket.gethostname()}-{os.getpid()}"

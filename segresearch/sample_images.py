@@ -4,33 +4,20 @@
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from segresearch.config import SamplerConfig, ScheduleConfig
+from segresearch.analysis.settings import AnalyzeConfig
+from segresearch.config import EvaluateConfig, GenerateConfig
 from segresearch.errors import NotFinite
 from segresearch.models import SDXL
 from segresearch.models.controlnet import Controlled
 from segresearch.sampling import initial_noise, sample, sigmas
 
-
-class SamplingConfig(Protocol):
-    """The settings that sampling reads: those of generate, evaluate and analyze have them all.
-
-    size: (height, width) in pixels; None is the model's own.
-    """
-
-    @property
-    def sampler(self) -> SamplerConfig: ...
-    @property
-    def schedule(self) -> ScheduleConfig: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def size(self) -> tuple[int, int] | None: ...
+SamplingConfig = GenerateConfig | EvaluateConfig | AnalyzeConfig  # of which sampler, schedule, steps and size are read
 
 
 def sample_images(

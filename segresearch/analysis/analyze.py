@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from segresearch import runs
 from segresearch.analysis.settings import AnalyzeConfig, measured_steps
-from segresearch.build import build_guidance, device_kind, load_model, of_model, with_batch_size
-from segresearch.command import hydra_settings
+from segresearch.build import build_guidance, load_model, of_model, with_batch_size
 from segresearch.errors import ConfigError
 from segresearch.models.locate import located
 from segresearch.plan import parse_seeds, read_prompts
+from segresearch.records import figure_record, sampling_identity
 from segresearch.tracking import Mirror, mirror
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of the measurement and the page: part of the identity
 PAGE = "index.html"
+OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}  # not of the run
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
     start = time.perf_counter()
     config = with_batch_size(of_model(config, model))
     images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
-    identity = semantics(config, images, runs.fingerprint(located(config.model.path)))
-    folder = runs.run_folder(config.out, config.name, identity)
+    fingerprint = runs.fingerprint(located(config.model.path))
+    folder = runs.run_folder(config.out, config.name, identity(config, images, fingerprint))
     recorded, page = folder / "recording", folder / PAGE
     if page.is_file() and (recorded.is_dir() or not config.keep):
         return Analysis(folder, page, True, time.perf_counter() - start)
@@ -77,12 +78,11 @@ def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
     return Analysis(folder, page, False, time.perf_counter() - start)
 
 
-def semantics(config: AnalyzeConfig, images: Sequence[Mapping[str, Any]], fingerprint: str) -> dict[str, Any]:
+def identity(config: AnalyzeConfig, images: Sequence[Mapping[str, Any]], fingerprint: str) -> dict[str, Any]:
     """Everything the numbers depend on, and no more: not the output folder, the device, or the size of a batch."""
-    keys = ("sampler", "schedule", "guidance", "negative", "steps", "size", "where", "heads", "branch", "blur")
-    settings = {key: getattr(config, key) for key in keys} | config.compute.identity(device_kind(config.device))
-    model = {"fingerprint": fingerprint, "dtype": config.model.dtype}
-    return runs.plain({"version": VERSION, "model": model, **settings, "at": measured_steps(config), "images": images})
+    measured = {key: getattr(config, key) for key in ("guidance", "negative", "where", "heads", "branch", "blur")}
+    measured |= {"version": VERSION, "images": images, "measured_steps": measured_steps(config)}
+    return runs.plain({**sampling_identity(config, fingerprint), **measured})
 
 
 def capture(
@@ -141,13 +141,9 @@ def _write(
     claims = measurements.merge_claims(claim for _, of_entry in parts for claim in of_entry)
     drawn = story.draw(config, recording, rows, pixels, images)
     paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
-    settings = {key: value for key, value in runs.plain(config).items() if key not in ("out", "device", "wandb")}
-    kind = device_kind(config.device)
-    settings["compute"] = runs.plain(config.compute.resolved(kind))
-    record = {"code": runs.code_version(), "analyze": settings, "compute": config.compute.record(kind)}
     for name, figure in drawn.items():
-        figures.save(figure, paths[name], {"figure": name, **record})
-    runs.write(folder / "config.yaml", written_config(config))
+        figures.save(figure, paths[name], figure_record(name, "analyze", config, ("out", "device", "wandb")))
+    runs.write(folder / "config.yaml", runs.written_config(runs.plain(config), OF_A_CALL))
     runs.write(folder / "table.csv", measurements.to_csv(rows))
     verdict_rows = [claim.row() for claim in claims]
     runs.write(folder / "verdicts.csv", measurements.to_csv(verdict_rows))
@@ -156,11 +152,3 @@ def _write(
     tables = {"table": rows, "verdicts": verdict_rows}
     name = f"{config.name}-{folder.name}"
     mirror(config.wandb, folder, [Mirror(name, config.name, "analysis", "", config, metrics, {}, tables, paths)])
-
-
-def written_config(config: AnalyzeConfig) -> str:
-    """config.yaml: every setting in full, in a form that analyze.py takes back."""
-    from omegaconf import OmegaConf
-
-    of_a_call = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}
-    return "".join(OmegaConf.to_yaml(OmegaConf.create(p)) for p in (hydra_settings(), runs.plain(config) | of_a_call))

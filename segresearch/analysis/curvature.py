@@ -140,7 +140,7 @@ def chain_norm(xi: Float[Tensor, "*batch n"], operator: BlurOperator, steps: int
 
 @dataclass(frozen=True)
 class Curvature:
-    """Curvature of every column along an axis, at the blurred logits ã = Ba (σ = 0: at a itself). (rows, heads, m) fp64.
+    """Curvature of every column along an axis, at the blurred logits ã = Ba (σ = 0: at a itself); (r, h, m), fp64.
 
     statistics: of ã, from the same pass. log_pdet: of H(ã). log_product: log Π ξ(ã)_i.
     entrywise_log_product: log Π ξ(ã)_i b_ii (eqs. 20–21). chain_log_pdet: of Bᵀ H(ã) B.

@@ -195,10 +195,11 @@ def mean_over_runs(rows: Sequence[Row]) -> list[Row]:
 def _summaries(entries: Sequence[Entry], results: Sequence[ClaimResult]) -> list[list[ClaimSummary]]:
     """The summary of each result over the columns of each entry; their numbers are read back at once."""
     by_entry = (len(entries), -1)
-    margin = torch.stack([result.margin for result in results]).unflatten(1, by_entry)  # (c, e·r, h, m) -> (c, e, r, h, m)
+    # (claims, entries·images, heads, columns) -> (c, e, i, h, m)
+    margin = torch.stack([result.margin for result in results]).unflatten(1, by_entry)
     holding = torch.stack([result.holds for result in results]).unflatten(1, by_entry).flatten(2).sum(-1, keepdim=True)
-    medians = margin.transpose(2, 3).flatten(3).median(dim=-1).values  # -> (c, e, h, r·m) -> (c, e, h)
-    shape, flat = margin.shape[2:], margin.flatten(2)  # (c, e, r·h·m)
+    medians = margin.transpose(2, 3).flatten(3).median(dim=-1).values  # -> (c, e, h, i·m) -> (c, e, h)
+    shape, flat = margin.shape[2:], margin.flatten(2)  # (c, e, i·h·m)
     worst = flat.argmin(-1, keepdim=True), flat.amin(-1, keepdim=True)
     values = torch.cat([z.double() for z in (*worst, holding, medians)], dim=-1).tolist()  # (c, e, 3 + h)
     return [

@@ -132,7 +132,7 @@ def landscape(entry: Entry, row: int, head: int, shown: Sequence[BlurOperator]) 
 def limits(entry: Entry, boundaries: Sequence[str]) -> Figure:
     """Distances to the limits of the blur, at all sigma from 0.1 to 100."""
     sigmas = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0, 50.0, 100.0]
-    found = [theorem_regimes.limits(entry.q, entry.k, "queries", entry.grid, sigmas, boundary) for boundary in boundaries]
+    found = [theorem_regimes.limits(entry.q, entry.k, "queries", entry.grid, sigmas, b) for b in boundaries]
     return figures.limits(found, f"{short(entry.site)}, σ_t = {entry.sigma[0]:.3g} (step {entry.step})")
 
 

@@ -1,4 +1,4 @@
-"""Beyond one blur: where Theorem 3.1 of arXiv 2408.00760 holds, the limits of σ, and eq. (19) against the chain rule."""
+"""Where Theorem 3.1 of arXiv 2408.00760 holds, the limits of σ, and eq. (19) against the chain rule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -13,8 +13,8 @@ from segresearch.config import CFGTerm, EvaluateConfig, GuidanceConfig, Perturbe
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.provenance import records
 from segresearch.evaluation.spec import Study
-from segresearch.images import save_png
 from segresearch.plan import slug
+from segresearch.png_metadata import save_png
 from segresearch.tracking import (
     GUIDANCE,
     PICTURES,
