@@ -22,7 +22,7 @@ from torch import Tensor
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.claims import ClaimResult, blur_commutes, check_claims, check_statistics, check_weighted
 from segresearch.analysis.curvature import Curvature, curvature
-from segresearch.analysis.logit_statistics import statistics
+from segresearch.analysis.logit_statistics import PerColumn, statistics
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.guidance.blur import INFINITE
 from segresearch.models.compute import arithmetic
@@ -147,10 +147,10 @@ def _keys(entry: Entry, head: int, sites: Sequence[str], operator: BlurOperator)
 def _values(before: Curvature, after: Curvature, results: Iterable[ClaimResult], entries: int) -> list[list[Row]]:
     """The measured columns of the table for each head of each entry, read back at once."""
 
-    def by_entry(z: Float[Tensor, "rows heads m"]) -> Float[Tensor, "entries images heads m"]:
+    def by_entry(z: PerColumn) -> Float[Tensor, "entries images heads m"]:
         return z.unflatten(0, (entries, -1))
 
-    def mean(z: Float[Tensor, "rows heads m"]) -> Float[Tensor, "entries heads"]:
+    def mean(z: PerColumn) -> Float[Tensor, "entries heads"]:
         return by_entry(z).mean(dim=(1, 3))
 
     a, b, n = before.statistics, after.statistics, before.statistics.n
