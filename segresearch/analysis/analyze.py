@@ -114,7 +114,7 @@ def capture(
         pixels.append(sample_images(sdxl, guided, seeds, prompts, config, config.negative, record=recorder.run(batch)))
     if not len(recorder.recording):
         raise ConfigError(
-            f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.at}"
+            f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.measured_steps}"
         )
     return recorder.recording, torch.cat(pixels).permute(0, 2, 3, 1).cpu().numpy()  # (n, 3, h, w) -> (n, h, w, 3)
 
