@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from segresearch.image_grid import INK, QUIET
+from segresearch.image_grid import INK, QUIET, RULE
 from segresearch.png_metadata import KEY
 from segresearch.runs import plain, replacing
 
@@ -29,13 +29,16 @@ def canvas(width: float, height: float, title: str, caption: str) -> Figure:
     return figure
 
 
-def label(axis: Any, title: str = "", x: str = "", y: str = "") -> None:
-    """Title and axis names in the plots' sizes and colours, without the upper and right border."""
+def label(axis: Any, title: str = "", x: str = "", y: str = "", grid: str = "") -> None:
+    """Title and axis names in the plots' sizes and colours, without the upper and right border. grid: "x", "y", "both"
+    or none."""
     axis.set_title(title, fontsize=9.5, color=INK, loc="left")
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
     axis.tick_params(labelsize=8, colors=QUIET)
     axis.spines[["top", "right"]].set_visible(False)
+    if grid:
+        axis.grid(axis=grid, color=RULE, linewidth=0.6)
 
 
 def save(figure: Figure, path: Path, settings: Mapping[str, Any] | None = None) -> None:

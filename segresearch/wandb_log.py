@@ -162,8 +162,8 @@ def log_evaluation(
         from PIL.Image import fromarray
 
         from segresearch.evaluation.provenance import records
-        from segresearch.png_metadata import save_png
         from segresearch.plan import slug
+        from segresearch.png_metadata import save_png
 
         pixels = images()
         texts = spec.texts(range(min(map(len, pixels.values()))))

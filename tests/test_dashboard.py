@@ -14,7 +14,8 @@ from segresearch.dashboard import build, metrics_of, spec
 from segresearch.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")
-METRICS = ("n", "fd-mini", "fd_to_baseline-mini", "fd-inception", "distance-mini", "distance-vgg", "saturation", "contrast")
+METRICS = ("n", "fd-mini", "fd_to_baseline-mini", "fd-inception", "distance-mini", "distance-vgg", "saturation",
+           "contrast")  # fmt: skip
 SCRIPT = conf_dir().parent / "experiments" / "dashboard.py"
 
 

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.logit_statistics import (
+    Keys,
+    PerColumn,
+    Queries,
     Statistics,
     blurred,
     column_blocks,
@@ -36,7 +39,7 @@ from segresearch.errors import InputError
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """Both sides of one claim `left relation right`, for every column. All tensors (rows, heads, m) fp64.
+    """Both sides of one claim `left relation right`, for every column. All tensors fp64.
 
     claim: the name of the claim's function. relation: "=", "<=" or "<". statement: its place in arXiv 2408.00760, then
     its formula. axis: of the columns. operator: the blur.
@@ -48,17 +51,17 @@ class ClaimResult:
     statement: str
     axis: str
     operator: BlurOperator
-    left: Float[Tensor, "rows heads m"]
-    right: Float[Tensor, "rows heads m"]
-    tolerance: Float[Tensor, "rows heads m"]
+    left: PerColumn
+    right: PerColumn
+    tolerance: PerColumn
 
     @property
-    def gap(self) -> Float[Tensor, "rows heads m"]:
+    def gap(self) -> PerColumn:
         """left − right; 0 where both are −inf."""
         return torch.where(self.left == self.right, torch.zeros_like(self.left), self.left - self.right)
 
     @property
-    def margin(self) -> Float[Tensor, "rows heads m"]:
+    def margin(self) -> PerColumn:
         """By how much the claim holds (positive) or fails (negative): right − left, and −|gap| for an equality."""
         return -self.gap.abs() if self.relation == "=" else -self.gap
 
@@ -92,7 +95,7 @@ def _claim(relation: str, statement: str) -> Callable[[Callable[..., Sides]], Cl
     return decorated
 
 
-def _slack(before: Statistics, power: int) -> Float[Tensor, "rows heads m"]:
+def _slack(before: Statistics, power: int) -> PerColumn:
     """Rounding of a mean (power 1), variance (power 2) or lse (power 0) of columns, with room."""
     spread = before.variance.sqrt()
     size = before.mean.abs() + 4 * spread
@@ -181,11 +184,7 @@ def check_statistics(before: Statistics, after: Statistics, operator: BlurOperat
 
 
 def check_claims(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    operator: BlurOperator,
-    before: Statistics | None = None,
+    q: Queries, k: Keys, axis: str, operator: BlurOperator, before: Statistics | None = None
 ) -> tuple[ClaimResult, ...]:
     """All CLAIMS for q and k, with the blur on the side of `axis`: "queries" is the paper's text, "keys" Appendix B.
 
@@ -196,11 +195,7 @@ def check_claims(
 
 
 def check_weighted(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    operator: BlurOperator,
-    before: Statistics | None = None,
+    q: Queries, k: Keys, axis: str, operator: BlurOperator, before: Statistics | None = None
 ) -> tuple[ClaimResult, ClaimResult, ClaimResult]:
     """Lemmas 3.1 (both halves) and 3.2 under "reflect" with `end_weights`: so weighted, they hold without exception.
 
@@ -226,13 +221,7 @@ def check_weighted(
     )
 
 
-def blur_commutes(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    operator: BlurOperator,
-    block: int | None = None,
-) -> ClaimResult:
+def blur_commutes(q: Queries, k: Keys, axis: str, operator: BlurOperator, block: int | None = None) -> ClaimResult:
     """Proposition 3.1: logits of blurred queries are the blurred logits, blur(Q)Kᵀ = B(QKᵀ). Exact for any linear B.
 
     left is the largest |difference| in a column, right 0; logits of both kinds are streamed side by side.

@@ -27,6 +27,9 @@ from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.logit_statistics import (
     MEASURES,
     Columns,
+    Keys,
+    PerColumn,
+    Queries,
     Statistics,
     blurred,
     moments,
@@ -140,7 +143,7 @@ def chain_norm(xi: Float[Tensor, "*batch n"], operator: BlurOperator, steps: int
 
 @dataclass(frozen=True)
 class Curvature:
-    """Curvature of every column along an axis, at the blurred logits ã = Ba (σ = 0: at a itself). (rows, heads, m) fp64.
+    """Curvature of every column along an axis, at the blurred logits ã = Ba (σ = 0: at a itself), fp64.
 
     statistics: of ã, from the same pass. log_pdet: of H(ã). log_product: log Π ξ(ã)_i.
     entrywise_log_product: log Π ξ(ã)_i b_ii (eqs. 20–21). chain_log_pdet: of Bᵀ H(ã) B.
@@ -149,24 +152,19 @@ class Curvature:
     """
 
     statistics: Statistics
-    log_pdet: Float[Tensor, "rows heads m"]
-    log_product: Float[Tensor, "rows heads m"]
-    entrywise_log_product: Float[Tensor, "rows heads m"]
-    chain_log_pdet: Float[Tensor, "rows heads m"]
-    trace: Float[Tensor, "rows heads m"]
-    entrywise_trace: Float[Tensor, "rows heads m"]
-    chain_trace: Float[Tensor, "rows heads m"]
-    norm: Float[Tensor, "rows heads m"]
-    chain_norm: Float[Tensor, "rows heads m"] | None
+    log_pdet: PerColumn
+    log_product: PerColumn
+    entrywise_log_product: PerColumn
+    chain_log_pdet: PerColumn
+    trace: PerColumn
+    entrywise_trace: PerColumn
+    chain_trace: PerColumn
+    norm: PerColumn
+    chain_norm: PerColumn | None
 
 
 def curvature(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    operator: BlurOperator,
-    chain_norms: bool = False,
-    block: int | None = None,
+    q: Queries, k: Keys, axis: str, operator: BlurOperator, chain_norms: bool = False, block: int | None = None
 ) -> Curvature:
     """All statistics and curvature of blurred logits in one streamed pass; q, k are the *unblurred* ones.
 

@@ -16,12 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from segresearch.analysis.logit_statistics import log_sum_exp
+from segresearch.analysis.logit_statistics import Keys, PerColumn, Queries, log_sum_exp
 
 
-def energies(
-    q: Float[Tensor, "rows heads queries dim"], k: Float[Tensor, "rows heads keys dim"], axis: str
-) -> Float[Tensor, "rows heads m"]:
+def energies(q: Queries, k: Keys, axis: str) -> PerColumn:
     """E = −lse of every column along `axis` ("queries": Definition 2.1; "keys": its dual), fp64, streamed."""
     return -log_sum_exp(q, k, axis)
 
@@ -56,10 +54,7 @@ class Surface:
 
 
 def surface(
-    base: Float[Tensor, " n"],
-    along: Float[Tensor, "2 n"],
-    s: Float[Tensor, " across"],
-    t: Float[Tensor, " down"],
+    base: Float[Tensor, " n"], along: Float[Tensor, "2 n"], s: Float[Tensor, " across"], t: Float[Tensor, " down"]
 ) -> Surface:
     """The slice of −lse through the logits `base` in two directions; memory 3·len(t)·n numbers at a time.
 

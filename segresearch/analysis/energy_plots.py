@@ -19,7 +19,7 @@ from segresearch.analysis.logit_statistics import blurred, columns, moments
 from segresearch.analysis.measurements import Row, chosen, short, values
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.analysis.settings import AnalyzeConfig
-from segresearch.image_grid import INK, RULE
+from segresearch.image_grid import INK
 from segresearch.plot_style import canvas, label, name_sigma
 from segresearch.threads import one_thread
 
@@ -70,12 +70,18 @@ def example(recording: Recording) -> Entry:
     return recording.select(mid[len(mid) // 2], step=steps[len(steps) // 2]).entries[0]
 
 
-def _origin(entry: Entry, row: int, head: str = "") -> str:
+def _origin(entry: Entry, row: int) -> str:
     """Where an example was taken, in words."""
     image = entry.images[row]
     prompt = f"“{image['prompt']}”" if image["prompt"] else "no prompt"
-    noise = f"σ_t = {entry.sigma[row]:.3g} (step {entry.step})"
-    return f"{short(entry.site)}, {head}{noise}, {prompt}, seed {image['seed']}"
+    return f"{short(entry.site)}, σ_t = {entry.sigma[row]:.3g} (step {entry.step}), {prompt}, seed {image['seed']}"
+
+
+def _column(entry: Entry, row: int, head: int) -> tuple[int, torch.Tensor, str]:
+    """The key whose logits over queries vary most, these logits (n,), and where they were taken, in words."""
+    key = int(moments(entry.q, entry.k, "queries")[1][row, head].argmax())
+    a = columns(entry.q[[row]][:, [head]], entry.k[[row]][:, [head]], "queries", torch.tensor([key]))[0, 0, 0]
+    return key, a, f"head {entry.heads[head]} of {_origin(entry, row)}"
 
 
 def _name(blur: BlurOperator) -> str:
@@ -99,7 +105,7 @@ def against_sigma(rows: Sequence[Row], model: str) -> Figure:
         ("shift of the mean (Lemma 3.1)", "variance after / before (Lemma 3.1)", "fall of the lse (Lemma 3.2)"),
         ("shift / standard deviation", "ratio", "nats"),
     ):  # fmt: skip
-        label(axis, title, "blur σ (tokens)", unit)
+        label(axis, title, "blur σ (tokens)", unit, grid="y")
         for boundary in dict.fromkeys(row["boundary"] for row in rows):
             at = [chosen(rows, boundary=boundary, blur_sigma=s) for s in sigmas]
             low, middle, high = np.array([np.quantile(values(r, column), (0.25, 0.5, 0.75)) for r in at]).T
@@ -110,7 +116,6 @@ def against_sigma(rows: Sequence[Row], model: str) -> Figure:
                 if column == "lse_fall":
                     axis.plot([np.median(values(r, "taylor_fall")) for r in at], "o", color=color, markersize=3.5)
         axis.set_xticks(range(len(sigmas)), [name_sigma(s) for s in sigmas])
-        axis.grid(axis="y", color=RULE, linewidth=0.6)
     axes[1].axhline(1, color=INK, linewidth=0.8)
     axes[0].legend(fontsize=8, frameon=False, title="boundary", title_fontsize=8)
     return figure
@@ -182,16 +187,15 @@ def limits(entry: Entry, boundaries: Sequence[str]) -> Figure:
     )
     figure = canvas(9.5, 3.1, "The two limits of the blur", caption)
     near, far = figure.subplots(1, 2, sharey=True)
-    label(near, "distance to the original", "blur σ (tokens)", "rms / standard deviation")
-    label(far, "distance to the mean", "blur σ (tokens)")
+    label(near, "distance to the original", "blur σ (tokens)", "rms / standard deviation", grid="y")
+    label(far, "distance to the mean", "blur σ (tokens)", grid="y")
     for boundary in boundaries:
         limit = theorem_regimes.limits(entry.q, entry.k, "queries", entry.grid, SIGMAS, boundary)
         style, color = LINES[boundary]
         near.plot(limit.sigmas, limit.to_identity, style, color=color, linewidth=1.8)
         far.plot(limit.sigmas, limit.to_mean, style, color=color, label=boundary, linewidth=1.8)
-    for axis in (near, far):
-        axis.set_xscale("log")
-        axis.grid(axis="y", color=RULE, linewidth=0.6)
+    near.set_xscale("log")
+    far.set_xscale("log")
     far.legend(fontsize=8, frameon=False, title="boundary", title_fontsize=8)
     return figure
 
@@ -229,14 +233,12 @@ def heat_maps(rows: Sequence[Row], sigma: float, boundary: str, model: str) -> F
 
 def field(entry: Entry, row: int, head: int, blurs: Sequence[BlurOperator]) -> Figure:
     """One key's logits over the grid of queries, before and after the blur."""
-    key = int(moments(entry.q, entry.k, "queries")[1][row, head].argmax())
-    a = columns(entry.q[[row]][:, [head]], entry.k[[row]][:, [head]], "queries", torch.tensor([key]))[0, 0, 0]
+    key, a, origin = _column(entry, row, head)
     h, w = entry.grid
     caption = (
         f"Logits q·k/√d of all queries with key {key} (row {key // w}, column {key % w}), the key of largest variance "
-        f"at {_origin(entry, row, f'head {entry.heads[head]}, ')}. The energy of Definition 2.1 is minus the "
-        "log-sum-exp of this field; the blur of the queries is the blur of the field (Proposition 3.1): its mean stays "
-        "(not under the reflect boundary), its peaks and pits go."
+        f"in {origin}. The energy of Definition 2.1 is minus the log-sum-exp of this field; the blur of queries is "
+        "that of the field (Proposition 3.1): its mean stays (not under the reflect boundary), its peaks and pits go."
     )
     fields = {"original": a, **{_name(blur): blur.apply(a) for blur in blurs}}
     surfaces = {name: z.reshape(h, w).numpy() for name, z in fields.items()}
@@ -246,8 +248,7 @@ def field(entry: Entry, row: int, head: int, blurs: Sequence[BlurOperator]) -> F
 
 def landscape(entry: Entry, row: int, head: int, blurs: Sequence[BlurOperator]) -> Figure:
     """The energy of that key's column as its smooth and its rough part are scaled, before and after the blur."""
-    key = int(moments(entry.q, entry.k, "queries")[1][row, head].argmax())
-    a = columns(entry.q[[row]][:, [head]], entry.k[[row]][:, [head]], "queries", torch.tensor([key]))[0, 0, 0]
+    key, a, origin = _column(entry, row, head)
     mean = a.mean().expand_as(a)
     smooth = BlurOperator(entry.grid, 1.0, "exact").apply(a) - mean
     along = torch.stack([smooth, a - mean - smooth])
@@ -258,10 +259,10 @@ def landscape(entry: Entry, row: int, head: int, blurs: Sequence[BlurOperator]) 
         real = energy.surface(blur.apply(mean), blur.apply(along), torch.ones(1), torch.ones(1))
         surfaces[f"{name}\nGaussian curvature {float(real.gaussian_curvature):.2g}"] = around.energy.numpy().T
     caption = (
-        f"Energy −lse(B a) of Definition 2.1 for the logits a = mean + s·smooth + t·rough of one column: key {key} at "
-        f"{_origin(entry, row, f'head {entry.heads[head]}, ')}. Smooth is what a blur of σ = 1 leaves of its "
-        "variation, rough the rest; (1, 1) is the real column, where the Gaussian curvature of the surface is given, "
-        "and (0, 0) a uniform one. The blur flattens the landscape along the rough direction first."
+        f"Energy −lse(B a) of Definition 2.1 for the logits a = mean + s·smooth + t·rough of one column: key {key}, "
+        f"{origin}. Smooth is what a blur of σ = 1 leaves of its variation, rough the rest; (1, 1) is the real column, "
+        "where the Gaussian curvature of the surface is given, and (0, 0) a uniform one. The blur flattens the "
+        "landscape along the rough direction first."
     )
     axes = {"s (smooth)": reach.numpy(), "t (rough)": reach.numpy()}
     return _surfaces(surfaces, axes, "energy (nats)", "The energy landscape around a column", caption)

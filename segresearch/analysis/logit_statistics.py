@@ -23,6 +23,9 @@ from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.errors import InputError
 from segresearch.guidance.blur import blur
 
+Queries = Float[Tensor, "rows heads queries dim"]
+Keys = Float[Tensor, "rows heads keys dim"]
+PerColumn = Float[Tensor, "rows heads m"]  # m: number of columns, that is of keys (axis "queries") or queries ("keys")
 AXES = ("queries", "keys")
 BLOCK = 2**18  # logits held at once on a CPU: 1 MiB in fp32, which stays in cache
 WIDE = 2**24  # on other devices: 64 MiB in fp32, so that a launch has enough to do
@@ -50,12 +53,7 @@ def precision(q: Tensor) -> float:
     return torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
 
 
-def blurred(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    operator: BlurOperator,
-) -> tuple[Float[Tensor, "rows heads queries dim"], Float[Tensor, "rows heads keys dim"]]:
+def blurred(q: Queries, k: Keys, axis: str, operator: BlurOperator) -> tuple[Queries, Keys]:
     """q and k after SEG's blur of the queries (axis "queries") or of the keys (axis "keys"), at least fp32.
 
     Half precisions are widened before the blur, so that the pipeline's rounding is not measured.
@@ -153,12 +151,7 @@ def stream(
     return {name: values.reshape(rows, heads, m) for name, values in out.items()}
 
 
-def moments(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    weights: Float[Tensor, " n"] | None = None,
-) -> tuple[Float[Tensor, "rows heads m"], Float[Tensor, "rows heads m"]]:
+def moments(q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None = None) -> tuple[PerColumn, PerColumn]:
     """Mean and population variance of each column, fp64, exact and without any logit.
 
     mean = mean(entries)·v/√d and variance = vᵀ Cov(entries) v/d. `weights` (n,) ≥ 0 weigh the entries (see
@@ -184,12 +177,8 @@ def moments(
 
 
 def log_sum_exp(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    weights: Float[Tensor, " n"] | None = None,
-    block: int | None = None,
-) -> Float[Tensor, "rows heads m"]:
+    q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None = None, block: int | None = None
+) -> PerColumn:
     """lse = log Σ_i w_i exp(a_i) of each column, fp64, streamed; weights (n,) > 0, None is 1."""
     entries, vectors = sides(q, k, axis)
     if weights is None:
@@ -213,7 +202,7 @@ def end_weights(grid: tuple[int, int]) -> Float[Tensor, " n"]:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of every column along `axis`; m is the number of keys (axis "queries") or queries (axis "keys"). fp64.
+    """Statistics of every column along `axis`, fp64.
 
     n: entries in a column. mean, variance: of the logits (population variance). lse: log Σ exp. entropy: of
     ξ = softmax, nats. concentration: Σ ξ². eps: relative rounding of the logits behind exp (1.2e-7 for fp32 inputs).
@@ -222,24 +211,24 @@ class Statistics:
     axis: str
     n: int
     eps: float
-    mean: Float[Tensor, "rows heads m"]
-    variance: Float[Tensor, "rows heads m"]
-    lse: Float[Tensor, "rows heads m"]
-    entropy: Float[Tensor, "rows heads m"]
-    concentration: Float[Tensor, "rows heads m"]
+    mean: PerColumn
+    variance: PerColumn
+    lse: PerColumn
+    entropy: PerColumn
+    concentration: PerColumn
 
     @property
-    def effective_rank(self) -> Float[Tensor, "rows heads m"]:
+    def effective_rank(self) -> PerColumn:
         """exp(entropy), from 1 (one-hot) to n (uniform): how many tokens a pattern is spread over."""
         return self.entropy.exp()
 
     @property
-    def taylor_lse(self) -> Float[Tensor, "rows heads m"]:
+    def taylor_lse(self) -> PerColumn:
         """log n + mean + ½ variance: lse to second order about the mean, the step of Lemma 3.2's proof."""
         return math.log(self.n) + self.mean + self.variance / 2
 
     @property
-    def log_product(self) -> Float[Tensor, "rows heads m"]:
+    def log_product(self) -> PerColumn:
         """log Π ξ_i = Σ a − n·lse, the size that eq. (20) of arXiv 2408.00760 gives to det H."""
         return self.n * (self.mean - self.lse)
 
@@ -251,12 +240,7 @@ MEASURES: dict[str, Callable[[Columns], Tensor]] = {
 }
 
 
-def statistics(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    block: int | None = None,
-) -> Statistics:
+def statistics(q: Queries, k: Keys, axis: str, block: int | None = None) -> Statistics:
     """The statistics of q kᵀ/√d along `axis`; of blurred logits with `statistics(*blurred(q, k, axis, B), axis)`.
 
     Raises InputError for an unknown axis or shapes that do not fit.
@@ -266,14 +250,8 @@ def statistics(
     return Statistics(axis, entries.shape[2], precision(q), mean, variance, **stream(entries, vectors, MEASURES, block))
 
 
-def columns(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    index: Int[Tensor, " samples"],
-) -> Float[Tensor, "rows heads samples n"]:
-    """Selected columns of logits themselves, fp64: those of the keys (axis "queries") or queries (axis "keys") `index`.
-    """
+def columns(q: Queries, k: Keys, axis: str, index: Int[Tensor, " samples"]) -> Float[Tensor, "rows heads samples n"]:
+    """The logits of the columns `index`, fp64: of these keys (axis "queries") or queries (axis "keys")."""
     entries, vectors = sides(q, k, axis)
     scaled = vectors[:, :, index].double() / math.sqrt(q.shape[-1])
     return scaled @ entries.double().transpose(2, 3)  # (r, h, s, d) (r, h, d, n) -> (r, h, s, n)

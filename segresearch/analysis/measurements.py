@@ -20,7 +20,7 @@ from torch import Tensor
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.claims import ClaimResult, blur_commutes, check_claims, check_statistics, check_weighted
 from segresearch.analysis.curvature import Curvature, curvature
-from segresearch.analysis.logit_statistics import statistics
+from segresearch.analysis.logit_statistics import PerColumn, statistics
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.guidance.blur import INFINITE
 from segresearch.models.compute import arithmetic
@@ -145,10 +145,10 @@ def _keys(entry: Entry, head: int, sites: Sequence[str], operator: BlurOperator)
 def _values(before: Curvature, after: Curvature, results: Iterable[ClaimResult], entries: int) -> list[list[Row]]:
     """The measured columns of the table for each head of each entry, read back at once."""
 
-    def by_entry(z: Float[Tensor, "rows heads m"]) -> Float[Tensor, "entries images heads m"]:
+    def by_entry(z: PerColumn) -> Float[Tensor, "entries images heads m"]:
         return z.unflatten(0, (entries, -1))
 
-    def mean(z: Float[Tensor, "rows heads m"]) -> Float[Tensor, "entries heads"]:
+    def mean(z: PerColumn) -> Float[Tensor, "entries heads"]:
         return by_entry(z).mean(dim=(1, 3))
 
     a, b, n = before.statistics, after.statistics, before.statistics.n
@@ -193,10 +193,11 @@ def mean_over_runs(rows: Sequence[Row]) -> list[Row]:
 def _summaries(entries: Sequence[Entry], results: Sequence[ClaimResult]) -> list[list[ClaimSummary]]:
     """The summary of each result over the columns of each entry; their numbers are read back at once."""
     by_entry = (len(entries), -1)
-    margin = torch.stack([result.margin for result in results]).unflatten(1, by_entry)  # (c, e·r, h, m) -> (c, e, r, h, m)
+    # (claims, entries·images, heads, columns) -> (c, e, i, h, m)
+    margin = torch.stack([result.margin for result in results]).unflatten(1, by_entry)
     holding = torch.stack([result.holds for result in results]).unflatten(1, by_entry).flatten(2).sum(-1, keepdim=True)
-    medians = margin.transpose(2, 3).flatten(3).median(dim=-1).values  # -> (c, e, h, r·m) -> (c, e, h)
-    shape, flat = margin.shape[2:], margin.flatten(2)  # (c, e, r·h·m)
+    medians = margin.transpose(2, 3).flatten(3).median(dim=-1).values  # -> (c, e, h, i·m) -> (c, e, h)
+    shape, flat = margin.shape[2:], margin.flatten(2)  # (c, e, i·h·m)
     worst = flat.argmin(-1, keepdim=True), flat.amin(-1, keepdim=True)
     values = torch.cat([z.double() for z in (*worst, holding, medians)], dim=-1).tolist()  # (c, e, 3 + h)
     return [

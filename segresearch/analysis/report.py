@@ -1,6 +1,6 @@
 """The page of an analysis: the story of the energy landscape with its plots inside."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from segresearch.plot_style import name_sigma
 from segresearch.runs import code_version
 
 KINDS = ("sigma", "limits", "regime", "layers", "field", "energy", "attention")  # of plots, before "_boundary"
+SUMMARY = ("mean_kept", "product_falls", "theorem_paper", "theorem_chain")
 
 
 def page(
@@ -26,7 +27,7 @@ def page(
     queries = [c for c in claims if c.axis == "queries"]
     return render(
         f"The energy landscape of {config.model.name}", [_run(config, images, rows)], "energy", plots=kinds,
-        summary=summary(rows, queries), queries=table(queries), keys=table([c for c in claims if c.axis == "keys"]),
+        **findings(rows, queries), queries=table(queries), keys=table([c for c in claims if c.axis == "keys"]),
         code=code_version(),
     )  # fmt: skip
 
@@ -41,42 +42,24 @@ def _run(config: AnalyzeConfig, images: Sequence[Mapping[str, Any]], rows: Seque
     )
 
 
-def summary(rows: Sequence[Row], claims: Sequence[ClaimSummary]) -> list[str]:
-    """A few sentences with the values that matter most. claims: those on columns over queries."""
-    lines = []
-    kept = [c for c in claims if c.claim == "mean_kept"]
-    stochastic = [c for c in kept if c.boundary != "reflect"]
-    reflect = [c for c in kept if c.boundary == "reflect" and c.blur_sigma < np.inf]  # at σ = ∞ there is no boundary
-    if stochastic:
-        text = f"Without reflect padding the blur keeps the mean of a column in {_span(stochastic)} of columns"
-        if reflect:
-            shift = max(r["mean_shift"] for r in chosen(rows, boundary="reflect"))
-            text += (
-                f"; with it, as shipped, in {_span(reflect)} (finite σ): the mean moves by up to {shift:.2g} standard "
-                "deviations, averaged over a head"
-            )
-        lines.append(f"{text} (Lemma 3.1).")
-    product = [c for c in claims if c.claim == "product_falls"]
-    if product:
-        share = _span([c for c in product if c.boundary != "reflect"] or product)
-        lines.append(
-            f"Eq. (22), that Π ξ does not rise, holds in {share} of columns by blur: the mean is kept and the lse "
-            "falls, so the product rises."
-        )
-    for claim, name in (("theorem_paper", "under eqs. (19) and (20)"), ("theorem_chain", "by the chain rule")):
-        theorem = [c for c in claims if c.claim == claim]
-        if theorem:
-            worst = min(theorem, key=lambda c: c.share)
-            lines.append(
-                f"Theorem 3.1's conclusion {name} holds in {_span(theorem)} of columns; least often for "
-                f"{worst.boundary}, blur σ = {name_sigma(worst.blur_sigma)}."
-            )
+def findings(rows: Sequence[Row], claims: Sequence[ClaimSummary]) -> dict[str, Any]:
+    """What the page's summary says. claims: those on columns over queries. Shares of columns where a claim holds are
+    given by claim; reflect: of mean_kept at finite σ, since at σ = ∞ there is no boundary."""
+    kept, product, *theorem = ([c for c in claims if c.claim == name] for name in SUMMARY)
+    by_claim = dict(zip(SUMMARY[2:], theorem)) | {
+        "mean_kept": [c for c in kept if c.boundary != "reflect"],
+        "reflect": [c for c in kept if c.boundary == "reflect" and c.blur_sigma < np.inf],
+        "product_falls": [c for c in product if c.boundary != "reflect"] or product,
+    }
+    by_claim = {claim: some for claim, some in by_claim.items() if some}
+    worst = {claim: min(some, key=lambda c: c.share) for claim, some in by_claim.items()}
     spread = values(rows, "spread")
-    lines.append(
-        f"Logits spread over queries with a standard deviation of {np.median(spread):.2g} (median head; "
-        f"{spread.min():.2g} to {spread.max():.2g})."
-    )
-    return lines
+    return {
+        "shares": {claim: _span([c.share for c in some], _percent) for claim, some in by_claim.items()},
+        "worst": {claim: f"{c.boundary}, blur σ = {name_sigma(c.blur_sigma)}" for claim, c in worst.items()},
+        "shift": max(values(chosen(rows, boundary="reflect"), "mean_shift"), default=0),
+        "spread": (np.median(spread), spread.min(), spread.max()),
+    }
 
 
 def table(claims: Sequence[ClaimSummary]) -> tuple[list[Cell], list[list[Cell]]]:
@@ -90,10 +73,9 @@ def table(claims: Sequence[ClaimSummary]) -> tuple[list[Cell], list[list[Cell]]]
     for statement, boundary in sorted(blocks, key=lambda key: [k[0] for k in blocks].index(key[0])):
         tested = blocks[statement, boundary]
         worst = min(tested.values(), key=lambda c: c.smallest)
-        medians = [c.median for c in tested.values()]
         where = ", ".join(f"{key} {repr(value) if key == 'prompt' else value}" for key, value in worst.worst.items())
         cells = [Cell(boundary), *(_share(tested.get(s)) for s in sigmas)]
-        cells.append(Cell(" to ".join(dict.fromkeys((_number(min(medians)), _number(max(medians)))))))
+        cells.append(Cell(_span([c.median for c in tested.values()], _number)))
         cells.append(Cell(f"{_number(worst.smallest)} at σ = {name_sigma(worst.blur_sigma)}: {where}", "quiet where"))
         if statement != last:
             name, _, formula = statement.partition(": ")
@@ -111,9 +93,8 @@ def _share(claim: ClaimSummary | None) -> Cell:
     return Cell(_percent(claim.share), "number", style=f"background:rgba({color},{depth:.2f})")
 
 
-def _span(claims: Sequence[ClaimSummary]) -> str:
-    """The range of their shares."""
-    return " to ".join(dict.fromkeys(_percent(pick(c.share for c in claims)) for pick in (min, max)))
+def _span(numbers: Sequence[float], text: Callable[[float], str]) -> str:
+    return " to ".join(dict.fromkeys((text(min(numbers)), text(max(numbers)))))
 
 
 def _percent(share: float) -> str:

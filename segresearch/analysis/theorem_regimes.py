@@ -1,4 +1,4 @@
-"""Beyond one blur: where Theorem 3.1 of arXiv 2408.00760 holds, the limits of σ, and eq. (19) against the chain rule."""
+"""Where Theorem 3.1 of arXiv 2408.00760 holds, the limits of σ, and eq. (19) against the chain rule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from segresearch.analysis.curvature import (
     hessian,
     log_pseudo_det,
 )
-from segresearch.analysis.logit_statistics import blurred, moments, sides
+from segresearch.analysis.logit_statistics import Keys, PerColumn, Queries, blurred, moments, sides
 from segresearch.errors import InputError
 
 LARGEST = 1024  # tokens of a dense Hessian
@@ -39,12 +39,7 @@ def theorem_margins(columns: Float[Tensor, "samples n"], operator: BlurOperator)
     return -operator.log_diagonal / operator.n - middle, -2 * operator.log_det / operator.n - middle
 
 
-def distances(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    operator: BlurOperator,
-) -> tuple[Float[Tensor, "rows heads m"], Float[Tensor, "rows heads m"]]:
+def distances(q: Queries, k: Keys, axis: str, operator: BlurOperator) -> tuple[PerColumn, PerColumn]:
     """Root mean square of Ba − a and of Ba − mean(a), of every column, by moments: no logit is formed."""
     entries, vectors = sides(q.double(), k.double(), axis)
     after, _ = sides(*blurred(q.double(), k.double(), axis, operator), axis)
@@ -71,12 +66,7 @@ class Limits:
 
 
 def limits(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    grid: tuple[int, int],
-    sigmas: Sequence[float | int],
-    boundary: str,
+    q: Queries, k: Keys, axis: str, grid: tuple[int, int], sigmas: Sequence[float | int], boundary: str
 ) -> Limits:
     """`Limits` over `sigmas`. The cut kernels stay away from the mean at every finite σ; "exact" tends to it."""
     spread = moments(q, k, axis)[1].mean().sqrt()
@@ -91,7 +81,7 @@ class Hessians:
 
     distance: ‖H(ã)∘B − BᵀH(ã)B‖ / ‖BᵀH(ã)B‖ (Frobenius). entrywise_log_det: log |det H(ã)∘B| itself (the matrix is
     regular, unlike H). entrywise_log_product: what eqs. (20)–(21) put in its place. chain_log_pdet: log pdet BᵀH(ã)B,
-    from eigenvalues. log_pdet: log pdet H(a). traces and norms (largest singular value) of both, and of H(a).
+    from eigenvalues. log_pdet: log pdet H(a). Traces and norms: see `curvature`.
     """
 
     distance: Float[Tensor, " samples"]
@@ -99,12 +89,6 @@ class Hessians:
     entrywise_log_product: Float[Tensor, " samples"]
     chain_log_pdet: Float[Tensor, " samples"]
     log_pdet: Float[Tensor, " samples"]
-    trace: Float[Tensor, " samples"]
-    entrywise_trace: Float[Tensor, " samples"]
-    chain_trace: Float[Tensor, " samples"]
-    norm: Float[Tensor, " samples"]
-    entrywise_norm: Float[Tensor, " samples"]
-    chain_norm: Float[Tensor, " samples"]
 
 
 def hessians(columns: Float[Tensor, "samples n"], operator: BlurOperator) -> Hessians:
@@ -117,17 +101,13 @@ def hessians(columns: Float[Tensor, "samples n"], operator: BlurOperator) -> Hes
         raise InputError(f"dense Hessians are for up to {LARGEST} tokens, these columns have {n}; see `curvature`")
 
     def compared(a: Float[Tensor, " n"]) -> tuple[Tensor, ...]:
-        plain, entrywise, chain = hessian(a), entrywise_hessian(a, operator), chain_hessian(a, operator)
-        modes = torch.linalg.eigvalsh(-chain)
+        entrywise, chain = entrywise_hessian(a, operator), chain_hessian(a, operator)
         return (
             (entrywise - chain).norm() / chain.norm(),
             torch.linalg.slogdet(entrywise).logabsdet,
             entrywise_log_product(a, operator),
-            modes[1:].clamp_min(0).log().sum(),
+            torch.linalg.eigvalsh(-chain)[1:].clamp_min(0).log().sum(),
             log_pseudo_det(a),
-            *(-matrix.trace() for matrix in (plain, entrywise, chain)),
-            *(torch.linalg.matrix_norm(matrix, 2) for matrix in (plain, entrywise)),
-            modes[-1],
         )
 
     return Hessians(*(torch.stack(values) for values in zip(*map(compared, columns.double()))))

@@ -14,5 +14,4 @@ paper_numbers    the numbers of arXiv 2408.00760
 plots, page      what is drawn; the page that holds it
 provenance       the record that an image carries
 compare_runs     runs of an experiment in one table
-wandb_log        an evaluation in Weights & Biases
 """

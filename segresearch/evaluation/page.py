@@ -11,8 +11,8 @@ from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import Frame, Metric
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.evaluation.table import cells, columns
-from segresearch.png_metadata import png
 from segresearch.pages import Cell, render
+from segresearch.png_metadata import png
 
 TALLEST = 256  # pixels that an image of the page is high
 SMALLEST = 96  # a smaller one is shown larger
@@ -36,7 +36,7 @@ def page(
         for i, text in enumerate(texts)
     ]  # fmt: skip
     return render(
-        title, [where(spec, result)], "evaluation", plots=list(plots.values()), notes=notes(spec),
+        title, [where(spec, result)], "evaluation", plots=list(plots.values()), spec=spec,
         quality=table(frame, [metric for metric in metrics if metric.group != "content"]),
         content=table(frame, content) if content else None, facts=[[Cell(k), Cell(v)] for k, v in facts.items()],
         samples=([Cell(), *map(Cell, images)], rows),
@@ -51,25 +51,6 @@ def where(spec: EvaluationSpec, result: Result) -> str:
         f"{config.model.name}, {config.sampler.name}, {config.steps} steps, {config.schedule.name} schedule; "
         f"N = {config.images} images a method{real}"
     )
-
-
-def notes(spec: EvaluationSpec) -> list[str]:
-    """What has to be known to read the table."""
-    lines = [
-        "± is one standard error; that of Fréchet distances is a bootstrap over images, reference as given. They are "
-        "biased upwards by about const/N, so they compare only at equal N, within this table.",
-        f"“− baseline” is the difference to “{spec.baseline}” on the same resampled images; distances are to its image "
-        "of the same seed.",
-    ]
-    if spec.paper is not None:
-        same = spec.config.model.name == "sdxl" and "inception" in spec.config.features
-        lines.append(
-            "The paper's columns are of SDXL at 30,000 images, FID against MS-COCO 2014, SAG by DDIM and the others by "
-            "Euler; here all share one sampler."
-            + ("" if same else " This run is of another model, or in other features: orders and trends compare, values "
-               "do not.")
-        )  # fmt: skip
-    return lines
 
 
 def table(frame: Frame, metrics: list[Metric]) -> tuple[list[Cell], list[list[Cell]]]:

@@ -12,8 +12,8 @@ from segresearch.config import CFGTerm, GuidanceConfig, PAGConfig, PerturbedTerm
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import METRICS, Frame
 from segresearch.evaluation.spec import EvaluationSpec
-from segresearch.image_grid import INK, QUIET, RULE
-from segresearch.plot_style import canvas, name_sigma
+from segresearch.image_grid import INK, QUIET
+from segresearch.plot_style import canvas, label, name_sigma
 
 COLORS = {"vanilla": QUIET, "CFG": "#b8860b", "SEG": "#1f5fa8", "PAG": "#b03a2e", "SAG": "#2e7d4f", "other": "#7a4ea3"}
 MARKS = "os^DvPX*<>"
@@ -89,17 +89,15 @@ def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
         for m in (m for m in values if m not in families):
             left.axhline(values[m], color=colors[m], linestyle="--", linewidth=1.1, label=m)
         left.set_xticks(range(len(sigmas)), [name_sigma(s) for s in sigmas])
-        left.set_xlabel("blur σ (tokens)", fontsize=9)
-        left.set_ylabel(name, fontsize=9)
         left.legend(fontsize=7.5, frameon=False)
-        left.grid(axis="y", color=RULE, linewidth=0.6)
+        label(left, x="blur σ (tokens)", y=name, grid="y")
     else:
         left.barh(range(len(values)), values.values(), xerr=list(errors.values()), color=list(colors.values()),
                   height=0.7, ecolor=INK)  # fmt: skip
-        left.set_yticks(range(len(values)), list(values), fontsize=8)
+        left.set_yticks(range(len(values)), list(values))
         left.axvline(0, color=INK, linewidth=0.8)
         left.invert_yaxis()
-        left.set_xlabel(name, fontsize=9)
+        label(left, x=name)
     if distance is None:
         right.set_axis_off()
         return figure
@@ -108,9 +106,7 @@ def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
         right.errorbar(*point, errors[m], fmt="o", markersize=5, color=colors[m])
     right.margins(x=0.12)
     _name_points(right, points)
-    right.set_xlabel(f"{distance.head} to “{spec.baseline}”", fontsize=9)
-    right.set_ylabel(name, fontsize=9)
-    right.grid(color=RULE, linewidth=0.6)
+    label(right, x=f"{distance.head} to “{spec.baseline}”", y=name, grid="both")
     return figure
 
 
@@ -147,13 +143,13 @@ def _colour(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
     *left, right = figure.subplots(1, 3, sharey=True)
     for axis, key in zip(left, ("saturation", "contrast")):
         axis.barh(rows, values[key], color=[COLORS[kind(spec.methods[m])] for m in frame.methods], height=0.7)
-        axis.set_xlabel(key, fontsize=9)
+        label(axis, x=key)
     for channel, color, shift in (("red", "#c0392b", -0.25), ("green", "#2e7d4f", 0.0), ("blue", "#1f5fa8", 0.25)):
         right.barh(rows + shift, values[channel] - values[channel][0], color=color, height=0.24)
     right.axvline(0, color=INK, linewidth=0.8)
     right.locator_params(axis="x", nbins=4)
-    right.set_xlabel("colour − that of the baseline", fontsize=9)
-    left[0].set_yticks(rows, frame.methods, fontsize=8)
+    label(right, x="colour − that of the baseline")
+    left[0].set_yticks(rows, frame.methods)
     left[0].invert_yaxis()
     return figure
 
@@ -170,8 +166,6 @@ def _norms(norms: Mapping[str, Sequence[float]], where: str) -> Figure:
     for i, (method, steps) in enumerate(shown.items()):
         axis.plot(range(1, len(steps) + 1), steps, f"-{MARKS[i % len(MARKS)]}", markersize=3, linewidth=1.2,
                   label=method, color=tints[i] if len(shown) > 8 else None)  # fmt: skip
-    axis.set_xlabel("evaluation", fontsize=9)
-    axis.set_ylabel("RMS of D − D[base]", fontsize=9)
     axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
-    axis.grid(axis="y", color=RULE, linewidth=0.6)
+    label(axis, x="evaluation", y="RMS of D − D[base]", grid="y")
     return figure
