@@ -84,8 +84,8 @@ def frechet_numbers(distance: Frechet, baseline: Frechet) -> dict[str, tuple[flo
     difference = error = math.nan
     if baseline is not distance:
         difference = distance.distance - baseline.distance
-        if len(distance.draws) > 1:
-            error = float(np.std(np.subtract(distance.draws, baseline.draws), ddof=1))
+        if len(distance.resamples) > 1:
+            error = float(np.std(np.subtract(distance.resamples, baseline.resamples), ddof=1))
     return {
         "fd": (distance.distance, distance.error), "fd_to_baseline": (difference, error),
         "fd_extrapolated": (distance.extrapolated,), "fd_means": (distance.mean_part,),

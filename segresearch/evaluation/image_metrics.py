@@ -11,13 +11,12 @@ from torch import Tensor
 from segresearch.errors import ConfigError, InputError, NotFinite
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
-from segresearch.metrics.attributes import agreement, load_namer, named, of_scenes
-from segresearch.metrics.clip_score import CLIP, cosines, load_clip, mini_cosines
+from segresearch.metrics.attributes import agreement, classify, load_attribute_classifier, scene_attributes
 from segresearch.metrics.edge_agreement import edge_agreement
 from segresearch.metrics.features import Extractor, load_extractor
 from segresearch.metrics.lpips import load_lpips, lpips_distances
-from segresearch.metrics.mini_vision import load_vision, unit_range
-from segresearch.metrics.perceptual_mini import distances
+from segresearch.metrics.mini_vision import load_vision, perceptual_distances, unit_range
+from segresearch.metrics.text_alignment import CLIP, load_clip, mini_text_alignment, text_alignment
 from segresearch.models.compute import arithmetic
 from segresearch.models.locate import located
 from segresearch.plan import HELD_OUT, SCENE
@@ -122,7 +121,7 @@ def _distance(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
         folder = located(weights.get("mini") or "mini")
         vision, producer = load_vision(folder).vision.to(device), fingerprint(folder / "vision")
         return ImageMetric(
-            "distance-mini", producer, lambda s: distances(vision, s.images, s.baseline), baseline=baseline
+            "distance-mini", producer, lambda s: perceptual_distances(vision, s.images, s.baseline), baseline=baseline
         )
     heads = f"{name}_heads"
     sha256 = checksums.get(name), checksums.get(heads)
@@ -140,25 +139,24 @@ def _text_alignment(spec: EvaluationSpec, device: str) -> ImageMetric:
     if config.text_alignment == "clip":
         path, checksum = config.weights.get("text_alignment"), config.checksums.get("text_alignment")
         clip = load_clip(path or CLIP, checksum, device=device)
-        return ImageMetric("text_alignment-clip", clip.weights, lambda s: cosines(clip, s.images, s.prompts))
+        return ImageMetric("text_alignment-clip", clip.weights, lambda s: text_alignment(clip, s.images, s.prompts))
     from segresearch.models import load_sdxl
 
     folder = located(config.weights.get("mini") or "mini")
     tower, text = load_vision(folder).to(device), load_sdxl(folder, device=device).text
     producer = digest([fingerprint(folder / part) for part in ("vision", "text_encoder_2")])
-    return ImageMetric("text_alignment-mini", producer, lambda s: mini_cosines(tower, text, s.images, s.prompts))
+    return ImageMetric("text_alignment-mini", producer, lambda s: mini_text_alignment(tower, text, s.images, s.prompts))
 
 
 def _attributes(scenes: Sequence[int]) -> ImageMetric:
     """Agreement with the scene of the prompt, and by chance, with that of the next prompt. On the CPU: it is small."""
-    classifier = load_namer()
+    classifier = load_attribute_classifier()
 
     def match(samples: Samples) -> Tensor:
-        names = named(classifier, samples.images)
-        scene, other = (
-            agreement(names, of_scenes([scenes[(i + shift) % len(scenes)] for i in samples.rows])) for shift in (0, 1)
-        )
-        return torch.stack([*(scene[key] for key in ATTRIBUTES[:-1]), other["objects"]], dim=1)  # 6 of (b,) -> (b, 6)
+        predicted = classify(classifier, samples.images)
+        expected = [scene_attributes([scenes[(i + shift) % len(scenes)] for i in samples.rows]) for shift in (0, 1)]
+        own, next_one = (agreement(predicted, attributes) for attributes in expected)
+        return torch.stack([*(own[key] for key in ATTRIBUTES[:-1]), next_one["objects"]], dim=1)  # 6 (b,) -> (b, 6)
 
     producer = digest([2, fingerprint(located("mini") / "attributes")])
     return ImageMetric("attributes", producer, match, ATTRIBUTES)
