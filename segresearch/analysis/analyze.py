@@ -14,23 +14,29 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from tqdm import tqdm
 
 from segresearch import runs
+from segresearch.analysis import figures, measurements, report, story
+from segresearch.analysis.recorder import Recorder, Recording
 from segresearch.analysis.settings import AnalyzeConfig, measured_steps
 from segresearch.build import build_guidance, load_model, of_model, with_batch_size
 from segresearch.errors import ConfigError
+from segresearch.guidance import SelfAttentionGuidance
+from segresearch.models import SDXL
 from segresearch.models.locate import located
 from segresearch.plan import parse_seeds, read_prompts
 from segresearch.records import figure_record, sampling_identity
+from segresearch.sample_images import sample_images
 from segresearch.tracking import Mirror, mirror
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from segresearch.analysis.recorder import Recording
-    from segresearch.models import SDXL
-
+Images = Sequence[Mapping[str, Any]]  # the prompt and the seed of each
+Pixels = UInt8[np.ndarray, "images h w 3"]
 VERSION = 1  # of the measurement and the page: part of the identity
 PAGE = "index.html"
 OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}  # not of the run
@@ -50,7 +56,7 @@ class Analysis:
         return f"{done}\npage: {self.page}"
 
 
-def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
+def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
     """Sample the images of `config` and measure their attention, unless its folder is complete.
 
     model: already loaded; None loads `config.model`. Raises InputError for settings that do not fit the model, OSError
@@ -78,26 +84,18 @@ def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
     return Analysis(folder, page, False, time.perf_counter() - start)
 
 
-def identity(config: AnalyzeConfig, images: Sequence[Mapping[str, Any]], fingerprint: str) -> dict[str, Any]:
+def identity(config: AnalyzeConfig, images: Images, fingerprint: str) -> dict[str, Any]:
     """Everything the numbers depend on, and no more: not the output folder, the device, or the size of a batch."""
     measured = {key: getattr(config, key) for key in ("guidance", "negative", "where", "heads", "branch", "blur")}
     measured |= {"version": VERSION, "images": images, "measured_steps": measured_steps(config)}
     return runs.plain({**sampling_identity(config, fingerprint), **measured})
 
 
-def capture(
-    config: AnalyzeConfig, sdxl: "SDXL", images: Sequence[Mapping[str, Any]], folder: Path
-) -> tuple["Recording", "np.ndarray"]:
-    """Sample `images`: q and k of `config.branch`, streamed to `folder`, and the pixels (n, h, w, 3) uint8.
+def capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) -> tuple[Recording, Pixels]:
+    """Sample `images`: q and k of `config.branch`, streamed to `folder`, and the pixels.
 
     Raises InputError for a branch, a site, a head or a size that does not exist.
     """
-    import torch
-
-    from segresearch.analysis.recorder import Recorder
-    from segresearch.guidance import SelfAttentionGuidance
-    from segresearch.sample_images import sample_images
-
     guided = build_guidance(config.guidance, sdxl.denoiser)
     inner = guided.inner if isinstance(guided, SelfAttentionGuidance) else guided
     names = dict.fromkeys(map(str, [inner.base, *(b for t in inner.terms.values() for b in (t.pos, t.neg))]))
@@ -120,19 +118,9 @@ def capture(
 
 
 def _write(
-    config: AnalyzeConfig,
-    sdxl: "SDXL",
-    recording: "Recording",
-    pixels: "np.ndarray",
-    images: Sequence[Mapping[str, Any]],
-    folder: Path,
+    config: AnalyzeConfig, sdxl: SDXL, recording: Recording, pixels: Pixels, images: Images, folder: Path
 ) -> None:
     """Measure a recording; its table, claims, figures and page go to `folder`."""
-    import torch
-    from tqdm import tqdm
-
-    from segresearch.analysis import figures, measurements, report, story
-
     sites = tuple(sdxl.unet.site_heads)
     device = sdxl.device if sdxl.device.type == "cuda" else torch.device("cpu")  # both have fp64
     measured = measurements.measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
@@ -144,11 +132,10 @@ def _write(
     for name, figure in drawn.items():
         figures.save(figure, paths[name], figure_record(name, "analyze", config, ("out", "device", "wandb")))
     runs.write(folder / "config.yaml", runs.written_config(runs.plain(config), OF_A_CALL))
-    runs.write(folder / "table.csv", measurements.to_csv(rows))
-    verdict_rows = [claim.row() for claim in claims]
-    runs.write(folder / "verdicts.csv", measurements.to_csv(verdict_rows))
+    tables = {"table": rows, "verdicts": [claim.row() for claim in claims]}
+    for name, table in tables.items():
+        runs.write(folder / f"{name}.csv", measurements.to_csv(table))
     runs.write(folder / PAGE, report.page(config, images, rows, claims, paths))
     metrics = {f"{c.claim}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
-    tables = {"table": rows, "verdicts": verdict_rows}
     name = f"{config.name}-{folder.name}"
     mirror(config.wandb, folder, [Mirror(name, config.name, "analysis", "", config, metrics, {}, tables, paths)])
