@@ -142,7 +142,7 @@ def _figure(record: Mapping[str, Any], device: str, out: str) -> Path:
         from segresearch.evaluation.evaluate import evaluate
 
         config = _config(EvaluateConfig, record["evaluate"], device, out)
-        folder = evaluate(dataclasses.replace(config, only="all")).folder
+        folder = evaluate(dataclasses.replace(config, stage="all")).folder
     elif "analyze" in record:
         from segresearch.analysis.analyze import analyze
         from segresearch.analysis.settings import AnalyzeConfig

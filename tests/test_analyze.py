@@ -20,13 +20,14 @@ from PIL import Image
 from segresearch import command
 from segresearch.analysis import measurements
 from segresearch.analysis.analyze import analyze
-from segresearch.analysis.measurements import measure, merge_claims, short, to_csv
+from segresearch.analysis.measurements import measure, merge_claims, short
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.analysis.settings import AnalyzeConfig, settings
 from segresearch.config import conf_dir
 from segresearch.errors import ConfigError
 from segresearch.guidance import blur_matrix
 from segresearch.models import load_sdxl
+from segresearch.tidy_csv import to_csv
 from segresearch.typed import typed
 
 SCRIPT = conf_dir().parent / "experiments" / "analyze.py"
@@ -71,7 +72,7 @@ def run(config, model):
 @pytest.fixture
 def undrawn(monkeypatch):
     """No figures, which take most of the time."""
-    monkeypatch.setattr("segresearch.analysis.story.draw", lambda *_: {})
+    monkeypatch.setattr("segresearch.analysis.energy_plots.draw", lambda *_: {})
 
 
 def rows_of(run) -> list[dict[str, str]]:
@@ -239,7 +240,8 @@ def test_the_script_is_quick_to_help_and_says_slips_in_one_line(monkeypatch, cap
 
 
 def test_csv_writes_infinities_and_names():
-    assert to_csv([{"a": math.inf, "b": 0.1234567891, "c": "x, y"}]) == 'a,b,c\ninf,0.1234568,"x, y"\n'
+    rows = [{"a": math.inf, "b": 0.1234567891, "c": "x, y", "d": None}]
+    assert to_csv(rows, digits=7) == 'a,b,c,d\ninf,0.1234568,"x, y",\n' and "0.1234567891" in to_csv(rows)
     assert short("up_blocks.0.attentions.1.transformer_blocks.3.attn1") == "up.0.1.3"
 
 

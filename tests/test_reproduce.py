@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from segresearch import png_metadata
-from segresearch.analysis.figures import save
 from segresearch.config import EvaluateConfig, GenerateConfig, conf_dir
 from segresearch.errors import ConfigError
 from segresearch.evaluation import evaluate as run
@@ -21,6 +20,7 @@ from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.workers import Worker
 from segresearch.generate import generate
 from segresearch.models import load_sdxl
+from segresearch.plot_style import save
 from segresearch.reproduce import recorded, reproduce
 from segresearch.typed import typed
 
@@ -101,8 +101,9 @@ def test_pictures_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, 
     given = {
         "model": {"name": "tiny", "path": str(folder)}, "sampler": {"name": "euler"}, "schedule": {"name": "leading"},
         "compare": [{}, {"label": "SEG", "terms": {"seg": SEG}}], "prompts": ["red", ""], "controls": {"canny": CANNY},
-        "images": 3, "steps": 2, "size": [64, 64], "batch_size": 2, "shard": 2, "shown": 3, "caption": "none",
-        "features": ["mini"], "distances": [], "reference": "scene:100000-100005", "draws": 2, "subsets": 2,
+        "images": 3, "steps": 2, "size": [64, 64], "batch_size": 2, "shard": 2, "n_examples": 3,
+        "text_alignment": "none",
+        "features": ["mini"], "distances": [], "reference": "scene:100000-100005", "n_bootstrap": 2, "n_subsets": 2,
         "force": True, "device": "cpu", "out": str(tmp_path / "runs"),
     }  # fmt: skip
     config = typed(EvaluateConfig, given)

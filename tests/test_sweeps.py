@@ -130,8 +130,8 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
     sweep = (
         "-m", f"model.path={folder}", "size=[64,64]", "images=2", "distances=[]", "steps=1,2",
         f"{scale}=0.5,1", "force=true",
-        "reference=scene:100000-100005", "draws=2", "subsets=2", "device=cpu", "wandb.mode=off", "shard=2",
-        "batch_size=2", "shown=2",
+        "reference=scene:100000-100005", "n_bootstrap=2", "n_subsets=2", "device=cpu", "wandb.mode=off", "shard=2",
+        "batch_size=2", "n_examples=2",
     )  # fmt: skip
     sampled, made = sample_shards.sample, []
 
@@ -151,19 +151,25 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
     assert code == 0 and said.err == ""
     found = overview("evaluate", tmp_path / "runs")
     assert set(found.differing) == {scale, "steps"}
-    assert len(found.rows) == 8 and not found.unfinished and not found.notes()
+    assert len(found.runs) == 4 and not found.unfinished and not found.notes()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "runs/evaluate/overview.csv").read_text())))
     assert {(row[scale], row["steps"]) for row in rows} == {(s, n) for s in ("0.5", "1.0") for n in "12"}
     page = (tmp_path / "runs/evaluate/overview.html").read_text()
     assert page.count("<tr") == 9 and len(set(re.findall(r'href="(\w+)/index.html"', page))) == 4 and "http" not in page
     for name in set(re.findall(r'href="(\w+)/index.html"', page)):
         assert (tmp_path / "runs/evaluate" / name / "index.html").is_file()
-    assert f"| run | {' | '.join(found.differing)} | setting |" in (tmp_path / "runs/evaluate/overview.md").read_text()
+    assert f"| run | {' | '.join(found.differing)} | method |" in (tmp_path / "runs/evaluate/overview.md").read_text()
     assert said.out.startswith("| run |")
 
 
+def values(method: str, n: int, distance: float | None) -> list[dict]:
+    """The frame of one method, as results.json has it."""
+    return [{"method": method, "metric": "n", "value": n, "error": None},
+            {"method": method, "metric": "fd-mini", "value": distance, "error": None}]  # fmt: skip
+
+
 def test_the_overview_of_runs_that_lack_results_and_of_none(tmp_path, call):
-    for i, text in enumerate(('{"rows": [{"setting": "a", "n": 3, "fd-mini": 1.5}]}', "{", None)):
+    for i, text in enumerate((json.dumps({"metrics": values("a", 3, 1.5)}), "{", None)):
         place = tmp_path / "runs" / "mine" / str(i)
         place.mkdir(parents=True)
         (place / "config.yaml").write_text(f"steps: {i}\nprompts: [{', '.join(['a red cube'] * 9)}]\nout: {i}\n")
@@ -171,9 +177,7 @@ def test_the_overview_of_runs_that_lack_results_and_of_none(tmp_path, call):
             (place / "results.json").write_text(text)
     found = overview("mine", tmp_path / "runs")
     assert found.unfinished == ("1", "2") and found.differing == () and "Without results yet: 1, 2." in found.markdown()
-    (tmp_path / "runs/mine/1/results.json").write_text(
-        json.dumps({"rows": [{"setting": "a<b", "n": 4, "fd-mini": None}]})
-    )
+    (tmp_path / "runs/mine/1/results.json").write_text(json.dumps({"metrics": values("a<b", 4, None)}))
     found = overview("mine", tmp_path / "runs")
     assert found.differing == ("steps",) and "equal N" in found.notes()[0] and "a&lt;b" in found.page()
     for name, words in (("min", "did you mean mine?"), ("nothing", "no runs of it in runs (there are mine)")):

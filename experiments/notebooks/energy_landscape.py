@@ -21,7 +21,7 @@
 # `jupytext --to ipynb` (or directly, with jupytext's Jupyter extension).
 
 # %%
-from segresearch.analysis import story
+from segresearch.analysis import energy_plots
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.energy import energies, hopfield_energy, hopfield_update
 from segresearch.analysis.recorder import Recorder
@@ -81,19 +81,19 @@ for update in range(5):
 # ## The field, and the landscape around it
 
 # %%
-entry = story.example(recording.select(branch="cond"))
+entry = energy_plots.example(recording.select(branch="cond"))
 blurs = [BlurOperator(entry.grid, sigma, "reflect") for sigma in (1.0, 2.0, float("inf"))]
-story.field(entry, 0, 0, blurs)
+energy_plots.field(entry, 0, 0, blurs)
 
 # %%
-story.landscape(entry, 0, 0, blurs)
+energy_plots.landscape(entry, 0, 0, blurs)
 
 # %% [markdown]
 # ## What a query attends to
 
 # %%
 image = decode_images(sdxl, latents)[0].permute(1, 2, 0).numpy()  # (3, h, w) -> (h, w, 3)
-story.attention(entry, 0, blurs, image)
+energy_plots.attention(entry, 0, blurs, image)
 
 # %% [markdown]
 # ## The limits of the blur
@@ -101,4 +101,4 @@ story.attention(entry, 0, blurs, image)
 # The official code's kernel is cut at the grid's size, so its blur never tends to the mean: an infinite σ is a jump.
 
 # %%
-story.limits(entry, ["reflect", "exact"])
+energy_plots.limits(entry, ["reflect", "exact"])

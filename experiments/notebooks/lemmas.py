@@ -20,7 +20,7 @@
 # %%
 import torch
 
-from segresearch.analysis import figures, measurements, story
+from segresearch.analysis import energy_plots, measurements
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.claims import check_claims, check_weighted
 from segresearch.analysis.logit_statistics import columns
@@ -40,7 +40,7 @@ sample(
     conds=sdxl.encode(prompts),
     record=recorder.run([{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(prompts)]),
 )
-entry = story.example(recorder.recording)
+entry = energy_plots.example(recorder.recording)
 print(entry.site, entry.grid, f"sigma_t {entry.sigma[0]:.3f}")
 
 # %% [markdown]
@@ -96,7 +96,7 @@ for claim in measurements.merge_claims(claim for _, claims in parts for claim in
         print(f"{claim.claim} {claim.axis:8} sigma {claim.blur_sigma:g}: holds {claim.share:7.2%}, worst {claim.worst}")
 
 # %%
-story.regime(rows, entry, "exact", "mini")
+energy_plots.regime(rows, "exact", "mini")
 
 # %%
-figures.against_sigma(rows, "mini")
+energy_plots.against_sigma(rows, "mini")

@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from segresearch import runs
-from segresearch.analysis import figures, measurements, report, story
+from segresearch.analysis import energy_plots, measurements, report
 from segresearch.analysis.recorder import Recorder, Recording
 from segresearch.analysis.settings import AnalyzeConfig, measured_steps
 from segresearch.build import build_guidance, load_model, of_model, with_batch_size
@@ -31,9 +31,11 @@ from segresearch.guidance import SelfAttentionGuidance
 from segresearch.models import SDXL
 from segresearch.models.locate import located
 from segresearch.plan import parse_seeds, read_prompts
+from segresearch.plot_style import save
 from segresearch.records import figure_record, sampling_identity
 from segresearch.sample_images import sample_images
-from segresearch.tracking import Mirror, mirror
+from segresearch.tidy_csv import to_csv
+from segresearch.wandb_log import WandbRun, log
 
 Images = Sequence[Mapping[str, Any]]  # the prompt and the seed of each
 Pixels = UInt8[np.ndarray, "images h w 3"]
@@ -112,7 +114,7 @@ def capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) -> 
         pixels.append(sample_images(sdxl, guided, seeds, prompts, config, config.negative, record=recorder.run(batch)))
     if not len(recorder.recording):
         raise ConfigError(
-            f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.at}"
+            f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.measured_steps}"
         )
     return recorder.recording, torch.cat(pixels).permute(0, 2, 3, 1).cpu().numpy()  # (n, 3, h, w) -> (n, h, w, 3)
 
@@ -127,15 +129,17 @@ def _write(
     parts = list(tqdm(measured, total=len(recording), unit="site", disable=None, leave=False))
     rows = measurements.mean_over_runs([row for of_entry, _ in parts for row in of_entry])
     claims = measurements.merge_claims(claim for _, of_entry in parts for claim in of_entry)
-    drawn = story.draw(config, recording, rows, pixels, images)
+    drawn = energy_plots.draw(config, recording, rows, pixels, images)
     paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
     for name, figure in drawn.items():
-        figures.save(figure, paths[name], figure_record(name, "analyze", config, ("out", "device", "wandb")))
+        save(figure, paths[name], figure_record(name, "analyze", config, ("out", "device", "wandb")))
     runs.write(folder / "config.yaml", runs.written_config(runs.plain(config), OF_A_CALL))
     tables = {"table": rows, "verdicts": [claim.row() for claim in claims]}
     for name, table in tables.items():
-        runs.write(folder / f"{name}.csv", measurements.to_csv(table))
+        runs.write(folder / f"{name}.csv", to_csv(table, digits=7))
     runs.write(folder / PAGE, report.page(config, images, rows, claims, paths))
     metrics = {f"{c.claim}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
     name = f"{config.name}-{folder.name}"
-    mirror(config.wandb, folder, [Mirror(name, config.name, "analysis", "", config, metrics, {}, tables, paths)])
+    plots = {key: [(path, "")] for key, path in paths.items()}
+    logged = WandbRun(name, config.name, "analysis", config, metrics, tables=tables, images=plots)
+    log(config.wandb, folder, [name, metrics], lambda _: [logged])

@@ -6,8 +6,6 @@ keys and images; shares ("..._holds") are of the same columns. Claims are tested
 dual of the paper's Appendix B (blurred keys, columns over keys).
 """
 
-import csv
-import io
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -239,12 +237,3 @@ def short(site: str) -> str:
     """A site's name as a selector: "mid.0.3", "up.0.1.3"."""
     group, *rest = site.split(".")
     return ".".join([group.split("_")[0], *(part for part in rest if part.isdigit())])
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """The rows as csv text, floats to 7 digits; infinities are written "inf"."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
-    writer.writerows([f"{x:.7g}" if isinstance(x, float) else x for x in row.values()] for row in rows)
-    return text.getvalue()

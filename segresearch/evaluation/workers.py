@@ -29,22 +29,22 @@ class Worker:
         """Every `world`-th of items, from `rank` on."""
         return list(items[self.rank :: self.world])
 
-    def device(self, asked: str) -> str:
+    def device(self, device: str) -> str:
         """ "auto" as the GPU of this worker where there are several workers; anything else as it is."""
-        if asked == "auto" and self.world > 1:
+        if device == "auto" and self.world > 1:
             import torch
 
             return f"cuda:{self.local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-        return asked
+        return device
 
 
 def worker(environ: Mapping[str, str] = os.environ) -> Worker:
-    """This process's place. ConfigError where the variables make no sense."""
+    """This process among the workers. ConfigError where the variables make no sense."""
     for names in LAUNCHERS:
         if names[0] in environ and names[1] in environ:
-            given = {name: environ.get(name, "0") for name in names}
-            if not all(value.isdecimal() for value in given.values()) or int(given[names[0]]) >= int(given[names[1]]):
-                said = ", ".join(f"{name}={value}" for name, value in given.items())
-                raise ConfigError(f"{said}: the rank must be a whole number below the number of workers")
-            return Worker(*(int(given[name]) for name in names))
+            values = [environ.get(name, "0") for name in names]
+            if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
+                listed = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+                raise ConfigError(f"{listed}: the rank must be a whole number below the number of workers")
+            return Worker(*map(int, values))
     return Worker()
