@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,16 @@ class PanelImages:
 
 
 @dataclass(frozen=True)
+class Column:
+    """The images of one method in a panel, and the guided denoiser that samples them."""
+
+    panel: Panel
+    method: str
+    images: list[ImageSpec]
+    guided: Any
+
+
+@dataclass(frozen=True)
 class Run:
     """A config expanded. identity: everything that the images depend on; `folder` is named by it."""
 
@@ -89,7 +99,7 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
     the model, OSError where the folder cannot be written. On an interrupt finished images stay.
     """
     run = expand(with_batch_size(of_model(config, model)))
-    images = [image for panel in run.panels for column in panel.images.values() for image in column]
+    images = [image for files in run.panels for column in files.images.values() for image in column]
     records = {image.path: read_record(image.path) or {} for image in images}
     missing = {i.path for i in images if any(records[i.path].get(key) != i.record[key] for key in IDENTITY)}
     others = {record["code"] for path, record in records.items() if path not in missing} - {runs.code_version()}
@@ -103,11 +113,12 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
         try:
             nets = list(dict.fromkeys(c.net for p in run.panels for c in p.panel.controls.values()))
             sdxl = load_model(config.model, config.device, nets, config.compute) if model is None else model
-            guided = [
-                {method: build_guidance(g, sdxl.denoiser) for method, g in panel.panel.methods.items()}
-                for panel in run.panels
-            ]  # all of them, so that what does not fit the model fails before the first image
-            sdxl.latent_shape(config.size)
+            columns = [
+                Column(files.panel, method, column, build_guidance(files.panel.methods[method], sdxl.denoiser))
+                for files in run.panels
+                for method, column in files.images.items()
+            ]
+            sdxl.latent_shape(config.size)  # what does not fit the model fails here, before the first image
         except BaseException:
             with contextlib.suppress(OSError):
                 run.folder.rmdir()  # if it is empty
@@ -115,7 +126,7 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
         save_control_images(run, config.size or sdxl.default_size)
         start = time.perf_counter()
         runs.write(run.folder / "config.yaml", runs.written_config(complete_settings(run), OF_A_CALL))
-        sample_missing(run, sdxl, guided, missing)
+        sample_missing(run.config, sdxl, columns, missing)
         seconds = time.perf_counter() - start
     else:
         save_control_images(run, image_size(images[0].path))
@@ -145,18 +156,16 @@ def expand(config: GenerateConfig) -> Run:
         digits = len(str(len(prompts) - 1))
         prefixes = [f"prompt{prompts[row.prompt]:0{digits}d}-" if len(prompts) > 1 else "" for row in panel.rows]
         names = [prefix + seed for prefix, seed in zip(prefixes, seeds, strict=True)]
-        images = {}
+        steered, images = [control_records(controls, row.images) for row in panel.rows], {}
         for method, guidance in panel.methods.items():
-            images[method] = [
-                ImageSpec(
-                    folder / "images" / subfolder / slug(method) / name, row,
-                    image_record(shared, method, guidance, row.prompt, panel.negative, row.seed,
-                                 control_records(controls, row.images)),
-                )
-                for name, row in zip(names, panel.rows, strict=True)
-            ]  # fmt: skip
-        paths = {name: [folder / "controls" / subfolder / slug(name) / seed for seed in seeds] for name in controls}
-        expanded.append(PanelImages(panel, images, paths))
+            paths = [folder / "images" / subfolder / slug(method) / name for name in names]
+            records = [
+                image_record(shared, method, guidance, row.prompt, panel.negative, row.seed, control)
+                for row, control in zip(panel.rows, steered, strict=True)
+            ]
+            images[method] = list(map(ImageSpec, paths, panel.rows, records))
+        files = {name: [folder / "controls" / subfolder / slug(name) / seed for seed in seeds] for name in controls}
+        expanded.append(PanelImages(panel, images, files))
     return Run(config, identity, folder, expanded)
 
 
@@ -170,39 +179,34 @@ def panel_identity(panel: Panel, controls: Mapping[str, IdentifiedControl]) -> d
     return identity
 
 
-def sample_missing(run: Run, sdxl: "SDXL", guided: Sequence[Mapping[str, Any]], missing: set[Path]) -> None:
-    """Sample and save `missing`, in batches that do not depend on what exists. guided: of each panel its denoisers."""
+def sample_missing(config: GenerateConfig, sdxl: "SDXL", columns: list[Column], missing: set[Path]) -> None:
+    """Sample and save `missing`, in batches that do not depend on which images exist."""
     from PIL import Image
     from tqdm import tqdm
 
     from segresearch.control_images.prepare import controlled_batch
     from segresearch.sample_images import run_sigmas, sample_images
 
-    config, batch_size, saved = run.config, int(run.config.batch_size), 0
+    batch_size, saved = int(config.batch_size), 0
     size, sigmas = config.size or sdxl.default_size, run_sigmas(sdxl, config)
-    columns = [
-        (files.panel, method, images, models[method])
-        for files, models in zip(run.panels, guided, strict=True)
-        for method, images in files.images.items()
-    ]
     with sdxl.arithmetic(), tqdm(total=len(missing), unit="image", disable=None, leave=False) as bar:
         try:
-            for panel, method, images, model in columns:
-                bar.set_description(method)
-                for batch in (images[i : i + batch_size] for i in range(0, len(images), batch_size)):
+            for column in columns:
+                bar.set_description(column.method)
+                for batch in (column.images[i : i + batch_size] for i in range(0, len(column.images), batch_size)):
                     if not any(image.path in missing for image in batch):
                         continue
-                    rows = [image.row for image in batch]
+                    panel, rows = column.panel, [image.row for image in batch]
                     control = controlled_batch(sdxl, panel.controls, [row.images for row in rows], size, sigmas)
                     seeds, prompts = [row.seed for row in rows], [row.prompt for row in rows]
-                    pixels = sample_images(sdxl, model, seeds, prompts, config, panel.negative, control)
+                    pixels = sample_images(sdxl, column.guided, seeds, prompts, config, panel.negative, control)
                     for image, one in zip(batch, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                         if image.path in missing:
                             save_png(Image.fromarray(one), image.path, image.record)
                             saved += 1
                             bar.update()
         except NotFinite as error:
-            raise NotFinite(f"{method}: {error}; try model.dtype=float32 or lower scales") from error
+            raise NotFinite(f"{column.method}: {error}; try model.dtype=float32 or lower scales") from error
         except KeyboardInterrupt:
             bar.close()
             kept = f"stopped: {saved} of {len(missing)} images sampled, and kept"

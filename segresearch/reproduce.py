@@ -6,7 +6,7 @@ The record's key tells its kind: "guidance" for images of generate and evaluate,
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from segresearch.png_metadata import read_record
 from segresearch.typed import typed
 
 EXACT = {"precision": "exact"}  # the arithmetic of records without `compute`: they are of a CPU
-OF_AN_IMAGE = ("sampler", "schedule", "guidance", "steps", "size", "negative", "model", "prompt", "seed")
+OF_AN_IMAGE = ("sampler", "schedule", "guidance", "steps", "size", "negative")
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,8 @@ def reproduce(
     file without a usable record, CheckpointError for weights that are missing.
     """
     record = recorded(path)
-    scripts = [key for key in ("generate", "evaluate", "analyze") if isinstance(record.get(key), dict)]
-    for holder in (record, *(record[key] for key in scripts)):
-        if model is not None and isinstance(holder.get("model"), dict):
+    for holder in (record, *(record.get(script) for script in ("generate", "evaluate", "analyze"))):
+        if model is not None and isinstance(holder, dict) and isinstance(holder.get("model"), dict):
             holder["model"]["path"] = model
     if not trust:
         _refuse_foreign_targets(record, path)
@@ -62,7 +61,9 @@ def reproduce(
             image, now = _again(record, device, str(out or temporary))
         except ConfigError as error:
             raise ConfigError(f"{path}: its record cannot be followed: {error}") from error
-    return compared(path, image, tuple(_differences(_flat(record), _flat(now))))
+    old, new = _environment(record), _environment(now)
+    names = [name for name in old if None not in (old[name], new.get(name)) and old[name] != new[name]]
+    return compared(path, image, tuple(f"other {n}: {old[n]} when it was made, {new[n]} here" for n in names))
 
 
 def recorded(path: Path) -> dict[str, Any]:
@@ -93,51 +94,52 @@ def compared(path: Path, image: Image.Image, notes: tuple[str, ...] = ()) -> Rep
 
 
 def _again(record: Mapping[str, Any], device: str, out: str) -> tuple[Image.Image, Mapping[str, Any]]:
-    """The image of a record, and the record that it has now (of figures: what can differ; of control images: {})."""
+    """The image of a record, and the record that it has now (of a figure what can differ; of a control image {})."""
     if "figure" in record:
         now = {"code": runs.code_version(), "compute": {"device": device_kind(device)}}
         return _opened(_figure(record, device, out)), now
     if "control" in record:
-        return _control(record), {}
+        if "settings" not in record:
+            raise ConfigError("settings: missing")
+        control: ControlConfig = typed(ControlConfig, record["settings"], "control")
+
+        from segresearch.control_images.prepare import control_png
+
+        return control_png(control, str(control.image), typed(tuple[int, int], record["size"], "size")), {}
 
     from segresearch.generate import generate
 
-    if "generate" in record:
-        config = _config(GenerateConfig, record["generate"], device, out, batch_size=_batch_size(record["generate"]))
-    else:
-        config = _config_of_an_image(record, device, out)
+    settings = record["generate"] if "generate" in record else _settings_of_an_image(record)
+    config: GenerateConfig = _config(GenerateConfig, settings, device, out)
     for controls in (config.controls, *(panel.controls or {} for panel in config.panels)):
         for control in controls.values():
-            located_controlnet(control.net, located(config.model.path))  # raises CheckpointError, without a key
+            located_controlnet(control.net, located(config.model.path))  # CheckpointError where it is missing
     run = generate(config)
     path = run.grid if "generate" in record else next((run.folder / "images").rglob("*.png"))
     return _opened(path), read_record(path) or {}
 
 
-def _config(kind: Any, settings: Mapping[str, Any], device: str, out: str, **changes: Any) -> Any:
+def _config(kind: Any, settings: Mapping[str, Any], device: str, out: str) -> Any:
     """Recorded settings as a typed config, to be run here."""
-    return typed(kind, {"compute": EXACT, **settings, "device": device, "out": out, **changes})
+    batch_size = {"batch_size": "auto"} if kind is GenerateConfig else {}
+    return typed(kind, {"compute": EXACT, **batch_size, **settings, "device": device, "out": out})
 
 
-def _config_of_an_image(record: Mapping[str, Any], device: str, out: str) -> GenerateConfig:
-    """The run that samples the one image of a record."""
-    for key in OF_AN_IMAGE:
+def _settings_of_an_image(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that samples the one image of a record."""
+    for key in (*OF_AN_IMAGE, "model", "prompt", "seed"):
         if key not in record:
             raise ConfigError(f"{key}: missing")
-    settings = {key: record[key] for key in OF_AN_IMAGE if key not in ("prompt", "seed")}
-    settings["model"] = {key: value for key, value in record["model"].items() if key != "fingerprint"}
-    settings["compute"] = {k: v for k, v in record.get("compute", EXACT).items() if k != "device"}
-    changes = {"prompts": [record["prompt"]], "seeds": record["seed"], "controls": record.get("controls") or {}}
-    config: GenerateConfig = _config(GenerateConfig, settings, device, out, name="again", batch_size=1, **changes)
-    return config
-
-
-def _batch_size(settings: Mapping[str, Any]) -> int:
-    return int((settings.get("model") or {}).get("batch_size", 8))
+    return {key: record[key] for key in OF_AN_IMAGE} | {
+        "model": {key: value for key, value in record["model"].items() if key != "fingerprint"},
+        "compute": {key: value for key, value in record.get("compute", EXACT).items() if key != "device"},
+        "prompts": [record["prompt"]], "seeds": record["seed"], "controls": record.get("controls") or {},
+        "name": "again",
+    }  # fmt: skip
 
 
 def _figure(record: Mapping[str, Any], device: str, out: str) -> Path:
-    """A figure of a run; the run is made, unless it is in `out` already."""
+    """A figure of a run, which is run first unless it is in `out` already."""
     if "evaluate" in record:
         from segresearch.evaluation.evaluate import evaluate
 
@@ -156,44 +158,21 @@ def _figure(record: Mapping[str, Any], device: str, out: str) -> Path:
     return path
 
 
-def _control(record: Mapping[str, Any]) -> Image.Image:
-    if "settings" not in record:
-        raise ConfigError("settings: missing")
-    control: ControlConfig = typed(ControlConfig, record["settings"], "control")
-    height, width = typed(tuple[int, int], record["size"], "size")
-    assert isinstance(control.image, str)
-
-    from segresearch.control_images.prepare import control_png
-
-    return control_png(control, control.image, (height, width))
-
-
 def _opened(path: Path) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
-def _flat(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A grid's record with model and control contents where an image's record has them; others as they are."""
-    if "generate" not in record:
-        return record
-    settings = record["settings"]
-    contents = {f"panel {i}": panel["controls"] for i, panel in enumerate(settings["panels"], 1) if "controls" in panel}
-    return {"model": settings["model"], "contents": contents, "compute": record.get("compute", {})}
-
-
-def _differences(record: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """One line for each difference between the recorded environment and this one."""
-    old_contents, new_contents = record.get("contents") or {}, now.get("contents") or {}
-    pairs = [("weights", record.get("model", {}).get("fingerprint"), now.get("model", {}).get("fingerprint"))]
-    pairs += [(f"contents of control {name}", old_contents[name], new_contents[name])
-              for name in old_contents.keys() & new_contents.keys()]  # fmt: skip
-    pairs += [("device", record.get("compute", {}).get("device"), now.get("compute", {}).get("device"))]
-    pairs += [(f"version of {name}", record.get(key), now.get(key))
-              for key, name in (("code", "segresearch"), ("torch", "torch"))]  # fmt: skip
-    for name, old, new in pairs:
-        if None not in (old, new) and old != new:
-            yield f"other {name}: {old} when it was made, {new} here"
+def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What an image depends on beside its settings, by its name in a note; None where the record lacks it."""
+    run = record["settings"] if "generate" in record else record
+    panels = {f"panel {i}": panel.get("controls") for i, panel in enumerate(run.get("panels", ()), 1)}
+    contents = {f"contents of control {name}": value for name, value in (run.get("contents") or panels).items()}
+    return {
+        "weights": run.get("model", {}).get("fingerprint"), **contents,
+        "device": record.get("compute", {}).get("device"),
+        "version of segresearch": record.get("code"), "version of torch": record.get("torch"),
+    }  # fmt: skip
 
 
 def _refuse_foreign_targets(record: Any, path: Path) -> None:

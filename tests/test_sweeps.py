@@ -14,11 +14,10 @@ from make_models import write_folder
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from segresearch import command
+from segresearch import command, sample_images
 from segresearch.config import conf_dir
 from segresearch.errors import CheckpointError, ConfigError
 from segresearch.evaluation import evaluate as run
-from segresearch.evaluation import sample_shards
 from segresearch.evaluation.compare_runs import overview
 from segresearch.models import load_sdxl
 
@@ -123,8 +122,8 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
         return {"quality": made}
 
     monkeypatch.setattr(run.plots, "draw", draw)
-    judges, model, loaded = run.judges, load_sdxl(folder), []
-    monkeypatch.setattr(run, "judges", lambda *a: loaded[0] if loaded else loaded.append(judges(*a)) or loaded[0])
+    load, model, loaded = run.image_metrics, load_sdxl(folder), []
+    monkeypatch.setattr(run, "image_metrics", lambda *a: loaded[0] if loaded else loaded.append(load(*a)) or loaded[0])
     monkeypatch.setattr(run, "load_model", lambda *_: model)
     scale = "guidance.terms.seg.scale"
     sweep = (
@@ -133,17 +132,17 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
         "reference=scene:100000-100005", "n_bootstrap=2", "n_subsets=2", "device=cpu", "wandb.mode=off", "shard=2",
         "batch_size=2", "n_examples=2",
     )  # fmt: skip
-    sampled, made = sample_shards.sample, []
+    sampled, made = sample_images.sample, []
 
     def counted(model, noise, **keywords):
         made.append(keywords["steps"])
         found = sampled(model, noise, **keywords)
         return found * float("nan") if len(made) == 5 else found  # pictures of the third job
 
-    monkeypatch.setattr(sample_shards, "sample", counted)
+    monkeypatch.setattr(sample_images, "sample", counted)
     code, said = call(main_of("evaluate"), *sweep)
     assert code == 4 and said.out.count("page: ") == 3 and said.err.count("error: job 3 ") == 1, said
-    monkeypatch.setattr(sample_shards, "sample", lambda *a, **k: made.append("again") or sampled(*a, **k))
+    monkeypatch.setattr(sample_images, "sample", lambda *a, **k: made.append("again") or sampled(*a, **k))
     code, said = call(main_of("evaluate"), *sweep)
     assert code == 0 and said.out.count("page: ") == 4 and 0 < made.count("again") <= 2
 

@@ -77,10 +77,11 @@ def control_records(controls: Mapping[str, IdentifiedControl], images: Sequence[
 
     images: one control image for each control. {} without controls.
     """
-    pairs = {name: (control, image) for (name, control), image in zip(controls.items(), images, strict=True)}
-    settings = {name: plain(dataclasses.replace(c.control, image=image)) for name, (c, image) in pairs.items()}
-    contents = {name: control.contents(image) for name, (control, image) in pairs.items()}
-    return {"controls": settings, "contents": contents} if pairs else {}
+    settings, contents = {}, {}
+    for (name, identified), image in zip(controls.items(), images, strict=True):
+        settings[name] = plain(dataclasses.replace(identified.control, image=image))
+        contents[name] = identified.contents(image)
+    return {"controls": settings, "contents": contents} if settings else {}
 
 
 def _digest(data: bytes) -> str:

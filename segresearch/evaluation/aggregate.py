@@ -84,8 +84,8 @@ def frechet_numbers(distance: Frechet, baseline: Frechet) -> dict[str, tuple[flo
     difference = error = math.nan
     if baseline is not distance:
         difference = distance.distance - baseline.distance
-        if len(distance.draws) > 1:
-            error = float(np.std(np.subtract(distance.draws, baseline.draws), ddof=1))
+        if len(distance.resamples) > 1:
+            error = float(np.std(np.subtract(distance.resamples, baseline.resamples), ddof=1))
     return {
         "fd": (distance.distance, distance.error), "fd_to_baseline": (difference, error),
         "fd_extrapolated": (distance.extrapolated,), "fd_means": (distance.mean_part,),
@@ -97,7 +97,8 @@ def set_numbers(
 ) -> dict[str, tuple[float, ...]]:
     """Variance, kernel distance, precision and recall of features against the reference, by kind of metric; nan where
     there are too few. gaussian_kernel: CMMD in place of the kernel distance of subsets."""
-    numbers = dict.fromkeys(("variance", "kd", "kd_spread", "precision", "recall"), (math.nan,))
+    kinds = ("variance", "kd", "kd_spread", "precision", "recall")
+    numbers: dict[str, tuple[float, ...]] = dict.fromkeys(kinds, (math.nan,))
     if len(x) > 1:
         numbers["variance"] = (float(x.double().var(0).sum() / reference.double().var(0).sum()),)
     size = min(1000, len(x) // 2, len(reference) // 2)

@@ -25,7 +25,6 @@ import numpy as np
 
 from segresearch import runs
 from segresearch.build import load_model, of_model, usable_device, with_batch_size
-from segresearch.command import hydra_settings
 from segresearch.config import EvaluateConfig
 from segresearch.errors import ConfigError, Ended
 from segresearch.evaluation import plots, shards, table
@@ -33,13 +32,14 @@ from segresearch.evaluation.aggregate import Result, aggregate
 from segresearch.evaluation.frame import Frame
 from segresearch.evaluation.image_metrics import ImageMetric, image_metrics
 from segresearch.evaluation.page import page, where
-from segresearch.evaluation.provenance import OF_A_CALL, figure_record, records
+from segresearch.evaluation.provenance import records
 from segresearch.evaluation.reference import features, reference
 from segresearch.evaluation.sample_shards import IMAGES, Progress, missing_arrays, required_arrays, sample_shards
 from segresearch.evaluation.spec import EvaluationSpec, evaluation_spec, run_identity, with_folders
 from segresearch.evaluation.workers import Worker, worker
 from segresearch.models.locate import located
 from segresearch.plot_style import save
+from segresearch.records import figure_record
 from segresearch.threads import threads
 from segresearch.tidy_csv import to_csv
 from segresearch.wandb_log import log_evaluation
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 VERSION = 3  # of the results
 RESULTS, PAGE = "results.json", "index.html"
+OF_A_CALL = {"out": "runs", "device": "auto", "stage": "all", "wandb": {"mode": "off"}}  # not of the run
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def _write(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path, r
         "reference_images": result.reference_images,
     }  # fmt: skip
     texts = {
-        "config.yaml": written_config(config), "table.md": table.markdown(result.frame),
+        "config.yaml": runs.written_config(runs.plain(config), OF_A_CALL), "table.md": table.markdown(result.frame),
         "table.tex": table.latex(result.frame), "metrics.csv": to_csv(result.frame.plain()),
         "metrics.jsonl": table.to_jsonl(result.frame, common),
     }  # fmt: skip
@@ -189,7 +190,7 @@ def _write(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path, r
     figures = plots.draw(spec, result, where(spec, result))
     paths = {name: folder / "figures" / f"{name}.png" for name in figures}
     for name, figure in figures.items():
-        save(figure, paths[name], figure_record(config, name))
+        save(figure, paths[name], figure_record(name, "evaluate", config, OF_A_CALL))
     prompts = config.prompts if isinstance(config.prompts, str) else f"{len(spec.prompts)} texts"
     facts = {
         "run": folder.name, "code": runs.code_version(), "images sampled by": _sampled_by(spec),
@@ -225,11 +226,3 @@ def _sampled_by(spec: EvaluationSpec) -> str:
         hint = "the images are not all of this code and torch; a new `out` makes them all anew"
         print(f"{hint}: {text}", file=sys.stderr)
     return text
-
-
-def written_config(config: EvaluateConfig) -> str:
-    """config.yaml: every setting in full, in a form that evaluate.py takes back."""
-    from omegaconf import OmegaConf
-
-    parts = (hydra_settings(), runs.plain(config) | OF_A_CALL)
-    return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in parts)

@@ -11,13 +11,12 @@ from torch import Tensor
 from segresearch.errors import ConfigError, InputError, NotFinite
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
-from segresearch.metrics.attributes import agreement, load_namer, named, of_scenes
-from segresearch.metrics.clip_score import CLIP, cosines, load_clip, mini_cosines
+from segresearch.metrics.attributes import agreement, classify, load_attribute_classifier, scene_attributes
 from segresearch.metrics.edge_agreement import edge_agreement
 from segresearch.metrics.features import Extractor, load_extractor
 from segresearch.metrics.lpips import load_lpips, lpips_distances
-from segresearch.metrics.mini_vision import SIDE, load_vision, unit_range
-from segresearch.metrics.perceptual_mini import distances
+from segresearch.metrics.mini_vision import load_vision, perceptual_distances, unit_range
+from segresearch.metrics.text_alignment import CLIP, load_clip, mini_text_alignment, text_alignment
 from segresearch.models.compute import arithmetic
 from segresearch.models.locate import located
 from segresearch.plan import HELD_OUT, SCENE
@@ -120,17 +119,13 @@ def _distance(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
     baseline = spec.folders[spec.baseline].name.rpartition("-")[2]
     if name == "mini":
         folder = located(weights.get("mini") or "mini")
-        vision = load_vision(folder).vision.to(device)
-
-        def perceptual(samples: Samples) -> Tensor:
-            h, w = samples.images.shape[2:]
-            if h % 16 or w % 16:
-                raise InputError(f"images of {h}×{w}: sides must be multiples of 16")
-            return distances(vision, samples.images.to(device), samples.baseline.to(device))
-
-        return ImageMetric("distance-mini", fingerprint(folder / "vision"), perceptual, baseline=baseline)
-    files = (name, f"{name}_heads")
-    net = load_lpips(name, *map(weights.get, files), tuple(map(checksums.get, files)), device=device)
+        vision, producer = load_vision(folder).vision.to(device), fingerprint(folder / "vision")
+        return ImageMetric(
+            "distance-mini", producer, lambda s: perceptual_distances(vision, s.images, s.baseline), baseline=baseline
+        )
+    heads = f"{name}_heads"
+    sha256 = checksums.get(name), checksums.get(heads)
+    net = load_lpips(name, weights.get(name), weights.get(heads), sha256, device=device)
     read = hashlib.sha256()
     for parameter in net.parameters():
         read.update(parameter.cpu().numpy().tobytes())
@@ -142,33 +137,26 @@ def _distance(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
 def _text_alignment(spec: EvaluationSpec, device: str) -> ImageMetric:
     config = spec.config
     if config.text_alignment == "clip":
-        clip = load_clip(config.weights.get("text_alignment") or CLIP, config.checksums.get("text_alignment"), device=device)
-        return ImageMetric("text_alignment-clip", clip.weights, lambda s: cosines(clip, s.images, s.prompts))
+        path, checksum = config.weights.get("text_alignment"), config.checksums.get("text_alignment")
+        clip = load_clip(path or CLIP, checksum, device=device)
+        return ImageMetric("text_alignment-clip", clip.weights, lambda s: text_alignment(clip, s.images, s.prompts))
     from segresearch.models import load_sdxl
 
     folder = located(config.weights.get("mini") or "mini")
     tower, text = load_vision(folder).to(device), load_sdxl(folder, device=device).text
-
-    def cosine(samples: Samples) -> Tensor:
-        h, w = samples.images.shape[2:]
-        if (h, w) != (SIDE, SIDE):
-            raise InputError(f"images of {h}×{w}: mini reads {SIDE}×{SIDE}")
-        return mini_cosines(tower, text, samples.images.to(device), samples.prompts)
-
     producer = digest([fingerprint(folder / part) for part in ("vision", "text_encoder_2")])
-    return ImageMetric("text_alignment-mini", producer, cosine)
+    return ImageMetric("text_alignment-mini", producer, lambda s: mini_text_alignment(tower, text, s.images, s.prompts))
 
 
 def _attributes(scenes: Sequence[int]) -> ImageMetric:
     """Agreement with the scene of the prompt, and by chance, with that of the next prompt. On the CPU: it is small."""
-    classifier = load_namer()
+    classifier = load_attribute_classifier()
 
     def match(samples: Samples) -> Tensor:
-        names = named(classifier, samples.images)
-        scene, other = (
-            agreement(names, of_scenes([scenes[(i + shift) % len(scenes)] for i in samples.rows])) for shift in (0, 1)
-        )
-        return torch.stack([*(scene[key] for key in ATTRIBUTES[:-1]), other["objects"]], dim=1)  # 6 of (b,) -> (b, 6)
+        predicted = classify(classifier, samples.images)
+        expected = [scene_attributes([scenes[(i + shift) % len(scenes)] for i in samples.rows]) for shift in (0, 1)]
+        own, next_one = (agreement(predicted, attributes) for attributes in expected)
+        return torch.stack([*(own[key] for key in ATTRIBUTES[:-1]), next_one["objects"]], dim=1)  # 6 (b,) -> (b, 6)
 
     producer = digest([2, fingerprint(located("mini") / "attributes")])
     return ImageMetric("attributes", producer, match, ATTRIBUTES)
@@ -180,7 +168,8 @@ def _edges(scenes: Sequence[int]) -> ImageMetric:
 
     def match(samples: Samples) -> Tensor:
         h, w = samples.images.shape[2:]
-        return edge_agreement(unit_range(samples.images), rendered([scenes[i] for i in samples.rows], size=(h, w)).edges)
+        edges = rendered([scenes[i] for i in samples.rows], size=(h, w)).edges
+        return edge_agreement(unit_range(samples.images), edges)
 
     return ImageMetric("edges", "1", match)
 

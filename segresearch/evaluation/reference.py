@@ -81,7 +81,8 @@ def features(images: Reference, extractor: Extractor, out: str | Path) -> Float[
     if shards.producers(path).get(FEATURES) == extractor.weights:
         return torch.from_numpy(shards.load(path, FEATURES))
     parts, name = [], f"reference, {extractor.name}"
-    with tqdm(total=len(images), unit="image", desc=name, disable=None, leave=False) as bar, arithmetic("exact", "cuda"):
+    bar = tqdm(total=len(images), unit="image", desc=name, disable=None, leave=False)
+    with bar, arithmetic("exact", "cuda"):
         for batch in images.batches():
             try:
                 parts.append(extractor.of(batch).float())

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 DECODED = 10  # latents that are decoded together on a CPU, in whose cache small parts stay
 PIXELS = 2**23  # of images decoded together on a GPU, at least one image
-IMAGES, NORMS, COST = "images", "norms", "cost"  # arrays that sampling produces
-SAMPLED = "sampled"  # their producer
+IMAGES, NORMS, COST = OF_SAMPLING = "images", "norms", "cost"  # arrays
+SAMPLING = "sampled"  # their producer
+Advance = Callable[[int], object]  # of a progress bar
 
 
 @dataclass
@@ -43,128 +44,84 @@ class Progress:
     failures: list[str] = field(default_factory=list)
 
 
-def required_arrays(
-    spec: EvaluationSpec, metrics: Sequence[ImageMetric], method: str, rows: range
-) -> dict[str, str]:
+def required_arrays(spec: EvaluationSpec, metrics: Sequence[ImageMetric], method: str, rows: range) -> dict[str, str]:
     """What the shard of a method and a range must hold: the producer of each array.
 
     images: uint8 (n, 3, h, w), of the shards up to `keep`. norms: (n, evaluations), root mean square of what guidance
     adds, for samplers that evaluate all images equally often. cost: (1,), floating-point operations of the sampling of
-    one image, in the first shard. Then an array for each metric; those that compare with the baseline not for itself.
+    one image, in the first shard. And an array of each metric, but the baseline's of those that compare with it.
     """
-    config, baseline = spec.config, method == spec.baseline
-    names = [IMAGES] if config.keep is None or rows.start < config.keep else []
-    if config.sampler.name != "dpm_adaptive" and not config.sampler.options.get("s_churn"):
-        names.append(NORMS)
-    names += [COST] if rows.start == 0 else []
-    measured = {metric.array: metric.producer for metric in metrics if not (metric.baseline and baseline)}
-    return dict.fromkeys(names, SAMPLED) | measured
+    config = spec.config
+    steady = config.sampler.name != "dpm_adaptive" and not config.sampler.options.get("s_churn")
+    kept = config.keep is None or rows.start < config.keep
+    names = [name for name, held in ((IMAGES, kept), (NORMS, steady), (COST, rows.start == 0)) if held]
+    measured = [metric for metric in metrics if not (metric.baseline and method == spec.baseline)]
+    return dict.fromkeys(names, SAMPLING) | {metric.array: metric.producer for metric in measured}
 
 
 def missing_arrays(spec: EvaluationSpec, metrics: Sequence[ImageMetric], rows: range) -> dict[str, set[str]]:
     """The arrays that the shards of a range lack, by method; methods that lack none are left out."""
     missing = {}
     for method in spec.methods:
-        present = shards.producers(spec.shard(method, rows))
         required = required_arrays(spec, metrics, method, rows)
+        present = shards.producers(spec.shard(method, rows))
         missing[method] = {name for name, producer in required.items() if present.get(name) != producer}
     return {method: names for method, names in missing.items() if names}
-
-
-class Sampler:
-    """Images of any method and range. The model is loaded at the first call; every method is built and every metric
-    tried on a blank image then, so that what cannot work fails early."""
-
-    def __init__(self, spec: EvaluationSpec, metrics: Sequence[ImageMetric], load: Callable[[], "SDXL"]):
-        self.spec, self.metrics, self.load = spec, metrics, load
-        self.norms: list[Float[Tensor, " b"]] = []  # one for each evaluation of the batch in hand
-        self.controls: tuple[range, list[Any]] = (range(0), [])  # of the range in hand, a list for each batch
-
-    @cached_property
-    def sdxl(self) -> "SDXL":
-        sdxl, size = self.load(), self.spec.config.size
-        sdxl.latent_shape(size)
-        check_size(self.metrics, size or sdxl.default_size)
-        return sdxl
-
-    @cached_property
-    def guided(self) -> dict[str, Any]:
-        """Every method around the denoiser, with `note_norm` as its last post-processor."""
-        methods = self.spec.methods.items()
-        return {name: build_guidance(guidance, self.sdxl.denoiser, [self.note_norm]) for name, guidance in methods}
-
-    def note_norm(self, guided: Tensor, unguided: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """Notes the root mean square of what guidance adds, and changes nothing."""
-        self.norms.append((guided - unguided).square().mean((1, 2, 3)).sqrt())  # (b, c, h, w) -> (b,)
-        return guided
-
-    def controls_of(self, rows: range, batches: Sequence[range]) -> list[Any]:
-        """The ControlNets of each batch with its control images; the methods of a range share them."""
-        if self.controls[0] != rows:
-            config, sdxl = self.spec.config, self.sdxl
-            size, sigmas = config.size or sdxl.default_size, run_sigmas(sdxl, config)
-            images = [[self.spec.controls[i] for i in batch] for batch in batches]
-            self.controls = rows, [controlled_batch(sdxl, config.controls, some, size, sigmas) for some in images]
-        return self.controls[1]
-
-    def __call__(
-        self, method: str, rows: range, advance: Callable[[int], object]
-    ) -> tuple[UInt8[Tensor, "b 3 h w"], dict[str, np.ndarray]]:
-        """Images of `rows`, in batches that start with the range, and the arrays NORMS and COST (see
-        `required_arrays`). Raises NotFinite."""
-        sdxl, model, config = self.sdxl, self.guided[method], self.spec.config
-        images, norms, arrays = [], [], {}
-        step = int(config.batch_size)
-        batches = [rows[i : i + step] for i in range(0, len(rows), step)]
-        controls = self.controls_of(rows, batches) if config.controls else [()] * len(batches)
-        pixels = math.prod(config.size or sdxl.default_size)
-        for batch, control in zip(batches, controls, strict=True):
-            conds = sdxl.encode(self.spec.texts(batch), negative=config.negative, size=config.size)
-            self.norms = []
-            counter = FlopCounterMode(display=False) if batch.start == 0 else None
-            with counter or contextlib.nullcontext():
-                latents = sample_latents(sdxl, model, batch, conds, config, control)
-            if counter is not None:
-                arrays[COST] = np.array([counter.get_total_flops() / len(batch)])
-            decoded = DECODED if latents.device.type == "cpu" else max(1, PIXELS // pixels)
-            images.append(decode_images(sdxl, latents, decoded).cpu())
-            if self.norms and all(len(norm) == len(batch) for norm in self.norms):
-                norms.append(torch.stack(self.norms, dim=1).float().cpu())  # evaluations of (b,) -> (b, evaluations)
-            advance(len(batch))
-        if len(norms) == len(images):
-            arrays[NORMS] = torch.cat(norms).numpy()
-        return torch.cat(images), arrays
 
 
 def sample_shards(
     spec: EvaluationSpec, metrics: Sequence[ImageMetric], worker: Worker, load: Callable[[], "SDXL"]
 ) -> Progress:
-    """Write every shard of this worker's ranges that lacks an array. A range is done method by method, the baseline
-    first, so that its images are at hand for the distances; images that exist are not sampled again."""
+    """Write every shard of this worker's ranges that lacks an array. Images that are stored are not sampled again.
+
+    load: called when the first image is to be sampled. Then every method is built and every metric tried on a blank
+    image, so that what cannot work fails early.
+    """
+    config = spec.config
+
+    @cache
+    def loaded() -> "SDXL":
+        sdxl = load()
+        sdxl.latent_shape(config.size)
+        check_size(metrics, config.size or sdxl.default_size)
+        for guidance in spec.methods.values():
+            build_guidance(guidance, sdxl.denoiser)
+        return sdxl
+
     own = worker.part(spec.ranges)
     todo = [(rows, missing) for rows in own if (missing := missing_arrays(spec, metrics, rows))]
     count = sum(len(rows) * len(missing) for rows, missing in todo)
     progress = Progress(existing=sum(map(len, own)) * len(spec.methods) - count)
-    sampler = Sampler(spec, metrics, load)
     with tqdm(total=count, unit="image", disable=None, leave=False, smoothing=0.05) as bar:
         for rows, _ in todo:
-            if missing_arrays(spec, metrics, rows):  # another worker may have written some by now
-                _sample_range(spec, metrics, rows, sampler, bar, progress)
+            _sample_range(spec, metrics, rows, loaded, bar, progress)
     return progress
 
 
 def _sample_range(
-    spec: EvaluationSpec, metrics: Sequence[ImageMetric], rows: range, sampler: Sampler, bar: Any, progress: Progress
-) -> None:
-    missing, baseline = missing_arrays(spec, metrics, rows), None
+    spec: EvaluationSpec, metrics: Sequence[ImageMetric], rows: range, loaded: Callable[[], "SDXL"], bar: Any,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Write the arrays that the shards of a range lack, the baseline's first: distances need its images."""
+    baseline: Tensor | None = None
+    controls: list[Any] = []  # of each batch; the methods share them
     relative = {metric.array for metric in metrics if metric.baseline}
-    for method, names in missing.items():
+
+    def images_of(method: str, names: set[str], advance: Advance) -> tuple[Tensor, dict[str, np.ndarray]]:
+        """From the shard where it holds them and lacks no array of sampling, else sampled, to the same bits."""
+        path = spec.shard(method, rows)
+        if shards.producers(path).get(IMAGES) == SAMPLING and not names.intersection(OF_SAMPLING):
+            advance(len(rows))
+            return torch.from_numpy(shards.load(path, IMAGES)), {}
+        return sample_range(spec, method, rows, loaded(), controls, advance)
+
+    for method, names in missing_arrays(spec, metrics, rows).items():  # another worker may have written some by now
         path = spec.shard(method, rows)
         bar.set_description(method)
         try:
             if baseline is None and method != spec.baseline and names & relative:
-                baseline, _ = _images(spec, spec.baseline, rows, set(), sampler, lambda _: None)
-            images, sampled = _images(spec, method, rows, names, sampler, bar.update)
+                baseline, _ = images_of(spec.baseline, set(), lambda _: None)
+            images, arrays = images_of(method, names, bar.update)
             baseline = images if method == spec.baseline else baseline
             samples = Samples(images, images if baseline is None else baseline, spec.texts(rows), rows)
             measured = measure(metrics, samples, names)
@@ -173,22 +130,51 @@ def _sample_range(
             if method == spec.baseline:
                 return
             continue
-        sampled[IMAGES] = images.numpy()
-        absent = np.zeros((len(rows), 0), np.float32)  # norms of a sampler that evaluates images unequally often
+        arrays = {IMAGES: images.numpy(), NORMS: np.zeros((len(rows), 0), np.float32), **arrays}
         present = shards.producers(path)
-        arrays = {name: Array(shards.load(path, name), present[name]) for name in present.keys() - names} | measured
-        arrays |= {name: Array(sampled.get(name, absent), SAMPLED) for name in names & {IMAGES, NORMS, COST}}
-        kept = IMAGES in present.keys() - names
-        shards.write(path, arrays, shards.versions(path) if kept else runs.versions())
+        kept = {name: Array(shards.load(path, name), present[name]) for name in present.keys() - names}
+        sampled = {name: Array(arrays[name], SAMPLING) for name in names.intersection(OF_SAMPLING)}
+        shards.write(path, kept | measured | sampled, shards.versions(path) if IMAGES in kept else runs.versions())
         progress.sampled += len(rows)
 
 
-def _images(
-    spec: EvaluationSpec, method: str, rows: range, names: set[str], sampler: Sampler, advance: Callable[[int], object]
+def sample_range(
+    spec: EvaluationSpec, method: str, rows: range, sdxl: "SDXL", controls: list[Any], advance: Advance
 ) -> tuple[UInt8[Tensor, "b 3 h w"], dict[str, np.ndarray]]:
-    """From the shard where it holds them and lacks nothing of sampling, else sampled, to the same bits."""
-    path = spec.shard(method, rows)
-    if shards.producers(path).get(IMAGES) == SAMPLED and not names & {IMAGES, NORMS, COST}:
-        advance(len(rows))
-        return torch.from_numpy(shards.load(path, IMAGES)), {}
-    return sampler(method, rows, advance)
+    """Images of `rows`, in batches that start with the range, and the arrays NORMS (where all images were evaluated
+    equally often) and COST (see `required_arrays`). Raises NotFinite.
+
+    controls: the active ControlNets of each batch; filled where it is empty. advance: called with the size of each
+    batch that is done.
+    """
+    config, step = spec.config, int(spec.config.batch_size)
+    batches = [rows[i : i + step] for i in range(0, len(rows), step)]
+    size = config.size or sdxl.default_size
+    if config.controls and not controls:
+        images_of = [[spec.controls[i] for i in batch] for batch in batches]
+        sigmas = run_sigmas(sdxl, config)
+        controls += [controlled_batch(sdxl, config.controls, images, size, sigmas) for images in images_of]
+    norms: list[list[Float[Tensor, " b"]]] = []
+
+    def note_norm(guided: Tensor, unguided: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """The last post-processor: notes the root mean square of what guidance adds, and changes nothing."""
+        norms[-1].append((guided - unguided).square().mean((1, 2, 3)).sqrt())  # (b, c, h, w) -> (b,)
+        return guided
+
+    model = build_guidance(spec.methods[method], sdxl.denoiser, [note_norm])
+    images, arrays = [], {}
+    for batch, control in zip(batches, controls or [()] * len(batches), strict=True):
+        norms.append([])
+        conds = sdxl.encode(spec.texts(batch), negative=config.negative, size=config.size)
+        counter = FlopCounterMode(display=False) if batch.start == 0 else None
+        with counter or contextlib.nullcontext():
+            latents = sample_latents(sdxl, model, batch, conds, config, control)
+        if counter is not None:
+            arrays[COST] = np.array([counter.get_total_flops() / len(batch)])
+        decoded = DECODED if latents.device.type == "cpu" else max(1, PIXELS // math.prod(size))
+        images.append(decode_images(sdxl, latents, decoded).cpu())
+        advance(len(batch))
+    evaluations = len(norms[0])
+    if evaluations and all([*map(len, steps)] == [len(b)] * evaluations for steps, b in zip(norms, batches)):
+        arrays[NORMS] = torch.cat([torch.stack(steps, dim=1) for steps in norms]).float().cpu().numpy()  # (b, steps)
+    return torch.cat(images), arrays

@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from segresearch import runs
-from segresearch.build import device_kind
 from segresearch.config import EvaluateConfig, GuidanceConfig
-from segresearch.control_images.identify import Sources
+from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers, shards
 from segresearch.plan import (
     HELD_OUT,
     SCENE,
-    Panel,
-    Row,
     checked_control,
     control_images,
     describe,
@@ -26,10 +23,10 @@ from segresearch.plan import (
     scene_numbers,
     slug,
 )
+from segresearch.records import sampling_identity
 
 VERSION = 3  # of what shards hold
-OF_IMAGES = ("sampler", "schedule", "negative", "steps", "size", "batch_size", "shard")
-OF_RESULTS = ("images", "features", "distances", "text_alignment", "n_bootstrap", "n_subsets", "force")  # and not of shards
+OF_RESULTS = ("images", "features", "distances", "text_alignment", "n_bootstrap", "n_subsets", "force")  # not of shards
 
 
 @dataclass(frozen=True)
@@ -102,14 +99,12 @@ def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:
     that is not there.
     """
     config = spec.config
-    dtypes = {"dtype": config.model.dtype, "vae_dtype": config.model.vae_dtype}
     common = {
-        "version": VERSION, "model": {"fingerprint": runs.fingerprint(model), **dtypes},
-        **{key: getattr(config, key) for key in OF_IMAGES}, **config.compute.identity(device_kind(config.device)),
+        **sampling_identity(config, runs.fingerprint(model)), "version": VERSION, "negative": config.negative,
+        "batch_size": config.batch_size, "shard": config.shard,
         "prompts": config.prompts if _open_ended(config.prompts) else runs.digest(spec.prompts),
+        "controls": [_control_identity(spec, k, model) for k in range(len(config.controls))],
     }  # fmt: skip
-    if config.controls:
-        common["controls"] = _controls(spec, model)
     folders = {}
     for method, guidance in spec.methods.items():
         unnamed = dataclasses.replace(guidance, label=None)
@@ -133,15 +128,13 @@ def _open_ended(text: str | tuple[str, ...]) -> bool:
     return isinstance(text, str) and text.startswith(SCENE) and text.rstrip().endswith("-")
 
 
-def _controls(spec: EvaluationSpec, model: Path) -> list[Any]:
-    found = []
-    for k, (key, control) in enumerate(spec.config.controls.items()):
-        shown = [images[k] for images in spec.controls]
-        scenes = [image for image in shown if image.startswith(SCENE)]
-        some = [*scenes[:1], *dict.fromkeys(image for image in shown if not image.startswith(SCENE))]
-        panel = Panel("", None, tuple(Row("", i, (image,)) for i, image in enumerate(some)), {}, {key: control})
-        (own,) = Sources([panel], model).identity(panel)["controls"]
-        contents = dict(zip(some, own.pop("contents"), strict=True))
-        listed = control.image if _open_ended(control.image) else [contents.get(image, image) for image in shown]
-        found.append({**own, "first": contents[shown[0]], "images": runs.digest(listed)})
-    return found
+def _control_identity(spec: EvaluationSpec, k: int, model: Path) -> dict[str, Any]:
+    """What images depend on of the k-th control: its settings and the contents of its images, of scenes their names."""
+    name, control = list(spec.config.controls.items())[k]
+    images = [row[k] for row in spec.controls]
+    scene = next((image for image in images if image.startswith(SCENE)), None)  # one stands for how all are rendered
+    read = list(dict.fromkeys(image for image in images if image == scene or not image.startswith(SCENE)))
+    identified = identify_control(control, read, model, f"controls.{name}")
+    contents = {image: identified.contents(image) for image in read}
+    listed = control.image if _open_ended(control.image) else [contents.get(image, image) for image in images]
+    return {**identified.identity(read), "contents": contents.get(images[0]), "images": runs.digest(listed)}

@@ -3,11 +3,10 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from segresearch.errors import ConfigError
 
-Item = TypeVar("Item")
 LAUNCHERS = (  # a step's tasks, not the job's: a batch script that calls the program once is one worker
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
@@ -25,7 +24,7 @@ class Worker:
     def __str__(self) -> str:
         return f"worker {self.rank + 1} of {self.world}"
 
-    def part(self, items: Sequence[Item]) -> list[Item]:
+    def part(self, items: Sequence[Any]) -> list[Any]:
         """Every `world`-th of items, from `rank` on."""
         return list(items[self.rank :: self.world])
 
