@@ -111,7 +111,8 @@ def capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) -> 
     for start in range(0, len(images), int(config.batch_size)):
         batch = images[start : start + int(config.batch_size)]
         seeds, prompts = [image["seed"] for image in batch], [image["prompt"] for image in batch]
-        pixels.append(sample_images(sdxl, guided, seeds, prompts, config, config.negative, record=recorder.run(batch)))
+        attend = recorder.attend(batch)
+        pixels.append(sample_images(sdxl, guided, seeds, prompts, config, config.negative, attend=attend))
     if not len(recorder.recording):
         raise ConfigError(
             f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.measured_steps}"
