@@ -20,7 +20,7 @@ from segresearch import pretrained
 from segresearch.errors import InputError
 from segresearch.metrics import weight_files
 from segresearch.metrics.inception import FEATURES, WEIGHTS, load_inception
-from segresearch.metrics.mini_vision import SIDE, load_vision, unit_range
+from segresearch.metrics.mini_vision import load_vision, unit_range
 from segresearch.metrics.weight_files import Device
 from segresearch.models.compute import arithmetic
 from segresearch.models.locate import located
@@ -140,9 +140,6 @@ def _mini(path: str | Path | None, sha256: str | None, device: torch.device, dty
 
     @one_thread
     def network(images: Tensor) -> Tensor:
-        h, w = images.shape[2:]
-        if (h, w) != (SIDE, SIDE):
-            raise InputError(f"images of {h}×{w}: the features of mini need {SIDE}×{SIDE}")
         return vision(unit_range(images).to(dtype))
 
     return Extractor("mini", vision.head.out_features, digest, network, device)
