@@ -118,11 +118,6 @@ def write(path: Path, arrays: Mapping[str, Array], versions: Mapping[str, str] |
         except OSError as error:
             error.filename = str(path)
             raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def sweep(folder: Path) -> None:
