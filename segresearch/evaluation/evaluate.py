@@ -68,8 +68,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         rate = f" ({self.sampled / self.seconds:.2f} images/s)" if self.sampled and self.seconds else ""
-        existing = f", {self.existing} were there already" if self.existing else ""
-        counts = f"{self.sampled} images made{rate}{existing}" if self.sampled or self.existing else ""
+        existing = f", {self.existing} existed already" if self.existing else ""
+        counts = f"{self.sampled} images sampled{rate}{existing}" if self.sampled or self.existing else ""
         page_line = "" if self.result is None else f"page: {self.folder / PAGE}"
         return "\n".join(filter(None, [counts, self.message, page_line]))
 
@@ -100,13 +100,13 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, part: Worker |
         try:
             progress = Progress() if config.stage == "reduce" else sample_shards(spec, metrics, part, load)
         except KeyboardInterrupt:
-            print("stopped: whole shards are kept; the same command goes on", file=sys.stderr)
+            print("stopped: whole shards are kept; the same command resumes", file=sys.stderr)
             raise
         done = Evaluation(folder, progress.sampled, progress.existing, time.perf_counter() - start)
         if message := _incomplete(spec, metrics, progress, part):
             return dataclasses.replace(done, message=message)
         if config.stage == "shards":
-            return dataclasses.replace(done, message=f"all {len(spec.shards())} shards are there")
+            return dataclasses.replace(done, message=f"all {len(spec.shards())} shards exist")
         result = _results(spec, metrics, real, folder)
         log_evaluation(spec, result, lambda: shown_images(spec), folder)
         return dataclasses.replace(done, result=result)
@@ -137,15 +137,16 @@ def _incomplete(spec: EvaluationSpec, metrics: Sequence[ImageMetric], progress: 
     missing = sum(len(missing_arrays(spec, metrics, rows)) for rows in spec.ranges)
     failed = ""
     if progress.failures:
-        failed = f"{missing} shards could not be made: {progress.failures[0]}; try model.dtype=float32 or lower scales"
+        hint = "try model.dtype=float32 or lower scales"
+        failed = f"{missing} shards could not be written: {progress.failures[0]}; {hint}"
         if part.world == 1 or missing == len(progress.failures):
             raise Ended(4, failed)
     if not missing:
         return ""
     message = f"{missing} of {len(spec.shards())} shards are missing"
     if part.world == 1:
-        raise Ended(4, f"{message}; the same command without stage= makes them")
-    return f"{part} has made its part; {message}, which others make" + (f"; {failed}" if failed else "")
+        raise Ended(4, f"{message}; the same command without stage= writes them")
+    return f"{part} has written its part; {message}, which others write" + (f"; {failed}" if failed else "")
 
 
 def _results(spec: EvaluationSpec, metrics: Sequence[ImageMetric], real: Reference, folder: Path) -> Result:
@@ -217,6 +218,6 @@ def _sampled_by(spec: EvaluationSpec) -> str:
              for versions in map(shards.versions, spec.shards())}  # fmt: skip
     text = "; ".join(sorted(found))
     if found != {", ".join(f"{name} {version}" for name, version in runs.versions().items())}:
-        hint = "the images are not all of this code and torch; a new `out` makes them all anew"
+        hint = "not all images are of this code and torch; a new `out` samples them all again"
         print(f"{hint}: {text}", file=sys.stderr)
     return text

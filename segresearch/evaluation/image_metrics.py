@@ -126,11 +126,9 @@ def _distance(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
     heads = f"{name}_heads"
     sha256 = checksums.get(name), checksums.get(heads)
     net = load_lpips(name, weights.get(name), weights.get(heads), sha256, device=device)
-    read = hashlib.sha256()
-    for parameter in net.parameters():
-        read.update(parameter.cpu().numpy().tobytes())
+    producer = hashlib.sha256(b"".join(weight.cpu().numpy().tobytes() for weight in net.parameters())).hexdigest()
     return ImageMetric(
-        f"distance-{name}", read.hexdigest(), lambda s: lpips_distances(net, s.images, s.baseline), baseline=baseline
+        f"distance-{name}", producer, lambda s: lpips_distances(net, s.images, s.baseline), baseline=baseline
     )
 
 
