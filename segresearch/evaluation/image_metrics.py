@@ -17,7 +17,7 @@ from segresearch.metrics.edge_agreement import edge_agreement
 from segresearch.metrics.features import Extractor, load_extractor
 from segresearch.metrics.lpips import load_lpips, lpips_distances
 from segresearch.metrics.mini_vision import SIDE, load_vision, perceptual_distances, unit_range
-from segresearch.metrics.text_alignment import CLIP, load_clip, mini_text_alignment, text_alignment
+from segresearch.metrics.text_alignment import CLIP, MiniClip, load_clip, text_alignment
 from segresearch.models.compute import arithmetic
 from segresearch.models.locate import located
 from segresearch.plan import HELD_OUT, SCENE
@@ -163,7 +163,7 @@ def _caption(config: EvaluateConfig, device: str) -> Judge:
     def match(p: Pictures) -> Tensor:
         if p.images.shape[2:] != (SIDE, SIDE):
             raise InputError(f"pictures of {p.images.shape[2]}×{p.images.shape[3]}: mini reads {SIDE}×{SIDE}")
-        return mini_text_alignment(tower, text, p.images.to(device), p.texts)
+        return text_alignment(MiniClip(tower, text), p.images, p.texts, batch=250)
 
     return Judge("caption-mini", by, match)
 
