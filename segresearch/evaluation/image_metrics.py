@@ -141,9 +141,9 @@ def _text_alignment(spec: EvaluationSpec, device: str) -> ImageMetric:
     from segresearch.models import load_sdxl
 
     folder = located(config.weights.get("mini") or "mini")
-    clip = MiniClip(load_vision(folder).to(device), load_sdxl(folder, device=device).text)
+    mini = MiniClip(load_vision(folder).to(device), load_sdxl(folder, device=device).text)
     producer = digest([fingerprint(folder / part) for part in ("vision", "text_encoder_2")])
-    return ImageMetric("text_alignment-mini", producer, lambda s: text_alignment(clip, s.images, s.prompts, batch=250))
+    return ImageMetric("text_alignment-mini", producer, lambda s: text_alignment(mini, s.images, s.prompts, batch=250))
 
 
 def _attributes(scenes: Sequence[int]) -> ImageMetric:
