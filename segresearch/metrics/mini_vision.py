@@ -48,7 +48,7 @@ class Vision(nn.Module):
             maps.append(x)
         return maps
 
-    def forward(self, images: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b features"]:
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b features"]:
         """Features of images in [−1, 1]. InputError for another size."""
         h, w = images.shape[2:]
         if (h, w) != (SIDE, SIDE):
@@ -64,7 +64,7 @@ class VisionTower(nn.Module):
         self.vision = Vision(width, features)
         self.vision_projections = nn.ModuleList(nn.Linear(features, p, bias=False) for p in projections)
 
-    def embed(self, images: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b projection"]:
+    def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b projection"]:
         """Unit embeddings of images in [−1, 1], comparable with SDXL's pooled text (`Cond.pooled`)."""
         return F.normalize(self.vision_projections[1](self.vision(images)), dim=-1)
 
