@@ -17,7 +17,7 @@ from make_models import write_folder
 from omegaconf import OmegaConf
 from PIL import Image
 
-from segresearch import command
+from segresearch import cli as command
 from segresearch.analysis import measurements
 from segresearch.analysis.analyze import analyze
 from segresearch.analysis.measurements import measure, merge_claims, short

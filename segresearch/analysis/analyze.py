@@ -24,13 +24,14 @@ from tqdm import tqdm
 from segresearch import runs
 from segresearch.analysis import energy_plots, measurements, report
 from segresearch.analysis.recorder import Recorder, Recording
-from segresearch.analysis.settings import AnalyzeConfig, measured_steps
-from segresearch.build import build_guidance, load_model, of_model, with_batch_size
 from segresearch.checkpoints.resolve import resolve_model
+from segresearch.config import AnalyzeConfig
+from segresearch.config.build import build_guidance, load_model, of_model, with_batch_size
+from segresearch.config.expand import measured_steps
+from segresearch.config.parse import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
 from segresearch.guidance import SelfAttentionGuidance
 from segresearch.models import SDXL
-from segresearch.plan import parse_seeds, read_prompts
 from segresearch.plot_style import save
 from segresearch.records import figure_record, sampling_identity
 from segresearch.sample_images import sample_images
