@@ -149,7 +149,7 @@ def _figure(record: Mapping[str, Any], device: str, out: str) -> Path:
 
         given = {"compute": EXACT, **record["evaluate"], "device": device, "out": out}
         config: EvaluateConfig = typed(EvaluateConfig, given)
-        folder = evaluate(dataclasses.replace(config, only="all")).folder
+        folder = evaluate(dataclasses.replace(config, stage="all")).folder
     elif "analyze" in record:
         from segresearch.analysis.analyze import analyze
         from segresearch.analysis.settings import AnalyzeConfig

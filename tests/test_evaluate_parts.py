@@ -123,7 +123,7 @@ def places(*overrides: str) -> dict[str, str]:
 def test_shards_lie_by_what_pictures_depend_on():
     one = places("experiment=table2")
     assert one == places("experiment=table2", "images=40")
-    assert one == places("experiment=table2", "draws=3", "shown=2", "device=cpu", "only=reduce", "keep=8")
+    assert one == places("experiment=table2", "n_bootstrap=3", "n_examples=2", "device=cpu", "stage=reduce", "keep=8")
     assert one == places("experiment=table2", "device=cuda", "batch_size=25", "compute.precision=exact",
                          "compute.offload=true")  # fmt: skip
     assert places("experiment=table2", "device=cuda") == places("experiment=table2", "device=cuda", "batch_size=100")

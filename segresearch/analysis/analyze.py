@@ -86,7 +86,8 @@ def semantics(config: AnalyzeConfig, images: Sequence[dict[str, Any]], fingerpri
     }
     asked |= config.compute.identity(device_kind(config.device))
     model = {"fingerprint": fingerprint, "dtype": config.model.dtype}
-    return runs.plain({"version": VERSION, "model": model, **asked, "at": measured_steps(config), "images": images})
+    asked |= {"measured_steps": measured_steps(config), "images": images}
+    return runs.plain({"version": VERSION, "model": model, **asked})
 
 
 def capture(
@@ -125,7 +126,7 @@ def capture(
             pictures.append(sdxl.decode(latents).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
     if not len(recorder.recording):
         raise ConfigError(
-            f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.at}"
+            f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.measured_steps}"
         )
     return recorder.recording, torch.cat(pictures).permute(0, 2, 3, 1).cpu().numpy()
 

@@ -29,7 +29,7 @@ from segresearch.typed import nearest
 if TYPE_CHECKING:
     from segresearch.evaluation.spec import Study
 
-WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "caption")
+WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "text_alignment")
 ATTRIBUTES = ("count", "colors", "shapes", "objects", "exact", "objects_chance")
 LOOK = ("saturation", "brightness", "contrast", "red", "green", "blue")
 
@@ -80,9 +80,9 @@ def judges(config: EvaluateConfig, study: "Study", device: str = "cpu") -> tuple
         found.append(Judge(f"features-{name}", extractor.weights, _features(extractor), extractor=extractor))
     if len(study.settings) > 1:
         found += [_distance(name, config, study, device) for name in config.distances]
-    if any(study.prompts) and config.caption != "none":
+    if any(study.prompts) and config.text_alignment != "none":
         found.append(_caption(config, device))
-    if study.scenes and config.caption == "mini":
+    if study.scenes and config.text_alignment == "mini":
         found.append(_attributes(study.scenes))
     if study.controls and all(shown[0].startswith(SCENE) for shown in study.controls):
         found.append(_edges([HELD_OUT + int(shown[0].removeprefix(SCENE)) for shown in study.controls]))
@@ -151,8 +151,9 @@ def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) ->
 
 
 def _caption(config: EvaluateConfig, device: str) -> Judge:
-    if config.caption == "clip":
-        clip = load_clip(config.weights.get("caption") or CLIP, config.checksums.get("caption"), device=device)
+    if config.text_alignment == "clip":
+        path, checksum = (keys.get("text_alignment") for keys in (config.weights, config.checksums))
+        clip = load_clip(path or CLIP, checksum, device=device)
         return Judge("caption-clip", clip.weights, lambda p: cosines(clip, p.images, p.texts))
     from segresearch.models import load_sdxl
 

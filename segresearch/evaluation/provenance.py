@@ -45,7 +45,7 @@ def _versions(plan: Study, setting: str, i: int) -> dict[str, str]:
 
 def figure_record(config: EvaluateConfig, figure: str) -> Mapping[str, Any]:
     """What a figure of a study carries."""
-    of_a_call = ("out", "device", "only", "wandb")
+    of_a_call = ("out", "device", "stage", "wandb")
     asked = {key: value for key, value in runs.plain(config).items() if key not in of_a_call}
     kind = device_kind(config.device)
     asked["compute"] = runs.plain(config.compute.resolved(kind))
