@@ -262,7 +262,7 @@ def decode_row(vae: Any, z: Any, tile: int | None, device: str, dtype: str) -> d
 
 
 def trials(save: Save, px: int, device: str, size: str, batches: Sequence[int], rounds: int) -> None:
-    """Other options for an unguided step with a graph: memory layout, SDPA's backends, inference mode, cuDNN's search."""
+    """Other options for an unguided step with a graph: memory layout, SDPA, inference mode, cuDNN's search."""
     import copy
 
     import torch
