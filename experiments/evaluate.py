@@ -18,11 +18,9 @@ from segresearch.command import command, sources
 def main(config: Any) -> None:
     """Checks the settings, then makes and measures what is missing of the run."""
     from segresearch.config import EvaluateConfig
-    from segresearch.evaluation.spec import study
     from segresearch.plan import settings
 
-    typed = settings(config, sources(), EvaluateConfig)
-    study(typed)  # a slip shows before anything heavy is imported
+    typed = settings(config, sources(), EvaluateConfig)  # a slip shows before anything heavy is imported
 
     from segresearch.evaluation.evaluate import evaluate
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from segresearch.errors import ConfigError
 from segresearch.models.compute import Compute
-from segresearch.tracking import WandbConfig
 from segresearch.typed import Bounds
+from segresearch.wandb_log import WandbConfig
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Count = Annotated[int, Bounds(1, 100_000_000)]

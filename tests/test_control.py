@@ -7,9 +7,10 @@ from PIL import Image
 from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 from segresearch.config import ControlConfig
-from segresearch.control_images import canny, depth, fit, open_image, open_map, to_tensor
-from segresearch.control_images.depth_estimator import located_depth
+from segresearch.control_images.depth_estimator import depth, located_depth
+from segresearch.control_images.edges import canny, to_tensor
 from segresearch.control_images.prepare import control_image, scene_maps
+from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.plan import HELD_OUT
 from segresearch.scenes.control_maps import depth_image, edge_image
 from segresearch.scenes.scenes import scenes

@@ -11,11 +11,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from test_configs import composed
 
-from segresearch import command, images, runs
+from segresearch import command, png_metadata
 from segresearch.config import GenerateConfig
-from segresearch.control_images.identify import Sources
 from segresearch.errors import ConfigError
-from segresearch.generate import generate, semantics
+from segresearch.generate import expand, generate
 from segresearch.models import load_sdxl
 from segresearch.plan import HELD_OUT, control_images, panels, settings
 from segresearch.scenes.scenes import captions
@@ -69,12 +68,12 @@ def pictures(run) -> np.ndarray:
 
 def test_a_run_under_control_is_recorded_shown_and_not_made_twice(config, monkeypatch):
     run = generate(config(compare=[{}], prompts=["", "red"]))  # loads the ControlNets it names
-    assert (run.made, run.found) == (8, 0)
+    assert (run.sampled, run.existing) == (8, 0)
     shown = sorted(p.relative_to(run.folder) for p in (run.folder / "controls").rglob("*.png"))
     assert [str(p) for p in shown] == ["controls/canny/seed0.png", "controls/canny/seed1.png"]  # prompts share it
     first = np.asarray(Image.open(run.folder / shown[0]))
     assert first.shape == (16, 16, 3) and set(np.unique(first)) == {0, 255}
-    said = images.read_settings(run.folder / "images" / "vanilla" / "prompt1-seed1.png")
+    said = png_metadata.read_record(run.folder / "images" / "vanilla" / "prompt1-seed1.png")
     assert said["controls"]["canny"] == {
         "net": "canny", "image": "scene:1", "preprocess": "canny", "low": 100.0, "high": 200.0, "depth_model": None,
         "scale": 1.0, "start": 0.0, "end": 1.0, "guess": False,
@@ -85,7 +84,7 @@ def test_a_run_under_control_is_recorded_shown_and_not_made_twice(config, monkey
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
     monkeypatch.setattr("segresearch.generate.load_model", None)
     again = generate(config(compare=[{}], prompts=["", "red"]))
-    assert (again.made, again.folder) == (0, run.folder)
+    assert (again.sampled, again.folder) == (0, run.folder)
     (run.folder / shown[0]).unlink()
     generate(config(compare=[{}], prompts=["", "red"]))  # still without the model
     assert np.array_equal(np.asarray(Image.open(run.folder / shown[0])), first)
@@ -100,7 +99,7 @@ def test_config_yaml_of_a_controlled_run_is_the_run(config, model):
     run = generate(both, model)
     given = settings(OmegaConf.create((run.folder / "config.yaml").read_text()))
     again = generate(dataclasses.replace(given, out=both.out), model)
-    assert again.folder == run.folder and again.made == 0
+    assert again.folder == run.folder and again.sampled == 0
 
 
 def test_control_acts_and_scale_0_is_no_control(config, model):
@@ -130,14 +129,13 @@ def test_sizes_that_are_not_square_and_a_sampler_that_cuts_rows(config, model):
     churning = {"name": "euler", "options": {"s_churn": 0.5}}
     run = generate(config(size=(16, 24), sampler=churning, controls={"a": CANNY, "b": DEPTH}), model)
     assert {Image.open(path).size for path in run.folder.glob("controls/*/*.png")} == {(24, 16)}
-    assert sorted(p.name for p in (run.folder / "controls").iterdir()) == ["a", "b"] and run.made == 2
+    assert sorted(p.name for p in (run.folder / "controls").iterdir()) == ["a", "b"] and run.sampled == 2
 
 
 def test_the_identity_is_of_what_the_control_image_shows(config, photo, tmp_path, folder):
     def place(**changes) -> str:
         asked = config(seeds="0", controls={"canny": {**CANNY, "image": str(photo), **changes}})
-        plan = panels(asked)
-        return runs.digest(semantics(asked, plan, "model", Sources(plan, folder)))
+        return expand(asked).folder.name
 
     base = place()
     moved = tmp_path / "elsewhere" / "same.png"
@@ -166,8 +164,8 @@ def test_a_map_of_ones_own_and_a_photo_in_turn(config, model, photo, tmp_path):
     Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)).save(tmp_path / "map.png")
     files = [str(tmp_path / "map.png"), str(photo)]
     run = generate(config(seeds="5-7", controls={"d": {**DEPTH, "preprocess": "none", "image": files}}), model)
-    said = [images.read_settings(p)["controls"]["d"]["image"] for p in sorted((run.folder / "images").rglob("*.png"))]
-    assert said == [files[0], files[1], files[0]]
+    records = [png_metadata.read_record(p) for p in sorted((run.folder / "images").rglob("*.png"))]
+    assert [record["controls"]["d"]["image"] for record in records] == [files[0], files[1], files[0]]
     shown = np.asarray(Image.open(run.folder / "controls" / "d" / "seed7.png"))
     assert np.abs(shown[:, :, 0].flatten() - np.linspace(0, 255, 256)).max() < 1
 

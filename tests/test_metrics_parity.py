@@ -1,7 +1,8 @@
-"""The metrics against torch-fidelity, torchmetrics and lpips, with identical random weights; nothing is fetched."""
+"""The metrics against torch-fidelity and torchmetrics, with identical random weights; nothing is fetched."""
 
 import json
 import re
+from pathlib import Path
 
 import lpips
 import pytest
@@ -27,14 +28,13 @@ from transformers import (
 
 from segresearch.errors import CheckpointError
 from segresearch.metrics import weight_files
-from segresearch.metrics.clip_score import cosines, load_clip, mini_cosines
 from segresearch.metrics.features import load_extractor
 from segresearch.metrics.frechet import frechet_distance, gaussian
-from segresearch.metrics.inception import Inception
-from segresearch.metrics.lpips import LPIPS, load_lpips, lpips_distances
+from segresearch.metrics.lpips import load_lpips, lpips_distances
 from segresearch.metrics.mini_vision import VisionTower, load_vision
-from segresearch.metrics.mmd import cmmd, discrepancy, gaussian_kernel, kid, polynomial, subset
+from segresearch.metrics.mmd import cmmd, discrepancy, gaussian_kernel, kid, polynomial, subset_indices
 from segresearch.metrics.precision import precision_recall
+from segresearch.metrics.text_alignment import load_clip, mini_text_alignment, text_alignment
 from segresearch.models.locate import MINI
 
 TEXTS = ["a red cube", "a blue sphere left of a small green cone", "a ring"]
@@ -93,8 +93,9 @@ def test_kernel_inception_distance(dtype):
     theirs = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=90, verbose=False)
     close(discrepancy(polynomial, x, y).unbiased, theirs["kernel_inception_distance_mean"], 1e-4)
     x, y = sets(dtype=torch.float64)
-    ours = kid(x, y, subsets=5, size=40)
-    values = torch.stack([poly_mmd(x[subset(120, 40, 0, i, 0)], y[subset(90, 40, 0, i, 1)]) for i in range(5)])
+    ours = kid(x, y, n_subsets=5, size=40)
+    rows = [(subset_indices(120, 40, 0, i, 0), subset_indices(90, 40, 0, i, 1)) for i in range(5)]
+    values = torch.stack([poly_mmd(x[i], y[j]) for i, j in rows])
     close(ours.distance, values.mean(), 1e-10)
     close(ours.spread, values.std(correction=0), 1e-10)
 
@@ -102,7 +103,7 @@ def test_kernel_inception_distance(dtype):
 def test_gaussian_kernel_discrepancy():
     x, y = sets(90, 90, dtype=torch.float64)
     theirs = kernel_mmd(x.numpy(), y.numpy(), kid_kernel="rbf", kid_kernel_rbf_sigma=10.0)
-    close(discrepancy(gaussian_kernel(10.0), x, y).unbiased, theirs, 1e-8)
+    close(discrepancy(gaussian_kernel, x, y).unbiased, theirs, 1e-8)
     x, y = (torch.nn.functional.normalize(f, dim=1) for f in (x, y))
     theirs = kernel_mmd(x.numpy(), y.numpy(), kid_kernel="rbf", kid_kernel_rbf_sigma=10.0)
     close(cmmd(x * 3, y * 5).unbiased, 1000 * theirs, 1e-8)
@@ -130,33 +131,46 @@ def test_precision_and_recall(dtype, neighbour):
 # Inception-v3
 
 
+def reference_inception():
+    """torch-fidelity's network, as it is built but for its download."""
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.Module.load_state_dict", lambda self, state: self)
+        patch.setattr("torch.nn.Module.to", lambda self, dtype: self)
+        patch.setattr("torch.load", lambda *a, **k: {})
+        return FeatureExtractorInceptionV3("theirs", ["2048"], "weights")
+
+
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("inception") / "weights.pth"
-    with torch.device("meta"):
-        module = Inception()
-    torch.save(random_state(module), file)
+    torch.save(random_state(reference_inception()), file)
     return file
 
 
 @pytest.mark.parametrize("dtype, count, rel", [(torch.float32, 2, 1e-5), (torch.float64, 1, 2e-6)])
-def test_inception_features_and_logits(inception_file, dtype, count, rel):
+def test_inception_features(inception_file, dtype, count, rel):
+    """Its layers, called one after another, are its forward; there fp64 is rounded to fp32 at the end."""
+    before = torch.get_rng_state()
     ours = load_extractor("inception", inception_file, weight_files.digest(inception_file), dtype=dtype)
-    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:  # as it is built, but for its download
-        patch.setattr("torch.nn.Module.load_state_dict", lambda self, state: self)
-        patch.setattr("torch.nn.Module.to", lambda self, dtype: self)
-        patch.setattr("torch.load", lambda *a, **k: {})
-        theirs = FeatureExtractorInceptionV3("theirs", ["2048", "logits"], "weights")
+    assert torch.equal(before, torch.get_rng_state())
+    theirs = reference_inception()
     theirs.load_state_dict(torch.load(inception_file), assign=True)
     theirs.to(dtype).eval()
     theirs.feature_extractor_internal_dtype = dtype
     images = pictures(count, 3, 40, 56)
-    features, logits = theirs(images)
+    (features,) = theirs(images)
     found = ours.of(images, batch=1)
     assert (features > 0).double().mean() > 0.2 and found.dtype == dtype
     close(found, features, rel)
-    close(ours.network.logits(found), logits, rel)
     assert str(ours).startswith("inception (2048 features, weights ")
+
+
+def test_inception_weights_that_run_code_are_refused(tmp_path):
+    """torch-fidelity alone would run it."""
+    file = tmp_path / "weights.pth"
+    torch.save({"a": torch.nn.Linear(1, 1)}, file)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_extractor("inception", file, weight_files.digest(file))
 
 
 def test_inception_weights_are_checked(inception_file):
@@ -169,40 +183,38 @@ def test_inception_weights_are_checked(inception_file):
 
 @pytest.fixture(scope="module", params=["vgg", "alex"])
 def lpips_nets(request, tmp_path_factory):
-    """Ours and both others with one random trunk, in torchvision's layout, and the official heads."""
+    """Ours and torchmetrics' with one random trunk, in torchvision's layout, and the official heads; the trunk file."""
     net, file = request.param, tmp_path_factory.mktemp("lpips") / "trunk.pth"
     with torch.device("meta"):
-        ours = LPIPS(net)
-        others = [
-            lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False),
-            _LPIPS(net=net, pretrained=False, pnet_rand=True),
-        ]
-    trunk = {k: v for k, v in random_state(ours).items() if k.startswith("features.")}
+        other = _LPIPS(net=net, pretrained=False, pnet_rand=True)
+    keys = {key: re.sub(r"net\.slice\d", "features", key) for key in other.state_dict()}
+    trunk = {keys[k]: v for k, v in random_state(other).items() if keys[k].startswith("features.")}
     torch.save(trunk | {"classifier.1.weight": torch.zeros(2, 2)}, file)
+    before = torch.get_rng_state()
     ours = load_lpips(net, file, sha256=(weight_files.digest(file), None))
-    held = ours.state_dict()
-    for other in others:
-        names = {
-            k: re.sub(r"net\.slice\d\.|lins\.", lambda m: {"n": "features.", "l": "lin"}[m[0][0]], k)
-            for k in other.state_dict()
-        }
-        buffers = {"shift": [-0.030, -0.088, -0.188], "scale": [0.458, 0.448, 0.450]}
-        state = {
-            k: torch.tensor(buffers[k.split(".")[1]]).view(1, 3, 1, 1) if k.startswith("scaling") else held[name]
-            for k, name in names.items()
-        }
-        other.load_state_dict(state, assign=True)
-        other.eval()
-    return ours, *others
+    assert torch.equal(before, torch.get_rng_state())
+    heads = torch.load(Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth", map_location="cpu")
+    constants = {"scaling_layer.shift": [-0.030, -0.088, -0.188], "scaling_layer.scale": [0.458, 0.448, 0.450]}
+    state = trunk | heads | {k: torch.tensor(v).view(1, 3, 1, 1) for k, v in constants.items()}
+    other.load_state_dict({k: state[re.sub(r"^lins\.", "lin", name)] for k, name in keys.items()}, assign=True)
+    return ours, other.eval(), file
+
+
+def test_lpips_weights_are_loaded_strictly(lpips_nets, tmp_path):
+    net, file = lpips_nets[0].pnet_type, tmp_path / "trunk.pth"
+    trunk = torch.load(lpips_nets[2])
+    for changed in (trunk | {"features.99.weight": torch.zeros(1)}, dict(list(trunk.items())[1:])):
+        torch.save(changed, file)
+        with pytest.raises(CheckpointError, match=f"LPIPS {net}: the weights do not fit: .*(Missing|Unexpected) key"):
+            load_lpips(net, file, sha256=(weight_files.digest(file), None))
 
 
 def test_lpips(lpips_nets):
-    ours, theirs, metric = lpips_nets
+    ours, metric, _ = lpips_nets
     a, b = pictures(2, 3, 40, 56), pictures(2, 3, 40, 56, seed=1)
     x, y = a / 127.5 - 1, b / 127.5 - 1
     found = lpips_distances(ours, a, b, batch=1)
     with torch.no_grad():
-        close(found, theirs(x, y).flatten(), 1e-5)
         close(found, metric(x, y).flatten(), 1e-5)
 
 
@@ -212,19 +224,20 @@ def test_lpips_limits(lpips_nets):
     assert lpips_distances(ours, a, a).tolist() == [0, 0]
     close(lpips_distances(ours, a, b), lpips_distances(ours, b, a), 1e-6)
     close(lpips_distances(ours, a, b)[1:], lpips_distances(ours, a[1:], b[1:]), 1e-5)
-    least = {"vgg": 16, "alex": 31}[ours.net]
+    net = ours.pnet_type
+    least = {"vgg": 16, "alex": 31}[net]
     assert lpips_distances(ours, a[:, :, :least, :least], b[:, :, :least, :least]).isfinite().all()
-    with pytest.raises(ValueError, match=f"LPIPS with {ours.net} needs sides of {least} pixels"):
+    with pytest.raises(ValueError, match=f"LPIPS with {net} needs sides of {least} pixels"):
         lpips_distances(ours, a[:, :, : least - 1], b[:, :, : least - 1])
     with pytest.raises(ValueError, match="cannot be compared one by one"):
         lpips_distances(ours, a, b[:, :, :, :31])
-    with pytest.raises(ValueError, match="2 and 1 pictures cannot be compared"):
+    with pytest.raises(ValueError, match="cannot be compared one by one"):
         lpips_distances(ours, a, b[:1])
 
 
 def test_lpips_net_must_be_known():
     with pytest.raises(ValueError, match="LPIPS net='squeeze': choose one of vgg, alex"):
-        LPIPS("squeeze")
+        load_lpips("squeeze")
 
 
 # CLIP and DINOv2
@@ -266,32 +279,32 @@ def test_clip_score(clip_folder, size):
     theirs = CLIPProcessor(CLIPImageProcessor.from_pretrained(clip_folder), CLIPTokenizer.from_pretrained(clip_folder))
     with torch.no_grad():
         score, _ = _clip_score_update(list(images), TEXTS, Plain.from_pretrained(clip_folder).eval(), theirs)
-    found = cosines(clip, images, TEXTS, batch=2)
+    found = text_alignment(clip, images, TEXTS, batch=2)
     close(found, score / 100, 1e-5)
-    double = cosines(load_clip(clip_folder, dtype=torch.float64), images, TEXTS)
+    double = text_alignment(load_clip(clip_folder, dtype=torch.float64), images, TEXTS)
     close(found, double, 1e-5)
-    close(found[1:2], cosines(clip, images[1:2], TEXTS[1:2]), 1e-5)
+    close(found[1:2], text_alignment(clip, images[1:2], TEXTS[1:2]), 1e-5)
 
 
 def test_what_clip_refuses_and_warns_of(clip_folder, tmp_path):
     clip = load_clip(clip_folder)
     images = pictures(1, 3, 32, 32)
-    with pytest.raises(ValueError, match="1 pictures and 3 as texts"):
-        cosines(clip, images, TEXTS)
-    with pytest.raises(ValueError, match="1 pictures and one string as texts"):
-        cosines(clip, images, "a")
-    with pytest.raises(ValueError, match="no pictures"):
-        cosines(clip, images[:0], [])
+    with pytest.raises(ValueError, match="1 images and 3 as texts"):
+        text_alignment(clip, images, TEXTS)
+    with pytest.raises(ValueError, match="1 images and one string as texts"):
+        text_alignment(clip, images, "a")
+    with pytest.raises(ValueError, match="no images"):
+        text_alignment(clip, images[:0], [])
     with pytest.warns(UserWarning, match="CLIP reads 16 tokens"):
-        assert cosines(clip, images, ["a red cube and " * 9]).isfinite().all()
+        assert text_alignment(clip, images, ["a red cube and " * 9]).isfinite().all()
     with pytest.raises(CheckpointError, match="its SHA-256 is"):
         load_clip(clip_folder, sha256="0" * 64)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((clip_folder / name).read_bytes())
-    with pytest.raises(CheckpointError, match="tokenizer or image processor"):
+    with pytest.raises(CheckpointError, match="no tokenizer or image processor of CLIP"):
         load_clip(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="CLIPModel misses .* weights"):
+    with pytest.raises(CheckpointError, match="the CLIPModel misses .* weights"):
         load_clip(tmp_path)
 
 
@@ -299,9 +312,9 @@ def test_clip_features(clip_folder):
     extractor = load_extractor("clip", clip_folder, weight_files.digest(clip_folder / "model.safetensors"))
     images = pictures(3, 3, 32, 32)
     assert extractor.dim == 24
-    close(extractor.of(images, batch=2), load_clip(clip_folder).of_images(images), 1e-5)
-    assert extractor(pictures(1, 3, 50, 70)).norm(dim=1).item() == pytest.approx(1)
-    with pytest.raises(ValueError, match="no pictures"):
+    close(extractor.of(images, batch=2), load_clip(clip_folder).embed_images(images), 1e-5)
+    assert extractor.of(pictures(1, 3, 50, 70)).norm(dim=1).item() == pytest.approx(1)
+    with pytest.raises(ValueError, match="no images"):
         extractor.of(images[:0])
 
 
@@ -317,7 +330,7 @@ def test_dinov2_features(tmp_path):
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     with torch.no_grad():
         close(extractor.of(images, batch=1), model((images / 255 - mean) / std).pooler_output, 1e-5)
-    assert extractor(pictures(1, 3, 50, 70)).shape == (1, 32)
+    assert extractor.of(pictures(1, 3, 50, 70)).shape == (1, 32)
 
 
 def test_features_and_cosines_of_the_embedded_model(tmp_path):
@@ -329,8 +342,8 @@ def test_features_and_cosines_of_the_embedded_model(tmp_path):
     extractor = load_extractor("mini", tmp_path)
     with torch.no_grad():
         close(extractor.of(images), tower.vision(images / 127.5 - 1), 1e-5)
-    with pytest.raises(ValueError, match="pictures of 64×32: the features of mini need 64×64"):
-        extractor(images[..., :32])
+    with pytest.raises(ValueError, match="images of 64×32: the features of mini need 64×64"):
+        extractor.of(images[..., :32])
     assert extractor.dim == 24 and extractor.weights == weight_files.digest(folder / "model.safetensors")
 
     class Text:
@@ -339,7 +352,7 @@ def test_features_and_cosines_of_the_embedded_model(tmp_path):
             pooled = torch.tensor([[float(len(t) + i) for i in range(10)] for t in texts])
             return pooled[:, None], pooled
 
-    found = mini_cosines(load_vision(tmp_path), Text, images, TEXTS, batch=2)
+    found = mini_text_alignment(load_vision(tmp_path), Text, images, TEXTS, batch=2)
     with torch.no_grad():
         wanted = torch.cosine_similarity(
             tower.vision_projections[1](tower.vision(images / 127.5 - 1)), Text.encode(TEXTS)[1]

@@ -39,7 +39,7 @@ def test_constraints_pin_every_dependency_once_on_every_python():
     pins = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"==[0-9][0-9a-z.]*", str(pin.specifier)) and not (pin.url or pin.extras) for pin in pins)
     assert {str(pin.specifier) for pin in pins if pin.name == "k-diffusion"} == {f"=={VERSION}"}
-    wanted = declared("test", "notebooks", "cluster", "dashboards", "dev") - {"segresearch"}
+    wanted = declared("test", "metrics", "notebooks", "cluster", "dashboards", "dev") - {"segresearch"}
     for minor in range(11, 15):
         for patch in (0, 9):
             python = {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.{patch}"}
@@ -51,10 +51,16 @@ def test_every_import_is_a_dependency_and_every_dependency_is_imported():
     k_diffusion = Path(importlib.util.find_spec("k_diffusion").submodule_search_locations[0])
     opened = [k_diffusion / f"{module}.py" for module in MODULES]
     package = [path for folder in ("segresearch", "experiments") for path in (ROOT / folder).rglob("*.py")]
-    optional = [ROOT / "segresearch" / "dashboard.py"]  # imports the extra `dashboards`, and says so where it is absent
-    needed = distributions([path for path in package if path not in optional] + opened)
+    optional = {  # a file that imports packages of an extra, and names it where they are absent -> them
+        "dashboard.py": ("dashboards", {"wandb-workspaces"}),
+        "metrics/inception.py": ("metrics", {"torch-fidelity"}),
+        "metrics/lpips.py": ("metrics", {"lpips"}),
+    }
+    files = [ROOT / "segresearch" / name for name in optional]
+    needed = distributions([path for path in package if path not in files] + opened)
     assert needed == declared() - {"k-diffusion"}  # the door opens it without importing it by name
-    assert distributions(optional) - needed == {"wandb-workspaces"} <= declared("dashboards")
+    for file, (extra, packages) in zip(files, optional.values(), strict=True):
+        assert distributions([file]) - needed == packages <= declared(extra)
     assert distributions([*(ROOT / "benchmarks").rglob("*.py")]) <= declared("test")
 
 
@@ -106,7 +112,8 @@ def distributions(paths: list[Path]) -> set[str]:
                 tops |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 tops.add(node.module.partition(".")[0])
-    tops -= {*sys.stdlib_module_names, "segresearch", "experiments", *(path.stem for path in [*paths, *SCRIPTS])}
+    neighbours = [path for path in [*paths, *SCRIPTS] if not path.is_relative_to(ROOT / "segresearch")]
+    tops -= {*sys.stdlib_module_names, "segresearch", "experiments", *(path.stem for path in neighbours)}
     installed = importlib.metadata.packages_distributions()
     assert tops <= installed.keys()
     return {canonicalize_name(installed[top][0]) for top in tops}

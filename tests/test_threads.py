@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import segresearch.scenes.scenes as scene_module
-from segresearch.metrics import gaussian
-from segresearch.metrics.frechet import frechet_distance
+from segresearch.metrics.frechet import frechet_distance, gaussian
 from segresearch.scenes.scenes import scenes
 from segresearch.threads import FEW, few_features, one_thread, one_thread_for, threads
 
@@ -78,8 +77,8 @@ def test_the_bootstrap_is_computed_by_one_thread(monkeypatch):
 
     monkeypatch.setattr(torch.linalg, "eigvalsh", seen)
     features = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
-    assert len(frechet_distance(features, gaussian(features), draws=2).draws) == 2
-    assert inside == [1] * 5 and torch.get_num_threads() == 3  # the distance, two halves, two draws
+    assert len(frechet_distance(features, gaussian(features), n_bootstrap=2).resamples) == 2
+    assert inside == [1] * 5 and torch.get_num_threads() == 3  # the distance, two halves, two resamples
 
 
 def test_processes_that_tests_start_have_one_thread():

@@ -20,7 +20,7 @@ from torch import Tensor
 from experiments.mini.common import Plan, batch_indices, generator, save_state, train
 from experiments.mini.render import SHARD, open_images, take
 from experiments.mini.train_vae import HELD_OUT
-from segresearch.metrics.attributes import Namer, agreement, loss_of, named, of_scenes
+from segresearch.metrics.attributes import AttributeClassifier, agreement, attribute_loss, classify, scene_attributes
 from segresearch.scenes.scenes import scenes
 
 WIDTH = 24
@@ -33,20 +33,20 @@ def softened(images: Tensor) -> Tensor:
     return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
 
 
-def measure(classifier: Namer, count: int = 2048) -> dict[str, Any]:
+def measure(classifier: AttributeClassifier, count: int = 2048) -> dict[str, Any]:
     """Agreement with the objects of held-out scenes, for images as rendered and softened."""
     index = range(HELD_OUT, HELD_OUT + count)
-    images, truth = scenes(index).images, of_scenes(index)
+    images, truth = scenes(index).images, scene_attributes(index)
     soft = softened(images.float()).round().to(torch.uint8)
     result: dict[str, Any] = {"scenes": count}
     for version, batch in (("rendered", images), ("softened", soft)):
-        shares = agreement(named(classifier, batch), truth)
+        shares = agreement(classify(classifier, batch), truth)
         result[version] = {name: round(value.mean().item(), 4) for name, value in shares.items()}
     return result
 
 
 def finish(out: Path, weights: Mapping[str, Tensor], width: int) -> dict[str, Any]:
-    classifier = Namer(width).eval()
+    classifier = AttributeClassifier(width).eval()
     classifier.load_state_dict(weights)
     measured = {**measure(classifier), "parameters": sum(p.numel() for p in classifier.parameters())}
     packed = {"config": json.dumps({"width": width}), "weights": dict(weights), "measured": json.dumps(measured)}
@@ -67,9 +67,9 @@ def main() -> None:
     parser.add_argument("--stop", type=int)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    shards, truth = open_images(args.scenes, args.images), of_scenes(range(args.images))
+    shards, truth = open_images(args.scenes, args.images), scene_attributes(range(args.images))
     torch.manual_seed(args.seed)
-    classifier = Namer(WIDTH)
+    classifier = AttributeClassifier(WIDTH)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         index = batch_indices(args.images, args.batch, step, args.seed)
@@ -80,7 +80,7 @@ def main() -> None:
             images = images.flip(-1)
         with torch.autocast("cpu", torch.bfloat16):
             count, names = classifier(images)
-        value = loss_of(count, names, truth[index])
+        value = attribute_loss(count, names, truth[index])
         return value, {"count": (count.argmax(1) + 1 == truth.count[index]).float().mean().item()}
 
     plan = Plan(args.steps, peak=args.peak, warmup=100, hold=0.3, decay=0.998, stop=args.stop, save_every=250)

@@ -19,8 +19,8 @@ from segresearch.config import (
 from segresearch.config import Width as Sigma
 from segresearch.errors import ConfigError
 from segresearch.models.compute import Compute
-from segresearch.tracking import WandbConfig
 from segresearch.typed import typed
+from segresearch.wandb_log import WandbConfig
 
 BoundaryName = Literal["reflect", "symmetric", "circular", "exact"]
 

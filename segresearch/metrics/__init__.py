@@ -1,28 +1,14 @@
-"""Metrics of images and of sets of images, with the networks that they need (docs/metrics.md)."""
+"""Metrics of images and of sets of images, with the networks that they need (docs/metrics.md).
 
-from segresearch.metrics.attributes import Attributes, Namer, agreement, load_namer, named, of_objects, of_scenes
-from segresearch.metrics.frechet import Frechet, Gaussian, Moments, frechet_distance, gaussian, resamples
-from segresearch.metrics.mini_vision import Vision, VisionTower, features_of, load_vision
-from segresearch.metrics.perceptual_mini import distances, feature_distance
-
-__all__ = [
-    "Attributes",
-    "Frechet",
-    "Gaussian",
-    "Moments",
-    "Namer",
-    "Vision",
-    "VisionTower",
-    "agreement",
-    "distances",
-    "feature_distance",
-    "features_of",
-    "frechet_distance",
-    "gaussian",
-    "load_namer",
-    "load_vision",
-    "named",
-    "of_objects",
-    "of_scenes",
-    "resamples",
-]
+features           networks that turn images into features, by name
+frechet            Fréchet distance of features, with its errors
+mmd                kernel distances of features: KID, CMMD
+precision          precision and recall of features
+text_alignment     agreement of images with their prompts
+lpips              LPIPS of pairs of images
+edge_agreement     agreement of images with the edges of their control images
+attributes         the attribute classifier of `mini`: agreement of images with their scenes
+mini_vision        the vision tower of `mini`: features, and a perceptual distance
+inception          Inception-v3 of the Fréchet inception distance
+weight_files       published weights: where they lie, and their checksums
+"""

@@ -1,4 +1,4 @@
-"""Whether the contrasts of a picture lie on given outlines: how well a picture obeys its control image."""
+"""Whether the contrasts of an image lie on given edges: how well an image follows its control image."""
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +22,12 @@ def contrast(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h w"]:
 def edge_agreement(images: Float[Tensor, "b 3 h w"], edges: Bool[Tensor, "b h w"]) -> Float[Tensor, " b"]:
     """Area under the ROC curve of `contrast` as a detector of the exact edges: 1 is perfect, 0.5 chance.
 
-    Needs no threshold, so overall contrast plays no part. ValueError for edges nowhere or everywhere in a picture.
+    It needs no threshold, so overall contrast plays no part. InputError for an image with edges nowhere or everywhere.
     """
-    wanted = edges.flatten(1)
-    positive = wanted.sum(1)
-    if not ((positive > 0) & (positive < wanted.shape[1])).all():
-        raise InputError("edge agreement needs pictures with some edges, and not edges everywhere")
-    order = contrast(images).flatten(1).argsort(dim=1)
-    ranks = torch.zeros(order.shape, dtype=torch.float64, device=order.device)
-    places = torch.arange(1, order.shape[1] + 1, dtype=torch.float64, device=order.device)
-    ranks.scatter_(1, order, places.expand(order.shape))
-    above = (ranks * wanted).sum(1) - positive * (positive + 1) / 2  # Mann-Whitney
-    return (above / (positive * (wanted.shape[1] - positive))).float()
+    edges = edges.flatten(1)
+    positive, n = edges.sum(1), edges.shape[1]
+    if not ((positive > 0) & (positive < n)).all():
+        raise InputError("edge agreement needs images with some edges, and not edges everywhere")
+    ranks = contrast(images).flatten(1).argsort(dim=1).argsort(dim=1).double() + 1
+    above = (ranks * edges).sum(1) - positive * (positive + 1) / 2  # Mann-Whitney
+    return (above / (positive * (n - positive))).float()

@@ -1,10 +1,10 @@
-"""Features of pictures for distances between sets of them: uint8 (b, 3, h, w) in, float (b, dim) out.
+"""Features of images for distances between sets of them: uint8 (b, 3, h, w) in, float (b, dim) out.
 
     extractor = load_extractor("inception")        # or "dinov2", "clip", "mini"
     features  = extractor.of(images)               # on the CPU, in batches
     print(extractor)                               # inception (2048 features, weights 6726825d...)
 
-Each resizes and scales pictures as its papers do: docs/metrics.md.
+Each resizes and scales images as its papers do: docs/metrics.md.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from segresearch import pretrained
 from segresearch.errors import InputError
-from segresearch.metrics import inception, weight_files
-from segresearch.metrics.mini_vision import SIDE, load_vision, unit_range
+from segresearch.metrics import weight_files
+from segresearch.metrics.inception import FEATURES, WEIGHTS, load_inception
+from segresearch.metrics.mini_vision import load_vision, unit_range
+from segresearch.metrics.weight_files import Device
 from segresearch.models.compute import arithmetic
 from segresearch.models.locate import located
 from segresearch.threads import one_thread
 
 DINOV2 = "facebook/dinov2-large"  # ViT-L/14, 1024 features (arXiv 2304.07193)
-CLIP = "openai/clip-vit-large-patch14-336"  # 768 features (arXiv 2103.00020)
+CLIP_336 = "openai/clip-vit-large-patch14-336"  # 768 features (arXiv 2103.00020)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 DINOV2_SIDE = 224
@@ -32,33 +35,30 @@ DINOV2_SIDE = 224
 
 @dataclass(frozen=True)
 class Extractor:
-    """A frozen network from pictures to features of `dim` numbers; weights: SHA-256 of the file they come from."""
+    """A frozen network from images to features of `dim` numbers; weights: SHA-256 of the file they come from."""
 
     name: str
     dim: int
     weights: str
-    network: Callable[[Tensor], Tensor] = field(repr=False)
+    network: Callable[[Tensor], Tensor] = field(repr=False)  # uint8 (b, 3, h, w) -> (b, dim)
     device: torch.device = torch.device("cpu")
 
     def __str__(self) -> str:
         return f"{self.name} ({self.dim} features, weights {self.weights[:8]}...)"
 
     @torch.inference_mode()
-    def __call__(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b dim"]:
-        """Features of one batch, on the extractor's device; fp32 products in fp32, whatever else computes there."""
-        with arithmetic("exact", self.device):
-            found = self.network(images.to(self.device))
-        assert found.shape == (len(images), self.dim), found.shape
-        return found
-
     def of(self, images: UInt8[Tensor, "n 3 h w"], batch: int = 64) -> Float[Tensor, "n dim"]:
-        """Features of many pictures, `batch` at a time, on the CPU. ValueError for none."""
+        """Features, `batch` images at a time, on the CPU; fp32 products in fp32 whatever else computes on the device.
+
+        Raises InputError for no images.
+        """
         if not len(images):
-            raise InputError("no pictures to take features of")
-        return torch.cat([self(part).cpu() for part in images.split(batch)])
+            raise InputError("no images to take features of")
+        with arithmetic("exact", self.device):
+            return torch.cat([self.network(part.to(self.device)).cpu() for part in images.split(batch)])
 
 
-def squared(
+def normalized_squares(
     images: UInt8[Tensor, "b 3 h w"],
     side: int,
     normal: tuple[tuple[float, ...], tuple[float, ...]],
@@ -67,7 +67,7 @@ def squared(
 ) -> Float[Tensor, "b 3 side side"]:
     """Bicubic with antialiasing to a square, as Pillow does it; less the mean and over the deviation of `normal`.
 
-    crop: the middle square of the picture, rounded to whole levels afterwards (CMMD); else all of it, squeezed to a
+    crop: the middle square of the image, rounded to whole numbers afterwards (CMMD); else all of it, squeezed to a
     square and not rounded (FD-DINOv2).
     """
     if crop:
@@ -83,17 +83,15 @@ def squared(
 
 
 def load_extractor(
-    name: str,
-    path: str | Path | None = None,
-    sha256: str | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Extractor:
+    name: str, path: str | Path | None = None, sha256: str | None = None,
+    device: Device = "cpu", dtype: torch.dtype = torch.float32,
+) -> Extractor:  # fmt: skip
     """A network of EXTRACTORS, with weights from `path` or from the local cache; nothing is fetched.
 
     path: the weight file of "inception"; a folder or hub id with config.json and weights for "dinov2" and "clip"; a
     model folder with vision/ for "mini". sha256: of the weights, where not the published one is meant.
-    Raises ValueError for an unknown name, CheckpointError for weights that are missing or not the ones meant.
+    Raises InputError for an unknown name, CheckpointError for weights that are missing or not the ones meant,
+    PackageError where "inception" lacks torch-fidelity.
     """
     if name not in EXTRACTORS:
         raise InputError(f"features {name!r}: choose one of {', '.join(EXTRACTORS)}")
@@ -101,63 +99,50 @@ def load_extractor(
 
 
 def _inception(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
-    weights, known = weight_files.tensors(inception.WEIGHTS, path, sha256)
-    with torch.device("meta"):
-        network = inception.Inception()
-    weight_files.put(network, weights, str(path or inception.WEIGHTS.file))
-    return Extractor("inception", inception.FEATURES, known, weight_files.frozen(network, device, dtype), device)
+    weights, digest = weight_files.load_tensors(WEIGHTS, path, sha256)
+    return Extractor("inception", FEATURES, digest, load_inception(weights, device, dtype), device)
 
 
 def _dinov2(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
     from transformers import Dinov2Model  # imports for seconds, so only where it is used
 
-    folder, known = weight_files.hub_folder(path or DINOV2, sha256)
-    model = weight_files.frozen(weight_files.pretrained(Dinov2Model.from_pretrained, folder), device, dtype)
+    folder, digest = weight_files.hub_weights(path or DINOV2, sha256)
+    model = weight_files.frozen(pretrained.load_model(Dinov2Model, folder), device, dtype)
 
     def network(images: Tensor) -> Tensor:
-        pixels = squared(images, DINOV2_SIDE, IMAGENET, dtype)
+        pixels = normalized_squares(images, DINOV2_SIDE, IMAGENET, dtype)
         return model(pixel_values=pixels).last_hidden_state[:, 0]  # (b, tokens, dim) -> (b, dim), the class token
 
-    return Extractor("dinov2", model.config.hidden_size, known, network, device)
+    return Extractor("dinov2", model.config.hidden_size, digest, network, device)
 
 
 def _clip(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
     from transformers import AutoConfig, CLIPVisionModelWithProjection
 
-    folder, known = weight_files.hub_folder(path or CLIP, sha256)
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    if hasattr(config, "vision_config"):  # a whole CLIP says above its towers how wide the embeddings are
-        config.vision_config.projection_dim = config.projection_dim
-        config = config.vision_config
-    loaded = weight_files.pretrained(CLIPVisionModelWithProjection.from_pretrained, folder, config=config)
+    folder, digest = weight_files.hub_weights(path or CLIP_336, sha256)
+    with pretrained.reading(folder, "no config.json of CLIP"):
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    width = config.projection_dim  # a whole CLIP has it beside its towers, a vision tower among its own sizes
+    loaded = pretrained.load_model(CLIPVisionModelWithProjection, folder, projection_dim=width)
     model = weight_files.frozen(loaded, device, dtype)
 
     def network(images: Tensor) -> Tensor:
-        pixels = squared(images, model.config.image_size, OPENAI, dtype, crop=True)
+        pixels = normalized_squares(images, model.config.image_size, OPENAI, dtype, crop=True)
         return F.normalize(model(pixel_values=pixels).image_embeds, dim=-1)
 
-    return Extractor("clip", model.config.projection_dim, known, network, device)
+    return Extractor("clip", width, digest, network, device)
 
 
 def _mini(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
-    tower = weight_files.frozen(load_vision(path or "mini"), device, dtype)
+    vision = weight_files.frozen(load_vision(path or "mini"), device, dtype).vision
     file = located(path or "mini") / "vision" / "model.safetensors"
-    known = weight_files.checked(file, sha256) if sha256 else weight_files.digest(file)
+    digest = weight_files.checked(file, sha256) if sha256 else weight_files.digest(file)
 
     @one_thread
     def network(images: Tensor) -> Tensor:
-        if images.shape[2:] != (SIDE, SIDE):
-            raise InputError(
-                f"pictures of {images.shape[2]}×{images.shape[3]}: the features of mini need {SIDE}×{SIDE}"
-            )
-        return tower.vision(unit_range(images).to(dtype))
+        return vision(unit_range(images).to(dtype))
 
-    return Extractor("mini", tower.vision.head.out_features, known, network, device)
+    return Extractor("mini", vision.head.out_features, digest, network, device)
 
 
-EXTRACTORS: dict[str, Callable[..., Extractor]] = {
-    "inception": _inception,
-    "dinov2": _dinov2,
-    "clip": _clip,
-    "mini": _mini,
-}
+EXTRACTORS = {"inception": _inception, "dinov2": _dinov2, "clip": _clip, "mini": _mini}

@@ -1,4 +1,4 @@
-"""The vision tower of `mini`'s two CLIPs: features for distances between pictures, embeddings to match with texts."""
+"""The vision tower of `mini`'s two CLIPs: features for distances of sets, embeddings, a perceptual distance."""
 
 import json
 from collections.abc import Callable
@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from segresearch.errors import CheckpointError
+from segresearch.errors import CheckpointError, InputError
+from segresearch.metrics.weight_files import fitting, frozen
 from segresearch.models.locate import located
 from segresearch.threads import one_thread
 
@@ -34,18 +35,24 @@ class Vision(nn.Module):
     def stages(self, images: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
         """The feature maps of the four stages, at half, a quarter, an eighth and a sixteenth of the pixels.
 
-        images: in [−1, 1], of sides that are multiples of 16.
+        images: in [−1, 1]. InputError for sides that are not multiples of 16.
         """
-        x, found = images, []
+        h, w = images.shape[2:]
+        if h % 16 or w % 16:
+            raise InputError(f"images of {h}×{w}: sides must be multiples of 16")
+        x, maps = images, []
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             x = F.silu(norm(conv(x)))  # (b, c, h, w) -> (b, c', h/2, w/2)
             if i:
                 x = x + F.silu(self.residuals[i - 1](x))
-            found.append(x)
-        return found
+            maps.append(x)
+        return maps
 
     def forward(self, images: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b features"]:
-        """Features of pictures in [−1, 1]."""
+        """Features of images in [−1, 1]. InputError for another size."""
+        h, w = images.shape[2:]
+        if (h, w) != (SIDE, SIDE):
+            raise InputError(f"images of {h}×{w}: the features of mini need {SIDE}×{SIDE}")
         return F.silu(self.head(self.stages(images)[-1].flatten(1)))
 
 
@@ -57,18 +64,21 @@ class VisionTower(nn.Module):
         self.vision = Vision(width, features)
         self.vision_projections = nn.ModuleList(nn.Linear(features, p, bias=False) for p in projections)
 
-    def project(self, features: Float[Tensor, "b features"], which: int = 1) -> Float[Tensor, "b projection"]:
-        """Unit embeddings; `which` = 1 is comparable with SDXL's pooled text, `sdxl.encode(texts)["cond"].pooled`."""
-        return F.normalize(self.vision_projections[which](features), dim=-1)
+    @torch.inference_mode()
+    def embed(self, images: UInt8[Tensor, "b 3 64 64"], batch: int = 250) -> Float[Tensor, "b projection"]:
+        """Unit embeddings, comparable with SDXL's pooled text, `sdxl.encode(texts)["cond"].pooled`; on its device."""
+        device = self.vision.head.weight.device
+        features = torch.cat([self.vision(unit_range(part.to(device))) for part in images.split(batch)])
+        return F.normalize(self.vision_projections[1](features), dim=-1)
 
 
 def unit_range(images: Tensor) -> Tensor:
-    """uint8 pictures as fp32 in [−1, 1]."""
+    """uint8 images as fp32 in [−1, 1]."""
     return images.float() / 127.5 - 1
 
 
-def filled(path_or_name: str | Path, part: str, build: Callable[..., Module]) -> Module:
-    """`build(**config)` with the weights of <model folder>/<part>/{config.json, model.safetensors}, fp32, evaluating.
+def load_part(path_or_name: str | Path, part: str, build: Callable[..., Module]) -> Module:
+    """`build(**config)` with the weights of <model folder>/<part>/{config.json, model.safetensors}, in fp32.
 
     Raises CheckpointError where the part is missing or does not fit.
     """
@@ -81,27 +91,37 @@ def filled(path_or_name: str | Path, part: str, build: Callable[..., Module]) ->
             f"{folder}: no readable config.json and model.safetensors ({error}); this model brings no {part} weights, "
             'use "mini", or export them (experiments/mini)'
         ) from error
-    try:
-        module = build(**config)
-        module.load_state_dict({name: value.float() for name, value in weights.items()})
-    except (TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder}: weights and config.json do not fit: {' '.join(str(error).split())}"
-        ) from error
-    return module.eval().requires_grad_(False)
+    with fitting(folder):
+        with torch.device("meta"):  # no numbers are drawn that the weights replace
+            module = build(**config)
+        module.load_state_dict(weights, assign=True)
+    return frozen(module)
 
 
 def load_vision(path_or_name: str | Path = "mini") -> VisionTower:
     """The vision tower shipped in a model folder's vision/. Raises CheckpointError where there is none."""
-    return filled(path_or_name, "vision", VisionTower)
+    return load_part(path_or_name, "vision", VisionTower)
 
 
 @one_thread
 @torch.inference_mode()
-def features_of(
-    tower: VisionTower, images: Tensor, batch: int = 250
-) -> tuple[Float[Tensor, "b features"], Float[Tensor, "b projection"]]:
-    """Features and CLIP 2 embeddings of uint8 pictures (b, 3, 64, 64), fp32, where the tower lies."""
-    device = tower.vision.head.weight.device
-    features = torch.cat([tower.vision(unit_range(part.to(device))) for part in images.split(batch)])
-    return features, tower.project(features)
+def perceptual_distances(
+    vision: Vision, a: UInt8[Tensor, "n 3 h w"], b: UInt8[Tensor, "m 3 y x"], batch: int = 200
+) -> Float[Tensor, " n"]:
+    """Distance in [0, 4] of uint8 images, pair by pair, in the manner of LPIPS (arXiv 1801.03924), on vision's device.
+
+    At each stage the channels of every place are scaled to unit length. Squared differences are summed over channels,
+    averaged over places, then over stages. LPIPS weights each channel as human judgements were fitted. There are none
+    of 64×64 scenes, so every channel counts alike: numbers compare with each other, not with those of LPIPS.
+    """
+    if a.shape != b.shape:
+        raise InputError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared one by one")
+    device, parts = vision.head.weight.device, []
+    for pair in zip(a.split(batch), b.split(batch), strict=True):
+        maps = [vision.stages(unit_range(images.to(device))) for images in pair]
+        stages = [
+            (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(dim=1).mean(dim=(1, 2))  # (b, c, h, w) -> (b,)
+            for x, y in zip(*maps, strict=True)
+        ]
+        parts.append(torch.stack(stages).mean(0))
+    return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""Improved precision and recall (arXiv 1904.06991): is a picture within the k-nearest-neighbour balls of a set?
+"""Improved precision and recall (arXiv 1904.06991): is an image within the k-nearest-neighbour balls of a set?
 
 The balls around the features of a set reach to the k-th nearest other feature of it. Precision: share of generated
 features in a ball of the reference; recall: share of the reference in a ball of the generated. Both depend on N (balls
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.errors import InputError
+from segresearch.metrics.mmd import checked_sets
 from segresearch.threads import few_features, one_thread_for
 
 ROUNDING = 1e-13  # squared distances below this times the squared lengths are rounding, and count as 0
@@ -28,29 +29,25 @@ class PrecisionRecall:
     neighbour: int
     dim: int
 
-    def __str__(self) -> str:
-        counts = f"N = {self.n} against {self.n_reference}, k = {self.neighbour}, {self.dim} features"
-        return f"precision {self.precision:.3f}, recall {self.recall:.3f} ({counts})"
 
-
-def _apart(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"]) -> Float[Tensor, "n m"]:
-    """Squared distances, exactly 0 between equal features."""
+def _squared_distances(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"]) -> Float[Tensor, "n m"]:
+    """Exactly 0 between equal features."""
     lengths = x.square().sum(1)[:, None] + y.square().sum(1)  # (n, dim), (m, dim) -> (n, m)
-    apart = lengths - 2 * x @ y.T
-    return apart.where(apart > ROUNDING * lengths, 0)
+    squares = lengths - 2 * x @ y.T
+    return squares.where(squares > ROUNDING * lengths, 0)
 
 
-def radii(x: Float[Tensor, "n dim"], neighbour: int = 3, block: int = 1024) -> Float[Tensor, " n"]:
+def squared_radii(x: Float[Tensor, "n dim"], neighbour: int = 3, block: int = 1024) -> Float[Tensor, " n"]:
     """Squared distance of each feature to its k-th nearest other one."""
-    found = [_apart(rows, x).kthvalue(neighbour + 1, dim=1).values for rows in x.split(block)]  # itself is the first
-    return torch.cat(found)
+    nearest = neighbour + 1  # itself is the first
+    return torch.cat([_squared_distances(rows, x).kthvalue(nearest, dim=1).values for rows in x.split(block)])
 
 
 def covered(
-    x: Float[Tensor, "n dim"], balls: Float[Tensor, "m dim"], reach: Float[Tensor, " m"], block: int = 1024
+    x: Float[Tensor, "n dim"], centres: Float[Tensor, "m dim"], radii: Float[Tensor, " m"], block: int = 1024
 ) -> float:
-    """Share of x that lies within one of the balls, whose edge belongs to them."""
-    inside = [(_apart(rows, balls) <= reach).any(1) for rows in x.split(block)]
+    """Share of x that lies within one of the balls of squared radii, whose edge belongs to them."""
+    inside = [(_squared_distances(rows, centres) <= radii).any(1) for rows in x.split(block)]
     return torch.cat(inside).double().mean().item()
 
 
@@ -60,19 +57,15 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Precision and recall of generated features against a reference, in fp64, N stated.
 
-    Memory beside the features is one block × max(n, m) matrix of distances. ValueError for as few pictures as
+    Memory beside the features is one block × max(n, m) matrix of distances. InputError for as few images as
     `neighbour`, for values that are not finite or features of another number.
     """
-    if features.shape[1] != reference.shape[1]:
-        raise InputError(f"features of {features.shape[1]} and {reference.shape[1]} numbers cannot be compared")
-    n, m = len(features), len(reference)
+    x, y = checked_sets(features, reference, least=0)
+    n, m = len(x), len(y)
     if not 1 <= neighbour < min(n, m):
-        raise InputError(f"neighbour={neighbour}: must lie between 1 and {min(n, m) - 1}, for {n} and {m} pictures")
-    x, y = features.detach().double(), reference.detach().double()
-    if not (x.isfinite().all() and y.isfinite().all()):
-        raise InputError("features hold values that are not finite: the pictures they come from are broken")
-    middle = y.mean(0)  # distances do not change, their rounding shrinks
-    x, y = x - middle, y - middle
-    precision = covered(x, y, radii(y, neighbour, block), block)
-    recall = covered(y, x, radii(x, neighbour, block), block)
+        raise InputError(f"neighbour={neighbour}: must lie between 1 and {min(n, m) - 1}, for {n} and {m} images")
+    centre = y.mean(0)  # distances do not change, their rounding shrinks
+    x, y = x - centre, y - centre
+    precision = covered(x, y, squared_radii(y, neighbour, block), block)
+    recall = covered(y, x, squared_radii(x, neighbour, block), block)
     return PrecisionRecall(precision, recall, n, m, neighbour, x.shape[1])

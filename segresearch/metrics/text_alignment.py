@@ -1,0 +1,104 @@
+"""Text alignment: the cosine of the CLIP embeddings of an image and of its prompt (arXiv 2103.00020).
+
+Papers print it in three scales: the cosine itself (0.271 in Table 2 of SEG, arXiv 2408.00760), 100·max(cos, 0), and
+2.5·max(cos, 0) (CLIPScore, arXiv 2104.08718). Here it is the cosine. The CLIP it is measured by is a part of it.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from segresearch.errors import InputError
+from segresearch.metrics.mini_vision import VisionTower
+from segresearch.metrics.weight_files import Device, frozen, hub_weights
+from segresearch.pretrained import load_model, reading
+from segresearch.threads import one_thread
+
+CLIP = "openai/clip-vit-large-patch14"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Both towers of a CLIP with their tokenizer and image processor; weights: SHA-256 of their file."""
+
+    weights: str
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    processor: Any = field(repr=False)
+
+    @torch.inference_mode()
+    def embed_images(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b dim"]:
+        """Unit embeddings. The model's own processor resizes images and cuts them to the middle square."""
+        inputs = self.processor(images=list(images.cpu()), input_data_format="channels_first", return_tensors="pt")
+        output = self.model.vision_model(pixel_values=inputs["pixel_values"].to(next(self.model.parameters())))
+        return F.normalize(self.model.visual_projection(output.pooler_output), dim=-1)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b dim"]:
+        """Unit embeddings. Texts longer than the model reads (77 tokens) are cut, with a warning."""
+        limit = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt", verbose=False)
+        if tokens.input_ids.shape[1] > limit:
+            warnings.warn(f"CLIP reads {limit} tokens; longer texts among the {len(texts)} are cut", stacklevel=3)
+            tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        device = next(self.model.parameters()).device
+        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+        output = self.model.text_model(input_ids=ids, attention_mask=mask)
+        return F.normalize(self.model.text_projection(output.pooler_output), dim=-1)
+
+
+def load_clip(
+    path: str | Path = CLIP, sha256: str | None = None, device: Device = "cpu", dtype: torch.dtype = torch.float32
+) -> Clip:
+    """A CLIP of transformers from a local folder, or a hub id that is in the local cache; nothing is fetched.
+
+    Raises CheckpointError where files are missing, or the weights have another SHA-256.
+    """
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer  # imports for seconds
+
+    folder, digest = hub_weights(path, sha256)
+    model = frozen(load_model(CLIPModel, folder), device, dtype)
+    with reading(folder, "no tokenizer or image processor of CLIP"):
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        processor = CLIPImageProcessor.from_pretrained(str(folder), local_files_only=True)
+    return Clip(digest, model, tokenizer, processor)
+
+
+def _check_pairs(images: Tensor, texts: Sequence[str]) -> None:
+    if isinstance(texts, str) or len(images) != len(texts):
+        count = "one string" if isinstance(texts, str) else len(texts)
+        raise InputError(f"{len(images)} images and {count} as texts: give a list with one text for each image")
+    if not len(texts):
+        raise InputError("no images and texts to compare")
+
+
+def text_alignment(
+    clip: Clip, images: UInt8[Tensor, "n 3 h w"], texts: Sequence[str], batch: int = 64
+) -> Float[Tensor, " n"]:
+    """Cosine of each image with its text, in [−1, 1], on the CPU. InputError for unequal numbers or none."""
+    _check_pairs(images, texts)
+    starts = range(0, len(texts), batch)
+    pairs = [(clip.embed_images(images[i : i + batch]), clip.embed_texts(texts[i : i + batch])) for i in starts]
+    return torch.cat([(image * text).sum(1).cpu() for image, text in pairs])  # (b, dim) -> (b,)
+
+
+@one_thread
+def mini_text_alignment(
+    tower: VisionTower, text: Any, images: UInt8[Tensor, "n 3 64 64"], texts: Sequence[str], batch: int = 250
+) -> Float[Tensor, " n"]:
+    """The same by the embedded model's second CLIP: its vision tower (`load_vision`) and its `sdxl.text`.
+
+    The first has no projection of its text, as in SDXL, so nothing of it can be compared with an image.
+    """
+    _check_pairs(images, texts)
+    starts = range(0, len(texts), batch)
+    pooled = torch.cat([text.encode(list(texts[i : i + batch]))[1] for i in starts])  # -> (n, projection)
+    embedded = tower.embed(images, batch)
+    return (embedded * F.normalize(pooled.to(embedded), dim=-1)).sum(1)
