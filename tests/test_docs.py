@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from segresearch.analysis.settings import settings as analyze_settings
 from segresearch.config import EvaluateConfig, conf_dir
-from segresearch.evaluation.spec import study
+from segresearch.evaluation.spec import evaluation_spec
 from segresearch.plan import panels, settings
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +123,7 @@ def check_generate(config):
 
 
 def check_evaluate(config):
-    assert study(settings(config, kind=EvaluateConfig)).ranges
+    assert evaluation_spec(settings(config, kind=EvaluateConfig)).methods
 
 
 def check_analyze(config):
