@@ -70,7 +70,7 @@ def steps(results: Mapping[str, Any], ceiling: float | None) -> list[str]:
         mine = [n for n in times if n.startswith("unguided, ")]
         cells = [[o, milliseconds(times, o), *(f"{ratio(times, o, m):.2f}" if complete(times, o, m) else "–"
                                                for m in mine)] for o in others]  # fmt: skip
-        out.append(table(("beside", "ms", *(f"times faster: {m}" for m in mine)), cells))
+        out.append(table(("diffusers", "ms", *(f"times faster: {m}" for m in mine)), cells))
     return out + failures(results["failed"])
 
 

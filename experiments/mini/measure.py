@@ -65,7 +65,7 @@ def measure(folder: Path, clip_file: Path, count: int, steps: int, weights: list
     result: dict[str, Any] = {"count": count, "steps": steps, "vae_psnr_db": round(psnr, 2)}
     result["latent_std"] = round(latents.std().item(), 4)
     result["eps_mse"] = round(eps_loss(model, latents, held.captions), 5)
-    result["own_caption_first_of_64"] = {"real pictures": matches(clips, images, tokens)}
+    result["own_caption_first_of_64"] = {"real images": matches(clips, images, tokens)}
     config = GenerateConfig(
         ModelConfig("mini", str(folder)), SamplerConfig("euler"), ScheduleConfig("leading"), steps=steps
     )
