@@ -134,7 +134,7 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
 
 
 def expand(config: GenerateConfig) -> Run:
-    """The run of `config`, its folder made. ConfigError and CheckpointError for what it names and is not there."""
+    """The run of `config`; its folder is created. ConfigError and CheckpointError for files that are missing."""
     plan, weights = panels(config), located(config.model.path)
     identified = [
         {

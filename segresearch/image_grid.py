@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.Image import Resampling
 
 INK, QUIET, PAPER, RULE = "#16181d", "#5f6672", "#ffffff", "#d9dce1"
 GAP, MARGIN, BLOCK_GAP = 4, 24, 36  # pixels between images, around the sheet, between blocks
@@ -65,53 +66,54 @@ def wrap(text: str, size: int, width: int) -> list[str]:
     return lines
 
 
+def write(
+    sheet: Image.Image, x: int, y: int, lines: Sequence[str], size: int, ink: str = INK, bold: bool = False
+) -> None:
+    draw, stroke = ImageDraw.Draw(sheet), 0.3 if bold else 0
+    for n, line in enumerate(lines):
+        position = (x, y + n * line_height(size))
+        draw.text(position, line, font=font(size), fill=ink, stroke_width=stroke, stroke_fill=ink)
+
+
 class Layout:
-    """Where the parts of a block lie, in pixels, for images `cell` high and small text of `size`."""
+    """The measures of a block in pixels, for images `cell` high and small text of `size`."""
 
     def __init__(self, block: Block, cell: int, size: int):
+        self.block, self.cell, self.size = block, cell, size
         height, width = image_size(block.paths[0][0])
-        self.block, self.cell, self.size, self.title_size = block, cell, size, size + 4
         self.image_width = max(1, round(cell * width / height))
-        self.text_left = max(text_width(label, size) for label, _ in block.captions) + 12
+        self.indent = max(text_width(label, size) for label, _ in block.captions) + 12
         if any(text for _, text in block.captions):
-            self.text_left = max(self.text_left, min(self.image_width, 200))
+            self.indent = max(self.indent, min(self.image_width, 200))
         self.heads = [wrap(head, size + 1, self.image_width) for head in block.heads]
-        self.captions = [[label, *wrap(text, size, self.text_left - 8)] for label, text in block.captions]
+        self.captions = [[label, *wrap(text, size, self.indent - 8)] for label, text in block.captions]
         self.rows = [max(cell, len(lines) * line_height(size)) + GAP for lines in self.captions]
-        self.width = max(self.left(len(block.heads)), text_width(block.title, self.title_size))
+        columns_width = len(block.heads) * (self.image_width + GAP)
+        self.width = max(self.indent + columns_width, text_width(block.title, size + 4))
+        self.title_height = line_height(size + 4) + 10 if block.title else 0
         self.head_height = max(map(len, self.heads)) * line_height(size + 1) + 8
-        self.title_height = line_height(self.title_size) + 10 if block.title else 0
-
-    def left(self, column: int) -> int:
-        return self.text_left + column * (self.image_width + GAP)
 
     def draw(self, sheet: Image.Image, x: int, y: int, above: int) -> None:
-        """At (x, y) of `sheet`, its first image `above` pixels lower."""
+        """At (x, y) of `sheet`, its first row of images `above` pixels lower."""
+        size = self.size
         if self.block.title:
-            write(sheet, x, y, [self.block.title], self.title_size, bold=True)
-            rule = y + line_height(self.title_size) + 2
+            write(sheet, x, y, [self.block.title], size + 4, bold=True)
+            rule = y + line_height(size + 4) + 2
             ImageDraw.Draw(sheet).line((x, rule, x + self.width - GAP, rule), fill=RULE)
         y += above
-        for column, lines in enumerate(self.heads):
+        lefts = [x + self.indent + column * (self.image_width + GAP) for column in range(len(self.heads))]
+        for left, lines in zip(lefts, self.heads, strict=True):
             for n, line in enumerate(reversed(lines), 1):
-                indent = self.left(column) + (self.image_width - text_width(line, self.size + 1)) // 2
-                write(sheet, x + indent, y - 6 - n * line_height(self.size + 1), [line], self.size + 1, bold=True)
+                centred = left + (self.image_width - text_width(line, size + 1)) // 2
+                write(sheet, centred, y - 6 - n * line_height(size + 1), [line], size + 1, bold=True)
         for lines, paths, height in zip(self.captions, self.block.paths, self.rows, strict=True):
-            write(sheet, x, y, lines[:1], self.size, QUIET if lines[1:] else INK)
-            write(sheet, x, y + line_height(self.size), lines[1:], self.size)
-            for column, path in enumerate(paths):
+            write(sheet, x, y, lines[:1], size, QUIET if lines[1:] else INK)
+            write(sheet, x, y + line_height(size), lines[1:], size)
+            for left, path in zip(lefts, paths, strict=True):
                 with Image.open(path) as image:
-                    whole = self.cell % image.height == 0
-                    resampling = Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
-                    pixels = image.convert("RGB").resize((self.image_width, self.cell), resampling)
-                sheet.paste(pixels, (x + self.left(column), y))
+                    resampling = Resampling.LANCZOS if self.cell % image.height else Resampling.NEAREST
+                    sheet.paste(image.convert("RGB").resize((self.image_width, self.cell), resampling), (left, y))
             y += height
-
-
-def write(sheet: Image.Image, x: int, y: int, lines: Sequence[str], size: int, ink: str = INK, bold: bool = False):
-    for n, line in enumerate(lines):
-        ImageDraw.Draw(sheet).text((x, y + n * line_height(size)), line, font=font(size), fill=ink,
-                                   stroke_width=0.3 if bold else 0, stroke_fill=ink)  # fmt: skip
 
 
 def draw_grid(blocks: Sequence[Block], title: str, note: str, cell: int, across: int = 2) -> Image.Image:

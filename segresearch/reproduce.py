@@ -28,8 +28,7 @@ OF_AN_IMAGE = ("sampler", "schedule", "guidance", "steps", "size", "negative")
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The new image, its largest difference from the file (of 255), the share of pixels that differ, and notes on what
-    differs between the two records."""
+    """The new image, its largest difference from the file (of 255), the share of pixels that differ, and notes."""
 
     image: Image.Image
     largest: int

@@ -60,7 +60,7 @@ def run_folder(out: str | Path, name: str, identity: Mapping[str, Any]) -> Path:
 def written_config(settings: Mapping[str, Any], of_a_call: Mapping[str, Any]) -> str:
     """config.yaml of a run: every setting in full, in a form that its script takes back.
 
-    of_a_call: keys that are of one call and not of the run, with the values that the file has in their place.
+    of_a_call: keys that are of one call and not of the run, each with its value in the file.
     """
     from omegaconf import OmegaConf
 

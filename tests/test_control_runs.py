@@ -22,7 +22,7 @@ from segresearch.typed import typed
 
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
 CANNY = {"net": "canny", "image": "scene:0-", "preprocess": "canny"}
-PICTURE = str(Path(__file__).resolve().parent.parent / "docs" / "demo.png")
+PHOTO = str(Path(__file__).resolve().parent.parent / "docs" / "demo.png")
 DEPTH = {"net": "depth", "image": "scene:0-", "preprocess": "depth", "scale": 0.5}
 
 
@@ -62,7 +62,7 @@ def photo(tmp_path):
     return path
 
 
-def pictures(run) -> np.ndarray:
+def pixels_of(run) -> np.ndarray:
     return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted((run.folder / "images").rglob("*.png"))])
 
 
@@ -104,13 +104,13 @@ def test_config_yaml_of_a_controlled_run_is_the_run(config, model):
 
 def test_control_acts_and_scale_0_is_no_control(config, model):
     plain, zero, steered = (
-        pictures(generate(config(controls=c), model)) for c in ({}, {"canny": {**CANNY, "scale": 0}}, {"canny": CANNY})
+        pixels_of(generate(config(controls=c), model)) for c in ({}, {"canny": {**CANNY, "scale": 0}}, {"canny": CANNY})
     )
     assert np.array_equal(plain, zero) and np.abs(plain - steered).max() > 2
-    both = pictures(generate(config(controls={"canny": CANNY, "depth": DEPTH}), model))
-    other = pictures(generate(config(controls={"depth": DEPTH}), model))
+    both = pixels_of(generate(config(controls={"canny": CANNY, "depth": DEPTH}), model))
+    other = pixels_of(generate(config(controls={"depth": DEPTH}), model))
     assert min(np.abs(both - one).max() for one in (plain, steered, other)) > 2
-    late = pictures(generate(config(controls={"canny": {**CANNY, "start": 0.5}}), model))
+    late = pixels_of(generate(config(controls={"canny": {**CANNY, "start": 0.5}}), model))
     assert min(np.abs(late - one).max() for one in (plain, steered)) > 0
 
 
@@ -119,10 +119,10 @@ def test_every_image_has_its_own_control_whatever_the_batch(config, model, tmp_p
     places = [{"batch_size": n, "out": str(tmp_path / str(n))} for n in (4, 1)]
     whole, single = (generate(config(**given, **place), model) for place in places)
     assert whole.folder.name == single.folder.name
-    assert np.abs(pictures(whole) - pictures(single)).max() <= 1
+    assert np.abs(pixels_of(whole) - pixels_of(single)).max() <= 1
     alone = generate(config(**given | {"seeds": "2", "controls": {
         "canny": {**CANNY, "image": "scene:2"}, "depth": {**DEPTH, "image": "scene:2-"}}}), model)  # fmt: skip
-    assert np.abs(pictures(alone) - pictures(whole)[[2, 6]]).max() <= 1
+    assert np.abs(pixels_of(alone) - pixels_of(whole)[[2, 6]]).max() <= 1
 
 
 def test_sizes_that_are_not_square_and_a_sampler_that_cuts_rows(config, model):
@@ -154,7 +154,7 @@ def test_the_identity_is_of_what_the_control_image_shows(config, photo, tmp_path
 def test_guess_mode_is_for_the_conditional_branch(config, model):
     guided = {"terms": {"cfg": {"kind": "cfg", "weight": 3}}}
     plain, guess = (
-        pictures(generate(config(guidance=guided, controls={"canny": {**CANNY, "guess": g}}), model))
+        pixels_of(generate(config(guidance=guided, controls={"canny": {**CANNY, "guess": g}}), model))
         for g in (False, True)
     )
     assert np.abs(plain - guess).max() > 2
@@ -187,12 +187,12 @@ def test_a_map_of_ones_own_and_a_photo_in_turn(config, model, photo, tmp_path):
         ({"low": 300}, "controls.canny.low: 300 is above high, 200"),
         ({"start": 0.5, "end": 0.5}, "controls.canny.start: 0.5 is not below end, 0.5"),
         ({"preprocess": "depth", "image": "a.png"}, "controls.canny.depth_model: missing, and a.png needs one"),
-        ({"preprocess": "depth", "image": PICTURE, "depth_model": "no/such"}, "hf download no/such"),
+        ({"preprocess": "depth", "image": PHOTO, "depth_model": "no/such"}, "hf download no/such"),
         ({"preprocess": "depth", "image": "a.png", "depth_model": "no/such"}, "a.png: no such file"),
         ({"scale": "inf"}, "controls.canny.scale: inf is not finite"),
     ],
 )
-def test_what_cannot_be_is_one_line_before_a_picture_is_made(config, model, change, words):
+def test_what_cannot_be_is_one_line_before_an_image_is_made(config, model, change, words):
     with pytest.raises(ValueError) as caught:
         generate(config(controls={"canny": {**CANNY, **change}}), model)
     asset = "hf download" in words or "unknown controlnet" in words

@@ -167,7 +167,7 @@ def test_the_same_bytes_whatever_the_workers(config, base, whole, model, parts):
     """World sizes 2 and 3 in any order, a change of it in mid-run, a worker that does the same part twice."""
     for rank, world in parts[:-1]:
         early = evaluate(config, model, Worker(rank, world))
-        assert early.result is None and "others make" in early.message
+        assert early.result is None and "others write" in early.message
     last = evaluate(config, model, Worker(*parts[-1]))
     assert last.result == whole.result and contents(config) == contents(base)
 
@@ -313,7 +313,7 @@ def test_pictures_that_are_not_finite_spoil_their_shard_alone(config, model, mon
         return found * float("nan") if list(keywords["seeds"]) == [1] and guided.terms else found
 
     monkeypatch.setattr(sample_images, "sample", broken)
-    with pytest.raises(command.Ended, match=r"1 shards could not be made: SEG, 0000001-0000002: .*\[1\]") as caught:
+    with pytest.raises(command.Ended, match=r"1 shards could not be written: SEG, 0000001-0000002: .*\[1\]") as caught:
         evaluate(config, model, Worker())
     assert caught.value.code == 4
     monkeypatch.undo()
@@ -393,7 +393,7 @@ def test_processes_as_torchrun_starts_them_make_the_same_shards(config, base, wh
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen([*call, "stage=shards", "device=cpu"], env=env, **pipes) for env in places]
     ended = [(*process.communicate(), process.returncode) for process in started]
-    assert [code for *_, code in ended] == [0, 0] and any("all 6 shards are there" in out for out, *_ in ended), ended
+    assert [code for *_, code in ended] == [0, 0] and any("all 6 shards exist" in out for out, *_ in ended), ended
     done = evaluate(config, model, Worker())
     assert done.sampled == 0 and contents(config) == contents(base)
 

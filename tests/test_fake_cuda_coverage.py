@@ -38,8 +38,8 @@ COVERED = {
     "analysis.recorder": "analysis", "analysis.theorem_regimes": "analysis",
     "metrics.attributes": "metrics", "metrics.text_alignment": "metrics",
     "metrics.edge_agreement": "metrics", "metrics.features": "metrics", "metrics.frechet": "metrics",
-    "metrics.inception": "metrics", "metrics.mmd": "metrics",
-    "metrics.lpips": "metrics", "metrics.precision": "metrics", "metrics.mini_vision": "metrics",
+    "metrics.mmd": "metrics", "metrics.lpips": "metrics", "metrics.precision": "metrics",
+    "metrics.mini_vision": "metrics",
 }  # fmt: skip
 # module -> why it has no tensor of the device, though it imports torch
 HOST = {

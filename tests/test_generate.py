@@ -105,13 +105,13 @@ def test_config_yaml_of_a_run_is_the_run(config, model, tmp_path):
 def test_images_do_not_depend_on_the_batch(config, model, tmp_path):
     runs = [generate(dataclasses.replace(config, batch_size=n, out=str(tmp_path / str(n))), model) for n in (1, 3, 4)]
     assert len({run.folder.name for run in runs}) == 1  # one identity
-    pictures = [
+    images = [
         np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted((run.folder / "images").rglob("*.png"))])
         for run in runs
     ]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1 and np.abs(pictures[0] - pictures[2]).max() <= 1
-    rows = pictures[0].reshape(len(pictures[0]), -1)
-    assert len(np.unique(rows, axis=0)) == len(rows)  # no two pictures alike
+    assert np.abs(images[0] - images[1]).max() <= 1 and np.abs(images[0] - images[2]).max() <= 1
+    rows = images[0].reshape(len(images[0]), -1)
+    assert len(np.unique(rows, axis=0)) == len(rows)  # no two images alike
 
 
 def test_a_stopped_run_resumes_to_the_same_bytes(config, model, tmp_path, monkeypatch, capsys):
@@ -137,7 +137,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(config, model, tmp_path, monkey
     assert generate(config, model).sampled == 1 and contents(resumed) == contents(whole)
 
 
-def test_the_identity_is_of_what_pictures_depend_on(config, model, folder, tmp_path):
+def test_the_identity_is_of_what_images_depend_on(config, model, folder, tmp_path):
     def place(**changes) -> str:
         return generate(dataclasses.replace(config, **{"seeds": "0", "compare": (), **changes}), model).folder.name
 
@@ -150,7 +150,7 @@ def test_the_identity_is_of_what_pictures_depend_on(config, model, folder, tmp_p
     )
 
 
-def test_pictures_that_are_not_square_and_panels_in_one_grid(config, model):
+def test_images_that_are_not_square_and_panels_in_one_grid(config, model):
     panels = typed(GenerateConfig.__annotations__["panels"], [
         {"title": "Plain", "prompts": [""], "compare": [{}]},
         {"title": "Perturbed", "pairing": "zip", "seeds": [4, 5], "compare": [{}, {"terms": {"seg": SEG}}]},
@@ -170,7 +170,7 @@ def test_the_grid_alone_is_drawn_anew_where_only_its_look_changes(config, model)
     assert again.sampled == 0 and again.folder == run.folder and again.grid.read_bytes() != old
 
 
-def test_what_the_model_cannot_do_is_said_before_a_picture_is_made(config, model):
+def test_what_the_model_cannot_do_is_said_before_an_image_is_made(config, model):
     for change in (
         {"size": (15, 16)},
         {

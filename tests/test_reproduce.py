@@ -55,7 +55,7 @@ def done(folder, tmp_path_factory):
     return generate(typed(GenerateConfig, given))
 
 
-PICTURES = [
+FILES = [
     "images/1-under-control/vanilla/prompt0-seed0.png",
     "images/1-under-control/both/prompt1-seed1.png",
     "images/2-free/sag/prompt1-seed0.png",
@@ -64,11 +64,11 @@ PICTURES = [
 ]
 
 
-@pytest.mark.parametrize("picture", PICTURES)
-def test_a_picture_is_made_again(picture, done, tmp_path):
-    path = shutil.copy(done.folder / picture, tmp_path / "sent.png")
+@pytest.mark.parametrize("image", FILES)
+def test_an_image_is_made_again(image, done, tmp_path):
+    path = shutil.copy(done.folder / image, tmp_path / "sent.png")
     again = reproduce(path, device="cpu")
-    assert again.largest <= (1 if picture.startswith("images") else 8) and not again.notes
+    assert again.largest <= (1 if image.startswith("images") else 8) and not again.notes
     assert "largest pixel difference" in str(again)
     with Image.open(path) as given:
         pixels = np.asarray(given.convert("RGB")).copy()
@@ -80,7 +80,7 @@ def test_a_picture_is_made_again(picture, done, tmp_path):
 
 def test_other_weights_other_code_and_another_place_are_said(done, folder, tmp_path):
     path = tmp_path / "old.png"
-    source = done.folder / PICTURES[2]
+    source = done.folder / FILES[2]
     record = png_metadata.read_record(source)
     record["model"] |= {"fingerprint": "0" * 12, "path": "gone"}
     record["code"] = "0.0.1"
@@ -91,7 +91,7 @@ def test_other_weights_other_code_and_another_place_are_said(done, folder, tmp_p
     assert again.notes[1].startswith("other version of segresearch: 0.0.1 when it was made, ")
 
 
-def test_pictures_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, monkeypatch):
+def test_images_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, monkeypatch):
     def draw(*_):
         made = Figure(figsize=(1, 1))
         made.subplots().plot([1, 2])
@@ -142,25 +142,25 @@ def called(monkeypatch, *arguments) -> int:
 
 
 def test_the_script_says_the_difference_and_its_code(done, tmp_path, monkeypatch, capsys):
-    picture = done.folder / PICTURES[0]
-    assert called(monkeypatch, picture, "--device", "cpu", "--save", tmp_path / "again.png") == 0
+    image = done.folder / FILES[0]
+    assert called(monkeypatch, image, "--device", "cpu", "--save", tmp_path / "again.png") == 0
     assert re.fullmatch(r"largest pixel difference: [01] of 255 \(.*\)\n", capsys.readouterr().out)
-    assert png_metadata.read_record(tmp_path / "again.png") == png_metadata.read_record(picture)
+    assert png_metadata.read_record(tmp_path / "again.png") == png_metadata.read_record(image)
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
-    Image.open(picture).save(tmp_path / "stripped.png")
-    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:-20])
+    Image.open(image).save(tmp_path / "stripped.png")
+    (tmp_path / "cut.png").write_bytes(image.read_bytes()[:-20])
     save(Figure(figsize=(1, 1)), tmp_path / "figure.png")
     old = png_metadata.read_record(done.folder / "grid.png")
     old.pop("generate")
     png_metadata.save_png(Image.new("RGB", (4, 4)), tmp_path / "old.png", old)
     png_metadata.save_png(Image.new("RGB", (4, 4)), tmp_path / "half.png", {"guidance": {}, "seed": 0})
-    gone = png_metadata.read_record(picture)
+    gone = png_metadata.read_record(image)
     gone["model"] = {**gone["model"], "path": "gone"}
     png_metadata.save_png(Image.new("RGB", (16, 16)), tmp_path / "gone.png", gone)
-    net = png_metadata.read_record(picture)
+    net = png_metadata.read_record(image)
     net["controls"]["canny"]["net"] = "nobody/net"
     png_metadata.save_png(Image.new("RGB", (16, 16)), tmp_path / "net.png", net)
-    other = png_metadata.read_record(picture)
+    other = png_metadata.read_record(image)
     png_metadata.save_png(Image.new("RGB", (15, 16)), tmp_path / "other.png", other)
     for name, code, words in (
         ("none.png", 2, "no such file"),
@@ -180,7 +180,7 @@ def test_the_script_says_the_difference_and_its_code(done, tmp_path, monkeypatch
 
 
 def test_a_record_does_not_import_what_a_stranger_names(done, tmp_path):
-    record = png_metadata.read_record(done.folder / PICTURES[2])
+    record = png_metadata.read_record(done.folder / FILES[2])
     perturbation = {"kind": "custom", "target": "subprocess.Popen", "options": {"args": ["touch", str(tmp_path / "x")]}}
     record["guidance"] = {"terms": {"a": {**SEG, "perturbation": [perturbation]}}}
     png_metadata.save_png(Image.new("RGB", (16, 16)), tmp_path / "a.png", record)

@@ -47,8 +47,8 @@ def fit(image: Image.Image, size: tuple[int, int], aspect: float | None = None) 
     height, width = size
     if min(height, width) < 1:
         raise InputError(f"size={(height, width)}: height and width must be at least 1 pixel")
-    shown, wanted = aspect or image.width / image.height, width / height
-    w, h = image.width * min(1, wanted / shown), image.height * min(1, shown / wanted)
+    old, new = aspect or image.width / image.height, width / height
+    w, h = image.width * min(1, new / old), image.height * min(1, old / new)
     left, top = (image.width - w) / 2, (image.height - h) / 2
     return image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + w, top + h))
 

@@ -33,7 +33,7 @@ from segresearch.evaluation.frame import Frame
 from segresearch.evaluation.image_metrics import ImageMetric, image_metrics
 from segresearch.evaluation.page import page, where
 from segresearch.evaluation.provenance import records
-from segresearch.evaluation.reference import features, reference
+from segresearch.evaluation.reference import Reference, features, reference
 from segresearch.evaluation.sample_shards import IMAGES, Progress, missing_arrays, required_arrays, sample_shards
 from segresearch.evaluation.spec import EvaluationSpec, evaluation_spec, run_identity, with_folders
 from segresearch.evaluation.workers import Worker, worker
@@ -68,9 +68,10 @@ class Evaluation:
 
     def __str__(self) -> str:
         rate = f" ({self.sampled / self.seconds:.2f} images/s)" if self.sampled and self.seconds else ""
-        counts = f"{self.sampled} images made{rate}" + (f", {self.existing} were there already" * bool(self.existing))
-        page_line = f"page: {self.folder / PAGE}" if self.result is not None else ""
-        return "\n".join(filter(None, [counts if self.sampled or self.existing else "", self.message, page_line]))
+        existing = f", {self.existing} existed already" if self.existing else ""
+        counts = f"{self.sampled} images sampled{rate}{existing}" if self.sampled or self.existing else ""
+        page_line = "" if self.result is None else f"page: {self.folder / PAGE}"
+        return "\n".join(filter(None, [counts, self.message, page_line]))
 
 
 def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, part: Worker | None = None) -> Evaluation:
@@ -99,19 +100,14 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, part: Worker |
         try:
             progress = Progress() if config.stage == "reduce" else sample_shards(spec, metrics, part, load)
         except KeyboardInterrupt:
-            print("stopped: whole shards are kept; the same command goes on", file=sys.stderr)
+            print("stopped: whole shards are kept; the same command resumes", file=sys.stderr)
             raise
         done = Evaluation(folder, progress.sampled, progress.existing, time.perf_counter() - start)
         if message := _incomplete(spec, metrics, progress, part):
             return dataclasses.replace(done, message=message)
         if config.stage == "shards":
-            return dataclasses.replace(done, message=f"all {len(spec.shards())} shards are there")
-        for place in [*spec.folders.values(), Path(config.out) / "reference", folder, folder / "figures"]:
-            shards.sweep(place)
-        result = _stored(spec, metrics, folder)
-        if result is None:
-            result = aggregate(spec, metrics, lambda extractor: features(real, extractor, config.out))
-            _write(spec, metrics, folder, result)
+            return dataclasses.replace(done, message=f"all {len(spec.shards())} shards exist")
+        result = _results(spec, metrics, real, folder)
         log_evaluation(spec, result, lambda: shown_images(spec), folder)
         return dataclasses.replace(done, result=result)
 
@@ -141,39 +137,43 @@ def _incomplete(spec: EvaluationSpec, metrics: Sequence[ImageMetric], progress: 
     missing = sum(len(missing_arrays(spec, metrics, rows)) for rows in spec.ranges)
     failed = ""
     if progress.failures:
-        failed = f"{missing} shards could not be made: {progress.failures[0]}; try model.dtype=float32 or lower scales"
+        hint = "try model.dtype=float32 or lower scales"
+        failed = f"{missing} shards could not be written: {progress.failures[0]}; {hint}"
         if part.world == 1 or missing == len(progress.failures):
             raise Ended(4, failed)
     if not missing:
         return ""
     message = f"{missing} of {len(spec.shards())} shards are missing"
     if part.world == 1:
-        raise Ended(4, f"{message}; the same command without stage= makes them")
-    return f"{part} has made its part; {message}, which others make" + (f"; {failed}" if failed else "")
+        raise Ended(4, f"{message}; the same command without stage= writes them")
+    return f"{part} has written its part; {message}, which others write" + (f"; {failed}" if failed else "")
 
 
-def _inputs(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path) -> str:
-    """A digest of everything that the results depend on. folder: named by the identity of the run."""
-    config = spec.config
+def _results(spec: EvaluationSpec, metrics: Sequence[ImageMetric], real: Reference, folder: Path) -> Result:
+    """The results and all files that show them; read where they are of just these shards and settings."""
+    config, path = spec.config, folder / RESULTS
+    for place in [*spec.folders.values(), Path(config.out) / "reference", folder, folder / "figures"]:
+        shards.sweep(place)
     read = [required_arrays(spec, metrics, method, rows) for method in spec.methods for rows in spec.ranges]
-    sums = [shards.checksums(path, names) for path, names in zip(spec.shards(), read, strict=True)]
-    named = [folder.name, config.name, config.model.name, config.n_examples]
-    return runs.digest([VERSION, runs.code_version(), named, [metric.producer for metric in metrics], sums])
-
-
-def _stored(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path) -> Result | None:
-    """The results in `folder`, if they are of just these shards and settings, and all files are there."""
-    inputs = _inputs(spec, metrics, folder)
+    sums = [shards.checksums(shard, names) for shard, names in zip(spec.shards(), read, strict=True)]
+    named = [folder.name, config.name, config.model.name, config.n_examples]  # the folder's name is the run's identity
+    inputs = runs.digest([VERSION, runs.code_version(), named, [metric.producer for metric in metrics], sums])
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        stored = json.loads((folder / RESULTS).read_text())
+        stored = json.loads(path.read_text())
         if stored["inputs"] == inputs and all((folder / name).is_file() for name in stored["files"]):
             norms = {method: tuple(steps) for method, steps in stored["norms"].items()}
             return Result(Frame.of(stored["metrics"]), norms, stored["reference_images"])
-    return None
+    result = aggregate(spec, metrics, lambda extractor: features(real, extractor, config.out))
+    content = {
+        "inputs": inputs, "files": _write(spec, metrics, folder, result), "metrics": result.frame.plain(),
+        "norms": result.norms, "reference_images": result.reference_images,
+    }  # fmt: skip
+    runs.write(path, json.dumps(content, indent=1) + "\n")
+    return result
 
 
-def _write(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path, result: Result) -> None:
-    """Tables, figures, the page, and last results.json."""
+def _write(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path, result: Result) -> list[str]:
+    """Tables, figures and the page; their names in the folder."""
     config = spec.config
     common = {
         "experiment": config.name, "run": folder.name, "model": config.model.name, "sampler": config.sampler.name,
@@ -199,12 +199,7 @@ def _write(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path, r
     }  # fmt: skip
     shown = records(spec, range(min(config.n_examples, config.images)), folder.name)
     runs.write(folder / PAGE, page(spec, result, shown_images(spec), paths, facts, shown))
-    content = {
-        "inputs": _inputs(spec, metrics, folder),
-        "files": [*texts, *(str(path.relative_to(folder)) for path in paths.values()), PAGE],
-        "metrics": result.frame.plain(), "norms": result.norms, "reference_images": result.reference_images,
-    }  # fmt: skip
-    runs.write(folder / RESULTS, json.dumps(content, indent=1) + "\n")
+    return [*texts, *(str(path.relative_to(folder)) for path in paths.values()), PAGE]
 
 
 def shown_images(spec: EvaluationSpec) -> dict[str, np.ndarray]:
@@ -223,6 +218,6 @@ def _sampled_by(spec: EvaluationSpec) -> str:
              for versions in map(shards.versions, spec.shards())}  # fmt: skip
     text = "; ".join(sorted(found))
     if found != {", ".join(f"{name} {version}" for name, version in runs.versions().items())}:
-        hint = "the images are not all of this code and torch; a new `out` makes them all anew"
+        hint = "not all images are of this code and torch; a new `out` samples them all again"
         print(f"{hint}: {text}", file=sys.stderr)
     return text

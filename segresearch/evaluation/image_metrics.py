@@ -16,7 +16,7 @@ from segresearch.metrics.edge_agreement import edge_agreement
 from segresearch.metrics.features import Extractor, load_extractor
 from segresearch.metrics.lpips import load_lpips, lpips_distances
 from segresearch.metrics.mini_vision import load_vision, perceptual_distances, unit_range
-from segresearch.metrics.text_alignment import CLIP, load_clip, mini_text_alignment, text_alignment
+from segresearch.metrics.text_alignment import CLIP, MiniClip, load_clip, text_alignment
 from segresearch.models.compute import arithmetic
 from segresearch.models.locate import located
 from segresearch.plan import HELD_OUT, SCENE
@@ -126,11 +126,9 @@ def _distance(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
     heads = f"{name}_heads"
     sha256 = checksums.get(name), checksums.get(heads)
     net = load_lpips(name, weights.get(name), weights.get(heads), sha256, device=device)
-    read = hashlib.sha256()
-    for parameter in net.parameters():
-        read.update(parameter.cpu().numpy().tobytes())
+    producer = hashlib.sha256(b"".join(weight.cpu().numpy().tobytes() for weight in net.parameters())).hexdigest()
     return ImageMetric(
-        f"distance-{name}", read.hexdigest(), lambda s: lpips_distances(net, s.images, s.baseline), baseline=baseline
+        f"distance-{name}", producer, lambda s: lpips_distances(net, s.images, s.baseline), baseline=baseline
     )
 
 
@@ -143,9 +141,9 @@ def _text_alignment(spec: EvaluationSpec, device: str) -> ImageMetric:
     from segresearch.models import load_sdxl
 
     folder = located(config.weights.get("mini") or "mini")
-    tower, text = load_vision(folder).to(device), load_sdxl(folder, device=device).text
+    mini = MiniClip(load_vision(folder).to(device), load_sdxl(folder, device=device).text)
     producer = digest([fingerprint(folder / part) for part in ("vision", "text_encoder_2")])
-    return ImageMetric("text_alignment-mini", producer, lambda s: mini_text_alignment(tower, text, s.images, s.prompts))
+    return ImageMetric("text_alignment-mini", producer, lambda s: text_alignment(mini, s.images, s.prompts, batch=250))
 
 
 def _attributes(scenes: Sequence[int]) -> ImageMetric:

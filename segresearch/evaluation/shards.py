@@ -1,4 +1,4 @@
-"""Shards: safetensors files of arrays, each file there whole or not at all, with a checksum of every array.
+"""Shards: safetensors files of arrays, each file complete or absent, with a checksum of every array.
 
 The header holds, for each array, its SHA-256 and its producer; and the versions of the code that sampled the images,
 which no checksum and no comparison looks at. A shard is written beside its final name, synced to the disk and moved
@@ -35,7 +35,7 @@ class Damaged(Ended):
     """A shard whose bytes are not those that were written: uncaught, it ends a script with exit code 4."""
 
     def __init__(self, message: str):
-        super().__init__(4, f"{message}; remove the file, and the same command makes it again")
+        super().__init__(4, f"{message}; remove the file, and the same command writes it again")
 
 
 def ranges(count: int, size: int) -> tuple[range, ...]:
@@ -118,11 +118,6 @@ def write(path: Path, arrays: Mapping[str, Array], versions: Mapping[str, str] |
         except OSError as error:
             error.filename = str(path)
             raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def sweep(folder: Path) -> None:

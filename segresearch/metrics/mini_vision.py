@@ -64,12 +64,9 @@ class VisionTower(nn.Module):
         self.vision = Vision(width, features)
         self.vision_projections = nn.ModuleList(nn.Linear(features, p, bias=False) for p in projections)
 
-    @torch.inference_mode()
-    def embed(self, images: UInt8[Tensor, "b 3 64 64"], batch: int = 250) -> Float[Tensor, "b projection"]:
-        """Unit embeddings, comparable with SDXL's pooled text, `sdxl.encode(texts)["cond"].pooled`; on its device."""
-        device = self.vision.head.weight.device
-        features = torch.cat([self.vision(unit_range(part.to(device))) for part in images.split(batch)])
-        return F.normalize(self.vision_projections[1](features), dim=-1)
+    def embed(self, images: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b projection"]:
+        """Unit embeddings of images in [−1, 1], comparable with SDXL's pooled text (`Cond.pooled`)."""
+        return F.normalize(self.vision_projections[1](self.vision(images)), dim=-1)
 
 
 def unit_range(images: Tensor) -> Tensor:
@@ -91,9 +88,8 @@ def load_part(path_or_name: str | Path, part: str, build: Callable[..., Module])
             f"{folder}: no readable config.json and model.safetensors ({error}); this model brings no {part} weights, "
             'use "mini", or export them (experiments/mini)'
         ) from error
-    with fitting(folder):
-        with torch.device("meta"):  # no numbers are drawn that the weights replace
-            module = build(**config)
+    with fitting(folder), torch.device("meta"):  # no random numbers are drawn for what the weights replace
+        module = build(**config)
         module.load_state_dict(weights, assign=True)
     return frozen(module)
 
