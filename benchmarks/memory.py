@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from segresearch.guidance import GuidedDenoiser
 from segresearch.models import VAE, VAEConfig
-from segresearch.models.controlnet import Controlled
+from segresearch.models.controlnet import ActiveControlNet
 
 GIB = 2**30
 TILES = (None, 512, 256, 128)
@@ -108,7 +108,7 @@ def step(method: str, px: int, dtype: torch.dtype, batch: int = 1) -> int:
     def call() -> None:
         control = []
         if net is not None:
-            control = [Controlled(net, torch.empty(batch, 320, px // 8, px // 8, dtype=dtype, device="meta"))]
+            control = [ActiveControlNet(net, torch.empty(batch, 320, px // 8, px // 8, dtype=dtype, device="meta"))]
         prepared = {b.conditioning: conds[b.conditioning].projected(*nets) for b in branches}
         denoised = model.evaluate(x, sigma, branches, prepared, control, values=[SIGMA] * batch)
         model.combine(x, sigma, denoised, values=[SIGMA] * batch)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,31 +265,6 @@ def compiling(rounds: int, batch: int = 8) -> dict:
     seconds = time.perf_counter() - start
     error = float((first - calls["eager"]()).abs().max())
     return {"batch": batch, "compile_seconds": seconds, "max_difference": error, "times": interleaved(calls, rounds)}
-
-
-def skipping(every: int, steps: int = 25, images: int = 8) -> dict:
-    """SEG on mini at every k-th step only: seconds, and the error of the images against SEG at every step."""
-    import torch
-    from networks import terms
-
-    from segresearch.guidance import EveryKth, GuidedDenoiser
-    from segresearch.sampling import initial_noise, sample, sigmas
-
-    sdxl = _mini()
-    conds = sdxl.encode(["a red cube"] * images, size=sdxl.default_size)
-    noise = initial_noise(range(images), sdxl.latent_shape(sdxl.default_size))
-    levels = tuple(sigmas(sdxl.denoiser, "leading", steps)[:-1].tolist())
-    results, pixels = {}, {}
-    for k in (0, 1, every):  # 0: no guidance at all, for comparison
-        seg = {name: replace(term, scale=EveryKth(3.0, levels, max(k, 1))) for name, term in terms("SEG").items()}
-        model = GuidedDenoiser(sdxl.denoiser, seg if k else {})
-        start = time.perf_counter()
-        x = sample(model, noise, steps=steps, conds=conds)
-        results[k] = time.perf_counter() - start
-        with torch.no_grad():
-            pixels[k] = sdxl.decode(x)
-    error = {k: float((pixels[1] - pixels[k]).pow(2).mean().sqrt()) for k in (0, every)}
-    return {"every": every, "images": images, "steps": steps, "seconds": results, "rms": error}
 
 
 def analysis(load: str, way: str, quick: bool) -> dict:

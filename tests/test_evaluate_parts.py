@@ -25,6 +25,7 @@ from segresearch.evaluation.workers import Worker, worker
 from segresearch.models.locate import located
 from segresearch.plan import settings
 from segresearch.prompts import from_coco, from_text
+from segresearch.tidy_csv import to_csv
 
 
 def composed(*overrides: str) -> EvaluateConfig:
@@ -204,7 +205,7 @@ def test_tables_say_the_same_in_every_form():
     made = table.latex(FRAME)
     assert made.count(r"\\") == 3 and r"SEG 2 $\sigma$=$\infty$" in made and r"7.25 $\pm$ 0.25" in made
     assert "lrrrrrrrrr|r}" in made and all(ord(c) < 128 for c in made.replace("–", ""))
-    rows = list(csv.DictReader(io.StringIO(table.to_csv(FRAME))))
+    rows = list(csv.DictReader(io.StringIO(to_csv(FRAME.plain()))))
     assert rows[15] == {"method": "SEG 2 σ=∞", "metric": "fd_to_baseline-mini", "value": "-4.75", "error": "0.3"}
     assert rows[2]["value"] == rows[0]["error"] == "" and len(rows) == len(FRAME.rows)
     last = json.loads(table.to_jsonl(FRAME, {"run": "x"}).splitlines()[-1])
@@ -245,5 +246,5 @@ def test_figures_are_drawn_of_bars_and_of_lines_over_sigma():
     left = found["quality"].axes[0]
     assert [t.get_text() for t in left.get_xticklabels()] == ["1", "∞"]
     assert list(left.containers[0][0].get_ydata()) == [-3.0, -4.75]  # by rising σ
-    assert plots.family(guided["SEG 2 σ=1"]) == ("SEG s = 2", 1.0) and plots.method(guided["vanilla"]) == "vanilla"
+    assert plots.family(guided["SEG 2 σ=1"]) == ("SEG s = 2", 1.0) and plots.kind(guided["vanilla"]) == "vanilla"
     assert paper_numbers.key(guided["SEG 2 σ=∞"]) == math.inf

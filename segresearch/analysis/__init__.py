@@ -1,7 +1,7 @@
 """The energy bench: statistics, curvature and energy of attention logits, and tests of the paper's claims on them.
 
     recorder            queries and keys captured while a model samples
-    blur_operator       the blur as a matrix: determinant, diagonal, column sums from its 1-D factors
+    blur_operator       the blur as a matrix: determinant, diagonal and traces from its 1-D factors
     logit_statistics    mean, variance, lse, entropy of columns of logits, without the n×n map
     curvature           Hessians of the energy −lse, (pseudo-)determinants in log space, traces and norms
     energy              Definition 2.1 and its dual, the Hopfield energy, surfaces through the landscape

@@ -14,23 +14,31 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from tqdm import tqdm
 
 from segresearch import runs
+from segresearch.analysis import energy_plots, measurements, report
+from segresearch.analysis.recorder import Recorder, Recording
 from segresearch.analysis.settings import AnalyzeConfig, measured_steps
 from segresearch.build import build_guidance, load_model, of_model, with_batch_size
 from segresearch.errors import ConfigError
+from segresearch.guidance import SelfAttentionGuidance
+from segresearch.models import SDXL
 from segresearch.models.locate import located
 from segresearch.plan import parse_seeds, read_prompts
+from segresearch.plot_style import save
 from segresearch.records import figure_record, sampling_identity
+from segresearch.sample_images import sample_images
+from segresearch.tidy_csv import to_csv
 from segresearch.wandb_log import WandbRun, log
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from segresearch.analysis.recorder import Recording
-    from segresearch.models import SDXL
-
+Images = Sequence[Mapping[str, Any]]  # the prompt and the seed of each
+Pixels = UInt8[np.ndarray, "images h w 3"]
 VERSION = 1  # of the measurement and the page: part of the identity
 PAGE = "index.html"
 OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}  # not of the run
@@ -50,7 +58,7 @@ class Analysis:
         return f"{done}\npage: {self.page}"
 
 
-def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
+def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
     """Sample the images of `config` and measure their attention, unless its folder is complete.
 
     model: already loaded; None loads `config.model`. Raises InputError for settings that do not fit the model, OSError
@@ -78,26 +86,18 @@ def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
     return Analysis(folder, page, False, time.perf_counter() - start)
 
 
-def identity(config: AnalyzeConfig, images: Sequence[Mapping[str, Any]], fingerprint: str) -> dict[str, Any]:
+def identity(config: AnalyzeConfig, images: Images, fingerprint: str) -> dict[str, Any]:
     """Everything the numbers depend on, and no more: not the output folder, the device, or the size of a batch."""
     measured = {key: getattr(config, key) for key in ("guidance", "negative", "where", "heads", "branch", "blur")}
     measured |= {"version": VERSION, "images": images, "measured_steps": measured_steps(config)}
     return runs.plain({**sampling_identity(config, fingerprint), **measured})
 
 
-def capture(
-    config: AnalyzeConfig, sdxl: "SDXL", images: Sequence[Mapping[str, Any]], folder: Path
-) -> tuple["Recording", "np.ndarray"]:
-    """Sample `images`: q and k of `config.branch`, streamed to `folder`, and the pixels (n, h, w, 3) uint8.
+def capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) -> tuple[Recording, Pixels]:
+    """Sample `images`: q and k of `config.branch`, streamed to `folder`, and the pixels.
 
     Raises InputError for a branch, a site, a head or a size that does not exist.
     """
-    import torch
-
-    from segresearch.analysis.recorder import Recorder
-    from segresearch.guidance import SelfAttentionGuidance
-    from segresearch.sample_images import sample_images
-
     guided = build_guidance(config.guidance, sdxl.denoiser)
     inner = guided.inner if isinstance(guided, SelfAttentionGuidance) else guided
     names = dict.fromkeys(map(str, [inner.base, *(b for t in inner.terms.values() for b in (t.pos, t.neg))]))
@@ -111,7 +111,8 @@ def capture(
     for start in range(0, len(images), int(config.batch_size)):
         batch = images[start : start + int(config.batch_size)]
         seeds, prompts = [image["seed"] for image in batch], [image["prompt"] for image in batch]
-        pixels.append(sample_images(sdxl, guided, seeds, prompts, config, config.negative, record=recorder.run(batch)))
+        attend = recorder.attend(batch)
+        pixels.append(sample_images(sdxl, guided, seeds, prompts, config, config.negative, attend=attend))
     if not len(recorder.recording):
         raise ConfigError(
             f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.measured_steps}"
@@ -120,21 +121,9 @@ def capture(
 
 
 def _write(
-    config: AnalyzeConfig,
-    sdxl: "SDXL",
-    recording: "Recording",
-    pixels: "np.ndarray",
-    images: Sequence[Mapping[str, Any]],
-    folder: Path,
+    config: AnalyzeConfig, sdxl: SDXL, recording: Recording, pixels: Pixels, images: Images, folder: Path
 ) -> None:
     """Measure a recording; its table, claims, figures and page go to `folder`."""
-    import torch
-    from tqdm import tqdm
-
-    from segresearch.analysis import energy_plots, measurements, report
-    from segresearch.plot_style import save
-    from segresearch.tidy_csv import to_csv
-
     sites = tuple(sdxl.unet.site_heads)
     device = sdxl.device if sdxl.device.type == "cuda" else torch.device("cpu")  # both have fp64
     measured = measurements.measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
@@ -146,12 +135,11 @@ def _write(
     for name, figure in drawn.items():
         save(figure, paths[name], figure_record(name, "analyze", config, ("out", "device", "wandb")))
     runs.write(folder / "config.yaml", runs.written_config(runs.plain(config), OF_A_CALL))
-    runs.write(folder / "table.csv", to_csv(rows, digits=7))
-    verdict_rows = [claim.row() for claim in claims]
-    runs.write(folder / "verdicts.csv", to_csv(verdict_rows, digits=7))
+    tables = {"table": rows, "verdicts": [claim.row() for claim in claims]}
+    for name, table in tables.items():
+        runs.write(folder / f"{name}.csv", to_csv(table, digits=7))
     runs.write(folder / PAGE, report.page(config, images, rows, claims, paths))
     metrics = {f"{c.claim}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
-    tables = {"table": rows, "verdicts": verdict_rows}
     name = f"{config.name}-{folder.name}"
     plots = {key: [(path, "")] for key, path in paths.items()}
     logged = WandbRun(name, config.name, "analysis", config, metrics, tables=tables, images=plots)

@@ -45,7 +45,8 @@ def log_spectrum(n: int, sigma: float | int, boundary: str) -> Float[Tensor, " {
 class BlurOperator:
     """The blur B = B_h ⊗ B_w of one grid, n = h·w tokens. sigma in tokens; boundary as in `blur_matrix`.
 
-    Rows of B sum to 1 under every boundary (B·1 = 1); columns do so under all but "reflect".
+    Rows of B sum to 1 under every boundary (B·1 = 1). Columns do so, which keeps the mean of every signal (Lemma 3.1),
+    under all but "reflect".
     Raises InputError for a bad sigma or boundary or an empty grid.
     """
 
@@ -84,11 +85,6 @@ class BlurOperator:
     def log_diagonal(self) -> float:
         """Σ log b_ii, at most 0."""
         return float(self.diagonal.log().sum())
-
-    @property
-    def column_sums(self) -> Float[Tensor, " n"]:
-        """Σ_i b_ij: all 1 if and only if the blur keeps the mean of every signal (Lemma 3.1)."""
-        return torch.outer(*(factor.sum(dim=0) for factor in self.factors)).flatten()  # (h), (w) -> (h·w)
 
     @property
     def row_norms_squared(self) -> Float[Tensor, " n"]:

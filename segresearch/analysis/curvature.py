@@ -145,7 +145,7 @@ def chain_norm(xi: Float[Tensor, "*batch n"], operator: BlurOperator, steps: int
 class Curvature:
     """Curvature of every column along an axis, at the blurred logits ã = Ba (σ = 0: at a itself), fp64.
 
-    statistics: of ã, from the same pass. log_pdet: of H(ã). log_product: log Π ξ(ã)_i.
+    statistics: of ã, from the same pass. log_pdet: of H(ã).
     entrywise_log_product: log Π ξ(ã)_i b_ii (eqs. 20–21). chain_log_pdet: of Bᵀ H(ã) B.
     trace, norm: of −H(ã), 1 − Σ ξ² and the largest eigenvalue. entrywise_trace, chain_trace: of −H̃ and −BᵀH(ã)B.
     chain_norm: largest eigenvalue of −BᵀH(ã)B; None without `chain_norms`.
@@ -153,7 +153,6 @@ class Curvature:
 
     statistics: Statistics
     log_pdet: PerColumn
-    log_product: PerColumn
     entrywise_log_product: PerColumn
     chain_log_pdet: PerColumn
     trace: PerColumn
@@ -198,7 +197,6 @@ def curvature(
     return Curvature(
         statistics=after,
         log_pdet=log_pdet,
-        log_product=after.log_product,
         entrywise_log_product=after.log_product + operator.log_diagonal,
         chain_log_pdet=log_pdet + 2 * operator.log_det,
         trace=trace,

@@ -45,8 +45,6 @@ def hopfield_update(
 class Surface:
     """E = −lse over a(s, t) = base + s·u + t·v, fp64: energy, its derivatives by (s, t), curvature of the graph."""
 
-    s: Float[Tensor, " across"]
-    t: Float[Tensor, " down"]
     energy: Float[Tensor, "across down"]
     gradient: Float[Tensor, "across down 2"]
     second: Float[Tensor, "across down 2 2"]
@@ -63,7 +61,7 @@ def surface(
     s, t, base, along = (z.double() for z in (s, t, base, along))
     parts = [_derivatives(base + at * along[0] + t[:, None] * along[1], along) for at in s]
     energy, gradient, second = (torch.stack(part) for part in zip(*parts))
-    return Surface(s, t, energy, gradient, second, gaussian_curvature(gradient, second))
+    return Surface(energy, gradient, second, gaussian_curvature(gradient, second))
 
 
 def _derivatives(a: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -180,11 +180,11 @@ def log_sum_exp(
     q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None = None, block: int | None = None
 ) -> PerColumn:
     """lse = log Σ_i w_i exp(a_i) of each column, fp64, streamed; weights (n,) > 0, None is 1."""
-    entries, vectors = sides(q, k, axis)
-    if weights is None:
-        return stream(entries, vectors, {"lse": lambda c: c.lse}, block)["lse"]
-    log_weights = weights.log()
-    return stream(entries, vectors, {"lse": lambda c: Columns(c.a + log_weights.to(c.a)).lse}, block)["lse"]
+
+    def lse(c: Columns) -> Tensor:
+        return c.lse if weights is None else Columns(c.a + weights.log().to(c.a)).lse
+
+    return stream(*sides(q, k, axis), {"lse": lse}, block)["lse"]
 
 
 def end_weights(grid: tuple[int, int]) -> Float[Tensor, " n"]:

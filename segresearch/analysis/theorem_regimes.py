@@ -8,13 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.analysis.blur_operator import BlurOperator
-from segresearch.analysis.curvature import (
-    chain_hessian,
-    entrywise_hessian,
-    entrywise_log_product,
-    hessian,
-    log_pseudo_det,
-)
+from segresearch.analysis.curvature import chain_hessian, entrywise_hessian, entrywise_log_product, log_pseudo_det
 from segresearch.analysis.logit_statistics import Keys, PerColumn, Queries, blurred, moments, sides
 from segresearch.errors import InputError
 
@@ -59,7 +53,6 @@ class Limits:
     """
 
     boundary: str
-    axis: str
     sigmas: tuple[float, ...]
     to_identity: Float[Tensor, " sigmas"]
     to_mean: Float[Tensor, " sigmas"]
@@ -72,7 +65,7 @@ def limits(
     spread = moments(q, k, axis)[1].mean().sqrt()
     pairs = [distances(q, k, axis, BlurOperator(grid, sigma, boundary)) for sigma in sigmas]
     to_identity, to_mean = (torch.stack([z.square().mean().sqrt() / spread for z in side]) for side in zip(*pairs))
-    return Limits(boundary, axis, tuple(float(sigma) for sigma in sigmas), to_identity, to_mean)
+    return Limits(boundary, tuple(float(sigma) for sigma in sigmas), to_identity, to_mean)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from segresearch.control_images.depth_estimator import depth
 from segresearch.control_images.edges import canny, to_tensor
 from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.errors import ConfigError, InputError
-from segresearch.models.controlnet import Controlled, controlled
+from segresearch.models.controlnet import ActiveControlNet, controlled
 from segresearch.plan import HELD_OUT, SCENE
 from segresearch.png_metadata import read_record, save_png
 from segresearch.sampling import step_interval
@@ -54,7 +54,7 @@ def controlled_batch(
     images: Sequence[tuple[str, ...]],
     size: tuple[int, int],
     sigmas: Float[Tensor, "sigmas"],
-) -> list[Controlled]:
+) -> list[ActiveControlNet]:
     """The active ControlNets of a batch. images: the control images of each row, one for each control.
 
     sigmas: of the run's schedule; `start` and `end` are fractions of its steps. ConfigError for a ControlNet that

@@ -105,34 +105,6 @@ class Ramp:
 
 
 @dataclass(frozen=True)
-class EveryKth:
-    """A scale that is `scale` at every k-th step, the first included, and 0 between: an approximation that saves time.
-
-    levels: the positive sigmas of the schedule, highest first. A σ between two levels belongs to the step that begins
-    at or above it, so a sampler's second evaluation within a step is guided as its first. docs/performance.md has what
-    it costs in accuracy.
-
-    Raises ValueError unless k ≥ 1, the scale is finite and the levels are positive and fall.
-    """
-
-    scale: float | int
-    levels: tuple[float, ...]
-    k: int
-
-    def __post_init__(self) -> None:
-        falling = all(a > b > 0 for a, b in zip(self.levels, self.levels[1:])) and len(self.levels) > 0
-        if self.k < 1 or not falling or not math.isfinite(self.scale):
-            raise InputError(f"guidance every k-th step needs k >= 1, a finite scale and falling levels, got {self}")
-
-    def __call__(self, sigma: float) -> float:
-        step = sum(sigma <= level * (1 + 1e-6) for level in self.levels) - 1
-        return float(self.scale) if max(step, 0) % self.k == 0 else 0.0
-
-    def __str__(self) -> str:
-        return f"({self.scale:g} every {self.k} steps of {len(self.levels)})"
-
-
-@dataclass(frozen=True)
 class Term:
     """s(σ) · (D[pos] − D[neg]).
 

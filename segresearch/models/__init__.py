@@ -15,28 +15,29 @@ from segresearch.errors import CheckpointError
 if TYPE_CHECKING:
     from segresearch.models.attention import Attend, Fork, Heads, Site, sdpa
     from segresearch.models.conditioning import Cond
-    from segresearch.models.controlnet import Controlled, ControlNet, ControlNetConfig, controlled
+    from segresearch.models.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, controlled
     from segresearch.models.denoiser import Denoiser
     from segresearch.models.load import SDXL, load_sdxl
     from segresearch.models.text import TextEncoders
-    from segresearch.models.unet import Control, UNet, UNetConfig
+    from segresearch.models.unet import ControlResiduals, UNet, UNetConfig
     from segresearch.models.vae import VAE, VAEConfig
 
 _HOMES = {
     "attention": ("Attend", "Fork", "Heads", "Site", "sdpa"),
     "conditioning": ("Cond",),
-    "controlnet": ("ControlNet", "ControlNetConfig", "Controlled", "controlled"),
+    "controlnet": ("ControlNet", "ControlNetConfig", "ActiveControlNet", "controlled"),
     "denoiser": ("Denoiser",),
     "load": ("SDXL", "load_sdxl"),
     "locate": ("CheckpointError",),
     "text": ("TextEncoders",),
-    "unet": ("Control", "UNet", "UNetConfig"),
+    "unet": ("ControlResiduals", "UNet", "UNetConfig"),
     "vae": ("VAE", "VAEConfig"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "VAE", "SDXL", "Attend", "CheckpointError", "Cond", "Control", "ControlNet", "ControlNetConfig", "Controlled",
+    "VAE", "SDXL", "Attend", "CheckpointError", "Cond", "ControlNet", "ControlNetConfig", "ControlResiduals",
+    "ActiveControlNet",
     "Denoiser", "Fork", "Heads", "Site", "TextEncoders", "UNet", "UNetConfig", "VAEConfig", "controlled", "load_sdxl",
     "sdpa",
 ]  # fmt: skip

@@ -8,9 +8,9 @@ import torch
 from segresearch.errors import CheckpointError
 from segresearch.models.checkpoint import open_weights
 from segresearch.models.controlnet import ControlNet, ControlNetConfig
-from segresearch.models.encoder import EncoderConfig
 from segresearch.models.layouts import Weights, read_json
 from segresearch.models.locate import located_controlnet
+from segresearch.models.network_configs import EncoderConfig
 
 STEM = "diffusion_pytorch_model"
 Asked = str | Path | Sequence[str | Path] | None

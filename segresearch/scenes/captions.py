@@ -1,9 +1,8 @@
 """Captions of procedural scenes: varied wording over a closed lower-case vocabulary, always true of the image.
 
-A caption mentions every object of its scene, and sometimes sizes, floor and sky. It has at most 44 `words`.
+A caption mentions every object of its scene, and sometimes sizes, floor and sky. It has at most 44 words and marks.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,12 +17,12 @@ DRAWS = 32
 
 _SYNONYMS = {"sphere": "ball", "cube": "box", "ring": "hoop", "cone": "cone", "star": "star"}
 _SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium", "medium"), "large": ("large", "big")}
-_PLURALS = {"sphere": "spheres", "cube": "cubes", "cone": "cones", "ring": "rings", "star": "stars", "ball": "balls",
-            "box": "boxes", "hoop": "hoops"}
+_PLURALS = {noun: noun + ("es" if noun == "box" else "s") for noun in (*SHAPES, *_SYNONYMS.values())}
 _NUMBERS = ("no", "one", "two", "three", "four")
 _RELATIONS = {"left": ("left of", "left of", "to the left of", "on the left of"),
               "right": ("right of", "right of", "to the right of", "on the right of"),
-              "behind": ("behind", "behind", "further away than"), "front": ("in front of", "in front of", "closer than"),
+              "behind": ("behind", "behind", "further away than"),
+              "front": ("in front of", "in front of", "closer than"),
               "beside": ("next to", "beside")}
 _OPENINGS = ("a scene with", "a picture of", "an image of", "a render of", "there is")
 _OTHER = ("a above an and are at away behind beside big checkered closer far floor four from front further ground "
@@ -50,11 +49,6 @@ class _Name(NamedTuple):
     thing: Thing
     adjective: str
     noun: str
-
-
-def words(caption: str) -> list[str]:
-    """The caption's words and punctuation marks in order."""
-    return re.findall(r"[a-z]+|[^\sa-z]", caption)
 
 
 def relations(a: Thing, b: Thing) -> list[str]:
@@ -85,7 +79,7 @@ def _list(names: Sequence[_Name]) -> str:
     counts: dict[tuple[str, str], list[_Name]] = {}
     for named in names:
         counts.setdefault((named.adjective, named.noun), []).append(named)
-    parts = [_one(same[0]) if len(same) == 1 else f"{_NUMBERS[len(same)]} {adjective} {_PLURALS[noun]}".replace("  ", " ")
+    parts = [_one(same[0]) if len(same) == 1 else f"{_NUMBERS[len(same)]} {f'{adjective} {_PLURALS[noun]}'.strip()}"
              for (adjective, noun), same in counts.items()]
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
@@ -138,14 +132,11 @@ def caption(things: Sequence[Thing], floor: str, sky: str, draws: Sequence[float
     text = text or _list(order)
     ground = (f"a {floor} checkered floor", f"a {floor} floor", f"a {floor} tiled floor", f"{floor} ground")
     below, above = _pick(ground, next(numbers)), f"{'an' if sky[0] in 'aeiou' else 'a'} {sky} sky"
-    match int(next(numbers) * 20):
-        case 0 | 1 | 2 | 3:
-            return f"{text} on {below} under {above}"
-        case 4 | 5:
-            return f"{text} on {below}"
-        case 6 | 7:
-            return f"{text} under {above}"
-        case 8:
-            return f"{text}, the floor is {floor} and the sky is {sky}"
-        case _:
-            return text
+    ending = int(next(numbers) * 20)
+    if ending < 4:
+        return f"{text} on {below} under {above}"
+    if ending < 6:
+        return f"{text} on {below}"
+    if ending < 8:
+        return f"{text} under {above}"
+    return f"{text}, the floor is {floor} and the sky is {sky}" if ending == 8 else text
