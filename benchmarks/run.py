@@ -64,7 +64,7 @@ def show_limits(results: list[dict], options: argparse.Namespace) -> list[str]:
             [one["px"], method, f"{f['step'] / 1e12:.3f}", f"{f['step'] / base:.3f}", f"{f['text'] / 1e12:.3f}"]
             for method, f in one["flops"].items()
         ]
-    head = ("px", "step", "TFLOP", "of a unguided step", "TFLOP of the text, once per image")
+    head = ("px", "step", "TFLOP", "of an unguided step", "TFLOP of the text, once per image")
     return ["## Operations of a step", "Counted on the meta device; batch 1, SEG and PAG on `mid`.", table(head, rows)]
 
 
