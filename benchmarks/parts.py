@@ -132,7 +132,7 @@ def decode(px: int, dtype: str, device: str, rounds: int) -> dict:
     from diffusers import AutoencoderKL
     from networks import filled
 
-    from segresearch.models import VAE, VAEConfig
+    from segresearch.models.vae import VAE, VAEConfig
 
     kind = getattr(torch, dtype)
     widths = (128, 256, 512, 512)
@@ -251,8 +251,8 @@ def compiling(rounds: int, batch: int = 8) -> dict:
     """A CFG+SEG step of mini, eager and compiled: seconds, seconds of compiling, and the largest difference."""
     from networks import terms
 
-    from segresearch.models import Denoiser
     from segresearch.models.compute import Compute
+    from segresearch.models.denoiser import Denoiser
 
     sdxl = _mini()
     compiled = Denoiser(sdxl.unet, sdxl.denoiser.alphas, compute=Compute(compile=True))

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from segresearch import runs
 from segresearch.build import build_guidance, device_kind, load_model, of_model, with_batch_size
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import GenerateConfig
 from segresearch.control_images.identify import IdentifiedControl, control_records, identify_control
 from segresearch.errors import NotFinite
 from segresearch.image_grid import Block, cell_height, draw_grid, image_size
-from segresearch.models.locate import located
 from segresearch.plan import Panel, Row, panels, slug
 from segresearch.png_metadata import read_record, save_png
 from segresearch.records import config_record, image_record, run_record, sampling_identity
@@ -135,7 +135,7 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
 
 def expand(config: GenerateConfig) -> Run:
     """The run of `config`; its folder is created. ConfigError and CheckpointError for files that are missing."""
-    plan, weights = panels(config), located(config.model.path)
+    plan, weights = panels(config), resolve_model(config.model.path)
     identified = [
         {
             name: identify_control(control, [row.images[k] for row in panel.rows], weights, f"controls.{name}")

@@ -16,9 +16,9 @@ from PIL import Image
 
 from segresearch import runs
 from segresearch.build import device_kind
+from segresearch.checkpoints.resolve import resolve_controlnet, resolve_model
 from segresearch.config import ControlConfig, EvaluateConfig, GenerateConfig
 from segresearch.errors import ConfigError
-from segresearch.models.locate import located, located_controlnet
 from segresearch.png_metadata import read_record
 from segresearch.typed import typed
 
@@ -112,7 +112,7 @@ def _again(record: Mapping[str, Any], device: str, out: str) -> tuple[Image.Imag
     config: GenerateConfig = _config(GenerateConfig, settings, device, out)
     for controls in (config.controls, *(panel.controls or {} for panel in config.panels)):
         for control in controls.values():
-            located_controlnet(control.net, located(config.model.path))  # CheckpointError where it is missing
+            resolve_controlnet(control.net, resolve_model(config.model.path))  # CheckpointError where it is missing
     run = generate(config)
     path = run.grid if "generate" in record else next((run.folder / "images").rglob("*.png"))
     return _opened(path), read_record(path) or {}

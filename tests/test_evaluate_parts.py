@@ -14,6 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from segresearch.build import with_batch_size
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig, conf_dir
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers, plots, shards, table
@@ -22,7 +23,6 @@ from segresearch.evaluation.frame import METRICS, Frame, Value
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import evaluation_spec, with_folders
 from segresearch.evaluation.workers import Worker, worker
-from segresearch.models.locate import located
 from segresearch.plan import settings
 from segresearch.prompts import from_coco, from_text
 from segresearch.tidy_csv import to_csv
@@ -132,7 +132,7 @@ def test_experiments_are_pictures_too():
 
 def folders(*overrides: str) -> dict[str, str]:
     spec = evaluation_spec(with_batch_size(composed(*overrides)))
-    return {method: folder.name for method, folder in with_folders(spec, located("mini")).folders.items()}
+    return {method: folder.name for method, folder in with_folders(spec, resolve_model("mini")).folders.items()}
 
 
 def test_shards_lie_by_what_pictures_depend_on():

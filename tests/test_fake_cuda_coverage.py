@@ -18,13 +18,14 @@ from segresearch.guidance.blur import BOUNDARIES, _matrix, blur, gaussian_taps
 from segresearch.guidance.sag import TAPS
 
 ROOT = Path(segresearch.__file__).parent
-PACKAGES = ("models", "guidance", "sampling", "analysis", "metrics")
+PACKAGES = ("checkpoints", "models", "guidance", "sampling", "analysis", "metrics")
 
 # module -> the tests/test_fake_cuda_<name>.py that runs it on the device
 COVERED = {
-    "models.attention": "guidance", "models.layers": "guidance", "models.checkpoint": "pictures",
-    "models.conditioning": "models", "models.control_folder": "pictures", "models.controlnet": "models",
-    "models.denoiser": "models", "models.load": "pictures",
+    "checkpoints.folder": "pictures", "checkpoints.load": "pictures", "checkpoints.tensors": "pictures",
+    "models.attention": "guidance", "models.layers": "guidance", "models.sdxl": "pictures",
+    "models.conditioning": "models", "models.controlnet": "models",
+    "models.denoiser": "models",
     "models.offload": "models", "models.tiles": "models", "models.text": "models",
     "models.unet": "guidance", "models.vae": "models",
     "guidance.constants": "guidance", "guidance.branch_attention": "guidance",
@@ -46,7 +47,7 @@ COVERED = {
 HOST = {
     "models.compute": "settings; torch is imported for types",
     "models.graphs": "CUDA graphs are of a real GPU: tests/gpu",
-    "models.layouts": "what is on disk: modules on the meta device, sizes and names",
+    "checkpoints.single_file": "what is on disk: sizes and names",
     "analysis.analyze": "the run itself: sampling, decoding and the table, each covered, and files",
     "analysis.energy_plots": "plots of a recording, which lies on the CPU",
     "metrics.weight_files": "files and checksums; `frozen` is nn.Module.to",
@@ -59,7 +60,6 @@ ALLOWED = {
     "guidance.blur:gaussian_taps": "fp64 on the CPU; cached as a matrix on the device by its users",
     "guidance.blur:fold_taps": "as gaussian_taps",
     "guidance.blur:_matrix": "fp64 on the CPU, sent once a shape",
-    "models.checkpoint:fill": "the buffer that a file is read into",
     "models.controlnet:ControlNet.forward": "weights of guess mode, as numbers",
     "models.denoiser:alphas_cumprod": "numbers of a config in fp64; `load_sdxl` sends them",
     "sampling.loop:sample": "levels as given, sent with the noise",

@@ -21,7 +21,7 @@ from experiments.mini.train_vae import HELD_OUT
 from segresearch.config import GenerateConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from segresearch.guidance import GuidedDenoiser, cfg
 from segresearch.models import load_sdxl
-from segresearch.models.load import SDXL
+from segresearch.models.sdxl import SDXL
 from segresearch.sample_images import sample_images
 from segresearch.scenes.scenes import scenes
 

@@ -26,10 +26,10 @@ from segresearch.analysis import energy_plots, measurements, report
 from segresearch.analysis.recorder import Recorder, Recording
 from segresearch.analysis.settings import AnalyzeConfig, measured_steps
 from segresearch.build import build_guidance, load_model, of_model, with_batch_size
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.errors import ConfigError
 from segresearch.guidance import SelfAttentionGuidance
 from segresearch.models import SDXL
-from segresearch.models.locate import located
 from segresearch.plan import parse_seeds, read_prompts
 from segresearch.plot_style import save
 from segresearch.records import figure_record, sampling_identity
@@ -67,7 +67,7 @@ def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
     start = time.perf_counter()
     config = with_batch_size(of_model(config, model))
     images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
-    fingerprint = runs.fingerprint(located(config.model.path))
+    fingerprint = runs.fingerprint(resolve_model(config.model.path))
     folder = runs.run_folder(config.out, config.name, identity(config, images, fingerprint))
     recorded, page = folder / "recording", folder / PAGE
     if page.is_file() and (recorded.is_dir() or not config.keep):

@@ -48,12 +48,12 @@ def identify_control(control: ControlConfig, images: Sequence[str], model: Path,
     model: the model's folder or file. key: the control's full key, for messages. Raises CheckpointError for a
     ControlNet or a depth estimator that is missing, ConfigError for a file that is no image.
     """
-    from segresearch.models.locate import located_controlnet
+    from segresearch.checkpoints.resolve import resolve_controlnet
 
     files = list(dict.fromkeys(image for image in images if not image.startswith(SCENE)))
     scenes = list(dict.fromkeys(image for image in images if image.startswith(SCENE)))
     with _naming(f"{key}.net"):
-        net = fingerprint(located_controlnet(control.net, model))
+        net = fingerprint(resolve_controlnet(control.net, model))
     digests, depth_model = {}, None
     with _naming(f"{key}.image"):
         for file in files:

@@ -68,7 +68,8 @@ class Overview:
     def page(self) -> str:
         """One HTML file; a run's name leads to its own page."""
         head, rows = self._table()
-        kinds = [""] * (2 + len(self.differing)) + ["number"] * len(head)
+        metrics = columns(*(run.frame for run in self.runs))
+        kinds = [""] * (2 + len(self.differing)) + [f"number {metric.group}" for metric in metrics]
         last, lines = "", []
         for folder, *texts in rows:
             first = Cell(folder, "first" if folder != last else "", href=f"{folder}/index.html")

@@ -25,6 +25,7 @@ import numpy as np
 
 from segresearch import runs
 from segresearch.build import load_model, of_model, usable_device, with_batch_size
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig
 from segresearch.errors import ConfigError, Ended
 from segresearch.evaluation import plots, shards, table
@@ -37,7 +38,6 @@ from segresearch.evaluation.reference import Reference, features, reference
 from segresearch.evaluation.sample_shards import IMAGES, Progress, missing_arrays, required_arrays, sample_shards
 from segresearch.evaluation.spec import EvaluationSpec, evaluation_spec, run_identity, with_folders
 from segresearch.evaluation.workers import Worker, worker
-from segresearch.models.locate import located
 from segresearch.plot_style import save
 from segresearch.records import figure_record
 from segresearch.threads import threads
@@ -83,7 +83,7 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, part: Worker |
     config = with_batch_size(of_model(config, model))
     with threads(config.threads):
         spec, part = evaluation_spec(config), part or worker()
-        spec = with_folders(spec, located(config.model.path))
+        spec = with_folders(spec, resolve_model(config.model.path))
         real = reference(config.reference)
         folder = runs.run_folder(config.out, config.name, run_identity(spec, real.identity()))
         if config.stage == "verify":

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.errors import ConfigError, InputError, NotFinite
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
@@ -18,7 +19,6 @@ from segresearch.metrics.lpips import load_lpips, lpips_distances
 from segresearch.metrics.mini_vision import load_vision, perceptual_distances, unit_range
 from segresearch.metrics.text_alignment import CLIP, MiniClip, load_clip, text_alignment
 from segresearch.models.compute import arithmetic
-from segresearch.models.locate import located
 from segresearch.plan import HELD_OUT, SCENE
 from segresearch.runs import digest, fingerprint
 from segresearch.threads import one_thread
@@ -118,7 +118,7 @@ def _distance(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
     weights, checksums = spec.config.weights, spec.config.checksums
     baseline = spec.folders[spec.baseline].name.rpartition("-")[2]
     if name == "mini":
-        folder = located(weights.get("mini") or "mini")
+        folder = resolve_model(weights.get("mini") or "mini")
         vision, producer = load_vision(folder).vision.to(device), fingerprint(folder / "vision")
         return ImageMetric(
             "distance-mini", producer, lambda s: perceptual_distances(vision, s.images, s.baseline), baseline=baseline
@@ -140,7 +140,7 @@ def _text_alignment(spec: EvaluationSpec, device: str) -> ImageMetric:
         return ImageMetric("text_alignment-clip", clip.weights, lambda s: text_alignment(clip, s.images, s.prompts))
     from segresearch.models import load_sdxl
 
-    folder = located(config.weights.get("mini") or "mini")
+    folder = resolve_model(config.weights.get("mini") or "mini")
     mini = MiniClip(load_vision(folder).to(device), load_sdxl(folder, device=device).text)
     producer = digest([fingerprint(folder / part) for part in ("vision", "text_encoder_2")])
     return ImageMetric("text_alignment-mini", producer, lambda s: text_alignment(mini, s.images, s.prompts, batch=250))
@@ -156,7 +156,7 @@ def _attributes(scenes: Sequence[int]) -> ImageMetric:
         own, next_one = (agreement(predicted, attributes) for attributes in expected)
         return torch.stack([*(own[key] for key in ATTRIBUTES[:-1]), next_one["objects"]], dim=1)  # 6 (b,) -> (b, 6)
 
-    producer = digest([2, fingerprint(located("mini") / "attributes")])
+    producer = digest([2, fingerprint(resolve_model("mini") / "attributes")])
     return ImageMetric("attributes", producer, match, ATTRIBUTES)
 
 

@@ -55,7 +55,7 @@ def where(spec: EvaluationSpec, result: Result) -> str:
 
 def table(frame: Frame, metrics: list[Metric]) -> tuple[list[Cell], list[list[Cell]]]:
     """Head and rows: a row a method, a column a metric."""
-    kinds = ["number paper" if metric.group == "paper" else "number" for metric in metrics]
+    kinds = [f"number {metric.group}" for metric in metrics]
     head = [Cell("method"), *(Cell(metric.head, kind) for metric, kind in zip(metrics, kinds))]
     return head, [[Cell(m), *map(Cell, cells(frame, m, metrics), kinds)] for m in frame.methods]
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 from segresearch import runs
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.control_images.identify import control_records, identify_control
 from segresearch.evaluation import shards
 from segresearch.evaluation.spec import EvaluationSpec
-from segresearch.models.locate import located
 from segresearch.records import image_record, run_record
 
 
@@ -15,7 +15,7 @@ def records(spec: EvaluationSpec, images: range, run: str) -> dict[str, list[dic
 
     run: the name of the run's folder.
     """
-    config, model = spec.config, located(spec.config.model.path)
+    config, model = spec.config, resolve_model(spec.config.model.path)
     shared = run_record(config, runs.fingerprint(model), run)
     control_images = [spec.controls[i] if spec.controls else () for i in images]
     identified = {

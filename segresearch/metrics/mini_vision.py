@@ -11,9 +11,9 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.errors import CheckpointError, InputError
 from segresearch.metrics.weight_files import fitting, frozen
-from segresearch.models.locate import located
 from segresearch.threads import one_thread
 
 SIDE = 64  # pixels
@@ -48,7 +48,7 @@ class Vision(nn.Module):
             maps.append(x)
         return maps
 
-    def forward(self, images: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b features"]:
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b features"]:
         """Features of images in [−1, 1]. InputError for another size."""
         h, w = images.shape[2:]
         if (h, w) != (SIDE, SIDE):
@@ -64,7 +64,7 @@ class VisionTower(nn.Module):
         self.vision = Vision(width, features)
         self.vision_projections = nn.ModuleList(nn.Linear(features, p, bias=False) for p in projections)
 
-    def embed(self, images: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b projection"]:
+    def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b projection"]:
         """Unit embeddings of images in [−1, 1], comparable with SDXL's pooled text (`Cond.pooled`)."""
         return F.normalize(self.vision_projections[1](self.vision(images)), dim=-1)
 
@@ -79,7 +79,7 @@ def load_part(path_or_name: str | Path, part: str, build: Callable[..., Module])
 
     Raises CheckpointError where the part is missing or does not fit.
     """
-    folder = located(path_or_name) / part
+    folder = resolve_model(path_or_name) / part
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
