@@ -64,8 +64,8 @@ class Trained(nn.Module):
         self.frozen = [unet.eval().requires_grad_(False)]  # in a list: no submodule, so neither trained nor saved
 
     def forward(self, noised: Tensor, t: Tensor, cond: Any, image: Tensor) -> Tensor:
-        control = self.net(noised, t, cond, self.net.embed_image(image))
-        return self.frozen[0](noised, t, cond, attend=attention, control=control)
+        residuals = self.net(noised, t, cond, self.net.embed_image(image))
+        return self.frozen[0](noised, t, cond, attend=attention, residuals=residuals)
 
 
 def maps(kind: str, index: Tensor, exact: Tensor) -> Tensor:
