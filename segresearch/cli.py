@@ -45,7 +45,7 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
             @functools.wraps(main)
             def job(config: Any) -> None:
                 number, overrides = next(started), _swept()
-                with _ending(full) if overrides is None else contextlib.nullcontext():
+                with one_line_errors(full) if overrides is None else contextlib.nullcontext():
                     try:
                         main(config)
                     except Exception as error:
@@ -57,7 +57,7 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
                         print(f"error: job {number} ({overrides}): {line(error)}", file=sys.stderr)
 
             try:
-                with _ending(full, config_name), lazy_help():
+                with one_line_errors(full, config_name), lazy_help():
                     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
                     if failed:
                         raise _sweep_end(failed, next(started) - 1)
@@ -117,7 +117,7 @@ def lazy_help() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ending(full: bool, config_name: str = "") -> Iterator[None]:
+def one_line_errors(full: bool = False, config_name: str = "") -> Iterator[None]:
     """Ends the process with a line and a code for errors that have one, unless `full` asks for tracebacks."""
     try:
         yield
