@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from segresearch.guidance import GuidedDenoiser
-from segresearch.models import VAE, VAEConfig
-from segresearch.models.controlnet import Controlled
+from segresearch.models.controlnet import ActiveControlNet
+from segresearch.models.vae import VAE, VAEConfig
 
 GIB = 2**30
 TILES = (None, 512, 256, 128)
@@ -107,7 +107,7 @@ def step(what: str, px: int, dtype: torch.dtype, batch: int = 1) -> int:
     def call() -> None:
         control = []
         if net is not None:
-            control = [Controlled(net, torch.empty(batch, 320, px // 8, px // 8, dtype=dtype, device="meta"))]
+            control = [ActiveControlNet(net, torch.empty(batch, 320, px // 8, px // 8, dtype=dtype, device="meta"))]
         given = {b.conditioning: conds[b.conditioning].projected(*nets) for b in branches}
         denoised = model.evaluate(x, sigma, branches, given, control, values=[SIGMA] * batch)
         model.combine(x, sigma, denoised, values=[SIGMA] * batch)

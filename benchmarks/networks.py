@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, Term, cfg, perturbed
-from segresearch.models import UNet, UNetConfig
 from segresearch.models.compute import PLAIN, Compute
 from segresearch.models.conditioning import Cond
-from segresearch.models.controlnet import Controlled, ControlNet, ControlNetConfig
+from segresearch.models.controlnet import ActiveControlNet, ControlNet, ControlNetConfig
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.unet import UNet, UNetConfig
 
 SIGMA = 3.0  # of the step that is measured
 TEXT = 77  # tokens
@@ -117,7 +117,7 @@ def steps_flops(
     denoiser = plain_denoiser(unet).to("meta")
     x, sigma, conds, _ = inputs(px, dtype, "meta", batch, size)
     hint = torch.empty(batch, SIZES[size]["block_out_channels"][0], px // 8, px // 8, dtype=dtype, device="meta")
-    control = [Controlled(net, hint)] if net is not None else []
+    control = [ActiveControlNet(net, hint)] if net is not None else []
     model = GuidedDenoiser(denoiser, terms(what))
     branches, nets = model.branches(SIGMA), [n for n in (unet, net) if n is not None]
     needed = {branch.conditioning: conds[branch.conditioning] for branch in branches}
@@ -149,7 +149,7 @@ def guided(
     given: dict[str, Any] = {"conds": {n: conds[n] for n in ("cond", "uncond") if n == "cond" or "CFG" in what}}
     if "ControlNet" in what:
         with torch.no_grad():
-            given["control"] = [Controlled(net, net.embed_image(image.to(dtype)))]
+            given["control"] = [ActiveControlNet(net, net.embed_image(image.to(dtype)))]
     with torch.no_grad():
         given = model.prepare(given)
 

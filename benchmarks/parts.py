@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ def decode(px: int, dtype: str, device: str, rounds: int) -> dict:
     from diffusers import AutoencoderKL
     from networks import filled
 
-    from segresearch.models import VAE, VAEConfig
+    from segresearch.models.vae import VAE, VAEConfig
 
     kind = getattr(torch, dtype)
     widths = (128, 256, 512, 512)
@@ -250,8 +249,8 @@ def compiling(rounds: int, batch: int = 8) -> dict:
     """A SEG step of mini, compiled and not; the seconds that compiling took, the largest difference."""
     from networks import terms
 
-    from segresearch.models import Denoiser
     from segresearch.models.compute import Compute
+    from segresearch.models.denoiser import Denoiser
 
     sdxl = _mini()
     compiled = Denoiser(sdxl.unet, sdxl.denoiser.alphas, compute=Compute(compile=True))
@@ -264,31 +263,6 @@ def compiling(rounds: int, batch: int = 8) -> dict:
     seconds = time.perf_counter() - start
     error = float((first - calls["eager"]()).abs().max())
     return {"batch": batch, "compile_seconds": seconds, "max_difference": error, "times": interleaved(calls, rounds)}
-
-
-def skipping(every: int, steps: int = 25, images: int = 8) -> dict:
-    """SEG of mini at every k-th step only: seconds, and the error of the pictures against SEG at all of them."""
-    import torch
-    from networks import terms
-
-    from segresearch.guidance import EveryKth, GuidedDenoiser
-    from segresearch.sampling import initial_noise, sample, sigmas
-
-    sdxl = _mini()
-    conds = sdxl.encode(["a red cube"] * images, size=sdxl.default_size)
-    noise = initial_noise(range(images), sdxl.latent_shape(sdxl.default_size))
-    levels = tuple(sigmas(sdxl.denoiser, "leading", steps)[:-1].tolist())
-    found, pixels = {}, {}
-    for k in (0, 1, every):  # 0: no guidance at all, for comparison
-        seg = {name: replace(term, scale=EveryKth(3.0, levels, max(k, 1))) for name, term in terms("SEG").items()}
-        model = GuidedDenoiser(sdxl.denoiser, seg if k else {})
-        start = time.perf_counter()
-        x = sample(model, noise, steps=steps, conds=conds)
-        found[k] = time.perf_counter() - start
-        with torch.no_grad():
-            pixels[k] = sdxl.decode(x)
-    error = {k: float((pixels[1] - pixels[k]).pow(2).mean().sqrt()) for k in (0, every)}
-    return {"every": every, "images": images, "steps": steps, "seconds": found, "rms": error}
 
 
 def analysis(load: str, way: str, quick: bool) -> dict:

@@ -16,7 +16,6 @@ Parts, each in a process of its own:
     mini       pictures a second over batch sizes; one process of two threads beside two of one
     terms      a step of mini over the number of SEG terms (*)
     compile    torch.compile on mini, which takes minutes (*)
-    approx     guidance at every second step of mini: seconds and error (*)
     analysis   statistics of attention, streamed beside whole maps (*)
 
     (*) not with --quick, which also takes fewer rounds, and of CFG+SEG measures our step alone.
@@ -44,8 +43,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from harness import HERE, child, machine, median, ratio, table, with_start  # noqa: E402
 
-PARTS = ("limits", "steps", "memory", "start", "load", "decode", "mini", "terms", "compile", "approx", "analysis")
-SLOW = ("load", "decode", "terms", "compile", "approx", "analysis")  # left out of --quick
+PARTS = ("limits", "steps", "memory", "start", "load", "decode", "mini", "terms", "compile", "analysis")
+SLOW = ("load", "decode", "terms", "compile", "analysis")  # left out of --quick
 ALONE = ("CFG+SEG",)  # --quick does not run diffusers' way of these
 QUICK: tuple[str, ...] = ("plain", "SEG", "CFG+SEG", "ControlNet+SEG")
 FULL: tuple[str, ...] = ("plain", "SEG", "PAG", "CFG", "CFG+SEG", "ControlNet+SEG")
@@ -167,17 +166,6 @@ def show_compile(found: dict, options: argparse.Namespace) -> list[str]:
     return ["## torch.compile", text]
 
 
-def show_approx(found: dict, options: argparse.Namespace) -> list[str]:
-    k, seconds, rms = str(found["every"]), found["seconds"], found["rms"]
-    rows = [
-        ["every step", f"{seconds['1']:.2f}", "0"],
-        [f"every {k} steps", f"{seconds[k]:.2f}", f"{rms[k]:.3f}"],
-        ["none", f"{seconds['0']:.2f}", f"{rms['0']:.3f}"],
-    ]
-    note = f"SEG on mini, {found['images']} images of {found['steps']} steps; pixels from -1 to 1."
-    return ["## Approximate: guidance every k-th step", note, table(("guided", "s", "rms error of the pixels"), rows)]
-
-
 def show_analysis(found: list[dict], options: argparse.Namespace) -> list[str]:
     rows = [
         [f["load"], f["way"], f"{f['seconds']:.2f}",
@@ -243,8 +231,6 @@ def measure(part: str, options: argparse.Namespace) -> Any:
         return child("scaling", threads, rounds=rounds)
     if part == "compile":
         return child("compiling", threads, rounds=rounds)
-    if part == "approx":
-        return child("skipping", threads, every=2)
     from analysis import LOADS, WAYS
 
     ways = ("streamed", "maps") if quick else WAYS

@@ -24,7 +24,7 @@ class ModelConfig:
     """Which weights (the arguments of `load_sdxl`), and what suits them.
 
     batch_size, batch_size_cuda: images a batch where the run does not say, and on a GPU (None: as many).
-    strengths: useful ones by method, which conf/guidance and conf/controlnet refer to.
+    scales: useful guidance scales by method, which conf/guidance and conf/controlnet refer to.
     controlnets: its ControlNets by what they read (canny, depth), which conf/controlnet refers to.
     """
 
@@ -37,7 +37,7 @@ class ModelConfig:
     tokenizer: str | None = None
     batch_size: Count = 8
     batch_size_cuda: Count | None = None
-    strengths: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
     controlnets: dict[str, str] = field(default_factory=dict)
 
 
@@ -236,11 +236,12 @@ class EvaluateConfig:
 
     compare, guidance: the settings; pictures of the first are the ones that distances are taken to. images: of each
     setting; image i has seed i and prompt i, prompts repeating in turn. keep: pictures stored, of each setting (null:
-    all). controls: ControlNets over every setting; image i has control image i. features, distances, caption: the
-    networks that look at pictures. weights: their files, where they do not lie where their publishers' tools keep them;
-    checksums: their SHA-256, where others than the published ones are meant. reference: real pictures,
-    "scene:100000-109999" or a folder. draws: of the bootstrap. subsets: of the kernel distance. paper: whose figures
-    stand beside (auto: those of the table that the run is named after). only: one step of the run. threads: of a
+    all). controls: ControlNets over every setting; image i has control image i. features, distances,
+    text_alignment: the networks that look at pictures. weights: their files, where they do not lie where their
+    publishers' tools keep them; checksums: their SHA-256, where others are meant than the published ones. reference: real pictures,
+    "scene:100000-109999" or a folder. n_bootstrap, n_subsets: resamples of the bootstrap, subsets of the kernel
+    distance. paper: whose figures
+    stand beside (auto: those of the table that the run is named after). stage: one stage of the run. threads: of a
     process on a CPU; it may change the last bit of pictures.
     """
 
@@ -260,17 +261,17 @@ class EvaluateConfig:
     keep: Annotated[int, Bounds(low=0)] | None = None
     features: tuple[Literal["mini", "inception", "dinov2", "clip"], ...] = ("mini",)
     distances: tuple[Literal["mini", "vgg", "alex"], ...] = ("mini",)
-    caption: Literal["none", "mini", "clip"] = "mini"
+    text_alignment: Literal["none", "mini", "clip"] = "mini"
     weights: dict[str, str | None] = field(default_factory=dict)
     checksums: dict[str, str | None] = field(default_factory=dict)
     reference: str = "scene:100000-109999"
-    draws: Annotated[int, Bounds(0, 100_000)] = 100
-    subsets: Annotated[int, Bounds(1, 10_000)] = 20
+    n_bootstrap: Annotated[int, Bounds(0, 100_000)] = 100
+    n_subsets: Annotated[int, Bounds(1, 10_000)] = 20
     force: bool = False
     paper: Literal["auto", "none", "table1", "table2"] = "auto"
     controls: dict[str, ControlConfig] = field(default_factory=dict)
-    shown: Annotated[int, Bounds(1, 64)] = 8
-    only: Literal["all", "shards", "verify", "reduce"] = "all"
+    n_examples: Annotated[int, Bounds(1, 64)] = 8
+    stage: Literal["all", "shards", "verify", "reduce"] = "all"
     threads: Annotated[int, Bounds(1, 1024)] = 1
     device: str = "auto"
     compute: Compute = Compute()

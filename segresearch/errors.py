@@ -6,7 +6,7 @@ Light: imports nothing.
 
 
 class InputError(ValueError):
-    """A value that was given cannot be used: the message has what, where, and what would do instead."""
+    """An argument cannot be used. The message has the value, where it is, and what would do instead."""
 
 
 class ConfigError(InputError):

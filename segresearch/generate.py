@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from segresearch import images, runs
 from segresearch.build import build_guidance, device_kind, load_model, of_model, with_batch_size
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.command import hydra_settings
 from segresearch.config import ControlConfig, GenerateConfig, GuidanceConfig
 from segresearch.control_images.identify import Sources
 from segresearch.errors import Ended
-from segresearch.models.locate import located
 from segresearch.plan import Panel, panels, slug
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL
-    from segresearch.models.controlnet import Controlled
+    from segresearch.models.controlnet import ActiveControlNet
 
 
 VERSION = 1  # of the grid's drawing
@@ -78,7 +78,7 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
     """
     config = with_batch_size(of_model(config, model))
     plan = panels(config)
-    weights = located(config.model.path)
+    weights = resolve_model(config.model.path)
     sources = Sources(plan, weights)
     semantic = semantics(config, plan, runs.fingerprint(weights), sources)
     folder = runs.run_folder(config.out, config.name, semantic)
@@ -235,7 +235,7 @@ def _make(
             raise
 
 
-def control(sdxl: "SDXL", config: GenerateConfig, batch: Batch) -> list["Controlled"]:
+def control(sdxl: "SDXL", config: GenerateConfig, batch: Batch) -> list["ActiveControlNet"]:
     """The ControlNets of a batch, each with the control images of its pictures."""
     from segresearch.control_images.prepare import controlled_batch
     from segresearch.sampling import sigmas

@@ -16,10 +16,10 @@ from PIL import Image
 
 from segresearch import runs
 from segresearch.build import device_kind
+from segresearch.checkpoints.resolve import resolve_controlnet, resolve_model
 from segresearch.config import ControlConfig, EvaluateConfig, GenerateConfig
 from segresearch.errors import ConfigError
 from segresearch.images import read_settings
-from segresearch.models.locate import located, located_controlnet
 from segresearch.typed import typed
 
 EXACT = {"precision": "exact"}  # of records without a word on it, which are of a CPU
@@ -134,11 +134,11 @@ def _config(record: Mapping[str, Any], device: str, out: str) -> GenerateConfig:
 
 def _check_assets(config: GenerateConfig) -> None:
     """CheckpointError for a model or a ControlNet that is missing."""
-    place = located(config.model.path)
+    place = resolve_model(config.model.path)
     panels = [p.controls for p in config.panels if p.controls]
     for controls in [config.controls, *panels]:
         for control in controls.values():
-            located_controlnet(control.net, place)
+            resolve_controlnet(control.net, place)
 
 
 def _figure(record: Mapping[str, Any], device: str, out: str) -> Path:
@@ -149,7 +149,7 @@ def _figure(record: Mapping[str, Any], device: str, out: str) -> Path:
 
         given = {"compute": EXACT, **record["evaluate"], "device": device, "out": out}
         config: EvaluateConfig = typed(EvaluateConfig, given)
-        folder = evaluate(dataclasses.replace(config, only="all")).folder
+        folder = evaluate(dataclasses.replace(config, stage="all")).folder
     elif "analyze" in record:
         from segresearch.analysis.analyze import analyze
         from segresearch.analysis.settings import AnalyzeConfig

@@ -52,7 +52,7 @@ def config(folder, tmp_path_factory):
         "prompts": ["", "red"],
         "seeds": 0,
         "steps": 3,
-        "at": [0, -1],
+        "measured_steps": [0, -1],
         "size": [16, 24],
         "where": ["mid", "up.0.0"],
         "blur": {"sigmas": [1, "inf"], "boundaries": ["reflect", "exact"]},
@@ -173,7 +173,7 @@ def test_a_perturbed_branch_is_measured_under_its_perturbation(config, model, un
     guidance = typed(
         type(config.guidance), {"terms": {"seg": {**SEG, "perturbation": {**SEG["perturbation"], "where": -1}}}}
     )
-    changes = {"guidance": guidance, "branch": "cond~seg", "where": -1, "at": (0,), "out": str(tmp_path)}
+    changes = {"guidance": guidance, "branch": "cond~seg", "where": -1, "measured_steps": (0,), "out": str(tmp_path)}
     smooth = rows_of(analyze(dataclasses.replace(config, **changes), model))
     plain = rows_of(analyze(dataclasses.replace(config, **{**changes, "branch": "cond"}), model))
     spread = [np.mean([float(row["spread"]) for row in rows]) for rows in (smooth, plain)]
@@ -187,7 +187,7 @@ def test_a_perturbed_branch_is_measured_under_its_perturbation(config, model, un
         ({"where": "middle"}, "matches no self-attention site"),
         ({"heads": (7,)}, "no head 7"),
         ({"size": (15, 16)}, "size="),
-        ({"at": (3,)}, "no step 3; 3 steps are 0 to 2"),
+        ({"measured_steps": (3,)}, "no step 3; 3 steps are 0 to 2"),
     ],
 )
 def test_what_the_model_cannot_do_is_one_line_and_leaves_nothing(changes, words, config, model, tmp_path):
@@ -206,8 +206,8 @@ def test_settings_compose_and_slips_are_said():
     assert config.blur.sigmas[-1] == math.inf and config.prompts[0] == "" and config.wandb.mode == "off"
     assert composed("guidance=seg_cfg", "branch='cond~seg'", "model=sdxl", "where=[mid,up.0]").branch == "cond~seg"
     for override, words in (
-        ("at=[25]", "at: there is no step 25"),
-        ("at=[]", "at: empty"),
+        ("measured_steps=[25]", "measured_steps: there is no step 25"),
+        ("measured_steps=[]", "measured_steps: empty"),
         ("blur.sigmas=[1,1]", "names one twice"),
         ("blur.boundaries=[reflct]", "did you mean reflect"),
         ("wandb.mode=onlin", "did you mean online"),

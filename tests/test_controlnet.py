@@ -18,9 +18,9 @@ from make_models import make_controlnet, make_pipeline
 from test_unet import THREE_LEVELS, TWO_LEVELS, WIDE_STEP, inputs
 
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
-from segresearch.models import Denoiser, load_sdxl
+from segresearch.models import load_sdxl
 from segresearch.models.controlnet import ControlNet, ControlNetConfig, controlled, weighted
-from segresearch.models.unet import Control, UNetConfig
+from segresearch.models.unet import ControlResiduals, UNetConfig
 from segresearch.sampling import ALWAYS, initial_noise, sample, sigmas, step_interval
 
 # --- the network ------------------------------------------------------------------------------------
@@ -159,16 +159,16 @@ class Steered(Denoiser):
         super().__init__(inner.unet, 1 / (1 + inner.sigmas.double() ** 2))
         self.controls = control
 
-    def forward(self, x, sigma, cond, attend=None, control=None, fork=None):
-        assert control is None
+    def forward(self, x, sigma, cond, attend=None, residuals=None, fork=None):
+        assert residuals is None
         total = None
         for one in self.controls:
             hint = one.hint.repeat(len(x) // one.rows, 1, 1, 1)
-            own = self.control(x, sigma, cond, one.net, hint, one.guess)
+            own = self.residuals(x, sigma, cond, one.net, hint, one.guess)
             scales = torch.tensor([one.scale_at(s) for s in sigma.tolist()], dtype=x.dtype)[:, None, None, None]
-            own = Control(tuple(r * scales for r in own.down), own.mid * scales)
+            own = ControlResiduals(tuple(r * scales for r in own.down), own.mid * scales)
             if total is not None:
-                own = Control(tuple(a + b for a, b in zip(own.down, total.down)), own.mid + total.mid)
+                own = ControlResiduals(tuple(a + b for a, b in zip(own.down, total.down)), own.mid + total.mid)
             total = own
         return super().forward(x, sigma, cond, attend, total, fork)
 
@@ -280,7 +280,7 @@ def test_pictures_do_not_depend_on_the_batch(options):
 def test_wrong_inputs_are_named():
     x, sigma, conds = noisy(3, 4, 8)
     one, model = net(), GuidedDenoiser(denoiser(), {})
-    with pytest.raises(ValueError, match="8×12 pixels, the picture 8×16"):
+    with pytest.raises(ValueError, match="8×12 pixels, the image 8×16"):
         model(x, sigma, conds=conds, control=[controlled(one, picture(1, 4, 6))])
     with pytest.raises(ValueError, match="2 control images for 3 images; it needs 3 or 1"):
         model(x, sigma, conds=conds, control=[controlled(one, picture(2))])

@@ -39,7 +39,7 @@ def sketched():
     loaded = {}
 
     def judges(config, plan, device):
-        named = (config.features, config.distances, config.caption, str(config.weights), str(config.checksums))
+        named = (config.features, config.distances, config.text_alignment, str(config.weights), str(config.checksums))
         key = (*named, plan.scenes, config.force, plan.places[plan.first].name)
         if key not in loaded:
             loaded[key] = loading(config, plan, device)
@@ -75,8 +75,9 @@ def base(folder, tmp_path_factory):
         "schedule": {"name": "leading"},
         "name": "study",
         "compare": [{}, {"label": "SEG", "terms": {"seg": SEG}}],
-        "prompts": "scene:0-", "images": COUNT, "steps": 2, "size": [64, 64], "batch_size": 1, "shard": 1, "shown": 2,
-        "reference": "scene:100000-100005", "draws": 2, "subsets": 2, "force": True, "device": "cpu",
+        "prompts": "scene:0-", "images": COUNT, "steps": 2, "size": [64, 64], "batch_size": 1, "shard": 1,
+        "n_examples": 2,
+        "reference": "scene:100000-100005", "n_bootstrap": 2, "n_subsets": 2, "force": True, "device": "cpu",
         "out": str(tmp_path_factory.mktemp("whole")),
     }  # fmt: skip
     return typed(EvaluateConfig, given)
@@ -208,14 +209,14 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
             file = at / ("features-mini.npy" if harm == "cut" else shards.MANIFEST)
             file.write_bytes(file.read_bytes()[:-40])
         with pytest.raises(command.Ended) as caught:
-            evaluate(dataclasses.replace(config, only="verify"), model)
+            evaluate(dataclasses.replace(config, stage="verify"), model)
         assert (
             caught.value.code == 4
             and "1 of 6 shards" in str(caught.value)
             and f"{at.parent.name}/0000001-0000002" in str(caught.value)
         )
         with pytest.raises(command.Ended, match="1 of 6 shards are missing") as caught:
-            evaluate(dataclasses.replace(config, only="reduce"), model, Worker())
+            evaluate(dataclasses.replace(config, stage="reduce"), model, Worker())
         assert command.exit_code(caught.value) == 4
         mended = evaluate(config, model, Worker())
         assert (mended.made, mended.found) == (1, 5) and contents(config) == contents(base)
@@ -224,15 +225,15 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
     (folder / "results.json").unlink()
     for only in ("verify", "reduce"):
         with pytest.raises(command.Ended, match="not the bytes that were written"):
-            evaluate(dataclasses.replace(config, only=only), model, Worker())
+            evaluate(dataclasses.replace(config, stage=only), model, Worker())
     shutil.rmtree(at)
     evaluate(config, model, Worker())
-    assert "all 6 shards are whole" in str(evaluate(dataclasses.replace(config, only="verify")))
+    assert "all 6 shards are whole" in str(evaluate(dataclasses.replace(config, stage="verify")))
     assert contents(config) == contents(base)
 
 
 def test_more_pictures_and_other_judges_keep_what_is_there(config, base, whole, model, monkeypatch):
-    few = dataclasses.replace(config, images=2, distances=(), only="shards")
+    few = dataclasses.replace(config, images=2, distances=(), stage="shards")
     first = evaluate(few, model, Worker())
     assert first.made == 4 and first.folder.name != whole.folder.name and first.result is None
     drawn = []
@@ -246,7 +247,7 @@ def test_more_pictures_and_other_judges_keep_what_is_there(config, base, whole, 
 def test_runs_that_measure_something_else_have_folders_of_their_own_and_share_pictures(config, model):
     one = evaluate(config, model, Worker())
     kept = contents(dataclasses.replace(config, out=str(one.folder)))
-    for change in ({"draws": 3}, {"images": 2}, {"reference": "scene:100000-100004"}, {"caption": "none"}):
+    for change in ({"n_bootstrap": 3}, {"images": 2}, {"reference": "scene:100000-100004"}, {"text_alignment": "none"}):
         other = evaluate(dataclasses.replace(config, **change), model, Worker())
         assert other.made == 0 and other.folder != one.folder and (other.folder / "index.html").is_file()
     assert contents(dataclasses.replace(config, out=str(one.folder))) == kept
@@ -266,7 +267,7 @@ def test_pictures_of_another_version_are_used_and_said(config, model, capsys):
     said = capsys.readouterr().err
     assert "code 0.0.9, torch 1.2.3" in said and said.count("\n") == 1
     assert "code 0.0.9, torch 1.2.3" in (found.folder / "index.html").read_text()
-    more = evaluate(dataclasses.replace(few, distances=config.distances, only="shards"), model, Worker())
+    more = evaluate(dataclasses.replace(few, distances=config.distances, stage="shards"), model, Worker())
     assert more.result is None and shards.made(manifest.parent) == {"code": "0.0.9", "torch": "1.2.3"}
 
 
@@ -340,7 +341,7 @@ def test_memory_and_weights_have_codes_of_their_own(config, model, monkeypatch):
     ("change", "words"),
     [
         ({"force": False}, "images: 3 are too few for 256 features"),
-        ({"size": (64, 32)}, "cannot be measured here: pictures of 64×32"),
+        ({"size": (64, 32)}, "cannot be measured here: images of 64×32"),
         ({"reference": "nowhere"}, "reference: nowhere: no such folder"),
         ({"reference": "scene:3"}, "a distance needs many"),
         ({"force": False, "images": 300, "reference": "scene:0-99"}, "100 pictures are too few for 256 features"),
@@ -394,7 +395,7 @@ def test_processes_as_torchrun_starts_them_make_the_same_shards(config, base, wh
     call = [sys.executable, str(script), "--config-dir", str(tmp_path), "--config-name", "mine", f"out={config.out}"]
     places = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONWARNINGS": "ignore"} for rank in range(2)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen([*call, "only=shards", "device=cpu"], env=env, **pipes) for env in places]
+    started = [subprocess.Popen([*call, "stage=shards", "device=cpu"], env=env, **pipes) for env in places]
     ended = [(*process.communicate(), process.returncode) for process in started]
     assert [code for *_, code in ended] == [0, 0] and any("all 6 shards are there" in out for out, *_ in ended), ended
     done = evaluate(config, model, Worker())

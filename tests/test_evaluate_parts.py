@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig, conf_dir
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers, plots, shards, table
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import placed, study
 from segresearch.evaluation.workers import Worker, worker
-from segresearch.models.locate import located
 from segresearch.plan import settings
 from segresearch.prompts import from_coco, from_text
 
@@ -117,13 +117,13 @@ def test_experiments_are_pictures_too():
 
 def places(*overrides: str) -> dict[str, str]:
     config = composed(*overrides)
-    return {name: place.name for name, place in placed(config, study(config), located("mini")).places.items()}
+    return {name: place.name for name, place in placed(config, study(config), resolve_model("mini")).places.items()}
 
 
 def test_shards_lie_by_what_pictures_depend_on():
     one = places("experiment=table2")
     assert one == places("experiment=table2", "images=40")
-    assert one == places("experiment=table2", "draws=3", "shown=2", "device=cpu", "only=reduce", "keep=8")
+    assert one == places("experiment=table2", "n_bootstrap=3", "n_examples=2", "device=cpu", "stage=reduce", "keep=8")
     assert one == places("experiment=table2", "device=cuda", "batch_size=25", "compute.precision=exact",
                          "compute.offload=true")  # fmt: skip
     assert places("experiment=table2", "device=cuda") == places("experiment=table2", "device=cuda", "batch_size=100")

@@ -49,7 +49,7 @@ def test_recorder(gpu, dtype):  # noqa: F811
     for model in (guided, sag) if dtype == torch.float32 else (guided,):
         recorder = Recorder(model.unet.site_heads, heads=[0], values=True)
         x, sigma, conds = sent(real_inputs(dtype=dtype))
-        out = model(x, sigma, conds, record=recorder.run([{"seed": 0}, {"seed": 1}]))
+        out = model(x, sigma, conds, attend=recorder.attend([{"seed": 0}, {"seed": 1}]))
         assert out.device.type == "cuda" and len(recorder.recording)
         for entry in recorder.recording:
             assert {z.device.type for z in (entry.q, entry.k, entry.v)} == {"cpu"} and entry.q.dtype == dtype

@@ -18,18 +18,20 @@ from segresearch.guidance.blur import BOUNDARIES, _matrix, blur, gaussian_taps
 from segresearch.guidance.sag import TAPS
 
 ROOT = Path(segresearch.__file__).parent
-PACKAGES = ("models", "guidance", "sampling", "analysis", "metrics")
+PACKAGES = ("checkpoints", "models", "guidance", "sampling", "analysis", "metrics")
 
 # module -> the tests/test_fake_cuda_<name>.py that runs it on the device
 COVERED = {
-    "models.attention": "guidance", "models.layers": "guidance", "models.checkpoint": "pictures",
-    "models.conditioning": "models", "models.control_folder": "pictures", "models.controlnet": "models",
-    "models.denoiser": "models", "models.encoder": "guidance", "models.load": "pictures",
+    "checkpoints.folder": "pictures", "checkpoints.load": "pictures", "checkpoints.tensors": "pictures",
+    "models.attention": "guidance", "models.layers": "guidance", "models.sdxl": "pictures",
+    "models.conditioning": "models", "models.controlnet": "models",
+    "models.denoiser": "models",
     "models.offload": "models", "models.tiles": "models", "models.text": "models",
     "models.unet": "guidance", "models.vae": "models",
     "guidance.constants": "guidance", "guidance.branch_attention": "guidance",
     "guidance.blur": "guidance", "guidance.controlnet_residuals": "models",
-    "guidance.guided_denoiser": "guidance", "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",
+    "guidance.guided_denoiser": "guidance", "guidance.row_layout": "guidance",
+    "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",
     "guidance.sag": "guidance",
     "sampling.loop": "sampling", "sampling.noise": "sampling", "sampling.batching": "sampling",
     "sampling.schedules": "sampling", "sampling.intervals": "sampling",
@@ -45,7 +47,7 @@ COVERED = {
 HOST = {
     "models.compute": "settings; torch is imported for types",
     "models.graphs": "CUDA graphs are of a real GPU: tests/gpu",
-    "models.layouts": "what is on disk: modules on the meta device, sizes and names",
+    "checkpoints.single_file": "what is on disk: sizes and names",
     "analysis.analyze": "the run itself: sampling, decoding and the table, each covered, and files",
     "analysis.story": "figures of a recording, which lies on the CPU",
     "metrics.weight_files": "files and checksums; `frozen` is nn.Module.to",
@@ -58,7 +60,6 @@ ALLOWED = {
     "guidance.blur:gaussian_taps": "fp64 on the CPU; cached as a matrix on the device by its users",
     "guidance.blur:fold_taps": "as gaussian_taps",
     "guidance.blur:_matrix": "fp64 on the CPU, sent once a shape",
-    "models.checkpoint:fill": "the buffer that a file is read into",
     "models.controlnet:ControlNet.forward": "weights of guess mode, as numbers",
     "models.denoiser:alphas_cumprod": "numbers of a config in fp64; `load_sdxl` sends them",
     "sampling.loop:sample": "levels as given, sent with the noise",
@@ -66,7 +67,7 @@ ALLOWED = {
     "sampling.noise:white_noise.draw": GENERATED,
     "sampling.noise:brownian_noise": GENERATED,
     "sampling.noise:brownian_noise.draw": "two numbers that have been read",
-    "sampling.schedules:positive_levels": "fp64 on the CPU, sent as a whole",
+    "sampling.schedules:positive_sigmas": "fp64 on the CPU, sent as a whole",
     "sampling.intervals:step_interval": "levels as numbers",
     "analysis.curvature:chain_norm": GENERATED,
     "analysis.smoothing:log_spectrum": "small fp64 vectors of a grid, whose sums are numbers of the host",

@@ -25,7 +25,6 @@ from segresearch.guidance import (
     PAG,
     SEG,
     At,
-    EveryKth,
     GuidedDenoiser,
     Projected,
     Ramp,
@@ -34,8 +33,8 @@ from segresearch.guidance import (
     perturbed,
 )
 from segresearch.guidance.blur import BOUNDARIES, blur
-from segresearch.guidance.guided_denoiser import _copies
 from segresearch.guidance.postprocess import rescale
+from segresearch.guidance.row_layout import row_index
 from segresearch.guidance.sag import attention_received
 from segresearch.models.attention import Site, sdpa
 from segresearch.plan import settings
@@ -170,7 +169,7 @@ def test_terms_together(gpu, fork):  # noqa: F811
     terms = {
         "cfg": cfg(Ramp(3.0, 1.0), interval=(1.0, 9.0)),
         "seg": perturbed("seg", [SEG(1.0), PAG(where=-1, tau=0.5)], 2.0),
-        "pag": perturbed("pag", PAG(), EveryKth(1.0, (9.0, 3.0), 1), base="uncond"),
+        "pag": perturbed("pag", PAG(), Ramp(1.0, 2.0), base="uncond"),
     }
     found, expected = both(lambda d: GuidedDenoiser(d, terms, rescale=0.7, post=POSTS, fork=fork), rows=1)
     check_same(found, expected)
@@ -232,7 +231,7 @@ def test_a_step_reads_and_sends_nothing(gpu):  # noqa: F811
     gpu.sends.clear()
     second = once()
     assert not gpu.reads and not gpu.sends and torch.equal(first.worth, second.worth)
-    assert _copies((0, 1), 2, x.device).device.type == "cuda"
+    assert row_index((0, 1), 2, x.device).device.type == "cuda"
 
 
 def test_caches_leave_nothing_behind():

@@ -27,6 +27,7 @@ from transformers import (
     Dinov2Model,
 )
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.evaluation.image_metrics import look
 from segresearch.metrics import features, frechet, mmd
 from segresearch.metrics.attributes import AttributeClassifier, agreement, classify, scene_attributes
@@ -36,7 +37,6 @@ from segresearch.metrics.lpips import lpips_distances
 from segresearch.metrics.mini_vision import VisionTower, perceptual_distances, unit_range
 from segresearch.metrics.precision import precision_recall
 from segresearch.metrics.text_alignment import Clip, MiniClip, text_alignment
-from segresearch.models.locate import located
 from segresearch.models.text import load_tokenizer
 
 ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4}
@@ -139,7 +139,7 @@ def test_text_alignment(gpu, dtype):  # noqa: F811
     """The model's own image processor works on the CPU, by design; its pixels and tokens are then sent."""
     text = {**SMALL, "vocab_size": 721, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 2}
     model = real(CLIPModel, CLIPConfig(text_config=text, vision_config=VIT, projection_dim=6))
-    tokenizer = load_tokenizer(located("mini") / "tokenizer")
+    tokenizer = load_tokenizer(resolve_model("mini") / "tokenizer")
     processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     images, texts = pictures(), ["a red cube", "a very long text that is cut off after sixteen tokens"]
     with on_the_cpu():

@@ -21,14 +21,14 @@ from fake_cuda import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.guidance.controlnet_residuals import residuals
 from segresearch.models import SDXL
 from segresearch.models.conditioning import Cond
-from segresearch.models.controlnet import Controlled, ControlNet, ControlNetConfig, controlled
+from segresearch.models.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, controlled
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
-from segresearch.models.encoder import EncoderConfig
-from segresearch.models.locate import located
+from segresearch.models.network_configs import EncoderConfig
 from segresearch.models.offload import on_device
 from segresearch.models.text import TextEncoders, load_tokenizer
 from segresearch.models.vae import VAE, VAEConfig
@@ -186,7 +186,7 @@ def test_a_control_image_lies_where_its_net_does(gpu):  # noqa: F811
     gpu.reads.clear()
     control = controlled(net, picture())
     assert not gpu.reads and control.hint.device.type == "cuda" and control.hint.dtype == torch.bfloat16
-    assert isinstance(control[0:1], Controlled) and control[0:1].rows == 1
+    assert isinstance(control[0:1], ActiveControlNet) and control[0:1].rows == 1
 
 
 # --- VAE ------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def encoders():
         torch.manual_seed(0)
         first = CLIPTextModel(CLIPTextConfig(**TEXT, hidden_size=4))
         second = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, hidden_size=8, projection_dim=8))
-    return (load_tokenizer(located("mini") / "tokenizer"),) * 2, tuple(random(model) for model in (first, second))
+    return (load_tokenizer(resolve_model("mini") / "tokenizer"),) * 2, tuple(random(model) for model in (first, second))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

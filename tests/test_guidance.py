@@ -13,7 +13,6 @@ from segresearch.guidance import (
     PAG,
     SEG,
     Branch,
-    EveryKth,
     GuidedDenoiser,
     Projected,
     Ramp,
@@ -43,7 +42,7 @@ class Scalars:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, x, sigma, cond, attend=sdpa, control=None, fork=None):
+    def __call__(self, x, sigma, cond, attend=sdpa, residuals=None, fork=None):
         value = cond.pooled[:, :1, None, None]  # (rows, 1, 1, 1)
         self.calls.append((x.shape[0], fork))
         if fork is not None:
@@ -391,17 +390,3 @@ def test_any_sampler_runs_guidance(sampler):
     torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-8)
     plain = sample(GuidedDenoiser(denoiser(), {}), noise, sampler=sampler, steps=4, conds=conds)
     assert (both - plain).abs().max() > 1e-2
-
-
-def test_guidance_at_every_second_step():
-    levels = (10.0, 5.0, 2.0, 1.0)
-    scale = EveryKth(3.0, levels, 2)
-    assert [scale(s) for s in (12.0, *levels, 0.5)] == [3.0, 3.0, 0.0, 3.0, 0.0, 0.0]
-    assert [scale(s) for s in (7.0, 3.0, 1.5)] == [3.0, 0.0, 3.0]  # within a step as at its start
-    assert all(EveryKth(3.0, levels, 1)(s) == 3.0 for s in levels)
-    terms = {"seg": perturbed("seg", three_quarters, scale)}
-    assert scalars(terms, 5.0) == ([2.0], [(1, None)])  # nothing more is computed
-    assert scalars(terms, 2.0)[0] == [3.5]
-    for wrong in ((3.0, levels, 0), (math.nan, levels, 2), (3.0, levels[::-1], 2), (3.0, (), 2)):
-        with pytest.raises(ValueError, match="every k-th step"):
-            EveryKth(*wrong)

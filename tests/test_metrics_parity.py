@@ -26,6 +26,7 @@ from transformers import (
     Dinov2Model,
 )
 
+from segresearch.checkpoints.resolve import MINI
 from segresearch.errors import CheckpointError
 from segresearch.metrics import weight_files
 from segresearch.metrics.features import load_extractor
@@ -35,7 +36,6 @@ from segresearch.metrics.mini_vision import VisionTower, load_vision
 from segresearch.metrics.mmd import cmmd, discrepancy, gaussian_kernel, kid, polynomial, subset_indices
 from segresearch.metrics.precision import precision_recall
 from segresearch.metrics.text_alignment import MiniClip, load_clip, text_alignment
-from segresearch.models.locate import MINI
 
 TEXTS = ["a red cube", "a blue sphere left of a small green cone", "a ring"]
 

@@ -101,8 +101,9 @@ def test_pictures_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, 
     given = {
         "model": {"name": "tiny", "path": str(folder)}, "sampler": {"name": "euler"}, "schedule": {"name": "leading"},
         "compare": [{}, {"label": "SEG", "terms": {"seg": SEG}}], "prompts": ["red", ""], "controls": {"canny": CANNY},
-        "images": 3, "steps": 2, "size": [64, 64], "batch_size": 2, "shard": 2, "shown": 3, "caption": "none",
-        "features": ["mini"], "distances": [], "reference": "scene:100000-100005", "draws": 2, "subsets": 2,
+        "images": 3, "steps": 2, "size": [64, 64], "batch_size": 2, "shard": 2, "n_examples": 3,
+        "text_alignment": "none",
+        "features": ["mini"], "distances": [], "reference": "scene:100000-100005", "n_bootstrap": 2, "n_subsets": 2,
         "force": True, "device": "cpu", "out": str(tmp_path / "runs"),
     }  # fmt: skip
     config = typed(EvaluateConfig, given)

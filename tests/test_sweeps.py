@@ -130,8 +130,8 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
     sweep = (
         "-m", f"model.path={folder}", "size=[64,64]", "images=2", "distances=[]", "steps=1,2",
         f"{scale}=0.5,1", "force=true",
-        "reference=scene:100000-100005", "draws=2", "subsets=2", "device=cpu", "wandb.mode=off", "shard=2",
-        "batch_size=2", "shown=2",
+        "reference=scene:100000-100005", "n_bootstrap=2", "n_subsets=2", "device=cpu", "wandb.mode=off", "shard=2",
+        "batch_size=2", "n_examples=2",
     )  # fmt: skip
     sampled, made = sample_shards.sample, []
 

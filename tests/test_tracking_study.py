@@ -45,8 +45,9 @@ def config(folder, tmp_path):
     given = {
         "model": {"name": "tiny", "path": str(folder)}, "sampler": {"name": "euler"}, "schedule": {"name": "leading"},
         "name": "study", "compare": [{}, {"label": "SEG", "terms": {"seg": SEG}}], "prompts": ["red", ""],
-        "images": 2, "steps": 2, "size": [64, 64], "batch_size": 2, "shard": 2, "shown": 2, "caption": "none",
-        "features": ["mini"], "distances": [], "reference": "scene:100000-100005", "draws": 2, "subsets": 2,
+        "images": 2, "steps": 2, "size": [64, 64], "batch_size": 2, "shard": 2, "n_examples": 2,
+        "text_alignment": "none",
+        "features": ["mini"], "distances": [], "reference": "scene:100000-100005", "n_bootstrap": 2, "n_subsets": 2,
         "force": True, "device": "cpu", "out": str(tmp_path / "runs"), "wandb": {"mode": "offline"},
     }  # fmt: skip
     return typed(EvaluateConfig, given)

@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 
 from segresearch.models.attention import Fork, sdpa
 from segresearch.models.conditioning import Cond
-from segresearch.models.unet import Control, UNet, UNetConfig
+from segresearch.models.unet import ControlResiduals, UNet, UNetConfig
 
 SHARED = {
     "addition_embed_type": "text_time",
@@ -85,9 +85,9 @@ def test_control_residuals_match_diffusers():
         down_block_additional_residuals=down,
         mid_block_additional_residual=mid,
     ).sample
-    torch.testing.assert_close(ours(x, t, cond, control=Control(down, mid)), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours(x, t, cond, residuals=ControlResiduals(down, mid)), expected, rtol=0, atol=1e-5)
     index = torch.tensor([0, 1, 1])
-    forked = ours(x, t, cond, control=Control(down, mid), fork=Fork(ours.sites[1], index))
+    forked = ours(x, t, cond, residuals=ControlResiduals(down, mid), fork=Fork(ours.sites[1], index))
     torch.testing.assert_close(forked, expected[index], rtol=0, atol=1e-5)
 
 

@@ -69,10 +69,11 @@ def measured(part: Part, count: int, workers: int, out: str, draws: int) -> Path
     """The folder of the part's results. Workers make shards side by side; one process reduces them."""
     call = [sys.executable, str(SCRIPT), *part.command(count), f"out={out}", "wandb.mode=off"]
     places = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers)} for rank in range(workers)]
-    started = [subprocess.Popen([*call, "only=shards"], env=place, stdout=subprocess.DEVNULL) for place in places]
+    started = [subprocess.Popen([*call, "stage=shards"], env=place, stdout=subprocess.DEVNULL) for place in places]
     if any([process.wait() for process in started]):
         raise SystemExit(f"{part.name}: not all shards were made; what is whole is kept")
-    done = subprocess.run([*call, "only=reduce", f"draws={draws}"], stdout=subprocess.PIPE, text=True, check=True)
+    reduce = [*call, "stage=reduce", f"n_bootstrap={draws}"]
+    done = subprocess.run(reduce, stdout=subprocess.PIPE, text=True, check=True)
     return Path(done.stdout.split("page: ")[1].strip()).parent
 
 
@@ -140,7 +141,7 @@ def main() -> None:
         replace_file(page, written(page.read_text(), "floor", floor(args.count)).encode())
     for part in chosen:
         folder = measured(part, args.count, args.workers, args.out, args.draws)
-        words = shlex.join([*part.command(args.count), f"draws={args.draws}"])
+        words = shlex.join([*part.command(args.count), f"n_bootstrap={args.draws}"])
         call = f"`python experiments/evaluate.py {words}`"
         replace_file(page, written(page.read_text(), part.name, [call, "", *table(folder)]).encode())
         shutil.copyfile(folder / "figures" / "quality.png", pictures / f"{part.name}.png")

@@ -20,7 +20,7 @@ from experiments.mini.train_unet import alphas_cumprod
 from experiments.mini.train_vae import HELD_OUT
 from segresearch.guidance import GuidedDenoiser, cfg
 from segresearch.models import load_sdxl
-from segresearch.models.load import SDXL
+from segresearch.models.sdxl import SDXL
 from segresearch.sampling import initial_noise, sample
 from segresearch.scenes.scenes import scenes
 

@@ -44,7 +44,7 @@ print(model)
 recorder = Recorder(sdxl.unet.site_heads, where="mid", steps=[0, steps // 2, steps - 1])
 noise = initial_noise([seed], sdxl.latent_shape())
 latents = sample(
-    model, noise, steps=steps, conds=sdxl.encode([prompt]), record=recorder.run([{"prompt": prompt, "seed": seed}])
+    model, noise, steps=steps, conds=sdxl.encode([prompt]), attend=recorder.attend([{"prompt": prompt, "seed": seed}])
 )
 recording = recorder.recording
 print(len(recording), "calls recorded:", recording.branches, recording.sites)

@@ -38,7 +38,7 @@ sample(
     initial_noise([0, 1], sdxl.latent_shape()),
     steps=8,
     conds=sdxl.encode(prompts),
-    record=recorder.run([{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(prompts)]),
+    attend=recorder.attend([{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(prompts)]),
 )
 entry = story.example(recorder.recording)
 print(entry.site, entry.grid, f"sigma_t {entry.sigma[0]:.3f}")

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from segresearch import runs
 from segresearch.analysis.settings import AnalyzeConfig, measured_steps
 from segresearch.build import build_guidance, device_kind, load_model, of_model, with_batch_size
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.command import hydra_settings
 from segresearch.config import ScheduleConfig
 from segresearch.errors import ConfigError
-from segresearch.models.locate import located
 from segresearch.plan import parse_seeds, read_prompts
 from segresearch.tracking import Mirror, mirror
 
@@ -59,7 +59,7 @@ def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
     start = time.perf_counter()
     config = with_batch_size(of_model(config, model))
     images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
-    identity = semantics(config, images, runs.fingerprint(located(config.model.path)))
+    identity = semantics(config, images, runs.fingerprint(resolve_model(config.model.path)))
     folder = runs.run_folder(config.out, config.name, identity)
     recorded, page = folder / "recording", folder / PAGE
     if page.is_file() and (recorded.is_dir() or not config.keep):
@@ -86,7 +86,8 @@ def semantics(config: AnalyzeConfig, images: Sequence[dict[str, Any]], fingerpri
     }
     asked |= config.compute.identity(device_kind(config.device))
     model = {"fingerprint": fingerprint, "dtype": config.model.dtype}
-    return runs.plain({"version": VERSION, "model": model, **asked, "at": measured_steps(config), "images": images})
+    asked |= {"measured_steps": measured_steps(config), "images": images}
+    return runs.plain({"version": VERSION, "model": model, **asked})
 
 
 def capture(
@@ -120,12 +121,12 @@ def capture(
             conds = sdxl.encode([image["prompt"] for image in batch], negative=config.negative, size=config.size)
             latents = sample(
                 guided, initial_noise(seeds, shape), sampler=config.sampler.name, schedule=schedule, steps=config.steps,
-                conds=conds, seeds=seeds, options=config.sampler.options, record=recorder.run(batch),
+                conds=conds, seeds=seeds, options=config.sampler.options, attend=recorder.attend(batch),
             )  # fmt: skip
             pictures.append(sdxl.decode(latents).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))
     if not len(recorder.recording):
         raise ConfigError(
-            f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.at}"
+            f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.measured_steps}"
         )
     return recorder.recording, torch.cat(pictures).permute(0, 2, 3, 1).cpu().numpy()
 

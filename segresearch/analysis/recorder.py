@@ -1,17 +1,16 @@
 """Recording what the softmax saw: q and k (v on request) per branch, site, head and sigma, under the perturbation.
 
     recorder = Recorder(sdxl.unet.site_heads, where="mid", steps=[0, 12, 24])
-    sample(model, noise, conds=conds, record=recorder.run([{"prompt": "a red cube", "seed": 0}]))
+    sample(model, noise, conds=conds, attend=recorder.attend([{"prompt": "a red cube", "seed": 0}]))
     for entry in recorder.recording.select(branch="cond~seg"):
         entry.site, entry.sigma, entry.q, entry.k
 
-The recorder is an argument of the call (`record=` of GuidedDenoiser and SelfAttentionGuidance) and only looks on: each
-perturbation is handed an attention that shows its q, k and v before it computes the same thing. No output bit changes,
-not even on SEG's shortcut at sigma = inf, where the softmax sees the mean query alone: that one query is stored, and
-`entry.q` repeats it.
+`recorder.attend(...)` is an ordinary attention for the `attend` argument of a call: the innermost one, in which every
+perturbation ends. It keeps q, k and v and computes plain attention. No output bit changes.
 
-What a branch shares with another up to the first perturbed site is computed, and stored, once, under both names. A
-perturbation that computes no attention (PAG) leaves no entry of its branch at its sites.
+Rows that branches share up to the first perturbed site are computed, and stored, once, under all their names. A
+perturbation that computes no attention (PAG) leaves no entry of its branch at its sites. SAG's second forward is
+recorded as branch "<base>~sag".
 
 Memory: in memory, the sum of all that is kept, which `limit` bounds; streamed to a folder, the one call at hand, with
 
@@ -30,9 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from segresearch.errors import InputError
-from segresearch.guidance.guided_denoiser import Note, Record
 from segresearch.guidance.sites import Where, check_heads, select_sites
-from segresearch.models.attention import Site
+from segresearch.models.attention import Attend, Site, sdpa
 from segresearch.runs import plain, replacing
 
 INDEX = "index.jsonl"
@@ -41,7 +39,7 @@ Image = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """One self-attention call of one branch. Its tensors are read when they are asked for.
+    """One self-attention call of one branch. Its tensors are read from disk at each access.
 
     site, grid: where. branches: whose rows these are; several names where the branches are still equal.
     step: which evaluation of the model in its run, from 0 (the sampling step, for samplers of one evaluation a step).
@@ -60,8 +58,7 @@ class Entry:
     @property
     def q(self) -> Float[Tensor, "rows heads tokens dim"]:
         """The queries that the softmax saw, blurred where the branch blurs them."""
-        q = self.load()["q"]
-        return q.expand(-1, -1, self.grid[0] * self.grid[1], -1)  # (b, h, 1 or n, d) -> (b, h, n, d)
+        return self.load()["q"]
 
     @property
     def k(self) -> Float[Tensor, "rows heads tokens dim"]:
@@ -128,7 +125,7 @@ class Recording:
 
 
 class Recorder:
-    """Keeps what it is shown, in memory or, with `folder`, streamed to one safetensors file a call and an index.
+    """Keeps q, k and v in memory or, with `folder`, in one safetensors file a call and an index.
 
     Args:
         sites: the model's, with their numbers of heads (`unet.site_heads`).
@@ -170,34 +167,37 @@ class Recorder:
         """What was recorded so far."""
         return Recording(tuple(self._entries))
 
-    def run(self, images: Sequence[Image]) -> Record:
-        """The `record` argument for one `sample()`: a label for each image, and steps counted from 0."""
-        labels, count = tuple(plain(dict(image)) for image in images), -1
+    def attend(self, images: Sequence[Image], attend: Attend = sdpa) -> Attend:
+        """The `attend` argument for one `sample()`, with a label for each image. Steps are counted from 0.
 
-        def record(sigma: Tensor) -> Note | None:
-            nonlocal count
-            count += 1
-            if len(sigma) != len(labels):
-                raise InputError(f"record: {len(labels)} labels for {len(sigma)} images; give one for each")
-            if self.steps is not None and count not in self.steps:
-                return None
-            step, sigmas = count, tuple(sigma.tolist())
+        attend: the attention that is computed. A new step begins where `Site.sigma` is another tensor object.
+        """
+        labels, step, last = tuple(plain(dict(image)) for image in images), -1, None
 
-            def note(q: Tensor, k: Tensor, v: Tensor, site: Site, blocks: list[tuple[str, ...]]) -> None:
-                if site.name not in self.sites:
-                    return
-                tensors = {"q": q, "k": k, "v": v} if self.values else {"q": q, "k": k}
-                parts = zip(*(z.split(len(labels)) for z in tensors.values()), strict=True)
-                for names, part in zip(blocks, parts, strict=True):
-                    if self.branches is None or set(names) & set(self.branches):
-                        heads = range(q.shape[1]) if self.heads is None else self.heads
-                        facts = {"site": site.name, "grid": site.grid, "branches": names, "step": step,
-                                 "sigma": sigmas, "images": labels, "heads": tuple(heads)}  # fmt: skip
-                        self._keep(facts, dict(zip(tensors, part, strict=True)))
-
-            return note
+        def record(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+            nonlocal step, last
+            if site.sigma is None:
+                raise InputError(f"record: no branches at {site.name}; hand this attention to a GuidedDenoiser")
+            if site.sigma is not last:
+                step, last = step + 1, site.sigma
+                if len(site.sigma) != len(labels):
+                    raise InputError(f"record: {len(labels)} labels for {len(site.sigma)} images; give one for each")
+            if site.name in self.sites and (self.steps is None or step in self.steps):
+                self._record(q, k, v, site, step, labels)
+            return attend(q, k, v, site)
 
         return record
+
+    def _record(self, q: Tensor, k: Tensor, v: Tensor, site: Site, step: int, labels: tuple[Image, ...]) -> None:
+        assert site.sigma is not None
+        tensors = {"q": q, "k": k, "v": v} if self.values else {"q": q, "k": k}
+        parts = zip(*(z.split(len(labels)) for z in tensors.values()), strict=True)  # (m·b, ...) -> m × (b, ...)
+        for names, part in zip(site.branches, parts, strict=True):
+            if self.branches is None or set(names) & set(self.branches):
+                facts = {"site": site.name, "grid": site.grid, "branches": names, "step": step,
+                         "sigma": tuple(site.sigma.tolist()), "images": labels,
+                         "heads": tuple(range(q.shape[1]) if self.heads is None else self.heads)}  # fmt: skip
+                self._keep(facts, dict(zip(tensors, part, strict=True)))
 
     def _keep(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         heads = list(facts["heads"])

@@ -37,7 +37,7 @@ class BlurConfig:
 class AnalyzeConfig:
     """Everything of one `analyze` run. `out`, `device`, `batch_size` and `wandb` do not enter the run's identity.
 
-    at: the steps measured, counted from 0; negative ones from the end. where, heads: the attention that is captured.
+    measured_steps: counted from 0; negative ones from the end. where, heads: the attention that is captured.
     branch: whose; "cond" is the unperturbed one, whatever the guidance. keep: leave q and k in the run folder.
     """
 
@@ -50,7 +50,7 @@ class AnalyzeConfig:
     negative: str | None = None
     seeds: Seeds = "0-1"
     steps: Count = 25
-    at: tuple[int, ...] = (0, 6, 12, 18, 24)
+    measured_steps: tuple[int, ...] = (0, 6, 12, 18, 24)
     size: tuple[Count, Count] | None = None
     where: Where = "*"
     heads: Heads = None
@@ -73,7 +73,8 @@ def settings(config: Mapping[str, Any]) -> AnalyzeConfig:
     assert isinstance(given, dict)
     given = {key: value for key, value in given.items() if key not in ("hydra", "defaults")}
     made: AnalyzeConfig = typed(AnalyzeConfig, given)
-    for name, values in (("at", made.at), ("blur.sigmas", made.blur.sigmas), ("blur.boundaries", made.blur.boundaries)):
+    steps, blur = made.measured_steps, made.blur
+    for name, values in (("measured_steps", steps), ("blur.sigmas", blur.sigmas), ("blur.boundaries", blur.boundaries)):
         if not values:
             raise ConfigError(f"{name}: empty; give at least one")
         if len(set(values)) < len(values):
@@ -83,8 +84,9 @@ def settings(config: Mapping[str, Any]) -> AnalyzeConfig:
 
 
 def measured_steps(config: AnalyzeConfig) -> tuple[int, ...]:
-    """`at` as step numbers from 0, rising. Raises ConfigError for a step that the run does not have."""
-    wrong = [step for step in config.at if not -config.steps <= step < config.steps]
+    """`measured_steps` as step numbers from 0, rising. Raises ConfigError for a step that the run does not have."""
+    wrong = [step for step in config.measured_steps if not -config.steps <= step < config.steps]
     if wrong:
-        raise ConfigError(f"at: there is no step {wrong[0]}; {config.steps} steps are 0 to {config.steps - 1}")
-    return tuple(sorted({step % config.steps for step in config.at}))
+        last = config.steps - 1
+        raise ConfigError(f"measured_steps: there is no step {wrong[0]}; {config.steps} steps are 0 to {last}")
+    return tuple(sorted({step % config.steps for step in config.measured_steps}))

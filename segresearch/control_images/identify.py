@@ -33,9 +33,9 @@ class Sources:
 
     def _add(self, control: ControlConfig, images: Sequence[str], at: str, model: Path) -> None:
         if control.net not in self.nets:
-            from segresearch.models.locate import located_controlnet
+            from segresearch.checkpoints.resolve import resolve_controlnet
 
-            folder = _said(f"{at}.net", lambda net: located_controlnet(net, model), control.net)
+            folder = _said(f"{at}.net", lambda net: resolve_controlnet(net, model), control.net)
             self.nets[control.net], self._nets[control.net] = folder, fingerprint(folder)
         scenes, files = _split([i for i in images if (i, control.preprocess) not in self._images])
         for image in files:

@@ -18,7 +18,7 @@ from segresearch.control_images.edges import canny, to_tensor
 from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.errors import ConfigError, InputError
 from segresearch.images import read_settings, save_png
-from segresearch.models.controlnet import Controlled, controlled
+from segresearch.models.controlnet import ActiveControlNet, controlled
 from segresearch.plan import HELD_OUT, SCENE
 from segresearch.sampling import step_interval
 from segresearch.scenes.control_maps import depth_image, edge_image
@@ -54,8 +54,8 @@ def controlled_batch(
     images: Sequence[tuple[str, ...]],
     size: tuple[int, int],
     levels: Float[Tensor, "levels"],
-) -> list[Controlled]:
-    """The `Controlled` of each control for pictures whose control images are `images` (one a control for each picture).
+) -> list[ActiveControlNet]:
+    """Each control as an active ControlNet. images: for each image of the batch one control image a control.
 
     levels: the run's noise levels, in which `start` and `end` are places. ConfigError for a ControlNet that `sdxl` was
     loaded without, or that does not fit the size.

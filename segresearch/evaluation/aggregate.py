@@ -94,7 +94,7 @@ def reduce(config: EvaluateConfig, plan: Study, judges: Sequence[Judge], real: C
 
 def _features(config: EvaluateConfig, name: str, values: np.ndarray, real: _Real, plain: dict[str, Frechet]) -> Row:
     x = torch.from_numpy(values)
-    d = frechet_distance(x, real.fitted, config.draws, force=config.force)
+    d = frechet_distance(x, real.fitted, config.n_bootstrap, force=config.force)
     first = plain.setdefault(name, d)
     apart = spread = math.nan
     if first is not d:
@@ -103,7 +103,7 @@ def _features(config: EvaluateConfig, name: str, values: np.ndarray, real: _Real
     n, m = min(len(x), MOST), min(len(real.all), len(x), MOST)
     size = min(1000, len(x) // 2, len(real.all) // 2)
     near = precision_recall(x[:n], real.all[:m]) if min(n, m) > 3 else None
-    kernel = kid(x, real.all, config.subsets, size) if size > 1 and name != "clip" else None
+    kernel = kid(x, real.all, config.n_subsets, size) if size > 1 and name != "clip" else None
     kernels = {
         f"kd-{name}": kernel.distance if kernel else math.nan,
         f"kd-{name}-spread": kernel.spread if kernel else math.nan,

@@ -17,7 +17,7 @@ from segresearch.evaluation.table import Column, Row, columns, to_csv
 from segresearch.typed import nearest
 
 RESULTS = "results.json"
-NOT_COMPARED = ("hydra", "defaults", "out", "device", "only", "wandb", "shown", "name")
+NOT_COMPARED = ("hydra", "defaults", "out", "device", "stage", "wandb", "n_examples", "name")
 LONG = 40  # characters of a setting that a cell shows
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #16181d }

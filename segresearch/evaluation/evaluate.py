@@ -27,6 +27,7 @@ import torch
 from segresearch import runs
 from segresearch.analysis.figures import save
 from segresearch.build import device_kind, load_model, of_model, with_batch_size
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.command import exit_code, hydra_settings, line
 from segresearch.config import EvaluateConfig
 from segresearch.errors import CheckpointError, ConfigError, Ended
@@ -39,7 +40,6 @@ from segresearch.evaluation.spec import Study, placed, run_identity, study
 from segresearch.evaluation.wandb_log import mirror_study
 from segresearch.evaluation.workers import Worker, worker
 from segresearch.models.compute import arithmetic
-from segresearch.models.locate import located
 from segresearch.threads import threads
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 VERSION = 2  # of the results
 RESULTS, PAGE = "results.json", "index.html"
-OF_A_CALL = {"out": "runs", "device": "auto", "only": "all", "wandb": {"mode": "off"}}
+OF_A_CALL = {"out": "runs", "device": "auto", "stage": "all", "wandb": {"mode": "off"}}
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,17 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
     kind = device_kind(config.device)
     with _ending(), threads(config.threads), arithmetic(config.compute.resolved(kind).precision, kind):
         plan, place = study(config), place or worker()
-        plan = placed(config, plan, located(config.model.path))
+        plan = placed(config, plan, resolve_model(config.model.path))
         real = reference.sources(config)
         folder = runs.run_folder(config.out, config.name, run_identity(config, plan, reference.identity(config, real)))
-        if config.only == "verify":
+        if config.stage == "verify":
             return _verified(plan, folder)
         device = place.device(config.device)
         found = judges(config, plan, _usable(device))
         _enough(config, found, len(real))
         start = time.perf_counter()
         made = sample_shards.Made()
-        if config.only != "reduce":
+        if config.stage != "reduce":
 
             def load() -> "SDXL":
                 nets = list({control.net: None for control in config.controls.values()})
@@ -105,10 +105,10 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker 
         if missing:
             said = f"{missing} of {len(plan.shards())} shards are missing"
             if place.world == 1:
-                raise Ended(4, f"{said}; the same command without only= makes them")
+                raise Ended(4, f"{said}; the same command without stage= makes them")
             failed = f"; {_failed(made, missing)}" if made.failed else ""
             return dataclasses.replace(done, said=f"{place} has made its part; {said}, which others make{failed}")
-        if config.only == "shards":
+        if config.stage == "shards":
             return dataclasses.replace(done, said=f"all {len(plan.shards())} shards are there")
         result = _reduced(config, plan, found, folder)
         mirror_study(config.wandb, config, plan, result, lambda: _shown(config, plan), folder)
@@ -151,7 +151,8 @@ def _reduced(config: EvaluateConfig, plan: Study, found: Sequence[Judge], folder
     """The results and everything that shows them, unless they are there for just these shards and settings."""
     read = [sample_shards.wanted(config, found, i, rows) for i in range(len(plan.settings)) for rows in plan.ranges]
     sums = [shards.sums(place, keys) for place, keys in zip(plan.shards(), read, strict=True)]
-    asked = [folder.name, config.name, config.model.name, config.shown]  # the folder is named by the run's identity
+    # the folder is named by the run's identity
+    asked = [folder.name, config.name, config.model.name, config.n_examples]
     inputs = runs.digest([VERSION, runs.code_version(), asked, [j.by for j in found], sums])
     for place in plan.places.values():
         shards.sweep(place)
@@ -200,17 +201,17 @@ def _written(config: EvaluateConfig, plan: Study, found: Sequence[Judge], folder
         "reference": config.reference,
         "measured by": "; ".join(f"{judge.name} ({judge.by[:12]})" for judge in found),
     }  # fmt: skip
-    said = records(config, plan, range(min(config.shown, config.images)), folder.name)
+    said = records(config, plan, range(min(config.n_examples, config.images)), folder.name)
     runs.write(folder / PAGE, page(config, plan, result, pictures, paths, facts, said))
     return [*texts, *(str(p.relative_to(folder)) for p in paths.values()), PAGE]
 
 
 def _shown(config: EvaluateConfig, plan: Study) -> dict[str, np.ndarray]:
     """Of every setting the pictures that are shown, uint8 (n, 3, h, w)."""
-    some = [rows for rows in plan.ranges if rows.start < config.shown]
+    some = [rows for rows in plan.ranges if rows.start < config.n_examples]
     return {
         setting: np.concatenate([shards.load(plan.shard(setting, rows), sample_shards.IMAGES) for rows in some])[
-            : config.shown
+            : config.n_examples
         ]
         for setting in plan.settings
     }

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation.shards import Array
@@ -19,7 +20,6 @@ from segresearch.metrics.lpips import load_lpips, lpips_distances
 from segresearch.metrics.mini_vision import SIDE, load_vision, perceptual_distances, unit_range
 from segresearch.metrics.text_alignment import CLIP, MiniClip, load_clip, text_alignment
 from segresearch.models.compute import arithmetic
-from segresearch.models.locate import located
 from segresearch.plan import HELD_OUT, SCENE
 from segresearch.runs import digest, fingerprint
 from segresearch.threads import one_thread
@@ -28,7 +28,7 @@ from segresearch.typed import nearest
 if TYPE_CHECKING:
     from segresearch.evaluation.spec import Study
 
-WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "caption")
+WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "text_alignment")
 ATTRIBUTES = ("count", "colors", "shapes", "objects", "exact", "objects_chance")
 LOOK = ("saturation", "brightness", "contrast", "red", "green", "blue")
 
@@ -79,9 +79,9 @@ def judges(config: EvaluateConfig, study: "Study", device: str = "cpu") -> tuple
         found.append(Judge(f"features-{name}", extractor.weights, _features(extractor), extractor=extractor))
     if len(study.settings) > 1:
         found += [_distance(name, config, study, device) for name in config.distances]
-    if any(study.prompts) and config.caption != "none":
+    if any(study.prompts) and config.text_alignment != "none":
         found.append(_caption(config, device))
-    if study.scenes and config.caption == "mini":
+    if study.scenes and config.text_alignment == "mini":
         found.append(_attributes(study.scenes))
     if study.controls and all(shown[0].startswith(SCENE) for shown in study.controls):
         found.append(_edges([HELD_OUT + int(shown[0].removeprefix(SCENE)) for shown in study.controls]))
@@ -113,7 +113,7 @@ def _attributes(scenes: Sequence[int]) -> Judge:
         seen, other = (agreement(found, expected) for expected in held)
         return torch.stack([*(seen[key] for key in ATTRIBUTES[:-1]), other["objects"]], dim=1)
 
-    return Judge("attributes", digest([2, fingerprint(located("mini") / "attributes")]), match)
+    return Judge("attributes", digest([2, fingerprint(resolve_model("mini") / "attributes")]), match)
 
 
 def _edges(scenes: Sequence[int]) -> Judge:
@@ -130,7 +130,7 @@ def _edges(scenes: Sequence[int]) -> Judge:
 def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) -> Judge:
     given, stored = config.weights, f"distance-{name}@{study.places[study.first].name.rpartition('-')[2]}"
     if name == "mini":
-        place = located(given.get("mini") or "mini")
+        place = resolve_model(given.get("mini") or "mini")
         vision = load_vision(place).vision.to(device)
 
         def apart(p: Pictures) -> Tensor:
@@ -151,12 +151,13 @@ def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) ->
 
 
 def _caption(config: EvaluateConfig, device: str) -> Judge:
-    if config.caption == "clip":
-        clip = load_clip(config.weights.get("caption") or CLIP, config.checksums.get("caption"), device=device)
+    if config.text_alignment == "clip":
+        path, checksum = (keys.get("text_alignment") for keys in (config.weights, config.checksums))
+        clip = load_clip(path or CLIP, checksum, device=device)
         return Judge("caption-clip", clip.weights, lambda p: text_alignment(clip, p.images, p.texts))
     from segresearch.models import load_sdxl
 
-    place = located(config.weights.get("mini") or "mini")
+    place = resolve_model(config.weights.get("mini") or "mini")
     tower, text = load_vision(place).to(device), load_sdxl(place, device=device).text
     by = digest([fingerprint(place / part) for part in ("vision", "text_encoder_2")])
 

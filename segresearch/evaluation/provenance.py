@@ -6,12 +6,12 @@ from typing import Any
 
 from segresearch import runs
 from segresearch.build import device_kind
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig, GenerateConfig
 from segresearch.control_images.identify import Sources
 from segresearch.evaluation import shards
 from segresearch.evaluation.spec import Study
 from segresearch.generate import cut, semantics
-from segresearch.models.locate import located
 from segresearch.plan import Panel, Row
 
 
@@ -21,7 +21,7 @@ def records(config: EvaluateConfig, plan: Study, images: range, run: str = "") -
     shown = plan.controls or [()] * images.stop
     rows = tuple(Row(text, i, tuple(shown[i])) for i, text in zip(images, plan.texts(images), strict=True))
     panel = Panel("", config.negative, rows, dict(plan.settings), dict(config.controls))
-    place = located(config.model.path)
+    place = resolve_model(config.model.path)
     sources = Sources([panel], place)
     alike = GenerateConfig(
         config.model, config.sampler, config.schedule, controls=config.controls, steps=config.steps, size=config.size,
@@ -45,7 +45,7 @@ def _versions(plan: Study, setting: str, i: int) -> dict[str, str]:
 
 def figure_record(config: EvaluateConfig, figure: str) -> Mapping[str, Any]:
     """What a figure of a study carries."""
-    of_a_call = ("out", "device", "only", "wandb")
+    of_a_call = ("out", "device", "stage", "wandb")
     asked = {key: value for key, value in runs.plain(config).items() if key not in of_a_call}
     kind = device_kind(config.device)
     asked["compute"] = runs.plain(config.compute.resolved(kind))

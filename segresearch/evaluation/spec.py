@@ -29,7 +29,8 @@ from segresearch.plan import (
 )
 
 VERSION = 2  # of what shards hold
-OF_RESULTS = ("images", "features", "distances", "caption", "draws", "subsets", "force")  # and not of shards
+# and not of shards
+OF_RESULTS = ("images", "features", "distances", "text_alignment", "n_bootstrap", "n_subsets", "force")
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ def study(config: EvaluateConfig) -> Study:
     scenes: tuple[int, ...] = ()
     if isinstance(config.prompts, str):
         scenes = tuple(HELD_OUT + n for n in scene_numbers(config.prompts, config.images, "prompts") or ())
-    if config.keep is not None and config.keep < config.shown:
-        raise ConfigError(f"keep: {config.keep} pictures kept are fewer than are shown, {config.shown}; lower `shown`")
+    if config.keep is not None and config.keep < config.n_examples:
+        counts = f"{config.keep} pictures kept are fewer than are shown, {config.n_examples}"
+        raise ConfigError(f"keep: {counts}; lower `n_examples`")
     for key in ("features", "distances"):
         values = getattr(config, key)
         if len(set(values)) < len(values):

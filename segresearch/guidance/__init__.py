@@ -6,14 +6,13 @@ from segresearch.guidance.perturbations import PAG, SEG, At, Perturbation
 from segresearch.guidance.postprocess import Projected, rescale
 from segresearch.guidance.sag import SelfAttentionGuidance
 from segresearch.guidance.sites import select_sites
-from segresearch.guidance.terms import Branch, EveryKth, Ramp, Term, cfg, perturbed
+from segresearch.guidance.terms import Branch, Ramp, Term, cfg, perturbed
 
 __all__ = [
     "PAG",
     "SEG",
     "At",
     "Branch",
-    "EveryKth",
     "GuidedDenoiser",
     "Perturbation",
     "Projected",

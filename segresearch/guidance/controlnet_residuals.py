@@ -1,4 +1,4 @@
-"""What the ControlNets add at one step: each distinct conditioning once, whatever branches there are."""
+"""The residuals of the active ControlNets at one step: computed once for each conditioning, whatever the branches."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,74 +9,67 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.models.conditioning import Cond
-from segresearch.models.controlnet import Controlled, weighted
-from segresearch.models.unet import Control
+from segresearch.models.controlnet import ActiveControlNet
+from segresearch.models.unet import ControlResiduals
 
 
-def in_use(control: Any) -> tuple[Controlled, ...]:
-    """What `control` of a call holds, None standing for nothing; any iterable is read once.
+def active(control: Any) -> tuple[ActiveControlNet, ...]:
+    """The ControlNets in the `control` of a call; None is none. An iterable is read once.
 
-    Raises ValueError for what is not made by `controlled`.
+    Raises InputError for anything that is not made by `controlled`.
     """
     if control is None:
         return ()
-    if isinstance(control, Controlled) or not isinstance(control, Iterable):
+    if isinstance(control, ActiveControlNet) or not isinstance(control, Iterable):
         kind = type(control).__name__
         raise InputError(f"control is a sequence of ControlNets in use: write control=[controlled(...)], got {kind}")
-    found = tuple(control)
-    wrong = next((one for one in found if not isinstance(one, Controlled)), None)
+    nets = tuple(control)
+    wrong = next((net for net in nets if not isinstance(net, ActiveControlNet)), None)
     if wrong is not None:
         kind = type(wrong).__name__
         raise InputError(f"control is a sequence of ControlNets in use: [controlled(net, image)], got a {kind} in it")
-    return found
+    return nets
 
 
 def residuals(
     denoiser: Any,
     x: Float[Tensor, "rows c h w"],
     sigma: Float[Tensor, " rows"],
-    conds: Sequence[str],
+    conditionings: Sequence[str],
     joined: Callable[[Sequence[str], int], Cond],
     base: str,
-    control: Sequence[Controlled],
+    control: Sequence[ActiveControlNet],
     values: Sequence[float] | None = None,
-) -> Control | None:
-    """Σ scale · residual of all ControlNets, for the rows of each of `conds` in turn (len(conds) · rows in all).
+) -> ControlResiduals | None:
+    """Σ scale · residual of all ControlNets, for the rows of each conditioning in turn (len(conditionings) · rows).
 
-    conds: names of conditionings. joined: the rows of several, one after another (`Prepared.joined`).
+    joined: the rows of several conditionings, one after another (`Prepared.joined`). values: sigma.tolist(), where the
+    caller has read it. None is returned where every scale is 0 or σ is outside every interval: nothing is computed.
 
-    None where every scale is 0 or σ is outside every interval: nothing is then computed. A perturbed branch has the x
-    and the conditioning of the branch it perturbs, so it shares that one's residuals; ControlNets are never perturbed.
-    With `guess` only the rows of the conditioning `base` get any. values: sigma.tolist(), where the caller has read it.
-    Raises ValueError for a hint of another number of rows, or what does not fit x.
+    A perturbed branch has the x and the conditioning of the branch that it perturbs, so it shares that one's residuals.
+    ControlNets are never perturbed. With `guess` only the rows of the conditioning `base` get residuals.
+    Raises InputError for a hint of another number of rows, or of a size that does not fit x.
     """
     total = None
-    if control and values is None:
-        values = sigma.tolist()
-    for one in control:
-        if one.rows not in (1, len(x)):
-            raise InputError(f"a ControlNet has {one.rows} control images for {len(x)} images; it needs {len(x)} or 1")
-        scales = [one.scale_at(s) for s in values or ()]
-        names = [name for name in conds if name == base or not one.guess]
+    values = sigma.tolist() if control and values is None else values or ()
+    for net in control:
+        if net.rows not in (1, len(x)):
+            raise InputError(f"a ControlNet has {net.rows} control images for {len(x)} images; it needs {len(x)} or 1")
+        scales = [net.scale_at(s) for s in values]
+        names = [name for name in conditionings if name == base or not net.guess]
         if not any(scales) or not names:
             continue
         n = len(names)
-        hint = one.hint if one.rows == 1 else one.hint.repeat(n, 1, 1, 1)  # (b, c, h, w) -> (n·b, c, h, w)
-        own = denoiser.control(
-            x.repeat(n, 1, 1, 1), sigma.repeat(n), joined(names, len(x)), one.net, hint, one.guess
-        )
-        own = _scaled(own, scales * n)
-        if n < len(conds):
-            own = _among(own, conds.index(base), len(conds))
-        total = own if total is None else _plus(total, own)
+        hint = net.hint if net.rows == 1 else net.hint.repeat(n, 1, 1, 1)  # (b, c, h, w) -> (n·b, c, h, w)
+        own = denoiser.residuals(x.repeat(n, 1, 1, 1), sigma.repeat(n), joined(names, len(x)), net.net, hint, net.guess)
+        if set(scales) != {1.0}:
+            factor = per_row(scales * n, own.mid)
+            own = own.each(lambda r, factor=factor: r * factor)
+        if n < len(conditionings):
+            zeros = [name != base for name in conditionings]
+            own = own.each(lambda r, zeros=zeros: torch.cat([torch.zeros_like(r) if z else r for z in zeros]))
+        total = own if total is None else total + own
     return total
-
-
-def _scaled(control: Control, scales: Sequence[float]) -> Control:
-    """Each row times its scale."""
-    if set(scales) == {1.0}:
-        return control
-    return weighted(control, [per_row(scales, control.mid)] * (len(control.down) + 1))
 
 
 def per_row(scales: Sequence[float], like: Float[Tensor, "rows c h w"]) -> float | Tensor:
@@ -84,17 +77,3 @@ def per_row(scales: Sequence[float], like: Float[Tensor, "rows c h w"]) -> float
     if len(set(scales)) == 1:
         return scales[0]
     return torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None, None]
-
-
-def _among(control: Control, place: int, blocks: int) -> Control:
-    """The control's rows as block number `place` of `blocks`, the others zero."""
-
-    def padded(r: Tensor) -> Tensor:
-        zero = torch.zeros_like(r)
-        return torch.cat([r if i == place else zero for i in range(blocks)])  # (b, ...) -> (blocks · b, ...)
-
-    return Control(tuple(padded(r) for r in control.down), padded(control.mid))
-
-
-def _plus(a: Control, b: Control) -> Control:
-    return Control(tuple(r + s for r, s in zip(a.down, b.down, strict=True)), a.mid + b.mid)

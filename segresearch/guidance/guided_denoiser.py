@@ -6,29 +6,26 @@ x (b, 4, h, w) ─► [ before the fork: a block of b rows for each conditioning
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.errors import InputError
-from segresearch.guidance.branch_attention import BlockAttention, Groups, Note, Watch
-from segresearch.guidance.constants import constant
-from segresearch.guidance.controlnet_residuals import in_use, per_row, residuals
+from segresearch.guidance.branch_attention import BranchAttention
+from segresearch.guidance.controlnet_residuals import active, per_row, residuals
 from segresearch.guidance.perturbations import Perturbation
 from segresearch.guidance.postprocess import Post, rescale
+from segresearch.guidance.row_layout import Layout, Perturbed, layout, row_index
 from segresearch.guidance.sites import check_heads, select_sites
 from segresearch.guidance.terms import Branch, Term
 from segresearch.models.attention import Attend, Fork, sdpa
 from segresearch.models.conditioning import Cond
-from segresearch.models.controlnet import Controlled
-from segresearch.models.unet import Control
+from segresearch.models.controlnet import ActiveControlNet
 
-# read through from the inner denoiser
+# attributes of the plain denoiser, which the guided one has too
 SCHEDULE = ("unet", "sigmas", "sigma_min", "sigma_max", "sigma_to_t", "t_to_sigma", "steps_offset")
-Record = Callable[[Tensor], Note | None]  # called once per forward with its sigma (rows,); None: not this one
 
 
 class GuidedDenoiser:
@@ -76,8 +73,8 @@ class GuidedDenoiser:
         self.post = tuple(post)
         self.attend = attend
         self.fork = fork
-        self._sites: tuple[str, ...] = tuple(denoiser.unet.site_heads) if self.terms else ()  # type: ignore[attr-defined]
-        self._places: dict[tuple[Perturbation, ...], dict[str, tuple[Perturbation, ...]]] = {(): {}}
+        self._heads: dict[str, int] = denoiser.unet.site_heads if self.terms else {}  # type: ignore[attr-defined]
+        self._perturbed: dict[tuple[Perturbation, ...], Perturbed] = {(): {}}
         named: dict[str, Branch] = {}
         for term in self.terms.values():
             for branch in (term.pos, term.neg):
@@ -86,18 +83,8 @@ class GuidedDenoiser:
                     raise InputError(
                         f"two branches are named {branch.name!r}: {other} and {branch.perturbations}; rename one"
                     )
-                if branch.perturbations not in self._places:
-                    self._places[branch.perturbations] = self._place(branch.perturbations)
-
-    def _place(self, perturbations: Sequence[Perturbation]) -> dict[str, tuple[Perturbation, ...]]:
-        """Site name -> the perturbations there, in their order."""
-        places: dict[str, tuple[Perturbation, ...]] = {}
-        heads: dict[str, int] = self.denoiser.unet.site_heads  # type: ignore[attr-defined]
-        for perturbation in perturbations:
-            for site in select_sites(perturbation.where, tuple(heads)):  # type: ignore[attr-defined]
-                check_heads(getattr(perturbation, "heads", None), heads[site], site)
-                places[site] = (*places.get(site, ()), perturbation)
-        return places
+                if branch.perturbations not in self._perturbed:
+                    self._perturbed[branch.perturbations] = perturbed_sites(branch.perturbations, self._heads)
 
     def __getattr__(self, name: str) -> Any:
         if name in SCHEDULE:
@@ -105,48 +92,64 @@ class GuidedDenoiser:
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
     def branches(self, sigma: float) -> list[Branch]:
-        """What is evaluated at this sigma, each once, base first."""
-        active = [term for term in self.terms.values() if term.pos != term.neg and term.scale_at(sigma)]
-        return list(dict.fromkeys([self.base, *(branch for term in active for branch in (term.pos, term.neg))]))
+        """The branches that are evaluated at this sigma, each once, base first."""
+        active_terms = [term for term in self.terms.values() if term.pos != term.neg and term.scale_at(sigma)]
+        return list(dict.fromkeys([self.base, *(branch for term in active_terms for branch in (term.pos, term.neg))]))
 
     def __call__(
         self,
         x: Float[Tensor, "rows c h w"],
         sigma: Float[Tensor, " rows"],
         conds: Mapping[str, Cond],
-        control: Sequence[Controlled] | None = None,
+        control: Sequence[ActiveControlNet] | None = None,
         attend: Attend | None = None,
-        record: Record | None = None,
     ) -> Float[Tensor, "rows c h w"]:
         """The guided denoised image. `attend`, if given, is the innermost attention of this call only.
 
-        `record` is shown what the innermost attention sees (`segresearch.analysis.recorder`); it changes no output bit.
-
-        conds: by name; each of one row an image, or of one row for all. control: ControlNets in use; their sum steers
+        conds: by name; each of one row an image, or of one row for all. control: active ControlNets; their sum steers
         every branch, or with `guess` those of the base's conditioning. sigma may differ between rows: scales are taken
-        per row, and a branch that any row needs is evaluated for all.
+        per row, and a branch that any row needs is evaluated for all. attend sees the branches and sigma of its rows
+        (`models.attention.Site`); a recorder is such a function (`segresearch.analysis.recorder`).
 
-        Raises ValueError for a conditioning that `conds` lacks, or with a wrong number of rows, and for control images
+        Raises InputError for a conditioning that `conds` lacks, or with a wrong number of rows, and for control images
         that do not fit x.
         """
         values = sigma.tolist()  # the one time that sigma is read: on a GPU each waits for all that came before
+        sigma = sigma.view_as(sigma)  # a tensor object of this call's own, see Site.sigma
         branches = list(dict.fromkeys(b for s in sorted(set(values)) for b in self.branches(s)))
-        denoised = self.evaluate(x, sigma, branches, conds, control, attend, record=record, values=values)
+        denoised = self.evaluate(x, sigma, branches, conds, control, attend, values)
         return self.combine(x, sigma, denoised, values=values)
 
     def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of calls, with all that is the same at every step computed now; `sample` calls this.
 
-        Every network's keys, values and embedding of each conditioning (`Cond.projected`); and conditionings of equal
-        values as one object, whose rows are then computed once. The calls' results do not change.
+        These are the keys, values and embedding of each conditioning for every network (`Cond.projected`).
+        Conditionings of equal values become one object, whose rows are then computed once. Results do not change.
         """
-        made: dict[str, Cond] = {}
-        control = in_use(arguments.get("control"))
+        control = active(arguments.get("control"))
         nets = [self.unet, *(one.net for one in control)]
+        conds: dict[str, Cond] = {}
         for name, cond in (arguments.get("conds") or {}).items():
-            same = next((other for other in made.values() if other.equals(cond)), None)
-            made[name] = cond.projected(*nets) if same is None else same
-        return {**arguments, "conds": Prepared(made), **({"control": control} if "control" in arguments else {})}
+            same = next((other for other in conds.values() if other.equals(cond)), None)
+            conds[name] = cond.projected(*nets) if same is None else same
+        return {**arguments, "conds": Prepared(conds), **({"control": control} if "control" in arguments else {})}
+
+    def layout(
+        self, branches: Sequence[Branch], conds: Mapping[str, Cond], control: Sequence[ActiveControlNet] = ()
+    ) -> Layout:
+        """The rows of the forward that gives these branches. InputError for a conditioning that `conds` lacks.
+
+        Names of one Cond are one conditioning, unless a ControlNet steers the base's alone.
+        """
+        missing = [branch.conditioning for branch in branches if branch.conditioning not in conds]
+        if missing:
+            names = ", ".join(map(repr, conds)) or "none"
+            raise InputError(f"conds lacks {missing[0]!r}, which the guidance needs; given: {names}")
+        conditionings = dict.fromkeys(branch.conditioning for branch in branches)
+        first: dict[Any, str] = {}
+        guess = any(net.guess for net in control)
+        alias = {name: name if guess else first.setdefault(id(conds[name]), name) for name in conditionings}
+        return layout(branches, self._perturbed, tuple(self._heads), alias, self.fork)
 
     def evaluate(
         self,
@@ -154,62 +157,37 @@ class GuidedDenoiser:
         sigma: Float[Tensor, " rows"],
         branches: Sequence[Branch],
         conds: Mapping[str, Cond],
-        control: Sequence[Controlled] | None = None,
+        control: Sequence[ActiveControlNet] | None = None,
         attend: Attend | None = None,
-        watch: Watch | None = None,
-        record: Record | None = None,
         values: Sequence[float] | None = None,
     ) -> dict[Branch, Float[Tensor, "rows c h w"]]:
-        """D of every branch, in one forward. The rows of branches[0] come first everywhere, so a `watch` finds them.
-
-        values: sigma.tolist(), where the caller has read it.
-        """
-        missing = [branch.conditioning for branch in branches if branch.conditioning not in conds]
-        if missing:
-            given = ", ".join(map(repr, conds)) or "none"
-            raise InputError(f"conds lacks {missing[0]!r}, which the guidance needs; given: {given}")
-        control = in_use(control)
-        # names of one Cond are one conditioning, unless a ControlNet tells the base from the others
-        first: dict[int, str] = {}
-        apart = any(one.guess for one in control)
-        merged = {
-            b: b if apart else replace(b, conditioning=first.setdefault(id(conds[b.conditioning]), b.conditioning))
-            for b in branches
-        }
-        asked = sorted(dict.fromkeys(merged.values()), key=lambda branch: bool(branch.perturbations))
-        names = list(dict.fromkeys(branch.conditioning for branch in asked))
-        rows, site = x.shape[0], self._fork_site(asked) if self.fork else None
+        """D of every branch, in one forward. values: sigma.tolist(), where the caller has read it."""
+        rows, control = x.shape[0], active(control)
+        plan = self.layout(branches, conds, control)
         conds = conds if isinstance(conds, Prepared) else Prepared(conds)
-        steered = residuals(self.denoiser, x, sigma, names, conds.joined, self.base.conditioning, control, values)
-        blocks = [branch.conditioning for branch in asked] if site is None else names
+        steering = residuals(
+            self.denoiser, x, sigma, plan.conditionings, conds.joined, self.base.conditioning, control, values
+        )
         fork = None
-        if len(asked) > len(names):
-            index = _copies(tuple(names.index(branch.conditioning) for branch in asked), rows, x.device)
-            if site is not None:
-                fork = Fork(site, index)
-            elif steered is not None:
-                steered = Control(tuple(r[index] for r in steered.down), steered.mid[index])
-        n = len(blocks)
-        served = {a: tuple(str(b) for b in branches if merged[b] == a) for a in asked}
+        if len(plan.branches) > len(plan.conditionings):
+            index = row_index(plan.source, rows, x.device)
+            if plan.fork is not None:
+                fork = Fork(plan.fork, index)
+            elif steering is not None:
+                steering = steering.each(lambda r: r[index])
+        n = len(plan.inputs)
         denoised = self.denoiser(
             x.repeat(n, 1, 1, 1),  # (b, c, h, w) -> (n·b, c, h, w)
             sigma.repeat(n),
-            cond=conds.joined(blocks, rows),
-            attend=BlockAttention(
-                self._plan(asked),
-                rows,
-                len(asked),
-                attend or self.attend,
-                [tuple(str(b) for b in branches if merged[b].conditioning == name) for name in names],
-                list(served.values()),
-                watch,
-                record and record(sigma),
+            cond=conds.joined(plan.inputs, rows),
+            attend=BranchAttention(
+                plan.groups, rows, plan.names_before, plan.names, attend or self.attend, sigma
             ),
-            control=steered,
+            residuals=steering,
             fork=fork,
         )
-        found = dict(zip(asked, denoised.split(rows), strict=True))  # (asked · b, c, h, w) -> (b, c, h, w) each
-        return {branch: found[merged[branch]] for branch in branches}
+        parts = dict(zip(plan.branches, denoised.split(rows), strict=True))  # (m·b, c, h, w) -> (b, c, h, w) each
+        return {branch: parts[plan.computed[branch]] for branch in branches}
 
     def combine(
         self,
@@ -242,37 +220,34 @@ class GuidedDenoiser:
             guided = post(guided, plain, x, sigma)
         return guided
 
-    def _fork_site(self, branches: Sequence[Branch]) -> str | None:
-        """The first perturbed site, if any conditioning is asked for more than once."""
-        if len(branches) == len({branch.conditioning for branch in branches}):
-            return None
-        perturbed = {site for branch in branches for site in self._places[branch.perturbations]}
-        return next(site for site in self._sites if site in perturbed)
-
-    def _plan(self, branches: Sequence[Branch]) -> dict[str, Groups]:
-        """At every site that any branch perturbs: the numbers of the branches under the same perturbations."""
-        places = [self._places[branch.perturbations] for branch in branches]
-        plan: dict[str, dict[tuple[Perturbation, ...], list[int]]] = {site: {} for place in places for site in place}
-        for site, groups in plan.items():
-            for block, place in enumerate(places):
-                groups.setdefault(place.get(site, ()), []).append(block)
-        return dict(plan)
-
     def __repr__(self) -> str:
         lines = ["D = " + " + ".join([f"D[{self.base}]", *map(str, self.terms.values())]).replace("+ -", "− ")]
-        asked = [branch for term in self.terms.values() for branch in (term.pos, term.neg) if branch.perturbations]
-        for branch in dict.fromkeys(asked):
-            what, places = ", then ".join(map(repr, branch.perturbations)), self._places[branch.perturbations]
-            lines.append(f"  {branch}: {what} at {len(places)} of {len(self._sites)} sites")
+        branches = [branch for term in self.terms.values() for branch in (term.pos, term.neg) if branch.perturbations]
+        for branch in dict.fromkeys(branches):
+            sites, names = len(self._perturbed[branch.perturbations]), ", then ".join(map(repr, branch.perturbations))
+            lines.append(f"  {branch}: {names} at {sites} of {len(self._heads)} sites")
         if self.rescale:
             lines.append(f"  rescale {self.rescale:g}: in eps, against D[{self.base}], where conditionings are mixed")
         lines += [f"  then {post!r}" for post in self.post]
-        constant = [t for t in self.terms.values() if t.pos != t.neg and (callable(t.scale) or t.scale)]
-        branches = list(dict.fromkeys([self.base, *(b for t in constant for b in (t.pos, t.neg))]))
-        site = self._fork_site(branches) if self.fork else None
-        first = len({b.conditioning for b in branches}) if site else len(branches)
-        lines.append(f"  rows per image: {first}" + (f" -> {len(branches)} from {site}" if site else ""))
-        return "\n".join(lines)
+        terms = [t for t in self.terms.values() if t.pos != t.neg and (callable(t.scale) or t.scale)]
+        branches = list(dict.fromkeys([self.base, *(b for t in terms for b in (t.pos, t.neg))]))
+        alias = {branch.conditioning: branch.conditioning for branch in branches}
+        plan = layout(branches, self._perturbed, tuple(self._heads), alias, self.fork)
+        forked = f" -> {len(plan.branches)} from {plan.fork}" if plan.fork else ""
+        return "\n".join([*lines, f"  rows per image: {len(plan.inputs)}{forked}"])
+
+
+def perturbed_sites(perturbations: Sequence[Perturbation], heads: Mapping[str, int]) -> Perturbed:
+    """Site name -> the perturbations there, in their order. heads: of every site, by its name.
+
+    Raises InputError for a selector that matches no site, or a head that a site does not have.
+    """
+    sites: dict[str, tuple[Perturbation, ...]] = {}
+    for perturbation in perturbations:
+        for site in select_sites(perturbation.where, tuple(heads)):  # type: ignore[attr-defined]
+            check_heads(getattr(perturbation, "heads", None), heads[site], site)
+            sites[site] = (*sites.get(site, ()), perturbation)
+    return sites
 
 
 class Prepared(Mapping[str, Cond]):
@@ -300,12 +275,6 @@ class Prepared(Mapping[str, Cond]):
         if key not in self.joins:
             self.joins[key] = Cond.cat([_rows(name, self[name], rows) for name in names])
         return self.joins[key]
-
-
-@constant
-def _copies(blocks: tuple[int, ...], rows: int, device: torch.device) -> Int[Tensor, " rows_out"]:
-    """The row numbers of these blocks of `rows` rows, one block after another; made once, not once a step."""
-    return torch.tensor([block * rows + row for block in blocks for row in range(rows)], device=device)
 
 
 def _rows(name: str, cond: Cond, rows: int) -> Cond:

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from segresearch.errors import InputError
-from segresearch.guidance.blur import INFINITE, blur, check_blur
+from segresearch.guidance.blur import blur, check_blur
 from segresearch.guidance.constants import constant
 from segresearch.guidance.sites import Where, check_heads
-from segresearch.models.attention import Attend, Site, is_plain
+from segresearch.models.attention import Attend, Site
 
 Perturbation = Callable[[Tensor, Tensor, Tensor, Site, Attend], Tensor]  # (q, k, v, site, attend) -> out, each Heads
 
@@ -25,10 +25,10 @@ Perturbation = Callable[[Tensor, Tensor, Tensor, Site, Attend], Tensor]  # (q, k
 def checked_out(
     out: Any, v: Float[Tensor, "rows heads tokens dim"], perturbation: Any, site: Site
 ) -> Float[Tensor, "rows heads tokens dim"]:
-    """`out` where it is a tensor of v's shape, else a ValueError that names the perturbation and the site."""
-    found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-    if found != tuple(v.shape):
-        raise InputError(f"{perturbation!r} gave {found} at {site.name}, expected {tuple(v.shape)}")
+    """`out`, a tensor of v's shape; for anything else an InputError with the perturbation and the site."""
+    shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if shape != tuple(v.shape):
+        raise InputError(f"{perturbation!r} gave {shape} at {site.name}, expected {tuple(v.shape)}")
     return out
 
 
@@ -50,7 +50,7 @@ def _freeze(perturbation: Any) -> None:
 
 
 @constant
-def _mask(heads: tuple[int, ...], count: int, site: str, device: torch.device) -> Bool[Tensor, "1 {count} 1 1"]:
+def head_mask(heads: tuple[int, ...], count: int, site: str, device: torch.device) -> Bool[Tensor, "1 {count} 1 1"]:
     check_heads(heads, count, site)
     numbers = torch.arange(count, device=device)
     mask = torch.zeros(count, dtype=torch.bool, device=device)
@@ -61,7 +61,9 @@ def _mask(heads: tuple[int, ...], count: int, site: str, device: torch.device) -
 
 def _on_heads(heads: Sequence[int] | None, out: Tensor, plain: Tensor, site: Site) -> Tensor:
     """`out` on these heads, `plain` on the others; None is all."""
-    return out if heads is None else torch.where(_mask(tuple(heads), out.shape[1], site.name, out.device), out, plain)
+    if heads is None:
+        return out
+    return torch.where(head_mask(tuple(heads), out.shape[1], site.name, out.device), out, plain)
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,6 @@ class SEG:
         attend: Attend,
     ) -> Float[Tensor, "rows heads tokens dim"]:
         """Attention of the blurred queries and/or keys on the site's grid."""
-        if self.sigma > INFINITE and self.on == "q" and self.heads is None and is_plain(attend):
-            # every token has the mean query, so one row of the map is all of them
-            mean = self._smooth(q, site, "q")[:, :, :1]
-            return attend(mean, k, v, site).expand_as(q)  # (b, h, 1, d) -> (b, h, n, d)
         return attend(self._smooth(q, site, "q"), self._smooth(k, site, "k"), v, site)
 
     def _smooth(self, z: Tensor, site: Site, which: str) -> Tensor:
@@ -132,11 +130,6 @@ class PAG:
             raise InputError(f"PAG tau must be in [0, 1], got {self.tau!r}")
         _freeze(self)
 
-    @property
-    def values_only(self) -> bool:
-        """Whether q and k are not read: they are then not computed, and the call may be handed anything for them."""
-        return self.tau == 1 and self.heads is None
-
     def __call__(
         self,
         q: Float[Tensor, "rows heads tokens dim"],
@@ -146,7 +139,7 @@ class PAG:
         attend: Attend,
     ) -> Float[Tensor, "rows heads tokens dim"]:
         """(1 − τ)·attend(q, k, v) + τ·v."""
-        if self.values_only:
+        if self.tau == 1 and self.heads is None:
             return v
         plain = attend(q, k, v, site)
         if self.tau == 0:
@@ -157,7 +150,7 @@ class PAG:
 
 @dataclass(frozen=True)
 class At:
-    """A plain function as a perturbation with a place.
+    """A plain function as a perturbation at sites and heads.
 
     function: any `(q, k, v, site, attend) -> out`; it always sees every head.
     where: sites. heads: only these heads take the function's output, the others plain attention (one further `attend`).

@@ -1,6 +1,7 @@
 """Self-Attention Guidance (SAG, arXiv 2210.00939): guide away from the image whose salient parts were blurred."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from segresearch.errors import InputError
 from segresearch.guidance.blur import check_blur, fold_taps, gaussian_taps
 from segresearch.guidance.constants import constant
 from segresearch.guidance.controlnet_residuals import per_row
-from segresearch.guidance.guided_denoiser import SCHEDULE, GuidedDenoiser, Record
+from segresearch.guidance.guided_denoiser import GuidedDenoiser
 from segresearch.guidance.terms import ALWAYS, Branch, Interval, Scale, check_scale, scale_at, scale_text
 from segresearch.models.attention import Attend, Site
 from segresearch.models.conditioning import Cond
-from segresearch.models.controlnet import Controlled
+from segresearch.models.controlnet import ActiveControlNet
 
 TAPS = 9  # of the latent blur, whatever its sigma, as in the published code
 
@@ -57,6 +58,7 @@ class SelfAttentionGuidance:
         if not threshold >= 0:
             raise InputError(f"SAG threshold must be >= 0, got {threshold!r}")
         self.inner = inner if isinstance(inner, GuidedDenoiser) else GuidedDenoiser(inner, {})
+        self.denoiser = self.inner.denoiser
         mid = [site for site in self.inner.unet.site_heads if site.startswith("mid_block.")]
         if not mid:
             raise InputError("SAG reads the first mid-block self-attention, and this model has none")
@@ -64,46 +66,55 @@ class SelfAttentionGuidance:
         self.scale, self.interval, self.base = scale, interval, base
         self.blur_sigma, self.threshold = blur_sigma, threshold
 
-    def __getattr__(self, name: str) -> Any:
-        if name in (*SCHEDULE, "prepare"):
-            return getattr(self.inner, name)
-        raise AttributeError(f"{type(self).__name__} has no {name!r}")
+    __getattr__ = GuidedDenoiser.__getattr__  # the schedule of `self.denoiser`
+
+    def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """As `GuidedDenoiser.prepare`."""
+        return self.inner.prepare(arguments)
 
     def __call__(
         self,
         x: Float[Tensor, "rows c h w"],
         sigma: Float[Tensor, " rows"],
         conds: Mapping[str, Cond],
-        control: Sequence[Controlled] | None = None,
+        control: Sequence[ActiveControlNet] | None = None,
         attend: Attend | None = None,
-        record: Record | None = None,
     ) -> Float[Tensor, "rows c h w"]:
         """The guided denoised image; arguments and errors as for GuidedDenoiser.
 
-        `control` and `attend` serve both forwards, each with ControlNets of its own x; `record` sees the first.
+        `control` and `attend` serve both forwards, each with ControlNets of its own x. In the second one the site's
+        branch is called "<base>~sag".
         """
         values = sigma.tolist()
         scales = [scale_at(self.scale, self.interval, s, "SAG") for s in values]
         if not any(scales):
-            return self.inner(x, sigma, conds, control, attend, record)
+            return self.inner(x, sigma, conds, control, attend)
+        sigma = sigma.view_as(sigma)  # a tensor object of this call's own, see Site.sigma
         needed = [self.inner.branches(s) for s in sorted(set(values))]
         bases = {self._base(s) for s in values}
         if len(bases) > 1:
             raise InputError("SAG: rows of this batch are on both sides of the interval of the CFG term; name a base")
-        base = bases.pop()
-        received: list[Tensor] = []
+        base, rows = bases.pop(), x.shape[0]
+        masks: list[Bool[Tensor, "rows mask_h mask_w"]] = []
 
-        def watch(q: Tensor, k: Tensor, site: Site) -> None:
+        def masking(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+            """The innermost attention, which measures that of the base on its way."""
             if site.name == self.site:
-                maps = attention_received(q[: x.shape[0]], k[: x.shape[0]])
-                received.append((maps > self.threshold).unflatten(1, site.grid))  # (b, n) -> (b, h', w')
+                for i, names in enumerate(site.branches):
+                    if str(base) in names:
+                        block = slice(i * rows, (i + 1) * rows)
+                        mask = attention_received(q[block], k[block]) > self.threshold
+                        masks.append(mask.unflatten(1, site.grid))  # (b, n) -> (b, h', w')
+            return innermost(q, k, v, site)
 
+        innermost = attend or self.inner.attend
         branches = list(dict.fromkeys([base, *(b for some in needed for b in some)]))
-        denoised = self.inner.evaluate(x, sigma, branches, conds, control, attend, watch, record, values)
+        denoised = self.inner.evaluate(x, sigma, branches, conds, control, masking, values)
         plain = denoised[base]
-        degraded = self.degrade(plain, received[0])
+        degraded = self.degrade(plain, masks[0])
         noised = degraded + (x - plain)  # x − D = σ·ε
-        again = self.inner.evaluate(noised, sigma, [base], conds, control, attend, values=values)[base]
+        renamed = partial(under_name, innermost, f"{base}~sag")
+        again = self.inner.evaluate(noised, sigma, [base], conds, control, renamed, values)[base]
         extra = per_row(scales, plain) * (degraded - again)
         return self.inner.combine(x, sigma, denoised, extra, values)
 
@@ -134,6 +145,11 @@ class SelfAttentionGuidance:
         where = f" where the attention received at {self.site} > {self.threshold:g}"
         own = "" if self.base in (None, self.inner.base.conditioning) else f"D[{self.base}] if not among them, and "
         return "\n".join([f"{first} + {term}", sag + where, *rest, f"  and {own}1 row per image in a second forward"])
+
+
+def under_name(attend: Attend, name: str, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+    """`attend` at a site whose rows, (rows, heads, tokens, dim), belong to the branch of this name."""
+    return attend(q, k, v, Site(site.name, site.grid, ((name,),), site.sigma))
 
 
 @constant

@@ -1,6 +1,6 @@
 """Guidance as a sum of terms over branches: D = D[base] + Σ s(σ) · (D[pos] − D[neg]).
 
-A branch is what the network is asked: a conditioning, and the perturbations of its self-attention. s is always the
+A branch is one evaluation of the network: a conditioning, and perturbations of the self-attention. s is always the
 factor on the difference, so CFG's weight w enters as s = w − 1 (docs/guidance.md translates other conventions).
 """
 
@@ -105,34 +105,6 @@ class Ramp:
 
 
 @dataclass(frozen=True)
-class EveryKth:
-    """A scale that is `scale` at every k-th step, the first included, and 0 between: an approximation that saves time.
-
-    levels: the positive sigmas of the schedule, highest first. A σ between two levels belongs to the step that begins
-    at or above it, so a sampler's second evaluation within a step is guided as its first. docs/performance.md has what
-    it costs in accuracy.
-
-    Raises ValueError unless k ≥ 1, the scale is finite and the levels are positive and fall.
-    """
-
-    scale: float | int
-    levels: tuple[float, ...]
-    k: int
-
-    def __post_init__(self) -> None:
-        falling = all(a > b > 0 for a, b in zip(self.levels, self.levels[1:])) and len(self.levels) > 0
-        if self.k < 1 or not falling or not math.isfinite(self.scale):
-            raise InputError(f"guidance every k-th step needs k >= 1, a finite scale and falling levels, got {self}")
-
-    def __call__(self, sigma: float) -> float:
-        step = sum(sigma <= level * (1 + 1e-6) for level in self.levels) - 1
-        return float(self.scale) if max(step, 0) % self.k == 0 else 0.0
-
-    def __str__(self) -> str:
-        return f"({self.scale:g} every {self.k} steps of {len(self.levels)})"
-
-
-@dataclass(frozen=True)
 class Term:
     """s(σ) · (D[pos] − D[neg]).
 
@@ -201,7 +173,7 @@ def perturbed(
             branch; a later one that meets an earlier one on a site is handed the earlier as `attend`.
         scale: s, or s(σ). The paper's γ in eq. (9) of arXiv 2408.00760 is s + 1.
         base: the conditioning that is perturbed. "cond" is the official code's choice, "uncond" the paper's eq. (10).
-        where, heads: place of the perturbation, if not None in place of its own. A plain function has none of its own
+        where, heads: sites and heads of the perturbation; None keeps its own. A plain function has none of its own
             and gets where="mid" and every head. Given several perturbations, these apply to each.
         interval: (low, high) of σ in which the term acts.
     """

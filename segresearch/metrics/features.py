@@ -18,12 +18,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from segresearch import pretrained
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.errors import InputError, PackageError
 from segresearch.metrics import weight_files
 from segresearch.metrics.mini_vision import SIDE, load_vision, unit_range
 from segresearch.metrics.weight_files import Asset, Device
 from segresearch.models.compute import arithmetic
-from segresearch.models.locate import located
 from segresearch.threads import one_thread
 
 TORCH_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -157,7 +157,7 @@ def _clip(path: str | Path | None, sha256: str | None, device: torch.device, dty
 
 def _mini(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
     vision = weight_files.frozen(load_vision(path or "mini"), device, dtype).vision
-    digest = weight_files.digest(located(path or "mini") / "vision" / "model.safetensors", sha256)
+    digest = weight_files.digest(resolve_model(path or "mini") / "vision" / "model.safetensors", sha256)
 
     @one_thread
     def network(images: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.errors import CheckpointError, InputError
 from segresearch.metrics.weight_files import fitting, frozen
-from segresearch.models.locate import located
 from segresearch.threads import one_thread
 
 SIDE = 64  # pixels
@@ -73,7 +73,7 @@ def load_part(path_or_name: str | Path, part: str, build: Callable[..., Module])
 
     Raises CheckpointError where the part is missing or does not fit.
     """
-    folder = located(path_or_name) / part
+    folder = resolve_model(path_or_name) / part
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")

@@ -1,8 +1,8 @@
 """Attention as an argument.
 
 Every self-attention call of the UNet goes through an `attend(q, k, v, site)` that the caller hands in; `sdpa` is the
-plain one. A perturbation (SEG, PAG, ...) is therefore another function in the same place, and nothing is ever set on a
-module.
+plain one. This is the only way to see or change attention: a perturbation (SEG, PAG, ...) is another function in the
+same place, a recorder is a function that looks and calls `sdpa`. Nothing is ever set on a module.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,10 +21,17 @@ class Site(NamedTuple):
     name: the module path, which is also the checkpoint key prefix, such as
         "mid_block.attentions.0.transformer_blocks.3.attn1".
     grid: (height, width) of the image that the tokens were flattened from, row by row.
+
+    The guided denoiser adds two fields, for perturbations and recorders; the UNet itself leaves them out.
+    branches: names of the branches that the rows belong to. The rows are as many equal blocks as there are entries;
+        an entry holds several names where branches are still equal.
+    sigma: noise level of each row of a block. All calls of one evaluation hold the same tensor object.
     """
 
     name: str
     grid: tuple[int, int]
+    branches: tuple[tuple[str, ...], ...] = ()
+    sigma: Float[Tensor, " block_rows"] | None = None
 
 
 Heads = Float[Tensor, "rows heads tokens dim"]
@@ -40,38 +47,6 @@ def sdpa(
 ) -> Float[Tensor, "rows heads tokens dim"]:
     """Plain attention, softmax(q kᵀ / √dim) v over the keys; the site is not used."""
     return F.scaled_dot_product_attention(q, k, v)
-
-
-@dataclass(frozen=True)
-class Watched:
-    """`attend` that shows its arguments to `watch` first. The output is that of `attend`, bit for bit."""
-
-    attend: Attend
-    watch: Callable[[Tensor, Tensor, Tensor, Site], None]
-
-    def __call__(
-        self,
-        q: Float[Tensor, "rows heads tokens dim"],
-        k: Float[Tensor, "rows heads keys dim"],
-        v: Float[Tensor, "rows heads keys dim"],
-        site: Site,
-    ) -> Float[Tensor, "rows heads tokens dim"]:
-        self.watch(q, k, v, site)
-        return self.attend(q, k, v, site)
-
-
-def is_plain(attend: Attend) -> bool:
-    """Whether `attend` is `sdpa`, watched or not: it then takes queries of any number and treats each on its own."""
-    return (attend.attend if isinstance(attend, Watched) else attend) is sdpa
-
-
-def queried(attend: Attend, site: Site, rows: int) -> int:
-    """How many leading rows of `rows` need q and k at this site: all, unless `attend` has a `queried` that says fewer.
-
-    Such an `attend` is then handed q and k of those rows only, and v of all.
-    """
-    asked: Callable[[Site, int], int] | None = getattr(attend, "queried", None)
-    return rows if asked is None else asked(site, rows)
 
 
 @dataclass(frozen=True)
@@ -94,6 +69,19 @@ def follow(tensor: Tensor, x: Tensor, fork: Fork | None) -> Tensor:
     if fork is None or tensor.shape[0] == x.shape[0]:
         return tensor
     return tensor[fork.index]  # (rows, ...) -> (rows_out, ...)
+
+
+class Context(NamedTuple):
+    """What all blocks of one forward pass share.
+
+    emb: embedding of the timestep, the sizes and the pooled text. text: keys and values of the text, by the name of the
+    cross-attention. attend: the self-attention. fork: where the rows become more rows, if they do.
+    """
+
+    emb: Float[Tensor, "_rows e"]
+    text: TextKeys
+    attend: Attend
+    fork: Fork | None = None
 
 
 class Attention(nn.Module):
@@ -154,17 +142,11 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(
-        self,
-        x: Float[Tensor, "rows tokens c"],
-        text: TextKeys,
-        grid: tuple[int, int],
-        attend: Attend,
-        fork: Fork | None,
+        self, x: Float[Tensor, "rows tokens c"], grid: tuple[int, int], context: Context
     ) -> Float[Tensor, "rows_out tokens c"]:
-        site, one = Site(self.attn1.name, grid), self.attn1
+        (_, text, attend, fork), site = context, Site(self.attn1.name, grid)
         y = self.norm1(x)
-        asked = y[: queried(attend, site, len(y))]
-        q, k, v = one.split(one.to_q(asked)), one.split(one.to_k(asked)), one.split(one.to_v(y))
+        q, k, v = (self.attn1.split(to(y)) for to in (self.attn1.to_q, self.attn1.to_k, self.attn1.to_v))
         if fork is not None and fork.site == site.name:
             x, q, k, v = (z[fork.index] for z in (x, q, k, v))  # rows -> rows_out
         x = x + self.attn1.merge(attend(q, k, v, site))
@@ -190,13 +172,7 @@ class Transformer(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(
-        self,
-        x: Float[Tensor, "rows c h w"],
-        text: TextKeys,
-        attend: Attend,
-        fork: Fork | None,
-    ) -> Float[Tensor, "rows_out c h w"]:
+    def forward(self, x: Float[Tensor, "rows c h w"], context: Context) -> Float[Tensor, "rows_out c h w"]:
         grid = (x.shape[2], x.shape[3])
         residual, x = x, self.norm(x)
         if not self.linear:
@@ -205,10 +181,10 @@ class Transformer(nn.Module):
         if self.linear:
             x = self.proj_in(x)
         for block in self.transformer_blocks:
-            x = block(x, text, grid, attend, fork)
+            x = block(x, grid, context)
         if self.linear:
             x = self.proj_out(x)
         x = rearrange(x, "b (h w) c -> b c h w", h=grid[0])
         if not self.linear:
             x = self.proj_out(x)
-        return follow(residual, x, fork) + x  # in this order: the sum has the memory layout of the residual
+        return follow(residual, x, context.fork) + x  # in this order: the sum has the memory layout of the residual

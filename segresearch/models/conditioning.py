@@ -1,4 +1,4 @@
-"""What the UNet is told besides x and t."""
+"""The conditioning of the UNet: text, pooled text and image sizes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from segresearch.errors import InputError
 
 @dataclass(frozen=True)
 class Projection:
-    """What one network makes of a Cond whatever x and t are, so once a prompt and not once a step.
+    """The part of a forward pass that depends on the conditioning alone: computed once a prompt, not once a step.
 
     added: embedding of the pooled text and the sizes. text: keys and values at every cross-attention, by its name.
     """
@@ -42,7 +42,7 @@ class Cond:
     context: hidden states of both text encoders, side by side.
     pooled: pooled text embedding of the second encoder.
     time_ids: original height and width, crop top and left, target height and width, in pixels.
-    projections: what networks make of this conditioning, by network; see `projected` and `told`.
+    projections: cached projections by network; see `projected` and `for_network`.
     """
 
     context: Float[Tensor, "rows text dim"]
@@ -74,11 +74,11 @@ class Cond:
         return Cond(change(self.context), change(self.pooled), change(self.time_ids), projections)
 
     def projected(self, *nets: Any) -> "Cond":
-        """With the projections of these networks (`Encoder.project`), for as long as their weights stay as they are."""
+        """With the projections of these networks (`UNet.project`), for as long as their weights stay as they are."""
         return replace(self, projections={**self.projections, **{net: net.project(self) for net in nets}})
 
-    def told(self, net: Any) -> "Projection | Cond":
-        """What to hand to this network: its own projection of this conditioning if there is one, else the whole."""
+    def for_network(self, net: Any) -> "Projection | Cond":
+        """The cached keys and values for `net`, or the conditioning itself."""
         return self.projections.get(net, self)
 
     def equals(self, other: "Cond") -> bool:

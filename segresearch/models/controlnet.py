@@ -1,15 +1,14 @@
 """SDXL's ControlNet (arXiv 2302.05543), written out: a copy of the UNet's encoding half that reads an image too.
 
     image (rows, 3, H, W) ─ controlnet_cond_embedding ─► hint (rows, c, h, w)        once an image
-    x (rows, 4, h, w) ─ conv_in + hint ─ down_blocks ─ mid_block ─ 1×1 convolutions ─► Control      once a step
+    x (rows, 4, h, w) ─ conv_in + hint ─ down_blocks ─ mid_block ─ 1×1 convolutions ─► residuals      once a step
 
 Module names are the key names of a diffusers checkpoint. Its self-attention is never perturbed.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,56 +18,9 @@ from torch import Tensor, nn
 from segresearch.errors import InputError
 from segresearch.models.attention import sdpa
 from segresearch.models.conditioning import Cond, Projection
-from segresearch.models.encoder import CROSSED_MID, PLAIN_MID, Encoder, EncoderConfig, counts, refuse_unless
-from segresearch.models.unet import Control
+from segresearch.models.network_configs import ControlNetConfig
+from segresearch.models.unet import ControlResiduals, Encoder
 from segresearch.sampling.intervals import ALWAYS, Interval, check_interval
-
-# What only a ControlNet's config.json says besides the sizes (see encoder.py).
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "_class_name": ("ControlNetModel",),
-    "conditioning_channels": (3,),
-    "controlnet_conditioning_channel_order": ("rgb", "bgr"),
-    "encoder_hid_dim_type": (None,),
-    "global_pool_conditions": (False,),
-    "mid_block_type": (CROSSED_MID, PLAIN_MID),
-    "num_control_type": (None,),  # unions
-}
-
-
-@dataclass(frozen=True)
-class ControlNetConfig(EncoderConfig):
-    """Sizes of an SDXL-shaped ControlNet, in the terms of a diffusers config.json; the defaults are SDXL's.
-
-    conditioning_embedding_out_channels: widths of the image's embedding; between two of them it halves the image.
-    """
-
-    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
-    controlnet_conditioning_channel_order: str = "rgb"
-
-    @staticmethod
-    def from_dict(config: Mapping[str, Any]) -> "ControlNetConfig":
-        """From the config.json of a diffusers ControlNetModel.
-
-        Raises ValueError, naming key and value, for anything that is not an SDXL-shaped ControlNet.
-        """
-        refuse_unless(config, _FIXED, "controlnet")
-        values = EncoderConfig.sizes(config, "controlnet")
-        name = "conditioning_embedding_out_channels"
-        given = config.get(name, ControlNetConfig.conditioning_embedding_out_channels)
-        widths = counts(given, len(given) if isinstance(given, list | tuple) and given else 1, name, "controlnet")
-        order = str(config.get("controlnet_conditioning_channel_order", "rgb"))
-        return ControlNetConfig(
-            **values, conditioning_embedding_out_channels=widths, controlnet_conditioning_channel_order=order
-        )
-
-    @property
-    def what(self) -> str:
-        return "controlnet"
-
-    @property
-    def image_factor(self) -> int:
-        """Image pixels per latent pixel, along each axis."""
-        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
 
 
 class ImageEmbedding(nn.Module):
@@ -113,7 +65,7 @@ class ControlNet(Encoder):
     def embed_image(self, image: Float[Tensor, "rows 3 image_h image_w"]) -> Float[Tensor, "rows c h w"]:
         """The hint that a control image gives, at latent size: once an image, not once a step.
 
-        image: in [0, 1], RGB, at the size of the picture in pixels. ValueError unless both sides are multiples of
+        image: in [0, 1], RGB, at the size of the sampled image in pixels. ValueError unless both sides are multiples of
         `config.image_factor`.
         """
         height, width = image.shape[2:]
@@ -134,7 +86,7 @@ class ControlNet(Encoder):
         cond: Cond | Projection,
         hint: Float[Tensor, "hint_rows d hint_h hint_w"],
         guess: bool = False,
-    ) -> Control:
+    ) -> ControlResiduals:
         """Residuals for the UNet's skips and mid block at model input x and timestep t, in the network's dtype.
 
         hint: of `embed_image`, a row for each of x or one for all. guess: residuals weighted from 0.1 at the first
@@ -145,25 +97,24 @@ class ControlNet(Encoder):
         if hint.shape[2:] != x.shape[2:]:
             factor = self.config.image_factor
             (h, w), (height, width) = ([factor * n for n in z.shape[2:]] for z in (hint, x))
-            raise InputError(f"controlnet: the control image is {h}×{w} pixels, the picture {height}×{width}")
+            raise InputError(f"controlnet: the control image is {h}×{w} pixels, the image {height}×{width}")
         if hint.shape[0] not in (1, x.shape[0]):
             raise InputError(f"controlnet: {hint.shape[0]} rows of hint for {x.shape[0]} rows of x")
-        projection = self.projection(cond)
-        emb = self.embed(t, projection)
-        mid, skips = self.encode(x, emb, projection.text, sdpa, None, hint.to(emb.dtype))
+        context = self.context(t, cond, sdpa, None)
+        mid, skips = self.encode(x, context, hint.to(context.emb.dtype))
         down = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
-        control = Control(tuple(down), self.controlnet_mid_block(mid))
-        return weighted(control, torch.logspace(-1, 0, len(down) + 1).tolist()) if guess else control
+        residuals = ControlResiduals(tuple(down), self.controlnet_mid_block(mid))
+        return weighted(residuals, torch.logspace(-1, 0, len(down) + 1).tolist()) if guess else residuals
 
 
-def weighted(control: Control, weights: Sequence[float | Tensor]) -> Control:
+def weighted(residuals: ControlResiduals, weights: Sequence[float]) -> ControlResiduals:
     """Each residual times its own weight, the mid block's last."""
     *down, mid = weights
-    return Control(tuple(r * w for r, w in zip(control.down, down, strict=True)), control.mid * mid)
+    return ControlResiduals(tuple(r * w for r, w in zip(residuals.down, down, strict=True)), residuals.mid * mid)
 
 
 @dataclass(frozen=True)
-class Controlled:
+class ActiveControlNet:
     """One ControlNet in use: residuals `scale` · net(x, t, cond, hint) where σ is inside the interval.
 
     hint: of `net.embed_image`, a row for each image or one for all. scale: of the residuals. interval: (low, high) in
@@ -188,7 +139,7 @@ class Controlled:
     def rows(self) -> int:
         return self.hint.shape[0]
 
-    def __getitem__(self, index: slice | Tensor | Sequence[int]) -> "Controlled":
+    def __getitem__(self, index: slice | Tensor | Sequence[int]) -> "ActiveControlNet":
         """For the chosen images."""
         return replace(self, hint=self.hint[index])
 
@@ -203,11 +154,11 @@ def controlled(
     scale: float | int = 1.0,
     interval: Sequence[float | int] = ALWAYS,
     guess: bool = False,
-) -> Controlled:
-    """A ControlNet with its control image: RGB in [0, 1] at the picture's size, a row for each picture or one for all.
+) -> ActiveControlNet:
+    """A ControlNet with its control image: RGB in [0, 1] at the image's size, a row for each image or one for all.
 
-    The image is embedded here, once, in the net's dtype and on its device. The other arguments are those of Controlled.
-    Raises ValueError for an image that is not RGB in [0, 1] or whose sides do not fit, and as Controlled does.
+    The image is embedded here, once, in the net's dtype and on its device. Other arguments: of ActiveControlNet.
+    Raises ValueError for an image that is not RGB in [0, 1] or whose sides do not fit, and as ActiveControlNet does.
     """
     if not isinstance(image, Tensor):
         kind = type(image).__name__
@@ -219,4 +170,4 @@ def controlled(
         raise InputError(f"a control image is RGB in [0, 1]; these values reach from {low:g} to {high:g}")
     check_interval(interval, "a ControlNet")
     with torch.no_grad():
-        return Controlled(net, net.embed_image(image), scale, (interval[0], interval[1]), guess)
+        return ActiveControlNet(net, net.embed_image(image), scale, (interval[0], interval[1]), guess)

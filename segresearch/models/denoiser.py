@@ -12,7 +12,7 @@ from segresearch.models.attention import Attend, Fork, sdpa
 from segresearch.models.compute import PLAIN, Compute, Runner
 from segresearch.models.conditioning import Cond, Projection
 from segresearch.models.controlnet import ControlNet
-from segresearch.models.unet import Control, UNet
+from segresearch.models.unet import ControlResiduals, UNet
 from segresearch.sampling import k_diffusion
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -125,11 +125,11 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         sigma: Float[Tensor, " rows"],
         cond: Cond,
         attend: Attend = sdpa,
-        control: Control | None = None,
+        residuals: ControlResiduals | None = None,
         fork: Fork | None = None,
     ) -> Float[Tensor, "rows_out c h w"]:
         """Denoised x at noise level sigma; with a fork it has the rows of `fork.index`, x and sigma copied along."""
-        return self.run(self._denoised, self.unet, x, sigma, cond.told(self.unet), attend, control, fork)
+        return self.run(self._denoised, self.unet, x, sigma, cond.for_network(self.unet), attend, residuals, fork)
 
     def _denoised(
         self,
@@ -138,10 +138,10 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         sigma: Float[Tensor, " rows"],
         cond: Cond | Projection,
         attend: Attend,
-        control: Control | None,
+        residuals: ControlResiduals | None,
         fork: Fork | None,
     ) -> Float[Tensor, "rows_out c h w"]:
-        out = self._network(net, x, sigma, cond=cond, attend=attend, control=control, fork=fork)
+        out = self._network(net, x, sigma, cond=cond, attend=attend, residuals=residuals, fork=fork)
         if fork is not None:
             x, sigma = x[fork.index], sigma[fork.index]  # rows -> rows_out
         sigma = sigma[:, None, None, None]
@@ -150,11 +150,11 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         return x / (sigma**2 + 1) - sigma / (sigma**2 + 1).sqrt() * out
 
     def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of calls, with what `cond` is to the network computed now; `sample` calls this."""
-        given = arguments.get("cond")
-        return dict(arguments) if given is None else {**arguments, "cond": given.projected(self.unet)}
+        """The arguments of calls, with the keys, values and embedding of `cond` computed now; `sample` calls this."""
+        cond = arguments.get("cond")
+        return dict(arguments) if cond is None else {**arguments, "cond": cond.projected(self.unet)}
 
-    def control(
+    def residuals(
         self,
         x: Float[Tensor, "rows c h w"],
         sigma: Float[Tensor, " rows"],
@@ -162,13 +162,13 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         net: ControlNet,
         hint: Float[Tensor, "hint_rows d hint_h hint_w"],
         guess: bool = False,
-    ) -> Control:
+    ) -> ControlResiduals:
         """What a ControlNet adds at noise level sigma, for `forward`; arguments and errors as of `ControlNet`."""
-        return self.run(self._residuals, net, x, sigma, cond.told(net), hint, guess)
+        return self.run(self._residuals, net, x, sigma, cond.for_network(net), hint, guess)
 
     def _residuals(
         self, net: Any, x: Tensor, sigma: Tensor, cond: Cond | Projection, hint: Tensor, guess: bool
-    ) -> Control:
+    ) -> ControlResiduals:
         return net(self._scaled(x, sigma), self.sigma_to_t(sigma), cond, hint, guess)
 
     def _scaled(self, x: Tensor, sigma: Tensor) -> Tensor:

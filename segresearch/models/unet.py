@@ -2,127 +2,244 @@
 
     x (rows, 4, h, w) ─ conv_in ─ down_blocks ─ mid_block ─ up_blocks ─ conv_out ─ eps (rows_out, 4, h, w)
                                        └────────── skips ──────┘
-t and the pooled text with the sizes become one embedding that every resnet adds; the text enters by cross-attention;
-self-attention is whatever `attend` does; `fork` turns the rows into more rows on the way (see attention.Fork).
+
+The timestep, the pooled text and the image sizes become one embedding, which every resnet adds. The text enters by
+cross-attention. Self-attention is the caller's `attend`. At a `fork` the rows become more rows (see `attention.Fork`).
+Which configs are accepted: `models.network_configs`.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from segresearch.errors import InputError
-from segresearch.models.attention import Attend, Fork, TextKeys, follow, sdpa
+from segresearch.models.attention import Attend, Context, Fork, Transformer, TransformerBlock, follow, sdpa
 from segresearch.models.conditioning import Cond, Projection
-from segresearch.models.encoder import (
-    CROSSED_MID,
-    Encoder,
-    EncoderConfig,
-    block_types,
-    counts,
-    refuse_unless,
-    transformer,
-)
-from segresearch.models.layers import Resnet, Upsample
+from segresearch.models.layers import Downsample, Resnet, Upsample
+from segresearch.models.network_configs import CROSSED_MID, EncoderConfig, UNetConfig
 
-# What only a UNet's config.json says besides the sizes (see encoder.py).
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "dual_cross_attention": (False,),
-    "mid_block_only_cross_attention": (None, False),
-    "mid_block_type": (CROSSED_MID,),
-    "resnet_out_scale_factor": (1, 1.0),
-    "resnet_skip_time_act": (False,),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-}
+Skips = list[Tensor]  # (rows, c, h, w) each, in the order of the down path; rows_out from the fork on
 
 
 @dataclass(frozen=True)
-class UNetConfig(EncoderConfig):
-    """Sizes of an SDXL-shaped UNet, in the terms of a diffusers config.json; the defaults are SDXL base."""
-
-    out_channels: int = 4
-    sample_size: int = 128
-    up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
-
-    @staticmethod
-    def from_dict(config: Mapping[str, Any]) -> "UNetConfig":
-        """From a diffusers `unet/config.json`.
-
-        Raises ValueError, naming key and value, for anything that is not an SDXL-shaped UNet.
-        """
-        values = EncoderConfig.sizes(config, "unet")
-        refuse_unless(config, _FIXED, "unet")
-        own = {name: config[name] for name in ("out_channels", "sample_size") if name in config}
-        for name, value in own.items():
-            counts(value, 1, name, "unet")
-        return UNetConfig(**values, **own, up_block_types=block_types(config, "Up", UNetConfig.up_block_types, "unet"))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.up_block_types) != len(self.block_out_channels):
-            raise InputError(
-                f"unet config: {len(self.block_out_channels)} block_out_channels and {len(self.up_block_types)} "
-                "up_block_types must be as many"
-            )
-
-
-@dataclass(frozen=True)
-class Control:
-    """Residuals of a ControlNet: one for every skip of the down path, in order, and one for the mid block's output."""
+class ControlResiduals:
+    """Output of a ControlNet: one residual for every skip of the down path, in order, and one for the mid block."""
 
     down: tuple[Float[Tensor, "rows _c _h _w"], ...]
     mid: Float[Tensor, "rows _c _h _w"]
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "ControlResiduals":
+        """Every residual changed by one function."""
+        return ControlResiduals(tuple(map(change, self.down)), change(self.mid))
+
+    def __add__(self, other: "ControlResiduals") -> "ControlResiduals":
+        return ControlResiduals(tuple(a + b for a, b in zip(self.down, other.down, strict=True)), self.mid + other.mid)
+
+
+def sinusoid(values: Float[Tensor, " n"], dim: int) -> Float[Tensor, "n dim"]:
+    """cos and sin of the values at dim/2 frequencies from 1 down to 1/10000, cosines first, in fp32 at least."""
+    if dim % 2:
+        raise InputError(f"sinusoid: the width must be even, not {dim}")
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    steps = torch.arange(dim // 2, dtype=values.dtype, device=values.device)
+    angles = values[:, None] * torch.exp(-math.log(10000.0) * steps / (dim // 2))  # (n,) -> (n, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Embedding(nn.Module):
+    """Linear, SiLU, linear (diffusers: TimestepEmbedding)."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, out_channels)
+        self.linear_2 = nn.Linear(out_channels, out_channels)
+
+    def forward(self, x: Float[Tensor, "rows c"]) -> Float[Tensor, "rows d"]:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def resnet(c: EncoderConfig, channels: int, out_channels: int) -> Resnet:
+    """A residual block of these widths that adds the embedding of t."""
+    return Resnet(channels, out_channels, c.norm_num_groups, c.norm_eps, 4 * c.block_out_channels[0])
+
+
+def transformer(c: EncoderConfig, level: int, name: str) -> Transformer:
+    """The transformer of one level of resolution; `name` is its place in the checkpoint."""
+    return Transformer(
+        c.block_out_channels[level],
+        c.heads[level],
+        c.transformer_layers_per_block[level],
+        c.cross_attention_dim,
+        c.norm_num_groups,
+        c.use_linear_projection,
+        name=name,
+    )
+
+
+class DownBlock(nn.Module):
+    """Resnets, each followed by a transformer where the level has them; then half the resolution."""
+
+    def __init__(self, c: EncoderConfig, level: int):
+        super().__init__()
+        width, above = c.block_out_channels[level], c.block_out_channels[max(level - 1, 0)]
+        layers, crossed = range(c.layers_per_block[level]), c.down_block_types[level] == "CrossAttnDownBlock2D"
+        self.resnets = nn.ModuleList(resnet(c, width if i else above, width) for i in layers)
+        self.attentions = nn.ModuleList(
+            transformer(c, level, f"down_blocks.{level}.attentions.{i}") for i in layers if crossed
+        )
+        lowest = level == len(c.block_out_channels) - 1
+        self.downsamplers = nn.ModuleList([] if lowest else [Downsample(width, symmetric=True)])
+
+    def forward(
+        self, x: Float[Tensor, "rows c h w"], context: Context
+    ) -> tuple[Float[Tensor, "rows_out d h2 w2"], Skips]:
+        """x after the block, and the skips that it leaves."""
+        skips = []
+        for i, block in enumerate(self.resnets):
+            x = block(x, context.emb, context.fork)
+            if len(self.attentions):
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)  # (h, w) -> (⌈h/2⌉, ⌈w/2⌉)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """Resnet, transformer, resnet; the first resnet alone in ControlNets without attention there."""
+
+    def __init__(self, c: EncoderConfig):
+        super().__init__()
+        width, crossed = c.block_out_channels[-1], c.mid_block_type == CROSSED_MID
+        self.resnets = nn.ModuleList(resnet(c, width, width) for _ in range(1 + crossed))
+        self.attentions = nn.ModuleList([transformer(c, -1, "mid_block.attentions.0")] if crossed else [])
+
+    def forward(self, x: Float[Tensor, "rows c h w"], context: Context) -> Float[Tensor, "rows_out c h w"]:
+        x = self.resnets[0](x, context.emb, context.fork)
+        for attention, block in zip(self.attentions, self.resnets[1:], strict=True):
+            x = block(attention(x, context), context.emb, context.fork)
+        return x
+
 
 class UpBlock(nn.Module):
+    """Resnets, each on x and the next skip, each followed by a transformer where the level has them; then the
+    resolution of the next skip."""
+
     def __init__(self, c: UNetConfig, index: int):
         super().__init__()
         n = len(c.block_out_channels)
-        level, name, emb = n - 1 - index, f"up_blocks.{index}", 4 * c.block_out_channels[0]
+        level = n - 1 - index
         width = c.block_out_channels[level]
-        before = c.block_out_channels[min(level + 1, n - 1)]
-        below = c.block_out_channels[max(level - 1, 0)]  # width of the last skip, which the level above left
-        layers = range(c.layers_per_block[level] + 1)
+        before = c.block_out_channels[min(level + 1, n - 1)]  # of x, from the block before
+        above = c.block_out_channels[max(level - 1, 0)]  # of the last skip, which the level above left
+        layers, crossed = range(c.layers_per_block[level] + 1), c.up_block_types[index] == "CrossAttnUpBlock2D"
         self.resnets = nn.ModuleList(
-            Resnet(
-                (width if i else before) + (below if i == layers[-1] else width),
-                width,
-                c.norm_num_groups,
-                c.norm_eps,
-                emb,
-            )
-            for i in layers
+            resnet(c, (width if i else before) + (above if i == layers[-1] else width), width) for i in layers
         )
-        crossed = c.up_block_types[index] == "CrossAttnUpBlock2D"
-        self.attentions = nn.ModuleList(transformer(c, level, f"{name}.attentions.{i}") for i in layers if crossed)
+        self.attentions = nn.ModuleList(
+            transformer(c, level, f"up_blocks.{index}.attentions.{i}") for i in layers if crossed
+        )
         self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(width)])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], emb: Tensor, text: TextKeys, attend: Attend, fork: Fork | None
-    ) -> Tensor:
-        """x after the block; takes its skips off the end of the list."""
-        for i, resnet in enumerate(self.resnets):
-            x = torch.cat([x, follow(skips.pop(), x, fork)], dim=1)  # c -> c + skip
-            x = resnet(x, emb, fork)
+        self, x: Float[Tensor, "rows c h w"], skips: Skips, context: Context
+    ) -> Float[Tensor, "rows_out d h2 w2"]:
+        """x after the block, which takes its skips off the end of the list."""
+        for i, block in enumerate(self.resnets):
+            x = torch.cat([x, follow(skips.pop(), x, context.fork)], dim=1)  # c -> c + skip
+            x = block(x, context.emb, context.fork)
             if len(self.attentions):
-                x = self.attentions[i](x, text, attend, fork)
+                x = self.attentions[i](x, context)
         for upsample in self.upsamplers:
-            x = upsample(x, size=tuple(skips[-1].shape[-2:]))  # to the grid of the next skip, odd sizes included
+            x = upsample(x, size=tuple(skips[-1].shape[-2:]))  # (h, w) -> those of the next skip, odd ones included
         return x
+
+
+class Encoder(nn.Module):
+    """conv_in to mid_block, the half that ControlNets copy: UNet and ControlNet are this and what follows."""
+
+    config: EncoderConfig
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        c, widths = config, config.block_out_channels
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = Embedding(widths[0], 4 * widths[0])
+        self.add_embedding = Embedding(c.projection_class_embeddings_input_dim, 4 * widths[0])
+        self.down_blocks = nn.ModuleList(DownBlock(c, level) for level in range(len(widths)))
+        self.mid_block = MidBlock(c)
+
+    @property
+    def blocks(self) -> list[Any]:
+        """The down, mid and up blocks, in the order of a forward pass."""
+        return [*self.down_blocks, self.mid_block]
+
+    @property
+    def transformer_blocks(self) -> list[TransformerBlock]:
+        """All transformer blocks, in the order of a forward pass."""
+        return [block for part in self.blocks for stack in part.attentions for block in stack.transformer_blocks]
+
+    def project(self, cond: Cond) -> Projection:
+        """What does not depend on x or t: keys and values at every cross-attention, the embedding of sizes and pooled
+        text. Raises InputError if cond does not fit this network."""
+        self.check_widths(cond)
+        dtype, c = self.conv_in.weight.dtype, self.config
+        text = cond.context.to(dtype)
+        keys_values = {block.attn2.name: block.attn2.keys_values(text) for block in self.transformer_blocks}
+        sizes = sinusoid(cond.time_ids.flatten(), c.addition_time_embed_dim)
+        sizes = rearrange(sizes, "(b six) c -> b (six c)", six=6)
+        added = self.add_embedding(torch.cat([cond.pooled.to(dtype), sizes.to(dtype)], dim=-1))
+        return Projection(added, keys_values)
+
+    def context(
+        self, t: Float[Tensor, " rows"], cond: Cond | Projection, attend: Attend, fork: Fork | None
+    ) -> Context:
+        """What the blocks of one forward pass share. cond may be a projection by this network."""
+        projection = cond if isinstance(cond, Projection) else self.project(cond)
+        time = sinusoid(t, self.config.block_out_channels[0]).to(self.conv_in.weight.dtype)
+        return Context(self.time_embedding(time) + projection.added, projection.text, attend, fork)
+
+    def encode(
+        self, x: Float[Tensor, "rows c h w"], context: Context, hint: Float[Tensor, "hint_rows d h w"] | None = None
+    ) -> tuple[Float[Tensor, "rows_out e h2 w2"], Skips]:
+        """The mid block's output and the skips. A ControlNet's hint is added to the first skip."""
+        x = self.conv_in(x.to(context.emb.dtype))
+        if hint is not None:
+            x = x + hint
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, context)
+            skips += more
+        return self.mid_block(x, context), skips
+
+    def check(self, x: Float[Tensor, "rows c h w"], cond: Cond | Projection) -> None:
+        """InputError unless x and cond fit this network and each other."""
+        c = self.config
+        if cond.rows != x.shape[0]:
+            raise InputError(f"{c.network}: {x.shape[0]} rows of x but {cond.rows} rows of conditioning")
+        if x.shape[1] != c.in_channels:
+            raise InputError(f"{c.network}: x has {x.shape[1]} channels, this model takes {c.in_channels}")
+        if isinstance(cond, Cond):
+            self.check_widths(cond)
+
+    def check_widths(self, cond: Cond) -> None:
+        """InputError unless cond has the widths of this network."""
+        c = self.config
+        text, pooled = cond.context.shape[-1], cond.pooled.shape[-1]
+        if (text, pooled) != (c.cross_attention_dim, c.pooled_dim):
+            raise InputError(
+                f"{c.network}: conditioning is {text} wide (pooled {pooled}), this model takes "
+                f"{c.cross_attention_dim} (pooled {c.pooled_dim}): encode prompts with this model's own text encoders"
+            )
 
 
 class UNet(Encoder):
@@ -138,8 +255,12 @@ class UNet(Encoder):
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
 
     @property
+    def blocks(self) -> list[Any]:
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+
+    @property
     def sites(self) -> tuple[str, ...]:
-        """Names of all self-attention sites, in the order in which a forward pass meets them."""
+        """Names of all self-attention sites, in the order of a forward pass."""
         return tuple(self.site_heads)
 
     @property
@@ -147,49 +268,51 @@ class UNet(Encoder):
         """Number of heads at every self-attention site, in the order of a forward pass."""
         return {block.attn1.name: block.attn1.heads for block in self.transformer_blocks}
 
-    @property
-    def levels(self) -> list[Any]:
-        return [*self.down_blocks, self.mid_block, *self.up_blocks]
-
     def forward(
         self,
         x: Float[Tensor, "rows c h w"],
         t: Float[Tensor, " rows"],
         cond: Cond | Projection,
         attend: Attend = sdpa,
-        control: Control | None = None,
+        residuals: ControlResiduals | None = None,
         fork: Fork | None = None,
     ) -> Float[Tensor, "rows_out d h w"]:
         """The network's output (eps or v) for model input x at timestep t, in the network's dtype.
 
-        cond may be what `project` made of one; attend replaces every self-attention; control is added to the skips and
-        the mid block; with a fork, rows_out is len(fork.index), else rows. Raises ValueError if cond does not fit x or
-        the fork's site does not exist.
+        cond: the conditioning, or what `project` made of it. attend: every self-attention. residuals: of ControlNets,
+        added to the skips and the mid block's output. fork: rows_out is then len(fork.index), else rows.
+        Raises InputError if cond or residuals do not fit x, or the fork's site does not exist.
         """
-        self._check(x, cond, control, fork)
-        projection = self.projection(cond)
-        emb, text = self.embed(t, projection), projection.text
-        x, skips = self.encode(x, emb, text, attend, fork)
-        if control is not None:
-            x = x + follow(control.mid.to(x.dtype), x, fork)
-            skips = [s + follow(r.to(s.dtype), s, fork) for s, r in zip(skips, control.down, strict=True)]
-        for up in self.up_blocks:
-            x = up(x, skips, emb, text, attend, fork)
+        self.check(x, cond)
+        self.check_residuals(x, residuals)
+        self.check_fork(x, fork)
+        context = self.context(t, cond, attend, fork)
+        x, skips = self.encode(x, context)
+        if residuals is not None:
+            x = x + follow(residuals.mid.to(x.dtype), x, fork)
+            skips = [s + follow(r.to(s.dtype), s, fork) for s, r in zip(skips, residuals.down, strict=True)]
+        for block in self.up_blocks:
+            x = block(x, skips, context)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def _check(self, x: Tensor, cond: Cond | Projection, control: Control | None, fork: Fork | None) -> None:
-        self.check(x, cond)
-        if control is not None:
-            widths, given = self.config.skip_widths, tuple(r.shape[1] for r in control.down)
-            if given != widths or control.mid.shape[1] != widths[-1]:
-                raise InputError(
-                    f"unet: control has residuals {given} and {control.mid.shape[1]} wide, this model has skips "
-                    f"{widths} and {widths[-1]} wide: the ControlNet belongs to another model"
-                )
-            if {r.shape[0] for r in (*control.down, control.mid)} != {x.shape[0]}:
-                raise InputError(f"unet: {x.shape[0]} rows of x but {control.mid.shape[0]} rows of control")
-        if fork is not None:
-            if fork.site not in self.site_heads:
-                raise InputError(f"unet: fork at unknown site {fork.site!r}; sites are {', '.join(self.sites)}")
-            if fork.index.shape[0] <= x.shape[0]:
-                raise InputError(f"unet: a fork must add rows, not turn {x.shape[0]} into {fork.index.shape[0]}")
+    def check_residuals(self, x: Float[Tensor, "rows c h w"], residuals: ControlResiduals | None) -> None:
+        """InputError unless the residuals are of a ControlNet of this UNet, with the rows of x."""
+        if residuals is None:
+            return
+        skips, down, mid = self.config.skip_widths, tuple(r.shape[1] for r in residuals.down), residuals.mid.shape[1]
+        if (*down, mid) != (*skips, skips[-1]):
+            raise InputError(
+                f"unet: control has residuals {down} and {mid} wide, this model has skips {skips} and {skips[-1]} "
+                "wide: the ControlNet belongs to another model"
+            )
+        if {r.shape[0] for r in (*residuals.down, residuals.mid)} != {x.shape[0]}:
+            raise InputError(f"unet: {x.shape[0]} rows of x but {residuals.mid.shape[0]} rows of control")
+
+    def check_fork(self, x: Float[Tensor, "rows c h w"], fork: Fork | None) -> None:
+        """InputError unless the fork is at a site of this UNet and adds rows."""
+        if fork is None:
+            return
+        if fork.site not in self.sites:
+            raise InputError(f"unet: fork at unknown site {fork.site!r}; sites are {', '.join(self.sites)}")
+        if fork.index.shape[0] <= x.shape[0]:
+            raise InputError(f"unet: a fork must add rows, not turn {x.shape[0]} into {fork.index.shape[0]}")

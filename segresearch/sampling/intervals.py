@@ -12,37 +12,38 @@ from segresearch.errors import InputError
 Interval = tuple[float | int, float | int]  # (low, high) in σ, both included
 ALWAYS: Interval = (0.0, math.inf)
 NEVER: Interval = (math.inf, math.inf)
-INTO = 0.25  # of the way, in log σ, from a level towards the next higher one
+INTO = 0.25  # of the way, in log σ, from a sigma towards the next higher one
 
 
 def check_interval(interval: Sequence[float | int], what: str) -> None:
     """ValueError unless `interval` is (low, high) with 0 ≤ low ≤ high."""
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1]:
-        shown = tuple(interval)
-        raise InputError(f"the interval of {what} must be (low, high) in sigma, 0 <= low <= high, got {shown}")
+        raise InputError(
+            f"the interval of {what} must be (low, high) in sigma, 0 <= low <= high, got {tuple(interval)}"
+        )
 
 
-def step_interval(levels: Float[Tensor, " levels"] | Sequence[float], start: float | int, end: float | int) -> Interval:
+def step_interval(sigmas: Float[Tensor, " sigmas"] | Sequence[float], start: float | int, end: float | int) -> Interval:
     """The interval in σ that switches on the steps i of n with i/n ≥ start and (i+1)/n ≤ end, and no other step.
 
-    These are the steps of diffusers' control_guidance_start and _end. `levels` are a schedule's n + 1 sigmas, the last
-    of which is 0. The bounds lie a quarter of the way (in log σ) above the first level that is in and above the level
-    that the last step ends at, so evaluations between levels, as dpm_2's, count to the step that makes them; heun's
+    These are the steps of diffusers' control_guidance_start and _end. `sigmas` are a schedule's n + 1, the last
+    of which is 0. The bounds lie a quarter of the way (in log σ) above the first sigma that is in and above the sigma
+    that the last step ends at, so evaluations between sigmas, as dpm_2's, count to the step that makes them; heun's
     at a step's end counts to the next step. (0, 1) is ALWAYS; where no step fits the interval is empty.
 
     ValueError unless 0 ≤ start < end ≤ 1 and there is a step.
     """
     if not 0 <= start < end <= 1:
         raise InputError(f"start and end are fractions of the steps, 0 <= start < end <= 1, got {start!r} and {end!r}")
-    sigmas = torch.as_tensor(levels).tolist()
-    n = len(sigmas) - 1
+    values = torch.as_tensor(sigmas).tolist()
+    n = len(values) - 1
     if n < 1:
-        raise InputError(f"a schedule has at least two levels, got {sigmas}")
+        raise InputError(f"a schedule has at least two sigmas, got {values}")
     on = [i for i in range(n) if i / n >= start and (i + 1) / n <= end]
     if not on:
         return NEVER
 
     def above(i: int) -> float:
-        return math.exp((1 - INTO) * math.log(sigmas[i]) + INTO * math.log(sigmas[i - 1]))
+        return math.exp((1 - INTO) * math.log(values[i]) + INTO * math.log(values[i - 1]))
 
     return (0.0 if on[-1] == n - 1 else above(on[-1] + 1), math.inf if on[0] == 0 else above(on[0]))

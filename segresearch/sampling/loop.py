@@ -23,14 +23,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from segresearch.errors import InputError
+from segresearch.sampling import schedules
 from segresearch.sampling.batching import checked_rows, one_row
 from segresearch.sampling.kdiffusion import k_diffusion
 from segresearch.sampling.noise import brownian_noise, image_key, noise_keys, white_noise
-from segresearch.sampling.schedules import checked_levels, choose, sigmas, start_scale
+from segresearch.sampling.schedules import checked_sigmas, choose, start_scale
 
 ANCESTRAL = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral")
 SDE = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
-END_TO_END = ("dpm_fast", "dpm_adaptive")  # take the two ends of a schedule, not its levels
+END_TO_END = ("dpm_fast", "dpm_adaptive")  # take the two ends of a schedule, not its sigmas
 SAMPLERS = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m", *ANCESTRAL, *SDE, *END_TO_END)
 
 OURS = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable", "noise_sampler"}
@@ -44,7 +45,7 @@ def sample(
     model: Any,
     noise: Float[Tensor, "images *latent"],
     sampler: str = "euler",
-    schedule: str | Float[Tensor, "levels"] | Sequence[float] = "leading",
+    schedule: str | Float[Tensor, " sigmas"] | Sequence[float] = "leading",
     steps: int = 25,
     conds: Any = None,
     seeds: Sequence[int] | None = None,
@@ -60,8 +61,8 @@ def sample(
     model: k-diffusion's contract, model(x, sigma, **extra) -> denoised, with `.sigmas`, `.sigma_min`, `.sigma_max`,
         `.steps_offset`. `conds`, unless None, and everything in `extra` are handed to each call by name, after
         `model.prepare`, if there is one, has seen them.
-    sampler, schedule, steps: names in SAMPLERS and SCHEDULES; `schedule` may be the levels themselves (strictly falling
-        to 0, noise starts at levels[0]), and `steps` is then not read. dpm_fast spends `steps` evaluations between the
+    sampler, schedule, steps: names in SAMPLERS and SCHEDULES; `schedule` may be the sigmas themselves (strictly falling
+        to 0, noise starts at sigmas[0]), and `steps` is then not read. dpm_fast spends `steps` evaluations between the
         schedule's ends; dpm_adaptive as many as its tolerance needs.
     seeds: one per image, keys of the noise drawn at steps (never equal to the initial noise of that seed). None: each
         image is keyed by its own initial noise. Either way image i does not depend on the batch.
@@ -78,34 +79,34 @@ def sample(
     """
     choose(sampler, SAMPLERS, "sampler")
     if isinstance(schedule, str):
-        levels = sigmas(model, schedule, steps)
+        sigmas = schedules.sigmas(model, schedule, steps)
     else:
-        levels, schedule = checked_levels(torch.as_tensor(schedule), "schedule"), "as given"
+        sigmas, schedule = checked_sigmas(torch.as_tensor(schedule), "schedule"), "as given"
     options = checked_options(sampler, options or {})
-    if len(levels) == 2 and sampler in (*SDE, *END_TO_END):
+    if len(sigmas) == 2 and sampler in (*SDE, *END_TO_END):
         sampler, options = "euler", {}
     check_noise(noise)
     checked_rows("conds", conds, len(noise))
 
     dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
     device = model.sigmas.device
-    x = noise.to(device, dtype) * start_scale(levels, schedule)
-    levels = levels.to(device, dtype)
+    x = noise.to(device, dtype) * start_scale(sigmas, schedule)
+    sigmas = sigmas.to(device, dtype)
     keys = noise_keys(noise, seeds, "steps")
     arguments = prepared(model, extra if conds is None else {"conds": conds, **extra})
     churn = options.get("s_churn", 0) > 0
-    apart = len(x) > 1 and (churn or sampler == "dpm_adaptive")
-    groups = [slice(i, i + 1) for i in range(len(x))] if apart else [slice(0, len(x))]
+    separate = len(x) > 1 and (churn or sampler == "dpm_adaptive")
+    groups = [slice(i, i + 1) for i in range(len(x))] if separate else [slice(0, len(x))]
 
     devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), Bar(sampler, len(x), levels, progress) as bar:
+    with torch.no_grad(), torch.random.fork_rng(devices), Bar(sampler, len(x), sigmas, progress) as bar:
         parts = []
         for rows in groups:
             if churn:
                 global_generator(device).manual_seed(image_key(keys[rows.start], "churn"))
-            own = one_row(arguments, rows.start, len(x)) if apart else arguments
+            own = one_row(arguments, rows.start, len(x)) if separate else arguments
             report = reporter(callback, bar, rows)
-            parts.append(integrate(model, x[rows], sampler, levels, keys[rows], options, own, report))
+            parts.append(integrate(model, x[rows], sampler, sigmas, keys[rows], options, own, report))
         return torch.cat(parts)
 
 
@@ -120,28 +121,28 @@ def integrate(
     model: Any,
     x: Float[Tensor, "images *latent"],
     sampler: str,
-    levels: Float[Tensor, "levels"],
+    sigmas: Float[Tensor, " sigmas"],
     keys: Sequence[int],
     options: Mapping[str, Any],
     arguments: Mapping[str, Any],
     report: Callback | None,
 ) -> Float[Tensor, "images *latent"]:
-    """One call of a k-diffusion sampler on rows that may share it, from levels[0] to 0."""
+    """One call of a k-diffusion sampler on rows that may share it, from sigmas[0] to 0."""
     function = getattr(k_diffusion().sampling, f"sample_{sampler}")
     options = dict(options, extra_args=dict(arguments), callback=report, disable=True)
     if sampler in SDE:
-        options["noise_sampler"] = brownian_noise(x, keys, levels)
+        options["noise_sampler"] = brownian_noise(x, keys, sigmas)
     elif "noise_sampler" in inspect.signature(function).parameters:
         options["noise_sampler"] = white_noise(x, keys)
     if sampler not in END_TO_END:
-        return function(model, x, levels, **options)
+        return function(model, x, sigmas, **options)
 
-    high, low = float(levels[0]), float(levels[-2])
+    high, low = float(sigmas[0]), float(sigmas[-2])
     if sampler == "dpm_fast":
-        x = function(model, x, low, high, len(levels) - 2, **options)
+        x = function(model, x, low, high, len(sigmas) - 2, **options)
     else:
         x = function(limited(model), x, low, high, **options)
-    last = levels[-2:]
+    last = sigmas[-2:]
     return k_diffusion().sampling.sample_euler(model, x, last, extra_args=arguments, callback=report, disable=True)
 
 
@@ -153,11 +154,11 @@ def limited(model: Any) -> Callable[..., Tensor]:
         nonlocal calls
         calls += 1
         denoised = model(x, sigma, **arguments)
-        place = f"at sigma {float(sigma[0]):g}"
+        at = f"at sigma {float(sigma[0]):g}"
         if not denoised.isfinite().all():
-            raise RuntimeError(f"dpm_adaptive: the model returned a value that is not finite {place}")
+            raise RuntimeError(f"dpm_adaptive: the model returned a value that is not finite {at}")
         if calls > ADAPTIVE_LIMIT:
-            raise RuntimeError(f"dpm_adaptive: no end after {ADAPTIVE_LIMIT} evaluations, {place}; raise rtol or atol")
+            raise RuntimeError(f"dpm_adaptive: no end after {ADAPTIVE_LIMIT} evaluations, {at}; raise rtol or atol")
         return denoised
 
     return call
@@ -208,10 +209,10 @@ def reporter(callback: Callback | None, bar: "Bar", rows: slice) -> Callback | N
 
 
 class Bar:
-    """A progress bar in images; a part of an image is the part of the schedule's levels that it has passed."""
+    """A progress bar in images; a part of an image is the part of the schedule's sigmas that it has passed."""
 
-    def __init__(self, sampler: str, images: int, levels: Float[Tensor, "levels"], progress: bool):
-        self.levels = levels[:-1]
+    def __init__(self, sampler: str, images: int, sigmas: Float[Tensor, " sigmas"], progress: bool):
+        self.sigmas = sigmas[:-1]
         layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}"
         disable = None if progress else True  # None: quiet unless on a terminal
         self.tqdm = tqdm(total=images, desc=sampler, unit="image", bar_format=layout, disable=disable, leave=False)
@@ -220,7 +221,7 @@ class Bar:
     def advance(self, rows: slice, sigma: Tensor) -> None:
         """Move to where image `rows.stop` stands at `sigma`."""
         if not self.silent:
-            passed = int((self.levels >= float(sigma) * (1 - 1e-6)).sum()) / len(self.levels)
+            passed = int((self.sigmas >= float(sigma) * (1 - 1e-6)).sum()) / len(self.sigmas)
             position = rows.start + passed * (rows.stop - rows.start)
             self.tqdm.update(max(0.0, position - self.tqdm.n))
 

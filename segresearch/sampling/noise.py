@@ -13,7 +13,7 @@ from torch import Tensor
 from segresearch.errors import InputError
 from segresearch.sampling.kdiffusion import k_diffusion
 
-RESOLUTION = 1e-6  # to which a Brownian tree rounds the levels it is asked for
+RESOLUTION = 1e-6  # to which a Brownian tree rounds its sigmas
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]  # (sigma, sigma_next) -> unit Gaussian noise shaped like x
 
 
@@ -72,16 +72,16 @@ def white_noise(x: Float[Tensor, "images *latent"], keys: Sequence[int]) -> Nois
 
 
 def brownian_noise(
-    x: Float[Tensor, "images *latent"], keys: Sequence[int], levels: Float[Tensor, "levels"]
+    x: Float[Tensor, "images *latent"], keys: Sequence[int], sigmas: Float[Tensor, " sigmas"]
 ) -> NoiseSampler:
-    """Increments of one Brownian path per image (SDE samplers), over exactly the positive `levels` that are used.
+    """Increments of one Brownian path per image (SDE samplers), over exactly the positive `sigmas` that are used.
 
     Paths live on the CPU in fp32, so that device and precision do not change them. Querying one twice, or in parts,
-    gives increments of the same path. They are built at the first draw: a single step draws nothing, and its levels
+    gives increments of the same path. They are built at the first draw: a single step draws nothing, and its sigmas
     span no interval.
     """
-    low = math.floor(float(levels[levels > 0].min()) / RESOLUTION) * RESOLUTION
-    high = math.ceil(float(levels.max()) / RESOLUTION) * RESOLUTION
+    low = math.floor(float(sigmas[sigmas > 0].min()) / RESOLUTION) * RESOLUTION
+    high = math.ceil(float(sigmas.max()) / RESOLUTION) * RESOLUTION
     template = torch.zeros(x.shape, dtype=torch.float32)
     paths: list[NoiseSampler] = []
 

@@ -14,7 +14,7 @@ from segresearch.sampling.kdiffusion import k_diffusion
 
 SCHEDULES = ("leading", "linspace", "trailing", "karras", "exponential", "polyexponential", "align-your-steps")
 
-# Align Your Steps (arXiv 2404.14507), the noise levels published for SDXL: ten steps, the last of which ends at zero.
+# Align Your Steps (arXiv 2404.14507), the sigmas published for SDXL: ten steps, the last of which ends at zero.
 ALIGN_YOUR_STEPS = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
 RHO = {"karras": 7.0, "polyexponential": 1.0}  # k-diffusion's defaults
 
@@ -30,33 +30,33 @@ def choose(name: str, choices: Sequence[str], what: str) -> str:
 
 def sigmas(
     denoiser: Any, schedule: str = "leading", steps: int = 25, rho: float | None = None
-) -> Float[Tensor, "levels"]:
-    """The noise levels of `schedule`: `steps` strictly falling sigmas and a final zero, fp32, on the denoiser's device.
+) -> Float[Tensor, " sigmas"]:
+    """The sigmas of `schedule`: `steps` strictly falling ones and a final zero, fp32, on the denoiser's device.
 
-    `denoiser` is anything with `.sigmas` (training noise levels, rising), `.sigma_min`, `.sigma_max`, `.steps_offset`.
+    `denoiser` is anything with `.sigmas` (of training, rising), `.sigma_min`, `.sigma_max`, `.steps_offset`.
 
-    - leading: t = i * (T // steps) + steps_offset, SDXL's own Euler spacing. It never visits the highest levels; one
+    - leading: t = i * (T // steps) + steps_offset, SDXL's own Euler spacing. It never visits the highest sigmas; one
       step starts at t = steps_offset, where nearly no noise is left: use trailing for very few steps.
     - linspace: t equally spaced from T - 1 down to 0 (one step starts at T - 1; diffusers starts it at 0).
     - trailing: t = round(T - i * T / steps) - 1 (arXiv 2305.08891, table 2).
       All three take sigma at t, linearly interpolated in sigma, as diffusers' EulerDiscreteScheduler does.
     - karras: arXiv 2206.00364 eq. (5), `rho` 7; exponential; polyexponential, `rho` 1, where it is the exponential one.
       All three run from the denoiser's sigma_max to its sigma_min: k-diffusion's own functions.
-    - align-your-steps: SDXL's published ten-step levels (arXiv 2404.14507), log-linear between them for other counts.
+    - align-your-steps: SDXL's published ten-step sigmas (arXiv 2404.14507), log-linear between them for other counts.
 
-    ValueError: unknown schedule, `steps` below 1 or so large that levels repeat, `rho` where it has no meaning.
+    ValueError: unknown schedule, `steps` below 1 or so large that sigmas repeat, `rho` where it has no meaning.
     """
     choose(schedule, SCHEDULES, "schedule")
     if not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps must be a whole number, at least 1, got {steps!r}")
     if rho is not None and (schedule not in RHO or not rho > 0):
         raise InputError(f"rho must be positive and is only for {' and '.join(RHO)}; got rho={rho} for {schedule}")
-    levels = positive_levels(denoiser, schedule, steps, RHO.get(schedule) if rho is None else rho)
-    levels = torch.cat([levels, levels.new_zeros(1)]).float()
-    return checked_levels(levels, f"schedule {schedule} with {steps} steps").to(denoiser.sigmas.device)
+    positive = positive_sigmas(denoiser, schedule, steps, RHO.get(schedule) if rho is None else rho)
+    values = torch.cat([positive, positive.new_zeros(1)]).float()  # (steps,) -> (steps + 1,)
+    return checked_sigmas(values, f"schedule {schedule} with {steps} steps").to(denoiser.sigmas.device)
 
 
-def positive_levels(denoiser: Any, schedule: str, steps: int, rho: float | None) -> Float[Tensor, "steps"]:
+def positive_sigmas(denoiser: Any, schedule: str, steps: int, rho: float | None) -> Float[Tensor, "steps"]:
     """`steps` sigmas above zero, highest first, on the CPU."""
     sampling = k_diffusion().sampling
     low, high = float(denoiser.sigma_min), float(denoiser.sigma_max)
@@ -89,26 +89,26 @@ def interpolate(table: Float[Tensor, "entries"], at: Float[Tensor, "points"]) ->
     return table[low].lerp(table[high], (at - low).clamp(0, 1))
 
 
-def checked_levels(levels: Float[Tensor, "levels"], name: str) -> Float[Tensor, "levels"]:
-    """`levels` where they are what every sampler relies on: finite, strictly falling, at least one step, zero last."""
-    if levels.ndim != 1 or len(levels) < 2 or not levels.isfinite().all() or levels[-1] != 0:
-        raise InputError(f"{name}: sigmas must be finite, at least two, and end at 0; got {levels.tolist()[:8]}")
-    repeated = (levels.diff() >= 0).nonzero()
+def checked_sigmas(values: Float[Tensor, " sigmas"], name: str) -> Float[Tensor, " sigmas"]:
+    """`values` where they are what every sampler relies on: finite, strictly falling, at least one step, zero last."""
+    if values.ndim != 1 or len(values) < 2 or not values.isfinite().all() or values[-1] != 0:
+        raise InputError(f"{name}: sigmas must be finite, at least two, and end at 0; got {values.tolist()[:8]}")
+    repeated = (values.diff() >= 0).nonzero()
     if len(repeated):
         i = int(repeated[0])
         raise InputError(
-            f"{name}: sigmas must strictly fall, but number {i} is {float(levels[i]):.6g} and the next "
-            f"{float(levels[i + 1]):.6g}; take fewer steps"
+            f"{name}: sigmas must strictly fall, but number {i} is {float(values[i]):.6g} and the next "
+            f"{float(values[i + 1]):.6g}; take fewer steps"
         )
-    return levels
+    return values
 
 
-def start_scale(levels: Float[Tensor, "levels"], schedule: str) -> float:
-    """What unit noise is multiplied by to start at `levels[0]`.
+def start_scale(values: Float[Tensor, " sigmas"], schedule: str) -> float:
+    """What unit noise is multiplied by to start at `values[0]`.
 
     leading starts at the standard deviation of data plus noise, sqrt(sigma^2 + 1); every other schedule at sigma, as if
     the data had none. This is EulerDiscreteScheduler.init_noise_sigma for leading, linspace and trailing spacing (its
     karras and exponential variants inherit the spacing they were built on: sigma, on linspace).
     """
-    first = float(levels[0])
+    first = float(values[0])
     return math.sqrt(first**2 + 1) if schedule == "leading" else first

@@ -112,7 +112,7 @@ def test_a_recording_falls_back_and_is_the_same(eager, graphed):
     labels, found = [{"seed": seed} for seed in SEEDS], {}
     for name, sdxl in (("eager", eager), ("graph", graphed)):
         recorder = Recorder(sdxl.unet.site_heads, "mid", None, [0, 2], ["cond", "cond~seg"])
-        x0 = latents(sdxl, "seg", record=recorder.run(labels))
+        x0 = latents(sdxl, "seg", attend=recorder.attend(labels))
         found[name] = (x0, recorder.recording.entries)
     assert len(found["eager"][1]) == len(found["graph"][1]) > 0
     torch.testing.assert_close(found["graph"][0], found["eager"][0], rtol=0, atol=1e-3)
@@ -127,7 +127,7 @@ def test_a_recording_says_that_it_is_not_captured():
     sdxl = mini(graph=True)
     recorder = Recorder(sdxl.unet.site_heads, "mid", None, [0])
     with pytest.warns(UserWarning, match="without a CUDA graph"):
-        latents(sdxl, "none", record=recorder.run([{"seed": s} for s in SEEDS]), steps=1)
+        latents(sdxl, "none", attend=recorder.attend([{"seed": s} for s in SEEDS]), steps=1)
     assert len(recorder.recording)
 
 

@@ -12,8 +12,8 @@ def test_table1(tmp_path):
 
     100 pictures are fewer than the features have dimensions, hence `force`.
     """
-    small = few("images=12", "shard=6", "batch_size=6", "steps=2", "reference=scene:100000-100149", "draws=10",
-                "subsets=2")  # fmt: skip
+    small = few("images=12", "shard=6", "batch_size=6", "steps=2", "reference=scene:100000-100149", "n_bootstrap=10",
+                "n_subsets=2")  # fmt: skip
     given = ("experiment=table1", "preset=quick", "images=100", "force=true", "wandb.mode=off", f"device={DEVICE}")
     script("evaluate", tmp_path, *given, *small)
     folder = run_of(tmp_path, "table1")
@@ -24,7 +24,7 @@ def test_table1(tmp_path):
 
 
 def test_analyze(tmp_path):
-    small = few("at=[0]", "steps=2", "where=mid", "seeds=0", 'prompts=[""]')
+    small = few("measured_steps=[0]", "steps=2", "where=mid", "seeds=0", 'prompts=[""]')
     script("analyze", tmp_path, f"device={DEVICE}", *small)
     folder = run_of(tmp_path, "analyze")
     lines = (folder / "table.csv").read_text().splitlines()
