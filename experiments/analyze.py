@@ -9,19 +9,19 @@ Settings live in conf/analyze.yaml and the groups beside it; `--help` lists them
 
 from typing import Any
 
-from segresearch.command import command
+from segresearch.cli import command
 
 
 @command("analyze")
 def main(config: Any) -> None:
     """Checks the settings, then measures what is not measured yet."""
-    from segresearch.analysis.settings import settings
+    from segresearch.config import AnalyzeConfig, settings
 
-    typed = settings(config)  # a slip shows before anything heavy is imported
+    run = settings(config, AnalyzeConfig)  # a slip shows before anything heavy is imported
 
     from segresearch.analysis.analyze import analyze
 
-    print(analyze(typed))
+    print(analyze(run))
 
 
 if __name__ == "__main__":

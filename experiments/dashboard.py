@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from segresearch.command import exit_code, line
+from segresearch.cli import exit_code, line
 
 
 def main() -> None:

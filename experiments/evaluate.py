@@ -11,22 +11,21 @@ Exit codes: 0 done, 2 a wrong setting, 3 weights that are missing or wrong, 4 no
 
 from typing import Any
 
-from segresearch.command import command, sources
+from segresearch.cli import command
 
 
 @command("evaluate")
 def main(config: Any) -> None:
     """Checks the settings, then makes and measures what is missing of the run."""
-    from segresearch.config import EvaluateConfig
+    from segresearch.config import EvaluateConfig, settings
     from segresearch.evaluation.spec import study
-    from segresearch.plan import settings
 
-    typed = settings(config, sources(), EvaluateConfig)
-    study(typed)  # a slip shows before anything heavy is imported
+    run = settings(config, EvaluateConfig)
+    study(run)  # a slip shows before anything heavy is imported
 
     from segresearch.evaluation.evaluate import evaluate
 
-    print(evaluate(typed))
+    print(evaluate(run))
 
 
 if __name__ == "__main__":

@@ -10,20 +10,19 @@ Settings live in conf/generate.yaml and the groups beside it; `--help` lists the
 
 from typing import Any
 
-from segresearch.command import command, sources
+from segresearch.cli import command
 
 
 @command("generate")
 def main(config: Any) -> None:
     """Checks the settings, then makes what is missing of the run."""
-    from segresearch.plan import panels, settings
+    from segresearch.config import settings
 
-    typed = settings(config, sources())
-    panels(typed)  # a slip shows before anything heavy is imported
+    run = settings(config)  # a slip shows before anything heavy is imported
 
     from segresearch.generate import generate
 
-    print(generate(typed))
+    print(generate(run))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Prints the table, and writes overview.md, overview.csv and overview.html into <o
 import argparse
 import sys
 
-from segresearch.command import exit_code, line
+from segresearch.cli import exit_code, line
 from segresearch.evaluation.compare_runs import overview, write
 
 

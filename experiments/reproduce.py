@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from segresearch.command import exit_code, line
+from segresearch.cli import exit_code, line
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         record = recorded(given.image)  # a slip shows before anything heavy is imported
         done = reproduce(given.image, given.model, given.device, given.out, given.trust)
         if given.save is not None:
-            from segresearch.images import save_png
+            from segresearch.png_metadata import save_png
 
             save_png(done.image, given.save, record)
     except (Exception, KeyboardInterrupt) as error:

@@ -25,5 +25,12 @@ class Ended(InputError):
         self.code = code
 
 
+class NotFinite(Ended):
+    """Latents, images or metrics that are not finite: uncaught, it ends a script with exit code 4."""
+
+    def __init__(self, message: str):
+        super().__init__(4, message)
+
+
 class PackageError(ImportError):
     """A package that is missing, or of a version that does not do."""

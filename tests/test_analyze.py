@@ -17,17 +17,15 @@ from make_models import write_folder
 from omegaconf import OmegaConf
 from PIL import Image
 
-from segresearch import command
+from segresearch import cli
 from segresearch.analysis import measurements
 from segresearch.analysis.analyze import analyze
 from segresearch.analysis.measurements import measure, short, to_csv, together
 from segresearch.analysis.recorder import Entry, Recording
-from segresearch.analysis.settings import AnalyzeConfig, settings
-from segresearch.config import conf_dir
+from segresearch.config import AnalyzeConfig, conf_dir, settings, typed
 from segresearch.errors import ConfigError
 from segresearch.guidance import blur_matrix
 from segresearch.models import load_sdxl
-from segresearch.typed import typed
 
 SCRIPT = conf_dir().parent / "experiments" / "analyze.py"
 SEG = {"kind": "perturbed", "scale": 1, "perturbation": {"kind": "seg", "sigma": 1}}
@@ -193,7 +191,7 @@ def test_a_perturbed_branch_is_measured_under_its_perturbation(config, model, un
 def test_what_the_model_cannot_do_is_one_line_and_leaves_nothing(changes, words, config, model, tmp_path):
     with pytest.raises(ValueError, match=words) as caught:
         analyze(dataclasses.replace(config, out=str(tmp_path), **changes), model)
-    assert command.exit_code(caught.value) == 2 and "\n" not in command.line(caught.value)
+    assert cli.exit_code(caught.value) == 2 and "\n" not in cli.line(caught.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()] and len(list(tmp_path.rglob("*"))) <= 1
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from guidance_models import denoiser, noisy
 
+from segresearch.config import typed
 from segresearch.errors import ConfigError, InputError
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, cfg, perturbed
 from segresearch.models.compute import Compute, Runner, arithmetic
 from segresearch.models.denoiser import Denoiser
 from segresearch.models.graphs import Graph, Graphs, NotCapturable, rebuilt, refuse_state, structure
-from segresearch.typed import typed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -13,10 +13,9 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from segresearch.analysis.settings import AnalyzeConfig
-from segresearch.build import build_guidance, with_batch_size
-from segresearch.command import lazy_help
+from segresearch.cli import lazy_help
 from segresearch.config import (
+    AnalyzeConfig,
     EvaluateConfig,
     GenerateConfig,
     GuidanceConfig,
@@ -24,14 +23,17 @@ from segresearch.config import (
     PerturbedTerm,
     SamplerConfig,
     ScheduleConfig,
-    SEGConfig,
     conf_dir,
+    settings,
+    typed,
 )
+from segresearch.config.build import build_guidance, with_batch_size
+from segresearch.config.expand import panels, slug
+from segresearch.config.parse import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
-from segresearch.plan import panels, parse_seeds, read_prompts, settings, slug
+from segresearch.guidance import SEG
 from segresearch.sampling import SAMPLERS, SCHEDULES
 from segresearch.sampling.loop import checked_options
-from segresearch.typed import typed
 
 CONF = conf_dir()
 SCRIPT = CONF.parent / "experiments" / "generate.py"
@@ -92,8 +94,8 @@ def test_a_function_of_ones_own_is_reached_from_the_config():
     ).abs().max() < 1e-10
     for target, words in (
         ("test_configs.keep_value", "did you mean keep_values"),
-        ("math.pi", "not a part of segresearch"),
-        ("segresearch.build.EVERYWHERE", "not a function"),
+        ("math.pi", "not a function"),
+        ("segresearch.config.build.EVERYWHERE", "not a function"),
     ):
         with pytest.raises(ConfigError, match=words):
             run("guidance=custom", f"{at}.target={target}")
@@ -141,7 +143,7 @@ def test_compare_takes_names_lists_and_inline_overrides_and_adds_guidance_once()
     columns = panels(composed("model=sdxl", f"compare=[none,{inline}]", "guidance=pag"))[0].methods
     assert list(columns) == ["vanilla", "mine", "PAG 3"]
     term = columns["mine"].terms["seg"]
-    assert term == PerturbedTerm("perturbed", SEGConfig("seg", 4.0, on="k"), 2.0) and "cfg" in columns["mine"].terms
+    assert term == PerturbedTerm("perturbed", SEG(4.0, on="k"), 2.0) and "cfg" in columns["mine"].terms
 
 
 def test_seeds_and_prompts(tmp_path):
@@ -232,7 +234,7 @@ def test_a_slip_on_the_command_line_is_one_line_and_code_2(argument, words, monk
 
 
 def test_a_config_file_that_is_no_yaml_is_named_with_its_line(tmp_path):
-    from segresearch.command import exit_code, line
+    from segresearch.cli import exit_code, line
 
     (tmp_path / "guidance").mkdir()
     (tmp_path / "guidance" / "mine.yaml").write_text("# mine\nterms: {b: c: d}\n")

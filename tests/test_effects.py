@@ -4,9 +4,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments.mini.effects import PARTS, table, written
-from segresearch.config import EvaluateConfig, conf_dir
+from segresearch.config import EvaluateConfig, conf_dir, settings
 from segresearch.evaluation.spec import study
-from segresearch.plan import settings
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)

@@ -11,7 +11,7 @@ import pytest
 
 import segresearch
 from segresearch import errors
-from segresearch.command import exit_code
+from segresearch.cli import exit_code
 
 ROOT = Path(segresearch.__file__).parent
 

@@ -18,14 +18,13 @@ import torch
 from make_models import write_folder
 from matplotlib.figure import Figure
 
-from segresearch import command, runs
-from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir
+from segresearch import cli, runs
+from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir, typed
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation import reference, sample_shards, shards
 from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.workers import Worker
 from segresearch.models import load_sdxl
-from segresearch.typed import typed
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
@@ -141,7 +140,7 @@ def test_the_cost_of_a_picture_is_that_of_its_rows(config, model):
 
 def test_pictures_are_those_of_their_seed_and_prompt(base, whole, model):
     """Any of them from the public calls, without this machinery."""
-    from segresearch.build import build_guidance
+    from segresearch.config.build import build_guidance
     from segresearch.sampling import initial_noise, sample
     from segresearch.scenes.scenes import captions
 
@@ -208,23 +207,23 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
         else:
             file = at / ("features-mini.npy" if harm == "cut" else shards.MANIFEST)
             file.write_bytes(file.read_bytes()[:-40])
-        with pytest.raises(command.Ended) as caught:
+        with pytest.raises(cli.Ended) as caught:
             evaluate(dataclasses.replace(config, stage="verify"), model)
         assert (
             caught.value.code == 4
             and "1 of 6 shards" in str(caught.value)
             and f"{at.parent.name}/0000001-0000002" in str(caught.value)
         )
-        with pytest.raises(command.Ended, match="1 of 6 shards are missing") as caught:
+        with pytest.raises(cli.Ended, match="1 of 6 shards are missing") as caught:
             evaluate(dataclasses.replace(config, stage="reduce"), model, Worker())
-        assert command.exit_code(caught.value) == 4
+        assert cli.exit_code(caught.value) == 4
         mended = evaluate(config, model, Worker())
         assert (mended.made, mended.found) == (1, 5) and contents(config) == contents(base)
     flipped = at / "features-mini.npy"
     flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x7e")  # sizes say nothing
     (folder / "results.json").unlink()
     for only in ("verify", "reduce"):
-        with pytest.raises(command.Ended, match="not the bytes that were written"):
+        with pytest.raises(cli.Ended, match="not the bytes that were written"):
             evaluate(dataclasses.replace(config, stage=only), model, Worker())
     shutil.rmtree(at)
     evaluate(config, model, Worker())
@@ -293,10 +292,10 @@ def test_a_full_disk_and_a_locked_folder_are_one_line_and_leave_no_half(config, 
         return opened(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(command.Ended, match=words) as caught:
+    with pytest.raises(cli.Ended, match=words) as caught:
         evaluate(config, model, Worker())
     assert (
-        command.exit_code(caught.value) == 5 and "\n" not in command.line(caught.value) and ".npy" in str(caught.value)
+        cli.exit_code(caught.value) == 5 and "\n" not in cli.line(caught.value) and ".npy" in str(caught.value)
     )
     places = [p for p in (whole_shards(config)) if p.name != "reference"]
     assert (
@@ -317,7 +316,7 @@ def test_pictures_that_are_not_finite_spoil_their_shard_alone(config, model, mon
         return found * float("nan") if keywords["seeds"] == [1] and guided.terms else found
 
     monkeypatch.setattr(sample_shards, "sample", broken)
-    with pytest.raises(command.Ended, match=r"1 shards could not be made: SEG, 0000001-0000002: .*\[1\]") as caught:
+    with pytest.raises(cli.Ended, match=r"1 shards could not be made: SEG, 0000001-0000002: .*\[1\]") as caught:
         evaluate(config, model, Worker())
     assert caught.value.code == 4
     monkeypatch.undo()
@@ -328,11 +327,11 @@ def test_memory_and_weights_have_codes_of_their_own(config, model, monkeypatch):
     def greedy(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    with pytest.raises(command.Ended, match="not in|no such file") as caught:
+    with pytest.raises(cli.Ended, match="not in|no such file") as caught:
         evaluate(dataclasses.replace(config, weights={"vgg": "none.pth"}, distances=("vgg",)), model, Worker())
     assert caught.value.code == 3
     monkeypatch.setattr(sample_shards, "sample", greedy)
-    with pytest.raises(command.Ended, match="lower batch_size") as caught:
+    with pytest.raises(cli.Ended, match="lower batch_size") as caught:
         evaluate(config, model, Worker())
     assert caught.value.code == 5
 
@@ -363,7 +362,7 @@ def test_what_cannot_be_is_one_line_before_a_picture_is_made(config, model, monk
     monkeypatch.setattr(sample_shards, "sample", None)
     with pytest.raises(ValueError, match=words) as caught:
         evaluate(dataclasses.replace(config, **change), model, Worker())
-    assert command.exit_code(caught.value) == 2 and "\n" not in command.line(caught.value)
+    assert cli.exit_code(caught.value) == 2 and "\n" not in cli.line(caught.value)
 
 
 def test_reference_pictures_come_from_a_folder_too(config, tmp_path):

@@ -11,14 +11,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from segresearch.checkpoints.resolve import resolve_model
-from segresearch.config import EvaluateConfig, conf_dir
+from segresearch.config import EvaluateConfig, conf_dir, settings
+from segresearch.config.parse import from_coco, from_text
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers, plots, shards, table
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import placed, study
 from segresearch.evaluation.workers import Worker, worker
-from segresearch.plan import settings
-from segresearch.prompts import from_coco, from_text
 
 
 def composed(*overrides: str) -> EvaluateConfig:
@@ -193,8 +192,7 @@ def test_tables_say_the_same_in_every_form():
 
 
 def test_figures_are_drawn_of_bars_and_of_lines_over_sigma():
-    from segresearch.build import GuidanceConfig
-    from segresearch.typed import typed
+    from segresearch.config import GuidanceConfig, typed
 
     seg = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
     guided = typed(dict[str, GuidanceConfig], {"vanilla": {}, "SEG 2 σ=∞": {"terms": {"seg": seg}}})

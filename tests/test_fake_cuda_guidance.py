@@ -19,8 +19,8 @@ from fake_cuda import (
 )
 from hydra import compose, initialize_config_dir
 
-from segresearch.build import build_guidance
-from segresearch.config import conf_dir
+from segresearch.config import conf_dir, settings
+from segresearch.config.build import build_guidance
 from segresearch.guidance import (
     PAG,
     SEG,
@@ -37,7 +37,6 @@ from segresearch.guidance.postprocess import rescale
 from segresearch.guidance.row_layout import row_index
 from segresearch.guidance.sag import attention_received
 from segresearch.models.attention import Site, sdpa
-from segresearch.plan import settings
 
 SITE = Site("mid_block.attentions.0.transformer_blocks.0.attn1", (3, 4))
 ROUNDING = {torch.float16: 1e-1, torch.bfloat16: 6e-1, torch.float32: 2e-5}  # of guided sums, scales up to 7.5

@@ -7,14 +7,13 @@ from make_models import write_folder
 from matplotlib.figure import Figure
 from test_tracking import read
 
-from segresearch import images, tracking
-from segresearch.config import EvaluateConfig
+from segresearch import png_metadata, tracking
+from segresearch.config import EvaluateConfig, typed
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.workers import Worker
 from segresearch.models import load_sdxl
 from segresearch.tracking import WandbConfig
-from segresearch.typed import typed
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": 1}}
@@ -73,7 +72,7 @@ def test_an_evaluation_is_a_group_with_a_run_a_setting(config, model, tmp_path, 
     assert values["table/nrows"] == values["side by side/nrows"] == 2 and values["side by side/ncols"] == 4
     assert values["quality/_type"] == "image-file" and settings["all"]["images"] == 2
     media = list((tmp_path / "runs" / "wandb").glob("offline-run-*/files/media/images/pictures*.png"))
-    assert len(media) == 4 and {images.read_settings(p)["method"] for p in media} == {"vanilla", "SEG"}
+    assert len(media) == 4 and {png_metadata.read_record(p)["method"] for p in media} == {"vanilla", "SEG"}
     monkeypatch.setattr(tracking, "_sent", None)
     assert evaluate(config, model, Worker()).result == done.result and len(read(tmp_path / "runs")) == 3
 

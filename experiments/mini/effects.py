@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from experiments.mini.common import replace_file
+from segresearch.config.parse import HELD_OUT
 from segresearch.metrics.features import load_extractor
 from segresearch.metrics.frechet import frechet_distance, gaussian
 from segresearch.models import load_sdxl
-from segresearch.plan import HELD_OUT
+from segresearch.sample_images import to_uint8
 from segresearch.scenes.scenes import scenes
 
 SCRIPT = Path(__file__).resolve().parents[1] / "evaluate.py"
@@ -85,7 +86,7 @@ def floor(count: int) -> list[str]:
     vae = load_sdxl("mini").vae
     with torch.no_grad():
         decoded = torch.cat([vae.decode(vae.encode(part.float() / 127.5 - 1)) for part in held.split(25)])
-    through = decoded.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    through = to_uint8(decoded)
     lines = ["| pictures | FD | means | variance |", "| --- | ---: | ---: | ---: |"]
     for name, images in (("real held-out scenes", held), ("the same through the VAE", through)):
         features = torch.cat([judge.of(part) for part in images.split(500)])

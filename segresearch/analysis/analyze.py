@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segresearch import runs
-from segresearch.analysis.settings import AnalyzeConfig, measured_steps
-from segresearch.build import build_guidance, device_kind, load_model, of_model, with_batch_size
 from segresearch.checkpoints.resolve import resolve_model
-from segresearch.command import hydra_settings
-from segresearch.config import ScheduleConfig
+from segresearch.config import AnalyzeConfig, ScheduleConfig
+from segresearch.config.build import build_guidance, device_kind, load_model, of_model, with_batch_size
+from segresearch.config.compose import hydra_settings
+from segresearch.config.expand import measured_steps
+from segresearch.config.parse import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
-from segresearch.plan import parse_seeds, read_prompts
-from segresearch.tracking import Mirror, mirror
 
 if TYPE_CHECKING:
     import numpy as np

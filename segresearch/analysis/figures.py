@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from segresearch.analysis.measurements import Row, chosen, short, values
 from segresearch.analysis.regimes import Limits
-from segresearch.images import KEY
+from segresearch.png_metadata import KEY
 from segresearch.runs import plain, replacing
 
 INK, QUIET, RULE = "#16181d", "#5f6672", "#d9dce1"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from segresearch.analysis.measurements import Judged, Row, chosen, values
-from segresearch.analysis.settings import AnalyzeConfig
+from segresearch.config import AnalyzeConfig
 from segresearch.runs import code_version
 
 CSS = """

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from segresearch.analysis import energy, figures, regimes
 from segresearch.analysis.measurements import Row, chosen, short
 from segresearch.analysis.recorder import Entry, Recording
-from segresearch.analysis.settings import AnalyzeConfig
 from segresearch.analysis.smoothing import Smoothing
 from segresearch.analysis.statistics import blurred, columns, moments
+from segresearch.config import AnalyzeConfig
 from segresearch.threads import one_thread
 
 REACH = 2.5  # of an energy slice, in parts of the real column

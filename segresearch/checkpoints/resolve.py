@@ -21,8 +21,9 @@ def resolve_model(path_or_name: str | Path) -> Path:
     if path.exists():
         return path
     refuse_pickle(path)
-    if path.suffix != ".safetensors" and (folder := cached_folder(name, "model_index.json", "a complete model ", '"*.txt" ')):
-        return folder
+    if path.suffix != ".safetensors":
+        if folder := cached_folder(name, "model_index.json", "a complete model ", '"*.txt" '):
+            return folder
     hint = 'give a diffusers folder, a .safetensors file, a hub id or "mini"'
     raise CheckpointError(f"{name}: no such file or folder; {hint}")
 

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from segresearch import runs
+from segresearch.config.names import nearest
 from segresearch.errors import ConfigError
 from segresearch.evaluation.table import Column, Row, columns, to_csv
-from segresearch.typed import nearest
 
 RESULTS = "results.json"
 NOT_COMPARED = ("hydra", "defaults", "out", "device", "stage", "wandb", "n_examples", "name")

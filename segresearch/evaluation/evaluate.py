@@ -26,10 +26,11 @@ import torch
 
 from segresearch import runs
 from segresearch.analysis.figures import save
-from segresearch.build import device_kind, load_model, of_model, with_batch_size
 from segresearch.checkpoints.resolve import resolve_model
-from segresearch.command import exit_code, hydra_settings, line
+from segresearch.cli import exit_code, line
 from segresearch.config import EvaluateConfig
+from segresearch.config.build import device_kind, load_model, of_model, with_batch_size
+from segresearch.config.compose import hydra_settings
 from segresearch.errors import CheckpointError, ConfigError, Ended
 from segresearch.evaluation import plots, reference, sample_shards, shards, table
 from segresearch.evaluation.aggregate import Result, reduce

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig
+from segresearch.config.names import nearest
+from segresearch.config.parse import HELD_OUT, SCENE
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation.shards import Array
 from segresearch.metrics.attributes import agreement, classify, load_attribute_classifier, scene_attributes
@@ -20,10 +22,8 @@ from segresearch.metrics.lpips import load_lpips, lpips_distances
 from segresearch.metrics.mini_vision import SIDE, load_vision, perceptual_distances, unit_range
 from segresearch.metrics.text_alignment import CLIP, MiniClip, load_clip, text_alignment
 from segresearch.models.compute import arithmetic
-from segresearch.plan import HELD_OUT, SCENE
 from segresearch.runs import digest, fingerprint
 from segresearch.threads import one_thread
-from segresearch.typed import nearest
 
 if TYPE_CHECKING:
     from segresearch.evaluation.spec import Study

@@ -14,7 +14,7 @@ from segresearch.config import EvaluateConfig
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.spec import Study
 from segresearch.evaluation.table import PLAIN, Column, Row, columns
-from segresearch.images import png
+from segresearch.png_metadata import png
 
 MOST = 256  # pixels that a picture is shown high
 MORE = """

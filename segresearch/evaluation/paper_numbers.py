@@ -7,7 +7,7 @@ of the same seed; SAG by DDIM, the others by Euler.
 import math
 from collections.abc import Mapping, Sequence
 
-from segresearch.config import CFGTerm, GuidanceConfig, PAGConfig, SEGConfig
+from segresearch.config import GuidanceConfig
 from segresearch.errors import ConfigError
 
 Key = str | float  # "vanilla", "SAG", "PAG", or SEG's sigma
@@ -42,12 +42,12 @@ def key(guidance: GuidanceConfig) -> Key | None:
     if not terms:
         return "vanilla"
     term = terms[0]
-    if len(terms) > 1 or isinstance(term, CFGTerm) or term.interval is not None:
+    if len(terms) > 1 or term.kind == "cfg" or term.interval is not None:
         return None
     kind = term.perturbation
-    if not isinstance(kind, PAGConfig | SEGConfig) or kind.where != "mid" or kind.heads is not None:
+    if isinstance(kind, tuple) or kind.kind == "custom" or kind.where != "mid" or kind.heads is not None:
         return None
-    if isinstance(kind, PAGConfig):
+    if kind.kind == "pag":
         return "PAG" if kind.tau == 1 else None
     return (kind.sigma or "vanilla") if kind.on == "q" and kind.boundary == "reflect" else None
 

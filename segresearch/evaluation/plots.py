@@ -8,17 +8,18 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from segresearch.analysis.figures import INK, QUIET, RULE, canvas, name_sigma
-from segresearch.config import CFGTerm, GuidanceConfig, PAGConfig, PerturbedTerm, RampConfig, SEGConfig
+from segresearch.config import CFGTerm, GuidanceConfig, PerturbedTerm
 from segresearch.evaluation.spec import Study
 from segresearch.evaluation.table import DISTANCES, FRECHET, Row
+from segresearch.guidance import PAG, SEG, Ramp
 
 COLORS = {"vanilla": QUIET, "CFG": "#b8860b", "SEG": "#1f5fa8", "PAG": "#b03a2e", "SAG": "#2e7d4f", "other": "#7a4ea3"}
 MARKS = "os^DvPX*<>"
 
 
-def _segs(guidance: GuidanceConfig) -> list[tuple[PerturbedTerm, SEGConfig]]:
+def _segs(guidance: GuidanceConfig) -> list[tuple[PerturbedTerm, SEG]]:
     terms = [t for t in guidance.terms.values() if isinstance(t, PerturbedTerm)]
-    return [(t, t.perturbation) for t in terms if isinstance(t.perturbation, SEGConfig)]
+    return [(t, t.perturbation) for t in terms if isinstance(t.perturbation, SEG)]
 
 
 def method(guidance: GuidanceConfig) -> str:
@@ -29,7 +30,7 @@ def method(guidance: GuidanceConfig) -> str:
         return "SAG"
     kinds = [type(t.perturbation) for t in guidance.terms.values() if isinstance(t, PerturbedTerm)]
     if kinds:
-        return "PAG" if kinds[0] is PAGConfig else "other"
+        return "PAG" if kinds[0] is PAG else "other"
     return "CFG" if any(isinstance(t, CFGTerm) for t in guidance.terms.values()) else "vanilla"
 
 
@@ -39,10 +40,10 @@ def family(guidance: GuidanceConfig) -> tuple[str, float] | None:
     if len(found) != 1:
         return None
     term, seg = found[0]
-    words = [] if isinstance(term.scale, RampConfig) else [f"s = {term.scale:g}"]
+    words = [] if isinstance(term.scale, Ramp) else [f"s = {term.scale:g}"]
     words += [] if seg.on == "q" else [f"blur of {seg.on}"]
     words += [] if seg.where == "mid" else [str(seg.where)]
-    cfg = [t.weight for t in guidance.terms.values() if isinstance(t, CFGTerm) and not isinstance(t.weight, RampConfig)]
+    cfg = [t.weight for t in guidance.terms.values() if isinstance(t, CFGTerm) and not isinstance(t.weight, Ramp)]
     return "SEG " + ", ".join(words + [f"CFG {w:g}" for w in cfg]), seg.sigma
 
 

@@ -1,39 +1,37 @@
 """What a picture of a study carries, so that `segresearch.reproduce` makes it again: the record of generate's."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from segresearch import records as image_records
 from segresearch import runs
-from segresearch.build import device_kind
 from segresearch.checkpoints.resolve import resolve_model
-from segresearch.config import EvaluateConfig, GenerateConfig
-from segresearch.control_images.identify import Sources
+from segresearch.config import EvaluateConfig
+from segresearch.control_images.identify import control_records, identify_control
 from segresearch.evaluation import shards
 from segresearch.evaluation.spec import Study
-from segresearch.generate import cut, semantics
-from segresearch.plan import Panel, Row
+
+OF_A_CALL = ("out", "device", "stage", "wandb")
 
 
 def records(config: EvaluateConfig, plan: Study, images: range, run: str = "") -> dict[str, list[dict[str, Any]]]:
     """Of every setting the records of some pictures, with the versions that their shards were made with, where these
     say so. run: the name of the run's folder."""
-    shown = plan.controls or [()] * images.stop
-    rows = tuple(Row(text, i, tuple(shown[i])) for i, text in zip(images, plan.texts(images), strict=True))
-    panel = Panel("", config.negative, rows, dict(plan.settings), dict(config.controls))
-    place = resolve_model(config.model.path)
-    sources = Sources([panel], place)
-    alike = GenerateConfig(
-        config.model, config.sampler, config.schedule, controls=config.controls, steps=config.steps, size=config.size,
-        batch_size=max(1, len(images)), device=config.device, compute=config.compute,
-    )  # fmt: skip
-    semantic = semantics(alike, (panel,), runs.fingerprint(place), sources)
-    batches = cut(alike, (panel,), semantic, Path(), sources)
+    weights = resolve_model(config.model.path)
+    controls = {
+        name: identify_control(control, [plan.controls[i][k] for i in images], weights, f"controls.{name}")
+        for k, (name, control) in enumerate(config.controls.items())
+    }
+    shared = image_records.run_record(config, runs.fingerprint(weights), run)
+    prompts = dict(zip(images, plan.texts(images), strict=True))
+    shown = {i: control_records(controls, plan.controls[i] if controls else ()) for i in images}
     return {
-        (name := str(batch.pictures[0].settings["method"])): [
-            {**p.settings, "run": run, **_versions(plan, name, i)} for i, p in zip(images, batch.pictures, strict=True)
+        name: [
+            image_records.image_record(shared, name, guidance, prompts[i], config.negative, i, shown[i])
+            | _versions(plan, name, i)
+            for i in images
         ]
-        for batch in batches
+        for name, guidance in plan.settings.items()
     }
 
 
@@ -45,9 +43,4 @@ def _versions(plan: Study, setting: str, i: int) -> dict[str, str]:
 
 def figure_record(config: EvaluateConfig, figure: str) -> Mapping[str, Any]:
     """What a figure of a study carries."""
-    of_a_call = ("out", "device", "stage", "wandb")
-    asked = {key: value for key, value in runs.plain(config).items() if key not in of_a_call}
-    kind = device_kind(config.device)
-    asked["compute"] = runs.plain(config.compute.resolved(kind))
-    compute = config.compute.record(kind)
-    return {"figure": figure, "code": runs.code_version(), "evaluate": asked, "compute": compute}
+    return image_records.figure_record(figure, "evaluate", config, OF_A_CALL)

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from segresearch import runs
 from segresearch.config import EvaluateConfig
+from segresearch.config.parse import HELD_OUT, SCENE, scene_numbers
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation import shards
 from segresearch.metrics.features import Extractor
-from segresearch.plan import HELD_OUT, SCENE, scene_numbers
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SCENES = 500  # rendered together

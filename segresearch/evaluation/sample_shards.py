@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from segresearch import runs
-from segresearch.build import build_guidance
 from segresearch.config import EvaluateConfig
+from segresearch.config.build import build_guidance
 from segresearch.control_images.prepare import controlled_batch
 from segresearch.evaluation import shards
 from segresearch.evaluation.image_metrics import Judge, NotFinite, Pictures, measured, names, tried

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def commit(folder: Path, arrays: Mapping[str, Array], made: Mapping[str, str] | 
 
     made: the versions it was made with, by name.
     """
-    own = f"{runs.own()}.tmp"
+    own = f"{socket.gethostname()}-{os.getpid()}.tmp"
     temporary = folder.with_name(f".{folder.name}.{own}")
     entries = {}
     try:

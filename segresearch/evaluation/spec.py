@@ -8,25 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from segresearch import runs
-from segresearch.build import device_kind, with_batch_size
 from segresearch.config import EvaluateConfig, GuidanceConfig
-from segresearch.control_images.identify import Sources
+from segresearch.config.build import device_kind, with_batch_size
+from segresearch.config.expand import checked_control, describe, methods, slug
+from segresearch.config.parse import HELD_OUT, SCENE, control_images, read_prompts, scene_numbers
+from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers
 from segresearch.evaluation.shards import cut, name
-from segresearch.plan import (
-    HELD_OUT,
-    SCENE,
-    Panel,
-    Row,
-    checked_control,
-    control_images,
-    describe,
-    methods,
-    read_prompts,
-    scene_numbers,
-    slug,
-)
 
 VERSION = 2  # of what shards hold
 # and not of shards
@@ -131,8 +120,7 @@ def _controls(config: EvaluateConfig, plan: Study, model: Path) -> list[Any]:
         shown = [images[k] for images in plan.controls]
         scenes = [image for image in shown if image.startswith(SCENE)]
         some = [*scenes[:1], *dict.fromkeys(image for image in shown if not image.startswith(SCENE))]
-        panel = Panel("", None, tuple(Row("", i, (image,)) for i, image in enumerate(some)), {}, {key: control})
-        (own,) = Sources([panel], model).identity(panel)["controls"]
+        own = identify_control(control, some, model, f"controls.{key}").identity(some)
         contents = dict(zip(some, own.pop("contents"), strict=True))
         listed = control.image if _open_ended(control.image) else [contents.get(image, image) for image in shown]
         found.append({**own, "first": contents[shown[0]], "images": runs.digest(listed)})

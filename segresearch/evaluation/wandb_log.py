@@ -9,12 +9,13 @@ import numpy as np
 from PIL import Image
 
 from segresearch import runs
-from segresearch.config import CFGTerm, EvaluateConfig, GuidanceConfig, PerturbedTerm, SEGConfig
+from segresearch.config import CFGTerm, EvaluateConfig, GuidanceConfig, PerturbedTerm
+from segresearch.config.expand import slug
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.provenance import records
 from segresearch.evaluation.spec import Study
-from segresearch.images import save_png
-from segresearch.plan import slug
+from segresearch.guidance import SEG
+from segresearch.png_metadata import save_png
 from segresearch.tracking import (
     GUIDANCE,
     PICTURES,
@@ -92,7 +93,7 @@ def facts(setting: str, guidance: GuidanceConfig) -> dict[str, Any]:
             said["cfg"] = runs.plain(term.weight)
         elif isinstance(term, PerturbedTerm):
             said["scale"] = runs.plain(term.scale)
-            if isinstance(term.perturbation, SEGConfig):
+            if isinstance(term.perturbation, SEG):
                 sigma = term.perturbation.sigma
                 said |= {"sigma": runs.plain(sigma), "blur": 1.0 if sigma == float("inf") else sigma / (1 + sigma)}
     if guidance.sag is not None:

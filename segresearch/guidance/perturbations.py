@@ -6,14 +6,15 @@ Any function of that signature is a perturbation; `At` says where a plain functi
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from segresearch.errors import InputError
+from segresearch.fields import Boundary, Fraction, NonNegative, Whole, one_of
 from segresearch.guidance.blur import blur, check_blur
 from segresearch.guidance.constants import constant
 from segresearch.guidance.sites import Where, check_heads
@@ -80,11 +81,12 @@ class SEG:
     Raises ValueError for a negative or NaN sigma, an unknown `on` or boundary, and empty or negative heads.
     """
 
-    sigma: float | int = math.inf
+    kind: Literal["seg"] = field(default="seg", kw_only=True, repr=False)
+    sigma: NonNegative = math.inf
     where: Where = "mid"
-    heads: Sequence[int] | None = None
-    on: str = "q"
-    boundary: str = "reflect"
+    heads: Sequence[Whole] | None = None
+    on: Annotated[str, one_of("q", "k", "qk")] = "q"
+    boundary: Boundary = "reflect"
 
     def __post_init__(self) -> None:
         check_blur(self.sigma, self.boundary)
@@ -121,9 +123,10 @@ class PAG:
     Raises ValueError for tau outside [0, 1], and empty or negative heads.
     """
 
+    kind: Literal["pag"] = field(default="pag", kw_only=True, repr=False)
     where: Where = "mid"
-    heads: Sequence[int] | None = None
-    tau: float | int = 1.0
+    heads: Sequence[Whole] | None = None
+    tau: Fraction = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.tau <= 1:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.errors import InputError
+from segresearch.fields import NonNegative
 
 Post = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -46,8 +47,8 @@ class Projected:
     Raises ValueError for a negative or NaN eta or norm.
     """
 
-    eta: float | int = 0.0
-    norm: float | int = math.inf
+    eta: NonNegative = 0.0
+    norm: NonNegative = math.inf
 
     def __post_init__(self) -> None:
         if not (self.eta >= 0 and self.norm >= 0):

@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from segresearch.errors import InputError
+from segresearch.fields import Whole
 
-Where = str | int | Sequence[str | int]
+Where = str | Whole | Sequence[str | Whole]
 
 
 def _matches(where: str | int, sites: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from segresearch.errors import InputError
+from segresearch.fields import NonNegative, Number
 from segresearch.guidance.perturbations import PAG, SEG, At, Perturbation
 from segresearch.guidance.sites import Where
 from segresearch.sampling.intervals import ALWAYS, Interval, check_interval
@@ -86,10 +87,10 @@ class Ramp:
     Raises ValueError unless sigma_start > sigma_stop > 0 and both scales are finite.
     """
 
-    start: float | int
-    stop: float | int
-    sigma_start: float | int = 14.614642
-    sigma_stop: float | int = 0.029167
+    start: Number
+    stop: Number
+    sigma_start: NonNegative = 14.614642
+    sigma_stop: NonNegative = 0.029167
 
     def __post_init__(self) -> None:
         if not (math.inf > self.sigma_start > self.sigma_stop > 0) or not math.isfinite(self.start + self.stop):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from segresearch.errors import InputError
-from segresearch.typed import Bounds
+from segresearch.fields import Flag, within
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +30,10 @@ class Compute:
     """
 
     precision: Literal["auto", "exact", "fast"] = "auto"
-    graph: bool = False
-    compile: bool = False
-    vae_tile: Annotated[int, Bounds(low=64)] | None = None
-    offload: bool = False
+    graph: Flag = False
+    compile: Flag = False
+    vae_tile: Annotated[int, within(64, whole=True)] | None = None
+    offload: Flag = False
 
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "exact", "fast"):

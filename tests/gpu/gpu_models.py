@@ -19,11 +19,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from segresearch.config import GenerateConfig, conf_dir
+from segresearch.config import GenerateConfig, conf_dir, settings
 from segresearch.generate import generate
 from segresearch.models import SDXL, load_sdxl
 from segresearch.models.compute import Compute
-from segresearch.plan import settings
 
 DEVICE = os.environ.get("SEGRESEARCH_TEST_DEVICE", "cuda")
 REAL = DEVICE.startswith("cuda")

@@ -14,7 +14,7 @@ import torch
 from gpu_models import DEVICE, REAL, ROOT, composed, gpu, mini, note, only_cuda
 
 from segresearch.analysis.recorder import Recorder
-from segresearch.build import build_guidance
+from segresearch.config.build import build_guidance
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.models.controlnet import controlled
 from segresearch.sampling import initial_noise, sample

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gpu_models import DEVICE, REAL, apart, composed, conf, gpu, mini, note, pictures
 
-from segresearch.build import build_guidance
+from segresearch.config.build import build_guidance
 from segresearch.sampling import initial_noise, sample
 
 pytestmark = gpu
