@@ -27,15 +27,15 @@ def main() -> None:
     given = parser.parse_args()
 
     from segresearch import runs
-    from segresearch.dashboard import build, found_metrics, publish, spec
+    from segresearch.dashboard import build, metrics_of, publish, spec
 
     try:
-        made = build(given.kind, given.name, found_metrics(given.name, given.out), given.project, given.entity)
-        text = json.dumps(spec(made), indent=1, ensure_ascii=False) + "\n"
+        board = build(given.kind, given.name, metrics_of(given.name, given.out), given.project, given.entity)
+        text = json.dumps(spec(board), indent=1, ensure_ascii=False) + "\n"
         if given.save is not None:
             runs.write(given.save, text)
         if given.publish:
-            print(publish(made))
+            print(publish(board))
         elif given.save is None:
             print(text, end="")
     except (ValueError, OSError) as error:

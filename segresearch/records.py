@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from segresearch import runs
-from segresearch.config import EvaluateConfig, GenerateConfig, GuidanceConfig
+from segresearch.config import AnalyzeConfig, EvaluateConfig, GenerateConfig, GuidanceConfig
 from segresearch.config.build import device_kind
 
 
-def sampling_identity(config: GenerateConfig | EvaluateConfig, fingerprint: str) -> dict[str, Any]:
+def sampling_identity(config: GenerateConfig | EvaluateConfig | AnalyzeConfig, fingerprint: str) -> dict[str, Any]:
     """What the images of a run depend on beside their methods, prompts, seeds and controls.
 
     fingerprint: of the model's weights. Not among it: names and folders, the device, how many are sampled together.

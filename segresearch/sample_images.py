@@ -13,6 +13,7 @@ from torch import Tensor
 from segresearch.config import AnalyzeConfig, EvaluateConfig, GenerateConfig
 from segresearch.errors import NotFinite
 from segresearch.models import SDXL
+from segresearch.models.attention import Attend
 from segresearch.models.controlnet import ActiveControlNet
 from segresearch.sampling import initial_noise, sample, sigmas
 
@@ -27,17 +28,18 @@ def sample_images(
     config: SamplingConfig,
     negative: str | None = None,
     control: Sequence[ActiveControlNet] = (),
-    record: Any = None,
+    attend: Attend | None = None,
     decode_rows: int | None = None,
 ) -> UInt8[Tensor, "rows 3 h w"]:
     """One image for each seed and its prompt, on the model's device.
 
     model: a denoiser of `sdxl`, guided or not. negative: the text of the unconditional branch, as `SDXL.encode` has it.
-    control: the active ControlNets, each with its control images. record: see `analysis.recorder`. decode_rows: latents
-    that are decoded together; None is all of them. Raises NotFinite, and what `SDXL.encode` and `sample` raise.
+    control: the active ControlNets, each with its control images. attend: the innermost attention, such as a
+    recorder's. decode_rows: latents that are decoded together; None is all of them. Raises NotFinite, and what
+    `SDXL.encode` and `sample` raise.
     """
     conds = sdxl.encode(prompts, negative=negative, size=config.size)
-    return decode_images(sdxl, sample_latents(sdxl, model, seeds, conds, config, control, record), decode_rows)
+    return decode_images(sdxl, sample_latents(sdxl, model, seeds, conds, config, control, attend), decode_rows)
 
 
 @torch.no_grad()
@@ -48,12 +50,12 @@ def sample_latents(
     conds: Mapping[str, Any],
     config: SamplingConfig,
     control: Sequence[ActiveControlNet] = (),
-    record: Any = None,
+    attend: Attend | None = None,
 ) -> Float[Tensor, "rows channels h w"]:
     """Latents from the noise of each seed; conds: of `SDXL.encode`. Raises NotFinite, which names the seeds."""
     schedule = config.schedule.name if config.schedule.rho is None else run_sigmas(sdxl, config)
     extra: dict[str, Any] = {"control": list(control)} if control else {}
-    extra |= {} if record is None else {"record": record}
+    extra |= {} if attend is None else {"attend": attend}
     with sdxl.arithmetic():
         latents = sample(
             model, initial_noise(seeds, sdxl.latent_shape(config.size)), sampler=config.sampler.name, schedule=schedule,

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from segresearch import png_metadata
-from segresearch.analysis.figures import save
 from segresearch.config import EvaluateConfig, GenerateConfig, conf_dir, typed
 from segresearch.errors import ConfigError
 from segresearch.evaluation import evaluate as run
@@ -21,6 +20,7 @@ from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.workers import Worker
 from segresearch.generate import generate
 from segresearch.models import load_sdxl
+from segresearch.plot_style import save
 from segresearch.reproduce import recorded, reproduce
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")

@@ -1,5 +1,5 @@
-"""Sweeps: every job is tried, what failed is said and coded, the same command resumes; the overview of all
-runs."""
+"""Sweeps: every job is tried, what failed is said and coded, the same command resumes; the overview of all runs; and
+what Hydra is not let do."""
 
 import csv
 import importlib.util
@@ -14,12 +14,10 @@ from make_models import write_folder
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from segresearch import cli
+from segresearch import command, sample_images
 from segresearch.config import conf_dir
-from segresearch.config.build import refuse_foreign
 from segresearch.errors import CheckpointError, ConfigError
 from segresearch.evaluation import evaluate as run
-from segresearch.evaluation import sample_shards
 from segresearch.evaluation.compare_runs import overview
 from segresearch.models import load_sdxl
 
@@ -57,7 +55,7 @@ def failing(faults):
     """A command that notes the steps it was called with and fails for some of them."""
     seen = []
 
-    @cli.command("generate")
+    @command.command("generate")
     def main(config):
         seen.append(config.steps)
         if config.steps in faults:
@@ -81,7 +79,7 @@ def test_a_sweep_goes_on_past_jobs_that_fail_and_its_code_says_so(call):
     [
         (ConfigError("no"), 2),
         (CheckpointError("no"), 3),
-        (cli.Ended(4, "no"), 4),
+        (command.Ended(4, "no"), 4),
         (MemoryError(), 5),
         (OSError(28, "No space left on device"), 5),
         (OSError(30, "Read-only file system", "runs"), 5),
@@ -124,8 +122,8 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
         return {"quality": made}
 
     monkeypatch.setattr(run.plots, "draw", draw)
-    judges, model, loaded = run.judges, load_sdxl(folder), []
-    monkeypatch.setattr(run, "judges", lambda *a: loaded[0] if loaded else loaded.append(judges(*a)) or loaded[0])
+    load, model, loaded = run.image_metrics, load_sdxl(folder), []
+    monkeypatch.setattr(run, "image_metrics", lambda *a: loaded[0] if loaded else loaded.append(load(*a)) or loaded[0])
     monkeypatch.setattr(run, "load_model", lambda *_: model)
     scale = "guidance.terms.seg.scale"
     sweep = (
@@ -134,17 +132,17 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
         "reference=scene:100000-100005", "n_bootstrap=2", "n_subsets=2", "device=cpu", "wandb.mode=off", "shard=2",
         "batch_size=2", "n_examples=2",
     )  # fmt: skip
-    sampled, made = sample_shards.sample, []
+    sampled, made = sample_images.sample, []
 
     def counted(model, noise, **keywords):
         made.append(keywords["steps"])
         found = sampled(model, noise, **keywords)
         return found * float("nan") if len(made) == 5 else found  # pictures of the third job
 
-    monkeypatch.setattr(sample_shards, "sample", counted)
+    monkeypatch.setattr(sample_images, "sample", counted)
     code, said = call(main_of("evaluate"), *sweep)
     assert code == 4 and said.out.count("page: ") == 3 and said.err.count("error: job 3 ") == 1, said
-    monkeypatch.setattr(sample_shards, "sample", lambda *a, **k: made.append("again") or sampled(*a, **k))
+    monkeypatch.setattr(sample_images, "sample", lambda *a, **k: made.append("again") or sampled(*a, **k))
     code, said = call(main_of("evaluate"), *sweep)
     assert code == 0 and said.out.count("page: ") == 4 and 0 < made.count("again") <= 2
 
@@ -152,19 +150,25 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
     assert code == 0 and said.err == ""
     found = overview("evaluate", tmp_path / "runs")
     assert set(found.differing) == {scale, "steps"}
-    assert len(found.rows) == 8 and not found.unfinished and not found.notes()
+    assert len(found.runs) == 4 and not found.unfinished and not found.notes()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "runs/evaluate/overview.csv").read_text())))
     assert {(row[scale], row["steps"]) for row in rows} == {(s, n) for s in ("0.5", "1.0") for n in "12"}
     page = (tmp_path / "runs/evaluate/overview.html").read_text()
     assert page.count("<tr") == 9 and len(set(re.findall(r'href="(\w+)/index.html"', page))) == 4 and "http" not in page
     for name in set(re.findall(r'href="(\w+)/index.html"', page)):
         assert (tmp_path / "runs/evaluate" / name / "index.html").is_file()
-    assert f"| run | {' | '.join(found.differing)} | setting |" in (tmp_path / "runs/evaluate/overview.md").read_text()
+    assert f"| run | {' | '.join(found.differing)} | method |" in (tmp_path / "runs/evaluate/overview.md").read_text()
     assert said.out.startswith("| run |")
 
 
+def values(method: str, n: int, distance: float | None) -> list[dict]:
+    """The frame of one method, as results.json has it."""
+    return [{"method": method, "metric": "n", "value": n, "error": None},
+            {"method": method, "metric": "fd-mini", "value": distance, "error": None}]  # fmt: skip
+
+
 def test_the_overview_of_runs_that_lack_results_and_of_none(tmp_path, call):
-    for i, text in enumerate(('{"rows": [{"setting": "a", "n": 3, "fd-mini": 1.5}]}', "{", None)):
+    for i, text in enumerate((json.dumps({"metrics": values("a", 3, 1.5)}), "{", None)):
         place = tmp_path / "runs" / "mine" / str(i)
         place.mkdir(parents=True)
         (place / "config.yaml").write_text(f"steps: {i}\nprompts: [{', '.join(['a red cube'] * 9)}]\nout: {i}\n")
@@ -172,9 +176,7 @@ def test_the_overview_of_runs_that_lack_results_and_of_none(tmp_path, call):
             (place / "results.json").write_text(text)
     found = overview("mine", tmp_path / "runs")
     assert found.unfinished == ("1", "2") and found.differing == () and "Without results yet: 1, 2." in found.markdown()
-    (tmp_path / "runs/mine/1/results.json").write_text(
-        json.dumps({"rows": [{"setting": "a<b", "n": 4, "fd-mini": None}]})
-    )
+    (tmp_path / "runs/mine/1/results.json").write_text(json.dumps({"metrics": values("a<b", 4, None)}))
     found = overview("mine", tmp_path / "runs")
     assert found.differing == ("steps",) and "equal N" in found.notes()[0] and "a&lt;b" in found.page()
     for name, words in (("min", "did you mean mine?"), ("nothing", "no runs of it in runs (there are mine)")):
@@ -187,17 +189,24 @@ def test_the_overview_of_runs_that_lack_results_and_of_none(tmp_path, call):
     [
         (["-m", "guidance=pag,sge"], "guidance: no 'sge'; did you mean s"),
         (["-m", "stesp=1,2"], "stesp: no such setting; did you mean steps?"),
-        (["draws=3"], "draws: now called n_bootstrap"),
-        (["judges=mini"], "judges: now called metrics"),
-        (["model.strengths.seg=2"], "model.strengths: now called scales"),
-        (["weights.caption=x"], "weights.caption: now called text_alignment"),
-        (["guidance.terms.seg.window=[0,1]"], "guidance.terms.seg.window: now called interval"),
-        (["compare=[{guidance: seg, terms: {seg: {window: [0, 1]}}}]"], "seg.window: now called interval"),
-        (["experiment=windows"], "experiment: 'windows' is now called intervals"),
+        (["+hydra.callbacks.a._target_=os.system"], "not open to a command line, since it can make objects"),
+        (["hydra.searchpath=[own]", "hydra/callbacks=mine"], "not open to a command line, since it can make objects"),
+        (["-m", "hydra.launcher._target_=subprocess.Popen", "steps=1,2"], "no setting here makes objects by _target_"),
+        (["+guidance._target_=os.system"], "no setting here makes objects by _target_"),
+        (["--config-dir=own"], "mine.yaml: no setting here makes objects by _target_"),
+        (["--config-dir", "own", "+mine=mine"], "mine.yaml: no setting here makes objects by _target_"),
+        (["--config-dir", "paths"], "more.yaml: searchpath is not open to a config"),
+        (["--config-dir", "links"], "mine.yaml: no setting here makes objects by _target_"),
         (["guidance=custom", "guidance.terms.custom.perturbation.target=???"], "perturbation.target: missing"),
     ],
 )
-def test_what_hydra_cannot_do_is_one_line_before_any_job(arguments, words, call):
+def test_what_hydra_cannot_or_may_not_do_is_one_line_before_any_job(arguments, words, call, tmp_path):
+    (tmp_path / "own" / "hydra" / "callbacks").mkdir(parents=True)
+    (tmp_path / "own" / "hydra" / "callbacks" / "mine.yaml").write_text("a: {_target_: subprocess.Popen, args: ls}\n")
+    (tmp_path / "paths").mkdir()
+    (tmp_path / "paths" / "more.yaml").write_text("hydra: {searchpath: [file://own]}\n")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "own").symlink_to(tmp_path / "own", target_is_directory=True)
     code, said = call(main_of("evaluate"), *arguments)
     assert code == 2 and said.out == "" and words in said.err, said
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
@@ -206,16 +215,21 @@ def test_what_hydra_cannot_do_is_one_line_before_any_job(arguments, words, call)
 def test_no_config_names_a_target_outside_the_project():
     for path in sorted(CONF.rglob("*.yaml")):
         text = path.read_text()
-        assert "_target_" not in text, path
+        assert command.TARGET not in text, path
         for target in re.findall(r"\btarget: *([^\s,}]+)", text):
             assert target.strip("'") == "???" or target.startswith("segresearch."), path
+    sources = [p.read_text() for p in [*(CONF.parent / "segresearch").rglob("*.py"), *EXPERIMENTS.rglob("*.py")]]
+    assert not any(re.search(r"hydra\.utils|instantiate\(", source) for source in sources)
 
 
 @pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "torch.load", "builtins.eval", "hydra.utils.call",
                                     "segresearch.evaluation.plots.Figure"])
-def test_settings_of_unknown_origin_name_no_function_of_others(target):
+def test_a_function_of_others_is_no_perturbation(target):
+    from segresearch.config import CustomConfig
+    from segresearch.config.build import build_perturbation
+
     with pytest.raises(ConfigError, match="not a part of segresearch or a file of your own"):
-        refuse_foreign(target, "a record")
+        build_perturbation(CustomConfig("custom", target))
 
 
 def test_a_launcher_of_hydra_can_be_chosen_by_name(tmp_path):
@@ -226,6 +240,7 @@ def test_a_launcher_of_hydra_can_be_chosen_by_name(tmp_path):
     OmegaConf.save(OmegaConf.create(given), tmp_path / "hydra" / "launcher" / "submitit_slurm.yaml")
     search = f"hydra.searchpath=[file://{tmp_path}]"
     chosen = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=8"]
+    command._refuse_targets(["-m", *chosen, "experiment=table1,table2"])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         found = compose("evaluate", overrides=[search, *chosen, "experiment=table1"], return_hydra_config=True)
     assert (found.hydra.launcher.partition, found.hydra.launcher.gpus_per_node) == ("gpu", 8)
@@ -236,6 +251,6 @@ def test_a_job_in_a_process_of_a_launcher_carries_its_error_back(call, monkeypat
     """What a launcher runs in another process is its own to report: raised there, not noted."""
     main, seen = failing({1: ConfigError("in the job")})
     numbers = iter(range(1, 10_000))
-    monkeypatch.setattr(cli.os, "getpid", lambda: next(numbers))
+    monkeypatch.setattr(command.os, "getpid", lambda: next(numbers))
     code, said = call(main, "-m", "steps=1,2")
     assert code == 2 and seen == [1, 2] and said.err.endswith("error: in the job\n")

@@ -21,7 +21,7 @@ from segresearch import pretrained
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.errors import InputError, PackageError
 from segresearch.metrics import weight_files
-from segresearch.metrics.mini_vision import SIDE, load_vision, unit_range
+from segresearch.metrics.mini_vision import load_vision, unit_range
 from segresearch.metrics.weight_files import Asset, Device
 from segresearch.models.compute import arithmetic
 from segresearch.threads import one_thread
@@ -161,9 +161,6 @@ def _mini(path: str | Path | None, sha256: str | None, device: torch.device, dty
 
     @one_thread
     def network(images: Tensor) -> Tensor:
-        h, w = images.shape[2:]
-        if (h, w) != (SIDE, SIDE):
-            raise InputError(f"images of {h}×{w}: the features of mini need {SIDE}×{SIDE}")
         return vision(unit_range(images).to(dtype))
 
     return Extractor("mini", vision.head.out_features, digest, network, device)

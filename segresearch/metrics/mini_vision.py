@@ -35,8 +35,11 @@ class Vision(nn.Module):
     def stages(self, images: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
         """The feature maps of the four stages, at half, a quarter, an eighth and a sixteenth of the pixels.
 
-        images: in [−1, 1], of sides that are multiples of 16.
+        images: in [−1, 1]. InputError for sides that are not multiples of 16.
         """
+        h, w = images.shape[2:]
+        if h % 16 or w % 16:
+            raise InputError(f"images of {h}×{w}: sides must be multiples of 16")
         x, maps = images, []
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             x = F.silu(norm(conv(x)))  # (b, c, h, w) -> (b, c', h/2, w/2)
@@ -45,8 +48,11 @@ class Vision(nn.Module):
             maps.append(x)
         return maps
 
-    def forward(self, images: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b features"]:
-        """Features of images in [−1, 1]."""
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b features"]:
+        """Features of images in [−1, 1]. InputError for another size."""
+        h, w = images.shape[2:]
+        if (h, w) != (SIDE, SIDE):
+            raise InputError(f"images of {h}×{w}: the features of mini need {SIDE}×{SIDE}")
         return F.silu(self.head(self.stages(images)[-1].flatten(1)))
 
 
@@ -58,7 +64,7 @@ class VisionTower(nn.Module):
         self.vision = Vision(width, features)
         self.vision_projections = nn.ModuleList(nn.Linear(features, p, bias=False) for p in projections)
 
-    def embed(self, images: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b projection"]:
+    def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b projection"]:
         """Unit embeddings of images in [−1, 1], comparable with SDXL's pooled text (`Cond.pooled`)."""
         return F.normalize(self.vision_projections[1](self.vision(images)), dim=-1)
 
