@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segresearch.guidance.perturbations import Perturbation, checked_out
 from segresearch.guidance.row_layout import Groups
-from segresearch.models.attention import Attend, Site
+from segresearch.models.attention import Attend, Heads, Site
 
 Names = tuple[tuple[str, ...], ...]  # the branches that each block of rows belongs to
 
@@ -31,13 +31,7 @@ class BranchAttention:
     attend: Attend
     sigma: Float[Tensor, " rows"] | None = None
 
-    def __call__(
-        self,
-        q: Float[Tensor, "rows heads tokens dim"],
-        k: Float[Tensor, "rows heads tokens dim"],
-        v: Float[Tensor, "rows heads tokens dim"],
-        site: Site,
-    ) -> Float[Tensor, "rows heads tokens dim"]:
+    def __call__(self, q: Heads, k: Heads, v: Heads, site: Site) -> Heads:
         if site.name not in self.groups:
             names = self.after if len(v) == len(self.after) * self.rows else self.before
             return self.attend(q, k, v, Site(site.name, site.grid, names, self.sigma))
@@ -65,13 +59,6 @@ def through(perturbations: Sequence[Perturbation], attend: Attend) -> Attend:
     return attend
 
 
-def under(
-    perturbation: Perturbation,
-    attend: Attend,
-    q: Float[Tensor, "rows heads tokens dim"],
-    k: Float[Tensor, "rows heads tokens dim"],
-    v: Float[Tensor, "rows heads tokens dim"],
-    site: Site,
-) -> Float[Tensor, "rows heads tokens dim"]:
+def under(perturbation: Perturbation, attend: Attend, q: Heads, k: Heads, v: Heads, site: Site) -> Heads:
     """The perturbation's output, checked."""
     return checked_out(perturbation(q, k, v, site, attend), v, perturbation, site)

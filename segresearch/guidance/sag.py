@@ -15,7 +15,7 @@ from segresearch.guidance.constants import constant
 from segresearch.guidance.controlnet_residuals import per_row
 from segresearch.guidance.guided_denoiser import GuidedDenoiser
 from segresearch.guidance.terms import ALWAYS, Branch, Interval, Scale, check_scale, scale_at, scale_text
-from segresearch.models.attention import Attend, Site
+from segresearch.models.attention import Attend, Heads, Site
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet
 
@@ -97,7 +97,7 @@ class SelfAttentionGuidance:
         base, rows = bases.pop(), x.shape[0]
         masks: list[Bool[Tensor, "rows mask_h mask_w"]] = []
 
-        def masking(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        def masking(q: Heads, k: Heads, v: Heads, site: Site) -> Heads:
             """The innermost attention, which measures that of the base on its way."""
             if site.name == self.site:
                 for i, names in enumerate(site.branches):
@@ -147,8 +147,8 @@ class SelfAttentionGuidance:
         return "\n".join([f"{first} + {term}", sag + where, *rest, f"  and {own}1 row per image in a second forward"])
 
 
-def under_name(attend: Attend, name: str, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-    """`attend` at a site whose rows, (rows, heads, tokens, dim), belong to the branch of this name."""
+def under_name(attend: Attend, name: str, q: Heads, k: Heads, v: Heads, site: Site) -> Heads:
+    """`attend` at a site whose rows belong to the branch of this name."""
     return attend(q, k, v, Site(site.name, site.grid, ((name,),), site.sigma))
 
 
@@ -158,9 +158,7 @@ def _latent_blur(n: int, sigma: float, dtype: torch.dtype, device: torch.device)
     return fold_taps(gaussian_taps(sigma, TAPS).to(dtype), n, "reflect").to(device=device)
 
 
-def attention_received(
-    q: Float[Tensor, "rows heads tokens dim"], k: Float[Tensor, "rows heads tokens dim"], block: int = 256
-) -> Float[Tensor, "rows tokens"]:
+def attention_received(q: Heads, k: Heads, block: int = 256) -> Float[Tensor, "rows tokens"]:
     """Attention that each key gets: softmax over keys, summed over queries, mean over heads; its mean over keys is 1.
 
     In fp32 (fp64 stays), `block` queries at a time, so the whole map is never in memory.
