@@ -23,14 +23,14 @@ WAYS = ("streamed", "norms", "maps", "hessians")
 DIM, SIGMA, BOUNDARY = 64, 2.0, "reflect"
 
 
-def maps(q, k, smoothing) -> dict:
+def maps(q, k, operator) -> dict:
     """Statistics of one site from its whole maps, (1, heads, queries, keys)."""
     import torch
 
     out = {}
     a = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
-    h, w = smoothing.grid
-    down, across = (factor.float() for factor in smoothing.factors)
+    h, w = operator.grid
+    down, across = (factor.float() for factor in operator.factors)
     image = a.reshape(1, -1, h, w, a.shape[-1])
     smooth = torch.einsum("ih,jw,bnhwk->bnijk", down, across, image).reshape(a.shape)
     for name, z in (("before", a), ("after", smooth)):
@@ -45,9 +45,9 @@ def measure(load: str, way: str, threads: int, quick: bool) -> dict:
     """Time and memory of one way on one load, in this process."""
     import torch
 
+    from segresearch.analysis.blur_operator import BlurOperator
     from segresearch.analysis.curvature import chain_hessian, curvature, hessian
-    from segresearch.analysis.smoothing import Smoothing
-    from segresearch.analysis.statistics import columns
+    from segresearch.analysis.logit_statistics import columns
 
     torch.set_num_threads(threads)
     sites, heads, grid = LOADS[load]
@@ -55,8 +55,8 @@ def measure(load: str, way: str, threads: int, quick: bool) -> dict:
     n = math.prod(grid)
     generator = torch.Generator().manual_seed(0)
     inputs: list = [tuple(1.5 * torch.randn(1, heads, n, DIM, generator=generator) for _ in "qk") for _ in range(sites)]
-    smoothing, plain = Smoothing(grid, SIGMA, BOUNDARY), Smoothing(grid, 0, BOUNDARY)
-    tiny = Smoothing((2, 2), 1.0)
+    operator, plain = BlurOperator(grid, SIGMA, BOUNDARY), BlurOperator(grid, 0, BOUNDARY)
+    tiny = BlurOperator((2, 2), 1.0)
     small: list = [torch.randn(1, 1, 4, DIM, generator=generator) for _ in "qk"]
     q, k = small  # warm up
     curvature(q, k, "queries", tiny), maps(q, k, tiny), torch.linalg.eigvalsh(torch.eye(64).double())
@@ -66,20 +66,20 @@ def measure(load: str, way: str, threads: int, quick: bool) -> dict:
         if way == "streamed":
             for q, k in inputs:
                 curvature(q, k, "queries", plain)
-                curvature(q, k, "queries", smoothing)
+                curvature(q, k, "queries", operator)
         elif way == "norms":
             share = 1 / (sites * heads)
             q, k = (z[:, -1:] for z in inputs[-1])
-            curvature(q, k, "queries", smoothing, chain_norms=True)
+            curvature(q, k, "queries", operator, chain_norms=True)
         elif way == "maps":
             for q, k in inputs:
-                maps(q, k, smoothing)
+                maps(q, k, operator)
         else:
             share = 1 / (sites * heads * n)
             q, k = inputs[0]
             a = columns(q[:, :1], k[:, :1], "queries", torch.arange(1))[0, 0, 0]
             torch.linalg.eigvalsh(-hessian(a))
-            torch.linalg.eigvalsh(-chain_hessian(a, smoothing))
+            torch.linalg.eigvalsh(-chain_hessian(a, operator))
         seconds, busy = time.perf_counter() - start, time.process_time() - busy
     megabytes = sum(z.numel() * z.element_size() for pair in inputs for z in pair) / 1e6
     return {

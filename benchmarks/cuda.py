@@ -209,7 +209,7 @@ def random_vae(dtype: Any, device: str, size: str) -> Any:
     import torch
     from networks import filled
 
-    from segresearch.models import VAE, VAEConfig
+    from segresearch.models.vae import VAE, VAEConfig
 
     with torch.device("meta"):
         vae = VAE(VAEConfig(block_out_channels=(32, 32, 64, 64)) if size == "tiny" else VAEConfig())

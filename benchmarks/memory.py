@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from segresearch.guidance import GuidedDenoiser
-from segresearch.models import VAE, VAEConfig
 from segresearch.models.controlnet import ActiveControlNet
+from segresearch.models.vae import VAE, VAEConfig
 
 GIB = 2**30
 TILES = (None, 512, 256, 128)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, Term, cfg, perturbed
-from segresearch.models import UNet, UNetConfig
 from segresearch.models.compute import PLAIN, Compute
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet, ControlNet, ControlNetConfig
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.unet import UNet, UNetConfig
 
 SIGMA = 3.0  # of the step that is measured
 TEXT = 77  # tokens

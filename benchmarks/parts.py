@@ -131,7 +131,7 @@ def decode(px: int, dtype: str, device: str, rounds: int) -> dict:
     from diffusers import AutoencoderKL
     from networks import filled
 
-    from segresearch.models import VAE, VAEConfig
+    from segresearch.models.vae import VAE, VAEConfig
 
     kind = getattr(torch, dtype)
     widths = (128, 256, 512, 512)
@@ -249,8 +249,8 @@ def compiling(rounds: int, batch: int = 8) -> dict:
     """A SEG step of mini, compiled and not; the seconds that compiling took, the largest difference."""
     from networks import terms
 
-    from segresearch.models import Denoiser
     from segresearch.models.compute import Compute
+    from segresearch.models.denoiser import Denoiser
 
     sdxl = _mini()
     compiled = Denoiser(sdxl.unet, sdxl.denoiser.alphas, compute=Compute(compile=True))

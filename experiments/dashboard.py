@@ -26,10 +26,10 @@ def main() -> None:
     args = parser.parse_args()
 
     from segresearch import runs
-    from segresearch.dashboard import build, found_metrics, publish, spec
+    from segresearch.dashboard import build, metrics_of, publish, spec
 
     with one_line_errors():
-        view = build(args.kind, args.name, found_metrics(args.name, args.out), args.project, args.entity)
+        view = build(args.kind, args.name, metrics_of(args.name, args.out), args.project, args.entity)
         text = json.dumps(spec(view), indent=1, ensure_ascii=False) + "\n"
         if args.save is not None:
             runs.write(args.save, text)

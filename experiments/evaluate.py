@@ -16,12 +16,10 @@ from segresearch.cli import command
 
 @command("evaluate")
 def main(config: Any) -> None:
-    """Checks the settings, then makes and measures what is missing of the run."""
+    """Checks the settings, then samples and measures what is missing of the run."""
     from segresearch.config import EvaluateConfig, settings
-    from segresearch.evaluation.spec import study
 
-    run = settings(config, EvaluateConfig)
-    study(run)  # a slip shows before anything heavy is imported
+    run = settings(config, EvaluateConfig)  # a slip shows before anything heavy is imported
 
     from segresearch.evaluation.evaluate import evaluate
 

@@ -4,7 +4,7 @@
 
 Writes a random SDXL of 3.47 billion parameters (UNet 2.57, text encoders 0.12 and 0.69, VAE 0.08) in float16 as one
 file in the original layout (6.9 GB; an existing one is used again), loads it in bfloat16, takes guided steps (CFG and
-SEG) and prints times and the peak of resident memory after each part. The pictures are noise; the sizes are the point.
+SEG) and prints times and the peak of resident memory after each part. The images are noise; the sizes are the point.
 """
 
 import argparse
@@ -33,7 +33,10 @@ def original_shapes() -> dict[str, tuple[int, ...]]:
     import torch  # late, here and below: --help answers at once
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from segresearch.models import VAE, UNet, UNetConfig, VAEConfig, singlefile
+    from segresearch.checkpoints import single_file
+    from segresearch.models.network_configs import UNetConfig
+    from segresearch.models.unet import UNet
+    from segresearch.models.vae import VAE, VAEConfig
 
     text: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
     clip: dict[str, Any] = {
@@ -50,12 +53,12 @@ def original_shapes() -> dict[str, tuple[int, ...]]:
     }
     with torch.device("meta"):
         networks = (
-            (UNet(UNetConfig()), singlefile.unet_map(UNetConfig())),
-            (VAE(VAEConfig()), singlefile.vae_map(4)),
-            (CLIPTextModel(CLIPTextConfig(**text, **clip)), singlefile.clip_map),
+            (UNet(UNetConfig()), single_file.unet_map(UNetConfig())),
+            (VAE(VAEConfig()), single_file.vae_map(4)),
+            (CLIPTextModel(CLIPTextConfig(**text, **clip)), single_file.clip_map),
             (
                 CLIPTextModelWithProjection(CLIPTextConfig(**text, **big, projection_dim=1280)),
-                singlefile.open_clip_map,
+                single_file.open_clip_map,
             ),
         )
     shapes: dict[str, tuple[int, ...]] = {}
@@ -112,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A full-size SDXL with random weights: memory and times.")
     parser.add_argument("--folder", type=Path, required=True, help="where the 6.9 GB file is written")
     parser.add_argument("--steps", type=int, default=1, help="guided steps taken (of a schedule of 25)")
-    parser.add_argument("--size", type=int, default=512, help="side of the picture in pixels")
+    parser.add_argument("--size", type=int, default=512, help="side of the image in pixels")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--decode", action="store_true", help="decode the latents as well")
@@ -167,14 +170,14 @@ def main() -> None:
         sdxl.denoiser, {"cfg": cfg(5.0), "seg": perturbed("seg", SEG(sigma=math.inf, where="mid"), scale=3.0)}
     )
     print(model)
-    levels = sigmas(sdxl.denoiser, "leading", 25)
-    levels = torch.cat([levels[: options.steps], levels[-1:]])
+    schedule = sigmas(sdxl.denoiser, "leading", 25)
+    schedule = torch.cat([schedule[: options.steps], schedule[-1:]])
     noise = initial_noise([0], sdxl.latent_shape(size))
     with torch.no_grad():
-        x = sample(model, noise, "euler", levels, conds=conds)
+        x = sample(model, noise, "euler", schedule, conds=conds)
         report(f"{options.steps} guided steps at {options.size} px")
         if options.decode:
-            print(f"picture {tuple(sdxl.decode(x).shape)}")
+            print(f"image {tuple(sdxl.decode(x).shape)}")
             report("decoded")
     print(f"latents finite: {bool(x.isfinite().all())}, std {float(x.std()):.3f}")
 

@@ -6,7 +6,7 @@ Light: imports nothing.
 
 
 class InputError(ValueError):
-    """A value that was given cannot be used: the message has what, where, and what would do instead."""
+    """An argument cannot be used. The message has the value, where it is, and what would do instead."""
 
 
 class ConfigError(InputError):
@@ -23,6 +23,13 @@ class Ended(InputError):
     def __init__(self, code: int, message: str):
         super().__init__(message)
         self.code = code
+
+
+class NotFinite(Ended):
+    """Latents, images or metrics that are not finite: uncaught, it ends a script with exit code 4."""
+
+    def __init__(self, message: str):
+        super().__init__(4, message)
 
 
 class PackageError(ImportError):

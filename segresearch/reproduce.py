@@ -1,12 +1,12 @@
-"""A PNG made again from the record in it, and compared pixel by pixel.
+"""A PNG sampled or drawn again from the record in it, and compared pixel by pixel.
 
-What there is: pictures of generate and evaluate (key "guidance"), grids ("generate": a whole config), control images
-("control"), figures of analyze and evaluate ("figure", with the config of their run).
+The record's key tells its kind: "guidance" for images of generate and evaluate, "generate" (a whole config) for grids,
+"control" for control images, "figure" (with the config of its run) for figures of analyze and evaluate.
 """
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,20 @@ import numpy as np
 from PIL import Image
 
 from segresearch import runs
-from segresearch.config import ControlConfig, EvaluateConfig, GenerateConfig, typed
+from segresearch.checkpoints.resolve import resolve_controlnet, resolve_model
+from segresearch.config import AnalyzeConfig, ControlConfig, EvaluateConfig, GenerateConfig, typed
 from segresearch.config.build import device_kind, refuse_foreign
 from segresearch.config.names import modern
 from segresearch.errors import ConfigError
-from segresearch.images import read_settings
-from segresearch.models.locate import located, located_controlnet
+from segresearch.png_metadata import read_record
 
-EXACT = {"precision": "exact"}  # of records without a word on it, which are of a CPU
-OF_A_PICTURE = ("sampler", "schedule", "guidance", "steps", "size", "negative")
+EXACT = {"precision": "exact"}  # the arithmetic of records without `compute`: they are of a CPU
+OF_AN_IMAGE = ("sampler", "schedule", "guidance", "steps", "size", "negative")
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The picture that was made, how far it is from the one that was given, and what differs between their records."""
+    """The new image, its largest difference from the file (of 255), the share of pixels that differ, and notes."""
 
     image: Image.Image
     largest: int
@@ -40,140 +40,119 @@ class Reproduction:
         return "\n".join([*self.notes, f"largest pixel difference: {self.largest} of 255 ({same})"])
 
 
-def reproduce(path: Path, model: str | None = None, device: str = "auto", out: Path | None = None,
-              trust: bool = False) -> Reproduction:  # fmt: skip
-    """Make the picture in `path` again.
+def reproduce(
+    path: Path, model: str | None = None, device: str = "auto", out: Path | None = None, trust: bool = False
+) -> Reproduction:
+    """Sample or draw the image in `path` again.
 
-    model: a folder or file in place of the one that is recorded. out: where runs are made and found, for figures of
-    runs that are there already; None: a temporary folder. trust: import functions outside segresearch that the record
-    names. ConfigError for a file without a record that can be used, CheckpointError for weights that are missing.
+    model: a folder or file in place of the recorded one. out: the folder of runs, where a figure's run may exist
+    already; None: a temporary one. trust: import functions outside segresearch that the record names. ConfigError for a
+    file without a usable record, CheckpointError for weights that are missing.
     """
     record = modern(recorded(path))
-    if model is not None:
-        _moved(record, model)
-    _refuse_strangers(record, path, trust)
+    for holder in (record, *(record.get(script) for script in ("generate", "evaluate", "analyze"))):
+        if model is not None and isinstance(holder, dict) and isinstance(holder.get("model"), dict):
+            holder["model"]["path"] = model
+    _refuse_foreign_targets(record, path, trust)
     with tempfile.TemporaryDirectory(prefix="segresearch-") as temporary:
         try:
-            made, notes = _made(record, device, str(out or temporary))
+            image, now = _again(record, device, str(out or temporary))
         except ConfigError as error:
             raise ConfigError(f"{path}: its record cannot be followed: {error}") from error
-    return compared(path, made, notes)
+    old, new = _environment(record), _environment(now)
+    names = [name for name in old if None not in (old[name], new.get(name)) and old[name] != new[name]]
+    return compared(path, image, tuple(f"other {n}: {old[n]} when it was made, {new[n]} here" for n in names))
 
 
 def recorded(path: Path) -> dict[str, Any]:
     """The record in a PNG. ConfigError where there is none that could be followed."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
-    record = read_settings(path)
+    record = read_record(path)
     if not isinstance(record, dict):
         raise ConfigError(
             f"{path}: no record in it; it is not a PNG of segresearch, was cut, or was saved again by another program"
         )
     if not any(key in record for key in ("guidance", "generate", "figure")) and "size" not in record:
-        raise ConfigError(f"{path}: its record does not say all that it needs; an older version wrote it")
+        raise ConfigError(f"{path}: its record is not complete; an older version wrote it")
     return record
 
 
-def compared(path: Path, made: Image.Image, notes: tuple[str, ...] = ()) -> Reproduction:
-    """`made` against the picture in `path`; at its size, where that was reduced."""
-    with Image.open(path) as image:
-        given = image.convert("RGB")
-    shown = made.convert("RGB")
-    if shown.size != given.size:
-        if shown.width * given.height != shown.height * given.width or shown.width < given.width:
-            raise ConfigError(f"{path}: {given.width}×{given.height} pixels, but its record makes "
-                              f"{shown.width}×{shown.height}; it was changed")  # fmt: skip
-        shown = shown.resize(given.size, Image.Resampling.LANCZOS)
-        notes = (*notes, f"the file is reduced from {made.width}×{made.height}; compared at its own size")
-    apart = np.abs(np.asarray(shown).astype(int) - np.asarray(given).astype(int)).max(axis=2)  # (h, w, 3) -> (h, w)
-    return Reproduction(made, int(apart.max()), float((apart > 0).mean()), notes)
+def compared(path: Path, image: Image.Image, notes: tuple[str, ...] = ()) -> Reproduction:
+    """`image` against the one in `path`, at the size of the file where that was reduced."""
+    old, new = _opened(path), image.convert("RGB")
+    if new.size != old.size:
+        if new.width * old.height != new.height * old.width or new.width < old.width:
+            sizes = f"{old.width}×{old.height} pixels, but its record makes {new.width}×{new.height}"
+            raise ConfigError(f"{path}: {sizes}; it was changed")
+        new = new.resize(old.size, Image.Resampling.LANCZOS)
+        notes = (*notes, f"the file is reduced from {image.width}×{image.height}; compared at its own size")
+    difference = np.abs(np.asarray(new).astype(int) - np.asarray(old).astype(int)).max(axis=2)  # (h, w, 3) -> (h, w)
+    return Reproduction(image, int(difference.max()), float((difference > 0).mean()), notes)
 
 
-def _made(record: Mapping[str, Any], device: str, out: str) -> tuple[Image.Image, tuple[str, ...]]:
+def _again(record: Mapping[str, Any], device: str, out: str) -> tuple[Image.Image, Mapping[str, Any]]:
+    """The image of a record, and the record that it has now (of a figure what can differ; of a control image {})."""
     if "figure" in record:
-        here = {"code": runs.code_version(), "compute": {"device": device_kind(device)}}
-        return _opened(_figure(record, device, out)), tuple(_differences(record, here))
+        now = {"code": runs.code_version(), "compute": {"device": device_kind(device)}}
+        return _opened(_figure(record, device, out)), now
     if "control" in record:
-        return _control(record), ()
-    config = _config(record, device, out)
-    _check_assets(config)
+        if "settings" not in record:
+            raise ConfigError("settings: missing")
+        control: ControlConfig = typed(ControlConfig, record["settings"], "control")
+
+        from segresearch.control_images.prepare import control_png
+
+        return control_png(control, str(control.image), typed(tuple[int, int], record["size"], "size")), {}
 
     from segresearch.generate import generate
 
-    done = generate(config)
-    if "generate" in record:
-        made = done.grid
-    else:
-        (made,) = (done.folder / "images").rglob("*.png")
-    now = read_settings(made)
-    assert now is not None
-    return _opened(made), tuple(_differences(_flat_grid(record), _flat_grid(now)))
-
-
-def _config(record: Mapping[str, Any], device: str, out: str) -> GenerateConfig:
-    """The run that makes the picture of a record, or the grid."""
-    if "generate" in record:
-        given = {**record["generate"], "device": device, "out": out}
-        given["batch_size"] = (given.get("model") or {}).get("batch_size", 8)
-        given.setdefault("compute", EXACT)
-        made: GenerateConfig = typed(GenerateConfig, given)
-        return made
-    missing = [key for key in (*OF_A_PICTURE, "model", "prompt", "seed") if key not in record]
-    if missing:
-        raise ConfigError(f"{missing[0]}: missing")
-    model = {key: value for key, value in record["model"].items() if key != "fingerprint"}
-    given = {key: record[key] for key in OF_A_PICTURE} | {
-        "model": model, "prompts": [record["prompt"]], "seeds": record["seed"], "device": device, "out": out,
-        "controls": record.get("controls") or {}, "name": "again", "batch_size": 1,
-        "compute": {key: value for key, value in record.get("compute", EXACT).items() if key != "device"},
-    }  # fmt: skip
-    made = typed(GenerateConfig, given)
-    return made
-
-
-def _check_assets(config: GenerateConfig) -> None:
-    """CheckpointError for a model or a ControlNet that is missing."""
-    place = located(config.model.path)
-    panels = [p.controls for p in config.panels if p.controls]
-    for controls in [config.controls, *panels]:
+    settings = record["generate"] if "generate" in record else _settings_of_an_image(record)
+    config: GenerateConfig = _config(GenerateConfig, settings, device, out)
+    for controls in (config.controls, *(panel.controls or {} for panel in config.panels)):
         for control in controls.values():
-            located_controlnet(control.net, place)
+            resolve_controlnet(control.net, resolve_model(config.model.path))  # CheckpointError where it is missing
+    run = generate(config)
+    path = run.grid if "generate" in record else next((run.folder / "images").rglob("*.png"))
+    return _opened(path), read_record(path) or {}
+
+
+def _config(kind: Any, settings: Mapping[str, Any], device: str, out: str) -> Any:
+    """Recorded settings as a typed config, to be run here."""
+    batch_size = {"batch_size": "auto"} if kind is GenerateConfig else {}
+    return typed(kind, {"compute": EXACT, **batch_size, **settings, "device": device, "out": out})
+
+
+def _settings_of_an_image(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that samples the one image of a record."""
+    for key in (*OF_AN_IMAGE, "model", "prompt", "seed"):
+        if key not in record:
+            raise ConfigError(f"{key}: missing")
+    return {key: record[key] for key in OF_AN_IMAGE} | {
+        "model": {key: value for key, value in record["model"].items() if key != "fingerprint"},
+        "compute": {key: value for key, value in record.get("compute", EXACT).items() if key != "device"},
+        "prompts": [record["prompt"]], "seeds": record["seed"], "controls": record.get("controls") or {},
+        "name": "again",
+    }  # fmt: skip
 
 
 def _figure(record: Mapping[str, Any], device: str, out: str) -> Path:
-    """A figure of a run; the run is made, unless it is in `out` already."""
-    name = str(record["figure"])
+    """A figure of a run, which is run first unless it is in `out` already."""
     if "evaluate" in record:
         from segresearch.evaluation.evaluate import evaluate
 
-        given = {"compute": EXACT, **record["evaluate"], "device": device, "out": out}
-        config: EvaluateConfig = typed(EvaluateConfig, given)
+        config = _config(EvaluateConfig, record["evaluate"], device, out)
         folder = evaluate(dataclasses.replace(config, stage="all")).folder
     elif "analyze" in record:
         from segresearch.analysis.analyze import analyze
-        from segresearch.config import AnalyzeConfig
 
-        given = {"compute": EXACT, **record["analyze"], "device": device, "out": out}
-        folder = analyze(typed(AnalyzeConfig, given)).folder
+        folder = analyze(_config(AnalyzeConfig, record["analyze"], device, out)).folder
     else:
-        raise ConfigError("figure: of what run is missing")
-    path = folder / "figures" / f"{Path(name).name}.png"
+        raise ConfigError("figure: the config of its run is missing")
+    path = folder / "figures" / f"{Path(str(record['figure'])).name}.png"
     if not path.is_file():
-        raise ConfigError(f"figure: the run has none called {name!r} here")
+        raise ConfigError(f"figure: the run has none called {record['figure']!r} here")
     return path
-
-
-def _control(record: Mapping[str, Any]) -> Image.Image:
-    if "settings" not in record:
-        raise ConfigError("settings: missing")
-    control: ControlConfig = typed(ControlConfig, record["settings"], "control")
-    height, width = typed(tuple[int, int], record["size"], "size")
-    assert isinstance(control.image, str)
-
-    from segresearch.control_images.prepare import control_image
-
-    pixels = control_image(control, control.image, (height, width))[0].permute(1, 2, 0)  # (1, 3, h, w) -> (h, w, 3)
-    return Image.fromarray(np.rint(pixels.numpy() * 255).astype(np.uint8))
 
 
 def _opened(path: Path) -> Image.Image:
@@ -181,48 +160,25 @@ def _opened(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def _flat_grid(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a grid says of its model and controls, where a picture says it."""
-    if "generate" not in record:
-        return record
-    settings = record["settings"]
-    contents = {f"panel {i}": panel["controls"] for i, panel in enumerate(settings["panels"], 1) if "controls" in panel}
-    return {"model": settings["model"], "contents": contents, "compute": record.get("compute", {})}
+def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What an image depends on beside its settings, by its name in a note; None where the record lacks it."""
+    run = record["settings"] if "generate" in record else record
+    panels = {f"panel {i}": panel.get("controls") for i, panel in enumerate(run.get("panels", ()), 1)}
+    contents = {f"contents of control {name}": value for name, value in (run.get("contents") or panels).items()}
+    return {
+        "weights": run.get("model", {}).get("fingerprint"), **contents,
+        "device": record.get("compute", {}).get("device"),
+        "version of segresearch": record.get("code"), "version of torch": record.get("torch"),
+    }  # fmt: skip
 
 
-def _differences(given: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What was otherwise when the picture was made, in words."""
-    was, here = (record.get("model", {}).get("fingerprint") for record in (given, now))
-    if was != here and here is not None:
-        yield f"other weights: {was} when it was made, {here} here"
-    for net in (given.get("contents") or {}).keys() & (now.get("contents") or {}).keys():
-        was, here = given["contents"][net], now["contents"][net]
-        if was != here:
-            yield f"other contents of control {net}: {was} when it was made, {here} here"
-    was, here = (record.get("compute", {}).get("device") for record in (given, now))
-    if was != here and None not in (was, here):
-        yield f"other device: {was} when it was made, {here} here"
-    for key, word in (("code", "version of segresearch"), ("torch", "version of torch")):
-        if key in given and key in now and given[key] != now[key]:
-            yield f"other {word}: {given[key]} when it was made, {now[key]} here"
-
-
-def _moved(record: dict[str, Any], model: str) -> None:
-    for holder in (record, record.get("generate"), record.get("evaluate"), record.get("analyze")):
-        if isinstance(holder, dict) and isinstance(holder.get("model"), dict):
-            holder["model"]["path"] = model
-
-
-def _refuse_strangers(record: Any, path: Path, trust: bool) -> None:
-    """ConfigError for a record that would import a function from outside segresearch: pictures come from anywhere."""
-    if isinstance(record, Mapping):
-        target = record.get("target")
-        if record.get("kind") == "custom":
-            if not trust and not str(target).startswith("segresearch."):
-                raise ConfigError(f"{path}: its record calls {target}; look at that function, then add --trust")
-            refuse_foreign(str(target), f"{path}: its record")
-        for value in record.values():
-            _refuse_strangers(value, path, trust)
-    elif isinstance(record, list):
-        for value in record:
-            _refuse_strangers(value, path, trust)
+def _refuse_foreign_targets(record: Any, path: Path, trust: bool) -> None:
+    """ConfigError for a record that would import a function from outside segresearch: PNGs come from anywhere."""
+    if isinstance(record, Mapping) and record.get("kind") == "custom":
+        target = str(record.get("target"))
+        if not trust and not target.startswith("segresearch."):
+            raise ConfigError(f"{path}: its record calls {target}; look at that function, then add --trust")
+        refuse_foreign(target, f"{path}: its record")
+    children = record.values() if isinstance(record, Mapping) else record if isinstance(record, list) else ()
+    for child in children:
+        _refuse_foreign_targets(child, path, trust)

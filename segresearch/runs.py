@@ -20,9 +20,9 @@ from typing import Any
 
 from segresearch.errors import ConfigError
 
-SAMPLES = 16  # places of 4 KiB read from each weight file for its fingerprint
+SAMPLES = 16  # parts of 4 KiB read from each weight file for its fingerprint
 EDGE = 1 << 16
-TAKEN = ("shards", "reference", "wandb")  # folders of `out` that are not runs of a name
+RESERVED = ("shards", "reference", "wandb")  # folders of `out` that hold no runs
 
 
 def plain(value: Any) -> Any:
@@ -44,27 +44,34 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def run_folder(out: str | Path, name: str, semantic: Mapping[str, Any]) -> Path:
-    """The folder `out`/`name`/<digest of `semantic`>, made if need be. OSError where it cannot be written, ConfigError
-    for a name that is no name of a folder, or that of one in which something else lies."""
+def run_folder(out: str | Path, name: str, identity: Mapping[str, Any]) -> Path:
+    """The folder `out`/`name`/<digest of `identity`>, created where it is missing. OSError where it cannot be written,
+    ConfigError for a name that cannot name a folder, or that of a folder with another use (RESERVED)."""
     parts = name.split("/")
-    if parts[0] in TAKEN or not all(re.fullmatch(r"\w[\w.+ -]*", part) for part in parts):
+    if parts[0] in RESERVED or not all(re.fullmatch(r"\w[\w.+ -]*", part) for part in parts):
         raise ConfigError(f"name: {name!r} cannot name the folder of a run; use letters, digits, _ and -")
-    folder = Path(out) / name / digest(semantic)
+    folder = Path(out) / name / digest(identity)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(13, "not writable", str(folder))
     return folder
 
 
-def own() -> str:
-    """This process, in the name of a temporary file: its machine and its number."""
-    return f"{socket.gethostname()}-{os.getpid()}"
+def written_config(settings: Mapping[str, Any], of_a_call: Mapping[str, Any]) -> str:
+    """config.yaml of a run: every setting in full, in a form that its script takes back.
+
+    of_a_call: keys that are of one call and not of the run, each with its value in the file.
+    """
+    from omegaconf import OmegaConf
+
+    from segresearch.config.compose import hydra_settings
+
+    parts = (hydra_settings(), plain(settings) | plain(of_a_call))
+    return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in parts)
 
 
 def abandoned(temporary: Path) -> bool:
-    """Whether the process of this machine that began this temporary file (`own` before .tmp) is gone; False where that
-    cannot be told."""
+    """Whether the process that wrote a temporary file of `replacing` is gone; False for one of another machine."""
     number = re.search(rf"\.{re.escape(socket.gethostname())}-(\d+)\.tmp$", temporary.name)
     return number is not None and os.path.exists("/proc/self") and not os.path.exists(f"/proc/{number[1]}")
 
@@ -73,7 +80,7 @@ def abandoned(temporary: Path) -> bool:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it at the end of the block; removed if the block fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{own()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -92,11 +99,11 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A cheap identity of model weights: 12 hex digits, independent of where they lie. No whole weight file is read.
+    """A cheap identity of model weights, 12 hex digits, whatever their folder. No whole weight file is read.
 
-    Of each safetensors file its name, its size, both ends (so the header's start) and 16 places between; of each
-    JSON or text file of a model folder (configs, vocabularies) everything; not its ControlNets in controlnet/, which
-    have their own. FileNotFoundError if there is nothing.
+    Of each safetensors file: name, size, both ends (so the header's start) and 16 parts between. Of each JSON or text
+    file of a model folder (configs, vocabularies): everything. ControlNets in controlnet/ have their own fingerprints.
+    FileNotFoundError without weights.
     """
     path = Path(path)
     if path.is_file():
@@ -124,7 +131,7 @@ def fingerprint(path: str | Path) -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Of what pictures depend on beside their settings: the code, torch."""
+    """Versions of segresearch ("code") and torch."""
     return {"code": code_version(), "torch": version("torch")}
 
 

@@ -1,10 +1,10 @@
 """How many threads torch computes with on a CPU: one for small work, whatever OMP_NUM_THREADS says.
 
-An operation of microseconds gains little from a second thread. Where another process holds that thread's core, every
-such operation waits for it, and 1 s becomes 20 s. So functions of small work are decorated here:
+An operation of microseconds gains little from a second thread. If another process holds that thread's core, every
+such operation waits for it, and 1 s becomes 20 s. So functions of small work are decorated:
 
     @one_thread                              def scenes(indices, ...)        always one
-    @one_thread_for(few_features)            def kid(features, ...)          one, where its arguments are small
+    @one_thread_for(few_features)            def kid(features, ...)          one, if its arguments are small
     with threads(4): scenes(range(1024))     four, because the caller says so
 """
 
@@ -18,31 +18,30 @@ import torch
 from torch import Tensor
 
 P, R = ParamSpec("P"), TypeVar("R")
-FEW = 512
-"""Numbers a feature vector: matrices of so many rows and columns are small work."""
+FEW = 512  # dimensions of a feature: matrices of so many rows and columns are small work
 
-_stated: ContextVar[bool] = ContextVar("threads_stated", default=False)
+_inside_threads: ContextVar[bool] = ContextVar("inside_threads", default=False)
 
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     """`count` threads inside, for small work too; afterwards as many as before, also after an exception."""
-    before, token = torch.get_num_threads(), _stated.set(True)
+    before, token = torch.get_num_threads(), _inside_threads.set(True)
     try:
         torch.set_num_threads(count)
         yield
     finally:
         torch.set_num_threads(before)
-        _stated.reset(token)
+        _inside_threads.reset(token)
 
 
 def one_thread_for(small: Callable[..., bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: one thread where `small` is true of the arguments; inside `threads`, always as many as those."""
+    """Decorator: one thread if `small` is true of the arguments; inside `threads`, always as many as those."""
 
     def decorated(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def single(*args: P.args, **kwargs: P.kwargs) -> R:
-            if _stated.get() or not small(*args, **kwargs):
+            if _inside_threads.get() or not small(*args, **kwargs):
                 return function(*args, **kwargs)
             with threads(1):
                 return function(*args, **kwargs)

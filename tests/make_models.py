@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segresearch.models import singlefile
-from segresearch.models.checkpoint import Source
-from segresearch.models.unet import UNetConfig
+from segresearch.checkpoints import single_file
+from segresearch.checkpoints.tensors import Source
+from segresearch.models.network_configs import UNetConfig
 
 LENGTH = 16  # tokens
 VOCABULARY = 2 * 256 + 3 + 2
@@ -118,10 +118,10 @@ def original_layout(pipeline: StableDiffusionXLPipeline) -> dict[str, Tensor]:
     """The pipeline's weights under the names and in the forms of the original SDXL file."""
     unet, vae = pipeline.unet, pipeline.vae
     maps = (
-        (unet, singlefile.unet_map(UNetConfig.from_dict(unet.config))),
-        (vae, singlefile.vae_map(len(vae.config.block_out_channels))),
-        (pipeline.text_encoder, singlefile.clip_map),
-        (pipeline.text_encoder_2, singlefile.open_clip_map),
+        (unet, single_file.unet_map(UNetConfig.from_dict(unet.config))),
+        (vae, single_file.vae_map(len(vae.config.block_out_channels))),
+        (pipeline.text_encoder, single_file.clip_map),
+        (pipeline.text_encoder_2, single_file.open_clip_map),
     )
     out: dict[str, Tensor] = {}
     for module, source_of in maps:

@@ -20,12 +20,13 @@ from PIL import Image
 from segresearch import cli
 from segresearch.analysis import measurements
 from segresearch.analysis.analyze import analyze
-from segresearch.analysis.measurements import measure, short, to_csv, together
+from segresearch.analysis.measurements import measure, merge_claims, short
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.config import AnalyzeConfig, conf_dir, settings, typed
 from segresearch.errors import ConfigError
 from segresearch.guidance import blur_matrix
 from segresearch.models import load_sdxl
+from segresearch.tidy_csv import to_csv
 
 SCRIPT = conf_dir().parent / "experiments" / "analyze.py"
 SEG = {"kind": "perturbed", "scale": 1, "perturbation": {"kind": "seg", "sigma": 1}}
@@ -69,7 +70,7 @@ def run(config, model):
 @pytest.fixture
 def undrawn(monkeypatch):
     """No figures, which take most of the time."""
-    monkeypatch.setattr("segresearch.analysis.story.draw", lambda *_: {})
+    monkeypatch.setattr("segresearch.analysis.energy_plots.draw", lambda *_: {})
 
 
 def rows_of(run) -> list[dict[str, str]]:
@@ -118,8 +119,8 @@ def test_the_table_holds_what_dense_logits_say(run):
 
 
 def test_what_must_hold_holds_and_the_worst_column_is_named(run):
-    found = list(csv.DictReader((run.folder / "verdicts.csv").open(encoding="utf-8")))
-    shares = {(v["claim"], v["axis"], v["boundary"], v["blur_sigma"]): float(v["share_holding"]) for v in found}
+    lines = list(csv.DictReader((run.folder / "verdicts.csv").open(encoding="utf-8")))
+    shares = {(v["claim"], v["axis"], v["boundary"], v["blur_sigma"]): float(v["share_holding"]) for v in lines}
     for axis in ("queries", "keys"):
         for claim in ("mean_kept", "variance_falls", "lse_falls"):
             assert shares[claim, axis, "exact", "1"] == 1
@@ -127,8 +128,8 @@ def test_what_must_hold_holds_and_the_worst_column_is_named(run):
     assert shares["mean_kept", "queries", "reflect", "1"] < 1 == shares["mean_kept_weighted", "queries", "reflect", "1"]
     assert shares["blur_commutes", "queries", "reflect", "1"] == 1
     recording = Recording.open(run.folder / "recording")
-    judged = together(c for _, claims in measure(recording, [1.0], ["reflect"], recording.sites) for c in claims)
-    claim = next(c for c in judged if c.claim == "mean_kept" and c.axis == "queries")
+    summaries = merge_claims(c for _, claims in measure(recording, [1.0], ["reflect"], recording.sites) for c in claims)
+    claim = next(c for c in summaries if c.claim == "mean_kept" and c.axis == "queries")
     (entry,) = [e for e in recording.select(step=claim.worst["step"]) if short(e.site) == claim.worst["site"]]
     row = [image["prompt"] for image in entry.images].index(claim.worst["prompt"])
     q, k = entry.q[row, claim.worst["head"]].double(), entry.k[row, claim.worst["head"], claim.worst["key"]].double()
@@ -152,7 +153,7 @@ def test_the_page_stands_alone_and_figures_are_pictures(run):
 def test_twice_measures_nothing_twice_and_config_yaml_is_the_run(run, config, monkeypatch):
     monkeypatch.setattr("segresearch.analysis.analyze.load_model", None)
     again = analyze(config)
-    assert again.found and again.folder == run.folder and "there already" in str(again)
+    assert again.reused and again.folder == run.folder and "there already" in str(again)
     given = settings(OmegaConf.create((run.folder / "config.yaml").read_text(encoding="utf-8")), AnalyzeConfig)
     assert analyze(dataclasses.replace(given, out=config.out)).folder == run.folder
 
@@ -237,46 +238,41 @@ def test_the_script_is_quick_to_help_and_says_slips_in_one_line(monkeypatch, cap
 
 
 def test_csv_writes_infinities_and_names():
-    assert to_csv([{"a": math.inf, "b": 0.1234567891, "c": "x, y"}]) == 'a,b,c\ninf,0.1234568,"x, y"\n'
+    rows = [{"a": math.inf, "b": 0.1234567891, "c": "x, y", "d": None}]
+    assert to_csv(rows, digits=7) == 'a,b,c,d\ninf,0.1234568,"x, y",\n' and "0.1234567891" in to_csv(rows)
     assert short("up_blocks.0.attentions.1.transformer_blocks.3.attn1") == "up.0.1.3"
 
 
 def test_entries_of_one_shape_are_measured_together_to_the_same_numbers(monkeypatch):
-    """Columns of other entries change no number beyond rounding; rows and verdicts stay in the recording's order."""
+    """Columns of other entries change no number beyond rounding; rows and claims stay in the recording's order."""
     sites, entries = ("mid_block.0", "mid_block.1", "up_blocks.0.0"), []
     for step, (site, grid) in itertools.product((0, 4), zip(sites, ((2, 4), (2, 4), (3, 3)), strict=True)):
         g = torch.Generator().manual_seed(len(entries))
         kept = {name: 2 * torch.randn(2, 2, math.prod(grid), 4, generator=g) for name in "qk"}
         images = ({"prompt": "", "seed": 0}, {"prompt": "", "seed": 1})
         entries.append(Entry(site, grid, ("cond",), step, (1.0, 1.0), images, (0, 1), lambda kept=kept: kept))
-    calls, inside = [], []
-    one_by_one = measurements._measured
+    rows_of_call, inside, curvature = [], [], measurements.curvature
 
-    def counted(some, *rest):
-        calls.append(len(some))
-        return one_by_one(some, *rest)
-
-    measured_of = measurements.curvature
-
-    def seen(*args):
+    def watched(q, k, axis, operator):
         inside.append(torch.get_num_threads())
-        return measured_of(*args)
+        if operator.sigma == 0:  # before the blurs, once a call
+            rows_of_call.append(len(q))
+        return curvature(q, k, axis, operator)
 
-    monkeypatch.setattr(measurements, "_measured", counted)
-    monkeypatch.setattr(measurements, "curvature", seen)
+    monkeypatch.setattr(measurements, "curvature", watched)
     torch.set_num_threads(2)
     try:
         together = list(measure(Recording(tuple(entries)), [1.0, math.inf], ["reflect", "exact"], sites))
         assert set(inside) == {1} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
-    assert calls == [2, 1, 2, 1]
+    assert rows_of_call == [4, 2, 4, 2]  # two images an entry
     alone = [part for e in entries for part in measure(Recording((e,)), [1.0, math.inf], ["reflect", "exact"], sites)]
-    for entry, (rows, claims), (single, judged) in zip(entries, together, alone, strict=True):
+    for entry, (rows, claims), (single, single_claims) in zip(entries, together, alone, strict=True):
         assert [r["site"] for r in rows] == [entry.site] * 8 and {r["step"] for r in rows} == {entry.step}
         for a, b in zip(rows, single, strict=True):
             assert a == {k: pytest.approx(v, rel=1e-6, abs=1e-9) if isinstance(v, float) else v for k, v in b.items()}
-        for a, b in zip(claims, judged, strict=True):
+        for a, b in zip(claims, single_claims, strict=True):
             assert (a.claim, a.axis, a.count, a.boundary) == (b.claim, b.axis, b.count, b.boundary)
             assert a.medians == pytest.approx(b.medians, rel=1e-6, abs=1e-5)
             assert a.smallest == pytest.approx(b.smallest, rel=1e-6, abs=1e-5)

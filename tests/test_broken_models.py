@@ -7,7 +7,8 @@ import pytest
 import torch
 from make_models import write_folder
 
-from segresearch.models import CheckpointError, load_sdxl
+from segresearch.errors import CheckpointError
+from segresearch.models import load_sdxl
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 

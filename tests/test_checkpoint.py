@@ -11,8 +11,10 @@ from diffusers.loaders import single_file_utils
 from make_models import make_pipeline, original_layout, to_original, write_folder, write_single
 from safetensors.torch import load_file, save_file
 
-from segresearch.models import CheckpointError, load_sdxl, singlefile
-from segresearch.models.checkpoint import fill, read_header
+from segresearch.checkpoints import single_file
+from segresearch.checkpoints.tensors import Weights, fill, open_file
+from segresearch.errors import CheckpointError
+from segresearch.models import load_sdxl
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.models.vae import VAE, VAEConfig
 
@@ -98,7 +100,7 @@ def test_the_written_file_is_the_original_layout_to_diffusers(made):
 def test_key_map_at_the_sizes_of_sdxl():
     with torch.device("meta"):
         unet, vae = UNet(UNetConfig()), VAE(VAEConfig())
-    source = singlefile.unet_map(unet.config)
+    source = single_file.unet_map(unet.config)
     weights = unet.state_dict()
     original = to_original(weights, {k: source(k) for k in weights})
     assert len(original) == len(weights) == 1680
@@ -108,17 +110,17 @@ def test_key_map_at_the_sizes_of_sdxl():
         dict(original), {"layers_per_block": 2, "addition_embed_type": "text_time"}
     )
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in weights.items()}
-    shapes = {k.removeprefix(singlefile.UNET): tuple(v.shape) for k, v in original.items()}
-    assert UNetConfig.from_dict(singlefile.unet_config(shapes, pooled=1280)) == UNetConfig()
+    shapes = {k.removeprefix(single_file.UNET): tuple(v.shape) for k, v in original.items()}
+    assert UNetConfig.from_dict(single_file.unet_config(shapes, pooled=1280)) == UNetConfig()
 
-    source = singlefile.vae_map(4)
+    source = single_file.vae_map(4)
     weights = vae.state_dict()
     original = to_original(weights, {k: source(k) for k in weights})
     config = {"down_block_types": [0] * 4, "up_block_types": [0] * 4}
     back = single_file_utils.convert_ldm_vae_checkpoint(dict(original), config)
     assert back.keys() == weights.keys()
-    shapes = {k.removeprefix(singlefile.VAE): tuple(v.shape) for k, v in original.items()}
-    assert VAEConfig.from_dict(singlefile.vae_config(shapes)) == VAEConfig()
+    shapes = {k.removeprefix(single_file.VAE): tuple(v.shape) for k, v in original.items()}
+    assert VAEConfig.from_dict(single_file.vae_config(shapes)) == VAEConfig()
 
 
 def test_shards_and_fp16_variant(made, tmp_path):
@@ -357,9 +359,9 @@ def test_file_with_stray_and_missing_keys(made, tmp_path):
 
 MEASURE = """
 import sys, threading, psutil, torch
-from segresearch.models.checkpoint import fill, read_header
+from segresearch.checkpoints.tensors import Weights, fill, open_file
 from pathlib import Path
-entries, _ = read_header(Path(sys.argv[1]))
+entries, _ = open_file(Path(sys.argv[1]))
 with torch.device("meta"):
     module = torch.nn.Sequential(*[torch.nn.Linear(2048, 2048, bias=False) for _ in range(16)])
 rss = lambda: psutil.Process().memory_info().rss
@@ -369,7 +371,7 @@ def watch():
         seen.append(rss())
 watcher = threading.Thread(target=watch)
 watcher.start()
-fill(module, entries, dtype=getattr(torch, sys.argv[2]), device="cpu", what="test")
+fill(module, Weights("test", entries), getattr(torch, sys.argv[2]), "cpu")
 done.set(), watcher.join()
 peak = max(seen + [rss()])
 assert all(float(layer.weight[-1, -1]) == i for i, layer in enumerate(module))
@@ -386,12 +388,12 @@ def test_peak_memory_while_loading(tmp_path):
 
 
 def test_reading_in_pieces_and_from_fp8(tmp_path, monkeypatch):
-    monkeypatch.setattr("segresearch.models.checkpoint.BUFFER", 64)  # bytes: 16 pieces a row of the weight
+    monkeypatch.setattr("segresearch.checkpoints.tensors.MAPPED", 64)  # bytes: the file is opened for each tensor
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(32, 37, generator=generator).to(torch.float8_e4m3fn)
     bias = torch.randn(32, generator=generator, dtype=torch.float64)
     save_file({"weight": weight, "bias": bias}, tmp_path / "x.safetensors")
     with torch.device("meta"):
         layer = torch.nn.Linear(37, 32)
-    fill(layer, read_header(tmp_path / "x.safetensors")[0], dtype=torch.float32, device="cpu", what="test")
+    fill(layer, Weights("test", open_file(tmp_path / "x.safetensors")[0]), torch.float32, "cpu")
     assert torch.equal(layer.weight, weight.float()) and torch.equal(layer.bias, bias.float())

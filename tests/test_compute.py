@@ -12,9 +12,9 @@ from guidance_models import denoiser, noisy
 from segresearch.config import typed
 from segresearch.errors import ConfigError, InputError
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, cfg, perturbed
-from segresearch.models import Denoiser
 from segresearch.models.compute import Compute, Runner, arithmetic
-from segresearch.models.graphs import Graph, Graphs, NotCapturable, layout, rebuilt, refuse_state
+from segresearch.models.denoiser import Denoiser
+from segresearch.models.graphs import Graph, Graphs, NotCapturable, rebuilt, refuse_state, structure
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -70,7 +70,7 @@ def test_the_record_is_of_what_acts():
     assert (record["device"], record["precision"], record["graph"]) == ("cpu", "exact", False)
 
 
-# --- layouts of calls -------------------------------------------------------------------------------
+# --- structures of calls -------------------------------------------------------------------------------
 
 
 def seg_call(sigma: float = 1.0, rows: int = 2) -> tuple:
@@ -89,18 +89,18 @@ def seg_call(sigma: float = 1.0, rows: int = 2) -> tuple:
 
 
 def test_calls_of_one_kind_have_one_key():
-    first, again = layout(seg_call()), layout(seg_call())
+    first, again = structure(seg_call()), structure(seg_call())
     assert first.key == again.key and hash(first.key) == hash(again.key)
-    assert len({first.key, layout(seg_call(2.0)).key, layout(seg_call(rows=1)).key}) == 3
+    assert len({first.key, structure(seg_call(2.0)).key, structure(seg_call(rows=1)).key}) == 3
 
 
 def test_a_call_is_rebuilt_around_other_tensors():
     call = seg_call()
-    own = layout(call)
+    own = structure(call)
     copies = [tensor.clone() for tensor in own.tensors]
     again = rebuilt(call, copies)
-    assert layout(again).key == own.key
-    assert all(a is b for a, b in zip(layout(again).tensors, copies, strict=True))
+    assert structure(again).key == own.key
+    assert all(a is b for a, b in zip(structure(again).tensors, copies, strict=True))
     x, sigma, cond, attend, control, fork = again
     x0 = denoiser()(x, sigma, cond, attend, control, fork)
     torch.testing.assert_close(x0, denoiser()(*call[:2], *call[2:]), rtol=0, atol=0)
@@ -111,8 +111,8 @@ def test_what_may_keep_a_state_is_not_captured():
     recorder = lambda q, k, v, site: seen.append(q)  # noqa: E731
     for value in (recorder, seen.append, {"attend": [recorder]}, functools.partial(recorder, 1), object()):
         with pytest.raises(NotCapturable):
-            layout(value)
-    assert layout((math.sqrt, functools.partial(math.pow, 2.0), tf32, PAG())).tensors == ()
+            structure(value)
+    assert structure((math.sqrt, functools.partial(math.pow, 2.0), tf32, PAG())).tensors == ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,19 +137,19 @@ class Hidden:
 def test_a_frozen_dataclass_that_can_take_notes_is_not_captured():
     for value in (Notes([]), Hidden(1.0)):
         with pytest.raises(NotCapturable):
-            layout(value)
+            structure(value)
     space: dict = {"__name__": "nowhere"}
     exec("def outer():\n    seen = []\n    def inner(q): seen.append(q)\n    return inner", space)
     with pytest.raises(NotCapturable):
-        layout(space["outer"]())
+        structure(space["outer"]())
 
 
 def test_a_network_that_was_moved_is_another():
     net = torch.nn.Linear(2, 2)
-    before = layout(net).key
-    assert layout(net).key == before
+    before = structure(net).key
+    assert structure(net).key == before
     net.half()
-    assert layout(net).key != before
+    assert structure(net).key != before
 
 
 def test_a_graph_runs_where_there_is_a_gpu_and_gradients_are_off():

@@ -8,9 +8,10 @@ from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 from segresearch.config import ControlConfig
 from segresearch.config.parse import HELD_OUT
-from segresearch.control_images import canny, depth, fit, open_image, open_map, to_tensor
-from segresearch.control_images.depth_estimator import located_depth
+from segresearch.control_images.depth_estimator import depth, located_depth
+from segresearch.control_images.edges import canny, to_tensor
 from segresearch.control_images.prepare import control_image, scene_maps
+from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.scenes.control_maps import depth_image, edge_image
 from segresearch.scenes.scenes import scenes
 
@@ -146,7 +147,7 @@ def refusals(tmp_path):
         "cut.jpg": (jpg[: len(jpg) // 2], "damaged or incomplete"),
         "flipped.png": (png[:60] + bytes([png[60] ^ 255]) + png[61:], "damaged or incomplete"),
         "empty.png": (b"", "empty"),
-        "text.png": (b"not a picture at all", "not an image of a known format"),
+        "text.png": (b"not an image at all", "not an image of a known format"),
         "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image of a known format"),
         "page.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of a known format"),
     }
@@ -167,7 +168,7 @@ def refusals(tmp_path):
     yield "/dev/null", "not a file"
 
 
-def test_what_is_no_picture_is_refused_in_one_line_with_its_name(tmp_path):
+def test_what_is_no_image_is_refused_in_one_line_with_its_name(tmp_path):
     seen = 0
     for path, words in refusals(tmp_path):
         for call in (open_image, open_map):
@@ -201,7 +202,7 @@ def test_fit_keeps_the_aspect_and_the_centre(size):
         fit(corners(), (0, 8))
 
 
-def test_fit_cuts_sides_evenly_and_small_pictures_are_enlarged():
+def test_fit_cuts_sides_evenly_and_small_images_are_enlarged():
     wide = np.zeros((10, 30), np.float32)
     wide[:, 10:20] = 1
     assert (np.asarray(fit(Image.fromarray(wide), (10, 10))) == 1).all()
@@ -221,7 +222,7 @@ def test_tensors_are_rgb_from_0_to_1():
 
 
 @pytest.mark.parametrize("size", [(64, 64), (16, 24), (2, 3), (1, 1), (1, 9)])
-def test_edges_of_pictures_of_any_size(size):
+def test_edges_of_images_of_any_size(size):
     x = canny(fit(corners(), size))
     assert x.shape == (1, 3, *size) and set(x.unique().tolist()) <= {0.0, 1.0}
     assert torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])

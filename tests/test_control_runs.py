@@ -11,19 +11,18 @@ from omegaconf import OmegaConf
 from PIL import Image
 from test_configs import composed
 
-from segresearch import cli, images, runs
+from segresearch import cli, png_metadata
 from segresearch.config import GenerateConfig, settings, typed
 from segresearch.config.expand import panels
 from segresearch.config.parse import HELD_OUT, control_images
-from segresearch.control_images.identify import Sources
 from segresearch.errors import ConfigError
-from segresearch.generate import generate, semantics
+from segresearch.generate import expand, generate
 from segresearch.models import load_sdxl
 from segresearch.scenes.scenes import captions
 
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
 CANNY = {"net": "canny", "image": "scene:0-", "preprocess": "canny"}
-PICTURE = str(Path(__file__).resolve().parent.parent / "docs" / "demo.png")
+PHOTO = str(Path(__file__).resolve().parent.parent / "docs" / "demo.png")
 DEPTH = {"net": "depth", "image": "scene:0-", "preprocess": "depth", "scale": 0.5}
 
 
@@ -63,18 +62,18 @@ def photo(tmp_path):
     return path
 
 
-def pictures(run) -> np.ndarray:
+def pixels_of(run) -> np.ndarray:
     return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted((run.folder / "images").rglob("*.png"))])
 
 
 def test_a_run_under_control_is_recorded_shown_and_not_made_twice(config, monkeypatch):
     run = generate(config(compare=[{}], prompts=["", "red"]))  # loads the ControlNets it names
-    assert (run.made, run.found) == (8, 0)
+    assert (run.sampled, run.existing) == (8, 0)
     shown = sorted(p.relative_to(run.folder) for p in (run.folder / "controls").rglob("*.png"))
     assert [str(p) for p in shown] == ["controls/canny/seed0.png", "controls/canny/seed1.png"]  # prompts share it
     first = np.asarray(Image.open(run.folder / shown[0]))
     assert first.shape == (16, 16, 3) and set(np.unique(first)) == {0, 255}
-    said = images.read_settings(run.folder / "images" / "vanilla" / "prompt1-seed1.png")
+    said = png_metadata.read_record(run.folder / "images" / "vanilla" / "prompt1-seed1.png")
     assert said["controls"]["canny"] == {
         "net": "canny", "image": "scene:1", "preprocess": "canny", "low": 100.0, "high": 200.0, "depth_model": None,
         "scale": 1.0, "start": 0.0, "end": 1.0, "guess": False,
@@ -85,7 +84,7 @@ def test_a_run_under_control_is_recorded_shown_and_not_made_twice(config, monkey
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
     monkeypatch.setattr("segresearch.generate.load_model", None)
     again = generate(config(compare=[{}], prompts=["", "red"]))
-    assert (again.made, again.folder) == (0, run.folder)
+    assert (again.sampled, again.folder) == (0, run.folder)
     (run.folder / shown[0]).unlink()
     generate(config(compare=[{}], prompts=["", "red"]))  # still without the model
     assert np.array_equal(np.asarray(Image.open(run.folder / shown[0])), first)
@@ -100,18 +99,18 @@ def test_config_yaml_of_a_controlled_run_is_the_run(config, model):
     run = generate(both, model)
     given = settings(OmegaConf.create((run.folder / "config.yaml").read_text()))
     again = generate(dataclasses.replace(given, out=both.out), model)
-    assert again.folder == run.folder and again.made == 0
+    assert again.folder == run.folder and again.sampled == 0
 
 
 def test_control_acts_and_scale_0_is_no_control(config, model):
     plain, zero, steered = (
-        pictures(generate(config(controls=c), model)) for c in ({}, {"canny": {**CANNY, "scale": 0}}, {"canny": CANNY})
+        pixels_of(generate(config(controls=c), model)) for c in ({}, {"canny": {**CANNY, "scale": 0}}, {"canny": CANNY})
     )
     assert np.array_equal(plain, zero) and np.abs(plain - steered).max() > 2
-    both = pictures(generate(config(controls={"canny": CANNY, "depth": DEPTH}), model))
-    other = pictures(generate(config(controls={"depth": DEPTH}), model))
+    both = pixels_of(generate(config(controls={"canny": CANNY, "depth": DEPTH}), model))
+    other = pixels_of(generate(config(controls={"depth": DEPTH}), model))
     assert min(np.abs(both - one).max() for one in (plain, steered, other)) > 2
-    late = pictures(generate(config(controls={"canny": {**CANNY, "start": 0.5}}), model))
+    late = pixels_of(generate(config(controls={"canny": {**CANNY, "start": 0.5}}), model))
     assert min(np.abs(late - one).max() for one in (plain, steered)) > 0
 
 
@@ -120,24 +119,23 @@ def test_every_image_has_its_own_control_whatever_the_batch(config, model, tmp_p
     places = [{"batch_size": n, "out": str(tmp_path / str(n))} for n in (4, 1)]
     whole, single = (generate(config(**given, **place), model) for place in places)
     assert whole.folder.name == single.folder.name
-    assert np.abs(pictures(whole) - pictures(single)).max() <= 1
+    assert np.abs(pixels_of(whole) - pixels_of(single)).max() <= 1
     alone = generate(config(**given | {"seeds": "2", "controls": {
         "canny": {**CANNY, "image": "scene:2"}, "depth": {**DEPTH, "image": "scene:2-"}}}), model)  # fmt: skip
-    assert np.abs(pictures(alone) - pictures(whole)[[2, 6]]).max() <= 1
+    assert np.abs(pixels_of(alone) - pixels_of(whole)[[2, 6]]).max() <= 1
 
 
 def test_sizes_that_are_not_square_and_a_sampler_that_cuts_rows(config, model):
     churning = {"name": "euler", "options": {"s_churn": 0.5}}
     run = generate(config(size=(16, 24), sampler=churning, controls={"a": CANNY, "b": DEPTH}), model)
     assert {Image.open(path).size for path in run.folder.glob("controls/*/*.png")} == {(24, 16)}
-    assert sorted(p.name for p in (run.folder / "controls").iterdir()) == ["a", "b"] and run.made == 2
+    assert sorted(p.name for p in (run.folder / "controls").iterdir()) == ["a", "b"] and run.sampled == 2
 
 
 def test_the_identity_is_of_what_the_control_image_shows(config, photo, tmp_path, folder):
     def place(**changes) -> str:
         asked = config(seeds="0", controls={"canny": {**CANNY, "image": str(photo), **changes}})
-        plan = panels(asked)
-        return runs.digest(semantics(asked, plan, "model", Sources(plan, folder)))
+        return expand(asked).folder.name
 
     base = place()
     moved = tmp_path / "elsewhere" / "same.png"
@@ -156,7 +154,7 @@ def test_the_identity_is_of_what_the_control_image_shows(config, photo, tmp_path
 def test_guess_mode_is_for_the_conditional_branch(config, model):
     guided = {"terms": {"cfg": {"kind": "cfg", "weight": 3}}}
     plain, guess = (
-        pictures(generate(config(guidance=guided, controls={"canny": {**CANNY, "guess": g}}), model))
+        pixels_of(generate(config(guidance=guided, controls={"canny": {**CANNY, "guess": g}}), model))
         for g in (False, True)
     )
     assert np.abs(plain - guess).max() > 2
@@ -166,8 +164,8 @@ def test_a_map_of_ones_own_and_a_photo_in_turn(config, model, photo, tmp_path):
     Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)).save(tmp_path / "map.png")
     files = [str(tmp_path / "map.png"), str(photo)]
     run = generate(config(seeds="5-7", controls={"d": {**DEPTH, "preprocess": "none", "image": files}}), model)
-    said = [images.read_settings(p)["controls"]["d"]["image"] for p in sorted((run.folder / "images").rglob("*.png"))]
-    assert said == [files[0], files[1], files[0]]
+    records = [png_metadata.read_record(p) for p in sorted((run.folder / "images").rglob("*.png"))]
+    assert [record["controls"]["d"]["image"] for record in records] == [files[0], files[1], files[0]]
     shown = np.asarray(Image.open(run.folder / "controls" / "d" / "seed7.png"))
     assert np.abs(shown[:, :, 0].flatten() - np.linspace(0, 255, 256)).max() < 1
 
@@ -189,12 +187,12 @@ def test_a_map_of_ones_own_and_a_photo_in_turn(config, model, photo, tmp_path):
         ({"low": 300}, "controls.canny.low: 300 is above high, 200"),
         ({"start": 0.5, "end": 0.5}, "controls.canny.start: 0.5 is not below end, 0.5"),
         ({"preprocess": "depth", "image": "a.png"}, "controls.canny.depth_model: missing, and a.png needs one"),
-        ({"preprocess": "depth", "image": PICTURE, "depth_model": "no/such"}, "hf download no/such"),
+        ({"preprocess": "depth", "image": PHOTO, "depth_model": "no/such"}, "hf download no/such"),
         ({"preprocess": "depth", "image": "a.png", "depth_model": "no/such"}, "a.png: no such file"),
         ({"scale": "inf"}, "controls.canny.scale: inf is not finite"),
     ],
 )
-def test_what_cannot_be_is_one_line_before_a_picture_is_made(config, model, change, words):
+def test_what_cannot_be_is_one_line_before_an_image_is_made(config, model, change, words):
     with pytest.raises(ValueError) as caught:
         generate(config(controls={"canny": {**CANNY, **change}}), model)
     asset = "hf download" in words or "unknown controlnet" in words

@@ -18,8 +18,9 @@ from make_models import make_controlnet, make_pipeline
 from test_unet import THREE_LEVELS, TWO_LEVELS, WIDE_STEP, inputs
 
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
-from segresearch.models import Denoiser, load_sdxl
+from segresearch.models import load_sdxl
 from segresearch.models.controlnet import ControlNet, ControlNetConfig, controlled, weighted
+from segresearch.models.denoiser import Denoiser
 from segresearch.models.unet import ControlResiduals, UNetConfig
 from segresearch.sampling import ALWAYS, initial_noise, sample, sigmas, step_interval
 

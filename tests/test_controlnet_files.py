@@ -8,8 +8,11 @@ import torch
 from make_models import make_controlnet, make_pipeline, write_single
 from safetensors.torch import load_file, save_file
 
-from segresearch.models import CheckpointError, ControlNetConfig, load_sdxl
-from segresearch.models.control_folder import check_fit, open_controlnets
+from segresearch.checkpoints.folder import open_controlnets
+from segresearch.checkpoints.load import check_fit
+from segresearch.errors import CheckpointError
+from segresearch.models import load_sdxl
+from segresearch.models.controlnet import ControlNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -101,7 +104,7 @@ def test_hub_id_is_looked_up_in_the_local_cache_only(made, folder, tmp_path, mon
 def test_what_is_not_there(made, folder, tmp_path):
     refused("unknown controlnet 'edgs': the model has edges; or", "edgs", made[0])
     refused("unknown controlnet 'edges': .* has none of its own", "edges", made[1])
-    refused("'edges' is asked for twice", ["edges", "edges"], made[0])
+    refused("'edges' is named twice", ["edges", "edges"], made[0])
     refused("is a whole model, not a ControlNet", made[0], made[0])
     refused("give its folder in the diffusers layout", folder / WEIGHTS, made[0])
     (tmp_path / "net.pth").write_bytes(b"\x80")

@@ -10,11 +10,12 @@ import pytest
 
 from segresearch import dashboard
 from segresearch.config import conf_dir
-from segresearch.dashboard import build, found_metrics, spec
+from segresearch.dashboard import build, metrics_of, spec
 from segresearch.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")
-METRICS = ("n", "fd-mini", "fd-mini-error", "fd-inception", "distance-mini", "distance-vgg", "saturation", "contrast")
+METRICS = ("n", "fd-mini", "fd_to_baseline-mini", "fd-inception", "distance-mini", "distance-vgg", "saturation",
+           "contrast")  # fmt: skip
 SCRIPT = conf_dir().parent / "experiments" / "dashboard.py"
 
 
@@ -41,18 +42,18 @@ def panels(given) -> list[dict]:
 
 @pytest.mark.parametrize("kind", ["workspace", "report"])
 def test_an_experiment_has_its_plots_pictures_and_tables(kind, offline):
-    made = spec(build(kind, "table1", METRICS, "mine", "us"))
-    shown = panels(made)
+    board = spec(build(kind, "table1", METRICS, "mine", "us"))
+    shown = panels(board)
     scatter = [p["config"] for p in shown if p["viewType"] == "Scatter Plot"]
     axes = {(p["xAxis"], p["yAxis"]) for p in scatter}
     far, near = ("summary:distance-mini", "summary:distance-vgg"), ("summary:fd-mini", "summary:fd-inception")
     assert axes == {("config:blur.value", y) for y in near} | {(x, y) for x in far for y in near}
     assert "guidance_rms" in json.dumps([p for p in shown if p["viewType"] == "Run History Line Plot"])
-    assert [p["config"]["mediaKeys"] for p in shown if p["viewType"] == "Media Browser"] == [["pictures"]]
+    assert [p["config"]["mediaKeys"] for p in shown if p["viewType"] == "Media Browser"] == [["images"]]
     assert {p["viewType"] for p in shown} >= {"Bar Chart", "Weave"}
-    text = json.dumps(made)
+    text = json.dumps(board)
     assert "side by side" in text and '"name": "experiment"' in text and '"value": "table1"' in text
-    assert kind == "workspace" or '"value": "setting"' in text and '"value": "evaluation"' in text
+    assert kind == "workspace" or '"value": "method"' in text and '"value": "evaluation"' in text
 
 
 def test_what_an_experiment_lacks_has_no_panel(offline):
@@ -76,11 +77,13 @@ def called(monkeypatch, capsys, *arguments):
 def test_the_script_prints_saves_and_says_what_publishing_needs(offline, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, said = called(monkeypatch, capsys, "table1")
-    assert code == 2 and "table1: no results in runs/table1" in said.err and said.err.count("\n") == 1
+    assert code == 2 and "table1: no runs of it in runs" in said.err and said.err.count("\n") == 1
     (tmp_path / "runs/table1/one").mkdir(parents=True)
-    rows = [{"setting": "vanilla", "n": 3, "fd-mini": 2.5, "distance-mini": None}, {"fd-mini": 1, "distance-mini": 0.1}]
-    (tmp_path / "runs/table1/one/results.json").write_text(json.dumps({"rows": rows}))
-    assert found_metrics("table1") == ("n", "fd-mini", "distance-mini")
+    (tmp_path / "runs/table1/one/config.yaml").write_text("steps: 2\n")
+    values = {"n": 3, "fd-mini": 2.5, "distance-mini": 0.1}
+    rows = [{"method": "SEG", "metric": metric, "value": value, "error": None} for metric, value in values.items()]
+    (tmp_path / "runs/table1/one/results.json").write_text(json.dumps({"metrics": rows}))
+    assert metrics_of("table1") == ("n", "fd-mini", "distance-mini")
     code, said = called(monkeypatch, capsys, "table1")
     assert code == 0 and len(panels(json.loads(said.out))) >= 5 and said.err == ""
     code, said = called(monkeypatch, capsys, "table1", "--kind", "report", "--save", tmp_path / "report.json")
@@ -110,4 +113,4 @@ def test_help_and_slips_load_nothing_heavy(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", light, str(SCRIPT), "none"], capture_output=True, text=True, cwd=tmp_path
     )
-    assert ended.stdout == "2 []\n" and ended.stderr.startswith("error: none: no results")
+    assert ended.stdout == "2 []\n" and ended.stderr.startswith("error: none: no runs of it in runs")

@@ -4,9 +4,10 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from segresearch.models import Cond, Denoiser, Fork, UNet, UNetConfig
-from segresearch.models.attention import sdpa
-from segresearch.models.denoiser import alphas_cumprod
+from segresearch.models.attention import Fork, sdpa
+from segresearch.models.conditioning import Cond
+from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.unet import UNet, UNetConfig
 from segresearch.sampling import k_diffusion
 
 CONFIG = UNetConfig(

@@ -5,31 +5,32 @@ from hydra import compose, initialize_config_dir
 
 from experiments.mini.effects import PARTS, table, written
 from segresearch.config import EvaluateConfig, conf_dir, settings
-from segresearch.evaluation.spec import study
+from segresearch.evaluation.spec import evaluation_spec
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_every_part_is_an_evaluation_with_a_place_on_the_page(part):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = settings(compose("evaluate", overrides=part.command(20)), kind=EvaluateConfig)
-    plan = study(config)
+    spec = evaluation_spec(config)
     assert (config.images, config.steps, config.sampler.name) == (10 if part.half else 20, 10, "dpmpp_2m")
-    first = plan.settings[plan.first].terms
-    assert set(first) == ({"cfg"} if part.name.startswith("cfg") else set()) and len(plan.settings) > 1
-    assert ("control" in part.name) == bool(plan.controls)
-    assert (part.name[:3] == "cfg" or "text" in part.name) <= bool(plan.scenes)
+    baseline = spec.methods[spec.baseline].terms
+    assert set(baseline) == ({"cfg"} if part.name.startswith("cfg") else set()) and len(spec.methods) > 1
+    assert ("control" in part.name) == bool(spec.controls)
+    assert (part.name[:3] == "cfg" or "text" in part.name) <= bool(spec.scenes)
     page = (conf_dir().parent / "docs" / "effects.md").read_text()
     assert written(page, part.name, ["x"]) != page and f"effects/{part.name}.png" in page
 
 
 def test_tables_keep_the_run_s_numbers(tmp_path):
-    (tmp_path / "table.csv").write_text(
-        "setting,n,fd-mini,fd-mini-error,fd-mini-first,fd-mini-first-error,distance-mini,distance-mini-error,exact\n"
-        "vanilla,9,512.34,20.04,,,,,0.4251\n"
-        "SEG σ=∞,9,500,20.1,-12.34,3.21,0.0961,0.0031,0.5\n"
+    (tmp_path / "metrics.csv").write_text(
+        "method,metric,value,error\n"
+        "vanilla,n,9,\nvanilla,fd-mini,512.34,20.04\nvanilla,fd_to_baseline-mini,,\nvanilla,distance-mini,,\n"
+        "vanilla,exact,0.4251,\nSEG σ=∞,n,9,\nSEG σ=∞,fd-mini,500,20.1\nSEG σ=∞,fd_to_baseline-mini,-12.34,3.21\n"
+        "SEG σ=∞,distance-mini,0.0961,0.0031\nSEG σ=∞,exact,0.5,\n"
     )
     assert table(tmp_path) == [
-        "| setting | FD | − vanilla | distance | exact |",
+        "| method | FD | − baseline | distance | exact |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| vanilla | 512.3 ± 20.0 | – | – | 0.425 |",
         "| SEG σ=∞ | 500.0 ± 20.1 | −12.3 ± 3.2 | 0.096 ± 0.003 | 0.500 |",

@@ -1,5 +1,8 @@
 """The parts of an evaluation on their own: prompts, workers, shards, the paper's figures, tables, figures."""
 
+import csv
+import dataclasses
+import io
 import json
 import math
 import os
@@ -10,14 +13,18 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig, conf_dir, settings
+from segresearch.config.build import with_batch_size
 from segresearch.config.parse import from_coco, from_text
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers, plots, shards, table
+from segresearch.evaluation.aggregate import Result
+from segresearch.evaluation.frame import METRICS, Frame, Value
 from segresearch.evaluation.shards import Array
-from segresearch.evaluation.spec import placed, study
+from segresearch.evaluation.spec import evaluation_spec, with_folders
 from segresearch.evaluation.workers import Worker, worker
-from segresearch.models.locate import located
+from segresearch.tidy_csv import to_csv
 
 
 def composed(*overrides: str) -> EvaluateConfig:
@@ -72,39 +79,47 @@ def test_workers_share_all_ranges_and_each_has_one_owner():
 
 
 def test_a_shard_is_whole_or_not_there_and_a_later_one_takes_its_place(tmp_path):
-    place = tmp_path / "setting" / shards.name(range(3, 5))
-    one, two = Array(np.arange(6.0).reshape(2, 3), "net"), Array(np.ones(2, np.uint8), "sampled")
-    assert shards.held(place) == {} and "missing" in shards.verify(place)
-    shards.commit(place, {"a": one})
-    before = {p.name: p.read_bytes() for p in place.iterdir()}
-    shards.commit(place, {"a": one})
-    assert {p.name: p.read_bytes() for p in place.iterdir()} == before
-    shards.commit(place, {"a": one, "b": two}, {"torch": "9.9"})
-    assert shards.made(place) == {"torch": "9.9"}
-    assert shards.held(place) == {"a": "net", "b": "sampled"} and shards.verify(place) is None
-    assert np.array_equal(shards.load(place, "a"), one.value) and shards.load(place, "b").dtype == np.uint8
-    assert [p.name for p in place.parent.iterdir()] == ["0000003-0000005"]
-    (place / "c.npy").write_bytes(b"")
-    assert "c.npy, which is not a part of it" in shards.verify(place)
-    mine = f".0000003-0000005.{socket.gethostname()}-{os.getpid()}.tmp"
-    for left in (mine, f".0000003-0000005.{socket.gethostname()}-999999999.tmp", ".0000003-0000005.elsewhere-9.tmp"):
-        shutil.copytree(place, place.with_name(left))
-    shards.sweep(place.parent)  # of processes that may live, nothing
-    kept = {mine, ".0000003-0000005.elsewhere-9.tmp", "0000003-0000005"}
-    assert {p.name for p in place.parent.iterdir()} == kept
-    assert [list(r) for r in shards.cut(5, 2)] == [[0, 1], [2, 3], [4]]
+    path = tmp_path / "method" / shards.file_name(range(3, 5))
+    one, two = Array(np.arange(6.0).reshape(2, 3), "net"), Array(np.ones((2, 0), np.uint8), "sampled")
+    assert shards.producers(path) == {} and "missing" in shards.verify(path)
+    shards.write(path, {"a": one})
+    before = path.read_bytes()
+    shards.write(path, {"a": one})
+    assert path.read_bytes() == before
+    shards.write(path, {"b": two, "a": one}, {"torch": "9.9"})
+    assert shards.versions(path) == {"torch": "9.9"}
+    assert shards.producers(path) == {"a": "net", "b": "sampled"} and shards.verify(path) is None
+    assert np.array_equal(shards.load(path, "a"), one.value) and shards.load(path, "b").dtype == np.uint8
+    assert [p.name for p in path.parent.iterdir()] == ["0000003-0000005.safetensors"]
+    mine = f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp"
+    for left in (mine, f".{path.name}.{socket.gethostname()}-999999999.tmp", f".{path.name}.elsewhere-9.tmp"):
+        shutil.copyfile(path, path.with_name(left))
+    shards.sweep(path.parent)  # of processes that may live, nothing
+    assert {p.name for p in path.parent.iterdir()} == {mine, f".{path.name}.elsewhere-9.tmp", path.name}
+    assert [list(rows) for rows in shards.ranges(5, 2)] == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize("byte", [0, 9, 60, -1])
+def test_a_byte_that_changes_anywhere_in_a_shard_is_damage(byte, tmp_path):
+    path = tmp_path / shards.file_name(range(2))
+    shards.write(path, {"a": Array(np.arange(6.0), "net")}, {"torch": "9.9"})
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 0x01
+    path.write_bytes(data)
+    assert str(path) in shards.verify(path)
 
 
 @pytest.mark.parametrize(("name", "count"), [("table1", 5), ("table2", 6), ("fig6", 13), ("fig12", 10)])
 @pytest.mark.parametrize("model", ["mini", "sdxl"])
-def test_every_experiment_is_a_table_of_its_settings(name, count, model):
-    plan = study(composed(f"experiment={name}", f"model={model}", "images=12"))
-    assert len(plan.settings) == count and plan.paper == (name if name in paper_numbers.TABLES else None)
-    assert not plan.settings[plan.first].terms and plan.settings[plan.first].sag is None
-    if plan.paper:
-        beside = [paper_numbers.figures(plan.paper, guidance) for guidance in plan.settings.values()]
-        assert beside == list(paper_numbers.TABLES[name].values())  # in the paper's order, each line once
-    assert all(plan.texts(range(12))) == (name == "table2")
+def test_every_experiment_is_a_table_of_its_methods(name, count, model):
+    spec = evaluation_spec(composed(f"experiment={name}", f"model={model}", "images=12"))
+    assert len(spec.methods) == count and spec.paper == (name if name in paper_numbers.TABLES else None)
+    assert not spec.methods[spec.baseline].terms and spec.methods[spec.baseline].sag is None
+    if spec.paper:
+        numbers = [paper_numbers.numbers(spec.paper, guidance) for guidance in spec.methods.values()]
+        known = [{column: value for column, value in line.items() if value is not None} for line in numbers]
+        assert known == list(paper_numbers.TABLES[name].values())  # in the paper's order, each line once
+    assert all(spec.texts(range(12))) == (name == "table2")
 
 
 def test_experiments_are_pictures_too():
@@ -114,35 +129,35 @@ def test_experiments_are_pictures_too():
     assert config.pairing == "zip" and config.compare[1].terms["seg"].perturbation.sigma == 1
 
 
-def places(*overrides: str) -> dict[str, str]:
-    config = composed(*overrides)
-    return {name: place.name for name, place in placed(config, study(config), located("mini")).places.items()}
+def folders(*overrides: str) -> dict[str, str]:
+    spec = evaluation_spec(with_batch_size(composed(*overrides)))
+    return {method: folder.name for method, folder in with_folders(spec, resolve_model("mini")).folders.items()}
 
 
 def test_shards_lie_by_what_pictures_depend_on():
-    one = places("experiment=table2")
-    assert one == places("experiment=table2", "images=40")
-    assert one == places("experiment=table2", "n_bootstrap=3", "n_examples=2", "device=cpu", "stage=reduce", "keep=8")
-    assert one == places("experiment=table2", "device=cuda", "batch_size=25", "compute.precision=exact",
+    one = folders("experiment=table2")
+    assert one == folders("experiment=table2", "images=40")
+    assert one == folders("experiment=table2", "n_bootstrap=3", "n_examples=2", "device=cpu", "stage=reduce", "keep=8")
+    assert one == folders("experiment=table2", "device=cuda", "batch_size=25", "compute.precision=exact",
                          "compute.offload=true")  # fmt: skip
-    assert places("experiment=table2", "device=cuda") == places("experiment=table2", "device=cuda", "batch_size=100")
-    assert one == places("experiment=table2", "batch_size=25") != places("experiment=table2", "batch_size=100")
+    assert folders("experiment=table2", "device=cuda") == folders("experiment=table2", "device=cuda", "batch_size=100")
+    assert one == folders("experiment=table2", "batch_size=25") != folders("experiment=table2", "batch_size=100")
     changes = ["device=cuda", "compute.compile=true", "device=cuda compute.graph=true", "compute.vae_tile=64",
                "batch_size=4", "shard=48", "steps=9", "sampler=heun", "prompts='scene:1-'", "model.dtype=float16",
                "controlnet=canny controls.canny.image=scene:0-", "controlnet=canny controls.canny.image=scene:1-",
                "controlnet=canny controls.canny.image=scene:0-999",
                "controlnet=depth controls.depth.image=scene:0-"]  # fmt: skip
-    found = [places("experiment=table2", *change.split()) for change in changes]
+    found = [folders("experiment=table2", *change.split()) for change in changes]
     assert len({digest for of_one in (one, *found) for digest in of_one.values()}) == len(one) * (1 + len(changes))
 
 
-def test_experiments_share_the_shards_of_settings_they_share():
+def test_experiments_share_the_shards_of_methods_they_share():
     """Whatever they are called there."""
-    table, ablation = places("experiment=table1"), places("experiment=fig6")
+    table, ablation = folders("experiment=table1"), folders("experiment=fig6")
     assert table["vanilla"] == ablation["vanilla"] and table["SEG σ=∞"] == ablation["s = 1 σ = ∞"]
     assert len({*table.values()} & {*ablation.values()}) == 3  # and σ = 10
     label = "{guidance: seg, label: mine, terms: {seg: {perturbation: {sigma: 10}}}}"
-    mine = places("guidance=none", f"compare=[none,{label}]", "prompts=['']", "sampler=dpmpp_2m", "schedule=karras")
+    mine = folders("guidance=none", f"compare=[none,{label}]", "prompts=['']", "sampler=dpmpp_2m", "schedule=karras")
     assert set(mine) == {"vanilla", "mine"} and mine["mine"].startswith("seg-")
 
 
@@ -160,35 +175,52 @@ def test_controls_are_checked_before_anything_is_made(given, words):
     overrides = ["experiment=table1", "controlnet=canny", *(["controls.canny.image=scene:0-"] if "net" in given or
                  "start" in given else []), given]  # fmt: skip
     if words is None:
-        assert len(places(*overrides)) == len(places("experiment=table1"))
+        assert len(folders(*overrides)) == len(folders("experiment=table1"))
     else:
         with pytest.raises(ValueError, match=words):
-            places(*overrides)
+            folders(*overrides)
 
 
-ROWS = [
-    {"setting": "vanilla", "n": 9, "fd-mini": 12.0, "fd-mini-error": 0.5, "fd-mini-first": None, "kd-mini": 0.01,
-     "precision-mini": 0.5, "recall-mini": 0.25, "distance-mini": None, "saturation": 0.3, "contrast": 0.2, "red": 0.5,
-     "green": 0.4, "blue": 0.3, "paper-fid": 129.496},
-    {"setting": "SEG 2 σ=∞", "n": 9, "fd-mini": 7.25, "fd-mini-error": 0.25, "fd-mini-first": -4.75,
-     "fd-mini-first-error": 0.3, "kd-mini": -2.04, "precision-mini": 0.75, "recall-mini": 0.2, "distance-mini": 0.4,
-     "distance-mini-error": 0.01, "saturation": 0.4, "contrast": 0.2, "red": 0.6, "green": 0.4, "blue": 0.2,
-     "paper-fid": 88.215},
-]  # fmt: skip
+FRAME = Frame(tuple(Value(*row) for row in [
+    ("vanilla", "n", 9), ("vanilla", "fd-mini", 12.0, 0.5), ("vanilla", "fd_to_baseline-mini", None),
+    ("vanilla", "kd-mini", 0.01), ("vanilla", "precision-mini", 0.5), ("vanilla", "recall-mini", 0.25),
+    ("vanilla", "distance-mini", None), ("vanilla", "saturation", 0.3), ("vanilla", "contrast", 0.2),
+    ("vanilla", "red", 0.5), ("vanilla", "green", 0.4), ("vanilla", "blue", 0.3), ("vanilla", "paper-fid", 129.496),
+    ("SEG 2 σ=∞", "n", 9), ("SEG 2 σ=∞", "fd-mini", 7.25, 0.25), ("SEG 2 σ=∞", "fd_to_baseline-mini", -4.75, 0.3),
+    ("SEG 2 σ=∞", "kd-mini", -2.04), ("SEG 2 σ=∞", "precision-mini", 0.75), ("SEG 2 σ=∞", "recall-mini", 0.2),
+    ("SEG 2 σ=∞", "distance-mini", 0.4, 0.01), ("SEG 2 σ=∞", "saturation", 0.4), ("SEG 2 σ=∞", "contrast", 0.2),
+    ("SEG 2 σ=∞", "red", 0.6), ("SEG 2 σ=∞", "green", 0.4), ("SEG 2 σ=∞", "blue", 0.2),
+    ("SEG 2 σ=∞", "paper-fid", 88.215),
+]))  # fmt: skip
 
 
 def test_tables_say_the_same_in_every_form():
-    lines = table.markdown(ROWS).splitlines()
+    lines = table.markdown(FRAME).splitlines()
     heads = [cell.strip() for cell in lines[0].strip("|").split("|")]
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     seen = dict(zip(heads, cells, strict=True))
-    assert seen["FD (mini)"] == "7.25 ± 0.25" and seen["− first"] == "−4.75 ± 0.30" and seen["KD (mini)"] == "−2.0"
+    assert seen["FD (mini)"] == "7.25 ± 0.25" and seen["− baseline"] == "−4.75 ± 0.30" and seen["KD (mini)"] == "−2.0"
     assert seen["distance (mini)"] == "0.400 ± 0.010" and seen["paper: FID"] == "88.215" and "–" in lines[2]
-    assert table.to_csv(ROWS).splitlines()[2].startswith("SEG 2 σ=∞,9,7.25,0.25,-4.75,")
-    made = table.latex(ROWS)
+    made = table.latex(FRAME)
     assert made.count(r"\\") == 3 and r"SEG 2 $\sigma$=$\infty$" in made and r"7.25 $\pm$ 0.25" in made
     assert "lrrrrrrrrr|r}" in made and all(ord(c) < 128 for c in made.replace("–", ""))
-    assert json.loads(table.to_jsonl(ROWS, {"run": "x"}).splitlines()[1])["fd-mini"] == 7.25
+    rows = list(csv.DictReader(io.StringIO(to_csv(FRAME.plain()))))
+    assert rows[15] == {"method": "SEG 2 σ=∞", "metric": "fd_to_baseline-mini", "value": "-4.75", "error": "0.3"}
+    assert rows[2]["value"] == rows[0]["error"] == "" and len(rows) == len(FRAME.rows)
+    last = json.loads(table.to_jsonl(FRAME, {"run": "x"}).splitlines()[-1])
+    assert last == {"run": "x", "method": "SEG 2 σ=∞", "metric": "paper-fid", "value": 88.215, "error": None}
+
+
+def test_a_frame_is_read_back_and_looked_up():
+    assert Frame.of(json.loads(json.dumps(FRAME.plain()))) == FRAME
+    assert FRAME.methods == ("vanilla", "SEG 2 σ=∞") and FRAME["SEG 2 σ=∞", "fd-mini"].error == 0.25
+    assert FRAME["vanilla", "cost"].value is None and FRAME.of_kind("fd") == (METRICS["fd-mini"],)
+    assert METRICS["distance-mini"].to_baseline and METRICS["fd-inception"].head == "FID"
+    for row in ({"method": "a", "metric": "unknown", "value": 1}, {"method": "a"}):
+        with pytest.raises((KeyError, TypeError)):
+            Frame.of([row])
+    alone = Frame(FRAME.rows[:13])
+    assert "− baseline" not in table.markdown(alone) and "FD (mini)" in table.markdown(alone)
 
 
 def test_figures_are_drawn_of_bars_and_of_lines_over_sigma():
@@ -197,19 +229,20 @@ def test_figures_are_drawn_of_bars_and_of_lines_over_sigma():
     seg = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
     guided = typed(dict[str, GuidanceConfig], {"vanilla": {}, "SEG 2 σ=∞": {"terms": {"seg": seg}}})
     config = composed("images=300", "compare=[]", "guidance=none")
-    plan = study(config)
-    plan = type(plan)(guided, plan.prompts, (), plan.ranges, None)
+    spec = dataclasses.replace(evaluation_spec(config), methods=guided)
     norms = {"vanilla": (0.0, 0.0), "SEG 2 σ=∞": (0.5, 0.25)}
-    found = plots.draw(plan, ROWS, norms, "a run")
+    found = plots.draw(spec, Result(FRAME, norms, 9), "a run")
     assert set(found) == {"quality", "colour", "norms"}
     assert [t.get_text() for t in found["quality"].axes[0].get_yticklabels()] == ["vanilla", "SEG 2 σ=∞"]
     narrow = {**seg, "perturbation": {"kind": "seg", "sigma": 1}}
     guided |= typed(dict[str, GuidanceConfig], {"SEG 2 σ=1": {"terms": {"seg": narrow}}})
-    plan = type(plan)(guided, plan.prompts, (), plan.ranges, None)
-    found = plots.draw(plan, [*ROWS, {**ROWS[1], "setting": "SEG 2 σ=1", "fd-mini-first": -3.0}], {}, "a run")
+    spec = dataclasses.replace(spec, methods=guided)
+    more = [dataclasses.replace(row, method="SEG 2 σ=1") for row in FRAME.rows[13:]]
+    more[2] = dataclasses.replace(more[2], value=-3.0)
+    found = plots.draw(spec, Result(Frame((*FRAME.rows, *more)), {}, 9), "a run")
     assert set(found) == {"quality", "colour"}
     left = found["quality"].axes[0]
     assert [t.get_text() for t in left.get_xticklabels()] == ["1", "∞"]
     assert list(left.containers[0][0].get_ydata()) == [-3.0, -4.75]  # by rising σ
-    assert plots.family(guided["SEG 2 σ=1"]) == ("SEG s = 2", 1.0) and plots.method(guided["vanilla"]) == "vanilla"
+    assert plots.family(guided["SEG 2 σ=1"]) == ("SEG s = 2", 1.0) and plots.kind(guided["vanilla"]) == "vanilla"
     assert paper_numbers.key(guided["SEG 2 σ=∞"]) == math.inf

@@ -18,13 +18,14 @@ from segresearch.guidance.blur import BOUNDARIES, _matrix, blur, gaussian_taps
 from segresearch.guidance.sag import TAPS
 
 ROOT = Path(segresearch.__file__).parent
-PACKAGES = ("models", "guidance", "sampling", "analysis", "metrics")
+PACKAGES = ("checkpoints", "models", "guidance", "sampling", "analysis", "metrics")
 
 # module -> the tests/test_fake_cuda_<name>.py that runs it on the device
 COVERED = {
-    "models.attention": "guidance", "models.layers": "guidance", "models.checkpoint": "pictures",
-    "models.conditioning": "models", "models.control_folder": "pictures", "models.controlnet": "models",
-    "models.denoiser": "models", "models.load": "pictures",
+    "checkpoints.folder": "pictures", "checkpoints.load": "pictures", "checkpoints.tensors": "pictures",
+    "models.attention": "guidance", "models.layers": "guidance", "models.sdxl": "pictures",
+    "models.conditioning": "models", "models.controlnet": "models",
+    "models.denoiser": "models",
     "models.offload": "models", "models.tiles": "models", "models.text": "models",
     "models.unet": "guidance", "models.vae": "models",
     "guidance.constants": "guidance", "guidance.branch_attention": "guidance",
@@ -34,21 +35,21 @@ COVERED = {
     "guidance.sag": "guidance",
     "sampling.loop": "sampling", "sampling.noise": "sampling", "sampling.batching": "sampling",
     "sampling.schedules": "sampling", "sampling.intervals": "sampling",
-    "analysis.curvature": "analysis", "analysis.energy": "analysis", "analysis.lemmas": "analysis",
-    "analysis.recorder": "analysis", "analysis.regimes": "analysis", "analysis.smoothing": "analysis",
-    "analysis.statistics": "analysis", "analysis.measurements": "analysis", "analysis.verdict": "analysis",
+    "analysis.blur_operator": "analysis", "analysis.claims": "analysis", "analysis.curvature": "analysis",
+    "analysis.energy": "analysis", "analysis.logit_statistics": "analysis", "analysis.measurements": "analysis",
+    "analysis.recorder": "analysis", "analysis.theorem_regimes": "analysis",
     "metrics.attributes": "metrics", "metrics.text_alignment": "metrics",
     "metrics.edge_agreement": "metrics", "metrics.features": "metrics", "metrics.frechet": "metrics",
-    "metrics.inception": "metrics", "metrics.mmd": "metrics",
-    "metrics.lpips": "metrics", "metrics.precision": "metrics", "metrics.mini_vision": "metrics",
+    "metrics.mmd": "metrics", "metrics.lpips": "metrics", "metrics.precision": "metrics",
+    "metrics.mini_vision": "metrics",
 }  # fmt: skip
 # module -> why it has no tensor of the device, though it imports torch
 HOST = {
     "models.compute": "settings; torch is imported for types",
     "models.graphs": "CUDA graphs are of a real GPU: tests/gpu",
-    "models.layouts": "what is on disk: modules on the meta device, sizes and names",
+    "checkpoints.single_file": "what is on disk: sizes and names",
     "analysis.analyze": "the run itself: sampling, decoding and the table, each covered, and files",
-    "analysis.story": "figures of a recording, which lies on the CPU",
+    "analysis.energy_plots": "plots of a recording, which lies on the CPU",
     "metrics.weight_files": "files and checksums; `frozen` is nn.Module.to",
 }
 FACTORIES = {"zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tensor", "as_tensor", "rand",
@@ -59,7 +60,6 @@ ALLOWED = {
     "guidance.blur:gaussian_taps": "fp64 on the CPU; cached as a matrix on the device by its users",
     "guidance.blur:fold_taps": "as gaussian_taps",
     "guidance.blur:_matrix": "fp64 on the CPU, sent once a shape",
-    "models.checkpoint:fill": "the buffer that a file is read into",
     "models.controlnet:ControlNet.forward": "weights of guess mode, as numbers",
     "models.denoiser:alphas_cumprod": "numbers of a config in fp64; `load_sdxl` sends them",
     "sampling.loop:sample": "levels as given, sent with the noise",
@@ -70,11 +70,11 @@ ALLOWED = {
     "sampling.schedules:positive_sigmas": "fp64 on the CPU, sent as a whole",
     "sampling.intervals:step_interval": "levels as numbers",
     "analysis.curvature:chain_norm": GENERATED,
-    "analysis.smoothing:log_spectrum": "small fp64 vectors of a grid, whose sums are numbers of the host",
-    "analysis.statistics:end_weights": "of a grid alone; sent by whoever has a device",
-    "analysis.story:regime": "a figure, on the CPU",
-    "analysis.story:field": "a figure, on the CPU",
-    "analysis.story:landscape": "a figure, on the CPU",
+    "analysis.blur_operator:log_spectrum": "small fp64 vectors of a grid, whose sums are numbers of the host",
+    "analysis.logit_statistics:end_weights": "of a grid alone; sent by whoever has a device",
+    "analysis.theorem_regimes:white_noise": GENERATED,
+    "analysis.energy_plots:_column": "a plot, on the CPU",
+    "analysis.energy_plots:landscape": "a plot, on the CPU",
     "metrics.attributes:scene_attributes": "of numbers of scenes, on the CPU",
     "metrics.edge_agreement:contrast": "two 3×3 kernels, sent to the pictures",
     "metrics.frechet:bootstrap_indices": GENERATED,

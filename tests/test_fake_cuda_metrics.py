@@ -27,16 +27,16 @@ from transformers import (
     Dinov2Model,
 )
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.evaluation.image_metrics import look
-from segresearch.metrics import features, frechet, inception, mmd
+from segresearch.metrics import features, frechet, mmd
 from segresearch.metrics.attributes import AttributeClassifier, agreement, classify, scene_attributes
 from segresearch.metrics.edge_agreement import edge_agreement
 from segresearch.metrics.features import load_extractor
 from segresearch.metrics.lpips import lpips_distances
 from segresearch.metrics.mini_vision import VisionTower, perceptual_distances, unit_range
 from segresearch.metrics.precision import precision_recall
-from segresearch.metrics.text_alignment import Clip, mini_text_alignment, text_alignment
-from segresearch.models.locate import located
+from segresearch.metrics.text_alignment import Clip, MiniClip, text_alignment
 from segresearch.models.text import load_tokenizer
 
 ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4}
@@ -78,8 +78,7 @@ def extractors(monkeypatch, tmp_path, gpu):  # noqa: F811
 
     monkeypatch.setattr(features.weight_files, "hub_weights", lambda path, sha256: (tmp_path, "0" * 64))
     monkeypatch.setattr(features.pretrained, "load_model", lambda kind, folder, **more: networks[kind])
-    for module in (features.weight_files, inception):
-        monkeypatch.setattr(module, "frozen", frozen)
+    monkeypatch.setattr(features.weight_files, "frozen", frozen)
     monkeypatch.setattr(features, "load_vision", lambda path: tower)
     monkeypatch.setattr(features.weight_files, "load_tensors", lambda *given: ({}, "0" * 64))
     return gpu
@@ -116,7 +115,7 @@ def test_inception(extractors, monkeypatch, dtype):
         return
     with extractors.without_values():
         found = extractor.network(images.to("cuda"))
-        assert (found.device.type, found.dtype, found.shape) == ("cuda", dtype, (1, inception.FEATURES))
+        assert (found.device.type, found.dtype, found.shape) == ("cuda", dtype, (1, 2048))
 
 
 # --- networks that compare ------------------------------------------------------------------------
@@ -140,7 +139,7 @@ def test_text_alignment(gpu, dtype):  # noqa: F811
     """The model's own image processor works on the CPU, by design; its pixels and tokens are then sent."""
     text = {**SMALL, "vocab_size": 721, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 2}
     model = real(CLIPModel, CLIPConfig(text_config=text, vision_config=VIT, projection_dim=6))
-    tokenizer = load_tokenizer(located("mini") / "tokenizer")
+    tokenizer = load_tokenizer(resolve_model("mini") / "tokenizer")
     processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     images, texts = pictures(), ["a red cube", "a very long text that is cut off after sixteen tokens"]
     with on_the_cpu():
@@ -161,18 +160,20 @@ def test_networks_of_mini(gpu):  # noqa: F811
         pooled = torch.randn(2, 96, generator=torch.Generator().manual_seed(0))
         text = SimpleNamespace(encode=lambda texts: (None, pooled))
         expected = [
-            tower.embed(images),
+            MiniClip(tower, text).embed_images(images),
+            MiniClip(tower, text).embed_texts(["a", "b"]),
             perceptual_distances(tower.vision, images, images.flip(0)),
-            mini_text_alignment(tower, text, images, ["a", "b"]),
         ]
+        cosines = text_alignment(MiniClip(tower, text), images, ["a", "b"])
         predicted = classify(classifier, images)
         scores = agreement(predicted, scene_attributes([0, 1]))
     fake, text = moved(tower), SimpleNamespace(encode=lambda texts: (None, pooled.to("cuda")))
     found = [
-        fake.embed(images),
+        MiniClip(fake, text).embed_images(images),
+        MiniClip(fake, text).embed_texts(["a", "b"]),
         perceptual_distances(fake.vision, images.to("cuda"), images.flip(0)),
-        mini_text_alignment(fake, text, images, ["a", "b"]),
     ]
+    check_same(text_alignment(MiniClip(fake, text), images, ["a", "b"]), cosines, device="cpu")
     check_same(found, expected)
     ours = classify(moved(classifier), images)
     check_same(ours, predicted)

@@ -21,13 +21,13 @@ from fake_cuda import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.guidance.controlnet_residuals import residuals
 from segresearch.models import SDXL
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, controlled
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
-from segresearch.models.locate import located
 from segresearch.models.network_configs import EncoderConfig
 from segresearch.models.offload import on_device
 from segresearch.models.text import TextEncoders, load_tokenizer
@@ -238,7 +238,7 @@ def encoders():
         torch.manual_seed(0)
         first = CLIPTextModel(CLIPTextConfig(**TEXT, hidden_size=4))
         second = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, hidden_size=8, projection_dim=8))
-    return (load_tokenizer(located("mini") / "tokenizer"),) * 2, tuple(random(model) for model in (first, second))
+    return (load_tokenizer(resolve_model("mini") / "tokenizer"),) * 2, tuple(random(model) for model in (first, second))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

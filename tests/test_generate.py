@@ -11,7 +11,7 @@ from make_models import write_folder
 from omegaconf import OmegaConf
 from PIL import Image
 
-from segresearch import cli, images
+from segresearch import cli, png_metadata
 from segresearch.config import GenerateConfig, settings, typed
 from segresearch.generate import generate
 from segresearch.models import load_sdxl
@@ -54,19 +54,19 @@ def contents(run) -> dict[str, bytes]:
 
 def test_twice_does_nothing_twice_and_does_not_load_the_model(config, model, monkeypatch):
     first = generate(config, model)
-    assert (first.made, first.found) == (8, 0) and first.grid.is_file() and "images/s" in str(first)
+    assert (first.sampled, first.existing) == (8, 0) and first.grid.is_file() and "images/s" in str(first)
     before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.is_file()}
     assert len(before) == 8 + 2  # the grid and config.yaml
     monkeypatch.setattr("segresearch.generate.load_model", None)
     second = generate(config)
-    assert (second.made, second.found) == (0, 8) and second.folder == first.folder
+    assert (second.sampled, second.existing) == (0, 8) and second.folder == first.folder
     assert before == {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.is_file()}
 
 
 def test_each_png_says_how_it_was_made(config, model):
     run = generate(config, model)
     path = run.folder / "images" / "cfg-3-seg-2-sigma-inf" / "prompt1-seed1.png"
-    said = images.read_settings(path)
+    said = png_metadata.read_record(path)
     expected = {
         "prompt": "red",
         "seed": 1,
@@ -97,24 +97,24 @@ def test_config_yaml_of_a_run_is_the_run(config, model, tmp_path):
     text = (run.folder / "config.yaml").read_text()
     given = settings(OmegaConf.create(text))
     again = generate(dataclasses.replace(given, out=config.out), model)
-    assert again.folder == run.folder and again.made == 0 and (run.folder / "config.yaml").read_text() == text
+    assert again.folder == run.folder and again.sampled == 0 and (run.folder / "config.yaml").read_text() == text
 
 
 def test_images_do_not_depend_on_the_batch(config, model, tmp_path):
     runs = [generate(dataclasses.replace(config, batch_size=n, out=str(tmp_path / str(n))), model) for n in (1, 3, 4)]
     assert len({run.folder.name for run in runs}) == 1  # one identity
-    pictures = [
+    images = [
         np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted((run.folder / "images").rglob("*.png"))])
         for run in runs
     ]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1 and np.abs(pictures[0] - pictures[2]).max() <= 1
-    rows = pictures[0].reshape(len(pictures[0]), -1)
-    assert len(np.unique(rows, axis=0)) == len(rows)  # no two pictures alike
+    assert np.abs(images[0] - images[1]).max() <= 1 and np.abs(images[0] - images[2]).max() <= 1
+    rows = images[0].reshape(len(images[0]), -1)
+    assert len(np.unique(rows, axis=0)) == len(rows)  # no two images alike
 
 
 def test_a_stopped_run_resumes_to_the_same_bytes(config, model, tmp_path, monkeypatch, capsys):
     whole = generate(dataclasses.replace(config, out=str(tmp_path / "whole")), model)
-    save, calls = images.save_png, []
+    save, calls = png_metadata.save_png, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -122,20 +122,20 @@ def test_a_stopped_run_resumes_to_the_same_bytes(config, model, tmp_path, monkey
             raise KeyboardInterrupt
         save(*arguments)
 
-    monkeypatch.setattr(images, "save_png", interrupted)
+    monkeypatch.setattr("segresearch.generate.save_png", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate(config, model)
-    assert "4 of 8 images made" in capsys.readouterr().err
-    monkeypatch.setattr(images, "save_png", save)
+    assert "4 of 8 images sampled" in capsys.readouterr().err
+    monkeypatch.setattr("segresearch.generate.save_png", save)
     resumed = generate(config, model)
-    assert (resumed.made, resumed.found) == (4, 4)
+    assert (resumed.sampled, resumed.existing) == (4, 4)
     assert contents(resumed) == contents(whole)
     damaged = next((resumed.folder / "images").rglob("*.png"))
     damaged.write_bytes(damaged.read_bytes()[:-30])
-    assert generate(config, model).made == 1 and contents(resumed) == contents(whole)
+    assert generate(config, model).sampled == 1 and contents(resumed) == contents(whole)
 
 
-def test_the_identity_is_of_what_pictures_depend_on(config, model, folder, tmp_path):
+def test_the_identity_is_of_what_images_depend_on(config, model, folder, tmp_path):
     def place(**changes) -> str:
         return generate(dataclasses.replace(config, **{"seeds": "0", "compare": (), **changes}), model).folder.name
 
@@ -148,13 +148,13 @@ def test_the_identity_is_of_what_pictures_depend_on(config, model, folder, tmp_p
     )
 
 
-def test_pictures_that_are_not_square_and_panels_in_one_grid(config, model):
+def test_images_that_are_not_square_and_panels_in_one_grid(config, model):
     panels = typed(GenerateConfig.__annotations__["panels"], [
         {"title": "Plain", "prompts": [""], "compare": [{}]},
         {"title": "Perturbed", "pairing": "zip", "seeds": [4, 5], "compare": [{}, {"terms": {"seg": SEG}}]},
     ], "panels")  # fmt: skip
     run = generate(dataclasses.replace(config, size=(16, 24), panels=panels), model)
-    assert run.made == 2 + 4
+    assert run.sampled == 2 + 4
     assert {Image.open(path).size for path in (run.folder / "images").rglob("*.png")} == {(24, 16)}
     assert sorted(os.listdir(run.folder / "images")) == ["1-plain", "2-perturbed"]
     grid = Image.open(run.grid)
@@ -165,10 +165,10 @@ def test_the_grid_alone_is_drawn_anew_where_only_its_look_changes(config, model)
     run = generate(config, model)
     old = run.grid.read_bytes()
     again = generate(dataclasses.replace(config, grid=dataclasses.replace(config.grid, cell=64, rows=2)), model)
-    assert again.made == 0 and again.folder == run.folder and again.grid.read_bytes() != old
+    assert again.sampled == 0 and again.folder == run.folder and again.grid.read_bytes() != old
 
 
-def test_what_the_model_cannot_do_is_said_before_a_picture_is_made(config, model):
+def test_what_the_model_cannot_do_is_said_before_an_image_is_made(config, model):
     for change in (
         {"size": (15, 16)},
         {

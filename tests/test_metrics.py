@@ -264,8 +264,9 @@ def test_missing_weights_say_which_file_and_where(monkeypatch, tmp_path):
         with pytest.raises(CheckpointError) as caught:
             load()
         said = str(caught.value)
-        assert "\n" not in said and said.startswith(f"{file} is not in {tmp_path}") and f"/{file} to " in said
-    with pytest.raises(CheckpointError, match="nowhere.pth: no such file; weights-inception.* is at https://"):
+        assert "\n" not in said and said.startswith(f"{tmp_path}/hub/checkpoints/{file}: no such file")
+        assert f"/{file} there" in said and "https://" in said
+    with pytest.raises(CheckpointError, match="nowhere.pth: no such file; download https:.*weights-inception.* there"):
         load_extractor("inception", tmp_path / "nowhere.pth")
 
 
@@ -302,7 +303,7 @@ def test_weights_of_another_checksum_are_refused(tmp_path):
     assert said == known and held["a"].tolist() == [0, 0]
     for wrong in ("", "xyz", known[:7], known.upper()):
         with pytest.raises(CheckpointError, match="hexadecimal digits"):
-            weight_files.checked(file, wrong)
+            weight_files.digest(file, wrong)
     for load in (load_extractor, load_lpips):
         net = "inception" if load is load_extractor else "alex"
         with pytest.raises(CheckpointError, match=f"(?i){net}: the weights do not fit: .*Missing key"):

@@ -26,6 +26,7 @@ from transformers import (
     Dinov2Model,
 )
 
+from segresearch.checkpoints.resolve import MINI
 from segresearch.errors import CheckpointError
 from segresearch.metrics import weight_files
 from segresearch.metrics.features import load_extractor
@@ -34,8 +35,7 @@ from segresearch.metrics.lpips import load_lpips, lpips_distances
 from segresearch.metrics.mini_vision import VisionTower, load_vision
 from segresearch.metrics.mmd import cmmd, discrepancy, gaussian_kernel, kid, polynomial, subset_indices
 from segresearch.metrics.precision import precision_recall
-from segresearch.metrics.text_alignment import load_clip, mini_text_alignment, text_alignment
-from segresearch.models.locate import MINI
+from segresearch.metrics.text_alignment import MiniClip, load_clip, text_alignment
 
 TEXTS = ["a red cube", "a blue sphere left of a small green cone", "a ring"]
 
@@ -352,7 +352,7 @@ def test_features_and_cosines_of_the_embedded_model(tmp_path):
             pooled = torch.tensor([[float(len(t) + i) for i in range(10)] for t in texts])
             return pooled[:, None], pooled
 
-    found = mini_text_alignment(load_vision(tmp_path), Text, images, TEXTS, batch=2)
+    found = text_alignment(MiniClip(load_vision(tmp_path), Text), images, TEXTS, batch=2)
     with torch.no_grad():
         wanted = torch.cosine_similarity(
             tower.vision_projections[1](tower.vision(images / 127.5 - 1)), Text.encode(TEXTS)[1]

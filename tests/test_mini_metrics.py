@@ -34,7 +34,7 @@ def test_shipped_parts_come_back_as_trained(tmp_path):
     before = torch.get_rng_state()
     again, loaded = load_vision(tmp_path), load_attribute_classifier(tmp_path)
     assert torch.equal(before, torch.get_rng_state())
-    a, b = ((t.vision(unit_range(images)), t.embed(images, batch=2)) for t in (tower, again))
+    a, b = ((t.vision(unit_range(images)), t.embed(unit_range(images))) for t in (tower, again))
     assert a[0].shape == (3, 32) and a[1].shape == (3, 6)
     torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(b[1].norm(dim=1), torch.ones(3))

@@ -53,7 +53,7 @@ def test_every_import_is_a_dependency_and_every_dependency_is_imported():
     package = [path for folder in ("segresearch", "experiments") for path in (ROOT / folder).rglob("*.py")]
     optional = {  # a file that imports packages of an extra, and names it where they are absent -> them
         "dashboard.py": ("dashboards", {"wandb-workspaces"}),
-        "metrics/inception.py": ("metrics", {"torch-fidelity"}),
+        "metrics/features.py": ("metrics", {"torch-fidelity"}),
         "metrics/lpips.py": ("metrics", {"lpips"}),
     }
     files = [ROOT / "segresearch" / name for name in optional]

@@ -10,10 +10,10 @@ from diffusers import (
 )
 from make_models import write_folder
 
+from segresearch.checkpoints.resolve import MINI
 from segresearch.guidance import PAG, GuidedDenoiser, cfg, perturbed
 from segresearch.models import load_sdxl
 from segresearch.models.controlnet import controlled
-from segresearch.models.locate import MINI
 from segresearch.sampling import initial_noise, sample
 from segresearch.scenes.control_maps import depth_image, edge_image
 from segresearch.scenes.scenes import scenes

@@ -318,7 +318,8 @@ import dataclasses, math, torch
 from torch._dynamo.testing import CompileCounter
 from guidance_models import CONFIG, denoiser, noisy
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, cfg, perturbed
-from segresearch.models import Denoiser, UNet
+from segresearch.models.denoiser import Denoiser
+from segresearch.models.unet import UNet
 
 kinds = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "heads": (2, 4), "layers_per_block": (1, 1)}
 kinds |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (0, 1)}

@@ -12,8 +12,7 @@ from make_models import make_controlnet, make_pipeline
 from matplotlib.figure import Figure
 from PIL import Image
 
-from segresearch import images
-from segresearch.analysis.figures import save
+from segresearch import png_metadata
 from segresearch.config import EvaluateConfig, GenerateConfig, conf_dir, typed
 from segresearch.errors import ConfigError
 from segresearch.evaluation import evaluate as run
@@ -21,6 +20,7 @@ from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.workers import Worker
 from segresearch.generate import generate
 from segresearch.models import load_sdxl
+from segresearch.plot_style import save
 from segresearch.reproduce import recorded, reproduce
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
@@ -54,7 +54,7 @@ def done(folder, tmp_path_factory):
     return generate(typed(GenerateConfig, given))
 
 
-PICTURES = [
+FILES = [
     "images/1-under-control/vanilla/prompt0-seed0.png",
     "images/1-under-control/both/prompt1-seed1.png",
     "images/2-free/sag/prompt1-seed0.png",
@@ -63,34 +63,34 @@ PICTURES = [
 ]
 
 
-@pytest.mark.parametrize("picture", PICTURES)
-def test_a_picture_is_made_again(picture, done, tmp_path):
-    path = shutil.copy(done.folder / picture, tmp_path / "sent.png")
+@pytest.mark.parametrize("image", FILES)
+def test_an_image_is_made_again(image, done, tmp_path):
+    path = shutil.copy(done.folder / image, tmp_path / "sent.png")
     again = reproduce(path, device="cpu")
-    assert again.largest <= (1 if picture.startswith("images") else 8) and not again.notes
+    assert again.largest <= (1 if image.startswith("images") else 8) and not again.notes
     assert "largest pixel difference" in str(again)
     with Image.open(path) as given:
         pixels = np.asarray(given.convert("RGB")).copy()
         pixels[0, 0, 0] ^= 0x40  # a changed pixel shows
-        info = images.read_settings(path)
-    images.save_png(Image.fromarray(pixels), path, info)
+        info = png_metadata.read_record(path)
+    png_metadata.save_png(Image.fromarray(pixels), path, info)
     assert reproduce(path, device="cpu").largest >= 0x30
 
 
 def test_other_weights_other_code_and_another_place_are_said(done, folder, tmp_path):
     path = tmp_path / "old.png"
-    source = done.folder / PICTURES[2]
-    record = images.read_settings(source)
+    source = done.folder / FILES[2]
+    record = png_metadata.read_record(source)
     record["model"] |= {"fingerprint": "0" * 12, "path": "gone"}
     record["code"] = "0.0.1"
-    images.save_png(Image.open(source), path, record)
+    png_metadata.save_png(Image.open(source), path, record)
     again = reproduce(path, str(folder), "cpu")
     assert again.largest <= 1
     assert again.notes[0].startswith("other weights: 000000000000 when it was made, ")
     assert again.notes[1].startswith("other version of segresearch: 0.0.1 when it was made, ")
 
 
-def test_pictures_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, monkeypatch):
+def test_images_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, monkeypatch):
     def draw(*_):
         made = Figure(figsize=(1, 1))
         made.subplots().plot([1, 2])
@@ -117,7 +117,7 @@ def test_pictures_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, 
     assert record["controls"]["canny"]["image"] == "scene:2" and record["run"] == whole.folder.name
     assert reproduce(tmp_path / "saved.png", device="cpu").largest <= 1
     with Image.open(tmp_path / "saved.png") as image:  # as a page shows a large one
-        images.save_png(image.resize((32, 32), Image.Resampling.LANCZOS), tmp_path / "small.png", record)
+        png_metadata.save_png(image.resize((32, 32), Image.Resampling.LANCZOS), tmp_path / "small.png", record)
     again = reproduce(tmp_path / "small.png", device="cpu")
     assert again.largest <= 2 and "reduced from 64×64" in again.notes[0]
     figure = shutil.copy(whole.folder / "figures" / "quality.png", tmp_path / "figure.png")
@@ -141,26 +141,26 @@ def called(monkeypatch, *arguments) -> int:
 
 
 def test_the_script_says_the_difference_and_its_code(done, tmp_path, monkeypatch, capsys):
-    picture = done.folder / PICTURES[0]
-    assert called(monkeypatch, picture, "--device", "cpu", "--save", tmp_path / "again.png") == 0
+    image = done.folder / FILES[0]
+    assert called(monkeypatch, image, "--device", "cpu", "--save", tmp_path / "again.png") == 0
     assert re.fullmatch(r"largest pixel difference: [01] of 255 \(.*\)\n", capsys.readouterr().out)
-    assert images.read_settings(tmp_path / "again.png") == images.read_settings(picture)
+    assert png_metadata.read_record(tmp_path / "again.png") == png_metadata.read_record(image)
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
-    Image.open(picture).save(tmp_path / "stripped.png")
-    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:-20])
+    Image.open(image).save(tmp_path / "stripped.png")
+    (tmp_path / "cut.png").write_bytes(image.read_bytes()[:-20])
     save(Figure(figsize=(1, 1)), tmp_path / "figure.png")
-    old = images.read_settings(done.folder / "grid.png")
+    old = png_metadata.read_record(done.folder / "grid.png")
     old.pop("generate")
-    images.save_png(Image.new("RGB", (4, 4)), tmp_path / "old.png", old)
-    images.save_png(Image.new("RGB", (4, 4)), tmp_path / "half.png", {"guidance": {}, "seed": 0})
-    gone = images.read_settings(picture)
+    png_metadata.save_png(Image.new("RGB", (4, 4)), tmp_path / "old.png", old)
+    png_metadata.save_png(Image.new("RGB", (4, 4)), tmp_path / "half.png", {"guidance": {}, "seed": 0})
+    gone = png_metadata.read_record(image)
     gone["model"] = {**gone["model"], "path": "gone"}
-    images.save_png(Image.new("RGB", (16, 16)), tmp_path / "gone.png", gone)
-    net = images.read_settings(picture)
+    png_metadata.save_png(Image.new("RGB", (16, 16)), tmp_path / "gone.png", gone)
+    net = png_metadata.read_record(image)
     net["controls"]["canny"]["net"] = "nobody/net"
-    images.save_png(Image.new("RGB", (16, 16)), tmp_path / "net.png", net)
-    other = images.read_settings(picture)
-    images.save_png(Image.new("RGB", (15, 16)), tmp_path / "other.png", other)
+    png_metadata.save_png(Image.new("RGB", (16, 16)), tmp_path / "net.png", net)
+    other = png_metadata.read_record(image)
+    png_metadata.save_png(Image.new("RGB", (15, 16)), tmp_path / "other.png", other)
     for name, code, words in (
         ("none.png", 2, "no such file"),
         ("plain.png", 2, "no record in it"),
@@ -179,10 +179,10 @@ def test_the_script_says_the_difference_and_its_code(done, tmp_path, monkeypatch
 
 
 def test_a_record_does_not_import_what_a_stranger_names(done, tmp_path):
-    record = images.read_settings(done.folder / PICTURES[2])
+    record = png_metadata.read_record(done.folder / FILES[2])
     perturbation = {"kind": "custom", "target": "subprocess.Popen", "options": {"args": ["touch", str(tmp_path / "x")]}}
     record["guidance"] = {"terms": {"a": {**SEG, "perturbation": [perturbation]}}}
-    images.save_png(Image.new("RGB", (16, 16)), tmp_path / "a.png", record)
+    png_metadata.save_png(Image.new("RGB", (16, 16)), tmp_path / "a.png", record)
     with pytest.raises(ConfigError, match="calls subprocess.Popen; look at that function"):
         reproduce(tmp_path / "a.png", device="cpu")
     with pytest.raises(ConfigError, match="not a part of segresearch or a file of your own"):

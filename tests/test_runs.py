@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from segresearch import images, runs
+from segresearch import image_grid, png_metadata, runs
 from segresearch.guidance import SEG
 
 
@@ -57,23 +57,19 @@ def test_fingerprint_follows_weights_and_configs_but_not_the_place(tmp_path):
 
 def test_png_settings_read_back_and_a_damaged_file_reads_as_none(tmp_path):
     path, settings = tmp_path / "a.png", {"prompt": "σ “red” cube\n日本", "sigma": math.inf, "seed": 3}
-    images.save_png(Image.new("RGB", (8, 4), "red"), path, settings)
-    assert images.read_settings(path) == {**settings, "sigma": "inf"}
+    png_metadata.save_png(Image.new("RGB", (8, 4), "red"), path, settings)
+    assert png_metadata.read_record(path) == {**settings, "sigma": "inf"}
     data = path.read_bytes()
-    images.save_png(Image.new("RGB", (8, 4), "red"), path, settings)
+    png_metadata.save_png(Image.new("RGB", (8, 4), "red"), path, settings)
     assert path.read_bytes() == data
     path.write_bytes(data[:-20])
-    assert images.read_settings(path) is None
-    assert images.read_settings(tmp_path / "none.png") is None
+    assert png_metadata.read_record(path) is None
+    assert png_metadata.read_record(tmp_path / "none.png") is None
     Image.new("RGB", (8, 4)).save(path)
-    assert images.read_settings(path) is None
+    assert png_metadata.read_record(path) is None
 
 
-@pytest.mark.parametrize("greek", [True, False])
-def test_grid_is_drawn_with_every_picture_in_its_place(tmp_path, monkeypatch, greek):
-    if not greek:
-        monkeypatch.setattr(images, "FONTS", ())
-    images._font.cache_clear()
+def test_grid_is_drawn_with_every_image_in_its_place(tmp_path):
     colours, paths = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (90, 90, 0)], []
     for i, colour in enumerate(colours):
         paths.append(tmp_path / f"{i}.png")
@@ -82,11 +78,10 @@ def test_grid_is_drawn_with_every_picture_in_its_place(tmp_path, monkeypatch, gr
         ("seed 1", "a very long prompt " * 12),
         ("seed 2", "Donaudampfschifffahrtsgesellschaftskapitänsmützen" * 2),
     ]
-    block = images.Block(
+    block = image_grid.Block(
         "Title", ["SEG σ=∞", "a head that is far too long for one line"], captions, [paths[:2], paths[2:]]
     )
-    sheet = images.draw_grid([block, block], "Two blocks", "A note " * 60, cell=96)
-    images._font.cache_clear()
+    sheet = image_grid.draw_grid([block, block], "Two blocks", "A note " * 60, cell=96)
     counts = {colour: sum(n for n, c in sheet.getcolors(1 << 20) if c == colour) for colour in colours}
     assert counts == dict.fromkeys(colours, 2 * 144 * 96)  # whole, unsmoothed, not square, once in each block
 

@@ -14,12 +14,11 @@ from make_models import write_folder
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from segresearch import cli
+from segresearch import cli, sample_images
 from segresearch.config import conf_dir
 from segresearch.config.build import refuse_foreign
 from segresearch.errors import CheckpointError, ConfigError
 from segresearch.evaluation import evaluate as run
-from segresearch.evaluation import sample_shards
 from segresearch.evaluation.compare_runs import overview
 from segresearch.models import load_sdxl
 
@@ -124,8 +123,8 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
         return {"quality": made}
 
     monkeypatch.setattr(run.plots, "draw", draw)
-    judges, model, loaded = run.judges, load_sdxl(folder), []
-    monkeypatch.setattr(run, "judges", lambda *a: loaded[0] if loaded else loaded.append(judges(*a)) or loaded[0])
+    load, model, loaded = run.image_metrics, load_sdxl(folder), []
+    monkeypatch.setattr(run, "image_metrics", lambda *a: loaded[0] if loaded else loaded.append(load(*a)) or loaded[0])
     monkeypatch.setattr(run, "load_model", lambda *_: model)
     scale = "guidance.terms.seg.scale"
     sweep = (
@@ -134,17 +133,17 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
         "reference=scene:100000-100005", "n_bootstrap=2", "n_subsets=2", "device=cpu", "wandb.mode=off", "shard=2",
         "batch_size=2", "n_examples=2",
     )  # fmt: skip
-    sampled, made = sample_shards.sample, []
+    sampled, made = sample_images.sample, []
 
     def counted(model, noise, **keywords):
         made.append(keywords["steps"])
         found = sampled(model, noise, **keywords)
         return found * float("nan") if len(made) == 5 else found  # pictures of the third job
 
-    monkeypatch.setattr(sample_shards, "sample", counted)
+    monkeypatch.setattr(sample_images, "sample", counted)
     code, said = call(main_of("evaluate"), *sweep)
     assert code == 4 and said.out.count("page: ") == 3 and said.err.count("error: job 3 ") == 1, said
-    monkeypatch.setattr(sample_shards, "sample", lambda *a, **k: made.append("again") or sampled(*a, **k))
+    monkeypatch.setattr(sample_images, "sample", lambda *a, **k: made.append("again") or sampled(*a, **k))
     code, said = call(main_of("evaluate"), *sweep)
     assert code == 0 and said.out.count("page: ") == 4 and 0 < made.count("again") <= 2
 
@@ -152,19 +151,25 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
     assert code == 0 and said.err == ""
     found = overview("evaluate", tmp_path / "runs")
     assert set(found.differing) == {scale, "steps"}
-    assert len(found.rows) == 8 and not found.unfinished and not found.notes()
+    assert len(found.runs) == 4 and not found.unfinished and not found.notes()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "runs/evaluate/overview.csv").read_text())))
     assert {(row[scale], row["steps"]) for row in rows} == {(s, n) for s in ("0.5", "1.0") for n in "12"}
     page = (tmp_path / "runs/evaluate/overview.html").read_text()
     assert page.count("<tr") == 9 and len(set(re.findall(r'href="(\w+)/index.html"', page))) == 4 and "http" not in page
     for name in set(re.findall(r'href="(\w+)/index.html"', page)):
         assert (tmp_path / "runs/evaluate" / name / "index.html").is_file()
-    assert f"| run | {' | '.join(found.differing)} | setting |" in (tmp_path / "runs/evaluate/overview.md").read_text()
+    assert f"| run | {' | '.join(found.differing)} | method |" in (tmp_path / "runs/evaluate/overview.md").read_text()
     assert said.out.startswith("| run |")
 
 
+def values(method: str, n: int, distance: float | None) -> list[dict]:
+    """The frame of one method, as results.json has it."""
+    return [{"method": method, "metric": "n", "value": n, "error": None},
+            {"method": method, "metric": "fd-mini", "value": distance, "error": None}]  # fmt: skip
+
+
 def test_the_overview_of_runs_that_lack_results_and_of_none(tmp_path, call):
-    for i, text in enumerate(('{"rows": [{"setting": "a", "n": 3, "fd-mini": 1.5}]}', "{", None)):
+    for i, text in enumerate((json.dumps({"metrics": values("a", 3, 1.5)}), "{", None)):
         place = tmp_path / "runs" / "mine" / str(i)
         place.mkdir(parents=True)
         (place / "config.yaml").write_text(f"steps: {i}\nprompts: [{', '.join(['a red cube'] * 9)}]\nout: {i}\n")
@@ -172,9 +177,7 @@ def test_the_overview_of_runs_that_lack_results_and_of_none(tmp_path, call):
             (place / "results.json").write_text(text)
     found = overview("mine", tmp_path / "runs")
     assert found.unfinished == ("1", "2") and found.differing == () and "Without results yet: 1, 2." in found.markdown()
-    (tmp_path / "runs/mine/1/results.json").write_text(
-        json.dumps({"rows": [{"setting": "a<b", "n": 4, "fd-mini": None}]})
-    )
+    (tmp_path / "runs/mine/1/results.json").write_text(json.dumps({"metrics": values("a<b", 4, None)}))
     found = overview("mine", tmp_path / "runs")
     assert found.differing == ("steps",) and "equal N" in found.notes()[0] and "a&lt;b" in found.page()
     for name, words in (("min", "did you mean mine?"), ("nothing", "no runs of it in runs (there are mine)")):

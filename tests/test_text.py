@@ -4,7 +4,8 @@ import pytest
 import torch
 from make_models import LENGTH, make_pipeline
 
-from segresearch.models import TextEncoders, load_sdxl
+from segresearch.models import load_sdxl
+from segresearch.models.text import TextEncoders
 
 PROMPTS = ["a red cube", "", "Two cubes, left!"]
 

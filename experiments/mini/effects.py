@@ -20,18 +20,20 @@ import torch
 
 from experiments.mini.common import replace_file
 from segresearch.config.parse import HELD_OUT
+from segresearch.evaluation.frame import METRICS
 from segresearch.metrics.features import load_extractor
 from segresearch.metrics.frechet import frechet_distance, gaussian
 from segresearch.models import load_sdxl
+from segresearch.sample_images import to_uint8
 from segresearch.scenes.scenes import scenes
 
 SCRIPT = Path(__file__).resolve().parents[1] / "evaluate.py"
 REFERENCE = range(HELD_OUT + 100_000, HELD_OUT + 110_000)  # as in conf/metrics/mini.yaml
-PLAIN = {"setting": "setting", "fd-mini": "FD", "fd-mini-first": "− vanilla", "fd-mini-mean": "means",
-         "variance-mini": "variance", "precision-mini": "precision",
-         "recall-mini": "recall", "distance-mini": "distance", "caption-mini": "cosine", "count": "count",
-         "colors": "colours", "shapes": "shapes", "objects": "objects", "objects_chance": "(chance)", "exact": "exact",
-         "edges": "edges", "cost": "cost", "saturation": "saturation", "contrast": "contrast"}  # fmt: skip
+COLUMNS = {"fd-mini": "FD", "fd_to_baseline-mini": "− baseline", "fd_means-mini": "means", "variance-mini": "variance",
+           "precision-mini": "precision", "recall-mini": "recall", "distance-mini": "distance",
+           "text_alignment-mini": "cosine", "count": "count", "colors": "colours", "shapes": "shapes",
+           "objects": "objects", "objects_chance": "(chance)", "exact": "exact", "edges": "edges", "cost": "cost",
+           "saturation": "saturation", "contrast": "contrast"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def floor(count: int) -> list[str]:
     vae = load_sdxl("mini").vae
     with torch.no_grad():
         decoded = torch.cat([vae.decode(vae.encode(part.float() / 127.5 - 1)) for part in held.split(25)])
-    through = decoded.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    through = to_uint8(decoded)
     lines = ["| pictures | FD | means | variance |", "| --- | ---: | ---: | ---: |"]
     for name, images in (("real held-out scenes", held), ("the same through the VAE", through)):
         features = torch.cat([judge.of(part) for part in images.split(500)])
@@ -96,20 +98,20 @@ def floor(count: int) -> list[str]:
 
 
 def table(folder: Path) -> list[str]:
-    """The columns that are of use here, from the run's table.csv, as markdown."""
-    with (folder / "table.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    keys = [key for key in PLAIN if key in rows[0]]
-    lines = [f"| {' | '.join(PLAIN[key] for key in keys)} |", f"| --- |{' ---: |' * (len(keys) - 1)}"]
-    for row in rows:
-        cells = []
-        for key in keys:
-            text, error = row[key], row.get(f"{key}-error")
-            if key != "setting" and text:
-                digits = 1 if key.startswith("fd-") else 3
-                text = f"{float(text):.{digits}f}" + (f" ± {float(error):.{digits}f}" if error else "")
-            cells.append(text.replace("-", "−") or "–")
-        lines.append(f"| {' | '.join(cells)} |")
+    """The metrics of COLUMNS, from the run's metrics.csv, as markdown: a row a method."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        cells = {(row["method"], row["metric"]): row for row in csv.DictReader(file)}
+    methods = dict.fromkeys(method for method, _ in cells)
+    names = [name for name in COLUMNS if any((method, name) in cells for method in methods)]
+    lines = [f"| method | {' | '.join(COLUMNS[name] for name in names)} |", f"| --- |{' ---: |' * len(names)}"]
+    for method in methods:
+        texts = [method]
+        for name in names:
+            value, error = cells[method, name]["value"], cells[method, name]["error"]
+            digits = 1 if METRICS[name].kind.startswith("fd") else 3
+            text = f"{float(value):.{digits}f}" + (f" ± {float(error):.{digits}f}" if error else "") if value else "–"
+            texts.append(text.replace("-", "−"))
+        lines.append(f"| {' | '.join(texts)} |")
     return lines
 
 

@@ -18,10 +18,11 @@ from experiments.mini.common import generator, replace_file
 from experiments.mini.train_clip import TwoCLIPs, load_clips, trim
 from experiments.mini.train_unet import alphas_cumprod
 from experiments.mini.train_vae import HELD_OUT
+from segresearch.config import GenerateConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from segresearch.guidance import GuidedDenoiser, cfg
 from segresearch.models import load_sdxl
-from segresearch.models.load import SDXL
-from segresearch.sampling import initial_noise, sample
+from segresearch.models.sdxl import SDXL
+from segresearch.sample_images import sample_images
 from segresearch.scenes.scenes import scenes
 
 FIRST = HELD_OUT + 100_000
@@ -65,15 +66,15 @@ def measure(folder: Path, clip_file: Path, count: int, steps: int, weights: list
     result["latent_std"] = round(latents.std().item(), 4)
     result["eps_mse"] = round(eps_loss(model, latents, held.captions), 5)
     result["own_caption_first_of_64"] = {"real pictures": matches(clips, images, tokens)}
+    config = GenerateConfig(
+        ModelConfig("mini", str(folder)), SamplerConfig("euler"), ScheduleConfig("leading"), steps=steps
+    )
     for weight in weights:
         guided = GuidedDenoiser(model.denoiser, {"cfg": cfg(weight)} if weight != 1 else {})
-        made = []
-        for start in range(0, count, BATCH):
-            seeds = list(range(start, min(count, start + BATCH)))
-            noise = initial_noise(seeds, model.latent_shape())
-            x0 = sample(guided, noise, steps=steps, conds=model.encode(held.captions[start : start + BATCH]))
-            made.append(model.decode(x0).clamp(-1, 1))
-        result["own_caption_first_of_64"][f"cfg weight {weight:g}"] = matches(clips, torch.cat(made), tokens)
+        batches = [range(start, min(count, start + BATCH)) for start in range(0, count, BATCH)]
+        sampled = torch.cat([sample_images(model, guided, b, held.captions[b.start : b.stop], config) for b in batches])
+        shares = matches(clips, sampled.float() / 127.5 - 1, tokens)
+        result["own_caption_first_of_64"][f"cfg weight {weight:g}"] = shares
     return result
 
 

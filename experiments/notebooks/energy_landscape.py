@@ -21,12 +21,13 @@
 # `jupytext --to ipynb` (or directly, with jupytext's Jupyter extension).
 
 # %%
-from segresearch.analysis import story
-from segresearch.analysis.energy import energies
+from segresearch.analysis import energy_plots
+from segresearch.analysis.blur_operator import BlurOperator
+from segresearch.analysis.energy import energies, hopfield_energy, hopfield_update
 from segresearch.analysis.recorder import Recorder
-from segresearch.analysis.smoothing import Smoothing
 from segresearch.guidance import SEG, GuidedDenoiser, perturbed
 from segresearch.models import load_sdxl
+from segresearch.sample_images import decode_images
 from segresearch.sampling import initial_noise, sample
 
 sdxl = load_sdxl("mini")
@@ -63,22 +64,36 @@ for step in recording.steps:
     print(f"sigma_t {plain.sigma[0]:7.3f}: mean energy {before:.3f} -> {after:.3f} nats")
 
 # %% [markdown]
+# ## Attention as a Hopfield update
+#
+# With the keys as values, attention of a query z is one update of a modern Hopfield network that stores the keys
+# (arXiv 2008.02217, eqs. 2 and 3): a gradient step of length 1 down the energy −lse(β, Kz) + ½ z·z + constant. Repeated
+# updates never raise it.
+
+# %%
+keys, z = plain.k.double(), plain.q.double()
+beta = keys.shape[-1] ** -0.5
+for update in range(5):
+    print(f"after {update} updates: mean Hopfield energy {hopfield_energy(z, keys, beta).mean():.3f}")
+    z = hopfield_update(z, keys, beta)
+
+# %% [markdown]
 # ## The field, and the landscape around it
 
 # %%
-entry = story.example(recording.select(branch="cond"))
-blurs = [Smoothing(entry.grid, sigma, "reflect") for sigma in (1.0, 2.0, float("inf"))]
-story.field(entry, 0, 0, blurs)
+entry = energy_plots.example(recording.select(branch="cond"))
+blurs = [BlurOperator(entry.grid, sigma, "reflect") for sigma in (1.0, 2.0, float("inf"))]
+energy_plots.field(entry, 0, 0, blurs)
 
 # %%
-story.landscape(entry, 0, 0, blurs)
+energy_plots.landscape(entry, 0, 0, blurs)
 
 # %% [markdown]
 # ## What a query attends to
 
 # %%
-picture = sdxl.decode(latents)[0].permute(1, 2, 0).add(1).mul(127.5).round().clamp(0, 255).byte().numpy()
-story.attention(entry, 0, blurs, picture)
+image = decode_images(sdxl, latents)[0].permute(1, 2, 0).numpy()  # (3, h, w) -> (h, w, 3)
+energy_plots.attention(entry, 0, blurs, image)
 
 # %% [markdown]
 # ## The limits of the blur
@@ -86,4 +101,4 @@ story.attention(entry, 0, blurs, picture)
 # The official code's kernel is cut at the grid's size, so its blur never tends to the mean: an infinite σ is a jump.
 
 # %%
-story.limits(entry, ["reflect", "exact"])
+energy_plots.limits(entry, ["reflect", "exact"])

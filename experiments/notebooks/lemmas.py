@@ -15,17 +15,17 @@
 #
 # Section 3 of arXiv 2408.00760 argues that a Gaussian blur of the queries keeps the mean of the logits, lowers their
 # variance and attenuates the curvature of the energy. Here each claim is checked on queries and keys of the embedded
-# model. `docs/theory.md` discusses what is found; `experiments/analyze.py` does the same at length.
+# model. `docs/theory.md` discusses the results; `experiments/analyze.py` does the same at length.
 
 # %%
 import torch
 
-from segresearch.analysis import figures, measurements, story
-from segresearch.analysis.lemmas import corrected, dual, judge
+from segresearch.analysis import energy_plots, measurements
+from segresearch.analysis.blur_operator import BlurOperator
+from segresearch.analysis.claims import check_claims, check_weighted
+from segresearch.analysis.logit_statistics import columns
 from segresearch.analysis.recorder import Recorder
-from segresearch.analysis.regimes import hessians
-from segresearch.analysis.smoothing import Smoothing
-from segresearch.analysis.statistics import columns
+from segresearch.analysis.theorem_regimes import hessians
 from segresearch.guidance import GuidedDenoiser
 from segresearch.models import load_sdxl
 from segresearch.sampling import initial_noise, sample
@@ -40,7 +40,7 @@ sample(
     conds=sdxl.encode(prompts),
     attend=recorder.attend([{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(prompts)]),
 )
-entry = story.example(recorder.recording)
+entry = energy_plots.example(recorder.recording)
 print(entry.site, entry.grid, f"sigma_t {entry.sigma[0]:.3f}")
 
 # %% [markdown]
@@ -52,9 +52,9 @@ print(entry.site, entry.grid, f"sigma_t {entry.sigma[0]:.3f}")
 # %%
 for boundary in ("exact", "reflect"):
     print(boundary)
-    for verdict in judge(entry.q, entry.k, "queries", Smoothing(entry.grid, 1.0, boundary)):
-        margin = verdict.margin.median()
-        print(f"  {verdict.statement:66} holds {verdict.fraction:7.2%}, median margin {margin:9.4f}")
+    for result in check_claims(entry.q, entry.k, "queries", BlurOperator(entry.grid, 1.0, boundary)):
+        margin = result.margin.median()
+        print(f"  {result.statement:66} holds {result.fraction:7.2%}, median margin {margin:9.4f}")
 
 # %% [markdown]
 # Eq. (22) is the one that is reversed: the mean stays and the log-sum-exp falls, so the product of the softmax rises.
@@ -63,10 +63,10 @@ for boundary in ("exact", "reflect"):
 # blurred keys, with columns over keys.
 
 # %%
-for verdict in corrected(entry.q, entry.k, "queries", Smoothing(entry.grid, 1.0, "reflect")):
-    print(f"{verdict.statement:60} holds {verdict.fraction:7.2%}")
-for verdict in dual(entry.q, entry.k, Smoothing(entry.grid, 1.0, "exact"))[:3]:
-    print(f"dual: {verdict.statement:54} holds {verdict.fraction:7.2%}")
+for result in check_weighted(entry.q, entry.k, "queries", BlurOperator(entry.grid, 1.0, "reflect")):
+    print(f"{result.statement:60} holds {result.fraction:7.2%}")
+for result in check_claims(entry.q, entry.k, "keys", BlurOperator(entry.grid, 1.0, "exact"))[:3]:
+    print(f"dual: {result.statement:54} holds {result.fraction:7.2%}")
 
 # %% [markdown]
 # ## Eq. (19) beside the chain rule
@@ -76,12 +76,12 @@ for verdict in dual(entry.q, entry.k, Smoothing(entry.grid, 1.0, "exact"))[:3]:
 # %%
 few = columns(entry.q, entry.k, "queries", torch.arange(4))[0, 0]  # (4 keys, n)
 for sigma in (0.5, 1.0):
-    found = hessians(few, Smoothing(entry.grid, sigma, "exact"))
-    print(f"blur sigma {sigma}: relative distance {found.distance.median():.3f}")
-    print(f"  log pdet H(a)                     {found.log_pdet.median():9.2f}")
-    print(f"  log |det H(Ba) o B|, eq. (19)     {found.entrywise_log_det.median():9.2f}")
-    print(f"  log prod xi(Ba) b_ii, eq. (21)    {found.entrywise_log_product.median():9.2f}")
-    print(f"  log pdet B'H(Ba)B, chain rule     {found.chain_log_pdet.median():9.2f}")
+    hessian = hessians(few, BlurOperator(entry.grid, sigma, "exact"))
+    print(f"blur sigma {sigma}: relative distance {hessian.distance.median():.3f}")
+    print(f"  log pdet H(a)                     {hessian.log_pdet.median():9.2f}")
+    print(f"  log |det H(Ba) o B|, eq. (19)     {hessian.entrywise_log_det.median():9.2f}")
+    print(f"  log prod xi(Ba) b_ii, eq. (21)    {hessian.entrywise_log_product.median():9.2f}")
+    print(f"  log pdet B'H(Ba)B, chain rule     {hessian.chain_log_pdet.median():9.2f}")
 
 # %% [markdown]
 # ## Where Theorem 3.1 holds
@@ -91,12 +91,12 @@ for sigma in (0.5, 1.0):
 # %%
 parts = list(measurements.measure(recorder.recording, [0.5, 1.0, 2.0], ["exact"], sdxl.unet.sites))
 rows = [row for some, _ in parts for row in some]
-for claim in measurements.together(claim for _, claims in parts for claim in claims):
+for claim in measurements.merge_claims(claim for _, claims in parts for claim in claims):
     if claim.claim.startswith("theorem"):
         print(f"{claim.claim} {claim.axis:8} sigma {claim.blur_sigma:g}: holds {claim.share:7.2%}, worst {claim.worst}")
 
 # %%
-story.regime(rows, entry, "exact", "mini")
+energy_plots.regime(rows, "exact", "mini")
 
 # %%
-figures.against_sigma(rows, "mini")
+energy_plots.against_sigma(rows, "mini")

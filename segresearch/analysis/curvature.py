@@ -23,10 +23,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from segresearch.analysis.smoothing import Smoothing
-from segresearch.analysis.statistics import (
+from segresearch.analysis.blur_operator import BlurOperator
+from segresearch.analysis.logit_statistics import (
     MEASURES,
     Columns,
+    Keys,
+    PerColumn,
+    Queries,
     Statistics,
     blurred,
     moments,
@@ -45,21 +48,15 @@ def hessian(a: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n n"]:
     return xi.unsqueeze(-1) * xi.unsqueeze(-2) - torch.diag_embed(xi)
 
 
-def hessian_times(a: Float[Tensor, "*batch n"], x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-    """H x = ξ(ξ·x) − ξ∘x, without the matrix."""
-    xi = a.softmax(dim=-1)
-    return xi * ((xi * x).sum(dim=-1, keepdim=True) - x)
-
-
-def entrywise_hessian(a: Float[Tensor, "*batch n"], smoothing: Smoothing) -> Float[Tensor, "*batch n n"]:
+def entrywise_hessian(a: Float[Tensor, "*batch n"], operator: BlurOperator) -> Float[Tensor, "*batch n n"]:
     """Eq. (19) of arXiv 2408.00760, H(ã) ∘ B, for the unblurred column a. Dense."""
-    return hessian(smoothing.apply(a)) * smoothing.dense().to(a)
+    return hessian(operator.apply(a)) * operator.dense().to(a)
 
 
-def chain_hessian(a: Float[Tensor, "*batch n"], smoothing: Smoothing) -> Float[Tensor, "*batch n n"]:
+def chain_hessian(a: Float[Tensor, "*batch n"], operator: BlurOperator) -> Float[Tensor, "*batch n n"]:
     """Bᵀ H(ã) B, the Hessian of a ↦ −lse(Ba), for the unblurred column a. Dense."""
-    matrix = smoothing.dense().to(a)
-    return matrix.T @ hessian(smoothing.apply(a)) @ matrix
+    matrix = operator.dense().to(a)
+    return matrix.T @ hessian(operator.apply(a)) @ matrix
 
 
 def log_product(a: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
@@ -73,14 +70,14 @@ def log_pseudo_det(a: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
     return math.log(a.shape[-1]) + log_product(a)
 
 
-def entrywise_log_product(a: Float[Tensor, "*batch n"], smoothing: Smoothing) -> Float[Tensor, "*batch"]:
+def entrywise_log_product(a: Float[Tensor, "*batch n"], operator: BlurOperator) -> Float[Tensor, "*batch"]:
     """log Π ξ(ã)_i b_ii, eqs. (20)–(21): the paper's approximation of log |det H̃|, fp64, of the unblurred column a."""
-    return log_product(smoothing.apply(a.double())) + smoothing.log_diagonal
+    return log_product(operator.apply(a.double())) + operator.log_diagonal
 
 
-def chain_log_pseudo_det(a: Float[Tensor, "*batch n"], smoothing: Smoothing) -> Float[Tensor, "*batch"]:
+def chain_log_pseudo_det(a: Float[Tensor, "*batch n"], operator: BlurOperator) -> Float[Tensor, "*batch"]:
     """log pdet Bᵀ H(ã) B = log pdet H(ã) + 2 log |det B|, fp64, of the unblurred column a; −inf where B is singular."""
-    return log_pseudo_det(smoothing.apply(a.double())) + 2 * smoothing.log_det
+    return log_pseudo_det(operator.apply(a.double())) + 2 * operator.log_det
 
 
 def spectral_norm(columns: Columns) -> Float[Tensor, "groups columns"]:
@@ -110,7 +107,7 @@ def spectral_norm(columns: Columns) -> Float[Tensor, "groups columns"]:
     return rho.squeeze(-1).double() / columns.total
 
 
-def chain_norm(xi: Float[Tensor, "*batch n"], smoothing: Smoothing, steps: int = 24) -> Float[Tensor, "*batch"]:
+def chain_norm(xi: Float[Tensor, "*batch n"], operator: BlurOperator, steps: int = 24) -> Float[Tensor, "*batch"]:
     """Largest eigenvalue of Bᵀ(diag ξ − ξξᵀ)B by `steps` of Lanczos, fp64; converges from below.
 
     The non-zero eigenvalues are those of D·BBᵀ, D = diag ξ − ξξᵀ, which is symmetric under ⟨x, y⟩ = xᵀBBᵀy: one pass
@@ -121,7 +118,7 @@ def chain_norm(xi: Float[Tensor, "*batch n"], smoothing: Smoothing, steps: int =
     steps = min(steps, n)
     start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = start.to(xi).expand(xi.shape)
-    w = smoothing.gram(x)
+    w = operator.gram(x)
     scale = (x * w).sum(dim=-1, keepdim=True).sqrt()
     x, w, before = x / scale, w / scale, torch.zeros_like(x)
     beta = torch.zeros_like(scale)
@@ -131,7 +128,7 @@ def chain_norm(xi: Float[Tensor, "*batch n"], smoothing: Smoothing, steps: int =
         y = xi * (w - (xi * w).sum(dim=-1, keepdim=True))
         alpha = (y * w).sum(dim=-1, keepdim=True)
         y = y - alpha * x - beta * before
-        w_y = smoothing.gram(y)
+        w_y = operator.gram(y)
         beta = (y * w_y).sum(dim=-1, keepdim=True).clamp_min(0).sqrt()
         alphas.append(alpha)
         betas.append(beta)
@@ -144,84 +141,67 @@ def chain_norm(xi: Float[Tensor, "*batch n"], smoothing: Smoothing, steps: int =
     return torch.linalg.eigvalsh(tridiagonal)[..., -1].clamp_min(0)
 
 
-def gaussian_curvature(
-    gradient: Float[Tensor, "*batch 2"], second: Float[Tensor, "*batch 2 2"]
-) -> Float[Tensor, "*batch"]:
-    """Of the surface z = E(s, t): K = (E_ss E_tt − E_st²)/(1 + E_s² + E_t²)², in units of 1/(s·t length)²."""
-    return torch.linalg.det(second) / (1 + gradient.square().sum(dim=-1)).square()
-
-
 @dataclass(frozen=True)
 class Curvature:
-    """Of every column along an axis, at the blurred logits ã = Ba (at a itself for σ = 0). All (rows, heads, m) fp64.
+    """Curvature of every column along an axis, at the blurred logits ã = Ba (σ = 0: at a itself), fp64.
 
-    log_pdet: of H(ã). log_product: log Π ξ(ã)_i. entrywise_log_product: log Π ξ(ã)_i b_ii (eqs. 20–21).
-    chain_log_pdet: of Bᵀ H(ã) B. trace, norm: of −H(ã), 1 − Σ ξ² and the largest eigenvalue.
-    entrywise_trace, chain_trace: of −H̃ and −BᵀH(ã)B. chain_norm: largest eigenvalue of −BᵀH(ã)B, None unless asked for.
-    statistics: of ã, from the same pass.
+    statistics: of ã, from the same pass. log_pdet: of H(ã).
+    entrywise_log_product: log Π ξ(ã)_i b_ii (eqs. 20–21). chain_log_pdet: of Bᵀ H(ã) B.
+    trace, norm: of −H(ã), 1 − Σ ξ² and the largest eigenvalue. entrywise_trace, chain_trace: of −H̃ and −BᵀH(ã)B.
+    chain_norm: largest eigenvalue of −BᵀH(ã)B; None without `chain_norms`.
     """
 
-    smoothing: Smoothing
     statistics: Statistics
-    log_pdet: Float[Tensor, "rows heads m"]
-    log_product: Float[Tensor, "rows heads m"]
-    entrywise_log_product: Float[Tensor, "rows heads m"]
-    chain_log_pdet: Float[Tensor, "rows heads m"]
-    trace: Float[Tensor, "rows heads m"]
-    entrywise_trace: Float[Tensor, "rows heads m"]
-    chain_trace: Float[Tensor, "rows heads m"]
-    norm: Float[Tensor, "rows heads m"]
-    chain_norm: Float[Tensor, "rows heads m"] | None
+    log_pdet: PerColumn
+    entrywise_log_product: PerColumn
+    chain_log_pdet: PerColumn
+    trace: PerColumn
+    entrywise_trace: PerColumn
+    chain_trace: PerColumn
+    norm: PerColumn
+    chain_norm: PerColumn | None
 
 
 def curvature(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    smoothing: Smoothing,
-    chain_norms: bool = False,
-    block: int | None = None,
+    q: Queries, k: Keys, axis: str, operator: BlurOperator, chain_norms: bool = False, block: int | None = None
 ) -> Curvature:
     """All statistics and curvature of blurred logits in one streamed pass; q, k are the *unblurred* ones.
 
-    The blur acts on the side of `axis` (queries: SEG; keys: its dual), on the grid of `smoothing`. Memory beside inputs
+    The blur acts on the side of `axis` (queries: SEG; keys: its dual), on the grid of `operator`. Memory beside inputs
     and results: one blurred copy of that side, and about `8 * block` numbers, twice that with `chain_norms`, which
     adds 24 Lanczos steps per column, several times the cost of all else.
 
-    Raises ValueError for an unknown axis, or a grid that does not have as many cells as that side has tokens.
+    Raises InputError for an unknown axis, or a grid that does not have as many cells as that side has tokens.
     """
-    q, k = blurred(q, k, smoothing.grid, smoothing.sigma, smoothing.boundary, on=axis)
+    q, k = blurred(q, k, axis, operator)
     entries, vectors = sides(q, k, axis)
-    identity = smoothing.sigma == 0
+    identity = operator.sigma == 0
     measures: dict[str, Callable[[Columns], Tensor]] = {**MEASURES, "norm": spectral_norm}
     if not identity:
-        energy, diagonal = (z.to(entries.device) for z in (smoothing.energy, smoothing.diagonal))
+        row_norms, diagonal = (z.to(entries.device) for z in (operator.row_norms_squared, operator.diagonal))
 
         def chain_trace(c: Columns) -> Tensor:
-            spread = total(smoothing.adjoint(c.exp).square_())
-            return (c.exp @ energy.to(c.a)) / c.total - spread / c.total.square()
+            spread = total(operator.adjoint(c.exp).square_())
+            return (c.exp @ row_norms.to(c.a)) / c.total - spread / c.total.square()
 
         def entrywise_trace(c: Columns) -> Tensor:
             return (c.exp @ diagonal.to(c.a)) / c.total - (c.square @ diagonal.to(c.a)) / c.total.square()
 
         measures |= {"chain_trace": chain_trace, "entrywise_trace": entrywise_trace}
         if chain_norms:
-            measures["chain_norm"] = lambda c: chain_norm(c.softmax, smoothing)
-    found = stream(entries, vectors, measures, block)
+            measures["chain_norm"] = lambda c: chain_norm(c.softmax, operator)
+    values = stream(entries, vectors, measures, block)
     mean, variance = moments(q, k, axis)
-    summary = Statistics(axis, smoothing.n, precision(q), mean, variance, *(found[name] for name in MEASURES))
-    product, trace = summary.log_product, (1 - summary.concentration).clamp_min(0)
-    log_pdet = math.log(smoothing.n) + product
+    after = Statistics(axis, operator.n, precision(q), mean, variance, *(values[name] for name in MEASURES))
+    trace, log_pdet = (1 - after.concentration).clamp_min(0), math.log(operator.n) + after.log_product
     return Curvature(
-        smoothing=smoothing,
-        statistics=summary,
+        statistics=after,
         log_pdet=log_pdet,
-        log_product=product,
-        entrywise_log_product=product + smoothing.log_diagonal,
-        chain_log_pdet=log_pdet + 2 * smoothing.log_det,
+        entrywise_log_product=after.log_product + operator.log_diagonal,
+        chain_log_pdet=log_pdet + 2 * operator.log_det,
         trace=trace,
-        entrywise_trace=found.get("entrywise_trace", trace),
-        chain_trace=found.get("chain_trace", trace),
-        norm=found["norm"],
-        chain_norm=found.get("chain_norm", found["norm"] if identity and chain_norms else None),
+        entrywise_trace=values.get("entrywise_trace", trace),
+        chain_trace=values.get("chain_trace", trace),
+        norm=values["norm"],
+        chain_norm=values.get("chain_norm", values["norm"] if identity and chain_norms else None),
     )

@@ -1,13 +1,11 @@
-"""From a recording to numbers: the tidy table (site × head × σ_t × blur σ × boundary) and the judged claims.
+"""From a recording to numbers: the tidy table (site × head × σ_t × blur σ × boundary) and the tested claims.
 
 The table is along the axis "queries" (Definition 2.1 of arXiv 2408.00760: one column of logits per key, over the
 queries), on which SEG's blur of the queries acts. One of its rows is one head's mean over its columns, that is over
-keys and images; shares ("..._holds") are of the same columns. Claims are judged on both axes, the other one being the
+keys and images; shares ("..._holds") are of the same columns. Claims are tested on both axes, the other one being the
 dual of the paper's Appendix B (blurred keys, columns over keys).
 """
 
-import csv
-import io
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,12 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.analysis.blur_operator import BlurOperator
+from segresearch.analysis.claims import ClaimResult, blur_commutes, check_claims, check_statistics, check_weighted
 from segresearch.analysis.curvature import Curvature, curvature
-from segresearch.analysis.lemmas import blur_commutes, corrected, judge, verdicts
+from segresearch.analysis.logit_statistics import PerColumn, statistics
 from segresearch.analysis.recorder import Entry, Recording
-from segresearch.analysis.smoothing import Smoothing
-from segresearch.analysis.statistics import statistics
-from segresearch.analysis.verdict import Verdict
 from segresearch.guidance.blur import INFINITE
 from segresearch.models.compute import arithmetic
 from segresearch.threads import one_thread_for
@@ -33,18 +30,13 @@ Row = dict[str, Any]
 COLUMNS = 2**17  # measured in one call: 1 MiB for each number of a column
 SMALL = 256  # tokens of a grid up to which one thread is enough
 KEYS = ("site", "layer", "grid", "head", "step", "sigma_t", "blur_sigma", "boundary")
-CLAIMS = {  # a claim of `lemmas` -> its column of shares
-    "mean_kept": "mean_holds",
-    "variance_falls": "variance_holds",
-    "lse_falls": "lse_holds",
-    "product_falls": "eq22_holds",
-    "theorem_paper": "eq20_holds",
-    "theorem_chain": "chain_holds",
-}
+# claim -> the column of the table that holds its share
+SHARES = {"mean_kept": "mean_holds", "variance_falls": "variance_holds", "lse_falls": "lse_holds",
+          "product_falls": "eq22_holds", "theorem_paper": "eq20_holds", "theorem_chain": "chain_holds"}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Judged:
+class ClaimSummary:
     """One claim under one blur, over every column measured: how often it holds, by how much, and the worst column.
 
     A margin is how far the claim is from failing, in the unit of its sides; it fails below 0 by more than rounding.
@@ -75,10 +67,13 @@ class Judged:
 
     def row(self) -> Row:
         """For the csv file."""
-        place = " ".join(f"{key}={value}" for key, value in self.worst.items())
+        worst = " ".join(f"{key}={value}" for key, value in self.worst.items())
         return {"claim": self.claim, "statement": self.statement, "axis": self.axis, "boundary": self.boundary,
                 "blur_sigma": self.blur_sigma, "columns": self.count, "share_holding": self.share,
-                "median_margin": self.median, "smallest_margin": self.smallest, "smallest_at": place}  # fmt: skip
+                "median_margin": self.median, "smallest_margin": self.smallest, "smallest_at": worst}  # fmt: skip
+
+
+Measured = tuple[list[Row], list[ClaimSummary]]
 
 
 def measure(
@@ -87,89 +82,62 @@ def measure(
     boundaries: Sequence[str],
     sites: Sequence[str],
     device: torch.device | str = "cpu",
-) -> Iterator[tuple[list[Row], list[Judged]]]:
-    """For each entry, one after another: its rows of the table, and what was judged. `sites`: the model's, in order.
+) -> Iterator[Measured]:
+    """The rows of the table and the claims of each entry, one entry after another. `sites`: the model's, in order.
 
     Entries that follow each other and have one shape are measured in one call, up to COLUMNS columns: at small grids
     calls take longer than what they compute. device: where; q and k go there in one transfer each, and two small
     tensors come back for each blur. Logits of fp32 are products in fp32, never in TF32.
     """
-    for entries in _alike(recording):
-        with arithmetic("exact", torch.device(device)):
-            measured = _measured(entries, sigmas, boundaries, sites, device)
-        yield from measured
-
-
-def _alike(recording: Recording) -> Iterator[list[Entry]]:
-    """Runs of entries of one shape, of at most COLUMNS columns unless one entry has more."""
+    blurs = list(itertools.product(boundaries, sigmas))
     shapes = itertools.groupby(recording, lambda entry: (entry.grid, len(entry.heads), len(entry.images)))
-    for ((h, w), heads, images), run in shapes:
-        yield from map(list, batched(run, max(1, COLUMNS // (h * w * heads * images))))
+    for ((h, w), heads, images), entries in shapes:
+        while batch := list(itertools.islice(entries, max(1, COLUMNS // (h * w * heads * images)))):
+            with arithmetic("exact", torch.device(device)):
+                measured = _measured(batch, blurs, sites, device)
+            yield from measured
 
 
-def batched(items: Iterable[Entry], count: int) -> Iterator[tuple[Entry, ...]]:
-    """Tuples of `count`, and what remains."""
-    iterator = iter(items)
-    while part := tuple(itertools.islice(iterator, count)):
-        yield part
-
-
-def _small(entries: Sequence[Entry], *rest: Any) -> bool:
-    return math.prod(entries[0].grid) <= SMALL
-
-
-@one_thread_for(_small)
+@one_thread_for(lambda entries, *rest: math.prod(entries[0].grid) <= SMALL)
 def _measured(
-    entries: Sequence[Entry],
-    sigmas: Sequence[float | int],
-    boundaries: Sequence[str],
-    sites: Sequence[str],
-    device: torch.device | str,
-) -> list[tuple[list[Row], list[Judged]]]:
+    entries: Sequence[Entry], blurs: Sequence[tuple[str, float | int]], sites: Sequence[str], device: torch.device | str
+) -> list[Measured]:
     """`measure` of entries of one shape, whose rows (images) become one axis."""
     q, k = (torch.cat(side).to(device) for side in zip(*((e.q, e.k) for e in entries), strict=True))
     q, k = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (q, k))
-    before = curvature(q, k, "queries", Smoothing(entries[0].grid, 0.0))
-    dual_before = statistics(q, k, "keys")
-
-    def under(boundary: str, sigma: float | int) -> list[tuple[list[Row], list[Judged]]]:
-        smoothing = Smoothing(entries[0].grid, float(sigma), boundary)
-        after = curvature(q, k, "queries", smoothing)
-        found = verdicts(before.statistics, after.statistics, smoothing)
-        more = (*judge(q, k, "keys", smoothing, dual_before), blur_commutes(q, k, "queries", smoothing))
-        cut = boundary == "reflect" and sigma <= INFINITE  # beyond, every boundary is the plain mean
-        mended = corrected(q, k, "queries", smoothing, before.statistics) if cut else ()
-        numbers = _numbers(before, after, found, len(entries))
-        rows = [
-            [place | values for place, values in zip(_rows(entry, sites, smoothing), of_heads, strict=True)]
-            for entry, of_heads in zip(entries, numbers, strict=True)
-        ]
-        return list(zip(rows, _judged(entries, (*found, *mended, *more)), strict=True))
-
-    of_blurs = [under(boundary, sigma) for boundary in boundaries for sigma in sigmas]
-    return [
-        (list(itertools.chain(*rows)), list(itertools.chain(*judged)))
-        for rows, judged in (zip(*of_entry, strict=True) for of_entry in zip(*of_blurs, strict=True))
-    ]
+    grid = entries[0].grid
+    before, before_of_keys = curvature(q, k, "queries", BlurOperator(grid, 0.0)), statistics(q, k, "keys")
+    measured: list[Measured] = [([], []) for _ in entries]
+    for boundary, sigma in blurs:
+        operator = BlurOperator(grid, float(sigma), boundary)
+        after = curvature(q, k, "queries", operator)
+        results = check_statistics(before.statistics, after.statistics, operator)
+        values = _values(before, after, results, len(entries))
+        if boundary == "reflect" and sigma <= INFINITE:  # beyond, every boundary is the plain mean
+            results += check_weighted(q, k, "queries", operator, before.statistics)
+        results += check_claims(q, k, "keys", operator, before_of_keys)
+        results += (blur_commutes(q, k, "queries", operator),)
+        summaries = _summaries(entries, results)
+        for entry, (rows, claims), of_heads, of_claims in zip(entries, measured, values, summaries, strict=True):
+            rows += [_keys(entry, head, sites, operator) | of_head for head, of_head in zip(entry.heads, of_heads)]
+            claims += of_claims
+    return measured
 
 
-def _rows(entry: Entry, sites: Sequence[str], smoothing: Smoothing) -> list[Row]:
-    common = {"site": entry.site, "layer": sites.index(entry.site), "grid": f"{entry.grid[0]}x{entry.grid[1]}"}
-    return [
-        {**common, "head": head, "step": entry.step, "sigma_t": float(np.mean(entry.sigma)),
-         "blur_sigma": float(smoothing.sigma), "boundary": smoothing.boundary}
-        for head in entry.heads
-    ]  # fmt: skip
+def _keys(entry: Entry, head: int, sites: Sequence[str], operator: BlurOperator) -> Row:
+    h, w = entry.grid
+    keys = (entry.site, sites.index(entry.site), f"{h}x{w}", head, entry.step, float(np.mean(entry.sigma)))
+    return dict(zip(KEYS, (*keys, float(operator.sigma), operator.boundary), strict=True))
 
 
-def _numbers(before: Curvature, after: Curvature, found: Iterable[Verdict], entries: int) -> list[list[Row]]:
-    """What is measured of each head of each entry, read back at once."""
+def _values(before: Curvature, after: Curvature, results: Iterable[ClaimResult], entries: int) -> list[list[Row]]:
+    """The measured columns of the table for each head of each entry, read back at once."""
 
-    def apart(z: Float[Tensor, "rows heads m"]) -> Float[Tensor, "entries images heads m"]:
+    def by_entry(z: PerColumn) -> Float[Tensor, "entries images heads m"]:
         return z.unflatten(0, (entries, -1))
 
-    def mean(z: Float[Tensor, "rows heads m"]) -> Float[Tensor, "entries heads"]:
-        return apart(z).mean(dim=(1, 3))
+    def mean(z: PerColumn) -> Float[Tensor, "entries heads"]:
+        return by_entry(z).mean(dim=(1, 3))
 
     a, b, n = before.statistics, after.statistics, before.statistics.n
     std = a.variance.sqrt().clamp_min(1e-6)
@@ -177,12 +145,12 @@ def _numbers(before: Curvature, after: Curvature, found: Iterable[Verdict], entr
         "spread": mean(a.variance).sqrt(),
         "mean_shift": mean((b.mean - a.mean).abs() / std),
         "variance_ratio": mean(b.variance) / mean(a.variance).clamp_min(1e-12),
-        "variance_ratio_max": apart(b.variance / a.variance.clamp_min(1e-12)).amax(dim=(1, 3)),
+        "variance_ratio_max": by_entry(b.variance / a.variance.clamp_min(1e-12)).amax(dim=(1, 3)),
         "lse_fall": mean(a.lse - b.lse),
         "taylor_fall": mean(a.variance - b.variance) / 2,
-        "log_product_before": mean(before.log_product),
-        "log_product_after": mean(after.log_product),
-        "eq20_margin": mean(before.log_product - after.entrywise_log_product) / n,
+        "log_product_before": mean(a.log_product),
+        "log_product_after": mean(b.log_product),
+        "eq20_margin": mean(a.log_product - after.entrywise_log_product) / n,
         "chain_margin": mean(before.log_pdet - after.chain_log_pdet) / n,
         "entropy_before": mean(a.entropy),
         "entropy_after": mean(b.entropy),
@@ -194,14 +162,12 @@ def _numbers(before: Curvature, after: Curvature, found: Iterable[Verdict], entr
         "norm_before": mean(before.norm),
         "norm_after": mean(after.norm),
     }
-    for verdict in found:
-        if verdict.claim in CLAIMS:
-            per_head[CLAIMS[verdict.claim]] = mean(verdict.holds.double())
+    per_head |= {SHARES[r.claim]: mean(r.holds.double()) for r in results if r.claim in SHARES}
     values = torch.stack(list(per_head.values()), dim=-1).tolist()  # names of (e, h) -> (e, h, names)
-    return [[dict(zip(per_head, numbers, strict=True)) for numbers in heads] for heads in values]
+    return [[dict(zip(per_head, of_head, strict=True)) for of_head in heads] for heads in values]
 
 
-def pooled(rows: Sequence[Row]) -> list[Row]:
+def mean_over_runs(rows: Sequence[Row]) -> list[Row]:
     """Rows of the same keys (of several runs of the same steps) as one, each run weighing the same."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -212,43 +178,39 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _judged(entries: Sequence[Entry], found: Sequence[Verdict]) -> list[list[Judged]]:
-    """Of each entry, its columns' verdicts in a few numbers, which are read back at once."""
-    apart = (len(entries), -1)
-    margin = torch.stack([verdict.margin for verdict in found]).unflatten(1, apart)  # (c, e·r, h, m) -> (c, e, r, h, m)
-    holding = torch.stack([verdict.holds for verdict in found]).unflatten(1, apart).flatten(2).sum(-1, keepdim=True)
-    medians = margin.transpose(2, 3).flatten(3).median(dim=-1).values  # -> (c, e, h, r·m) -> (c, e, h)
-    shape, flat = margin.shape[2:], margin.flatten(2)
-    least = flat.argmin(-1, keepdim=True), flat.amin(-1, keepdim=True)
-    values = torch.cat([z.double() for z in (*least, holding, medians)], dim=-1).tolist()  # (c, e, 3 + h)
+def _summaries(entries: Sequence[Entry], results: Sequence[ClaimResult]) -> list[list[ClaimSummary]]:
+    """The summary of each result over the columns of each entry; their numbers are read back at once."""
+    by_entry = (len(entries), -1)
+    # (claims, entries·images, heads, columns) -> (c, e, i, h, m)
+    margin = torch.stack([result.margin for result in results]).unflatten(1, by_entry)
+    holding = torch.stack([result.holds for result in results]).unflatten(1, by_entry).flatten(2).sum(-1, keepdim=True)
+    medians = margin.transpose(2, 3).flatten(3).median(dim=-1).values  # -> (c, e, h, i·m) -> (c, e, h)
+    shape, flat = margin.shape[2:], margin.flatten(2)  # (c, e, i·h·m)
+    worst = flat.argmin(-1, keepdim=True), flat.amin(-1, keepdim=True)
+    values = torch.cat([z.double() for z in (*worst, holding, medians)], dim=-1).tolist()  # (c, e, 3 + h)
     return [
-        [_of_entry(entry, verdict, shape, *numbers[i]) for verdict, numbers in zip(found, values, strict=True)]
+        [_summary(entry, result, shape, *of_entry[i]) for result, of_entry in zip(results, values, strict=True)]
         for i, entry in enumerate(entries)
     ]
 
 
-def _of_entry(
-    entry: Entry, verdict: Verdict, shape: Sequence[int], at: float, smallest: float, holding: float, *medians: float
-) -> Judged:
-    """shape: (images, heads, columns) of the entry; at: place of its smallest margin among them, flat."""
+def _summary(
+    entry: Entry, result: ClaimResult, shape: Sequence[int], at: float, smallest: float, holding: float, *medians: float
+) -> ClaimSummary:
+    """shape: (images, heads, columns) of the entry; at: flat index of the smallest margin."""
     row, head, column = np.unravel_index(int(at), tuple(shape))
-    worst = {
-        "site": short(entry.site),
-        "head": entry.heads[head],
-        "key" if verdict.axis == "queries" else "query": int(column),
-        "step": entry.step,
-        **entry.images[row],
-    }
-    return Judged(
-        verdict.claim, verdict.statement, verdict.axis, float(verdict.sigma), verdict.boundary, math.prod(shape),
-        int(holding), medians, smallest, worst,
+    key = "key" if result.axis == "queries" else "query"
+    worst = {"site": short(entry.site), "head": entry.heads[head], key: int(column), "step": entry.step}
+    return ClaimSummary(
+        result.claim, result.statement, result.axis, float(result.operator.sigma), result.operator.boundary,
+        math.prod(shape), int(holding), medians, smallest, {**worst, **entry.images[row]},
     )  # fmt: skip
 
 
-def together(judged: Iterable[Judged]) -> list[Judged]:
-    """All that was judged of the same claim, axis and blur as one."""
-    groups: dict[tuple, list[Judged]] = {}
-    for part in judged:
+def merge_claims(summaries: Iterable[ClaimSummary]) -> list[ClaimSummary]:
+    """The summaries of the same claim, axis and blur as one."""
+    groups: dict[tuple, list[ClaimSummary]] = {}
+    for part in summaries:
         groups.setdefault((part.claim, part.axis, part.boundary, part.blur_sigma), []).append(part)
     return [
         replace(
@@ -275,19 +237,3 @@ def short(site: str) -> str:
     """A site's name as a selector: "mid.0.3", "up.0.1.3"."""
     group, *rest = site.split(".")
     return ".".join([group.split("_")[0], *(part for part in rest if part.isdigit())])
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """The rows as csv text; infinities are written "inf"."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: _text(value) for key, value in row.items()})
-    return text.getvalue()
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, float):
-        return format(value, ".7g") if math.isfinite(value) else str(value)
-    return value

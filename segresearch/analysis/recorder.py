@@ -39,7 +39,7 @@ Image = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """One self-attention call of one branch. Its tensors are read when they are asked for.
+    """One self-attention call of one branch. Its tensors are read from disk at each access.
 
     site, grid: where. branches: whose rows these are; several names where the branches are still equal.
     step: which evaluation of the model in its run, from 0 (the sampling step, for samplers of one evaluation a step).
@@ -125,7 +125,7 @@ class Recording:
 
 
 class Recorder:
-    """Keeps what it is shown, in memory or, with `folder`, streamed to one safetensors file a call and an index.
+    """Keeps q, k and v in memory or, with `folder`, in one safetensors file a call and an index.
 
     Args:
         sites: the model's, with their numbers of heads (`unet.site_heads`).

@@ -58,6 +58,18 @@ def of_model(config: Run, model: "SDXL | None") -> Run:
     return dataclasses.replace(config, device=device, compute=model.compute)
 
 
+def usable_device(device: str) -> Any:
+    """The torch.device that `device` is here, "auto" by `device_kind`. ConfigError where torch cannot use it."""
+    import torch
+
+    try:
+        chosen = torch.device(device_kind(device) if device == "auto" else device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return chosen
+
+
 def load_model(
     config: ModelConfig, device: str = "auto", controlnets: Sequence[str] = (), compute: Compute = PLAIN
 ) -> "SDXL":
@@ -66,16 +78,11 @@ def load_model(
 
     from segresearch.models import load_sdxl
 
-    try:
-        on = torch.device(device_kind(device) if device == "auto" else device)
-        torch.empty(0, device=on)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     optional: dict[str, Any] = {"controlnet": list(controlnets)} if controlnets else {}
     return load_sdxl(
         config.path,
         dtype=getattr(torch, config.dtype),
-        device=on,
+        device=usable_device(device),
         variant=config.variant,
         config=config.config,
         tokenizer=config.tokenizer,

@@ -14,7 +14,7 @@ from segresearch.config.validate import Record, of_guidance
 from segresearch.errors import ConfigError
 from segresearch.fields import Boundary, Count, Flag, Fraction, NonNegative, Number, Whole, within
 from segresearch.models.compute import Compute
-from segresearch.tracking import WandbConfig
+from segresearch.wandb_log import WandbConfig
 
 if TYPE_CHECKING:
     from segresearch.guidance import PAG, SEG, Projected, Ramp

@@ -1,4 +1,4 @@
-"""Pictures as tensors, and their edges."""
+"""Images as tensors, and their edges."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from segresearch.errors import InputError
 
 
 def to_tensor(image: Image.Image) -> Float[Tensor, "1 3 h w"]:
-    """An RGB picture, or a map of mode "F", as a control image in [0, 1]."""
+    """An RGB image, or a map of mode "F", as a control image in [0, 1]."""
     if image.mode == "F":
         values = torch.from_numpy(np.array(image))
         return values.clamp(0, 1).repeat(1, 3, 1, 1)  # (h, w) -> (1, 3, h, w)
@@ -19,7 +19,7 @@ def to_tensor(image: Image.Image) -> Float[Tensor, "1 3 h w"]:
 
 
 def canny(image: Image.Image, low: float | int = 100, high: float | int = 200) -> Float[Tensor, "1 3 h w"]:
-    """OpenCV's Canny detector on the colour picture: edges white (1) on black (0).
+    """OpenCV's Canny detector on the colour image: edges white (1) on black (0).
 
     low, high: hysteresis thresholds on the gradient (3×3 Sobel, the strongest of the three colours), 100 and 200 as
     SDXL's canny ControlNets are commonly used. Raises ValueError unless 0 <= low <= high.

@@ -1,7 +1,4 @@
-"""Pictures from files: whatever their mode, upright, of the size that is wanted; or one line of refusal.
-
-Light: Pillow and numpy, no torch.
-"""
+"""Images from files of any mode, upright and fitted to a size, or an error of one line. Light: no torch."""
 
 import warnings
 from pathlib import Path
@@ -16,13 +13,12 @@ FULL = 65535  # white in 16 bits
 
 
 def open_image(path: str | Path, behind: str = "white") -> Image.Image:
-    """The picture in a file as 8-bit RGB, upright.
+    """The image in a file as 8-bit RGB, upright.
 
-    EXIF rotation is applied; grey (1, 8, 16 bit or float in [0, 1]), palette, CMYK and other colour spaces are
-    converted; transparent parts show the colour `behind`, white as is usual for photos; of an animation or of several
-    pages the first is taken. Raises ValueError, one line with the file's name, for what is no whole picture: missing,
-    a folder, of another format, truncated, larger than Pillow's limit against decompression bombs, integers beyond 16
-    bits, floats outside [0, 1].
+    EXIF rotation is applied. Grey (1, 8, 16 bit or float in [0, 1]), palette, CMYK and other colour spaces are
+    converted. Transparent parts show the colour `behind`. Of several frames or pages the first is read. InputError with
+    the file's name for a file that is missing, a folder, of another format, truncated, or larger than Pillow's limit
+    against decompression bombs, for integers beyond 16 bits and for floats outside [0, 1].
     """
     image = _upright(Path(path).expanduser())
     if _is_deep(image):
@@ -46,14 +42,13 @@ def open_map(path: str | Path) -> Image.Image:
 def fit(image: Image.Image, size: tuple[int, int], aspect: float | None = None) -> Image.Image:
     """`image` at size = (height, width): its largest centred part of that aspect, resized once (Lanczos).
 
-    aspect: width over height of what the image shows, where its pixels are not square; None: of its pixels. Raises
-    ValueError for a side below 1.
+    aspect: width over height of what the image shows, where its pixels are not square. InputError for a side below 1.
     """
     height, width = size
     if min(height, width) < 1:
         raise InputError(f"size={(height, width)}: height and width must be at least 1 pixel")
-    shown, wanted = aspect or image.width / image.height, width / height
-    w, h = image.width * min(1, wanted / shown), image.height * min(1, shown / wanted)
+    old, new = aspect or image.width / image.height, width / height
+    w, h = image.width * min(1, new / old), image.height * min(1, old / new)
     left, top = (image.width - w) / 2, (image.height - h) / 2
     return image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + w, top + h))
 
@@ -65,11 +60,10 @@ def _is_deep(image: Image.Image) -> bool:
 def _scaled(image: Image.Image, path: str | Path) -> Image.Image:
     """More than 8 bits of grey as mode "F" in [0, 1]."""
     values = np.asarray(image, dtype=np.float32)
-    top = 1 if image.mode == "F" else FULL
-    if not (values.min() >= 0 and values.max() <= top):  # so that NaN is refused
-        kind = "float" if image.mode == "F" else "integer"
-        if not np.isfinite(values).all():
-            raise InputError(f"{path}: values that are not finite; save it as 8- or 16-bit grey")
+    kind, top = ("float", 1) if image.mode == "F" else ("integer", FULL)
+    if not np.isfinite(values).all():
+        raise InputError(f"{path}: values that are not finite; save it as 8- or 16-bit grey")
+    if values.min() < 0 or values.max() > top:
         raise InputError(
             f"{path}: {kind} values from {values.min():g} to {values.max():g}, which could mean anything; save it as "
             f"8- or 16-bit grey, or scale it to 0 ... {top}"
@@ -79,30 +73,30 @@ def _scaled(image: Image.Image, path: str | Path) -> Image.Image:
 
 def _upright(path: Path) -> Image.Image:
     """The decoded first frame, turned as its EXIF says."""
-    if not path.exists():
-        web = str(path).startswith(("http:", "https:"))
-        hint = "nothing is fetched from the network: download it first" if web else "give the path of an image"
-        raise InputError(f"{path}: no such file; {hint}")
-    if path.is_dir():
-        raise InputError(f"{path}: a folder, not an image; list its files: [a.png, b.png]")
-    if not path.is_file():
-        raise InputError(f"{path}: not a file; give the path of an image")
-    if not path.stat().st_size:
-        raise InputError(f"{path}: empty (0 bytes); save or download it again")
+    web = str(path).startswith(("http:", "https:"))
+    hint = "nothing is fetched from the network: download it first" if web else "give the path of an image"
+    for fails, message in (
+        (not path.exists(), f"no such file; {hint}"),
+        (path.is_dir(), "a folder, not an image; list its files: [a.png, b.png]"),
+        (not path.is_file(), "not a file; give the path of an image"),
+        (path.is_file() and not path.stat().st_size, "empty (0 bytes); save or download it again"),
+    ):
+        if fails:
+            raise InputError(f"{path}: {message}")
     Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN]
+    formats = [name for name in FORMATS if name in Image.OPEN]
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of EXIF or TIFF tags that are odd
         try:
-            with Image.open(path, formats=known) as image:
+            with Image.open(path, formats=formats) as image:
                 image.load()
                 return ImageOps.exif_transpose(image)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            limit = f"the limit of {Image.MAX_IMAGE_PIXELS:,}" if Image.MAX_IMAGE_PIXELS else "the limit"
+            limit = f"the limit of {Image.MAX_IMAGE_PIXELS:,}"
             raise InputError(f"{path}: more pixels than {limit}; save it smaller") from error
         except Image.UnidentifiedImageError as error:
-            raise InputError(f"{path}: not an image of a known format ({', '.join(known)}); convert it") from error
+            raise InputError(f"{path}: not an image of a known format ({', '.join(formats)}); convert it") from error
         except PermissionError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
         except Exception as error:  # decoders raise all kinds on damaged data

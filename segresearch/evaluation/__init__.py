@@ -1,17 +1,17 @@
 """An evaluation: methods of guidance on the same noise and prompts, measured, as tables, plots and a page.
 
-evaluate         the run: make what is missing, verify, reduce
-spec             a config to methods, prompts and ranges of images; where shards of them lie
+evaluate         the run: sample what is missing, verify, aggregate
+spec             a config expanded into methods, prompts and ranges of images; the files of their shards
 workers          which part of the work is this process's (torchrun, Slurm)
-shards           folders of arrays that are there whole or not at all
-sample_shards    sampling of the ranges that are missing
+shards           files of arrays that are there whole or not at all
+sample_shards    sampling and measuring of the shards that are missing
 image_metrics    what is measured of each image, and by which networks
 reference        features of real images
-aggregate        from shards to one row of numbers a method
-table            rows as markdown, CSV, LaTeX and metrics.jsonl
+aggregate        from shards to the frame
+frame            the numbers: one tidy frame of (method, metric, value, error); what each metric is
+table            a frame as markdown, LaTeX, CSV and JSON lines
 paper_numbers    the numbers of arXiv 2408.00760
 plots, page      what is drawn; the page that holds it
 provenance       the record that an image carries
 compare_runs     runs of an experiment in one table
-wandb_log        an evaluation in Weights & Biases
 """

@@ -1,43 +1,34 @@
-"""From the shards of a run to one row of numbers a setting, in fp64, in a fixed order: the same bytes every time."""
+"""From the shards of a run to a tidy frame, in fp64, in a fixed order: the same bytes every time."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from segresearch.config import EvaluateConfig
 from segresearch.evaluation import paper_numbers, shards
-from segresearch.evaluation.image_metrics import ATTRIBUTES, LOOK, Judge
+from segresearch.evaluation.frame import Frame, Value
+from segresearch.evaluation.image_metrics import ImageMetric
 from segresearch.evaluation.sample_shards import COST, NORMS
-from segresearch.evaluation.spec import Study
+from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.metrics.features import Extractor
-from segresearch.metrics.frechet import Frechet, Gaussian, frechet_distance, gaussian
+from segresearch.metrics.frechet import Frechet, frechet_distance, gaussian
 from segresearch.metrics.mmd import cmmd, kid
 from segresearch.metrics.precision import precision_recall
 
-Row = dict[str, Any]  # column -> text, a number, or None where there is none
-MOST = 10_000  # pictures on either side for precision and recall, whose work grows with their product
+MOST = 10_000  # images on either side for precision and recall, whose work grows with their product
 
 
 @dataclass(frozen=True)
 class Result:
-    """A row for each setting, in order; norms: the mean size of its guidance, by evaluation; reference: pictures."""
+    """norms: by method, the mean norm of its guidance at each evaluation. reference_images: how many."""
 
-    rows: tuple[Row, ...]
+    frame: Frame
     norms: Mapping[str, tuple[float, ...]]
-    reference: int
-
-
-@dataclass(frozen=True)
-class _Real:
-    """The reference in the features of one extractor."""
-
-    all: Tensor
-    fitted: Gaussian
+    reference_images: int
 
 
 def rounded(value: float) -> float | None:
@@ -45,75 +36,84 @@ def rounded(value: float) -> float | None:
     return None if math.isnan(value) else float(f"{value:.7g}")
 
 
-def joined(plan: Study, setting: str, key: str) -> np.ndarray:
-    """One array of all pictures of a setting, in their order, checksums compared. Raises Damaged, OSError."""
-    return np.concatenate([shards.load(plan.shard(setting, rows), key) for rows in plan.ranges])
-
-
-def mean_error(values: np.ndarray) -> tuple[float, float]:
+def mean_error(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
     """Mean and its standard error."""
     x = values.astype(np.float64)
     return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
 
 
-def reduce(config: EvaluateConfig, plan: Study, judges: Sequence[Judge], real: Callable[[Extractor], Tensor]) -> Result:
-    """Every metric of every setting. real: features of the reference by an extractor."""
-    references = {}
-    for judge in judges:
-        if judge.extractor is not None:
-            features = real(judge.extractor)
-            references[judge.name] = _Real(features, gaussian(features, config.force))
-    rows: list[Row] = []
-    norms = {}
-    plain: dict[str, Frechet] = {}
-    for setting, guidance in plan.settings.items():
-        operations = float(shards.load(plan.shard(setting, plan.ranges[0]), COST)[0])
-        cost = operations / rows[0]["operations"] if rows else 1.0
-        row: Row = {"setting": setting, "n": config.images, "operations": operations, "cost": rounded(cost)}
-        for judge in judges:
-            if judge.against and setting == plan.first:
-                row |= dict.fromkeys((judge.column, f"{judge.column}-error"))
+def aggregate(spec: EvaluationSpec, metrics: Sequence[ImageMetric], features: Callable[[Extractor], Tensor]) -> Result:
+    """Every metric of every method. features: of the real images. Raises Damaged, OSError."""
+    config, rows, norms = spec.config, [], {}
+    reference = {metric.name: features(metric.extractor) for metric in metrics if metric.extractor is not None}
+    fitted = {name: gaussian(real, config.force) for name, real in reference.items()}
+    baselines: dict[str, Frechet] = {}
+    costs = {method: float(shards.load(spec.shard(method, spec.ranges[0]), COST)[0]) for method in spec.methods}
+    for method, guidance in spec.methods.items():
+        rows += [Value(method, "n", config.images), Value(method, "operations", costs[method])]
+        numbers: dict[str, tuple[float, ...]] = {"cost": (costs[method] / costs[spec.baseline],)}
+        for metric in metrics:
+            if metric.baseline and method == spec.baseline:
+                rows.append(Value(method, metric.name, None))
                 continue
-            values = joined(plan, setting, judge.name)
-            if judge.extractor is not None:
-                row |= _features(config, judge.extractor.name, values, references[judge.name], plain)
-            elif judge.name in ("attributes", "look"):
-                columns = ATTRIBUTES if judge.name == "attributes" else LOOK
-                row |= {c: rounded(float(v)) for c, v in zip(columns, values.mean(0, dtype=np.float64), strict=True)}
+            values = _joined(spec, method, metric.array)
+            if metric.extractor is not None:
+                x, real = torch.from_numpy(values), reference[metric.name]
+                distance = frechet_distance(x, fitted[metric.name], config.n_bootstrap, force=config.force)
+                kinds = frechet_numbers(distance, baselines.setdefault(metric.name, distance))
+                kinds |= set_numbers(x, real, config.n_subsets, metric.extractor.name == "clip")
+                numbers |= {f"{kind}-{metric.extractor.name}": number for kind, number in kinds.items()}
+            elif metric.columns:
+                means = values.mean(0, dtype=np.float64)  # (n, columns) -> (columns,)
+                numbers |= {column: (float(mean),) for column, mean in zip(metric.columns, means, strict=True)}
             else:
-                mean, error = mean_error(values)
-                row |= {judge.column: rounded(mean), f"{judge.column}-error": rounded(error)}
-        said = paper_numbers.figures(plan.paper, guidance)
-        row |= {f"paper-{column}": said.get(column) for column in paper_numbers.columns(plan.paper)}
-        rows.append(row)
-        if NORMS in shards.held(plan.shard(setting, plan.ranges[0])):
-            steps = joined(plan, setting, NORMS).mean(0, dtype=np.float64)
-            norms[setting] = tuple(float(f"{v:.7g}") for v in steps)
-    return Result(tuple(rows), norms, min((len(r.all) for r in references.values()), default=0))
+                numbers[metric.name] = mean_error(values)
+        rows += [Value(method, name, *map(rounded, number)) for name, number in numbers.items()]
+        rows += [Value(method, f"paper-{c}", v) for c, v in paper_numbers.numbers(spec.paper, guidance).items()]
+        if NORMS in shards.producers(spec.shard(method, spec.ranges[0])):
+            steps = _joined(spec, method, NORMS).mean(0, dtype=np.float64)
+            norms[method] = tuple(float(f"{step:.7g}") for step in steps)
+    return Result(Frame(tuple(rows)), norms, min(map(len, reference.values()), default=0))
 
 
-def _features(config: EvaluateConfig, name: str, values: np.ndarray, real: _Real, plain: dict[str, Frechet]) -> Row:
-    x = torch.from_numpy(values)
-    d = frechet_distance(x, real.fitted, config.n_bootstrap, force=config.force)
-    first = plain.setdefault(name, d)
-    apart = spread = math.nan
-    if first is not d:
-        apart = d.distance - first.distance
-        spread = float(np.std(np.subtract(d.resamples, first.resamples), ddof=1)) if len(d.resamples) > 1 else math.nan
-    n, m = min(len(x), MOST), min(len(real.all), len(x), MOST)
-    size = min(1000, len(x) // 2, len(real.all) // 2)
-    near = precision_recall(x[:n], real.all[:m]) if min(n, m) > 3 else None
-    kernel = kid(x, real.all, config.n_subsets, size) if size > 1 and name != "clip" else None
-    kernels = {
-        f"kd-{name}": kernel.distance if kernel else math.nan,
-        f"kd-{name}-spread": kernel.spread if kernel else math.nan,
-    } if name != "clip" else {"kd-clip": cmmd(x, real.all).biased}  # fmt: skip
-    found = {
-        f"fd-{name}": d.distance, f"fd-{name}-error": d.error, f"fd-{name}-first": apart,
-        f"fd-{name}-first-error": spread, f"fd-{name}-extrapolated": d.extrapolated,
-        f"fd-{name}-mean": d.mean_part,
-        f"variance-{name}": float(x.double().var(0).sum() / real.fitted.cov.trace()) if len(x) > 1 else math.nan,
-        **kernels,
-        f"precision-{name}": near.precision if near else math.nan, f"recall-{name}": near.recall if near else math.nan,
+def frechet_numbers(distance: Frechet, baseline: Frechet) -> dict[str, tuple[float, ...]]:
+    """The Fréchet distance of a method and its difference to the baseline's, each with its error: by kind of metric.
+
+    The difference is taken on the same resampled images, so its error is smaller than those of the two.
+    """
+    difference = error = math.nan
+    if baseline is not distance:
+        difference = distance.distance - baseline.distance
+        if len(distance.resamples) > 1:
+            error = float(np.std(np.subtract(distance.resamples, baseline.resamples), ddof=1))
+    return {
+        "fd": (distance.distance, distance.error), "fd_to_baseline": (difference, error),
+        "fd_extrapolated": (distance.extrapolated,), "fd_means": (distance.mean_part,),
     }  # fmt: skip
-    return {key: rounded(value) for key, value in found.items()}
+
+
+def set_numbers(
+    x: Float[Tensor, "n dim"], reference: Float[Tensor, "m dim"], subsets: int, gaussian_kernel: bool
+) -> dict[str, tuple[float, ...]]:
+    """Variance, kernel distance, precision and recall of features against the reference, by kind of metric; nan where
+    there are too few. gaussian_kernel: CMMD in place of the kernel distance of subsets."""
+    kinds = ("variance", "kd", "kd_spread", "precision", "recall")
+    numbers: dict[str, tuple[float, ...]] = dict.fromkeys(kinds, (math.nan,))
+    if len(x) > 1:
+        numbers["variance"] = (float(x.double().var(0).sum() / reference.double().var(0).sum()),)
+    size = min(1000, len(x) // 2, len(reference) // 2)
+    if gaussian_kernel:
+        numbers["kd"] = (cmmd(x, reference).biased,)
+    elif size > 1:
+        kernel = kid(x, reference, subsets, size)
+        numbers |= {"kd": (kernel.distance,), "kd_spread": (kernel.spread,)}
+    n, m = min(len(x), MOST), min(len(reference), len(x), MOST)
+    if min(n, m) > 3:
+        near = precision_recall(x[:n], reference[:m])
+        numbers |= {"precision": (near.precision,), "recall": (near.recall,)}
+    return numbers
+
+
+def _joined(spec: EvaluationSpec, method: str, name: str) -> np.ndarray:
+    """One array of all images of a method, in their order. Raises Damaged, OSError."""
+    return np.concatenate([shards.load(spec.shard(method, rows), name) for rows in spec.ranges])

@@ -1,14 +1,14 @@
-"""One evaluation: settings of guidance on the same noise and prompts, measured, as a table beside the paper's figures.
+"""One evaluation: methods of guidance on the same noise and prompts, measured, as a table next to the paper's numbers.
 
-    <out>/shards/<setting>-<digest>/<rows>/        pictures, features and scores; whole or not there
-    <out>/<name>/<id>/  index.html                 the page, which holds its figures and pictures and works offline
-                        table.md, .csv, .tex       metrics.jsonl: the record
+    <out>/shards/<method>-<digest>/<rows>.safetensors    images, features and scores; there whole or not at all
+    <out>/<name>/<id>/  index.html                 the page, which holds its figures and images and works offline
+                        table.md, table.tex        metrics.csv, metrics.jsonl: a row a number
                         figures/*.png  config.yaml
-                        results.json               written last: which shards and settings the results are of
-    <out>/reference/    features of real pictures
+                        results.json               written last: which shards the results are of
+    <out>/reference/    features of real images
 
-Three steps: shards (any number of workers, each its part), verify (every byte), reduce (whoever finds all shards
-whole). The same command goes on where it was stopped, and ends in the same files.
+Three stages: shards (any number of workers, each its part), verify (every byte), reduce (whoever finds all shards
+whole). The same command resumes where it was stopped, and ends in the same files.
 """
 
 import contextlib
@@ -16,121 +16,106 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from segresearch import runs
-from segresearch.analysis.figures import save
-from segresearch.cli import exit_code, line
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig
-from segresearch.config.build import device_kind, load_model, of_model, with_batch_size
-from segresearch.config.compose import hydra_settings
-from segresearch.errors import CheckpointError, ConfigError, Ended
-from segresearch.evaluation import plots, reference, sample_shards, shards, table
-from segresearch.evaluation.aggregate import Result, reduce
-from segresearch.evaluation.image_metrics import Judge, judges
+from segresearch.config.build import load_model, of_model, usable_device, with_batch_size
+from segresearch.errors import ConfigError, Ended
+from segresearch.evaluation import plots, shards, table
+from segresearch.evaluation.aggregate import Result, aggregate
+from segresearch.evaluation.frame import Frame
+from segresearch.evaluation.image_metrics import ImageMetric, image_metrics
 from segresearch.evaluation.page import page, where
-from segresearch.evaluation.provenance import figure_record, records
-from segresearch.evaluation.spec import Study, placed, run_identity, study
-from segresearch.evaluation.wandb_log import mirror_study
+from segresearch.evaluation.provenance import records
+from segresearch.evaluation.reference import Reference, features, reference
+from segresearch.evaluation.sample_shards import IMAGES, Progress, missing_arrays, required_arrays, sample_shards
+from segresearch.evaluation.spec import EvaluationSpec, evaluation_spec, run_identity, with_folders
 from segresearch.evaluation.workers import Worker, worker
-from segresearch.models.compute import arithmetic
-from segresearch.models.locate import located
+from segresearch.plot_style import save
+from segresearch.records import figure_record
 from segresearch.threads import threads
+from segresearch.tidy_csv import to_csv
+from segresearch.wandb_log import log_evaluation
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL
 
-VERSION = 2  # of the results
+VERSION = 3  # of the results
 RESULTS, PAGE = "results.json", "index.html"
-OF_A_CALL = {"out": "runs", "device": "auto", "stage": "all", "wandb": {"mode": "off"}}
+OF_A_CALL = {"out": "runs", "device": "auto", "stage": "all", "wandb": {"mode": "off"}}  # not of the run
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a run left. result: None where other workers are still to make shards, or only one step was asked for."""
+    """What a run left: how many images it sampled in how many seconds, and how many existed.
+
+    result: None where other workers have shards to write, or only one stage was run; `message` says which.
+    """
 
     folder: Path
-    made: int
-    found: int
-    seconds: float
+    sampled: int = 0
+    existing: int = 0
+    seconds: float = 0.0
     result: Result | None = None
-    said: str = ""
+    message: str = ""
 
     def __str__(self) -> str:
-        rate = f" ({self.made / self.seconds:.2f} images/s)" if self.made and self.seconds else ""
-        counted = f"{self.made} images made{rate}" + (f", {self.found} were there already" if self.found else "")
-        lines = [counted] if self.made or self.found else []
-        lines += [self.said] if self.said else []
-        lines += [f"page: {self.folder / PAGE}"] if self.result is not None else []
-        return "\n".join(lines)
+        rate = f" ({self.sampled / self.seconds:.2f} images/s)" if self.sampled and self.seconds else ""
+        existing = f", {self.existing} existed already" if self.existing else ""
+        counts = f"{self.sampled} images sampled{rate}{existing}" if self.sampled or self.existing else ""
+        page_line = "" if self.result is None else f"page: {self.folder / PAGE}"
+        return "\n".join(filter(None, [counts, self.message, page_line]))
 
 
-def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, place: Worker | None = None) -> Evaluation:
-    """Make what is missing of this worker's part; where all is whole, verify nothing more and reduce.
+def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, part: Worker | None = None) -> Evaluation:
+    """Sample the missing shards of this worker's part; where all are whole, aggregate them and write the results.
 
-    model: already loaded. place: among several workers; None asks the environment. ValueError for settings that do not
-    fit, `Ended` with a code of its own for weights, room and what is not complete.
+    model: already loaded. part: among several workers; None asks the environment. Raises ConfigError for settings that
+    do not fit, CheckpointError for weights that are missing, Ended(4) for shards that are missing or damaged.
     """
     config = with_batch_size(of_model(config, model))
-    kind = device_kind(config.device)
-    with _ending(), threads(config.threads), arithmetic(config.compute.resolved(kind).precision, kind):
-        plan, place = study(config), place or worker()
-        plan = placed(config, plan, located(config.model.path))
-        real = reference.sources(config)
-        folder = runs.run_folder(config.out, config.name, run_identity(config, plan, reference.identity(config, real)))
+    with threads(config.threads):
+        spec, part = evaluation_spec(config), part or worker()
+        spec = with_folders(spec, resolve_model(config.model.path))
+        real = reference(config.reference)
+        folder = runs.run_folder(config.out, config.name, run_identity(spec, real.identity()))
         if config.stage == "verify":
-            return _verified(plan, folder)
-        device = place.device(config.device)
-        found = judges(config, plan, _usable(device))
-        _enough(config, found, len(real))
+            return Evaluation(folder, message=_verified(spec))
+        device = str(usable_device(part.device(config.device)))
+        metrics = image_metrics(spec, device)
+        _check_counts(config, metrics, len(real))
+
+        def load() -> "SDXL":
+            nets = list({control.net: None for control in config.controls.values()})
+            return load_model(config.model, device, nets, config.compute) if model is None else model
+
         start = time.perf_counter()
-        made = sample_shards.Made()
-        if config.stage != "reduce":
-
-            def load() -> "SDXL":
-                nets = list({control.net: None for control in config.controls.values()})
-                return load_model(config.model, device, nets, config.compute) if model is None else model
-
-            made = sample_shards.make(config, plan, found, place, load)
-        seconds = time.perf_counter() - start
-        done = Evaluation(folder, made.made, made.found, seconds)
-        missing = sum(len(sample_shards.lacking(config, plan, found, rows)) for rows in plan.ranges)
-        if made.failed and (place.world == 1 or missing == len(made.failed)):  # others may still make theirs
-            raise Ended(4, _failed(made, missing))
-        if missing:
-            said = f"{missing} of {len(plan.shards())} shards are missing"
-            if place.world == 1:
-                raise Ended(4, f"{said}; the same command without stage= makes them")
-            failed = f"; {_failed(made, missing)}" if made.failed else ""
-            return dataclasses.replace(done, said=f"{place} has made its part; {said}, which others make{failed}")
+        try:
+            progress = Progress() if config.stage == "reduce" else sample_shards(spec, metrics, part, load)
+        except KeyboardInterrupt:
+            print("stopped: whole shards are kept; the same command resumes", file=sys.stderr)
+            raise
+        done = Evaluation(folder, progress.sampled, progress.existing, time.perf_counter() - start)
+        if message := _incomplete(spec, metrics, progress, part):
+            return dataclasses.replace(done, message=message)
         if config.stage == "shards":
-            return dataclasses.replace(done, said=f"all {len(plan.shards())} shards are there")
-        result = _reduced(config, plan, found, folder)
-        mirror_study(config.wandb, config, plan, result, lambda: _shown(config, plan), folder)
+            return dataclasses.replace(done, message=f"all {len(spec.shards())} shards exist")
+        result = _results(spec, metrics, real, folder)
+        log_evaluation(spec, result, lambda: shown_images(spec), folder)
         return dataclasses.replace(done, result=result)
 
 
-def _failed(made: sample_shards.Made, missing: int) -> str:
-    return f"{missing} shards could not be made: {made.failed[0]}; try model.dtype=float32 or lower scales"
-
-
-def _usable(device: str) -> str:
-    there = torch.cuda.is_available()
-    if device.startswith("cuda") and not there:
-        raise ConfigError(f"device: {device}: torch finds no CUDA device here; take auto or cpu")
-    return ("cuda" if there else "cpu") if device == "auto" else device
-
-
-def _enough(config: EvaluateConfig, found: Sequence[Judge], real: int) -> None:
-    """ConfigError for fewer pictures than features on either side, before anything is sampled."""
-    sides = {f"images: {config.images}": config.images, f"reference: {config.reference}: {real} pictures": real}
-    for extractor in (judge.extractor for judge in found if judge.extractor is not None and not config.force):
+def _check_counts(config: EvaluateConfig, metrics: Sequence[ImageMetric], real: int) -> None:
+    """ConfigError for fewer images than features on either side, before anything is sampled."""
+    sides = {f"images: {config.images}": config.images, f"reference: {config.reference}: {real} images": real}
+    for extractor in (metric.extractor for metric in metrics if metric.extractor is not None and not config.force):
         for side, count in sides.items():
             if count <= extractor.dim:
                 raise ConfigError(
@@ -139,132 +124,100 @@ def _enough(config: EvaluateConfig, found: Sequence[Judge], real: int) -> None:
                 )
 
 
-def _verified(plan: Study, folder: Path) -> Evaluation:
+def _verified(spec: EvaluationSpec) -> str:
     """Read every byte of every shard. Ended(4) for the first that is missing or damaged."""
-    everything = plan.shards()
-    wrong = [said for said in map(shards.verify, everything) if said]
-    if wrong:
-        raise Ended(4, f"{len(wrong)} of {len(everything)} shards are not whole: {wrong[0]}")
-    return Evaluation(folder, 0, 0, 0.0, said=f"all {len(everything)} shards are whole")
+    paths = spec.shards()
+    if damaged := [message for message in map(shards.verify, paths) if message]:
+        raise Ended(4, f"{len(damaged)} of {len(paths)} shards are not whole: {damaged[0]}")
+    return f"all {len(paths)} shards are whole"
 
 
-def _reduced(config: EvaluateConfig, plan: Study, found: Sequence[Judge], folder: Path) -> Result:
-    """The results and everything that shows them, unless they are there for just these shards and settings."""
-    read = [sample_shards.wanted(config, found, i, rows) for i in range(len(plan.settings)) for rows in plan.ranges]
-    sums = [shards.sums(place, keys) for place, keys in zip(plan.shards(), read, strict=True)]
-    # the folder is named by the run's identity
-    asked = [folder.name, config.name, config.model.name, config.n_examples]
-    inputs = runs.digest([VERSION, runs.code_version(), asked, [j.by for j in found], sums])
-    for place in plan.places.values():
+def _incomplete(spec: EvaluationSpec, metrics: Sequence[ImageMetric], progress: Progress, part: Worker) -> str:
+    """Which shards are left to other workers, "" for none. Ended(4) where no worker is left to write them."""
+    missing = sum(len(missing_arrays(spec, metrics, rows)) for rows in spec.ranges)
+    failed = ""
+    if progress.failures:
+        hint = "try model.dtype=float32 or lower scales"
+        failed = f"{missing} shards could not be written: {progress.failures[0]}; {hint}"
+        if part.world == 1 or missing == len(progress.failures):
+            raise Ended(4, failed)
+    if not missing:
+        return ""
+    message = f"{missing} of {len(spec.shards())} shards are missing"
+    if part.world == 1:
+        raise Ended(4, f"{message}; the same command without stage= writes them")
+    return f"{part} has written its part; {message}, which others write" + (f"; {failed}" if failed else "")
+
+
+def _results(spec: EvaluationSpec, metrics: Sequence[ImageMetric], real: Reference, folder: Path) -> Result:
+    """The results and all files that show them; read where they are of just these shards and settings."""
+    config, path = spec.config, folder / RESULTS
+    for place in [*spec.folders.values(), Path(config.out) / "reference", folder, folder / "figures"]:
         shards.sweep(place)
-    shards.sweep(Path(config.out) / "reference")
-    _sweep(folder)
-    path = folder / RESULTS
+    read = [required_arrays(spec, metrics, method, rows) for method in spec.methods for rows in spec.ranges]
+    sums = [shards.checksums(shard, names) for shard, names in zip(spec.shards(), read, strict=True)]
+    named = [folder.name, config.name, config.model.name, config.n_examples]  # the folder's name is the run's identity
+    inputs = runs.digest([VERSION, runs.code_version(), named, [metric.producer for metric in metrics], sums])
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        kept = json.loads(path.read_text())
-        if kept["inputs"] == inputs and all((folder / name).is_file() for name in kept["files"]):
-            rows = tuple(kept["rows"])
-            return Result(rows, {k: tuple(v) for k, v in kept["norms"].items()}, kept["reference"])
-    result = reduce(config, plan, found, lambda extractor: reference.features(config, extractor))
-    files = _written(config, plan, found, folder, result)
+        stored = json.loads(path.read_text())
+        if stored["inputs"] == inputs and all((folder / name).is_file() for name in stored["files"]):
+            norms = {method: tuple(steps) for method, steps in stored["norms"].items()}
+            return Result(Frame.of(stored["metrics"]), norms, stored["reference_images"])
+    result = aggregate(spec, metrics, lambda extractor: features(real, extractor, config.out))
     content = {
-        "inputs": inputs,
-        "files": files,
-        "rows": result.rows,
-        "norms": result.norms,
-        "reference": result.reference,
-    }
+        "inputs": inputs, "files": _write(spec, metrics, folder, result), "metrics": result.frame.plain(),
+        "norms": result.norms, "reference_images": result.reference_images,
+    }  # fmt: skip
     runs.write(path, json.dumps(content, indent=1) + "\n")
     return result
 
 
-def _written(config: EvaluateConfig, plan: Study, found: Sequence[Judge], folder: Path, result: Result) -> list[str]:
+def _write(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path, result: Result) -> list[str]:
     """Tables, figures and the page; their names in the folder."""
+    config = spec.config
     common = {
         "experiment": config.name, "run": folder.name, "model": config.model.name, "sampler": config.sampler.name,
         "schedule": config.schedule.name, "steps": config.steps, "reference": config.reference,
-        "reference_pictures": result.reference,
+        "reference_images": result.reference_images,
     }  # fmt: skip
     texts = {
-        "config.yaml": written_config(config), "table.md": table.markdown(result.rows),
-        "table.csv": table.to_csv(result.rows), "table.tex": table.latex(result.rows),
-        "metrics.jsonl": table.to_jsonl(result.rows, common),
+        "config.yaml": runs.written_config(runs.plain(config), OF_A_CALL), "table.md": table.markdown(result.frame),
+        "table.tex": table.latex(result.frame), "metrics.csv": to_csv(result.frame.plain()),
+        "metrics.jsonl": table.to_jsonl(result.frame, common),
     }  # fmt: skip
     for name, text in texts.items():
         runs.write(folder / name, text)
-    drawn = plots.draw(plan, result.rows, result.norms, where(config, result))
-    paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
-    for name, picture in drawn.items():
-        save(picture, paths[name], figure_record(config, name))
-    pictures = _shown(config, plan)
+    figures = plots.draw(spec, result, where(spec, result))
+    paths = {name: folder / "figures" / f"{name}.png" for name in figures}
+    for name, figure in figures.items():
+        save(figure, paths[name], figure_record(name, "evaluate", config, OF_A_CALL))
+    prompts = config.prompts if isinstance(config.prompts, str) else f"{len(spec.prompts)} texts"
     facts = {
-        "run": folder.name, "code": runs.code_version(), "pictures by": _made(plan), "prompts": _prompts(config, plan),
-        "reference": config.reference,
-        "measured by": "; ".join(f"{judge.name} ({judge.by[:12]})" for judge in found),
+        "run": folder.name, "code": runs.code_version(), "images sampled by": _sampled_by(spec),
+        "prompts": prompts if any(spec.prompts) else "none (unconditional)", "reference": config.reference,
+        "measured by": "; ".join(f"{metric.array} ({metric.producer[:12]})" for metric in metrics),
     }  # fmt: skip
-    said = records(config, plan, range(min(config.n_examples, config.images)), folder.name)
-    runs.write(folder / PAGE, page(config, plan, result, pictures, paths, facts, said))
-    return [*texts, *(str(p.relative_to(folder)) for p in paths.values()), PAGE]
+    shown = records(spec, range(min(config.n_examples, config.images)), folder.name)
+    runs.write(folder / PAGE, page(spec, result, shown_images(spec), paths, facts, shown))
+    return [*texts, *(str(path.relative_to(folder)) for path in paths.values()), PAGE]
 
 
-def _shown(config: EvaluateConfig, plan: Study) -> dict[str, np.ndarray]:
-    """Of every setting the pictures that are shown, uint8 (n, 3, h, w)."""
-    some = [rows for rows in plan.ranges if rows.start < config.n_examples]
+def shown_images(spec: EvaluationSpec) -> dict[str, np.ndarray]:
+    """Of every method the images that the page shows, uint8 (n, 3, h, w)."""
+    shown = spec.config.n_examples
+    ranges = [rows for rows in spec.ranges if rows.start < shown]
     return {
-        setting: np.concatenate([shards.load(plan.shard(setting, rows), sample_shards.IMAGES) for rows in some])[
-            : config.n_examples
-        ]
-        for setting in plan.settings
+        method: np.concatenate([shards.load(spec.shard(method, rows), IMAGES) for rows in ranges])[:shown]
+        for method in spec.methods
     }
 
 
-def _made(plan: Study) -> str:
-    """The versions that made the pictures; a line on stderr where they are not those of now."""
-    now = runs.versions()
-    found = {tuple(sorted(made.items())) for made in map(shards.made, plan.shards()) if made}
-    if found - {tuple(sorted(now.items()))}:
-        said = "the pictures are not all of this code and torch; a new `out` makes them all anew"
-        print(f"{said}: {_named(found)}", file=sys.stderr)
-    return _named(found) or "not known"
-
-
-def _named(found: set[tuple[tuple[str, str], ...]]) -> str:
-    return "; ".join(", ".join(f"{key} {value}" for key, value in one) for one in sorted(found))
-
-
-def _prompts(config: EvaluateConfig, plan: Study) -> str:
-    if not any(plan.prompts):
-        return "none (unconditional)"
-    return config.prompts if isinstance(config.prompts, str) else f"{len(plan.prompts)} texts"
-
-
-def written_config(config: EvaluateConfig) -> str:
-    """config.yaml: every setting in full, in a form that evaluate.py takes back."""
-    from omegaconf import OmegaConf
-
-    parts = (hydra_settings(), runs.plain(config) | OF_A_CALL)
-    return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in parts)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what `runs.replacing` left in a process that was killed."""
-    for path in [*folder.glob(".*.tmp"), *folder.glob("figures/.*.tmp")]:
-        if runs.abandoned(path):
-            path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _ending() -> Iterator[None]:
-    """Errors that have a code of their own, as `Ended`."""
-    try:
-        yield
-    except shards.Damaged as error:
-        raise Ended(4, str(error)) from error
-    except (CheckpointError, OSError, MemoryError, RuntimeError) as error:
-        code = exit_code(error)
-        if code not in (3, 5):
-            raise
-        raise Ended(code, line(error)) from error
-    except KeyboardInterrupt:
-        print("stopped: whole shards are kept; the same command goes on", file=sys.stderr)
-        raise
+def _sampled_by(spec: EvaluationSpec) -> str:
+    """The versions of the code that sampled the images; a line on stderr where they are not the current ones."""
+    found = {", ".join(f"{name} {version}" for name, version in versions.items())
+             for versions in map(shards.versions, spec.shards())}  # fmt: skip
+    text = "; ".join(sorted(found))
+    if found != {", ".join(f"{name} {version}" for name, version in runs.versions().items())}:
+        hint = "not all images are of this code and torch; a new `out` samples them all again"
+        print(f"{hint}: {text}", file=sys.stderr)
+    return text

@@ -1,177 +1,180 @@
-"""What is measured of each picture: features, distance to the first setting's picture, agreement with its caption."""
+"""What is measured of each image: features, distance to the baseline's image, text alignment, contents, colours."""
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from segresearch.config import EvaluateConfig
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config.names import nearest
 from segresearch.config.parse import HELD_OUT, SCENE
-from segresearch.errors import ConfigError, InputError
+from segresearch.errors import ConfigError, InputError, NotFinite
 from segresearch.evaluation.shards import Array
+from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.metrics.attributes import agreement, classify, load_attribute_classifier, scene_attributes
 from segresearch.metrics.edge_agreement import edge_agreement
 from segresearch.metrics.features import Extractor, load_extractor
 from segresearch.metrics.lpips import load_lpips, lpips_distances
-from segresearch.metrics.mini_vision import SIDE, load_vision, perceptual_distances, unit_range
-from segresearch.metrics.text_alignment import CLIP, load_clip, mini_text_alignment, text_alignment
+from segresearch.metrics.mini_vision import load_vision, perceptual_distances, unit_range
+from segresearch.metrics.text_alignment import CLIP, MiniClip, load_clip, text_alignment
 from segresearch.models.compute import arithmetic
-from segresearch.models.locate import located
 from segresearch.runs import digest, fingerprint
 from segresearch.threads import one_thread
-
-if TYPE_CHECKING:
-    from segresearch.evaluation.spec import Study
 
 WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "text_alignment")
 ATTRIBUTES = ("count", "colors", "shapes", "objects", "exact", "objects_chance")
 LOOK = ("saturation", "brightness", "contrast", "red", "green", "blue")
 
 
-class NotFinite(InputError):
-    """Pictures, or what is measured of them, that are not numbers: this shard cannot be made."""
-
-
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures of one setting, those of the first setting from the same noise, and the caption of each."""
+class Samples:
+    """Images of one method, the baseline's images from the same noise, the prompt and the index of each."""
 
     images: UInt8[Tensor, "b 3 h w"]
-    first: UInt8[Tensor, "b 3 h w"]
-    texts: list[str]
+    baseline: UInt8[Tensor, "b 3 h w"]
+    prompts: list[str]
     rows: range
 
 
 @dataclass(frozen=True)
-class Judge:
-    """An array of one row a picture, by name; `by` tells the networks. against: it compares with the first setting,
-    whose digest then ends the name, since runs of another first setting may share the shard; `column` lacks it."""
+class ImageMetric:
+    """A number or several of each image. To add one, build it in `image_metrics` and list its names in frame.METRICS.
+
+    name: in the frame. producer: identifies its networks by their weights. columns: names in the frame of its several
+    numbers. baseline: digest of the baseline's images, for a metric that compares with them: its array's name ends in
+    that digest, since a shard may serve runs with other baselines. extractor: of features, from which `aggregate`
+    computes distances between sets of images.
+    """
 
     name: str
-    by: str
-    measure: Callable[[Pictures], Float[Tensor, "b *values"]]
-    against: bool = False
+    producer: str
+    measure: Callable[[Samples], Float[Tensor, "b *values"]]
+    columns: tuple[str, ...] = ()
+    baseline: str = ""
     extractor: Extractor | None = None
 
     @property
-    def column(self) -> str:
-        return self.name.rpartition("@")[0] if self.against else self.name
+    def array(self) -> str:
+        """The name of its array in a shard."""
+        return f"{self.name}@{self.baseline}" if self.baseline else self.name
 
 
-def judges(config: EvaluateConfig, study: "Study", device: str = "cpu") -> tuple[Judge, ...]:
-    """Those that `config` names, loaded on `device`; what names attributes is small and stays on the CPU.
+def image_metrics(spec: EvaluationSpec, device: str = "cpu") -> tuple[ImageMetric, ...]:
+    """The metrics of the config, their networks on `device`.
 
-    Raises ConfigError for names that are none, CheckpointError for weights that are missing.
+    Raises ConfigError for an unknown network, CheckpointError for weights that are missing.
     """
+    config = spec.config
     for group, keys in (("weights", config.weights), ("checksums", config.checksums)):
         if unknown := [key for key in keys if key not in WEIGHTS]:
             hint = f"{nearest(unknown[0], WEIGHTS)} ({', '.join(WEIGHTS)})"
             raise ConfigError(f"{group}.{unknown[0]}: no such network{hint}")
-    given, sums = config.weights, config.checksums
-    found: list[Judge] = []
-    for name in config.features:
-        extractor = load_extractor(name, given.get(name), sums.get(name), device=device)
-        found.append(Judge(f"features-{name}", extractor.weights, _features(extractor), extractor=extractor))
-    if len(study.settings) > 1:
-        found += [_distance(name, config, study, device) for name in config.distances]
-    if any(study.prompts) and config.text_alignment != "none":
-        found.append(_caption(config, device))
-    if study.scenes and config.text_alignment == "mini":
-        found.append(_attributes(study.scenes))
-    if study.controls and all(shown[0].startswith(SCENE) for shown in study.controls):
-        found.append(_edges([HELD_OUT + int(shown[0].removeprefix(SCENE)) for shown in study.controls]))
-    return (*found, Judge("look", "1", lambda p: look(p.images)))
+    metrics = [_features(name, spec, device) for name in config.features]
+    if len(spec.methods) > 1:
+        metrics += [_distance(name, spec, device) for name in config.distances]
+    if any(spec.prompts) and config.text_alignment != "none":
+        metrics.append(_text_alignment(spec, device))
+    if spec.scenes and config.text_alignment == "mini":
+        metrics.append(_attributes(spec.scenes))
+    if spec.controls and all(images[0].startswith(SCENE) for images in spec.controls):
+        metrics.append(_edges([HELD_OUT + int(images[0].removeprefix(SCENE)) for images in spec.controls]))
+    return (*metrics, ImageMetric("look", "1", lambda samples: look(samples.images), LOOK))
 
 
-def tried(found: Sequence[Judge], size: tuple[int, int]) -> None:
-    """Show them a blank picture of `size`, before any is sampled. ConfigError for one that cannot look at it."""
+def check_size(metrics: Sequence[ImageMetric], size: tuple[int, int]) -> None:
+    """Measure a blank image, before any is sampled. ConfigError for a metric that cannot take images of this size."""
     blank = torch.full((1, 3, *size), 127, dtype=torch.uint8)
-    for judge in found:
+    for metric in metrics:
         try:
-            judge.measure(Pictures(blank, blank, ["blank"], range(1)))
+            metric.measure(Samples(blank, blank, ["blank"], range(1)))
         except InputError as error:
-            raise ConfigError(
-                f"{judge.name} cannot be measured here: {error}; leave it out, or choose another"
-            ) from error
+            hint = "leave it out, or choose another"
+            raise ConfigError(f"{metric.name} cannot be measured here: {error}; {hint}") from error
 
 
-def _features(extractor: Extractor) -> Callable[[Pictures], Tensor]:
-    return lambda p: extractor.of(p.images)
+def measure(metrics: Sequence[ImageMetric], samples: Samples, names: Collection[str]) -> dict[str, Array]:
+    """The arrays of these names, measured in fp32 products whatever sampling uses. Raises NotFinite."""
+    arrays = {}
+    for metric in metrics:
+        if metric.array in names:
+            with arithmetic("exact", "cuda"):
+                values = metric.measure(samples).float().cpu()
+            if not values.isfinite().all():
+                raise NotFinite(f"{metric.name} is not finite")
+            arrays[metric.array] = Array(values.numpy(), metric.producer)
+    return arrays
 
 
-def _attributes(scenes: Sequence[int]) -> Judge:
+def _features(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
+    config = spec.config
+    extractor = load_extractor(name, config.weights.get(name), config.checksums.get(name), device=device)
+    return ImageMetric(f"features-{name}", extractor.weights, lambda s: extractor.of(s.images), extractor=extractor)
+
+
+def _distance(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
+    weights, checksums = spec.config.weights, spec.config.checksums
+    baseline = spec.folders[spec.baseline].name.rpartition("-")[2]
+    if name == "mini":
+        folder = resolve_model(weights.get("mini") or "mini")
+        vision, producer = load_vision(folder).vision.to(device), fingerprint(folder / "vision")
+        return ImageMetric(
+            "distance-mini", producer, lambda s: perceptual_distances(vision, s.images, s.baseline), baseline=baseline
+        )
+    heads = f"{name}_heads"
+    sha256 = checksums.get(name), checksums.get(heads)
+    net = load_lpips(name, weights.get(name), weights.get(heads), sha256, device=device)
+    producer = hashlib.sha256(b"".join(weight.cpu().numpy().tobytes() for weight in net.parameters())).hexdigest()
+    return ImageMetric(
+        f"distance-{name}", producer, lambda s: lpips_distances(net, s.images, s.baseline), baseline=baseline
+    )
+
+
+def _text_alignment(spec: EvaluationSpec, device: str) -> ImageMetric:
+    config = spec.config
+    if config.text_alignment == "clip":
+        path, checksum = config.weights.get("text_alignment"), config.checksums.get("text_alignment")
+        clip = load_clip(path or CLIP, checksum, device=device)
+        return ImageMetric("text_alignment-clip", clip.weights, lambda s: text_alignment(clip, s.images, s.prompts))
+    from segresearch.models import load_sdxl
+
+    folder = resolve_model(config.weights.get("mini") or "mini")
+    mini = MiniClip(load_vision(folder).to(device), load_sdxl(folder, device=device).text)
+    producer = digest([fingerprint(folder / part) for part in ("vision", "text_encoder_2")])
+    return ImageMetric("text_alignment-mini", producer, lambda s: text_alignment(mini, s.images, s.prompts, batch=250))
+
+
+def _attributes(scenes: Sequence[int]) -> ImageMetric:
+    """Agreement with the scene of the prompt, and by chance, with that of the next prompt. On the CPU: it is small."""
     classifier = load_attribute_classifier()
 
-    def match(p: Pictures) -> Tensor:
-        found = classify(classifier, p.images)
-        held = [scene_attributes([scenes[(i + k) % len(scenes)] for i in p.rows]) for k in (0, 1)]
-        seen, other = (agreement(found, expected) for expected in held)
-        return torch.stack([*(seen[key] for key in ATTRIBUTES[:-1]), other["objects"]], dim=1)
+    def match(samples: Samples) -> Tensor:
+        predicted = classify(classifier, samples.images)
+        expected = [scene_attributes([scenes[(i + shift) % len(scenes)] for i in samples.rows]) for shift in (0, 1)]
+        own, next_one = (agreement(predicted, attributes) for attributes in expected)
+        return torch.stack([*(own[key] for key in ATTRIBUTES[:-1]), next_one["objects"]], dim=1)  # 6 (b,) -> (b, 6)
 
-    return Judge("attributes", digest([2, fingerprint(located("mini") / "attributes")]), match)
+    producer = digest([2, fingerprint(resolve_model("mini") / "attributes")])
+    return ImageMetric("attributes", producer, match, ATTRIBUTES)
 
 
-def _edges(scenes: Sequence[int]) -> Judge:
+def _edges(scenes: Sequence[int]) -> ImageMetric:
     """How well contrasts lie on the edges of the scenes that the first control's images are of."""
     from segresearch.scenes.scenes import scenes as rendered
 
-    def match(p: Pictures) -> Tensor:
-        held = rendered([scenes[i] for i in p.rows], size=(p.images.shape[2], p.images.shape[3]))
-        return edge_agreement(unit_range(p.images), held.edges)
+    def match(samples: Samples) -> Tensor:
+        h, w = samples.images.shape[2:]
+        edges = rendered([scenes[i] for i in samples.rows], size=(h, w)).edges
+        return edge_agreement(unit_range(samples.images), edges)
 
-    return Judge("edges", "1", match)
-
-
-def _distance(name: str, config: EvaluateConfig, study: "Study", device: str) -> Judge:
-    given, stored = config.weights, f"distance-{name}@{study.places[study.first].name.rpartition('-')[2]}"
-    if name == "mini":
-        place = located(given.get("mini") or "mini")
-        vision = load_vision(place).vision.to(device)
-
-        def apart(p: Pictures) -> Tensor:
-            h, w = p.images.shape[2:]
-            if h % 16 or w % 16:
-                raise InputError(f"pictures of {h}×{w}: sides must be multiples of 16")
-            return perceptual_distances(vision, p.images.to(device), p.first.to(device))
-
-        return Judge(stored, fingerprint(place / "vision"), apart, True)
-    trunk, heads = given.get(name), given.get(f"{name}_heads")
-    sums = (config.checksums.get(name), config.checksums.get(f"{name}_heads"))
-    net = load_lpips(name, trunk, heads, sums, device=device)
-    read = hashlib.sha256()
-    for parameter in net.parameters():
-        read.update(parameter.cpu().numpy().tobytes())
-    by = read.hexdigest()
-    return Judge(stored, by, lambda p: lpips_distances(net, p.images, p.first), True)
-
-
-def _caption(config: EvaluateConfig, device: str) -> Judge:
-    if config.text_alignment == "clip":
-        path, checksum = (keys.get("text_alignment") for keys in (config.weights, config.checksums))
-        clip = load_clip(path or CLIP, checksum, device=device)
-        return Judge("caption-clip", clip.weights, lambda p: text_alignment(clip, p.images, p.texts))
-    from segresearch.models import load_sdxl
-
-    place = located(config.weights.get("mini") or "mini")
-    tower, text = load_vision(place).to(device), load_sdxl(place, device=device).text
-    by = digest([fingerprint(place / part) for part in ("vision", "text_encoder_2")])
-
-    def match(p: Pictures) -> Tensor:
-        if p.images.shape[2:] != (SIDE, SIDE):
-            raise InputError(f"pictures of {p.images.shape[2]}×{p.images.shape[3]}: mini reads {SIDE}×{SIDE}")
-        return mini_text_alignment(tower, text, p.images.to(device), p.texts)
-
-    return Judge("caption-mini", by, match)
+    return ImageMetric("edges", "1", match)
 
 
 @one_thread
 def look(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 6"]:
-    """Saturation (HSV) and brightness, means over the picture in [0, 1]; contrast, the deviation of its luminance; mean
+    """Saturation (HSV) and brightness, means over the image in [0, 1]; contrast, the deviation of its luminance; mean
     red, green and blue."""
     x = images.float() / 255
     high, low = x.amax(1), x.amin(1)
@@ -179,21 +182,3 @@ def look(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 6"]:
     luminance = 0.2126 * x[:, 0] + 0.7152 * x[:, 1] + 0.0722 * x[:, 2]
     middle = [saturation, luminance.mean((1, 2)), luminance.std((1, 2), correction=0)]
     return torch.cat([torch.stack(middle, 1), x.mean((2, 3))], dim=1)
-
-
-def names(found: Sequence[Judge], setting: int) -> dict[str, str]:
-    """What a shard of the `setting`-th setting must hold of these judges: name -> by."""
-    return {j.name: j.by for j in found if not (j.against and setting == 0)}
-
-
-def measured(found: Sequence[Judge], pictures: Pictures, wanted: Collection[str]) -> dict[str, Array]:
-    """What the judges that are wanted say of the pictures. Raises NotFinite."""
-    made = {}
-    for judge in found:
-        if judge.name in wanted:
-            with arithmetic("exact", "cuda"):  # whatever samples
-                value = judge.measure(pictures).float().cpu()
-            if not value.isfinite().all():
-                raise NotFinite(f"{judge.name} is not finite")
-            made[judge.name] = Array(value.numpy(), judge.by)
-    return made

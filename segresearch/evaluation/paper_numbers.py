@@ -1,7 +1,7 @@
-"""The figures of arXiv 2408.00760, to stand beside a run of the same settings. Light: no torch.
+"""The numbers of arXiv 2408.00760, to compare a run of the same methods with. Light: no torch.
 
-Both tables are of SDXL: 30,000 pictures, FID against the validation set of MS-COCO 2014, LPIPS to the vanilla picture
-of the same seed; SAG by DDIM, the others by Euler.
+Both tables are of SDXL: 30,000 images, FID against the validation set of MS-COCO 2014, LPIPS to the vanilla image of
+the same seed; SAG by DDIM, the others by Euler.
 """
 
 import math
@@ -32,7 +32,7 @@ TABLES: dict[str, dict[Key, dict[str, float]]] = {
 
 
 def key(guidance: GuidanceConfig) -> Key | None:
-    """Which line of a table a setting is; None for none: two methods at once, blurred keys, an interval in sigma, other
+    """Which line of a table a method is; None for none: two methods at once, blurred keys, an interval in sigma, other
     sites than the mid block's, some of the heads, symmetric ends, a post-processor."""
     terms = list(guidance.terms.values())
     if guidance.rescale or guidance.apg is not None:
@@ -52,31 +52,30 @@ def key(guidance: GuidanceConfig) -> Key | None:
     return (kind.sigma or "vanilla") if kind.on == "q" and kind.boundary == "reflect" else None
 
 
-def chosen(asked: str, name: str, settings: Mapping[str, GuidanceConfig], prompts: Sequence[str]) -> str | None:
-    """The table that stands beside, or None. ConfigError where the one that is asked for is of other pictures."""
-    table = name if asked == "auto" and name in TABLES else asked
+def table_for(
+    paper: str, name: str, methods: Mapping[str, GuidanceConfig], prompts: Sequence[str]
+) -> str | None:
+    """Which table of the paper to compare with, if any: `paper`, or with "auto" the one that the run is named after.
+
+    ConfigError if its methods or prompts do not match.
+    """
+    table = name if paper == "auto" and name in TABLES else paper
     if table not in TABLES:
         return None
-    hint = "set paper=none" + (", or another name" if asked == "auto" else "")
+    hint = "set paper=none" + (", or another name" if paper == "auto" else "")
     texts = sum(map(bool, prompts))
     if table == "table1" and texts:
-        raise ConfigError(f"paper: table1 is of pictures without a prompt, and here are {texts}; {hint}")
+        raise ConfigError(f"paper: table1 is of images without a prompt, and here are {texts}; {hint}")
     if table == "table2" and texts < len(prompts):
-        raise ConfigError(
-            f"paper: table2 is of pictures with prompts, and {len(prompts) - texts} here are empty; {hint}"
-        )
-    if not any(key(guidance) in TABLES[table] for guidance in settings.values()):
+        raise ConfigError(f"paper: table2 is of images with prompts, and {len(prompts) - texts} here are empty; {hint}")
+    if not any(key(guidance) in TABLES[table] for guidance in methods.values()):
         lines = ", ".join(k if isinstance(k, str) else f"SEG σ={k:g}" for k in TABLES[table])
-        raise ConfigError(f"paper: {table} has none of these settings, but {lines}; {hint}")
+        raise ConfigError(f"paper: {table} has none of these methods, but {lines}; {hint}")
     return table
 
 
-def figures(table: str | None, guidance: GuidanceConfig) -> dict[str, float]:
-    """The paper's figures of a setting, by column; {} where it has none."""
-    line = key(guidance)
-    return {} if table is None or line is None else TABLES[table].get(line, {})
-
-
-def columns(table: str | None) -> list[str]:
-    """The columns of a table, in the paper's order."""
-    return [] if table is None else [c for c in HEADS if any(c in line for line in TABLES[table].values())]
+def numbers(table: str | None, guidance: GuidanceConfig) -> dict[str, float | None]:
+    """The paper's numbers of a method by column, in the order of HEADS; None where it has none."""
+    lines = TABLES.get(table or "", {})
+    line = lines.get(key(guidance) or "", {})
+    return {column: line.get(column) for column in HEADS if any(column in other for other in lines.values())}

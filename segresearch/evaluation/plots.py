@@ -1,4 +1,5 @@
-"""The figures of a study: distances against the blur's σ, quality against change, colours, the size of the guidance."""
+"""The plots of an evaluation: Fréchet distance against the blur's σ and against LPIPS to the baseline, colours, the
+size of the guidance."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,39 +8,40 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from segresearch.analysis.figures import INK, QUIET, RULE, canvas, name_sigma
 from segresearch.config import CFGTerm, GuidanceConfig, PerturbedTerm
-from segresearch.evaluation.spec import Study
-from segresearch.evaluation.table import DISTANCES, FRECHET, Row
+from segresearch.evaluation.aggregate import Result
+from segresearch.evaluation.frame import METRICS, Frame
+from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.guidance import PAG, SEG, Ramp
+from segresearch.image_grid import INK, QUIET
+from segresearch.plot_style import canvas, label, name_sigma
 
 COLORS = {"vanilla": QUIET, "CFG": "#b8860b", "SEG": "#1f5fa8", "PAG": "#b03a2e", "SAG": "#2e7d4f", "other": "#7a4ea3"}
 MARKS = "os^DvPX*<>"
 
 
-def _segs(guidance: GuidanceConfig) -> list[tuple[PerturbedTerm, SEG]]:
-    terms = [t for t in guidance.terms.values() if isinstance(t, PerturbedTerm)]
-    return [(t, t.perturbation) for t in terms if isinstance(t.perturbation, SEG)]
+def _perturbed(guidance: GuidanceConfig) -> list[PerturbedTerm]:
+    return [term for term in guidance.terms.values() if isinstance(term, PerturbedTerm)]
 
 
-def method(guidance: GuidanceConfig) -> str:
-    """What colours a setting: SEG, PAG, SAG, CFG, vanilla or other."""
-    if _segs(guidance):
+def kind(guidance: GuidanceConfig) -> str:
+    """What colours a method: SEG, PAG, SAG, CFG, vanilla or other."""
+    perturbations = [term.perturbation for term in _perturbed(guidance)]
+    if any(isinstance(perturbation, SEG) for perturbation in perturbations):
         return "SEG"
     if guidance.sag is not None:
         return "SAG"
-    kinds = [type(t.perturbation) for t in guidance.terms.values() if isinstance(t, PerturbedTerm)]
-    if kinds:
-        return "PAG" if kinds[0] is PAG else "other"
-    return "CFG" if any(isinstance(t, CFGTerm) for t in guidance.terms.values()) else "vanilla"
+    if perturbations:
+        return "PAG" if isinstance(perturbations[0], PAG) else "other"
+    return "CFG" if any(isinstance(term, CFGTerm) for term in guidance.terms.values()) else "vanilla"
 
 
 def family(guidance: GuidanceConfig) -> tuple[str, float] | None:
-    """Settings that differ in SEG's σ alone make a line: its name and this σ; None for others."""
-    found = _segs(guidance)
-    if len(found) != 1:
+    """Methods that differ in SEG's σ alone make a line: its name and this σ; None for others."""
+    segs = [(t, t.perturbation) for t in _perturbed(guidance) if isinstance(t.perturbation, SEG)]
+    if len(segs) != 1:
         return None
-    term, seg = found[0]
+    term, seg = segs[0]
     words = [] if isinstance(term.scale, Ramp) else [f"s = {term.scale:g}"]
     words += [] if seg.on == "q" else [f"blur of {seg.on}"]
     words += [] if seg.where == "mid" else [str(seg.where)]
@@ -47,151 +49,124 @@ def family(guidance: GuidanceConfig) -> tuple[str, float] | None:
     return "SEG " + ", ".join(words + [f"CFG {w:g}" for w in cfg]), seg.sigma
 
 
-def _number(row: Row, key: str) -> float:
-    """0 where it has none, as the first setting's distance to itself."""
-    return float(row.get(key) or 0.0)
+def draw(spec: EvaluationSpec, result: Result, where: str) -> dict[str, Figure]:
+    """The plots that the frame has values for, by name. where: the run, in words."""
+    kinds = {metric.kind for metric in result.frame.metrics}
+    plots = {}
+    if "fd" in kinds:
+        plots["quality"] = _quality(spec, result.frame, where)
+    if "saturation" in kinds:
+        plots["colour"] = _colour(spec, result.frame, where)
+    if any(any(steps) for steps in result.norms.values()):
+        plots["norms"] = _norms(result.norms, where)
+    return plots
 
 
-def _numbers(rows: Sequence[Row], key: str) -> list[float]:
-    return [_number(row, key) for row in rows]
+def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
+    fd, distance = frame.of_kind("fd")[0], next(iter(frame.of_kind("distance")), None)
+    name = f"{fd.head} − that of “{spec.baseline}”"
+    difference = METRICS[f"fd_to_baseline-{fd.features}"].name  # on the same resampled images: a smaller error
+    values = {m: frame[m, difference].value or 0.0 for m in frame.methods}  # 0: the baseline itself
+    errors = {m: frame[m, difference].error or 0.0 for m in frame.methods}
+    colors = {m: COLORS[kind(spec.methods[m])] for m in frame.methods}
+    families = {m: pair for m in frame.methods if (pair := family(spec.methods[m]))}
+    sigmas = sorted({sigma for _, sigma in families.values()})
+    ranked = len(sigmas) > 1
+    caption = (
+        f"{where}. Whiskers are one bootstrap standard error of the difference. Left: "
+        f"{'against the σ of the blur' if ranked else 'each method'}; below 0 is better than “{spec.baseline}”. Right: "
+        f"against the distance to the image of “{spec.baseline}” from the same noise; lower left is better at less "
+        "change."
+    )
+    height = max(3.8, 0 if ranked else 0.3 * len(values))
+    figure = canvas(11.5, height, f"Quality of {len(values)} methods", caption)
+    left, right = figure.subplots(1, 2)
+    if ranked:
+        for mark, line in zip(MARKS * len(values), dict.fromkeys(line for line, _ in families.values())):
+            some = sorted((m for m in families if families[m][0] == line), key=lambda m: families[m][1])
+            left.errorbar([sigmas.index(families[m][1]) for m in some], [values[m] for m in some],
+                          [errors[m] for m in some], fmt=f"-{mark}", markersize=4, linewidth=1.4, label=line,
+                          capsize=2)  # fmt: skip
+        for m in (m for m in values if m not in families):
+            left.axhline(values[m], color=colors[m], linestyle="--", linewidth=1.1, label=m)
+        left.set_xticks(range(len(sigmas)), [name_sigma(s) for s in sigmas])
+        left.legend(fontsize=7.5, frameon=False)
+        label(left, x="blur σ (tokens)", y=name, grid="y")
+    else:
+        left.barh(range(len(values)), values.values(), xerr=list(errors.values()), color=list(colors.values()),
+                  height=0.7, ecolor=INK)  # fmt: skip
+        left.set_yticks(range(len(values)), list(values))
+        left.axvline(0, color=INK, linewidth=0.8)
+        left.invert_yaxis()
+        label(left, x=name)
+    if distance is None:
+        right.set_axis_off()
+        return figure
+    points = {m: (frame[m, distance.name].value or 0.0, values[m]) for m in values}
+    for m, point in points.items():
+        right.errorbar(*point, errors[m], fmt="o", markersize=5, color=colors[m])
+    right.margins(x=0.12)
+    _name_points(right, points)
+    label(right, x=f"{distance.head} to “{spec.baseline}”", y=name, grid="both")
+    return figure
 
 
-def draw(plan: Study, rows: Sequence[Row], norms: Mapping[str, Sequence[float]], where: str) -> dict[str, Figure]:
-    """By name: what there is to be drawn of these rows. where: the run, in words."""
-    guidance = {row["setting"]: plan.settings[row["setting"]] for row in rows}
-    key = next((k for k in rows[0] if k.startswith("fd-") and k.count("-") == 1), None)
-    apart = next((k for k in rows[0] if k.startswith("distance-") and k.count("-") == 1), None)
-    found = {}
-    if key is not None:
-        found["quality"] = _quality(rows, guidance, key, apart, where, plan.first)
-    if "saturation" in rows[0]:
-        found["colour"] = _colour(rows, guidance, where)
-    if any(any(steps) for steps in norms.values()):
-        found["norms"] = _norms(norms, guidance, where)
-    return found
-
-
-def _named(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+def _name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
     """A name beside every (x, y): inward, so that it stays inside, and above a name it would lie on."""
     axes.autoscale_view()
-    pixels = axes.transData.transform([point[:2] for point in points])
-    turn = axes.transAxes.transform((0.6, 0.5))[0]
+    middle = axes.transAxes.transform((0.6, 0.5))[0]
     scale = 72 / axes.figure.dpi  # points a pixel
     taken: list[tuple[float, float, float]] = []
-    for (x, y, text), (x_pixels, y_pixels) in sorted(zip(points, pixels), key=lambda pair: pair[1][1]):
-        right_of = x_pixels < turn
-        width = 4.2 * len(text)  # points, about
-        start = x_pixels * scale + (5 if right_of else -5 - width)
-        height = y_pixels * scale + 4
+    pixels = {name: axes.transData.transform(point) for name, point in points.items()}
+    for name in sorted(pixels, key=lambda name: pixels[name][1]):
+        x, y = pixels[name]
+        side = 1 if x < middle else -1
+        width = 4.2 * len(name)  # points, about
+        start = x * scale + (5 if side > 0 else -5 - width)
+        height = y * scale + 4
         for begin, end, other in sorted(taken, key=lambda t: t[2]):
             if begin < start + width and start < end and abs(height - other) < 9:
                 height = other + 9
         taken.append((start, start + width, height))
-        offset = (5 if right_of else -5, height - y_pixels * scale)
-        axes.annotate(text, (x, y), offset, textcoords="offset points", fontsize=7.5, color=INK,
-                      ha="left" if right_of else "right")  # fmt: skip
+        axes.annotate(name, points[name], (5 * side, height - y * scale), textcoords="offset points", fontsize=7.5,
+                      color=INK, ha="left" if side > 0 else "right")  # fmt: skip
 
 
-def _quality(
-    rows: Sequence[Row], guidance: Mapping[str, GuidanceConfig], key: str, apart: str | None, where: str, first: str
-) -> Figure:
-    name = f"{FRECHET[key.partition('-')[2]]} − that of “{first}”"
-    key = f"{key}-first"  # of the same resampled pictures, whose error is smaller than those of the two
-    lines: dict[str, list[Row]] = {}
-    for row in rows:
-        found = family(guidance[row["setting"]])
-        if found:
-            lines.setdefault(found[0], []).append(row)
-    sigmas = sorted({f[1] for g in guidance.values() if (f := family(g))})
-    ranked = len(sigmas) > 1
+def _colour(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
     caption = (
-        f"{where}. Whiskers are one bootstrap standard error of the difference. Left: "
-        f"{'against the σ of the blur' if ranked else 'each setting'}; below 0 is better than “{first}”. Right: "
-        f"against the distance to the picture of “{first}” from the same noise; lower left is better at less change."
+        f"{where}. Means over images: saturation (HSV) and contrast (deviation of the luminance) within an image, and "
+        "the mean red, green and blue less those of the baseline. Too strong a guidance shows here first."
     )
-    figure = canvas(11.5, max(3.8, 0 if ranked else 0.3 * len(rows)), f"Quality of {len(rows)} settings", caption)
-    left, right = figure.subplots(1, 2)
-    colors = {setting: COLORS[method(g)] for setting, g in guidance.items()}
-    if ranked:
-        spread: list[float] = [*sigmas]
-        for i, (line, some) in enumerate(lines.items()):
-            some = sorted(some, key=lambda r: family(guidance[r["setting"]])[1])  # type: ignore[index]
-            x = [spread.index(family(guidance[r["setting"]])[1]) for r in some]  # type: ignore[index]
-            left.errorbar(x, _numbers(some, key), _errors(some, key), fmt=f"-{MARKS[i % len(MARKS)]}", markersize=4,
-                          linewidth=1.4, label=line, capsize=2)  # fmt: skip
-        for row in rows:
-            if family(guidance[row["setting"]]) is None:
-                left.axhline(_number(row, key), color=colors[row["setting"]], linestyle="--", linewidth=1.1,
-                             label=row["setting"])  # fmt: skip
-        left.set_xticks(range(len(spread)), [name_sigma(s) for s in spread])
-        left.set_xlabel("blur σ (tokens)", fontsize=9)
-        left.set_ylabel(name, fontsize=9)
-        left.legend(fontsize=7.5, frameon=False)
-        left.grid(axis="y", color=RULE, linewidth=0.6)
-    else:
-        for y, row in enumerate(rows):
-            left.barh(y, _number(row, key), xerr=_number(row, f"{key}-error"), color=colors[row["setting"]],
-                      height=0.7, ecolor=INK)  # fmt: skip
-        left.set_yticks(range(len(rows)), [row["setting"] for row in rows], fontsize=8)
-        left.axvline(0, color=INK, linewidth=0.8)
-        left.invert_yaxis()
-        left.set_xlabel(name, fontsize=9)
-    if apart is None:
-        right.set_axis_off()
-        return figure
-    for row in rows:
-        x_at = 0.0 if row.get(apart) is None else row[apart]
-        error = _number(row, f"{key}-error")
-        right.errorbar(x_at, _number(row, key), error, fmt="o", markersize=5, color=colors[row["setting"]])
-    right.margins(x=0.12)
-    _named(right, [(row[apart] or 0.0, _number(row, key), str(row["setting"])) for row in rows])
-    right.set_xlabel(f"{DISTANCES[apart.partition('-')[2]]} to “{first}”", fontsize=9)
-    right.set_ylabel(name, fontsize=9)
-    right.grid(color=RULE, linewidth=0.6)
-    return figure
-
-
-def _errors(rows: Sequence[Row], key: str) -> list[float]:
-    return [_number(row, f"{key}-error") for row in rows]
-
-
-def _colour(rows: Sequence[Row], guidance: Mapping[str, GuidanceConfig], where: str) -> Figure:
-    caption = (
-        f"{where}. Means over pictures: saturation (HSV) and contrast (deviation of the luminance) within a picture, "
-        "and the mean red, green and blue less those of the first setting. Too strong a guidance shows here first."
-    )
+    rows = np.arange(len(frame.methods))
+    values = {key: np.array([frame[m, key].value for m in frame.methods], float)
+              for key in ("saturation", "contrast", "red", "green", "blue")}  # fmt: skip
     figure = canvas(11.5, max(2.6, 0.3 * len(rows)), "Saturation, contrast and colour", caption)
-    panels: Any = figure.subplots(1, 3, sharey=True)
-    for axis, key in zip(panels, ("saturation", "contrast")):
-        for y, row in enumerate(rows):
-            axis.barh(y, row[key], color=COLORS[method(guidance[row["setting"]])], height=0.7)
-        axis.set_xlabel(key, fontsize=9)
+    *left, right = figure.subplots(1, 3, sharey=True)
+    for axis, key in zip(left, ("saturation", "contrast")):
+        axis.barh(rows, values[key], color=[COLORS[kind(spec.methods[m])] for m in frame.methods], height=0.7)
+        label(axis, x=key)
     for channel, color, shift in (("red", "#c0392b", -0.25), ("green", "#2e7d4f", 0.0), ("blue", "#1f5fa8", 0.25)):
-        drift = [row[channel] - rows[0][channel] for row in rows]
-        panels[2].barh([y + shift for y in range(len(rows))], drift, color=color, height=0.24)
-    panels[2].axvline(0, color=INK, linewidth=0.8)
-    panels[2].locator_params(axis="x", nbins=4)
-    panels[2].set_xlabel("colour − that of the first", fontsize=9)
-    panels[0].set_yticks(range(len(rows)), [row["setting"] for row in rows], fontsize=8)
-    panels[0].invert_yaxis()
+        right.barh(rows + shift, values[channel] - values[channel][0], color=color, height=0.24)
+    right.axvline(0, color=INK, linewidth=0.8)
+    right.locator_params(axis="x", nbins=4)
+    label(right, x="colour − that of the baseline")
+    left[0].set_yticks(rows, frame.methods)
+    left[0].invert_yaxis()
     return figure
 
 
-def _norms(norms: Mapping[str, Sequence[float]], guidance: Mapping[str, GuidanceConfig], where: str) -> Figure:
+def _norms(norms: Mapping[str, Sequence[float]], where: str) -> Figure:
     caption = (
-        f"{where}. Root mean square over a picture's latents of what guidance adds to the denoised prediction, mean "
-        "over pictures, at each evaluation of the model from the noisiest on."
+        f"{where}. Root mean square over an image's latents of what guidance adds to the denoised prediction, mean "
+        "over images, at each evaluation of the model from the noisiest on."
     )
     figure = canvas(8.0, 3.4, "How much guidance adds, step by step", caption)
     axis = figure.subplots()
-    shown = [s for s, steps in norms.items() if any(steps)]
+    shown = {method: steps for method, steps in norms.items() if any(steps)}
     tints = colormaps["viridis"](np.linspace(0, 0.9, max(len(shown), 2)))
-    for i, setting in enumerate(shown):
-        steps, tint = norms[setting], {} if len(shown) <= 8 else {"color": tints[i]}
+    for i, (method, steps) in enumerate(shown.items()):
         axis.plot(range(1, len(steps) + 1), steps, f"-{MARKS[i % len(MARKS)]}", markersize=3, linewidth=1.2,
-                  label=setting, **tint)  # fmt: skip
-    axis.set_xlabel("evaluation", fontsize=9)
-    axis.set_ylabel("RMS of D − D[base]", fontsize=9)
+                  label=method, color=tints[i] if len(shown) > 8 else None)  # fmt: skip
     axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
-    axis.grid(axis="y", color=RULE, linewidth=0.6)
+    label(axis, x="evaluation", y="RMS of D − D[base]", grid="y")
     return figure

@@ -1,211 +1,180 @@
-"""Sampling of what is missing of a run, range by range, and its measurement."""
+"""Sample the missing shards of an evaluation and measure them."""
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from segresearch import runs
-from segresearch.config import EvaluateConfig
 from segresearch.config.build import build_guidance
 from segresearch.control_images.prepare import controlled_batch
+from segresearch.errors import NotFinite
 from segresearch.evaluation import shards
-from segresearch.evaluation.image_metrics import Judge, NotFinite, Pictures, measured, names, tried
+from segresearch.evaluation.image_metrics import ImageMetric, Samples, check_size, measure
 from segresearch.evaluation.shards import Array
-from segresearch.evaluation.spec import Study
+from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.evaluation.workers import Worker
-from segresearch.sampling import initial_noise, sample, sigmas
+from segresearch.sample_images import decode_images, run_sigmas, sample_latents
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL
 
 DECODED = 10  # latents that are decoded together on a CPU, in whose cache small parts stay
-PIXELS = 2**23  # of pictures decoded together on a GPU, at least a picture
-IMAGES, NORMS, COST, SAMPLED = "images", "norms", "cost", "sampled"
+PIXELS = 2**23  # of images decoded together on a GPU, at least one image
+IMAGES, NORMS, COST = OF_SAMPLING = "images", "norms", "cost"  # arrays
+SAMPLING = "sampled"  # their producer
+Advance = Callable[[int], object]  # of a progress bar
 
 
 @dataclass
-class Made:
-    """How many pictures were sampled and found, and what could not be made, in words."""
+class Progress:
+    """How many images were sampled and how many existed, and a message for each shard that could not be written."""
 
-    made: int = 0
-    found: int = 0
-    failed: list[str] = field(default_factory=list)
+    sampled: int = 0
+    existing: int = 0
+    failures: list[str] = field(default_factory=list)
 
 
-def wanted(config: EvaluateConfig, judges: Sequence[Judge], setting: int, rows: range) -> dict[str, str]:
-    """What the shard of these rows must hold: name -> by."""
-    kept = config.keep is None or rows.start < config.keep
+def required_arrays(spec: EvaluationSpec, metrics: Sequence[ImageMetric], method: str, rows: range) -> dict[str, str]:
+    """What the shard of a method and a range must hold: the producer of each array.
+
+    images: uint8 (n, 3, h, w), of the shards up to `keep`. norms: (n, evaluations), root mean square of what guidance
+    adds, for samplers that evaluate all images equally often. cost: (1,), floating-point operations of the sampling of
+    one image, in the first shard. And an array of each metric, but the baseline's of those that compare with it.
+    """
+    config = spec.config
     steady = config.sampler.name != "dpm_adaptive" and not config.sampler.options.get("s_churn")
-    own = {IMAGES: SAMPLED} if kept else {}
-    counted = {COST: SAMPLED} if rows.start == 0 else {}
-    return own | ({NORMS: SAMPLED} if steady else {}) | counted | names(judges, setting)
+    kept = config.keep is None or rows.start < config.keep
+    names = [name for name, held in ((IMAGES, kept), (NORMS, steady), (COST, rows.start == 0)) if held]
+    measured = [metric for metric in metrics if not (metric.baseline and method == spec.baseline)]
+    return dict.fromkeys(names, SAMPLING) | {metric.array: metric.producer for metric in measured}
 
 
-def lacking(config: EvaluateConfig, plan: Study, judges: Sequence[Judge], rows: range) -> dict[str, set[str]]:
-    """Of each setting, what its shard of these rows lacks; settings that lack nothing are left out."""
-    found: dict[str, set[str]] = {}
-    for i, setting in enumerate(plan.settings):
-        there = shards.held(plan.shard(setting, rows))
-        missing = {key for key, by in wanted(config, judges, i, rows).items() if there.get(key) != by}
-        found |= {setting: missing} if missing else {}
-    return found
+def missing_arrays(spec: EvaluationSpec, metrics: Sequence[ImageMetric], rows: range) -> dict[str, set[str]]:
+    """The arrays that the shards of a range lack, by method; methods that lack none are left out."""
+    missing = {}
+    for method in spec.methods:
+        required = required_arrays(spec, metrics, method, rows)
+        present = shards.producers(spec.shard(method, rows))
+        missing[method] = {name for name, producer in required.items() if present.get(name) != producer}
+    return {method: names for method, names in missing.items() if names}
 
 
-class Sampler:
-    """Pictures of any setting and range, and the size of the guidance at each evaluation. The model is loaded when the
-    first is asked for; every setting is built and every judge tried then, so that what cannot be fails early."""
+def sample_shards(
+    spec: EvaluationSpec, metrics: Sequence[ImageMetric], worker: Worker, load: Callable[[], "SDXL"]
+) -> Progress:
+    """Write every shard of this worker's ranges that lacks an array. Images that are stored are not sampled again.
 
-    def __init__(self, config: EvaluateConfig, plan: Study, judges: Sequence[Judge], load: Callable[[], "SDXL"]):
-        self.config, self.plan, self.judges, self.load = config, plan, judges, load
-        self.sdxl: SDXL | None = None
-        self.notes: list[Tensor] = []
-        self.guided: Mapping[str, Any] = {}
-        self.steered: dict[range, Any] = {}  # the controls of the batches of the range in hand
-        self.versions = runs.versions()
+    load: called when the first image is to be sampled. Then every method is built and every metric tried on a blank
+    image, so that what cannot work fails early.
+    """
+    config = spec.config
 
-    def note(self, guided: Tensor, plain: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """The last post-processor of every setting: looks at what guidance adds, and changes nothing."""
-        self.notes.append((guided - plain).square().mean((1, 2, 3)).sqrt())  # (b, c, h, w) -> (b,)
-        return guided
+    @cache
+    def loaded() -> "SDXL":
+        sdxl = load()
+        sdxl.latent_shape(config.size)
+        check_size(metrics, config.size or sdxl.default_size)
+        for guidance in spec.methods.values():
+            build_guidance(guidance, sdxl.denoiser)
+        return sdxl
 
-    def control(self, batch: range, levels: Any) -> Any:
-        """The ControlNets of a batch with its control images, which every setting of it shares."""
-        if batch not in self.steered:
-            config, sdxl = self.config, self.sdxl
-            assert sdxl is not None
-            if isinstance(levels, str):
-                levels = sigmas(sdxl.denoiser, levels, config.steps)
-            shown = [self.plan.controls[i] for i in batch]
-            made = controlled_batch(sdxl, config.controls, shown, config.size or sdxl.default_size, levels)
-            self.steered = {k: v for k, v in self.steered.items() if abs(k.start - batch.start) < config.shard}
-            self.steered[batch] = made
-        return self.steered[batch]
-
-    def decoded(self, device: torch.device) -> int:
-        """How many latents are decoded together."""
-        assert self.sdxl is not None
-        pixels = math.prod(self.config.size or self.sdxl.default_size)
-        return DECODED if device.type == "cpu" else max(1, PIXELS // pixels)
-
-    def __call__(
-        self, setting: str, rows: range, done: Callable[[int], object]
-    ) -> tuple[UInt8[Tensor, "b 3 h w"], dict[str, np.ndarray]]:
-        """Pictures of `rows`, in batches that start with the range; and the arrays NORMS (b, evaluations), where these
-        are as many for all, and COST (1,), floating-point operations of the sampling of a picture, counted in the first
-        batch of the range. Raises NotFinite."""
-        config = self.config
-        if self.sdxl is None:
-            self.sdxl = self.load()
-            self.sdxl.latent_shape(config.size)
-            tried(self.judges, config.size or self.sdxl.default_size)
-            self.guided = {k: build_guidance(g, self.sdxl.denoiser, [self.note]) for k, g in self.plan.settings.items()}
-        sdxl, images, norms, cost = self.sdxl, [], [], math.nan
-        levels: Any = config.schedule.name
-        if config.schedule.rho is not None:
-            levels = sigmas(sdxl.denoiser, config.schedule.name, config.steps, config.schedule.rho)
-        size = int(config.batch_size)
-        for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
-            conds = sdxl.encode(self.plan.texts(batch), negative=config.negative, size=config.size)
-            self.notes = []
-            more = {"control": self.control(batch, levels)} if config.controls else {}
-            counter = FlopCounterMode(display=False) if batch.start == 0 else None
-            with torch.no_grad():
-                with counter or contextlib.nullcontext():
-                    latents = sample(
-                        self.guided[setting], initial_noise(list(batch), sdxl.latent_shape(config.size)),
-                        sampler=config.sampler.name, schedule=levels, steps=config.steps, conds=conds,
-                        seeds=list(batch), options=config.sampler.options, **more,
-                    )  # fmt: skip
-                if counter is not None:
-                    cost = counter.get_total_flops() / len(batch)
-                if not latents.isfinite().all():
-                    whole = latents.isfinite().flatten(1).all(1).tolist()
-                    broken = [i for i, finite in zip(batch, whole, strict=True) if not finite]
-                    raise NotFinite(f"latents of pictures {broken} are not finite")
-                decoded = torch.cat([sdxl.decode(part) for part in latents.split(self.decoded(latents.device))])
-                images.append(decoded.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
-            if self.notes and all(len(n) == len(batch) for n in self.notes):
-                norms.append(torch.stack(self.notes, dim=1).float().cpu())
-            done(len(batch))
-        found = {COST: np.array([cost])} if rows.start == 0 else {}
-        if len(norms) == len(images):
-            found[NORMS] = torch.cat(norms).numpy()
-        return torch.cat(images), found
-
-
-def make(
-    config: EvaluateConfig, plan: Study, judges: Sequence[Judge], worker: Worker, load: Callable[[], "SDXL"]
-) -> Made:
-    """Every shard of this worker's ranges that is not whole. A range is done setting by setting, the first one first,
-    so that its pictures are at hand for the distances; what is there already is not made again."""
-    mine = worker.part(plan.ranges)
-    todo = [(rows, missing) for rows in mine if (missing := lacking(config, plan, judges, rows))]
+    own = worker.part(spec.ranges)
+    todo = [(rows, missing) for rows in own if (missing := missing_arrays(spec, metrics, rows))]
     count = sum(len(rows) * len(missing) for rows, missing in todo)
-    result = Made(found=sum(map(len, mine)) * len(plan.settings) - count)
-    sampler = Sampler(config, plan, judges, load)
+    progress = Progress(existing=sum(map(len, own)) * len(spec.methods) - count)
     with tqdm(total=count, unit="image", disable=None, leave=False, smoothing=0.05) as bar:
         for rows, _ in todo:
-            if missing := lacking(config, plan, judges, rows):  # another worker may have made some by now
-                _range(config, plan, judges, rows, missing, sampler, bar, result)
-    return result
+            _sample_range(spec, metrics, rows, loaded, bar, progress)
+    return progress
 
 
-def _range(
-    config: EvaluateConfig, plan: Study, judges: Sequence[Judge], rows: range,
-    missing: Mapping[str, set[str]], sampler: Sampler, bar: Any, result: Made,
+def _sample_range(
+    spec: EvaluationSpec, metrics: Sequence[ImageMetric], rows: range, loaded: Callable[[], "SDXL"], bar: Any,
+    progress: Progress,
 ) -> None:  # fmt: skip
-    first: Tensor | None = None
-    against = {judge.name for judge in judges if judge.against}
-    for i, setting in enumerate(plan.settings):
-        if setting not in missing:
-            continue
-        place, lack = plan.shard(setting, rows), missing[setting]
-        bar.set_description(setting)
+    """Write the arrays that the shards of a range lack, the baseline's first: distances need its images."""
+    baseline: Tensor | None = None
+    controls: list[Any] = []  # of each batch; the methods share them
+    relative = {metric.array for metric in metrics if metric.baseline}
+
+    def images_of(method: str, names: set[str], advance: Advance) -> tuple[Tensor, dict[str, np.ndarray]]:
+        """From the shard where it holds them and lacks no array of sampling, else sampled, to the same bits."""
+        path = spec.shard(method, rows)
+        if shards.producers(path).get(IMAGES) == SAMPLING and not names.intersection(OF_SAMPLING):
+            advance(len(rows))
+            return torch.from_numpy(shards.load(path, IMAGES)), {}
+        return sample_range(spec, method, rows, loaded(), controls, advance)
+
+    for method, names in missing_arrays(spec, metrics, rows).items():  # another worker may have written some by now
+        path = spec.shard(method, rows)
+        bar.set_description(method)
         try:
-            if first is None and (i == 0 or lack & against):
-                first, more = _pictures(plan, plan.first, rows, lack if i == 0 else set(), sampler,
-                                         bar if i == 0 else None)  # fmt: skip
-            if i == 0:
-                assert first is not None
-                images = first
-            else:
-                images, more = _pictures(plan, setting, rows, lack, sampler, bar)
-            said = Pictures(images, images if first is None else first, plan.texts(rows), rows)
-            made = shards.made(place) if IMAGES in shards.held(place) and IMAGES not in lack else sampler.versions
-            arrays = {
-                key: Array(shards.load(place, key), by) for key, by in shards.held(place).items() if key not in lack
-            }
-            arrays |= measured(judges, said, lack)
+            if baseline is None and method != spec.baseline and names & relative:
+                baseline, _ = images_of(spec.baseline, set(), lambda _: None)
+            images, arrays = images_of(method, names, bar.update)
+            baseline = images if method == spec.baseline else baseline
+            samples = Samples(images, images if baseline is None else baseline, spec.texts(rows), rows)
+            measured = measure(metrics, samples, names)
         except NotFinite as error:
-            result.failed.append(f"{setting}, {shards.name(rows)}: {error}")
-            if i == 0:
+            progress.failures.append(f"{method}, {path.stem}: {error}")
+            if method == spec.baseline:
                 return
             continue
-        if IMAGES in lack:
-            arrays[IMAGES] = Array(images.numpy(), SAMPLED)
-        for key in sorted({NORMS, COST} & lack):
-            arrays[key] = Array(more.get(key, np.zeros((len(rows), 0), np.float32)), SAMPLED)
-        shards.commit(place, arrays, made)
-        result.made += len(rows)
+        arrays = {IMAGES: images.numpy(), NORMS: np.zeros((len(rows), 0), np.float32), **arrays}
+        present = shards.producers(path)
+        kept = {name: Array(shards.load(path, name), present[name]) for name in present.keys() - names}
+        sampled = {name: Array(arrays[name], SAMPLING) for name in names.intersection(OF_SAMPLING)}
+        shards.write(path, kept | measured | sampled, shards.versions(path) if IMAGES in kept else runs.versions())
+        progress.sampled += len(rows)
 
 
-def _pictures(
-    plan: Study, setting: str, rows: range, lack: set[str], sampler: Sampler, bar: Any
-) -> tuple[Tensor, dict[str, np.ndarray]]:
-    """From the shard where it holds them and nothing of the sampling is lacking, else sampled, to the same bits."""
-    place = plan.shard(setting, rows)
-    if shards.held(place).get(IMAGES) == SAMPLED and not lack & {IMAGES, NORMS, COST}:
-        images = torch.from_numpy(shards.load(place, IMAGES))
-        if bar is not None:
-            bar.update(len(rows))
-        return images, {}
-    return sampler(setting, rows, bar.update if bar is not None else lambda _: None)
+def sample_range(
+    spec: EvaluationSpec, method: str, rows: range, sdxl: "SDXL", controls: list[Any], advance: Advance
+) -> tuple[UInt8[Tensor, "b 3 h w"], dict[str, np.ndarray]]:
+    """Images of `rows`, in batches that start with the range, and the arrays NORMS (where all images were evaluated
+    equally often) and COST (see `required_arrays`). Raises NotFinite.
+
+    controls: the active ControlNets of each batch; filled where it is empty. advance: called with the size of each
+    batch that is done.
+    """
+    config, step = spec.config, int(spec.config.batch_size)
+    batches = [rows[i : i + step] for i in range(0, len(rows), step)]
+    size = config.size or sdxl.default_size
+    if config.controls and not controls:
+        images_of = [[spec.controls[i] for i in batch] for batch in batches]
+        sigmas = run_sigmas(sdxl, config)
+        controls += [controlled_batch(sdxl, config.controls, images, size, sigmas) for images in images_of]
+    norms: list[list[Float[Tensor, " b"]]] = []
+
+    def note_norm(guided: Tensor, unguided: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """The last post-processor: notes the root mean square of what guidance adds, and changes nothing."""
+        norms[-1].append((guided - unguided).square().mean((1, 2, 3)).sqrt())  # (b, c, h, w) -> (b,)
+        return guided
+
+    model = build_guidance(spec.methods[method], sdxl.denoiser, [note_norm])
+    images, arrays = [], {}
+    for batch, control in zip(batches, controls or [()] * len(batches), strict=True):
+        norms.append([])
+        conds = sdxl.encode(spec.texts(batch), negative=config.negative, size=config.size)
+        counter = FlopCounterMode(display=False) if batch.start == 0 else None
+        with counter or contextlib.nullcontext():
+            latents = sample_latents(sdxl, model, batch, conds, config, control)
+        if counter is not None:
+            arrays[COST] = np.array([counter.get_total_flops() / len(batch)])
+        decoded = DECODED if latents.device.type == "cpu" else max(1, PIXELS // math.prod(size))
+        images.append(decode_images(sdxl, latents, decoded).cpu())
+        advance(len(batch))
+    evaluations = len(norms[0])
+    if evaluations and all([*map(len, steps)] == [len(b)] * evaluations for steps, b in zip(norms, batches)):
+        arrays[NORMS] = torch.cat([torch.stack(steps, dim=1) for steps in norms]).float().cpu().numpy()  # (b, steps)
+    return torch.cat(images), arrays

@@ -1,196 +1,131 @@
-"""Shards: folders of arrays, each there whole or not at all, with a checksum of every file.
+"""Shards: safetensors files of arrays, each file complete or absent, with a checksum of every array.
 
-    <folder>/manifest.json    of each array: its SHA-256, its size in bytes, and `by`, what made it; `made`: with which
-                              versions of the code, which no checksum and no comparison looks at
-    <folder>/NAME.npy
-
-A shard is written beside its place, synced to the disk and renamed into place. Two processes that make the same one do
-no harm: it holds the same bytes, and the second finds it there.
+The header holds, for each array, its SHA-256 and its producer; and the versions of the code that sampled the images,
+which no checksum and no comparison looks at. A shard is written beside its final name, synced to the disk and moved
+there. Two processes that write the same shard do no harm: both write the same bytes.
 """
 
-import errno
 import hashlib
-import io
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from segresearch import runs
-from segresearch.errors import InputError
+from segresearch.errors import Ended
 
-MANIFEST = "manifest.json"
-TRIES = 5
+HEADER = "shard"  # one key, since safetensors keeps no order of several
 
 
 @dataclass(frozen=True)
 class Array:
-    """An array and what made it: a name or a digest. One that something else made counts as missing."""
+    """An array and its producer: a name, or a digest of the weights that it was computed with."""
 
     value: np.ndarray
-    by: str
+    producer: str
 
 
-class Damaged(InputError):
-    """A shard whose bytes are not those that were written."""
+class Damaged(Ended):
+    """A shard whose bytes are not those that were written: uncaught, it ends a script with exit code 4."""
+
+    def __init__(self, message: str):
+        super().__init__(4, f"{message}; remove the file, and the same command writes it again")
 
 
-def cut(count: int, size: int) -> list[range]:
+def ranges(count: int, size: int) -> tuple[range, ...]:
     """0 to `count` in ranges of `size`; the last may be shorter."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+    return tuple(range(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def name(rows: range) -> str:
-    """The folder of a shard."""
-    return f"{rows.start:07d}-{rows.stop:07d}"
+def file_name(rows: range) -> str:
+    """Of the shard of a range of images."""
+    return f"{rows.start:07d}-{rows.stop:07d}.safetensors"
 
 
-def held(folder: Path) -> dict[str, str]:
-    """What the shard holds: by what each array was made. {} where it is missing or cut short (sizes are looked at,
-    not contents: `verify` does that)."""
+def _header(path: Path) -> dict[str, Any]:
+    """Raises Damaged, OSError."""
     try:
-        entries = _entries(folder)
-        if all((folder / f"{key}.npy").stat().st_size == entry["bytes"] for key, entry in entries.items()):
-            return {key: entry["by"] for key, entry in entries.items()}
-    except (OSError, Damaged):
+        with safe_open(path, "numpy") as file:  # refuses a file that is cut short
+            header = json.loads(file.metadata()[HEADER])
+            if header["sha256"] == runs.digest(header["arrays"]) and header["arrays"].keys() == set(file.keys()):
+                return header
+    except (SafetensorError, ValueError, KeyError, TypeError):
         pass
-    return {}
+    raise Damaged(f"{path}: damaged")
 
 
-def _entries(folder: Path) -> dict[str, dict[str, Any]]:
+def producers(path: Path) -> dict[str, str]:
+    """The producer of each array in a shard; {} where it is missing or cut short (`verify` reads the contents)."""
     try:
-        given = json.loads((folder / MANIFEST).read_text())
-        if given["sha256"] == _digest(_text(given["arrays"])):
-            return given["arrays"]
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise Damaged(f"{folder / MANIFEST}: damaged; remove the folder, and the same command makes it again")
-
-
-def load(folder: Path, key: str) -> np.ndarray:
-    """One array, its checksum compared. Raises Damaged, OSError."""
-    data = (folder / f"{key}.npy").read_bytes()
-    if _digest(data) != _entries(folder)[key]["sha256"]:
-        raise Damaged(f"{folder / key}.npy: not the bytes that were written; remove the folder {folder.name}, and the "
-                      "same command makes it again")  # fmt: skip
-    return np.load(io.BytesIO(data), allow_pickle=False)
-
-
-def verify(folder: Path) -> str | None:
-    """What is wrong with a shard, in words; None where every byte is as it was written."""
-    if not folder.is_dir():
-        return f"{folder}: missing"
-    try:
-        entries = _entries(folder)
-        for key in entries:
-            load(folder, key)
-        strange = {path.name for path in folder.iterdir()} - {MANIFEST, *(f"{key}.npy" for key in entries)}
-    except (OSError, Damaged) as error:
-        return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-    return f"{folder}: holds {sorted(strange)[0]}, which is not a part of it" if strange else None
-
-
-def made(folder: Path) -> dict[str, str]:
-    """The versions that a shard was made with; {} where it does not say. Raises OSError, ValueError."""
-    return json.loads((folder / MANIFEST).read_text()).get("made", {})
-
-
-def commit(folder: Path, arrays: Mapping[str, Array], made: Mapping[str, str] | None = None) -> None:
-    """Write a shard atomically, in the place of an older one if there is any. OSError leaves the older one.
-
-    made: the versions it was made with, by name.
-    """
-    own = f"{runs.own()}.tmp"
-    temporary = folder.with_name(f".{folder.name}.{own}")
-    entries = {}
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for key, array in sorted(arrays.items()):
-            buffer = io.BytesIO()
-            np.save(buffer, np.ascontiguousarray(array.value), allow_pickle=False)
-            data = buffer.getvalue()
-            entries[key] = {"sha256": _digest(data), "bytes": len(data), "by": array.by}
-            _write(temporary / f"{key}.npy", data)
-        manifest = {"arrays": entries, "sha256": _digest(_text(entries)), "made": dict(made or {})}
-        _write(temporary / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
-        _sync(temporary)
-        _place(temporary, folder, own)
-        _sync(folder.parent)
-    except FileNotFoundError:  # swept away beside another process that has made it
-        if not _same(folder, entries):
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _place(temporary: Path, folder: Path, own: str) -> None:
-    for attempt in range(TRIES):
-        try:
-            os.rename(temporary, folder)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == TRIES - 1:
-                raise
-        if _same(folder, json.loads((temporary / MANIFEST).read_text())["arrays"]):
-            return
-        old = folder.with_name(f".{folder.name}.old-{own}")
-        try:
-            os.rename(folder, old)
-        except FileNotFoundError:
-            continue  # another process is replacing it, too
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _same(folder: Path, entries: Mapping[str, Any]) -> bool:
-    """Whether the shard at `folder` holds these arrays, byte for byte."""
-    try:
-        there = _entries(folder)
+        return {key: entry["producer"] for key, entry in _header(path)["arrays"].items()}
     except (OSError, Damaged):
-        return False
-    return bool(entries) and all(there.get(key) == entry for key, entry in entries.items()) and not verify(folder)
+        return {}
 
 
-def sweep(place: Path) -> None:
-    """Remove what processes of this machine that are gone left unfinished in `place`."""
-    for path in place.glob(".*.tmp"):
-        if runs.abandoned(path):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def sums(folder: Path, keys: Iterable[str]) -> list[str]:
-    """The checksums of some arrays of a shard, as its manifest has them. Raises Damaged, OSError, KeyError."""
-    entries = _entries(folder)
+def checksums(path: Path, keys: Iterable[str]) -> list[str]:
+    """Of some arrays of a shard, as its header has them. Raises Damaged, OSError."""
+    entries = _header(path)["arrays"]
     return [entries[key]["sha256"] for key in keys]
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def versions(path: Path) -> dict[str, str]:
+    """Versions of the code that sampled the images of a shard, by package. Raises Damaged, OSError."""
+    return _header(path)["versions"]
 
 
-def _text(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True).encode()
+def load(path: Path, key: str) -> np.ndarray:
+    """One array, its checksum compared. Raises Damaged, OSError."""
+    (checksum,) = checksums(path, [key])
+    with safe_open(path, "numpy") as file:
+        value = file.get_tensor(key)
+    if _sha256(value) != checksum:
+        raise Damaged(f"{path}: {key}: not the bytes that were written")
+    return value
 
 
-def _write(path: Path, data: bytes) -> None:
+def verify(path: Path) -> str | None:
+    """Reads every byte of a shard: what is wrong with it, or None."""
+    if not path.is_file():
+        return f"{path}: missing"
     try:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        for key in _header(path)["arrays"]:
+            load(path, key)
     except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        return f"{path}: {error.strerror or error}"
+    except Damaged as error:
+        return str(error)
+    return None
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def write(path: Path, arrays: Mapping[str, Array], versions: Mapping[str, str] | None = None) -> None:
+    """Write a shard atomically, replacing an older one. OSError leaves the older one as it was."""
+    values = {key: np.ascontiguousarray(array.value) for key, array in arrays.items()}
+    entries = {key: {"sha256": _sha256(values[key]), "producer": array.producer} for key, array in arrays.items()}
+    header = {"arrays": entries, "sha256": runs.digest(entries), "versions": dict(versions or {})}
+    data = save(values, {HEADER: json.dumps(header, sort_keys=True)})
+    with runs.replacing(path) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = str(path)
+            raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of processes of this machine that are gone."""
+    for path in folder.glob(".*.tmp"):
+        if runs.abandoned(path):
+            path.unlink(missing_ok=True)
+
+
+def _sha256(value: np.ndarray) -> str:
+    return hashlib.sha256(f"{value.dtype} {value.shape} ".encode() + value.tobytes()).hexdigest()

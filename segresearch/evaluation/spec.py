@@ -1,4 +1,4 @@
-"""From a typed config to what is to be measured: settings, prompts, controls, ranges, and where shards of them lie.
+"""A typed config expanded into methods, prompts, control images and ranges of images, and the files of their shards.
 Light: no torch, except where prompts or control images are those of scenes."""
 
 import dataclasses
@@ -9,104 +9,109 @@ from typing import Any
 
 from segresearch import runs
 from segresearch.config import EvaluateConfig, GuidanceConfig
-from segresearch.config.build import device_kind, with_batch_size
-from segresearch.config.expand import ImageSpec, Panel, checked_control, describe, methods, slug
+from segresearch.config.expand import checked_control, describe, methods, slug
 from segresearch.config.parse import HELD_OUT, SCENE, control_images, read_prompts, scene_numbers
-from segresearch.control_images.identify import Sources
+from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError
-from segresearch.evaluation import paper_numbers
-from segresearch.evaluation.shards import cut, name
+from segresearch.evaluation import paper_numbers, shards
+from segresearch.records import sampling_identity
 
-VERSION = 2  # of what shards hold
-# and not of shards
-OF_RESULTS = ("images", "features", "distances", "text_alignment", "n_bootstrap", "n_subsets", "force")
+VERSION = 3  # of what shards hold
+OF_RESULTS = ("images", "features", "distances", "text_alignment", "n_bootstrap", "n_subsets", "force")  # not of shards
 
 
 @dataclass(frozen=True)
-class Study:
-    """settings: guidance by label, the first is what distances are taken to. prompts: image i has prompts[i], repeating
-    in turn. scenes: indices of procedural scenes whose captions these are, or (). controls: of image i its control
-    images, one for each of the config's controls. ranges: of images, a shard each. places: of each setting, the folder
-    of its shards; {} until `placed`."""
+class EvaluationSpec:
+    """What a config evaluates.
 
-    settings: Mapping[str, GuidanceConfig]
+    methods: guidance by name; the first is the baseline. prompts: image i has prompts[i], repeating in turn. scenes:
+    the procedural scenes whose captions the prompts are, or (). controls: of image i its control images, one for each
+    of the config's controls. paper: the table of the paper to compare with. folders: of the shards of each method, {}
+    until `with_folders`.
+    """
+
+    config: EvaluateConfig
+    methods: Mapping[str, GuidanceConfig]
     prompts: tuple[str, ...]
-    scenes: tuple[int, ...]
-    ranges: tuple[range, ...]
-    paper: str | None
+    scenes: tuple[int, ...] = ()
     controls: tuple[tuple[str, ...], ...] = ()
-    places: Mapping[str, Path] = field(default_factory=dict)
-
-    def texts(self, rows: range) -> list[str]:
-        return [self.prompts[i % len(self.prompts)] for i in rows]
+    paper: str | None = None
+    folders: Mapping[str, Path] = field(default_factory=dict)
 
     @property
-    def first(self) -> str:
-        return next(iter(self.settings))
+    def baseline(self) -> str:
+        """The method whose images distances are taken to."""
+        return next(iter(self.methods))
 
-    def shard(self, setting: str, rows: range) -> Path:
-        return self.places[setting] / name(rows)
+    @property
+    def ranges(self) -> tuple[range, ...]:
+        """Ranges of images, a shard of each method for each range."""
+        return shards.ranges(self.config.images, self.config.shard)
+
+    def texts(self, rows: range) -> list[str]:
+        """The prompts of some images."""
+        return [self.prompts[i % len(self.prompts)] for i in rows]
+
+    def shard(self, method: str, rows: range) -> Path:
+        return self.folders[method] / shards.file_name(rows)
 
     def shards(self) -> list[Path]:
-        """Every shard of the run, in the order in which they are reduced."""
-        return [self.shard(setting, rows) for setting in self.settings for rows in self.ranges]
+        """Every shard of the run, in the order in which they are aggregated."""
+        return [self.shard(method, rows) for method in self.methods for rows in self.ranges]
 
 
-def study(config: EvaluateConfig) -> Study:
-    """What `config` asks for. Raises ConfigError for settings that are alike, prompts that cannot be read, figures of
-    the paper that do not apply."""
-    settings = methods(config.compare, config.guidance)
+def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:
+    """Expand the config. Raises ConfigError for methods that are alike, prompts that cannot be read, a table of the
+    paper whose prompts do not match."""
+    by_name = methods(config.compare, config.guidance)
     prompts = read_prompts(config.prompts, "prompts", config.images)
     scenes: tuple[int, ...] = ()
     if isinstance(config.prompts, str):
         scenes = tuple(HELD_OUT + n for n in scene_numbers(config.prompts, config.images, "prompts") or ())
     if config.keep is not None and config.keep < config.n_examples:
-        counts = f"{config.keep} pictures kept are fewer than are shown, {config.n_examples}"
-        raise ConfigError(f"keep: {counts}; lower `n_examples`")
+        raise ConfigError(f"keep: {config.keep} images kept are fewer than n_examples, {config.n_examples}; lower it")
     for key in ("features", "distances"):
-        values = getattr(config, key)
-        if len(set(values)) < len(values):
-            raise ConfigError(f"{key}: {list(values)} names one twice")
-    chosen = paper_numbers.chosen(config.paper, config.name, settings, prompts)
+        names = getattr(config, key)
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{key}: {list(names)} names one twice")
+    paper = paper_numbers.table_for(config.paper, config.name, by_name, prompts)
     columns = []
     for key, control in config.controls.items():
         checked_control(control, f"controls.{key}")
         columns.append(control_images(control.image, config.images, f"controls.{key}.image"))
-    controls = tuple(zip(*columns, strict=True))
-    return Study(settings, prompts, scenes, tuple(cut(config.images, config.shard)), chosen, controls)
+    return EvaluationSpec(config, by_name, prompts, scenes, tuple(zip(*columns, strict=True)), paper)
 
 
-def placed(config: EvaluateConfig, plan: Study, model: Path) -> Study:
-    """`plan` with the folder of each setting's shards: <out>/shards/<setting>-<digest>, the digest that of all that its
-    pictures depend on to the last bit, and no more. Runs that share a setting share its shards.
+def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:
+    """`spec` with the folder of each method's shards: <out>/shards/<method>-<digest>, a digest of everything that can
+    change a pixel and of nothing else. Runs that share a method share its shards.
 
-    model: the folder or file of the model. ConfigError for a ControlNet or a control image that is not there.
+    model: the folder or file of the model. `batch_size` is a number. ConfigError for a ControlNet or a control image
+    that is not there.
     """
-    config = with_batch_size(config)
-    asked = ("sampler", "schedule", "negative", "steps", "size", "batch_size", "shard")
-    kind = {"dtype": config.model.dtype, "vae_dtype": config.model.vae_dtype}
+    config = spec.config
     common = {
-        "version": VERSION, "model": {"fingerprint": runs.fingerprint(model), **kind},
-        **{key: getattr(config, key) for key in asked},
-        "prompts": config.prompts if _open_ended(config.prompts) else runs.digest(plan.prompts),
+        **sampling_identity(config, runs.fingerprint(model)), "version": VERSION, "negative": config.negative,
+        "batch_size": config.batch_size, "shard": config.shard,
+        "prompts": config.prompts if _open_ended(config.prompts) else runs.digest(spec.prompts),
+        "controls": [_control_identity(spec, k, model) for k in range(len(config.controls))],
     }  # fmt: skip
-    common |= config.compute.identity(device_kind(config.device))
-    if config.controls:
-        common["controls"] = _controls(config, plan, model)
-    places = {}
-    for setting, guidance in plan.settings.items():
-        bare = dataclasses.replace(guidance, label=None)
-        digest = runs.digest(runs.plain({**common, "guidance": bare}))
-        places[setting] = Path(config.out) / "shards" / f"{slug(describe(bare))}-{digest}"
-    return dataclasses.replace(plan, places=places)
+    folders = {}
+    for method, guidance in spec.methods.items():
+        unnamed = dataclasses.replace(guidance, label=None)
+        digest = runs.digest({**common, "guidance": unnamed})
+        folders[method] = Path(config.out) / "shards" / f"{slug(describe(unnamed))}-{digest}"
+    return dataclasses.replace(spec, folders=folders)
 
 
-def run_identity(config: EvaluateConfig, plan: Study, reference: str) -> dict[str, Any]:
-    """What tells one run from another: its settings, the order and the names in which they are shown, and what else its
-    table depends on. reference: the identity of the real pictures."""
-    asked = {key: getattr(config, key) for key in OF_RESULTS}
-    settings = [[setting, place.name] for setting, place in plan.places.items()]
-    return {"settings": settings, "reference": reference, "paper": plan.paper, **runs.plain(asked)}
+def run_identity(spec: EvaluationSpec, reference: str) -> dict[str, Any]:
+    """What names the folder of a run: its methods in order, and everything else that its tables depend on.
+
+    reference: the identity of the real images.
+    """
+    asked = {key: getattr(spec.config, key) for key in OF_RESULTS}
+    named = [[method, folder.name] for method, folder in spec.folders.items()]
+    return {"methods": named, "reference": reference, "paper": spec.paper, **asked}
 
 
 def _open_ended(text: str | tuple[str, ...]) -> bool:
@@ -114,15 +119,13 @@ def _open_ended(text: str | tuple[str, ...]) -> bool:
     return isinstance(text, str) and text.startswith(SCENE) and text.rstrip().endswith("-")
 
 
-def _controls(config: EvaluateConfig, plan: Study, model: Path) -> list[Any]:
-    found = []
-    for k, (key, control) in enumerate(config.controls.items()):
-        shown = [images[k] for images in plan.controls]
-        scenes = [image for image in shown if image.startswith(SCENE)]
-        some = [*scenes[:1], *dict.fromkeys(image for image in shown if not image.startswith(SCENE))]
-        panel = Panel("", None, tuple(ImageSpec("", i, (image,)) for i, image in enumerate(some)), {}, {key: control})
-        (own,) = Sources([panel], model).identity(panel)["controls"]
-        contents = dict(zip(some, own.pop("contents"), strict=True))
-        listed = control.image if _open_ended(control.image) else [contents.get(image, image) for image in shown]
-        found.append({**own, "first": contents[shown[0]], "images": runs.digest(listed)})
-    return found
+def _control_identity(spec: EvaluationSpec, k: int, model: Path) -> dict[str, Any]:
+    """What images depend on of the k-th control: its settings and the contents of its images, of scenes their names."""
+    name, control = list(spec.config.controls.items())[k]
+    images = [row[k] for row in spec.controls]
+    scene = next((image for image in images if image.startswith(SCENE)), None)  # one stands for how all are rendered
+    read = list(dict.fromkeys(image for image in images if image == scene or not image.startswith(SCENE)))
+    identified = identify_control(control, read, model, f"controls.{name}")
+    contents = {image: identified.contents(image) for image in read}
+    listed = control.image if _open_ended(control.image) else [contents.get(image, image) for image in images]
+    return {**identified.identity(read), "contents": contents.get(images[0]), "images": runs.digest(listed)}

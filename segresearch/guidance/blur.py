@@ -1,7 +1,7 @@
 """The separable Gaussian blur of Smoothed Energy Guidance (SEG, arXiv 2408.00760, Definition 2.1).
 
 A blur is two dense per-axis matrices, B = B_h ⊗ B_w. At the sizes of attention grids two small matmuls are as fast as a
-convolution, the analysis reads the factors from the same place, and a boundary is one rule for filling a matrix.
+convolution, the analysis reads the same factors, and a boundary is one rule for filling a matrix.
 """
 
 import math
@@ -58,24 +58,24 @@ def fold_taps(taps: Float[Tensor, " size"], n: int, boundary: str) -> Float[Tens
 @constant
 def _matrix(n: int, sigma: float | int, boundary: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     # in fp64, so on the CPU, for some devices have none; compiled code makes it where it is used
-    place = device if torch.compiler.is_compiling() else CPU
+    where = device if torch.compiler.is_compiling() else CPU
     if sigma == 0:
-        matrix = torch.eye(n, dtype=torch.float64, device=place)
+        matrix = torch.eye(n, dtype=torch.float64, device=where)
     elif sigma > INFINITE:
-        matrix = torch.full((n, n), 1 / n, dtype=torch.float64, device=place)
+        matrix = torch.full((n, n), 1 / n, dtype=torch.float64, device=where)
     elif boundary == "exact":
         # The whole Gaussian: beyond 9σ a tap is under 3e-18 of the largest. First sum it over the period 2n of the
         # symmetric extension, so that memory stays n × 2n whatever sigma is, then fold.
         radius = math.ceil(9 * sigma)
-        taps = gaussian_taps(sigma, 2 * radius + 1, place)
-        wrapped = torch.zeros(2 * n, dtype=torch.float64, device=place)
-        wrapped.index_add_(0, torch.arange(-radius, radius + 1, device=place) % (2 * n), taps)
-        j = torch.arange(n, device=place)
+        taps = gaussian_taps(sigma, 2 * radius + 1, where)
+        wrapped = torch.zeros(2 * n, dtype=torch.float64, device=where)
+        wrapped.index_add_(0, torch.arange(-radius, radius + 1, device=where) % (2 * n), taps)
+        j = torch.arange(n, device=where)
         i = j[:, None]
         matrix = wrapped[(i - j) % (2 * n)] + wrapped[(i + j + 1) % (2 * n)]
     else:
         size = math.ceil(6 * sigma) | 1  # smallest odd number ≥ ⌈6σ⌉
-        taps = gaussian_taps(sigma, min(size, n | 1), place)  # n | 1: n + 1 if n is even, else n
+        taps = gaussian_taps(sigma, min(size, n | 1), where)  # n | 1: n + 1 if n is even, else n
         matrix = fold_taps(taps, n, boundary)
     return matrix.to(device=device, dtype=dtype)
 

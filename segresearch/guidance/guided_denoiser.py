@@ -143,12 +143,12 @@ class GuidedDenoiser:
         """
         missing = [branch.conditioning for branch in branches if branch.conditioning not in conds]
         if missing:
-            given = ", ".join(map(repr, conds)) or "none"
-            raise InputError(f"conds lacks {missing[0]!r}, which the guidance needs; given: {given}")
-        names = dict.fromkeys(branch.conditioning for branch in branches)
+            names = ", ".join(map(repr, conds)) or "none"
+            raise InputError(f"conds lacks {missing[0]!r}, which the guidance needs; given: {names}")
+        conditionings = dict.fromkeys(branch.conditioning for branch in branches)
         first: dict[Any, str] = {}
         guess = any(net.guess for net in control)
-        alias = {name: name if guess else first.setdefault(id(conds[name]), name) for name in names}
+        alias = {name: name if guess else first.setdefault(id(conds[name]), name) for name in conditionings}
         return layout(branches, self._perturbed, tuple(self._heads), alias, self.fork)
 
     def evaluate(

@@ -26,10 +26,10 @@ Perturbation = Callable[[Tensor, Tensor, Tensor, Site, Attend], Tensor]  # (q, k
 def checked_out(
     out: Any, v: Float[Tensor, "rows heads tokens dim"], perturbation: Any, site: Site
 ) -> Float[Tensor, "rows heads tokens dim"]:
-    """`out` where it is a tensor of v's shape, else a ValueError that names the perturbation and the site."""
-    found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-    if found != tuple(v.shape):
-        raise InputError(f"{perturbation!r} gave {found} at {site.name}, expected {tuple(v.shape)}")
+    """`out`, a tensor of v's shape; for anything else an InputError with the perturbation and the site."""
+    shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if shape != tuple(v.shape):
+        raise InputError(f"{perturbation!r} gave {shape} at {site.name}, expected {tuple(v.shape)}")
     return out
 
 
@@ -153,7 +153,7 @@ class PAG:
 
 @dataclass(frozen=True)
 class At:
-    """A plain function as a perturbation with a place.
+    """A plain function as a perturbation at sites and heads.
 
     function: any `(q, k, v, site, attend) -> out`; it always sees every head.
     where: sites. heads: only these heads take the function's output, the others plain attention (one further `attend`).

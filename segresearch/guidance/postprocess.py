@@ -26,7 +26,7 @@ def rescale(
     """Lin et al., arXiv 2305.08891, Section 3.4: bring the guided prediction's spread back to the plain one's, by φ.
 
     Acts in eps space, ε → φ·ε·std(ε_plain)/std(ε) + (1 − φ)·ε, unbiased std over all axes but the rows. With
-    ε = (x − D)/σ the σ cancels, so it is not asked for.
+    ε = (x − D)/σ the σ cancels, so it is not an argument.
     """
     noise, reference = x - guided, x - plain  # σ·ε
     ratio = _std(reference) / _std(noise).clamp_min(1e-30)

@@ -7,7 +7,7 @@ A selector `where` is one of
                              up_blocks.0.attentions.2.transformer_blocks.9.attn1, and 0, 3 for
                              mid_block.attentions.0.transformer_blocks.3.attn1
     "*transformer_blocks.3*" a glob over full site names (case matters; a full name matches itself; "*" is every site)
-    7                        the site's place in a forward pass (`unet.sites[7]`; negative counts from the end)
+    7                        the site's number in a forward pass (`unet.sites[7]`; negative counts from the end)
     ["mid", "up.0.0", -1]    a list or tuple: the union
 
 Index numbers are compared as whole numbers, so "down.1" never takes in block 10.
@@ -42,13 +42,13 @@ def select_sites(where: Where, sites: Sequence[str]) -> tuple[str, ...]:
     parts = [where] if isinstance(where, str | int) else list(where)
     chosen: set[str] = set()
     for part in parts or [""]:
-        found = _matches(part, sites)
-        if not found:
+        matches = _matches(part, sites)
+        if not matches:
             raise InputError(
                 f"where={where!r}: {part!r} matches no self-attention site of this model; use a group (down, mid, up), "
                 f'a block ("up.0.2"), an index or a glob over: {_listing(sites)}'
             )
-        chosen.update(found)
+        chosen.update(matches)
     return tuple(site for site in sites if site in chosen)
 
 

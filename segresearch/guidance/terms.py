@@ -1,6 +1,6 @@
 """Guidance as a sum of terms over branches: D = D[base] + Σ s(σ) · (D[pos] − D[neg]).
 
-A branch is what the network is asked: a conditioning, and the perturbations of its self-attention. s is always the
+A branch is one evaluation of the network: a conditioning, and perturbations of the self-attention. s is always the
 factor on the difference, so CFG's weight w enters as s = w − 1 (docs/guidance.md translates other conventions).
 """
 
@@ -174,7 +174,7 @@ def perturbed(
             branch; a later one that meets an earlier one on a site is handed the earlier as `attend`.
         scale: s, or s(σ). The paper's γ in eq. (9) of arXiv 2408.00760 is s + 1.
         base: the conditioning that is perturbed. "cond" is the official code's choice, "uncond" the paper's eq. (10).
-        where, heads: place of the perturbation, if not None in place of its own. A plain function has none of its own
+        where, heads: sites and heads of the perturbation; None keeps its own. A plain function has none of its own
             and gets where="mid" and every head. Given several perturbations, these apply to each.
         interval: (low, high) of σ in which the term acts.
     """

@@ -7,6 +7,7 @@
 Each resizes and scales images as its papers do: docs/metrics.md.
 """
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +15,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from segresearch import pretrained
-from segresearch.errors import InputError
+from segresearch.checkpoints.resolve import resolve_model
+from segresearch.errors import InputError, PackageError
 from segresearch.metrics import weight_files
-from segresearch.metrics.inception import FEATURES, WEIGHTS, load_inception
-from segresearch.metrics.mini_vision import SIDE, load_vision, unit_range
-from segresearch.metrics.weight_files import Device
+from segresearch.metrics.mini_vision import load_vision, unit_range
+from segresearch.metrics.weight_files import Asset, Device
 from segresearch.models.compute import arithmetic
-from segresearch.models.locate import located
 from segresearch.threads import one_thread
 
+TORCH_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+INCEPTION = Asset("weights-inception-2015-12-05-6726825d.pth", TORCH_FIDELITY, "6726825d")
 DINOV2 = "facebook/dinov2-large"  # ViT-L/14, 1024 features (arXiv 2304.07193)
 CLIP_336 = "openai/clip-vit-large-patch14-336"  # 768 features (arXiv 2103.00020)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -48,10 +50,7 @@ class Extractor:
 
     @torch.inference_mode()
     def of(self, images: UInt8[Tensor, "n 3 h w"], batch: int = 64) -> Float[Tensor, "n dim"]:
-        """Features, `batch` images at a time, on the CPU; fp32 products in fp32 whatever else computes on the device.
-
-        Raises InputError for no images.
-        """
+        """Features, on the CPU; fp32 products in fp32, whatever else computes on the device. InputError for none."""
         if not len(images):
             raise InputError("no images to take features of")
         with arithmetic("exact", self.device):
@@ -99,8 +98,31 @@ def load_extractor(
 
 
 def _inception(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
-    weights, digest = weight_files.load_tensors(WEIGHTS, path, sha256)
-    return Extractor("inception", FEATURES, digest, load_inception(weights, device, dtype), device)
+    """TensorFlow's network of December 2015, by torch-fidelity.
+
+    It differs from torchvision's: average pools leave the border out of their count, the last block pools by maximum,
+    and images are resized as TensorFlow 1 did it (corners of pixels at whole numbers, no antialiasing).
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as resize
+    except ImportError as error:
+        raise PackageError(f"features of inception need torch-fidelity: {weight_files.INSTALL}") from error
+    weights, digest = weight_files.load_tensors(INCEPTION, path, sha256)
+    file = io.BytesIO()  # torch-fidelity opens a path by the reader that runs a pickle's code, so it gets these tensors
+    torch.save(weights, file)
+    file.seek(0)
+    with weight_files.fitting("inception"), torch.random.fork_rng(devices=[]):
+        module = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=file)
+    parts = [part for name, part in module.named_children() if name != "fc"]  # its own forward returns fp32 alone
+    layers = weight_files.frozen(nn.Sequential(*parts), device, dtype)
+
+    def network(images: Tensor) -> Tensor:
+        x = images.to(torch.promote_types(dtype, torch.float32))  # half precisions would round the places of pixels
+        x = (resize(x, (299, 299), align_corners=False) - 128) / 128  # (b, 3, h, w) -> (b, 3, 299, 299)
+        return layers(x.to(dtype)).flatten(1)  # -> (b, 2048, 1, 1) -> (b, 2048)
+
+    return Extractor("inception", module.fc.in_features, digest, network, device)
 
 
 def _dinov2(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
@@ -135,14 +157,10 @@ def _clip(path: str | Path | None, sha256: str | None, device: torch.device, dty
 
 def _mini(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
     vision = weight_files.frozen(load_vision(path or "mini"), device, dtype).vision
-    file = located(path or "mini") / "vision" / "model.safetensors"
-    digest = weight_files.checked(file, sha256) if sha256 else weight_files.digest(file)
+    digest = weight_files.digest(resolve_model(path or "mini") / "vision" / "model.safetensors", sha256)
 
     @one_thread
     def network(images: Tensor) -> Tensor:
-        h, w = images.shape[2:]
-        if (h, w) != (SIDE, SIDE):
-            raise InputError(f"images of {h}×{w}: the features of mini need {SIDE}×{SIDE}")
         return vision(unit_range(images).to(dtype))
 
     return Extractor("mini", vision.head.out_features, digest, network, device)

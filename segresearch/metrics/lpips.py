@@ -7,7 +7,6 @@ ImageNet network; the channel weights come with the package.
 
 import re
 import warnings
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -53,14 +52,13 @@ def load_lpips(
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # it asks torchvision for no weights by an argument of older releases
         network = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
-    keys = defaultdict(list)  # name in a file -> names in the network, which has the heads twice
-    for key in network.state_dict():
-        keys[re.sub(r"^net\.slice\d", "features", re.sub(r"^lins\.", "lin", key))].append(key)
+    names = {key: re.sub(r"^net\.slice\d", "features", re.sub(r"^lins\.", "lin", key)) for key in network.state_dict()}
     weights = {name: value for name, value in layers.items() if not name.startswith("classifier.")} | linear
     weights |= {f"scaling_layer.{name}": value for name, value in network.scaling_layer.state_dict().items()}
     with fitting(f"LPIPS {net}"):
-        state = {key: value for name, value in weights.items() for key in keys.get(name, [name])}
-        network.load_state_dict(state, assign=True)
+        known = {key: weights[name] for key, name in names.items() if name in weights}  # the network has heads twice
+        unknown = {name: value for name, value in weights.items() if name not in names.values()}
+        network.load_state_dict(known | unknown, assign=True)
     return frozen(network, device, dtype)
 
 

@@ -11,9 +11,9 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.errors import CheckpointError, InputError
 from segresearch.metrics.weight_files import fitting, frozen
-from segresearch.models.locate import located
 from segresearch.threads import one_thread
 
 SIDE = 64  # pixels
@@ -35,8 +35,11 @@ class Vision(nn.Module):
     def stages(self, images: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
         """The feature maps of the four stages, at half, a quarter, an eighth and a sixteenth of the pixels.
 
-        images: in [−1, 1], of sides that are multiples of 16.
+        images: in [−1, 1]. InputError for sides that are not multiples of 16.
         """
+        h, w = images.shape[2:]
+        if h % 16 or w % 16:
+            raise InputError(f"images of {h}×{w}: sides must be multiples of 16")
         x, maps = images, []
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             x = F.silu(norm(conv(x)))  # (b, c, h, w) -> (b, c', h/2, w/2)
@@ -45,8 +48,11 @@ class Vision(nn.Module):
             maps.append(x)
         return maps
 
-    def forward(self, images: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b features"]:
-        """Features of images in [−1, 1]."""
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b features"]:
+        """Features of images in [−1, 1]. InputError for another size."""
+        h, w = images.shape[2:]
+        if (h, w) != (SIDE, SIDE):
+            raise InputError(f"images of {h}×{w}: the features of mini need {SIDE}×{SIDE}")
         return F.silu(self.head(self.stages(images)[-1].flatten(1)))
 
 
@@ -58,12 +64,9 @@ class VisionTower(nn.Module):
         self.vision = Vision(width, features)
         self.vision_projections = nn.ModuleList(nn.Linear(features, p, bias=False) for p in projections)
 
-    @torch.inference_mode()
-    def embed(self, images: UInt8[Tensor, "b 3 64 64"], batch: int = 250) -> Float[Tensor, "b projection"]:
-        """Unit embeddings, comparable with SDXL's pooled text, `sdxl.encode(texts)["cond"].pooled`; on its device."""
-        device = self.vision.head.weight.device
-        features = torch.cat([self.vision(unit_range(part.to(device))) for part in images.split(batch)])
-        return F.normalize(self.vision_projections[1](features), dim=-1)
+    def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b projection"]:
+        """Unit embeddings of images in [−1, 1], comparable with SDXL's pooled text (`Cond.pooled`)."""
+        return F.normalize(self.vision_projections[1](self.vision(images)), dim=-1)
 
 
 def unit_range(images: Tensor) -> Tensor:
@@ -76,7 +79,7 @@ def load_part(path_or_name: str | Path, part: str, build: Callable[..., Module])
 
     Raises CheckpointError where the part is missing or does not fit.
     """
-    folder = located(path_or_name) / part
+    folder = resolve_model(path_or_name) / part
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
@@ -85,9 +88,8 @@ def load_part(path_or_name: str | Path, part: str, build: Callable[..., Module])
             f"{folder}: no readable config.json and model.safetensors ({error}); this model brings no {part} weights, "
             'use "mini", or export them (experiments/mini)'
         ) from error
-    with fitting(folder):
-        with torch.device("meta"):  # no numbers are drawn that the weights replace
-            module = build(**config)
+    with fitting(folder), torch.device("meta"):  # no random numbers are drawn for what the weights replace
+        module = build(**config)
         module.load_state_dict(weights, assign=True)
     return frozen(module)
 

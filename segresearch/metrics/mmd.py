@@ -75,8 +75,7 @@ def gaussian_kernel(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"]) -> Flo
 
 def _kernel_sums(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[float, float]:
     """The sums of k over all pairs, block by block, and over pairs of a row with itself where x is y."""
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    diagonal = total.clone()
+    total, diagonal = torch.zeros(2, dtype=torch.float64, device=x.device)
     same = x is y
     for i, rows in enumerate(x.split(BLOCK)):
         for j, columns in enumerate(y.split(BLOCK)):

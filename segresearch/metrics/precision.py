@@ -38,9 +38,8 @@ def _squared_distances(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"]) -> 
 
 
 def squared_radii(x: Float[Tensor, "n dim"], neighbour: int = 3, block: int = 1024) -> Float[Tensor, " n"]:
-    """Squared distance of each feature to its k-th nearest other one."""
-    nearest = neighbour + 1  # itself is the first
-    return torch.cat([_squared_distances(rows, x).kthvalue(nearest, dim=1).values for rows in x.split(block)])
+    """Squared distance of each feature to its k-th nearest other one (itself is the first)."""
+    return torch.cat([_squared_distances(rows, x).kthvalue(neighbour + 1, dim=1).values for rows in x.split(block)])
 
 
 def covered(

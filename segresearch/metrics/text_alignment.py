@@ -6,7 +6,7 @@ Papers print it in three scales: the cosine itself (0.271 in Table 2 of SEG, arX
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from segresearch.errors import InputError
-from segresearch.metrics.mini_vision import VisionTower
+from segresearch.metrics.mini_vision import VisionTower, unit_range
 from segresearch.metrics.weight_files import Device, frozen, hub_weights
 from segresearch.pretrained import load_model, reading
 from segresearch.threads import one_thread
@@ -24,14 +24,14 @@ from segresearch.threads import one_thread
 CLIP = "openai/clip-vit-large-patch14"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Clip:
     """Both towers of a CLIP with their tokenizer and image processor; weights: SHA-256 of their file."""
 
     weights: str
-    model: Any = field(repr=False)
-    tokenizer: Any = field(repr=False)
-    processor: Any = field(repr=False)
+    model: Any
+    tokenizer: Any
+    processor: Any
 
     @torch.inference_mode()
     def embed_images(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b dim"]:
@@ -48,9 +48,7 @@ class Clip:
         if tokens.input_ids.shape[1] > limit:
             warnings.warn(f"CLIP reads {limit} tokens; longer texts among the {len(texts)} are cut", stacklevel=3)
             tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        device = next(self.model.parameters()).device
-        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-        output = self.model.text_model(input_ids=ids, attention_mask=mask)
+        output = self.model.text_model(**tokens.to(next(self.model.parameters()).device))
         return F.normalize(self.model.text_projection(output.pooler_output), dim=-1)
 
 
@@ -71,34 +69,36 @@ def load_clip(
     return Clip(digest, model, tokenizer, processor)
 
 
-def _check_pairs(images: Tensor, texts: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class MiniClip:
+    """The embedded model's second CLIP: its vision tower (`load_vision`) and its `sdxl.text`.
+
+    The first has no projection of its text, as in SDXL, so nothing of it can be compared with an image.
+    """
+
+    tower: VisionTower
+    text: Any
+
+    @one_thread
+    @torch.inference_mode()
+    def embed_images(self, images: UInt8[Tensor, "b 3 64 64"]) -> Float[Tensor, "b dim"]:
+        return self.tower.embed(unit_range(images.to(self.tower.vision.head.weight.device)))
+
+    @one_thread
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b dim"]:
+        return F.normalize(self.text.encode(list(texts))[1].to(self.tower.vision.head.weight), dim=-1)
+
+
+def text_alignment(
+    clip: Clip | MiniClip, images: UInt8[Tensor, "n 3 h w"], texts: Sequence[str], batch: int = 64
+) -> Float[Tensor, " n"]:
+    """Cosine of each image with its text, in [−1, 1], on the CPU. InputError for unequal numbers or none."""
     if isinstance(texts, str) or len(images) != len(texts):
         count = "one string" if isinstance(texts, str) else len(texts)
         raise InputError(f"{len(images)} images and {count} as texts: give a list with one text for each image")
     if not len(texts):
         raise InputError("no images and texts to compare")
-
-
-def text_alignment(
-    clip: Clip, images: UInt8[Tensor, "n 3 h w"], texts: Sequence[str], batch: int = 64
-) -> Float[Tensor, " n"]:
-    """Cosine of each image with its text, in [−1, 1], on the CPU. InputError for unequal numbers or none."""
-    _check_pairs(images, texts)
     starts = range(0, len(texts), batch)
     pairs = [(clip.embed_images(images[i : i + batch]), clip.embed_texts(texts[i : i + batch])) for i in starts]
     return torch.cat([(image * text).sum(1).cpu() for image, text in pairs])  # (b, dim) -> (b,)
-
-
-@one_thread
-def mini_text_alignment(
-    tower: VisionTower, text: Any, images: UInt8[Tensor, "n 3 64 64"], texts: Sequence[str], batch: int = 250
-) -> Float[Tensor, " n"]:
-    """The same by the embedded model's second CLIP: its vision tower (`load_vision`) and its `sdxl.text`.
-
-    The first has no projection of its text, as in SDXL, so nothing of it can be compared with an image.
-    """
-    _check_pairs(images, texts)
-    starts = range(0, len(texts), batch)
-    pooled = torch.cat([text.encode(list(texts[i : i + batch]))[1] for i in starts])  # -> (n, projection)
-    embedded = tower.embed(images, batch)
-    return (embedded * F.normalize(pooled.to(embedded), dim=-1)).sum(1)

@@ -9,9 +9,8 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -25,31 +24,21 @@ INSTALL = "pip install 'segresearch[metrics]'"
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-@dataclass(frozen=True)
-class Asset:
+class Asset(NamedTuple):
     """A published file: its name, the address of its folder, and its SHA-256 or the first digits of it."""
 
     file: str
     folder: str
     sha256: str
 
-    @property
-    def url(self) -> str:
-        return self.folder + self.file
 
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def checked(path: Path, sha256: str) -> str:
-    """The digest of `path`, which begins with `sha256`. Raises CheckpointError where it does not."""
-    if not re.fullmatch(r"[0-9a-f]{8,64}", sha256):
+def digest(path: Path, sha256: str | None = None) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises CheckpointError where it does not begin with `sha256`."""
+    if sha256 is not None and not re.fullmatch(r"[0-9a-f]{8,64}", sha256):
         raise CheckpointError(f"sha256={sha256!r}: give 64 hexadecimal digits in lower case, or at least the first 8")
-    actual = digest(path)
-    if not actual.startswith(sha256):
+    with path.open("rb") as stream:
+        actual = hashlib.file_digest(stream, "sha256").hexdigest()
+    if not actual.startswith(sha256 or ""):
         raise CheckpointError(
             f"{path}: its SHA-256 is {actual}, not {sha256}: fetch it again, or give this checksum (sha256=, "
             "of an evaluation checksums.<network>=) if this file is the one you mean"
@@ -65,14 +54,11 @@ def load_tensors(
     Pickles are opened by torch's weights-only reader, which runs no code of theirs. Raises CheckpointError for a file
     that is missing, has another checksum, or cannot be read.
     """
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    file = Path(path).expanduser() if path else cache / asset.file
+    file = Path(path).expanduser() if path else Path(torch.hub.get_dir()) / "checkpoints" / asset.file
+    url = asset.folder + asset.file
     if not file.is_file():
-        raise CheckpointError(
-            f"{path}: no such file; {asset.file} is at {asset.url}" if path else
-            f"{asset.file} is not in {cache}: download {asset.url} to {cache}, or give the path of the file"
-        )  # fmt: skip
-    actual = checked(file, sha256 or asset.sha256)
+        raise CheckpointError(f"{file}: no such file; download {url} there, or give its path")
+    actual = digest(file, sha256 or asset.sha256)
     try:
         if file.suffix == ".safetensors":
             return load_file(file), actual
@@ -80,7 +66,7 @@ def load_tensors(
     except Exception as error:  # the reader raises many kinds for a damaged file
         raise CheckpointError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{file}: does not hold named tensors only; {asset.file} is at {asset.url}")
+        raise CheckpointError(f"{file}: does not hold named tensors only; {asset.file} is at {url}")
     return dict(tensors), actual
 
 
@@ -106,5 +92,4 @@ def hub_weights(path_or_id: str | Path, sha256: str | None = None) -> tuple[Path
     folder = model_folder(path_or_id, ["config.json"], HUB_WEIGHTS)
     file = next(folder / name for name in HUB_WEIGHTS if (folder / name).is_file())
     blob = Path(os.path.realpath(file)).name
-    expected = sha256 or (blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None)
-    return folder, checked(file, expected) if expected else digest(file)
+    return folder, digest(file, sha256 or (blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None))

@@ -25,7 +25,7 @@ class Compute:
         elsewhere. It has no effect on networks in bf16 or fp16.
     graph: replay the networks' kernels as CUDA graphs, captured once for each shape and set of branches.
     compile: run the networks through torch.compile, once for each shape and set of branches.
-    vae_tile: side of the VAE's tiles in image pixels; None decodes and encodes whole pictures.
+    vae_tile: side of the VAE's tiles in image pixels; None decodes and encodes whole images.
     offload: text encoders and VAE lie on the CPU and come to the GPU for each call.
     """
 
@@ -43,7 +43,7 @@ class Compute:
                 raise InputError(f"compute.{name}={getattr(self, name)!r}: true or false")
         tile = self.vae_tile
         if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 64):
-            raise InputError(f"compute.vae_tile={tile!r}: whole pixels from 64 up, or null for whole pictures")
+            raise InputError(f"compute.vae_tile={tile!r}: whole pixels from 64 up, or null for whole images")
 
     def resolved(self, device: "torch.device | str") -> "Compute":
         """What of it acts on this device, with `precision` decided: only a GPU has another arithmetic, and graphs."""
@@ -93,7 +93,7 @@ def arithmetic(precision: str, device: "torch.device | str") -> Iterator[None]:
 class Runner:
     """Calls of a network as `Compute` asks: its arithmetic, compiled, as CUDA graphs.
 
-    A way that cannot work here is given up, with one line that says why; the call is then made the plain way.
+    Where compilation or a graph is not possible, a warning gives the reason and the call runs without it.
     """
 
     def __init__(self, compute: Compute):
@@ -113,9 +113,9 @@ class Runner:
                 return self._run(function, net, x, *args)
             import torch
 
-            from segresearch.models.graphs import NotCapturable, layout
+            from segresearch.models.graphs import NotCapturable, structure
 
-            of_one = layout if self.graphs is None else self.graphs.layout  # which keeps that of the text
+            of_one = structure if self.graphs is None else self.graphs.structure  # which keeps that of the text
             try:
                 for arg in args:  # a new closure at every call, such as a recorder's, would be compiled at every call
                     of_one(arg)

@@ -150,9 +150,9 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         return x / (sigma**2 + 1) - sigma / (sigma**2 + 1).sqrt() * out
 
     def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of calls, with what `cond` is to the network computed now; `sample` calls this."""
-        given = arguments.get("cond")
-        return dict(arguments) if given is None else {**arguments, "cond": given.projected(self.unet)}
+        """The arguments of calls, with the keys, values and embedding of `cond` computed now; `sample` calls this."""
+        cond = arguments.get("cond")
+        return dict(arguments) if cond is None else {**arguments, "cond": cond.projected(self.unet)}
 
     def residuals(
         self,

@@ -1,9 +1,9 @@
 """CUDA graphs of calls: a call's kernels, captured once, are launched together from then on.
 
-At batch 1 a step is bound by launching its kernels one by one. A replay launches them as one. What a call is given must
-be made of values: tensors, numbers, texts, networks, module-level functions, containers, frozen dataclasses of these.
-Tensors are copied into the graph's own before a replay, but only those that are new since the last one. A closure or an
-object with a state may look at what passes (a recorder). A replay would not show it, so it is never captured.
+At batch 1 a step is bound by launching its kernels one by one. A replay launches them as one. The arguments of a call
+must be made of values: tensors, numbers, texts, networks, module-level functions, containers, frozen dataclasses of
+these. Only tensors that are new since the last replay are copied into the graph's own. A closure
+or an object with a state may look at what passes (a recorder). A replay would not show it, so it is never captured.
 """
 
 import dataclasses
@@ -30,21 +30,21 @@ class NotCapturable(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Structure:
     """A value without its tensors: `key` is equal for values that differ in the contents of tensors alone."""
 
     tensors: tuple[Tensor, ...]
     key: Hashable
 
 
-def layout(value: Any) -> Layout:
+def structure(value: Any) -> Structure:
     """The tensors in `value`, in a fixed order, and a key of everything else: shapes, types, numbers, functions.
 
     NotCapturable for what is not made of values: a closure, a bound method, an object that is no frozen dataclass.
     """
     tensors: list[Tensor] = []
     key = _key(value, tensors)  # which collects the tensors on its way
-    return Layout(tuple(tensors), key)
+    return Structure(tuple(tensors), key)
 
 
 def _key(value: Any, tensors: list[Tensor]) -> Hashable:
@@ -95,7 +95,7 @@ def is_value(instance: Any) -> bool:
 
 
 def rebuilt(value: Any, tensors: Sequence[Tensor]) -> Any:
-    """`value` with these tensors in place of its own, in the order of `layout`."""
+    """`value` with these tensors in place of its own, in the order of `structure`."""
     return _rebuilt(value, iter(tensors))
 
 
@@ -137,7 +137,7 @@ class Graph:
             torch._foreach_copy_([self.static[i] for i in new], [tensors[i] for i in new])
             self.source = now
         self.graph.replay()
-        return rebuilt(self.result, [tensor.clone() for tensor in layout(self.result).tensors])
+        return rebuilt(self.result, [tensor.clone() for tensor in structure(self.result).tensors])
 
 
 def version(tensor: Tensor) -> int:
@@ -149,7 +149,7 @@ _unknown = itertools.count(-1, -1)
 
 
 class Graphs:
-    """Calls of functions as CUDA graphs, captured at the first call with a new `layout`, `limit` of them kept.
+    """Calls of functions as CUDA graphs, captured at the first call with a new `structure`, `limit` of them kept.
 
     All share one pool of memory: a replay may overwrite what another computed on the way, never a result, which is
     copied out. A call that cannot be captured runs as it is, and a line says so once for each reason: arguments that
@@ -161,20 +161,20 @@ class Graphs:
         self.limit = limit
         self.graphs: OrderedDict[Hashable, Graph | None] = OrderedDict()  # None: its capture failed
         self.pool: Any = None
-        self.memo: OrderedDict[int, tuple[Any, Layout]] = OrderedDict()  # of arguments that come again at every step
-        self.numbers: dict[Hashable, int] = {}  # of layouts' keys, which are long to hash
+        self.memo: OrderedDict[int, tuple[Any, Structure]] = OrderedDict()  # of arguments that come again at every step
+        self.numbers: dict[Hashable, int] = {}  # of structures' keys, which are long to hash
         self.reasons: set[str] = set()
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         if len(self.numbers) > 4096:  # of arguments that are new at every call
             self.clear()
         try:
-            layouts = [self.layout(arg) for arg in args]
-            tensors = [tensor for one in layouts for tensor in one.tensors]
+            structures = [self.structure(arg) for arg in args]
+            tensors = [tensor for one in structures for tensor in one.tensors]
             refuse_state(tensors)
         except NotCapturable as reason:
             return self._plain(str(reason), function, args)
-        key = (getattr(function, "__func__", function), *(one.key for one in layouts))
+        key = (getattr(function, "__func__", function), *(one.key for one in structures))
         if key not in self.graphs:
             while len(self.graphs) >= self.limit:
                 self.graphs.popitem(last=False)
@@ -194,13 +194,13 @@ class Graphs:
         self.numbers.clear()
         self.pool = None
 
-    def layout(self, value: Any) -> Layout:
-        """Its `layout`, with a number for the key. That of a value of many tensors is kept: it comes at every step."""
+    def structure(self, value: Any) -> Structure:
+        """Its `structure`, with a number for the key; kept for a value of many tensors, which comes at every step."""
         known = self.memo.get(id(value))
         if known is not None and known[0] is value:
             return known[1]
-        whole = layout(value)
-        one = Layout(whole.tensors, self.numbers.setdefault(whole.key, len(self.numbers)))
+        whole = structure(value)
+        one = Structure(whole.tensors, self.numbers.setdefault(whole.key, len(self.numbers)))
         if len(one.tensors) > 2 and dataclasses.is_dataclass(value):
             self.memo[id(value)] = (value, one)
             while len(self.memo) > self.limit:

@@ -46,7 +46,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour to the given size, then a 3×3 convolution."""
+    """Nearest-neighbour to `size`, then a 3×3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -1,6 +1,6 @@
-"""The VAE's decoder and encoder window by window: less memory, the same picture to rounding.
+"""The VAE's decoder and encoder window by window: less memory, the same image to rounding.
 
-Tiles that are decoded on their own differ from the whole picture, for GroupNorm and the lowest grid's attention see all
+Tiles that are decoded on their own differ from the whole image, for GroupNorm and the lowest grid's attention see all
 of it; blending hides the seams, not the difference. Here no tile is decoded on its own. Every convolution of the whole
 network reads windows of its input, a pixel wider than those it writes, and every normalization takes its statistics
 from all windows. So there are no seams, nothing to blend, and no error but that of rounding. The lowest grid is small
@@ -31,7 +31,7 @@ Window = tuple[int, int, int, int]  # top, bottom, left, right; the bottom row a
 
 @dataclass(frozen=True)
 class Grid:
-    """Activations of one picture that are read by windows: of a tensor, or computed for each window (tensor None)."""
+    """Activations of one image that are read by windows: a tensor, or computed for each window (tensor is None)."""
 
     size: tuple[int, int]
     read: Callable[[Window], Float[Tensor, "1 c rows columns"]]
@@ -39,12 +39,12 @@ class Grid:
 
 
 def decoded(decoder: Decoder, z: Float[Tensor, "b l h w"], tile: int, factor: int) -> Float[Tensor, "b c H W"]:
-    """`decoder(z)`, picture by picture, in windows of at most tile × tile image pixels. No gradients."""
+    """`decoder(z)`, image by image, in windows of at most tile × tile image pixels. No gradients."""
     return torch.cat([_decoded(decoder, row, tile, factor) for row in z.split(1)])
 
 
 def encoded(encoder: Encoder, images: Float[Tensor, "b c H W"], tile: int) -> Float[Tensor, "b l2 h w"]:
-    """`encoder(images)`, picture by picture, in windows of at most tile × tile image pixels. No gradients."""
+    """`encoder(images)`, image by image, in windows of at most tile × tile image pixels. No gradients."""
     return torch.cat([_encoded(encoder, row, tile) for row in images.split(1)])
 
 
@@ -53,7 +53,7 @@ def _decoded(decoder: Decoder, z: Float[Tensor, "1 l h w"], tile: int, factor: i
     x = held(decoder.mid_block(decoder.conv_in(z), (tile // factor) ** 2))
     blocks: Any = decoder.up_blocks
     for i, block in enumerate(blocks):
-        side = max(tile * 2**i // factor, 1)  # the same part of the picture on every grid
+        side = max(tile * 2**i // factor, 1)  # the same part of the image on every grid
         for layer in block.resnets:
             x = held(resnet(layer, x, side))
         for layer in block.upsamplers:
@@ -168,7 +168,7 @@ def activated(x: Float[Tensor, "1 c h w"], norm: tuple[Tensor, Tensor]) -> Float
 
 
 class Canvas:
-    """A grid that is written by windows; its tensor is made as the first window asks, unless it is given."""
+    """A grid that is written by windows; without a tensor one is made when the first window is written."""
 
     def __init__(self, size: tuple[int, int], tensor: Tensor | None = None):
         self.size, self._tensor = size, tensor

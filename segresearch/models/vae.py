@@ -50,8 +50,8 @@ class VAEConfig:
             if set(config.get(key, [known])) != {known}:
                 raise InputError(f"vae config: {key}={config[key]!r} is not supported, only {known}")
         own = VAEConfig.__dataclass_fields__
-        given = {k: v for k, v in config.items() if k in own and v is not None}
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        pairs = ((k, v) for k, v in config.items() if k in own and v is not None)
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in pairs}
         return VAEConfig(**values)
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class VAEConfig:
 
 
 class PixelAttention(nn.Module):
-    """One head over all pixels of the lowest grid; queries are asked `many` at a time, None all at once."""
+    """One head over all pixels of the lowest grid; `many` queries are computed at a time, None is all."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -222,8 +222,8 @@ class VAE(nn.Module):
         """Images from scaled latents, not clamped.
 
         Computed in the weights' dtype: SDXL's own VAE overflows in fp16, so keep it in fp32 or bf16.
-        tile: side, in image pixels, of the windows in which a larger picture is computed to save memory (`tiles`);
-        None computes whole pictures. Both give the same picture to rounding. Raises ValueError for a tile smaller than
+        tile: side, in image pixels, of the windows in which a larger image is computed to save memory (`tiles`);
+        None computes whole images. Both give the same image to rounding. Raises ValueError for a tile smaller than
         a latent pixel, and for latents that want a gradient, which windows do not have.
         """
         if latents.shape[1] != self.config.latent_channels:
@@ -239,7 +239,7 @@ class VAE(nn.Module):
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
     def _whole(self, x: Float[Tensor, "b c h w"], scale: int, tile: int) -> bool:
-        """Whether a picture of x, `scale` image pixels to one of x, lies within a tile."""
+        """Whether an image of x, with `scale` image pixels for each of x, lies within a tile."""
         if not isinstance(tile, int) or tile < self.config.factor:
             least = self.config.factor
             raise InputError(f"vae: tile={tile!r} must be a whole number of image pixels, at least {least}")

@@ -18,7 +18,7 @@ def row_count(value: Any) -> int | None:
 
 
 def checked_rows(name: str, value: Any, images: int) -> None:
-    """ValueError, with the place in `value`, where something in it has rows that are neither one nor `images`."""
+    """ValueError, with its position in `value`, where something in it has rows that are neither one nor `images`."""
     rows = row_count(value)
     if rows is not None and rows not in (1, images):
         raise InputError(f"{name} has {rows} rows for {images} images of noise; give one row per image, or one for all")

@@ -18,8 +18,9 @@ INTO = 0.25  # of the way, in log σ, from a sigma towards the next higher one
 def check_interval(interval: Sequence[float | int], what: str) -> None:
     """ValueError unless `interval` is (low, high) with 0 ≤ low ≤ high."""
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1]:
-        shown = tuple(interval)
-        raise InputError(f"the interval of {what} must be (low, high) in sigma, 0 <= low <= high, got {shown}")
+        raise InputError(
+            f"the interval of {what} must be (low, high) in sigma, 0 <= low <= high, got {tuple(interval)}"
+        )
 
 
 def step_interval(sigmas: Float[Tensor, " sigmas"] | Sequence[float], start: float | int, end: float | int) -> Interval:

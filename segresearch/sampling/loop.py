@@ -95,8 +95,8 @@ def sample(
     keys = noise_keys(noise, seeds, "steps")
     arguments = prepared(model, extra if conds is None else {"conds": conds, **extra})
     churn = options.get("s_churn", 0) > 0
-    apart = len(x) > 1 and (churn or sampler == "dpm_adaptive")
-    groups = [slice(i, i + 1) for i in range(len(x))] if apart else [slice(0, len(x))]
+    separate = len(x) > 1 and (churn or sampler == "dpm_adaptive")
+    groups = [slice(i, i + 1) for i in range(len(x))] if separate else [slice(0, len(x))]
 
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices), Bar(sampler, len(x), sigmas, progress) as bar:
@@ -104,7 +104,7 @@ def sample(
         for rows in groups:
             if churn:
                 global_generator(device).manual_seed(image_key(keys[rows.start], "churn"))
-            own = one_row(arguments, rows.start, len(x)) if apart else arguments
+            own = one_row(arguments, rows.start, len(x)) if separate else arguments
             report = reporter(callback, bar, rows)
             parts.append(integrate(model, x[rows], sampler, sigmas, keys[rows], options, own, report))
         return torch.cat(parts)
@@ -154,11 +154,11 @@ def limited(model: Any) -> Callable[..., Tensor]:
         nonlocal calls
         calls += 1
         denoised = model(x, sigma, **arguments)
-        place = f"at sigma {float(sigma[0]):g}"
+        at = f"at sigma {float(sigma[0]):g}"
         if not denoised.isfinite().all():
-            raise RuntimeError(f"dpm_adaptive: the model returned a value that is not finite {place}")
+            raise RuntimeError(f"dpm_adaptive: the model returned a value that is not finite {at}")
         if calls > ADAPTIVE_LIMIT:
-            raise RuntimeError(f"dpm_adaptive: no end after {ADAPTIVE_LIMIT} evaluations, {place}; raise rtol or atol")
+            raise RuntimeError(f"dpm_adaptive: no end after {ADAPTIVE_LIMIT} evaluations, {at}; raise rtol or atol")
         return denoised
 
     return call

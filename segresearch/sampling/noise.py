@@ -13,7 +13,7 @@ from torch import Tensor
 from segresearch.errors import InputError
 from segresearch.sampling.kdiffusion import k_diffusion
 
-RESOLUTION = 1e-6  # to which a Brownian tree rounds the sigmas it is asked for
+RESOLUTION = 1e-6  # to which a Brownian tree rounds its sigmas
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]  # (sigma, sigma_next) -> unit Gaussian noise shaped like x
 
 

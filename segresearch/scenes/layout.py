@@ -1,7 +1,7 @@
-"""What is in a procedural scene and where, drawn from a counter-based hash: scene (seed, index) knows of no batch.
+"""Objects and places of a procedural scene, from a counter-based hash: scene (seed, index) depends on no batch.
 
 World: x right, y up, z forward, floor at y = 0, camera above the origin; a large object's radius is 0.9 units.
-Picture coordinates (u, v): u right, v up, the shorter side of the picture spans -1 to 1.
+Image coordinates (u, v): u right, v up, the shorter side of the image spans -1 to 1.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from segresearch.threads import one_thread
 
 SLOTS = 4
 FOCAL = 2.15
-"""Focal length in units of half the shorter picture side: a field of view of 50 degrees."""
+"""Focal length in units of half the shorter image side: a field of view of 50 degrees."""
 RADII = (0.44, 0.64, 0.90)
 """Small, medium, large; give or take 6 %, and less in a crowd."""
 _CROWD = (1.0, 1.0, 0.88, 0.76)
@@ -37,14 +37,14 @@ _SKIES = {
 }
 
 
-def _signed(value: int) -> int:
+def _as_int64(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-_GOLDEN, _MIX1, _MIX2 = (_signed(v) for v in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_GOLDEN, _MIX1, _MIX2 = (_as_int64(v) for v in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def _mixed(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """The finaliser of splitmix64 (Steele, Lea and Flood, 2014) on int64 with wrap-around; its shifts are logical."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _MIX1
     x = (x ^ ((x >> 27) & (2**37 - 1))) * _MIX2
@@ -53,9 +53,9 @@ def _mixed(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 
 def uniform(indices: Int[Tensor, "b"], seed: int, stream: int, count: int) -> Float[Tensor, "b {count}"]:
     """`count` numbers in [0, 1), float64, for every index: a pure function of (seed, index, stream, position)."""
-    start = _mixed(torch.tensor(_signed(seed), device=indices.device) * _GOLDEN + _signed(stream + 1))
-    key = _mixed(_mixed(indices + start) + start)
-    draws = _mixed(key[:, None] + torch.arange(1, count + 1, device=indices.device) * _GOLDEN)
+    start = _mix(torch.tensor(_as_int64(seed), device=indices.device) * _GOLDEN + _as_int64(stream + 1))
+    key = _mix(_mix(indices + start) + start)
+    draws = _mix(key[:, None] + torch.arange(1, count + 1, device=indices.device) * _GOLDEN)
     return ((draws >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
@@ -79,7 +79,7 @@ class Layout:
     height: Float[Tensor, "b"]  # of the camera
     pitch: Float[Tensor, "b"]  # of the camera, downwards
     light: Float[Tensor, "b 3"]  # unit vector towards the light
-    u: Float[Tensor, "b 4"]  # picture coordinates of the centres
+    u: Float[Tensor, "b 4"]  # image coordinates of the centres
     v: Float[Tensor, "b 4"]
     distance: Float[Tensor, "b 4"]  # camera to centre
 
@@ -87,11 +87,11 @@ class Layout:
         return Layout(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
-def _placed(draws: Float[Tensor, "b n"], radius: Float[Tensor, "b 4"], y: Float[Tensor, "b 4"],
+def _places(draws: Float[Tensor, "b n"], radius: Float[Tensor, "b 4"], y: Float[Tensor, "b 4"],
             height: Float[Tensor, "b 1"], pitch: Float[Tensor, "b 1"]) -> Float[Tensor, "7 b 4"]:
     """x, z, u, v, depth along the optical axis, disc radius and whether it fits, of the slots one after the other.
 
-    A slot takes the first of its candidates that is clear of the slots before it: bounding discs in the picture at
+    A slot takes the first of its candidates that is clear of the slots before it: bounding discs in the image at
     least 0.7 of their touching distance apart (one then hides about a fifth of an equal one) and footprints on the
     floor disjoint. A slot without a clear candidate does not fit and is left empty.
     """
@@ -126,7 +126,7 @@ def _table(values: Sequence[float] | Sequence[Sequence[float]], device: torch.de
 def layout(indices: Int[Tensor, "b"], seed: int = 0) -> Layout:
     """The scenes (seed, index), one to four objects each, in float64 (so that rounding never reaches the pixels)."""
     device = indices.device
-    scene, of_slot, places = (uniform(indices, seed, stream, count) for stream, count in ((0, 32), (1, 32), (2, 256)))
+    scene, of_slot, placing = (uniform(indices, seed, stream, count) for stream, count in ((0, 32), (1, 32), (2, 256)))
     of_slot = of_slot.view(-1, SLOTS, 8)
 
     def between(low: float, high: float, draw: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def layout(indices: Int[Tensor, "b"], seed: int = 0) -> Layout:
     radius = radius * _table(_CROWD, device)[count - 1, None]
     y = radius * _table(HEIGHTS, device)[shape]
     height, pitch = between(1.5, 2.1, scene[:, 1]), torch.deg2rad(between(7.0, 13.0, scene[:, 2]))
-    x, z, u, v, ahead, _, fits = _placed(places, radius, y, height[:, None], pitch[:, None])
+    x, z, u, v, ahead, _, fits = _places(placing, radius, y, height[:, None], pitch[:, None])
 
     side = torch.where(scene[:, 3] < 0.5, -1.0, 1.0)
     azimuth = side * torch.deg2rad(between(25.0, 62.0, scene[:, 4]))

@@ -1,7 +1,7 @@
 """Batch rendering of layouts: exact ray intersection per object, 3 x 3 supersampling, shadows, exact depth and edges.
 
 Rays are `camera + t * direction`, the direction having length one along the optical axis. An object is tested only in
-the window of the picture that can hold it; objects of one shape and window size are tested together.
+the window of the image that can hold it; objects of one shape and window size are tested together.
 """
 
 import itertools
@@ -53,7 +53,7 @@ def _ground(scene: dict[str, Tensor], u: Tensor, v: Tensor, pixel: float) -> tup
 
 
 class _Objects(NamedTuple):
-    """The objects of all scenes in one row: what rendering needs of them."""
+    """The objects of all scenes in one row, as rendering needs them."""
 
     image: Int[Tensor, "n"]
     slot: Int[Tensor, "n"]
@@ -65,7 +65,7 @@ class _Objects(NamedTuple):
     tilt: Float[Tensor, "2 n"]  # cosine and sine of the camera's pitch
     eye: Float[Tensor, "3 n"]  # the camera, in the object's frame
     lamp: Float[Tensor, "3 n"]  # direction of the light, in the object's frame
-    palette: Float[Tensor, "9 n"]  # what full lamp, sky and floor light add to red, green and blue each
+    palette: Float[Tensor, "9 n"]  # red, green and blue under full light of lamp, sky and floor
     left: Int[Tensor, "n"]  # the window, in pixels
     top: Int[Tensor, "n"]
     side: Int[Tensor, "n"]
@@ -79,7 +79,7 @@ def _objects(layout: Layout, scene: dict[str, Tensor], h: int, w: int) -> _Objec
     cy, sy, rise = yaw.cos(), yaw.sin(), y - scene["height"][image]
     tilt = torch.stack([scene["pitch"].cos(), scene["pitch"].sin()])[:, image]
 
-    # the window bounds the corners of the box around the object, in the picture
+    # the window bounds the corners of the box around the object, in the image
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), device=device).T
     box = torch.tensor(BOX, device=device)[kind].T[:, :, None] * radius[:, None] * signs[:, None]  # (3, n, 8)
     (bx, by, bz), c, s = box, cy[:, None], sy[:, None]
@@ -121,7 +121,7 @@ def _shadows(objects: _Objects, floor_x: Float[Tensor, "b h w"], floor_z: Float[
     return dark
 
 
-def _sampled(objects: _Objects, us: Float[Tensor, "columns"], vs: Float[Tensor, "lines"]) -> tuple[Tensor, ...]:
+def _samples(objects: _Objects, us: Float[Tensor, "columns"], vs: Float[Tensor, "lines"]) -> tuple[Tensor, ...]:
     """Every sample that meets an object: the object's number, the sample's place in the batch's sample grid, its pixel
     in (images, 4 channels, pixels), its depth t, its label (object and flat face), and its red, green and blue."""
     h, w = len(vs) // SUB, len(us) // SUB
@@ -131,7 +131,7 @@ def _sampled(objects: _Objects, us: Float[Tensor, "columns"], vs: Float[Tensor, 
     thirds = torch.arange(max(h, w) * SUB, device=us.device) // SUB
     label = (2 + objects.slot * 24).to(torch.uint8)
     groups = (objects.kind * 4096 + objects.side).unique().tolist()
-    found = []
+    samples = []
     for number, side in (divmod(group, 4096) for group in groups):
         some = ((objects.kind == number) & (objects.side == side)).nonzero()[:, 0]
         height, width = min(side, h) * SUB, min(side, w) * SUB
@@ -155,30 +155,28 @@ def _sampled(objects: _Objects, us: Float[Tensor, "columns"], vs: Float[Tensor, 
         shine = (nx * hx + ny * hy + nz * hz).clamp(min=0).square().square().square().square().square() * GLOSS[number]
         color = [torch.addcmul(torch.addcmul(torch.addcmul(shine, diffuse, lamp), up, sky), down, floor).clamp_(0, 1)
                  for lamp, sky, floor in zip(colors[:3], colors[3:6], colors[6:], strict=True)]
-        found.append((
+        samples.append((
             which, corner.index_select(0, which) + row * (w * SUB) + column,
             corner_pixel.index_select(0, which) + (thirds * w).index_select(0, row) + thirds.index_select(0, column),
             (t * objects.radius[some, None, None]).view(-1).index_select(0, flat),
             label.index_select(0, which) + face, *color))
-    return tuple(torch.cat(part) for part in zip(*found, strict=True))
+    return tuple(torch.cat(part) for part in zip(*samples, strict=True))
 
 
 def _edges(labels: UInt8[Tensor, "b lines columns"]) -> Bool[Tensor, "b h w"]:
     """Pixels in which a sample's label differs from the next one's, to the right or below."""
     b, lines, columns = labels.shape
-    apart = torch.zeros_like(labels, dtype=torch.bool)
-    apart[:, :, :-1] = labels[:, :, 1:] != labels[:, :, :-1]
-    apart[:, :-1] |= labels[:, 1:] != labels[:, :-1]
-    apart = apart.view(b, lines // SUB, SUB, columns)
-    apart = (apart[:, :, 0] | apart[:, :, 1] | apart[:, :, 2]).view(b, lines // SUB, columns // SUB, SUB)
-    return apart[..., 0] | apart[..., 1] | apart[..., 2]
+    crossed = torch.zeros_like(labels, dtype=torch.bool)
+    crossed[:, :, :-1] = labels[:, :, 1:] != labels[:, :, :-1]
+    crossed[:, :-1] |= labels[:, 1:] != labels[:, :-1]
+    return crossed.view(b, lines // SUB, SUB, columns // SUB, SUB).any(4).any(2)  # samples to pixels
 
 
 @one_thread
 def render(layout: Layout, size: tuple[int, int]) -> tuple[
     UInt8[Tensor, "b 3 h w"], Float[Tensor, "b h w"], Bool[Tensor, "b h w"], Float[Tensor, "b 4"]
 ]:
-    """Pictures, distance from the camera at the pixels' centres (world units, infinite in the sky), edges, and the
+    """Images, distance from the camera at the pixels' centres (world units, infinite in the sky), edges, and the
     fraction of each object's outline that is visible."""
     h, w = size
     scene = {name: value.float() for name, value in vars(layout).items() if value.is_floating_point()}
@@ -192,7 +190,7 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
     floor, t, floor_x, floor_z = _ground(scene, u, v, 1 / scale)
     objects = _objects(layout, scene, h, w)
     dark = _shadows(objects, floor_x, floor_z)
-    which, place, pixel, near, label, *color = _sampled(objects, us, vs)
+    which, place, pixel, near, label, *color = _samples(objects, us, vs)
     nearest = torch.full((b * h * w * SUB**2,), math.inf, device=device).scatter_reduce_(0, place, near, "amin")
     hidden = (nearest.index_select(0, place) < near).nonzero()[:, 0]
     count = len(objects.image)
@@ -213,8 +211,8 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
     floor = floor + (horizon - floor) * (1 - torch.exp(-0.035 * (t - 3).clamp(min=0)))[:, None]  # haze
     sky = horizon + (zenith - horizon) * ((v * cos - sin) / 0.55).clamp(0, 1).sqrt()[:, None]
     below = ((sin - v * cos) / cos * scale + 0.5).clamp(0, 1)[:, None]  # the floor's share of the pixel
-    picture = torch.addcmul(total[:, :3], 1 - total[:, 3:], sky + (floor - sky) * below)
-    picture = picture.clamp_(0, 1).mul_(255).add_(0.5).to(torch.uint8)
+    images = torch.addcmul(total[:, :3], 1 - total[:, 3:], sky + (floor - sky) * below)
+    images = images.clamp_(0, 1).mul_(255).add_(0.5).to(torch.uint8)
 
     middle = nearest.view(b, h, SUB, w, SUB)[:, :, SUB // 2, :, SUB // 2]
     fall = sin - v * cos
@@ -224,4 +222,4 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
     labels = torch.empty(b * h * w * SUB**2 + 1, dtype=torch.uint8, device=device)
     labels[:-1].view(b, h * SUB, w * SUB).copy_(vs[None, :, None] * cos < sin)
     labels = labels.index_copy_(0, place, label)[:-1].view(b, h * SUB, w * SUB)
-    return picture, distance, _edges(labels), visible
+    return images, distance, _edges(labels), visible

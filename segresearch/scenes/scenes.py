@@ -21,7 +21,7 @@ _WORDING = 16  # stream of the first caption variant
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object. x, y: its centre in pixels from the picture's upper left corner; distance: from the camera to its
+    """One object. x, y: its centre in pixels from the image's upper left corner; distance: from the camera to its
     centre, in world units like radius; visible: the fraction of its outline that no other object hides."""
 
     shape: str
@@ -54,22 +54,22 @@ def _indices(indices: Sequence[int]) -> Int[Tensor, "b"]:
     return torch.as_tensor(indices if not isinstance(indices, range) else list(indices), dtype=torch.int64)
 
 
-def _captions(drawn: Layout, indices: Int[Tensor, "b"], seed: int, variant: int) -> list[str]:
-    columns = (drawn.present, drawn.shape, drawn.color, drawn.size, drawn.u, drawn.distance,
-               FOCAL * drawn.radius / drawn.distance, drawn.floor, drawn.sky)
+def _captions(scene: Layout, indices: Int[Tensor, "b"], seed: int, variant: int) -> list[str]:
+    columns = (scene.present, scene.shape, scene.color, scene.size, scene.u, scene.distance,
+               FOCAL * scene.radius / scene.distance, scene.floor, scene.sky)
     words = uniform(indices, seed, _WORDING + variant, DRAWS)
-    found = []
+    texts = []
     for present, shape, color, size, u, distance, radius, floor, sky, draws in zip(
             *(column.tolist() for column in columns), words.tolist(), strict=True):
         things = [Thing(SHAPES[shape[k]], COLORS[color[k]], SIZES[size[k]], u[k], distance[k], radius[k])
                   for k in range(SLOTS) if present[k]]
-        found.append(caption(things, FLOORS[floor], SKIES[sky], draws))
-    return found
+        texts.append(caption(things, FLOORS[floor], SKIES[sky], draws))
+    return texts
 
 
 @one_thread
 def captions(indices: Sequence[int], seed: int = 0, variant: int = 0) -> list[str]:
-    """The captions of `scenes(indices, seed)` without their pictures; every variant is another true wording, 0 the one
+    """The captions of `scenes(indices, seed)` without their images; every variant is another true wording, 0 the one
     that `scenes` gives."""
     rows = _indices(indices)
     return _captions(layout(rows, seed), rows, seed, variant)
@@ -85,15 +85,15 @@ def scenes(indices: Sequence[int], seed: int = 0, size: int | tuple[int, int] = 
     if min(h, w) < 16:
         raise InputError(f"scenes of size {(h, w)}: each side needs at least 16 pixels")
     rows = _indices(indices)
-    drawn = layout(rows, seed)
+    scene = layout(rows, seed)
     chunk = max(1, _CHUNK // (h * w))
-    parts = [render(drawn[start : start + chunk], (h, w)) for start in range(0, len(rows), chunk)]
+    parts = [render(scene[start : start + chunk], (h, w)) for start in range(0, len(rows), chunk)]
     images, depth, edges, visible = (torch.cat(part) for part in zip(*parts, strict=True))
     scale = min(h, w) / 2
-    columns = (drawn.present, drawn.shape, drawn.color, drawn.size, w / 2 + scale * drawn.u, h / 2 - scale * drawn.v,
-               drawn.distance, drawn.radius, visible)
+    columns = (scene.present, scene.shape, scene.color, scene.size, w / 2 + scale * scene.u, h / 2 - scale * scene.v,
+               scene.distance, scene.radius, visible)
     objects = [[SceneObject(SHAPES[s], COLORS[c], SIZES[z], *rest)
                 for there, s, c, z, *rest in zip(*slots, strict=True) if there]
                for slots in zip(*(column.tolist() for column in columns), strict=True)]
-    return Scenes(images, _captions(drawn, rows, seed, 0), depth, edges, objects,
-                  [FLOORS[k] for k in drawn.floor.tolist()], [SKIES[k] for k in drawn.sky.tolist()])
+    return Scenes(images, _captions(scene, rows, seed, 0), depth, edges, objects,
+                  [FLOORS[k] for k in scene.floor.tolist()], [SKIES[k] for k in scene.sky.tolist()])

@@ -18,8 +18,6 @@ BOX = ((1.02, 1.02, 0.34), (0.82, 0.82, 0.82), (0.95, 1.0, 0.95), (1.0, 1.0, 0.2
 GLOSS = (0.55, 0.12, 0.15, 0.45, 0.15)
 _CUBE, _CONE, _TORUS, _TUBE = 0.82, 0.475, 0.71, 0.29
 _TIP, _NOTCH, _THICK = 1.12, 0.52, 0.34
-
-
 _CORNER = math.pi / 5
 _OUTLINE = [(r * math.sin(k * _CORNER), r * math.cos(k * _CORNER), 0.0) for k, r in enumerate((_TIP, _NOTCH) * 5)]
 _RISE, _RUN = _TIP - _NOTCH * math.cos(_CORNER), _NOTCH * math.sin(_CORNER)
@@ -30,7 +28,7 @@ def _length(x: Tensor, y: Tensor) -> Tensor:
     return (x * x + y * y).sqrt()
 
 
-def _folded(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _fold(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The plane folded into a wedge of 36 degrees right of the star's upper tip."""
     x = x.abs()
     for sign in (1, -1):
@@ -44,7 +42,7 @@ def _star_hit(o: tuple[Tensor, Tensor, Tensor], d: tuple[Tensor, Tensor, Tensor]
     """The star's ten front facets, all in view from wherever layouts put the camera, so that none hides another.
 
     A ray crosses the facet whose three sides it passes on the inner hand: side . direction > 0. That is linear in the
-    direction, so each of a picture's rows and columns gives its part once.
+    direction, so each of an image's rows and columns gives its part once.
     """
     dx, dy, dz = d
     origin = torch.stack(o).flatten(1).T[:, None]  # (3, n, 1, 1) -> (n, 1, 3)
@@ -99,7 +97,7 @@ def hit(shape: str, o: Float[Tensor, "3 n 1 1"], d: tuple[Tensor, Tensor, Tensor
         near = (middle[0] - half[0]).maximum(middle[1] - half[1]).maximum(middle[2] - half[2])
         far = (middle[0] + half[0]).minimum(middle[1] + half[1]).minimum(middle[2] + half[2])
         return torch.where(near < far, near, math.inf)
-    if shape == "ring":  # meets the sphere around the nearest point of the tube's middle line, then looks for it anew
+    if shape == "ring":  # meets the sphere around the nearest point of the tube's middle line, then repeats from there
         square = dx * dx + dy * dy + dz * dz
         t = (0.5 * _TUBE - oz) / dz
         for _ in range(4):
@@ -166,5 +164,5 @@ def shadow(shape: str, g: tuple[Tensor, Tensor], s: tuple[Tensor, Tensor]) -> Fl
     x, y = x - tall * sx, tall - HEIGHTS[SHAPES.index(shape)]
     if shape == "ring":
         return (_length(x, y) - _TORUS).abs() - _TUBE
-    x, y = _folded(x, y)
+    x, y = _fold(x, y)
     return x * _EDGE_X + (y - _TIP) * _EDGE_Y

@@ -15,8 +15,8 @@ import torch  # noqa: E402
 from guidance_models import denoiser, noisy  # noqa: E402
 
 from segresearch.guidance import SEG, GuidedDenoiser, cfg, perturbed  # noqa: E402
-from segresearch.models import Denoiser  # noqa: E402
 from segresearch.models.compute import Compute  # noqa: E402
+from segresearch.models.denoiser import Denoiser  # noqa: E402
 
 TERMS = {"plain": {}, "cfg, seg": {"cfg": cfg(3.0), "seg": perturbed("seg", SEG(1.0), 1.0)}}
 

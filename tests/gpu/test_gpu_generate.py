@@ -11,10 +11,10 @@ def test_the_demo(tmp_path):
     said = script("generate", tmp_path, "experiment=demo", f"device={DEVICE}", *few("steps=1"))
     folder = run_of(tmp_path, "demo")
     made = sorted((folder / "images").rglob("*.png"))
-    assert len(made) == 80 and f"{len(made)} images made" in said
+    assert len(made) == 80 and f"{len(made)} images sampled" in said
     assert (folder / "grid.png").is_file() and all(np.asarray(Image.open(p)).std() > 1 for p in made)
     again = script("generate", tmp_path, "experiment=demo", f"device={DEVICE}", *few("steps=1"))
-    assert f"all {len(made)} images were there already" in again
+    assert f"all {len(made)} images exist already" in again
 
 
 def test_under_a_controlnet_the_device_gives_the_pictures_of_the_cpu(tmp_path):

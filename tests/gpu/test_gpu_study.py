@@ -17,9 +17,9 @@ def test_table1(tmp_path):
     given = ("experiment=table1", "preset=quick", "images=100", "force=true", "wandb.mode=off", f"device={DEVICE}")
     script("evaluate", tmp_path, *given, *small)
     folder = run_of(tmp_path, "table1")
-    rows = json.loads((folder / "results.json").read_text())["rows"]
+    rows = json.loads((folder / "results.json").read_text())["metrics"]
     assert (folder / "index.html").is_file() and (folder / "table.md").is_file()
-    assert len({row["setting"] for row in rows}) == 5
+    assert len({row["method"] for row in rows}) == 5
     note("table1", (folder / "table.md").read_text()[:2000])
 
 

@@ -1,19 +1,19 @@
-"""An evaluation in W&B: a group an experiment, a run a setting; and nothing that happens there touches its files."""
+"""An evaluation in W&B: a group an experiment, a run a method; and nothing that happens there touches its files."""
 
 import dataclasses
 
 import pytest
 from make_models import write_folder
 from matplotlib.figure import Figure
-from test_tracking import read
+from test_wandb_log import read
 
-from segresearch import images, tracking
+from segresearch import png_metadata, wandb_log
 from segresearch.config import EvaluateConfig, typed
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.workers import Worker
 from segresearch.models import load_sdxl
-from segresearch.tracking import WandbConfig
+from segresearch.wandb_log import WandbConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": 1}}
@@ -56,25 +56,27 @@ def contents(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_an_evaluation_is_a_group_with_a_run_a_setting(config, model, tmp_path, monkeypatch):
+def test_an_evaluation_is_a_group_with_a_run_a_method_and_is_logged_once(config, model, tmp_path):
     done = evaluate(config, model, Worker())
     found = read(tmp_path / "runs")
     whole = f"study {done.folder.name}"
     assert set(found) == {"vanilla", "SEG", whole} and {r.run_group for r, *_ in found.values()} == {"study"}
-    assert [found[name][0].job_type for name in ("SEG", whole)] == ["setting", "evaluation"]
+    assert [found[name][0].job_type for name in ("SEG", whole)] == ["method", "evaluation"]
     _, values, settings, ended = found["SEG"]
-    row = done.result.rows[1]
-    assert ended and values["fd-mini"] == row["fd-mini"] and values["guidance_rms"] == done.result.norms["SEG"][-1]
-    assert values["pictures/captions"] == ["seed 0: red", "seed 1"] and values["picture table/nrows"] == 2
-    expected = {"method": "SEG", "sigma": 1.0, "blur": 0.5, "scale": 2.0, "run": done.folder.name, "model": "tiny"}
+    fd = done.result.frame["SEG", "fd-mini"]
+    assert ended and (values["fd-mini"], values["fd-mini-error"]) == (fd.value, fd.error)
+    assert values["guidance_rms"] == done.result.norms["SEG"][-1]
+    assert values["images/captions"] == ["seed 0: red", "seed 1"] and values["image table/nrows"] == 2
+    expected = {"method": "SEG", "kind": "SEG", "sigma": 1.0, "blur": 0.5, "scale": 2.0, "model": "tiny"}
+    expected["run"] = done.folder.name
     assert expected.items() <= settings.items()
     _, values, settings, _ = found[whole]
     assert values["table/nrows"] == values["side by side/nrows"] == 2 and values["side by side/ncols"] == 4
     assert values["quality/_type"] == "image-file" and settings["all"]["images"] == 2
-    media = list((tmp_path / "runs" / "wandb").glob("offline-run-*/files/media/images/pictures*.png"))
-    assert len(media) == 4 and {images.read_settings(p)["method"] for p in media} == {"vanilla", "SEG"}
-    monkeypatch.setattr(tracking, "_sent", None)
-    assert evaluate(config, model, Worker()).result == done.result and len(read(tmp_path / "runs")) == 3
+    media = list((tmp_path / "runs" / "wandb").glob("offline-run-*/files/media/images/images*.png"))
+    assert len(media) == 4 and {png_metadata.read_record(p)["method"] for p in media} == {"vanilla", "SEG"}
+    assert evaluate(config, model, Worker()).result == done.result
+    assert len(list((tmp_path / "runs").glob("wandb/offline-run-*"))) == 3
 
 
 @pytest.mark.parametrize(
@@ -86,13 +88,13 @@ def test_what_happens_there_does_not_touch_the_run(code, words, config, model, t
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake" / "wandb.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
-    monkeypatch.setitem(tracking.LIMITS, "offline", 1.0)
-    monkeypatch.setattr(tracking, "EACH", 0.0)
+    monkeypatch.setitem(wandb_log.LIMITS, "offline", 1.0)
+    monkeypatch.setattr(wandb_log, "PER_RUN", 0.0)
     done = evaluate(config, model, Worker())
     assert done.result == plain.result and contents(done.folder) == contents(plain.folder)
     said = capfd.readouterr().err
     assert said.count("wandb: ") == 1 and words in said
     monkeypatch.delenv("PYTHONPATH")
-    monkeypatch.setitem(tracking.LIMITS, "offline", 60.0)
-    evaluate(config, model, Worker())  # what is missing of the mirror is made by the same command
+    monkeypatch.setitem(wandb_log.LIMITS, "offline", 60.0)
+    evaluate(config, model, Worker())  # what was not logged is logged by the same command
     assert len(read(tmp_path / "runs")) == 3 and contents(done.folder) == contents(plain.folder)

@@ -19,13 +19,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.errors import InputError
 from segresearch.guidance.blur import blur
 
+Queries = Float[Tensor, "rows heads queries dim"]
+Keys = Float[Tensor, "rows heads keys dim"]
+PerColumn = Float[Tensor, "rows heads m"]  # m: number of columns, that is of keys (axis "queries") or queries ("keys")
 AXES = ("queries", "keys")
 BLOCK = 2**18  # logits held at once on a CPU: 1 MiB in fp32, which stays in cache
 WIDE = 2**24  # on other devices: 64 MiB in fp32, so that a launch has enough to do
-
 
 
 def block_size(z: Tensor) -> int:
@@ -34,9 +37,9 @@ def block_size(z: Tensor) -> int:
 
 
 def sides(q: Tensor, k: Tensor, axis: str) -> tuple[Tensor, Tensor]:
-    """(entries, vectors): the side that is run over along `axis`, and the side with one column per token.
+    """(entries, vectors): the side that runs along `axis`, and the side with one column per token.
 
-    Raises ValueError for an unknown axis and for q and k that do not fit each other.
+    Raises InputError for an unknown axis and for q and k that do not fit each other.
     """
     if axis not in AXES:
         raise InputError(f'axis must be "queries" (Definition 2.1) or "keys" (its dual), got {axis!r}')
@@ -50,76 +53,68 @@ def precision(q: Tensor) -> float:
     return torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
 
 
-def blurred(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    grid: tuple[int, int],
-    sigma: float | int,
-    boundary: str = "reflect",
-    on: str = "q",
-) -> tuple[Float[Tensor, "rows heads queries dim"], Float[Tensor, "rows heads keys dim"]]:
-    """q and k after SEG's blur of `on` = "q", "k" or "qk"; "queries" and "keys", the axis, name the same sides."""
-    on = {"queries": "q", "keys": "k"}.get(on, on)
-    if on not in ("q", "k", "qk"):
-        raise InputError(f'a blur is on="q", "k" or "qk", got {on!r}')
-    q, k = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (q, k))  # of half precisions, no second rounding
-    return (
-        blur(q, grid, sigma, boundary) if "q" in on else q,
-        blur(k, grid, sigma, boundary) if "k" in on else k,
-    )
+def blurred(q: Queries, k: Keys, axis: str, operator: BlurOperator) -> tuple[Queries, Keys]:
+    """q and k after SEG's blur of the queries (axis "queries") or of the keys (axis "keys"), at least fp32.
+
+    Half precisions are widened before the blur, so that the pipeline's rounding is not measured.
+    """
+    sides(q, k, axis)
+    q, k = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (q, k))
+    if axis == "queries":
+        return blur(q, operator.grid, operator.sigma, operator.boundary), k
+    return q, blur(k, operator.grid, operator.sigma, operator.boundary)
 
 
-def total(x: Tensor) -> Tensor:
-    """Sum over the last axis, fp64; of fp32 entries in runs of 32 (relative rounding about 1e-8) for speed."""
+def total(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+    """Sum over the last axis, fp64; fp32 entries are first summed in runs of 32 (relative rounding about 1e-8)."""
     if x.dtype == torch.float32 and x.shape[-1] % 32 == 0:
-        x = x.unflatten(-1, (-1, 32)).sum(dim=-1)
+        x = x.unflatten(-1, (-1, 32)).sum(dim=-1)  # (..., n) -> (..., n/32)
     return x.sum(dim=-1, dtype=torch.float64)
 
 
 class Columns:
-    """A block of whole columns of logits, (groups, columns, n), and what several measures share of it."""
+    """A block of whole columns of logits, (groups, columns, n), and the intermediate results that measures share."""
 
-    def __init__(self, a: Float[Tensor, "groups columns n"], groups: slice):
+    def __init__(self, a: Float[Tensor, "groups columns n"]):
         self.a = a
-        self.groups = groups  # which of the rows·heads the block belongs to
 
     @cached_property
-    def top(self) -> Tensor:
+    def top(self) -> Float[Tensor, "groups columns 1"]:
         return self.a.amax(dim=-1, keepdim=True)
 
     @cached_property
-    def exp(self) -> Tensor:
+    def exp(self) -> Float[Tensor, "groups columns n"]:
         """exp(a − max a): 1 at the top, so that it never overflows."""
         return (self.a - self.top).exp_()
 
     @cached_property
-    def square(self) -> Tensor:
+    def square(self) -> Float[Tensor, "groups columns n"]:
         return self.exp.square()
 
     @cached_property
-    def total(self) -> Tensor:
+    def total(self) -> Float[Tensor, "groups columns"]:
         """Σ exp(a − max a), fp64, between 1 and n."""
         return total(self.exp)
 
     @cached_property
-    def lse(self) -> Tensor:
+    def lse(self) -> Float[Tensor, "groups columns"]:
         return self.top.squeeze(-1).double() + self.total.log()
 
     @cached_property
-    def softmax(self) -> Tensor:
+    def softmax(self) -> Float[Tensor, "groups columns n"]:
         return self.exp / self.total.unsqueeze(-1).to(self.a.dtype)
 
-    def entropy(self) -> Tensor:
+    def entropy(self) -> Float[Tensor, "groups columns"]:
         """−Σ ξ log ξ in nats, fp64."""
         first = total((self.a - self.top).mul_(self.exp))
         return (self.total.log() - first / self.total).clamp_min(0)
 
-    def concentration(self) -> Tensor:
+    def concentration(self) -> Float[Tensor, "groups columns"]:
         """Σ ξ², fp64, between 1/n and 1."""
         return total(self.square) / self.total.square()
 
 
-def blocks(
+def column_blocks(
     entries: Float[Tensor, "rows heads n dim"], vectors: Float[Tensor, "rows heads m dim"], block: int | None = None
 ) -> Iterator[tuple[slice, slice, Columns]]:
     """(groups, columns, logits) until every column was seen once; a group is one (row, head), row by row.
@@ -129,16 +124,16 @@ def blocks(
     block = block or block_size(entries)
     n, m, dim = entries.shape[2], vectors.shape[2], entries.shape[3]
     dtype = torch.promote_types(entries.dtype, torch.float32)
-    flat = entries.flatten(0, 1), vectors.flatten(0, 1)  # (r, h, n, d) -> (g, n, d)
-    per_group = max(1, block // max(n * m, 1))
-    per_column = m if n * m <= block else max(1, block // n)
-    for g in range(0, flat[0].shape[0], per_group):
-        groups = slice(g, min(g + per_group, flat[0].shape[0]))
-        side = flat[0][groups].to(dtype).transpose(1, 2)  # (g, n, d) -> (g, d, n)
-        for c in range(0, m, per_column):
-            columns = slice(c, min(c + per_column, m))
-            chosen = flat[1][groups, columns].to(dtype) / math.sqrt(dim)
-            yield groups, columns, Columns(chosen @ side, groups)  # (g, c, d) (g, d, n) -> (g, c, n)
+    entries, vectors = entries.flatten(0, 1), vectors.flatten(0, 1)  # (r, h, n, d) -> (g, n, d)
+    groups_per_block = max(1, block // max(n * m, 1))
+    columns_per_block = m if n * m <= block else max(1, block // n)
+    for g in range(0, len(entries), groups_per_block):
+        groups = slice(g, min(g + groups_per_block, len(entries)))
+        side = entries[groups].to(dtype).transpose(1, 2)  # (g, n, d) -> (g, d, n)
+        for c in range(0, m, columns_per_block):
+            columns = slice(c, min(c + columns_per_block, m))
+            scaled = vectors[groups, columns].to(dtype) / math.sqrt(dim)
+            yield groups, columns, Columns(scaled @ side)  # (g, c, d) (g, d, n) -> (g, c, n)
 
 
 def stream(
@@ -150,18 +145,13 @@ def stream(
     """Each measure of every column, (rows, heads, m) fp64, in one pass over the logits."""
     rows, heads, m = vectors.shape[:3]
     out = {name: torch.empty(rows * heads, m, dtype=torch.float64, device=vectors.device) for name in measures}
-    for groups, columns, logits in blocks(entries, vectors, block):
+    for groups, columns, logits in column_blocks(entries, vectors, block):
         for name, measure in measures.items():
             out[name][groups, columns] = measure(logits).double()
     return {name: values.reshape(rows, heads, m) for name, values in out.items()}
 
 
-def moments(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    weights: Float[Tensor, " n"] | None = None,
-) -> tuple[Float[Tensor, "rows heads m"], Float[Tensor, "rows heads m"]]:
+def moments(q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None = None) -> tuple[PerColumn, PerColumn]:
     """Mean and population variance of each column, fp64, exact and without any logit.
 
     mean = mean(entries)·v/√d and variance = vᵀ Cov(entries) v/d. `weights` (n,) ≥ 0 weigh the entries (see
@@ -174,9 +164,9 @@ def moments(
     w = w / w.sum()
     mean = torch.empty(rows * heads, m, dtype=torch.float64, device=entries.device)
     variance = torch.empty_like(mean)
-    together = max(1, block_size(entries) // (max(n, m) * dim))  # heads, whose sides are copied to fp64
-    for start in range(0, rows * heads, together):
-        g = slice(start, start + together)
+    step = max(1, block_size(entries) // (max(n, m) * dim))  # heads whose sides are copied to fp64 at once
+    for start in range(0, rows * heads, step):
+        g = slice(start, start + step)
         side, other = entries.flatten(0, 1)[g].double(), vectors.flatten(0, 1)[g].double() / math.sqrt(dim)
         centre = w @ side  # (n) (g, n, d) -> (g, d)
         side = side - centre[:, None]
@@ -187,18 +177,14 @@ def moments(
 
 
 def log_sum_exp(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    weights: Float[Tensor, " n"] | None = None,
-    block: int | None = None,
-) -> Float[Tensor, "rows heads m"]:
+    q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None = None, block: int | None = None
+) -> PerColumn:
     """lse = log Σ_i w_i exp(a_i) of each column, fp64, streamed; weights (n,) > 0, None is 1."""
-    entries, vectors = sides(q, k, axis)
-    if weights is None:
-        return stream(entries, vectors, {"lse": lambda c: c.lse}, block)["lse"]
-    log_weights = weights.log()
-    return stream(entries, vectors, {"lse": lambda c: Columns(c.a + log_weights.to(c.a), c.groups).lse}, block)["lse"]
+
+    def lse(c: Columns) -> Tensor:
+        return c.lse if weights is None else Columns(c.a + weights.log().to(c.a)).lse
+
+    return stream(*sides(q, k, axis), {"lse": lse}, block)["lse"]
 
 
 def end_weights(grid: tuple[int, int]) -> Float[Tensor, " n"]:
@@ -216,7 +202,7 @@ def end_weights(grid: tuple[int, int]) -> Float[Tensor, " n"]:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of every column along `axis`; m is the number of keys (axis "queries") or queries (axis "keys"). All fp64.
+    """Statistics of every column along `axis`, fp64.
 
     n: entries in a column. mean, variance: of the logits (population variance). lse: log Σ exp. entropy: of
     ξ = softmax, nats. concentration: Σ ξ². eps: relative rounding of the logits behind exp (1.2e-7 for fp32 inputs).
@@ -225,24 +211,24 @@ class Statistics:
     axis: str
     n: int
     eps: float
-    mean: Float[Tensor, "rows heads m"]
-    variance: Float[Tensor, "rows heads m"]
-    lse: Float[Tensor, "rows heads m"]
-    entropy: Float[Tensor, "rows heads m"]
-    concentration: Float[Tensor, "rows heads m"]
+    mean: PerColumn
+    variance: PerColumn
+    lse: PerColumn
+    entropy: PerColumn
+    concentration: PerColumn
 
     @property
-    def effective_rank(self) -> Float[Tensor, "rows heads m"]:
+    def effective_rank(self) -> PerColumn:
         """exp(entropy), from 1 (one-hot) to n (uniform): how many tokens a pattern is spread over."""
         return self.entropy.exp()
 
     @property
-    def taylor_lse(self) -> Float[Tensor, "rows heads m"]:
+    def taylor_lse(self) -> PerColumn:
         """log n + mean + ½ variance: lse to second order about the mean, the step of Lemma 3.2's proof."""
         return math.log(self.n) + self.mean + self.variance / 2
 
     @property
-    def log_product(self) -> Float[Tensor, "rows heads m"]:
+    def log_product(self) -> PerColumn:
         """log Π ξ_i = Σ a − n·lse, the size that eq. (20) of arXiv 2408.00760 gives to det H."""
         return self.n * (self.mean - self.lse)
 
@@ -254,42 +240,18 @@ MEASURES: dict[str, Callable[[Columns], Tensor]] = {
 }
 
 
-def statistics(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    block: int | None = None,
-) -> Statistics:
-    """The statistics of q kᵀ/√d along `axis`; of blurred logits with `statistics(*blurred(q, k, ...), axis)`.
+def statistics(q: Queries, k: Keys, axis: str, block: int | None = None) -> Statistics:
+    """The statistics of q kᵀ/√d along `axis`; of blurred logits with `statistics(*blurred(q, k, axis, B), axis)`.
 
-    Raises ValueError for an unknown axis or shapes that do not fit.
+    Raises InputError for an unknown axis or shapes that do not fit.
     """
     entries, vectors = sides(q, k, axis)
     mean, variance = moments(q, k, axis)
     return Statistics(axis, entries.shape[2], precision(q), mean, variance, **stream(entries, vectors, MEASURES, block))
 
 
-def columns(
-    q: Float[Tensor, "rows heads queries dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    axis: str,
-    index: Int[Tensor, " samples"],
-) -> Float[Tensor, "rows heads samples n"]:
-    """The chosen columns of logits themselves, fp64: of the keys (axis "queries") or queries (axis "keys") `index`."""
+def columns(q: Queries, k: Keys, axis: str, index: Int[Tensor, " samples"]) -> Float[Tensor, "rows heads samples n"]:
+    """The logits of the columns `index`, fp64: of these keys (axis "queries") or queries (axis "keys")."""
     entries, vectors = sides(q, k, axis)
-    chosen = vectors[:, :, index].double() / math.sqrt(q.shape[-1])
-    return chosen @ entries.double().transpose(2, 3)  # (r, h, s, d) (r, h, d, n) -> (r, h, s, n)
-
-
-def map_rank(
-    q: Float[Tensor, "rows heads queries dim"], k: Float[Tensor, "rows heads keys dim"]
-) -> Float[Tensor, "rows heads"]:
-    """Effective rank of the map of logits q kᵀ: exp of the entropy of its singular values, normalised to sum 1.
-
-    Between 1 and dim, from QR factors alone (R_q R_kᵀ has the map's singular values); 0 where the map is 0.
-    """
-    r_q, r_k = (torch.linalg.qr(z.double(), mode="r").R for z in (q, k))  # (r, h, min(n, d), d)
-    values = torch.linalg.svdvals(r_q @ r_k.transpose(2, 3))
-    share = values / values.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    rank = torch.special.entr(share).sum(dim=-1).exp()
-    return torch.where(values[..., 0] > 0, rank, torch.zeros_like(rank))
+    scaled = vectors[:, :, index].double() / math.sqrt(q.shape[-1])
+    return scaled @ entries.double().transpose(2, 3)  # (r, h, s, d) (r, h, d, n) -> (r, h, s, n)

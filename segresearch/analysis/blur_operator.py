@@ -1,4 +1,4 @@
-"""The blur as a matrix B = B_h ⊗ B_w: what determinants and traces under the blur need, from its 1-D factors alone."""
+"""The blur as a matrix B = B_h ⊗ B_w: its determinant, diagonal and traces, from its 1-D factors alone."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ def log_spectrum(n: int, sigma: float | int, boundary: str) -> Float[Tensor, " {
     """log |λ| of the n eigenvalues of `blur_matrix(n, sigma, boundary)`, fp64; −inf where it is singular.
 
     Each boundary has its cosines: period n (circular), half samples (symmetric, exact) and whole samples (reflect,
-    whose matrix is not symmetric but similar to a diagonal one). Of a cut filter the eigenvalue is the first row times
+    whose matrix is not symmetric but similar to a diagonal one). For a cut filter the eigenvalue is the first row times
     the cosine, and one below 8n·eps counts as 0. The exact Gaussian has theta functions for eigenvalues, by
     Poisson's sum ∝ Σ_m exp(−½σ²(ω + 2πm)²): in log space they are good to any σ, far below what a matrix can hold.
     """
@@ -42,11 +42,12 @@ def log_spectrum(n: int, sigma: float | int, boundary: str) -> Float[Tensor, " {
 
 
 @dataclass(frozen=True)
-class Smoothing:
-    """One blur on one grid: B = B_h ⊗ B_w with n = h·w. sigma in tokens; boundary as in `blur_matrix`.
+class BlurOperator:
+    """The blur B = B_h ⊗ B_w of one grid, n = h·w tokens. sigma in tokens; boundary as in `blur_matrix`.
 
-    Rows of B sum to 1 under every boundary (B·1 = 1); columns do so under all but "reflect".
-    Raises ValueError for a bad sigma or boundary or an empty grid.
+    Rows of B sum to 1 under every boundary (B·1 = 1). Columns do so, which keeps the mean of every signal (Lemma 3.1),
+    under all but "reflect".
+    Raises InputError for a bad sigma or boundary or an empty grid.
     """
 
     grid: tuple[int, int]
@@ -63,7 +64,7 @@ class Smoothing:
         return self.grid[0] * self.grid[1]
 
     @cached_property
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Float[Tensor, "h h"], Float[Tensor, "w w"]]:
         """(B_h, B_w), fp64."""
         down, across = (blur_matrix(side, self.sigma, self.boundary) for side in self.grid)
         return down, across
@@ -78,7 +79,7 @@ class Smoothing:
     @cached_property
     def diagonal(self) -> Float[Tensor, " n"]:
         """b_ii, the centre weights, fp64."""
-        return torch.outer(*(factor.diagonal() for factor in self.factors)).flatten()
+        return torch.outer(*(factor.diagonal() for factor in self.factors)).flatten()  # (h), (w) -> (h·w)
 
     @property
     def log_diagonal(self) -> float:
@@ -86,14 +87,9 @@ class Smoothing:
         return float(self.diagonal.log().sum())
 
     @property
-    def column_sums(self) -> Float[Tensor, " n"]:
-        """Σ_i b_ij: all 1 if and only if the blur keeps the mean of every signal (Lemma 3.1)."""
-        return torch.outer(*(factor.sum(dim=0) for factor in self.factors)).flatten()
-
-    @property
-    def energy(self) -> Float[Tensor, " n"]:
+    def row_norms_squared(self) -> Float[Tensor, " n"]:
         """(B Bᵀ)_ii = Σ_j b_ij², at most 1."""
-        return torch.outer(*(factor.square().sum(dim=1) for factor in self.factors)).flatten()
+        return torch.outer(*(factor.square().sum(dim=1) for factor in self.factors)).flatten()  # (h), (w) -> (h·w)
 
     def dense(self) -> Float[Tensor, "n n"]:
         """B itself: n² numbers, for small grids."""

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from segresearch.analysis.statistics import (
+from segresearch.analysis.blur_operator import BlurOperator
+from segresearch.analysis.logit_statistics import (
     AXES,
     blurred,
     columns,
     end_weights,
     log_sum_exp,
-    map_rank,
     moments,
     sides,
     statistics,
@@ -62,8 +62,10 @@ def test_low_precision_is_summed_in_fp64(dtype, close):
         assert value.dtype == torch.float64
         torch.testing.assert_close(value, getattr(exact, name), atol=close * 8, rtol=close)
     # the analysis blurs half precisions in fp32, so it does not measure the pipeline's rounding
+    operator = BlurOperator(GRID, 1.0)
     torch.testing.assert_close(
-        blurred(q, k, GRID, 1.0)[0].double(), blurred(q.double(), k.double(), GRID, 1.0)[0], atol=1e-5, rtol=1e-5
+        blurred(q, k, "queries", operator)[0].double(), blurred(q.double(), k.double(), "queries", operator)[0],
+        atol=1e-5, rtol=1e-5,
     )
 
 
@@ -92,9 +94,9 @@ def test_blur_of_either_side(axis, boundary):
     """Blurring the side of an axis blurs every column of logits (Proposition 3.1 and its dual)."""
     q, k = heads(keys=15)
     matrix = torch.kron(*(blur_matrix(side, 0.8, boundary) for side in GRID))
-    smooth = dense(*blurred(q, k, GRID, 0.8, boundary, on=axis), axis)
+    smooth = dense(*blurred(q, k, axis, BlurOperator(GRID, 0.8, boundary)), axis)
     torch.testing.assert_close(smooth, dense(q, k, axis) @ matrix.T, atol=1e-12, rtol=1e-12)
-    mean = dense(*blurred(q, k, GRID, math.inf, boundary, on=axis), axis)
+    mean = dense(*blurred(q, k, axis, BlurOperator(GRID, math.inf, boundary)), axis)
     assert float((mean - dense(q, k, axis).mean(-1, keepdim=True)).abs().max()) < 1e-12
 
 
@@ -114,21 +116,11 @@ def test_end_weights_mend_reflect():
     torch.testing.assert_close(log_sum_exp(q, k, "queries", w), (a + w.log()).logsumexp(-1))
 
 
-def test_map_rank():
-    q, k = heads(queries=9, keys=12)
-    values = torch.linalg.svdvals(q @ k.transpose(2, 3))
-    share = values / values.sum(-1, keepdim=True)
-    torch.testing.assert_close(map_rank(q, k), torch.special.entr(share).sum(-1).exp(), atol=1e-9, rtol=1e-9)
-    one = torch.randn(1, 1, 9, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(map_rank(one, one), torch.ones(1, 1, dtype=torch.float64))
-    assert float(map_rank(0 * one, one)) == 0
-
-
 def test_bad_input():
     q, k = heads()
     with pytest.raises(ValueError, match="axis must be \"queries\".*got 'rows'"):
         statistics(q, k, "rows")
     with pytest.raises(ValueError, match="must agree in rows, heads and dim"):
         sides(q, k[:, :2], "keys")
-    with pytest.raises(ValueError, match="a blur is on="):
-        blurred(q, k, GRID, 1.0, on="v")
+    with pytest.raises(ValueError, match="axis must be"):
+        blurred(q, k, "v", BlurOperator(GRID, 1.0))

@@ -1,0 +1,135 @@
+"""load_sdxl: from a path or a name to a ready SDXL, whatever the layout on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPTextConfig
+
+from segresearch.checkpoints.folder import Names, open_controlnets, open_sdxl_folder
+from segresearch.checkpoints.resolve import resolve_model
+from segresearch.checkpoints.single_file import open_sdxl_file
+from segresearch.checkpoints.tensors import fill
+from segresearch.errors import CheckpointError, InputError
+from segresearch.models.compute import PLAIN, Compute
+from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.network_configs import ControlNetConfig, EncoderConfig, UNetConfig
+from segresearch.models.offload import pin
+from segresearch.models.sdxl import SDXL
+from segresearch.models.text import TextEncoders
+from segresearch.models.vae import VAEConfig
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def load_sdxl(
+    path_or_name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    controlnet: Names = None,
+    *,
+    variant: str | None = None,
+    config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    vae_dtype: torch.dtype | None = None,
+    compute: Compute = PLAIN,
+) -> SDXL:
+    """An SDXL from a diffusers folder, a single .safetensors file in the original layout, "mini", or a hub id in the
+    local cache.
+
+    controlnet: one or several, each a name in the folder's own controlnet/, a diffusers ControlNet folder, or a hub id
+        in the local cache; `.controlnets` is keyed by these names, in order, each in the UNet's dtype and on its device
+    variant: of the weights in a folder, e.g. "fp16"; None takes the plain files, else fp16 if only that is there
+    config: for a single file, a folder with configs of the diffusers layout, all or some (unet/config.json,
+        vae/config.json, text_encoder/config.json, text_encoder_2/config.json, scheduler/scheduler_config.json,
+        model_index.json, tokenizers), where the shapes do not tell the sizes (heads that are not 64 wide)
+    tokenizer: for a single file, a folder with tokenizer/ and tokenizer_2/, or with one tokenizer for both encoders;
+        None takes them from `config` or the local transformers cache
+    vae_dtype: None is `dtype`, but float32 for a VAE that overflows in float16 (SDXL's own; config force_upcast)
+    compute: how the model computes; with offload, text encoders and VAE stay on the CPU, and SDXL's own methods bring
+        them to `device` for each call
+
+    Weights are read one tensor at a time, in their dtype here and on their device. Nothing is fetched from a network.
+    Raises CheckpointError, a ValueError of one line, for anything that is not a complete SDXL.
+    """
+    for argument, kind in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
+        if kind not in DTYPES:
+            raise InputError(f"{argument}={kind!r}: the networks run in torch.float32, bfloat16, float16 or float64")
+    device = torch.device(device)
+    if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise InputError(f"device={str(device)!r} cannot run the networks here: give another, such as 'cpu'")
+    if not isinstance(compute, Compute):
+        raise InputError(f"compute={compute!r}: give Compute(precision=..., graph=..., ...)")
+    path = resolve_model(path_or_name)
+    if path.is_dir():
+        for argument, given in (("config", config), ("tokenizer", tokenizer)):
+            if given is not None:
+                raise InputError(f"{argument}={str(given)!r} is for a single file: the folder {path} brings its own")
+        checkpoint = open_sdxl_folder(path, variant)
+    else:
+        if variant is not None:
+            raise InputError(f"variant={variant!r} is for a folder: {path} is a single file")
+        checkpoint = open_sdxl_file(path, Path(config) if config else None, Path(tokenizer) if tokenizer else None)
+    opened = open_controlnets(controlnet, path, variant)
+    controlnets = {name: net for name, (net, _) in opened.items()}
+
+    unet, vae, first, second = checkpoint.networks
+    text = TextEncoders(checkpoint.tokenizers, (first, second))
+    refuse_mixture(unet.config, vae.config, first.config, second.config)
+    for name, net in controlnets.items():
+        check_fit(name, net.config, unet.config, vae.config.factor)
+    try:
+        schedule, offset = alphas_cumprod(checkpoint.scheduler).to(device), checkpoint.scheduler.get("steps_offset", 1)
+        prediction = checkpoint.scheduler.get("prediction_type", "epsilon")
+        denoiser = Denoiser(unet, schedule, prediction, offset, compute)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path_or_name}: {error}") from error
+
+    if vae_dtype is None:
+        vae_dtype = torch.float32 if dtype == torch.float16 and checkpoint.force_upcast else dtype
+    resting = torch.device("cpu") if compute.offload else device  # of what is offloaded
+    for module, weights in zip((unet, vae, first, second), checkpoint.weights, strict=True):
+        fill(module, weights, vae_dtype if module is vae else dtype, device if module is unet else resting)
+    for net, weights in opened.values():
+        fill(net, weights, dtype, device)
+    for encoder in (first, second):  # position_ids, the one buffer that checkpoints do not hold
+        embeddings: Any = getattr(encoder, "text_model", encoder).embeddings
+        embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=resting)[None]
+    if compute.offload and device.type == "cuda":
+        for module in (vae, first, second):
+            pin(module)
+    for module in (unet, vae, first, second, *controlnets.values()):
+        meta = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+        assert not meta, f"{type(module).__name__}: {meta} are left on the meta device"
+    return SDXL(unet, vae, text, denoiser, str(path_or_name), checkpoint.zero_negative, controlnets, compute)
+
+
+def refuse_mixture(unet: UNetConfig, vae: VAEConfig, first: CLIPTextConfig, second: CLIPTextConfig) -> None:
+    """Raises CheckpointError, naming both sides, for an SDXL whose networks do not fit each other."""
+    if unet.in_channels != unet.out_channels:
+        channels = f"{unet.in_channels} input channels for {unet.out_channels} of output"
+        raise CheckpointError(f"the UNet has {channels}: an inpainting or editing model, not supported")
+    width = first.hidden_size + second.hidden_size
+    for quantity, part, value, unets in (
+        ("text width", "text encoders", width, unet.cross_attention_dim),
+        ("pooled text width", "second text encoder", second.projection_dim, unet.pooled_dim),
+        ("latent channels", "VAE", vae.latent_channels, unet.in_channels),
+    ):
+        if value != unets:
+            problem = "parts of different models are mixed"
+            raise CheckpointError(f"{quantity}: {value} in the {part}, {unets} in the UNet: {problem}")
+
+
+def check_fit(name: str, net: ControlNetConfig, unet: EncoderConfig, vae_factor: int) -> None:
+    """Raises CheckpointError, naming both values, for a ControlNet made for another model than this one."""
+    for quantity, value, other, others in (
+        ("latent channels", net.in_channels, "UNet", unet.in_channels),
+        ("level widths", net.block_out_channels, "UNet", unet.block_out_channels),
+        ("layers per level", net.layers_per_block, "UNet", unet.layers_per_block),
+        ("text width", net.cross_attention_dim, "UNet", unet.cross_attention_dim),
+        ("pooled text width", net.pooled_dim, "UNet", unet.pooled_dim),
+        ("image pixels per latent pixel", net.image_factor, "VAE", vae_factor),
+    ):
+        if value != others:
+            sides = f"{value} in the ControlNet, {others} in the {other}"
+            raise CheckpointError(f"controlnet {name!r}: {quantity}: {sides}: it was made for another model")

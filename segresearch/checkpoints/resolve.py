@@ -1,0 +1,64 @@
+"""What a path, a name or a hub id stands for: the files of a model or of a ControlNet. Light: no torch."""
+
+import re
+from pathlib import Path
+
+from segresearch.checkpoints.refusals import refuse_pickle
+from segresearch.errors import CheckpointError
+
+MINI = Path(__file__).parent.parent / "weights" / "mini"
+
+
+def resolve_model(path_or_name: str | Path) -> Path:
+    """The folder or the single file of a model: "mini", a path, or a hub id in the local cache."""
+    name = str(path_or_name)
+    if name == "mini":
+        if not (MINI / "model_index.json").is_file():
+            hint = "install the package with its weights, or train it (experiments/mini)"
+            raise CheckpointError(f'"mini": {MINI} holds no model: {hint}')
+        return MINI
+    path = Path(path_or_name).expanduser()
+    if path.exists():
+        return path
+    refuse_pickle(path)
+    if path.suffix != ".safetensors" and (folder := _cached(name, "model_index.json", "a complete model ", '"*.txt" ')):
+        return folder
+    hint = 'give a diffusers folder, a .safetensors file, a hub id or "mini"'
+    raise CheckpointError(f"{name}: no such file or folder; {hint}")
+
+
+def resolve_controlnet(name: str, model: Path) -> Path:
+    """The folder of a ControlNet: a name in the model's own controlnet/, a path, or a hub id in the local cache.
+
+    Raises CheckpointError, listing the model's own ones, if there is none.
+    """
+    own = {path.parent.name: path.parent for path in sorted((model / "controlnet").glob("*/config.json"))}
+    if name in own:
+        return own[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / kind).is_file() for kind in ("config.json", "model_index.json")):
+            raise CheckpointError(f"controlnet {name}: config.json is missing there; give a ControlNet's folder")
+        return path
+    refuse_pickle(path)
+    if path.is_file():
+        raise CheckpointError(f"controlnet {name}: give its folder in the diffusers layout, with config.json")
+    if folder := _cached(name, "config.json"):
+        return folder
+    has = f"the model has {', '.join(own)}" if own else f"the model {model} has none of its own"
+    raise CheckpointError(f"unknown controlnet {name!r}: {has}; or give a diffusers folder or a hub id")
+
+
+def _cached(name: str, file: str, kind: str = "", more: str = "") -> Path | None:
+    """The folder of a hub id in the local cache, which has `file`; None for what is no hub id, else CheckpointError."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return None
+    path = try_to_load_from_cache(name, file)
+    if isinstance(path, str):
+        return Path(path).parent
+    raise CheckpointError(
+        f"{name!r} is neither a path nor {kind}in the local cache ({constants.HF_HUB_CACHE}); fetch it once with: "
+        f'hf download {name} --include "*.json" {more}"*.safetensors"'
+    )

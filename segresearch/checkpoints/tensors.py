@@ -1,0 +1,175 @@
+"""Reading safetensors into modules that were built on the meta device: strictly, and with little memory.
+
+Each tensor is copied from the mapped file into its parameter, in the caller's dtype and on the caller's device. Pages
+of a mapped file count as the process's memory, so a file is opened anew after every MAPPED bytes.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from segresearch.checkpoints.refusals import refuse_pickle, refuse_unreadable
+from segresearch.errors import CheckpointError
+
+MAPPED = 16 * 2**20  # bytes
+DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # that a weight may be stored in
+# Bookkeeping that training code leaves in checkpoints; the networks do not need it.
+_IGNORED = re.compile(
+    r"(^|\.)(position_ids|attn_mask|logit_scale|edm_mean|edm_std|v_pred|ztsnr)$|"
+    r"^(model_ema|denoiser|loss|first_stage_model\.loss)\.|"
+    r"^conditioner\.embedders\.0\.transformer\.text_projection\.weight$|"  # of CLIP; SDXL pools the second encoder
+    r"^(global_step|logvar|alphas_cumprod.*|betas|log_one_minus_.*|posterior_.*|sqrt_.*|__.*)$"
+)
+Shape = tuple[int, ...]
+
+
+class Entry(NamedTuple):
+    """A stored tensor; dtype as safetensors writes it (F16, BF16, ...)."""
+
+    file: Path
+    key: str
+    dtype: str
+    shape: Shape
+
+
+class Source(NamedTuple):
+    """How a parameter is made from a stored tensor: from all of it or the given third of its rows; transposed."""
+
+    key: str
+    third: int | None = None
+    transpose: bool = False
+
+    def shape(self, stored: Shape) -> Shape:
+        """The parameter's shape, without the 1×1 of a convolution that a linear layer may stand for."""
+        if self.third is not None and stored and stored[0] % 3 == 0:
+            stored = (stored[0] // 3, *stored[1:])
+        return _linear(stored[::-1] if self.transpose else stored)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The stored tensors of one network. name: for messages. source: of a parameter by its name, by default its own."""
+
+    name: str
+    entries: Mapping[str, Entry]
+    source: Callable[[str], Source] = Source
+
+
+def open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of one safetensors file, and its metadata; no weights are read.
+
+    Raises CheckpointError for a file that is missing, empty, a pickle, a git-lfs pointer, truncated or something else.
+    """
+    refuse_pickle(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    file = _mapped(path)
+    slices = {key: file.get_slice(key) for key in file.keys()}
+    if not slices:
+        raise CheckpointError(f"{path} holds no tensors: fetch it again")
+    entries = {key: Entry(path, key, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    return entries, file.metadata() or {}
+
+
+def _mapped(path: Path) -> Any:  # a safe_open
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        refuse_unreadable(path, str(error))
+        raise
+
+
+def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str, Entry]:
+    """The tensors of one component's folder: `stem`.safetensors, its shards, or their variant (fp16, ...).
+
+    variant None takes the plain files, else the fp16 variant where only that is there. Raises CheckpointError.
+    """
+    v = variant or "fp16"
+    plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
+    special = [f"{stem}.{v}.safetensors", f"{stem}.safetensors.index.{v}.json", f"{stem}.{v}.safetensors.index.json"]
+    candidates = special if variant else plain + special
+    path = next((folder / name for name in candidates if (folder / name).is_file()), None)
+    if path is None:
+        for other in sorted(folder.glob("*")):
+            refuse_pickle(other)
+        note = f" (variant {variant!r})" if variant else ""
+        raise CheckpointError(f"{folder}: no {candidates[0]}{note} here: fetch the model's weights again")
+    if path.suffix == ".safetensors":
+        return open_file(path)[0]
+    try:
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not an index of shards ({error}): fetch it again") from error
+    if missing := listed((name for name in shards if not (folder / name).is_file()), "missing shard"):
+        raise CheckpointError(f"{folder}: {missing}: fetch the model's weights again")
+    return {key: entry for name in shards for key, entry in open_file(folder / name)[0].items()}
+
+
+def listed(names: Iterable[str], noun: str) -> str:
+    """Their number and the first three, for a message; "" for none."""
+    names = sorted(names)
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({', '.join(names[:3])}{more})" if names else ""
+
+
+def unexpected(keys: Iterable[str]) -> str:
+    """The error message for keys that nothing uses; "" if all of them are known bookkeeping."""
+    return listed((key for key in keys if not _IGNORED.search(key)), "unexpected key")
+
+
+def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Fill a module that lies on the meta device with stored weights, frozen and in eval mode.
+
+    Every parameter must have its tensor and every tensor its use, except bookkeeping such as position_ids; 1×1
+    convolutions and linear layers may stand for each other. Raises CheckpointError, naming the first few keys, before
+    anything is read.
+    """
+    shapes = {key: tuple(parameter.shape) for key, parameter in module.state_dict().items()}
+    sources = {key: weights.source(key) for key in shapes}
+    _refuse_misfit(shapes, sources, weights)
+    tensors: dict[str, Tensor] = {}
+    path, left = Path(), 0
+    for key, source in sources.items():
+        entry = weights.entries[source.key]
+        if left <= 0 or entry.file != path:
+            path, left, file = entry.file, MAPPED, _mapped(entry.file)
+        if source.third is None:
+            stored = file.get_tensor(entry.key)
+        else:
+            rows = entry.shape[0] // 3
+            stored = file.get_slice(entry.key)[source.third * rows : (source.third + 1) * rows]
+        left -= stored.nbytes
+        stored = (stored.T if source.transpose else stored).reshape(shapes[key])
+        tensors[key] = torch.empty(shapes[key], dtype=dtype, device=device).copy_(stored)
+    module.requires_grad_(False)
+    module.load_state_dict(tensors, strict=True, assign=True)
+    module.eval()
+
+
+def _refuse_misfit(shapes: Mapping[str, Shape], sources: Mapping[str, Source], weights: Weights) -> None:
+    entries = weights.entries
+    file = next((entry.file for entry in entries.values()), "nothing")
+    keys = {source.key for source in sources.values()}
+    faults = filter(None, (listed(keys - set(entries), "missing key"), unexpected(set(entries) - keys)))
+    if fault := " and ".join(faults):
+        raise CheckpointError(f"{weights.name}: {fault} in {file}: not the weights of this config")
+    for key, shape in shapes.items():
+        entry = entries[sources[key].key]
+        fault = ""
+        if sources[key].shape(entry.shape) != _linear(shape):
+            fault = f"has shape {entry.shape}, expected {shape} for {key}: config and weights are of different models"
+        elif entry.dtype not in DTYPES:
+            fault = f"is stored as {entry.dtype}: quantised weights are not supported, use fp16 or fp32 ones"
+        if fault:
+            raise CheckpointError(f"{weights.name}: {entry.key} {fault} (in {entry.file})")
+
+
+def _linear(shape: Shape) -> Shape:
+    return shape[:2] if shape[2:] == (1, 1) else shape

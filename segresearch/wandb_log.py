@@ -1,0 +1,222 @@
+"""Finished runs in Weights & Biases. The run's folder is the record; a W&B that fails costs one line on stderr.
+
+W&B runs in a process of its own, with a time limit: whatever happens there (no such package, a service that is killed,
+a network that hangs), the folder and the exit code of the run stay as they are. Light: wandb is imported there alone.
+"""
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from segresearch.runs import code_version, digest, plain
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from segresearch.config import GuidanceConfig
+    from segresearch.evaluation.aggregate import Result
+    from segresearch.evaluation.spec import EvaluationSpec
+
+LIMITS = {"offline": 60.0, "online": 600.0}  # seconds for a call
+PER_RUN = 5.0  # and for every W&B run more
+GUIDANCE = "guidance_rms"  # of a method: the size of its guidance, by evaluation of the model
+IMAGES, TABLE, SIDE_BY_SIDE = "images", "table", "side by side"
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Where a finished run is logged: "off", "offline" (in a folder, no account needed) or "online"."""
+
+    mode: Literal["off", "offline", "online"] = "off"
+    project: str = "segresearch"
+
+
+@dataclass(frozen=True)
+class WandbRun:
+    """One W&B run. series: values by step, from 1. tables: lists of rows, whose cells may be paths of images. images:
+    (path, caption) of each; several of one key are shown as a gallery."""
+
+    name: str
+    group: str
+    kind: str
+    settings: Any = None
+    values: Mapping[str, float | int | None] = field(default_factory=dict)
+    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    images: Mapping[str, Sequence[tuple[Path, str]]] = field(default_factory=dict)
+
+
+def log(
+    config: WandbConfig, folder: Path, key: Any, runs: Callable[[Path], Sequence[WandbRun]], limit: float | None = None
+) -> bool:
+    """Write W&B runs below `folder`/wandb, once; whether they were written now. Never raises but for an interrupt.
+
+    key: what the runs are made of. The same key is logged once a mode, and gives the same W&B ids. runs: makes them,
+    given a temporary folder for images. limit: seconds until what W&B has not done by then is given up.
+    """
+    logged = folder / "wandb" / ".logged" / f"{digest(key)}-{config.mode}"
+    if config.mode == "off" or logged.exists():
+        return False
+    try:
+        with tempfile.TemporaryDirectory(prefix="segresearch-", ignore_cleanup_errors=True) as temporary:
+            content = [(digest([key, run.kind, run.name]), run) for run in runs(Path(temporary))]
+            seconds = LIMITS[config.mode] + PER_RUN * len(content) if limit is None else limit
+            message = _in_process(config, folder.absolute(), content, seconds, Path(temporary))
+        if not message:
+            logged.parent.mkdir(parents=True, exist_ok=True)
+            logged.touch()
+    except Exception as error:  # trouble of the log, of whatever kind, is not the run's
+        message = _line(error)
+    if message:
+        print(f"wandb: {message[:200]}; the run itself is complete in {folder}", file=sys.stderr)
+    return not message
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _in_process(config: WandbConfig, folder: Path, content: Any, limit: float, temporary: Path) -> str:
+    """What went wrong, in words; "" where all is written. Neither the process nor W&B's service outlives the call."""
+    import psutil
+
+    task, answer = temporary / "task", temporary / "answer"
+    task.write_bytes(pickle.dumps((config, folder, content)))
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true",
+           "WANDB_DATA_DIR": str(folder / "wandb" / "data"),  # images in tables wait there until they are sent
+           "WANDB_CACHE_DIR": str(folder / "wandb" / "cache")}  # fmt: skip
+    call = [sys.executable, "-P", "-m", "segresearch.wandb_log", str(task), str(answer)]
+    with (temporary / "log").open("wb") as output:  # a file: a pipe that W&B's service holds open would be waited for
+        process = subprocess.Popen(call, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                   start_new_session=True)  # fmt: skip
+    try:
+        code = process.wait(limit)
+        return answer.read_text() if answer.is_file() else f"its process ended with code {code}"
+    except subprocess.TimeoutExpired:
+        return f"not done in {limit:g} s, given up"
+    finally:
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+        process.kill()
+        process.wait()
+
+
+def _write(config: WandbConfig, folder: Path, content: Sequence[tuple[str, WandbRun]]) -> None:
+    """In W&B's own process: every run, one after the other."""
+    import wandb
+
+    for run_id, run in content:
+        quiet = wandb.Settings(  # of each run anew: init writes into it
+            silent=True, console="off", init_timeout=30, disable_git=True, save_code=False, x_disable_meta=True,
+            x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
+        )  # fmt: skip
+        logged = wandb.init(
+            project=config.project, name=run.name, group=run.group, job_type=run.kind, id=run_id, dir=folder,
+            mode=cast(Any, config.mode), config=plain(run.settings), settings=quiet, reinit="finish_previous",
+        )  # fmt: skip
+        logged.define_metric("evaluation")
+        for name in run.series:
+            logged.define_metric(name, step_metric="evaluation")
+        for step, values in enumerate(zip(*run.series.values(), strict=True), 1):
+            logged.log({"evaluation": step, **dict(zip(run.series, values))})
+        summary: dict[str, Any] = {name: value for name, value in run.values.items() if value is not None}
+        for name, rows in run.tables.items():
+            columns: list[Any] = list(dict.fromkeys(column for row in rows for column in row))
+            cells = [[wandb.Image(str(v)) if isinstance(v := row.get(c), Path) else v for c in columns] for row in rows]
+            summary[name] = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
+        for name, images in run.images.items():
+            shown = [wandb.Image(str(path), caption=caption or None) for path, caption in images]
+            summary[name] = shown if len(shown) > 1 else shown[0]
+        logged.log(summary)
+        logged.finish()
+
+
+def log_evaluation(
+    spec: "EvaluationSpec", result: "Result", images: "Callable[[], Mapping[str, np.ndarray]]", folder: Path
+) -> bool:
+    """`log` of a finished evaluation: the experiment is a group; each method, and the whole, is a W&B run in it.
+
+    images: of each method those of the first seeds, uint8 (n, 3, h, w).
+    """
+    config = spec.config
+    common = {
+        "experiment": config.name, "run": folder.name, "model": config.model.name, "sampler": config.sampler.name,
+        "schedule": config.schedule.name, "steps": config.steps, "images": config.images, "code": code_version(),
+        "reference": config.reference, "reference_images": result.reference_images,
+    }  # fmt: skip
+    rows: dict[str, dict[str, Any]] = {method: {"method": method} for method in spec.methods}
+    for row in result.frame.rows:
+        rows[row.method] |= {row.metric: row.value, f"{row.metric}-error": row.error}
+
+    def runs(temporary: Path) -> list[WandbRun]:
+        from PIL.Image import fromarray
+
+        from segresearch.config.expand import slug
+        from segresearch.evaluation.provenance import records
+        from segresearch.png_metadata import save_png
+
+        pixels = images()
+        texts = spec.texts(range(min(map(len, pixels.values()))))
+        samples = [{"seed": i, "prompt": text} for i, text in enumerate(texts)]
+        files = {m: [temporary / slug(m) / f"seed{i}.png" for i in range(len(texts))] for m in pixels}
+        for method, described in records(spec, range(len(texts)), folder.name).items():
+            for path, image, record in zip(files[method], pixels[method], described):
+                save_png(fromarray(image.transpose(1, 2, 0).copy()), path, record)
+        captions = [f"seed {i}" + (f": {text}" if text else "") for i, text in enumerate(texts)]
+        of_methods = [
+            WandbRun(
+                method, config.name, "method", {**common, **facts(method, spec.methods[method])},
+                {key: value for key, value in row.items() if key != "method"},
+                {GUIDANCE: result.norms[method]} if result.norms.get(method) else {},
+                {"image table": [{**s, "image": path} for s, path in zip(samples, files[method])]},
+                {IMAGES: list(zip(files[method], captions))},
+            )
+            for method, row in rows.items()
+        ]  # fmt: skip
+        side_by_side = [{**s, **dict(zip(files, paths))} for s, paths in zip(samples, zip(*files.values()))]
+        plots = {path.stem: [(path, "")] for path in sorted((folder / "figures").glob("*.png"))}
+        tables = {TABLE: list(rows.values()), SIDE_BY_SIDE: side_by_side}
+        settings = {**common, "all": plain(config)}
+        whole = f"{config.name} {folder.name}"
+        return [*of_methods, WandbRun(whole, config.name, "evaluation", settings, tables=tables, images=plots)]
+
+    return log(config.wandb, Path(config.out), [folder.name, common, rows], runs)
+
+
+def facts(method: str, guidance: "GuidanceConfig") -> dict[str, Any]:
+    """What plots and filters of W&B are about. blur: σ/(1 + σ), which puts σ from 0 to ∞ on an axis from 0 to 1."""
+    from segresearch.config import CFGTerm, PerturbedTerm
+    from segresearch.evaluation.plots import kind
+    from segresearch.guidance import SEG
+
+    settings: dict[str, Any] = {"method": method, "kind": kind(guidance), "guidance": plain(guidance)}
+    for term in guidance.terms.values():
+        if isinstance(term, CFGTerm):
+            settings["cfg"] = plain(term.weight)
+        elif isinstance(term, PerturbedTerm):
+            settings["scale"] = plain(term.scale)
+            if isinstance(term.perturbation, SEG):
+                sigma = term.perturbation.sigma
+                settings |= {"sigma": plain(sigma), "blur": 1.0 if sigma == float("inf") else sigma / (1 + sigma)}
+    if guidance.sag is not None:
+        settings["scale"] = plain(guidance.sag.scale)
+    return settings
+
+
+if __name__ == "__main__":
+    try:
+        _write(*pickle.loads(Path(sys.argv[1]).read_bytes()))
+        outcome = ""
+    except BaseException as error:
+        outcome = _line(error)
+    Path(sys.argv[2]).write_text(outcome)
