@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from segresearch.checkpoints.resolve import cached_folder
 from segresearch.errors import CheckpointError
 
 
@@ -15,22 +16,11 @@ def model_folder(path_or_id: str | Path, files: Sequence[str], weights: Sequence
 
     files: names that must all be there. weights: patterns of which one must match. Raises CheckpointError.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    folder, name = Path(path_or_id).expanduser(), str(path_or_id)
-    if not folder.is_dir():
-        try:
-            config = try_to_load_from_cache(name, "config.json")
-        except HFValidationError as error:
-            raise CheckpointError(f"{name}: no such folder; give one with {files[0]}, or a hub id") from error
-        if not isinstance(config, str):
-            patterns = " ".join(f'"{pattern}"' for pattern in ("*.json", "*.txt", *weights))
-            raise CheckpointError(
-                f"{name} is neither a folder nor in the local cache ({constants.HF_HUB_CACHE}); "
-                f"fetch it once with: hf download {name} --include {patterns}"
-            )
-        folder = Path(config).parent
+    path = Path(path_or_id).expanduser()
+    more = '"*.txt" "pytorch_model.bin" ' if "pytorch_model.bin" in weights else ""
+    folder = path if path.is_dir() else cached_folder(str(path_or_id), files[0], more=more)
+    if folder is None:
+        raise CheckpointError(f"{path_or_id}: no such folder; give one with {' and '.join(files)}, or a hub id")
     missing = [file for file in files if not (folder / file).is_file()]
     if not any(any(folder.glob(pattern)) for pattern in weights):
         missing.append(" or ".join(weights))

@@ -336,7 +336,7 @@ def test_memory_and_weights_have_codes_of_their_own(config, model, monkeypatch):
     ("change", "words"),
     [
         ({"force": False}, "images: 3 are too few for 256 features"),
-        ({"size": (64, 32)}, "cannot be measured here: (pictures|images) of 64×32"),
+        ({"size": (64, 32)}, "cannot be measured here: images of 64×32"),
         ({"reference": "nowhere"}, "reference: nowhere: no such folder"),
         ({"reference": "scene:3"}, "a distance needs many"),
         ({"force": False, "images": 300, "reference": "scene:0-99"}, "100 images are too few for 256 features"),

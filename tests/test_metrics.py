@@ -285,8 +285,9 @@ def test_missing_hub_models_say_how_to_fetch_them(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match=f"hf download {CLIP_336} --include"):
         load_extractor("clip")
-    with pytest.raises(CheckpointError, match="no such folder"):
-        load_extractor("dinov2", tmp_path / "none")
+    for folder in (tmp_path / "none", "./none"):
+        with pytest.raises(CheckpointError, match="no such folder"):
+            load_extractor("dinov2", folder)
     with pytest.raises(CheckpointError, match="no config.json, model.safetensors or pytorch_model.bin there"):
         load_extractor("dinov2", tmp_path)
     with pytest.raises(ValueError, match="features 'vgg': choose one of inception, dinov2, clip, mini"):

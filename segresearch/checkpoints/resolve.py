@@ -21,8 +21,9 @@ def resolve_model(path_or_name: str | Path) -> Path:
     if path.exists():
         return path
     refuse_pickle(path)
-    if path.suffix != ".safetensors" and (folder := _cached(name, "model_index.json", "a complete model ", '"*.txt" ')):
-        return folder
+    if path.suffix != ".safetensors":
+        if folder := cached_folder(name, "model_index.json", "a complete model ", '"*.txt" '):
+            return folder
     hint = 'give a diffusers folder, a .safetensors file, a hub id or "mini"'
     raise CheckpointError(f"{name}: no such file or folder; {hint}")
 
@@ -43,19 +44,23 @@ def resolve_controlnet(name: str, model: Path) -> Path:
     refuse_pickle(path)
     if path.is_file():
         raise CheckpointError(f"controlnet {name}: give its folder in the diffusers layout, with config.json")
-    if folder := _cached(name, "config.json"):
+    if folder := cached_folder(name, "config.json"):
         return folder
     has = f"the model has {', '.join(own)}" if own else f"the model {model} has none of its own"
     raise CheckpointError(f"unknown controlnet {name!r}: {has}; or give a diffusers folder or a hub id")
 
 
-def _cached(name: str, file: str, kind: str = "", more: str = "") -> Path | None:
+def cached_folder(name: str, file: str, kind: str = "", more: str = "") -> Path | None:
     """The folder of a hub id in the local cache, which has `file`; None for what is no hub id, else CheckpointError."""
     from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return None
-    path = try_to_load_from_cache(name, file)
+    try:
+        path = try_to_load_from_cache(name, file)
+    except HFValidationError:  # such as ./folder
+        return None
     if isinstance(path, str):
         return Path(path).parent
     raise CheckpointError(

@@ -16,7 +16,6 @@ from segresearch.config.parse import HELD_OUT, SCENE, scene_numbers
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation import shards
 from segresearch.metrics.features import Extractor
-from segresearch.models.compute import arithmetic
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SCENES = 500  # rendered together
@@ -82,7 +81,7 @@ def features(images: Reference, extractor: Extractor, out: str | Path) -> Float[
         return torch.from_numpy(shards.load(path, FEATURES))
     parts, name = [], f"reference, {extractor.name}"
     bar = tqdm(total=len(images), unit="image", desc=name, disable=None, leave=False)
-    with bar, arithmetic("exact", "cuda"):
+    with bar:
         for batch in images.batches():
             try:
                 parts.append(extractor.of(batch).float())

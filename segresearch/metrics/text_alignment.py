@@ -81,7 +81,7 @@ class MiniClip:
 
     @one_thread
     @torch.inference_mode()
-    def embed_images(self, images: UInt8[Tensor, "b 3 64 64"]) -> Float[Tensor, "b dim"]:
+    def embed_images(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b dim"]:
         return self.tower.embed(unit_range(images.to(self.tower.vision.head.weight.device)))
 
     @one_thread
