@@ -18,7 +18,7 @@ from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_controlnet, resolve_model
 from segresearch.config import AnalyzeConfig, ControlConfig, EvaluateConfig, GenerateConfig, typed
 from segresearch.config.build import device_kind, refuse_foreign
-from segresearch.config.names import modern
+from segresearch.config.validate import modern
 from segresearch.errors import ConfigError
 from segresearch.png_metadata import read_record
 

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from segresearch.config.names import nearest
 from segresearch.config.schema import GuidanceConfig, ModelConfig, PerturbationConfig, RunConfig
+from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError
 from segresearch.models.compute import PLAIN, Compute
 
