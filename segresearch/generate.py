@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import GenerateConfig
-from segresearch.config.build import build_guidance, device_kind, load_model, of_model, with_batch_size
+from segresearch.config.build import build_guidance, device_kind, load_model, resolved
 from segresearch.config.expand import ImageSpec, Panel, panels, slug
 from segresearch.control_images.identify import IdentifiedControl, control_records, identify_control
 from segresearch.errors import NotFinite
@@ -98,7 +98,7 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
     model: already loaded; None loads `config.model` if anything is missing. InputError for settings that do not fit
     the model, OSError where the folder cannot be written. On an interrupt finished images stay.
     """
-    run = expand(with_batch_size(of_model(config, model)))
+    run = expand(resolved(config, model))
     images = [image for files in run.panels for column in files.images.values() for image in column]
     records = {image.path: read_record(image.path) or {} for image in images}
     missing = {i.path for i in images if any(records[i.path].get(key) != i.record[key] for key in IDENTITY)}

@@ -27,7 +27,7 @@ from segresearch.config import (
     settings,
     typed,
 )
-from segresearch.config.build import build_guidance, with_batch_size
+from segresearch.config.build import build_guidance, resolved
 from segresearch.config.expand import panels, slug
 from segresearch.config.parse import parse_seeds, read_prompts
 from segresearch.config.validate import modern
@@ -282,7 +282,7 @@ def test_auto_batch_size_is_the_models_for_the_device():
         model = ModelConfig("m", "p", batch_size=25, **given)
         run = {"sampler": SamplerConfig("euler"), "schedule": ScheduleConfig("karras"), "device": device}
         sizes = {
-            with_batch_size(kind(model, batch_size="auto", **run)).batch_size
+            resolved(kind(model, batch_size="auto", **run)).batch_size
             for kind in (GenerateConfig, EvaluateConfig, AnalyzeConfig)
         }
         (size,) = sizes
@@ -292,7 +292,7 @@ def test_auto_batch_size_is_the_models_for_the_device():
     assert sized("cuda:1", batch_size_cuda=100) == 100
     assert sized("cuda") == 25
     stated = GenerateConfig(ModelConfig("m", "p"), SamplerConfig("euler"), ScheduleConfig("karras"), batch_size=3)
-    assert with_batch_size(stated) is stated
+    assert resolved(stated) is stated
     with pytest.raises(ConfigError, match="batch_size"):
         typed(GenerateConfig, {"model": {"name": "m", "path": "p"}, "sampler": {"name": "euler"},
                                "schedule": {"name": "karras"}, "batch_size": "all"})  # fmt: skip

@@ -26,8 +26,7 @@ from segresearch.analysis import energy_plots, measurements, report
 from segresearch.analysis.recorder import Recorder, Recording
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import AnalyzeConfig
-from segresearch.config.build import build_guidance, load_model, of_model, with_batch_size
-from segresearch.config.expand import measured_steps
+from segresearch.config.build import build_guidance, load_model, resolved
 from segresearch.config.parse import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
 from segresearch.guidance import SelfAttentionGuidance
@@ -66,7 +65,7 @@ def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
     if the folder cannot be written.
     """
     start = time.perf_counter()
-    config = with_batch_size(of_model(config, model))
+    config = resolved(config, model)
     images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
     fingerprint = runs.fingerprint(resolve_model(config.model.path))
     folder = runs.run_folder(config.out, config.name, identity(config, images, fingerprint))
@@ -90,7 +89,7 @@ def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
 def identity(config: AnalyzeConfig, images: Images, fingerprint: str) -> dict[str, Any]:
     """Everything the numbers depend on, and no more: not the output folder, the device, or the size of a batch."""
     measured = {key: getattr(config, key) for key in ("guidance", "negative", "where", "heads", "branch", "blur")}
-    measured |= {"version": VERSION, "images": images, "measured_steps": measured_steps(config)}
+    measured |= {"version": VERSION, "images": images, "measured_steps": config.steps_from_0}
     return runs.plain({**sampling_identity(config, fingerprint), **measured})
 
 
@@ -106,7 +105,7 @@ def capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) -> 
         raise ConfigError(f"branch: no branch {config.branch!r} under this guidance; there are {', '.join(names)}")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     recorder = Recorder(
-        sdxl.unet.site_heads, config.where, config.heads, measured_steps(config), [config.branch], folder=folder
+        sdxl.unet.site_heads, config.where, config.heads, config.steps_from_0, [config.branch], folder=folder
     )
     pixels = []
     for start in range(0, len(images), int(config.batch_size)):

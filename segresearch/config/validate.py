@@ -95,7 +95,7 @@ def of_guidance(name: str) -> PlainValidator:
 
 
 def _fields(kind: Any, value: Any) -> Any:
-    """The mapping `value`, if its keys are fields of the dataclass `kind`; a required field that it lacks is Missing."""
+    """The mapping `value`, if its keys are fields of the dataclass `kind`; a required one that it lacks is Missing."""
     if isinstance(value, kind):
         return value
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -122,6 +122,7 @@ def _errors(error: ValidationError, value: Any) -> Iterator[tuple[tuple[str, ...
                 node = node[key]  # type: ignore[index]
         context, kind, wrong = details.get("ctx", {}), details["type"], details["input"]
         cause = context.get("error")
+        kind = "config_error" if isinstance(cause, ConfigError) else kind
         if isinstance(cause, ValidationError):
             yield from (((*keys, *below), *rest) for below, *rest in _errors(cause, node))
             continue
@@ -139,7 +140,7 @@ def _errors(error: ValidationError, value: Any) -> Iterator[tuple[tuple[str, ...
 def _line(error: ValidationError, value: Any, at: str) -> str:
     """The most specific of the errors as one line."""
     errors = list(_errors(error, value))
-    specific = ("range", "value_error")
+    specific = ("range", "value_error", "config_error")
     keys, wrong, kind, text, choices = max(errors, key=lambda entry: len(entry[0]) + (entry[2] in specific))
     name = ".".join([at, *keys] if at else keys)
     if kind == "unknown":
@@ -148,6 +149,8 @@ def _line(error: ValidationError, value: Any, at: str) -> str:
         return f"{name}: {wrong!r} is out of range; it must be {text}"
     if kind == "value_error":
         return f"{name}: {text}".removeprefix(": ")
+    if kind == "config_error":  # its message begins with the name of a field
+        return f"{name}.{text}".removeprefix(".")
     same = [entry for entry in errors if entry[0] == keys]
     words = " or ".join(dict.fromkeys(text for *_, text, _ in same))
     if isinstance(wrong, Missing):
