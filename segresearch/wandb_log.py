@@ -195,7 +195,7 @@ def log_evaluation(
 
 def facts(method: str, guidance: "GuidanceConfig") -> dict[str, Any]:
     """What plots and filters of W&B are about. blur: σ/(1 + σ), which puts σ from 0 to ∞ on an axis from 0 to 1."""
-    from segresearch.config import CFGTerm, PerturbedTerm
+    from segresearch.config.schema import CFGTerm, PerturbedTerm
     from segresearch.evaluation.plots import kind
     from segresearch.guidance import SEG
 

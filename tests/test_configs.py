@@ -19,10 +19,6 @@ from segresearch.config import (
     EvaluateConfig,
     GenerateConfig,
     GuidanceConfig,
-    ModelConfig,
-    PerturbedTerm,
-    SamplerConfig,
-    ScheduleConfig,
     conf_dir,
     settings,
     typed,
@@ -30,6 +26,7 @@ from segresearch.config import (
 from segresearch.config.build import build_guidance, resolved
 from segresearch.config.expand import panels, slug
 from segresearch.config.parse import parse_seeds, read_prompts
+from segresearch.config.schema import ModelConfig, PerturbedTerm, SamplerConfig, ScheduleConfig
 from segresearch.config.validate import modern
 from segresearch.errors import ConfigError
 from segresearch.guidance import SEG

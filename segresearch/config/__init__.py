@@ -5,22 +5,10 @@ torch.
 """
 
 from segresearch.config.compose import conf_dir, settings
-from segresearch.config.schema import (
-    AnalyzeConfig,
-    CFGTerm,
-    ControlConfig,
-    CustomConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    GuidanceConfig,
-    ModelConfig,
-    PerturbedTerm,
-    SamplerConfig,
-    ScheduleConfig,
-)  # fmt: skip
+from segresearch.config.schema import AnalyzeConfig, ControlConfig, EvaluateConfig, GenerateConfig, GuidanceConfig
 from segresearch.config.validate import typed
 
 __all__ = [
-    "AnalyzeConfig", "CFGTerm", "ControlConfig", "CustomConfig", "EvaluateConfig", "GenerateConfig", "GuidanceConfig",
-    "ModelConfig", "PerturbedTerm", "SamplerConfig", "ScheduleConfig", "conf_dir", "settings", "typed",
+    "AnalyzeConfig", "ControlConfig", "EvaluateConfig", "GenerateConfig", "GuidanceConfig",
+    "conf_dir", "settings", "typed",
 ]  # fmt: skip

@@ -134,8 +134,7 @@ def imported(target: str, at: str) -> Callable[..., Any]:
         raise ConfigError(f"{at}.target: {target!r} cannot be imported ({error}); {hint}") from error
     function = getattr(module, name, None)
     if function is None:
-        names = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise ConfigError(f"{at}.target: {module_name} has no {name!r}{nearest(name, names)}")
+        raise ConfigError(f"{at}.target: {module_name} has no {name!r}{nearest(name, vars(module))}")
     if not callable(function):
         raise ConfigError(f"{at}.target: {target} is not a function or a class but {type(function).__name__}")
     return function

@@ -39,7 +39,11 @@ def settings(config: Mapping[str, Any], kind: Any = GenerateConfig) -> Any:
         if not isinstance(table, DictConfig):
             continue
         if isinstance(compare := table.get("compare"), ListConfig):
-            table.compare = [_guidance(entry, f"{at}compare.{i}") for i, entry in enumerate(compare)]
+            table.compare = []
+            for i, entry in enumerate(compare):  # a name, a list of names (their terms together), or overrides of them
+                inline = entry.copy() if isinstance(entry, DictConfig) else OmegaConf.create({"guidance": entry})
+                named = _named(inline.pop("guidance", []), f"{at}compare.{i}")
+                table.compare.append(OmegaConf.merge(*named, inline))
         if at and "controlnet" in table:
             parts = _named(table.pop("controlnet"), f"{at}controlnet", "controlnet")
             table.controls = OmegaConf.merge(*parts, table.get("controls") or {})
@@ -49,15 +53,6 @@ def settings(config: Mapping[str, Any], kind: Any = GenerateConfig) -> Any:
         if plain.pop(key, None) and key == "panels":
             raise ConfigError(f"{key}: for generate.py; evaluate.py takes the methods of one table, in compare")
     return typed(kind, plain)
-
-
-def _guidance(entry: Any, at: str) -> Any:
-    """One entry of `compare` in full: a name, a list of names (their terms together), or a mapping with overrides.
-
-    The mapping may name one or more under `guidance`.
-    """
-    inline = entry.copy() if isinstance(entry, DictConfig) else OmegaConf.create({"guidance": entry})
-    return OmegaConf.merge(*_named(inline.pop("guidance", []), at), inline)
 
 
 def _named(names: str | Sequence[str], at: str, group: str = "guidance") -> list[Any]:

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +87,8 @@ def from_text(path: Path, at: str = "prompts") -> tuple[str, ...]:
     """One prompt a line, UTF-8; blank lines are left out. ConfigError with the number of the line that is wrong."""
     lines = [line.strip() for line in _text(path, at).split("\n")]
     for number, line in enumerate(lines, 1):
-        for character in line:
-            if unicodedata.category(character) == "Cc" and character != "\t":
-                raise ConfigError(f"{at}: {path}, line {number}: holds the control character {character!r}")
+        if control := re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", line):
+            raise ConfigError(f"{at}: {path}, line {number}: holds the control character {control[0]!r}")
     return tuple(filter(None, lines))
 
 
@@ -98,23 +96,20 @@ def from_coco(path: Path, at: str = "prompts") -> tuple[str, ...]:
     """Captions of a COCO file (captions_val2014.json): the first of each image by image id, then the second of each,
     and so on, "first" by annotation id. ConfigError has the line or the annotation that is wrong."""
     try:
-        content = json.loads(_text(path, at))
+        entries = list(json.loads(_text(path, at))["annotations"])
     except json.JSONDecodeError as error:
         raise ConfigError(f"{at}: {path}, line {error.lineno}: not JSON ({error.msg})") from error
-    entries = content.get("annotations") if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise ConfigError(f"{at}: {path}: no list `annotations` in it, which COCO's captions_*.json have")
-    captions = []
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{at}: {path}: no list `annotations` in it, which COCO's captions_*.json have") from error
     for i, entry in enumerate(entries):
         for key, (kind, noun) in COCO.items():
             if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
                 raise ConfigError(f"{at}: {path}: annotations.{i}: no {key}, or it is not {noun}")
-        captions.append((entry["id"], entry["image_id"], " ".join(entry["caption"].split())))
-        if not captions[-1][2]:
+        if not entry["caption"].strip():
             raise ConfigError(f"{at}: {path}: annotations.{i}: the caption is empty")
     by_image = collections.defaultdict(list)
-    for _, image, caption in sorted(captions):
-        by_image[image].append(caption)
+    for entry in sorted(entries, key=lambda entry: entry["id"]):
+        by_image[entry["image_id"]].append(" ".join(entry["caption"].split()))
     turns = itertools.zip_longest(*(by_image[image] for image in sorted(by_image)))
     return tuple(caption for turn in turns for caption in turn if caption)
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from segresearch.config import CFGTerm, GuidanceConfig, PerturbedTerm
+from segresearch.config.schema import CFGTerm, GuidanceConfig, PerturbedTerm
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import METRICS, Frame
 from segresearch.evaluation.spec import EvaluationSpec
