@@ -11,7 +11,7 @@ from torch import Tensor
 from segresearch.errors import InputError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projection:
     """The part of a forward pass that depends on the conditioning alone: computed once a prompt, not once a step.
 

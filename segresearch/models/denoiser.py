@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from segresearch.errors import InputError
 from segresearch.models.attention import Attend, Fork, sdpa
-from segresearch.models.compute import PLAIN, Compute, Runner
+from segresearch.models.calls import Runner
+from segresearch.models.compute import PLAIN, Compute
 from segresearch.models.conditioning import Cond, Projection
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.unet import ControlResiduals, UNet

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from segresearch.errors import InputError
-from segresearch.models.offload import on_device
+from segresearch.models.calls import on_device
 
 TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")  # of SDXL, on the hub
 
