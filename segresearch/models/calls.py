@@ -34,7 +34,7 @@ class NotCapturable(Exception):
     """Something in a call that cannot be part of a captured graph; the message names it."""
 
 
-def opened(value: Any) -> tuple[Hashable, Sequence[Any], Callable[[Sequence[Any]], Any]]:
+def decompose(value: Any) -> tuple[Hashable, Sequence[Any], Callable[[Sequence[Any]], Any]]:
     """The kind of a value, the values that it is made of, and the function that makes it of such.
 
     NotCapturable for what is not made of values: a closure, a bound method, an object that is no frozen dataclass.
@@ -94,14 +94,14 @@ class Structure(NamedTuple):
 
 
 def structure(value: Any) -> Structure:
-    """The tensors in `value` and a key of all else: shapes, types, numbers, functions. NotCapturable: see `opened`."""
+    """The tensors in `value` and a key of all else: shapes, types, numbers, functions. NotCapturable: see `decompose`."""
     tensors = []
 
     def key(value: Any) -> Hashable:
         if isinstance(value, Tensor):
             tensors.append(value)
             return ("tensor", value.shape, value.stride(), value.dtype, value.device)
-        kind, parts, _ = opened(value)
+        kind, parts, _ = decompose(value)
         return (kind, *map(key, parts))
 
     return Structure(tensors, key(value))
@@ -111,7 +111,7 @@ def rebuilt(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """`value` with each of its tensors changed, in the order of `structure`."""
     if isinstance(value, Tensor):
         return change(value)
-    _, parts, build = opened(value)
+    _, parts, build = decompose(value)
     return build([rebuilt(part, change) for part in parts])
 
 
@@ -179,6 +179,7 @@ class Graphs:
         return function(*args) if graph is None else graph(tensors)
 
     def structure(self, value: Any) -> Structure:
+        """The `structure` of a value, computed once for a projection."""
         return self.known(value) if isinstance(value, Projection) else structure(value)
 
     def clear(self) -> None:
