@@ -17,7 +17,7 @@ from make_models import write_folder
 from omegaconf import OmegaConf
 from PIL import Image
 
-from segresearch import cli as command
+from segresearch import cli
 from segresearch.analysis import measurements
 from segresearch.analysis.analyze import analyze
 from segresearch.analysis.measurements import measure, merge_claims, short
@@ -192,7 +192,7 @@ def test_a_perturbed_branch_is_measured_under_its_perturbation(config, model, un
 def test_what_the_model_cannot_do_is_one_line_and_leaves_nothing(changes, words, config, model, tmp_path):
     with pytest.raises(ValueError, match=words) as caught:
         analyze(dataclasses.replace(config, out=str(tmp_path), **changes), model)
-    assert command.exit_code(caught.value) == 2 and "\n" not in command.line(caught.value)
+    assert cli.exit_code(caught.value) == 2 and "\n" not in cli.line(caught.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()] and len(list(tmp_path.rglob("*"))) <= 1
 
 

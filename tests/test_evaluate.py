@@ -18,7 +18,7 @@ import torch
 from make_models import write_folder
 from matplotlib.figure import Figure
 
-from segresearch import command, runs, sample_images
+from segresearch import cli, runs, sample_images
 from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir, typed
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation import shards
@@ -214,20 +214,20 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
         path.unlink()
         if harm != "gone":
             path.write_bytes(data[:-40] if harm == "cut" else data.replace(b"producer", b"pruducer", 1))
-        with pytest.raises(command.Ended) as caught:
+        with pytest.raises(cli.Ended) as caught:
             evaluate(dataclasses.replace(config, stage="verify"), model)
         assert caught.value.code == 4 and "1 of 6 shards" in str(caught.value) and str(path) in str(caught.value)
-        with pytest.raises(command.Ended, match="1 of 6 shards are missing") as caught:
+        with pytest.raises(cli.Ended, match="1 of 6 shards are missing") as caught:
             evaluate(dataclasses.replace(config, stage="reduce"), model, Worker())
-        assert command.exit_code(caught.value) == 4
+        assert cli.exit_code(caught.value) == 4
         mended = evaluate(config, model, Worker())
         assert (mended.sampled, mended.existing) == (1, 5) and contents(config) == contents(base)
     path.write_bytes(path.read_bytes()[:-1] + b"\x7e")  # sizes say nothing
     (folder / "results.json").unlink()
     for stage in ("verify", "reduce"):
-        with pytest.raises(command.Ended, match="not the bytes that were written") as caught:
+        with pytest.raises(cli.Ended, match="not the bytes that were written") as caught:
             evaluate(dataclasses.replace(config, stage=stage), model, Worker())
-        assert command.exit_code(caught.value) == 4 and str(path) in str(caught.value)
+        assert cli.exit_code(caught.value) == 4 and str(path) in str(caught.value)
     path.unlink()
     evaluate(config, model, Worker())
     assert "all 6 shards are whole" in str(evaluate(dataclasses.replace(config, stage="verify")))
@@ -298,8 +298,8 @@ def test_a_full_disk_and_a_locked_folder_are_one_line_and_leave_no_half(config, 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError) as caught:
         evaluate(config, model, Worker())
-    line = command.line(caught.value)
-    assert command.exit_code(caught.value) == 5 and "\n" not in line and ".safetensors: " in line and words in line
+    line = cli.line(caught.value)
+    assert cli.exit_code(caught.value) == 5 and "\n" not in line and ".safetensors: " in line and words in line
     written = [path for path in Path(config.out, "shards").glob("*/*") if path.is_file()]
     assert written and all(path.suffix == ".safetensors" and shards.verify(path) is None for path in written)
 
@@ -312,7 +312,7 @@ def test_pictures_that_are_not_finite_spoil_their_shard_alone(config, model, mon
         return found * float("nan") if list(keywords["seeds"]) == [1] and guided.terms else found
 
     monkeypatch.setattr(sample_images, "sample", broken)
-    with pytest.raises(command.Ended, match=r"1 shards could not be written: SEG, 0000001-0000002: .*\[1\]") as caught:
+    with pytest.raises(cli.Ended, match=r"1 shards could not be written: SEG, 0000001-0000002: .*\[1\]") as caught:
         evaluate(config, model, Worker())
     assert caught.value.code == 4
     monkeypatch.undo()
@@ -325,11 +325,11 @@ def test_memory_and_weights_have_codes_of_their_own(config, model, monkeypatch):
 
     with pytest.raises(ValueError, match="not in|no such file") as caught:
         evaluate(dataclasses.replace(config, weights={"vgg": "none.pth"}, distances=("vgg",)), model, Worker())
-    assert command.exit_code(caught.value) == 3
+    assert cli.exit_code(caught.value) == 3
     monkeypatch.setattr(sample_images, "sample", greedy)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         evaluate(config, model, Worker())
-    assert command.exit_code(caught.value) == 5 and "lower batch_size" in command.line(caught.value)
+    assert cli.exit_code(caught.value) == 5 and "lower batch_size" in cli.line(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_what_cannot_be_is_one_line_before_a_picture_is_made(config, model, monk
     monkeypatch.setattr(sample_images, "sample", None)
     with pytest.raises(ValueError, match=words) as caught:
         evaluate(dataclasses.replace(config, **change), model, Worker())
-    assert command.exit_code(caught.value) == 2 and "\n" not in command.line(caught.value)
+    assert cli.exit_code(caught.value) == 2 and "\n" not in cli.line(caught.value)
 
 
 def test_reference_pictures_come_from_a_folder_too(config, tmp_path):

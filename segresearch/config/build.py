@@ -4,7 +4,6 @@ import ctypes
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import inspect
 import sys
 import sysconfig
@@ -159,23 +158,10 @@ def refuse_foreign(target: str, at: str) -> None:
 
     For settings of unknown origin: they may name functions of segresearch, or of files of the user's own.
     """
-    module_name = target.rpartition(".")[0]
-    if not _is_foreign(module_name):
-        home = getattr(imported(target, at), "__module__", None) or module_name
-        if not _is_foreign(home):
-            return
-    raise ConfigError(f"{at}.target: {target} is not a part of segresearch or a file of your own; write a function "
-                      "in one that calls it")  # fmt: skip
-
-
-def _is_foreign(module_name: str) -> bool:
-    top = module_name.partition(".")[0]
-    if top in ("", "segresearch") or top in sys.stdlib_module_names:
-        return top in sys.stdlib_module_names
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        return False  # importing tells why
-    folders = [*(spec.submodule_search_locations or ()), spec.origin or ""] if spec else []
-    installed = [Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib")]
-    return any(Path(folder).resolve().is_relative_to(root) for folder in folders if folder for root in installed)
+    home = str(getattr(imported(target, at), "__module__", None) or target.rpartition(".")[0])
+    file = getattr(sys.modules.get(home), "__file__", None)  # None of what is built into Python
+    installed = [Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib")]
+    foreign = file is None or any(Path(file).resolve().is_relative_to(folder) for folder in installed)
+    if foreign and home.partition(".")[0] != "segresearch":
+        hint = "write a function in one that calls it"
+        raise ConfigError(f"{at}.target: {target} is not a part of segresearch or a file of your own; {hint}")

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.errors import InputError
+from segresearch.guidance.postprocess import Latents, Sigma
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet
 from segresearch.models.unet import ControlResiduals
@@ -33,8 +33,8 @@ def active(control: Any) -> tuple[ActiveControlNet, ...]:
 
 def residuals(
     denoiser: Any,
-    x: Float[Tensor, "rows c h w"],
-    sigma: Float[Tensor, " rows"],
+    x: Latents,
+    sigma: Sigma,
     conditionings: Sequence[str],
     joined: Callable[[Sequence[str], int], Cond],
     base: str,
@@ -72,7 +72,7 @@ def residuals(
     return total
 
 
-def per_row(scales: Sequence[float], like: Float[Tensor, "rows c h w"]) -> float | Tensor:
+def per_row(scales: Sequence[float], like: Latents) -> float | Tensor:
     """A factor for each row: a number where they are all one, so that nothing moves to the device."""
     if len(set(scales)) == 1:
         return scales[0]
