@@ -34,7 +34,8 @@ class Site(NamedTuple):
     sigma: Float[Tensor, " block_rows"] | None = None
 
 
-Heads, KeyHeads = Float[Tensor, "rows heads tokens dim"], Float[Tensor, "rows heads keys dim"]
+Heads = Float[Tensor, "rows heads tokens dim"]
+KeyHeads = Float[Tensor, "rows heads keys dim"]
 TextKeys = Mapping[str, tuple[Tensor, Tensor]]  # keys and values of the text, by the name of the cross-attention
 Attend = Callable[[Tensor, Tensor, Tensor, Site], Tensor]  # (q, k, v, site) -> out, each Heads
 

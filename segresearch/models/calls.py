@@ -94,7 +94,7 @@ class Structure(NamedTuple):
 
 
 def structure(value: Any) -> Structure:
-    """The tensors in `value` and a key of all else: shapes, types, numbers, functions. NotCapturable: see `decompose`."""
+    """The tensors in `value` and a key of all else: shapes, types, numbers, functions. NotCapturable: `decompose`."""
     tensors = []
 
     def key(value: Any) -> Hashable:
