@@ -26,7 +26,7 @@ COVERED = {
     "models.attention": "guidance", "models.layers": "guidance", "models.sdxl": "pictures",
     "models.conditioning": "models", "models.controlnet": "models",
     "models.denoiser": "models",
-    "models.offload": "models", "models.tiles": "models", "models.text": "models",
+    "models.calls": "models", "models.tiles": "models", "models.text": "models",
     "models.unet": "guidance", "models.vae": "models",
     "guidance.constants": "guidance", "guidance.branch_attention": "guidance",
     "guidance.blur": "guidance", "guidance.controlnet_residuals": "models",
@@ -46,7 +46,6 @@ COVERED = {
 # module -> why it has no tensor of the device, though it imports torch
 HOST = {
     "models.compute": "settings; torch is imported for types",
-    "models.graphs": "CUDA graphs are of a real GPU: tests/gpu",
     "checkpoints.single_file": "what is on disk: sizes and names",
     "analysis.analyze": "the run itself: sampling, decoding and the table, each covered, and files",
     "analysis.energy_plots": "plots of a recording, which lies on the CPU",
