@@ -23,9 +23,9 @@ import torch
 from segresearch.analysis import energy_plots, measurements
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.claims import check_claims, check_weighted
+from segresearch.analysis.curvature import hessians
 from segresearch.analysis.logit_statistics import columns
 from segresearch.analysis.recorder import Recorder
-from segresearch.analysis.theorem_regimes import hessians
 from segresearch.guidance import GuidedDenoiser
 from segresearch.models import load_sdxl
 from segresearch.sampling import initial_noise, sample
@@ -89,9 +89,8 @@ for sigma in (0.5, 1.0):
 # The table that `analyze.py` writes, of this recording, and the regime map drawn from it.
 
 # %%
-parts = list(measurements.measure(recorder.recording, [0.5, 1.0, 2.0], ["exact"], sdxl.unet.sites))
-rows = [row for some, _ in parts for row in some]
-for claim in measurements.merge_claims(claim for _, claims in parts for claim in claims):
+rows, claims = measurements.measure(recorder.recording, [0.5, 1.0, 2.0], ["exact"], sdxl.unet.sites)
+for claim in claims:
     if claim.claim.startswith("theorem"):
         print(f"{claim.claim} {claim.axis:8} sigma {claim.blur_sigma:g}: holds {claim.share:7.2%}, worst {claim.worst}")
 

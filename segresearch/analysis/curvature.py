@@ -11,76 +11,102 @@ Two matrices are called the Hessian of the blurred energy:
   rows sum to 1, doubly stochastic or not: with P = −H(ã) and u = B⁻ᵀ1, pdet(BᵀPB) = det(BᵀPB + 11ᵀ/n) =
   (det B)² det(P + uuᵀ/n), and adj P = (pdet P/n) 11ᵀ and 1ᵀu = n give det(P + uuᵀ/n) = pdet P.
 
-`curvature` measures every column of a site, streamed and without n×n matrices; functions of one column `a`
-(last axis) come first, and the dense matrices are for small grids and checks.
+`curvature` measures every column of a site, streamed and without n×n matrices. Functions of one unblurred column `a`
+(last axis) come first; their dense matrices, n² numbers each, are for small grids and checks.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.analysis import logit_statistics as stats
 from segresearch.analysis.blur_operator import BlurOperator
-from segresearch.analysis.logit_statistics import (
-    MEASURES,
-    Columns,
-    Keys,
-    PerColumn,
-    Queries,
-    Statistics,
-    blurred,
-    moments,
-    precision,
-    sides,
-    stream,
-    total,
-)
+from segresearch.analysis.logit_statistics import Keys, PerColumn, Queries, Statistics
+from segresearch.errors import InputError
 
+Logits = Float[Tensor, "*batch n"]
+Dense = Float[Tensor, "*batch n n"]
+Values = Float[Tensor, "*batch"]
+PerSample = Float[Tensor, " samples"]
 STEPS = 12  # of Newton's method, at most
+LANCZOS = 24  # steps
+LARGEST = 1024  # tokens of a dense Hessian
 
 
-def hessian(a: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n n"]:
-    """H = ξξᵀ − diag ξ, the Hessian of −lse: n² numbers each."""
+def hessian(a: Logits) -> Dense:
+    """H = ξξᵀ − diag ξ, the Hessian of −lse."""
     xi = a.softmax(dim=-1)
     return xi.unsqueeze(-1) * xi.unsqueeze(-2) - torch.diag_embed(xi)
 
 
-def entrywise_hessian(a: Float[Tensor, "*batch n"], operator: BlurOperator) -> Float[Tensor, "*batch n n"]:
-    """Eq. (19) of arXiv 2408.00760, H(ã) ∘ B, for the unblurred column a. Dense."""
+def entrywise_hessian(a: Logits, operator: BlurOperator) -> Dense:
+    """Eq. (19) of arXiv 2408.00760, H(ã) ∘ B."""
     return hessian(operator.apply(a)) * operator.dense().to(a)
 
 
-def chain_hessian(a: Float[Tensor, "*batch n"], operator: BlurOperator) -> Float[Tensor, "*batch n n"]:
-    """Bᵀ H(ã) B, the Hessian of a ↦ −lse(Ba), for the unblurred column a. Dense."""
+def chain_hessian(a: Logits, operator: BlurOperator) -> Dense:
+    """Bᵀ H(ã) B, the Hessian of a ↦ −lse(Ba)."""
     matrix = operator.dense().to(a)
     return matrix.T @ hessian(operator.apply(a)) @ matrix
 
 
-def log_product(a: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+def log_product(a: Logits) -> Values:
     """log Π ξ_i = Σ a − n·lse(a): eq. (20)'s approximation of log |det H|, fp64."""
     a = a.double()
     return a.sum(dim=-1) - a.shape[-1] * a.logsumexp(dim=-1)
 
 
-def log_pseudo_det(a: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+def log_pseudo_det(a: Logits) -> Values:
     """log pdet H(a) = log n + Σ a − n·lse(a), exactly, fp64."""
     return math.log(a.shape[-1]) + log_product(a)
 
 
-def entrywise_log_product(a: Float[Tensor, "*batch n"], operator: BlurOperator) -> Float[Tensor, "*batch"]:
-    """log Π ξ(ã)_i b_ii, eqs. (20)–(21): the paper's approximation of log |det H̃|, fp64, of the unblurred column a."""
+def entrywise_log_product(a: Logits, operator: BlurOperator) -> Values:
+    """log Π ξ(ã)_i b_ii, eqs. (20)–(21): the paper's approximation of log |det H̃|, fp64."""
     return log_product(operator.apply(a.double())) + operator.log_diagonal
 
 
-def chain_log_pseudo_det(a: Float[Tensor, "*batch n"], operator: BlurOperator) -> Float[Tensor, "*batch"]:
-    """log pdet Bᵀ H(ã) B = log pdet H(ã) + 2 log |det B|, fp64, of the unblurred column a; −inf where B is singular."""
+def chain_log_pseudo_det(a: Logits, operator: BlurOperator) -> Values:
+    """log pdet Bᵀ H(ã) B = log pdet H(ã) + 2 log |det B|, fp64; −inf where B is singular."""
     return log_pseudo_det(operator.apply(a.double())) + 2 * operator.log_det
 
 
-def spectral_norm(columns: Columns) -> Float[Tensor, "groups columns"]:
+@dataclass(frozen=True)
+class Hessians:
+    """Eq. (19) beside the chain rule, for each column; dense, fp64.
+
+    distance: ‖H(ã)∘B − BᵀH(ã)B‖ / ‖BᵀH(ã)B‖ (Frobenius). entrywise_log_det: log |det H(ã)∘B| itself (the matrix is
+    regular, unlike H). entrywise_log_product: what eqs. (20)–(21) put in its place. chain_log_pdet: log pdet BᵀH(ã)B,
+    from eigenvalues. log_pdet: log pdet H(a).
+    """
+
+    distance: PerSample
+    entrywise_log_det: PerSample
+    entrywise_log_product: PerSample
+    chain_log_pdet: PerSample
+    log_pdet: PerSample
+
+
+def hessians(a: Float[Tensor, "samples n"], operator: BlurOperator) -> Hessians:
+    """`Hessians` of columns: O(n³) work each. Raises InputError for more than 1024 tokens."""
+    n = a.shape[1]
+    if n > LARGEST:
+        raise InputError(f"dense Hessians are for up to {LARGEST} tokens, these columns have {n}; see `curvature`")
+    a = a.double()
+    entrywise, chain = entrywise_hessian(a, operator), chain_hessian(a, operator)
+    return Hessians(
+        torch.linalg.matrix_norm(entrywise - chain) / torch.linalg.matrix_norm(chain),
+        torch.linalg.slogdet(entrywise).logabsdet,
+        entrywise_log_product(a, operator),
+        torch.linalg.eigvalsh(-chain)[:, 1:].clamp_min(0).log().sum(dim=-1),
+        log_pseudo_det(a),
+    )
+
+
+def spectral_norm(columns: stats.Columns) -> stats.BlockColumns:
     """Largest eigenvalue of diag ξ − ξξᵀ of each column, fp64, in O(n) per step and at machine precision of the logits.
 
     With r = exp(a − max a) and the top entry set apart, the eigenvalue ρ/Σr solves (1 − ρ)·Σ' r_i/(ρ − r_i) = 1 between
@@ -101,107 +127,63 @@ def spectral_norm(columns: Columns) -> Float[Tensor, "groups columns"]:
         phi = share.sum(dim=-1, keepdim=True)
         slope = 1 + share.div_(gap).sum(dim=-1, keepdim=True) / phi.square()
         step = torch.where(solvable, (1 - rho - 1 / phi) / slope, 0.0)
-        rho = torch.minimum(rho + step.clamp_min(0), torch.ones_like(rho))
+        rho = (rho + step.clamp_min(0)).clamp_max(1)
         if rho.device.type == "cpu" and bool((step <= tolerance * rho).all()):
             break
     return rho.squeeze(-1).double() / columns.total
 
 
-def chain_norm(xi: Float[Tensor, "*batch n"], operator: BlurOperator, steps: int = 24) -> Float[Tensor, "*batch"]:
-    """Largest eigenvalue of Bᵀ(diag ξ − ξξᵀ)B by `steps` of Lanczos, fp64; converges from below.
+def chain_norm(xi: Logits, operator: BlurOperator) -> Values:
+    """Largest eigenvalue of Bᵀ(diag ξ − ξξᵀ)B by Lanczos steps, fp64; converges from below. xi: softmax of ã.
 
     The non-zero eigenvalues are those of D·BBᵀ, D = diag ξ − ξξᵀ, which is symmetric under ⟨x, y⟩ = xᵀBBᵀy: one pass
     over the factors per step, and no matrix. The start is one fixed random vector, so the result is reproducible.
     Rounding of fp32 entries weighs up to 3e-4 of it where B is nearly singular (σ = 8 on 32×32), else under 1e-5.
     """
-    n = xi.shape[-1]
-    steps = min(steps, n)
-    start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = start.to(xi).expand(xi.shape)
-    w = operator.gram(x)
-    scale = (x * w).sum(dim=-1, keepdim=True).sqrt()
-    x, w, before = x / scale, w / scale, torch.zeros_like(x)
-    beta = torch.zeros_like(scale)
-    tiny = torch.finfo(xi.dtype).tiny ** 0.5
-    alphas, betas = [], []
-    for _ in range(steps):
+    n, tiny = xi.shape[-1], torch.finfo(xi.dtype).tiny ** 0.5
+    y = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(xi).expand(xi.shape)
+    x, alphas, betas = torch.zeros_like(y), [], []
+    for _ in range(min(LANCZOS, n)):
+        w = operator.gram(y)
+        betas.append((y * w).sum(dim=-1, keepdim=True).clamp_min(0).sqrt())
+        inverse = torch.where(betas[-1] > tiny, 1 / betas[-1].clamp_min(tiny), 0.0)
+        before, x, w = x, y * inverse, w * inverse
         y = xi * (w - (xi * w).sum(dim=-1, keepdim=True))
-        alpha = (y * w).sum(dim=-1, keepdim=True)
-        y = y - alpha * x - beta * before
-        w_y = operator.gram(y)
-        beta = (y * w_y).sum(dim=-1, keepdim=True).clamp_min(0).sqrt()
-        alphas.append(alpha)
-        betas.append(beta)
-        alive = beta > tiny
-        before, inverse = x, torch.where(alive, 1 / beta.clamp_min(tiny), 0.0)
-        x, w = y * inverse, w_y * inverse
-    diagonal = torch.cat(alphas, dim=-1).double()
-    off = torch.cat(betas[:-1], dim=-1).double() if steps > 1 else diagonal[..., :0]
+        alphas.append((y * w).sum(dim=-1, keepdim=True))
+        y = y - alphas[-1] * x - betas[-1] * before
+    diagonal, off = torch.cat(alphas, dim=-1).double(), torch.cat(betas, dim=-1)[..., 1:].double()
     tridiagonal = torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
     return torch.linalg.eigvalsh(tridiagonal)[..., -1].clamp_min(0)
 
 
 @dataclass(frozen=True)
-class Curvature:
-    """Curvature of every column along an axis, at the blurred logits ã = Ba (σ = 0: at a itself), fp64.
+class Curvature(Statistics):
+    """Statistics of the blurred logits ã = Ba (σ = 0: of a itself), and the curvature there, fp64.
 
-    statistics: of ã, from the same pass. log_pdet: of H(ã).
-    entrywise_log_product: log Π ξ(ã)_i b_ii (eqs. 20–21). chain_log_pdet: of Bᵀ H(ã) B.
-    trace, norm: of −H(ã), 1 − Σ ξ² and the largest eigenvalue. entrywise_trace, chain_trace: of −H̃ and −BᵀH(ã)B.
-    chain_norm: largest eigenvalue of −BᵀH(ã)B; None without `chain_norms`.
+    norm: largest eigenvalue of −H(ã). chain_trace: of −BᵀH(ã)B; `trace` is that of −H(ã). Determinants follow from
+    `log_product` and the operator, see `log_pseudo_det`, `entrywise_log_product` and `chain_log_pseudo_det`.
     """
 
-    statistics: Statistics
-    log_pdet: PerColumn
-    entrywise_log_product: PerColumn
-    chain_log_pdet: PerColumn
-    trace: PerColumn
-    entrywise_trace: PerColumn
-    chain_trace: PerColumn
     norm: PerColumn
-    chain_norm: PerColumn | None
+    chain_trace: PerColumn
 
 
-def curvature(
-    q: Queries, k: Keys, axis: str, operator: BlurOperator, chain_norms: bool = False, block: int | None = None
-) -> Curvature:
+def curvature(q: Queries, k: Keys, axis: str, operator: BlurOperator) -> Curvature:
     """All statistics and curvature of blurred logits in one streamed pass; q, k are the *unblurred* ones.
 
     The blur acts on the side of `axis` (queries: SEG; keys: its dual), on the grid of `operator`. Memory beside inputs
-    and results: one blurred copy of that side, and about `8 * block` numbers, twice that with `chain_norms`, which
-    adds 24 Lanczos steps per column, several times the cost of all else.
+    and results: one blurred copy of that side, and about `8 * block_size` numbers.
 
     Raises InputError for an unknown axis, or a grid that does not have as many cells as that side has tokens.
     """
-    q, k = blurred(q, k, axis, operator)
-    entries, vectors = sides(q, k, axis)
-    identity = operator.sigma == 0
-    measures: dict[str, Callable[[Columns], Tensor]] = {**MEASURES, "norm": spectral_norm}
-    if not identity:
-        row_norms, diagonal = (z.to(entries.device) for z in (operator.row_norms_squared, operator.diagonal))
+    q, k = stats.blurred(q, k, axis, operator)
+    row_norms = operator.row_norms_squared.to(q)
 
-        def chain_trace(c: Columns) -> Tensor:
-            spread = total(operator.adjoint(c.exp).square_())
-            return (c.exp @ row_norms.to(c.a)) / c.total - spread / c.total.square()
+    def chain_trace(c: stats.Columns) -> Tensor:
+        if operator.sigma == 0:
+            return (1 - c.concentration()).clamp_min(0)
+        spread = stats.total(operator.adjoint(c.exp).square_())
+        return (c.exp @ row_norms) / c.total - spread / c.total.square()
 
-        def entrywise_trace(c: Columns) -> Tensor:
-            return (c.exp @ diagonal.to(c.a)) / c.total - (c.square @ diagonal.to(c.a)) / c.total.square()
-
-        measures |= {"chain_trace": chain_trace, "entrywise_trace": entrywise_trace}
-        if chain_norms:
-            measures["chain_norm"] = lambda c: chain_norm(c.softmax, operator)
-    values = stream(entries, vectors, measures, block)
-    mean, variance = moments(q, k, axis)
-    after = Statistics(axis, operator.n, precision(q), mean, variance, *(values[name] for name in MEASURES))
-    trace, log_pdet = (1 - after.concentration).clamp_min(0), math.log(operator.n) + after.log_product
-    return Curvature(
-        statistics=after,
-        log_pdet=log_pdet,
-        entrywise_log_product=after.log_product + operator.log_diagonal,
-        chain_log_pdet=log_pdet + 2 * operator.log_det,
-        trace=trace,
-        entrywise_trace=values.get("entrywise_trace", trace),
-        chain_trace=values.get("chain_trace", trace),
-        norm=values["norm"],
-        chain_norm=values.get("chain_norm", values["norm"] if identity and chain_norms else None),
-    )
+    measures = {**stats.MEASURES, "norm": spectral_norm, "chain_trace": chain_trace}
+    return Curvature(**stats.measured(q, k, axis, measures))
