@@ -46,7 +46,7 @@ def measure(load: str, way: str, threads: int, quick: bool) -> dict:
     import torch
 
     from segresearch.analysis.blur_operator import BlurOperator
-    from segresearch.analysis.curvature import chain_hessian, chain_norm, curvature, hessian
+    from segresearch.analysis.energy import chain_hessian, chain_norm, curvature, hessian
     from segresearch.analysis.logit_statistics import blurred, columns, stream
 
     torch.set_num_threads(threads)

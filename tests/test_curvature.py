@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segresearch.analysis.blur_operator import BlurOperator, log_spectrum
-from segresearch.analysis.curvature import (
+from segresearch.analysis.energy import (
+    Surface,
     chain_hessian,
     chain_log_pseudo_det,
     chain_norm,
@@ -20,8 +21,7 @@ from segresearch.analysis.curvature import (
     log_pseudo_det,
     spectral_norm,
 )
-from segresearch.analysis.energy import Surface
-from segresearch.analysis.logit_statistics import AXES, Columns, columns, statistics
+from segresearch.analysis.logit_statistics import AXES, columns, exponentials, statistics
 from segresearch.guidance.blur import BOUNDARIES, blur_matrix
 
 GRIDS = [(3, 5), (4, 4), (1, 6)]
@@ -142,8 +142,8 @@ def test_spectral_norm(seed, n, scale, tie):
     if tie and n > 1:
         a[..., 0] = a[..., 1] = a.amax(-1)
     expected = torch.linalg.eigvalsh(-hessian(a))[..., -1]
-    torch.testing.assert_close(spectral_norm(Columns(a)), expected, atol=1e-14, rtol=1e-9)
-    single = spectral_norm(Columns(a.float()))
+    torch.testing.assert_close(spectral_norm(exponentials(a)), expected, atol=1e-14, rtol=1e-9)
+    single = spectral_norm(exponentials(a.float()))
     torch.testing.assert_close(single, expected, atol=1e-6, rtol=1e-5 * (1 + scale))
 
 

@@ -15,7 +15,7 @@ from fake_cuda import (
     tensors_of,
 )
 
-from segresearch.analysis import blur_operator, claims, curvature, energy, measurements
+from segresearch.analysis import blur_operator, claims, energy, measurements
 from segresearch.analysis import logit_statistics as statistics
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.recorder import Entry, Recorder, Recording
@@ -48,12 +48,12 @@ def test_recorder(gpu, dtype):  # noqa: F811
     terms = {"cfg": cfg(3.0), "seg": perturbed("seg", SEG(1.0), 2.0)}
     guided, sag = GuidedDenoiser(fake_denoiser(dtype), terms), SelfAttentionGuidance(fake_denoiser(dtype))
     for model in (guided, sag) if dtype == torch.float32 else (guided,):
-        recorder = Recorder(model.unet.site_heads, heads=[0], values=True)
+        recorder = Recorder(model.unet.site_heads, heads=[0])
         x, sigma, conds = sent(real_inputs(dtype=dtype))
         out = model(x, sigma, conds, attend=recorder.attend([{"seed": 0}, {"seed": 1}]))
         assert out.device.type == "cuda" and len(recorder.recording)
         for entry in recorder.recording:
-            assert {z.device.type for z in (entry.q, entry.k, entry.v)} == {"cpu"} and entry.q.dtype == dtype
+            assert {z.device.type for z in (entry.q, entry.k)} == {"cpu"} and entry.q.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,20 +76,20 @@ def test_statistics(gpu, monkeypatch, axis, dtype):  # noqa: F811
 def test_curvature(gpu, dtype):  # noqa: F811
     q, k = pair(dtype)
     for blur in BLURS[:2] if dtype != torch.float32 else (*BLURS[:3], *BLURS[-2:]):
-        same_on_both(lambda q, k: curvature.curvature(q, k, "queries", blur), q, k, dtype=dtype)  # noqa: B023
+        same_on_both(lambda q, k: energy.curvature(q, k, "queries", blur), q, k, dtype=dtype)  # noqa: B023
 
 
 def test_curvature_of_columns(gpu):  # noqa: F811
     with on_the_cpu():
         a = statistics.columns(*pair(), "queries", torch.arange(2)).flatten(0, 2)
     blur = BLURS[1]
-    for function in (curvature.hessian, curvature.log_product, curvature.log_pseudo_det):
+    for function in (energy.hessian, energy.log_product, energy.log_pseudo_det):
         same_on_both(function, a)
-    for function in (curvature.entrywise_hessian, curvature.chain_hessian, curvature.entrywise_log_product):
+    for function in (energy.entrywise_hessian, energy.chain_hessian, energy.entrywise_log_product):
         same_on_both(lambda a: function(a, blur), a)  # noqa: B023
-    for function in (curvature.chain_log_pseudo_det, curvature.hessians):
+    for function in (energy.chain_log_pseudo_det, energy.compare_hessians):
         same_on_both(lambda a: function(a, blur), a)  # noqa: B023
-    same_on_both(lambda xi: curvature.chain_norm(xi, blur), a.softmax(-1))
+    same_on_both(lambda xi: energy.chain_norm(xi, blur), a.softmax(-1))
 
 
 def test_the_operator_lies_on_the_cpu_and_acts_where_x_lies(gpu):  # noqa: F811

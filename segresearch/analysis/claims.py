@@ -154,9 +154,9 @@ def blur_commutes(q: Queries, k: Keys, axis: str, operator: BlurOperator) -> Cla
     after = stats.sides(*stats.blurred(q, k, axis, operator), axis)
     gap = torch.empty(plain[1].shape[:3], dtype=torch.float64, device=q.device)
     size = torch.empty_like(gap)
-    for (g, c, logits), (_, _, expected) in zip(stats.column_blocks(*plain), stats.column_blocks(*after)):
-        gap.flatten(0, 1)[g, c] = (operator.apply(logits.a) - expected.a).abs().amax(dim=-1).double()
-        size.flatten(0, 1)[g, c] = logits.a.abs().amax(dim=-1).double()
+    for (g, c, a), (_, _, expected) in zip(stats.column_blocks(*plain), stats.column_blocks(*after)):
+        gap.flatten(0, 1)[g, c] = (operator.apply(a) - expected).abs().amax(dim=-1).double()
+        size.flatten(0, 1)[g, c] = a.abs().amax(dim=-1).double()
     # one logit is a sum of dim products, each as large as |q||k|/√d, which may cancel
     bound = math.sqrt(q.shape[-1]) * q.abs().max().double() * k.abs().max().double()
     tolerance = 16 * torch.finfo(after[0].dtype).eps * (size + bound)

@@ -13,8 +13,7 @@ Memory beside the inputs and the (rows, heads, m) results: about `8 * block_size
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -74,45 +73,35 @@ def total(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
     return x.sum(dim=-1, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class Columns:
-    """A block of whole columns of logits, and the intermediate results that measures share. Sums are fp64."""
+class Columns(NamedTuple):
+    """A block of whole columns of logits a, and what measures of ξ = softmax(a) share."""
 
     a: Block
+    top: Float[Tensor, "groups columns 1"]  # max a
+    exp: Block  # exp(a − max a), 1 at the top, so that it never overflows
+    total: BlockColumns  # Σ exp(a − max a), fp64, between 1 and n
 
-    @cached_property
-    def top(self) -> Float[Tensor, "groups columns 1"]:
-        return self.a.amax(dim=-1, keepdim=True)
-
-    @cached_property
-    def exp(self) -> Block:
-        """exp(a − max a): 1 at the top, so that it never overflows."""
-        return (self.a - self.top).exp_()
-
-    @cached_property
-    def total(self) -> BlockColumns:
-        """Σ exp(a − max a), between 1 and n."""
-        return total(self.exp)
-
-    @cached_property
+    @property
     def lse(self) -> BlockColumns:
         return self.top.squeeze(-1).double() + self.total.log()
 
-    def entropy(self) -> BlockColumns:
-        """−Σ ξ log ξ of ξ = softmax(a), in nats."""
-        first = total((self.a - self.top).mul_(self.exp))
-        return (self.total.log() - first / self.total).clamp_min(0)
 
-    def concentration(self) -> BlockColumns:
-        """Σ ξ², between 1/n and 1."""
-        return total(self.exp.square()) / self.total.square()
+def exponentials(a: Block) -> Columns:
+    """The `Columns` of logits."""
+    top = a.amax(dim=-1, keepdim=True)
+    exp = (a - top).exp_()
+    return Columns(a, top, exp, total(exp))
 
 
 Measure = Callable[[Columns], Tensor]  # -> BlockColumns
-MEASURES = {"lse": lambda c: c.lse, "entropy": Columns.entropy, "concentration": Columns.concentration}
+MEASURES: dict[str, Measure] = {
+    "lse": lambda c: c.lse,
+    "entropy": lambda c: (c.total.log() - total((c.a - c.top).mul_(c.exp)) / c.total).clamp_min(0),  # −Σ ξ log ξ
+    "concentration": lambda c: total(c.exp.square()) / c.total.square(),  # Σ ξ²
+}
 
 
-def column_blocks(entries: Entries, vectors: Vectors) -> Iterator[tuple[slice, slice, Columns]]:
+def column_blocks(entries: Entries, vectors: Vectors) -> Iterator[tuple[slice, slice, Block]]:
     """(groups, columns, logits) until every column was seen once; a group is one (row, head), row by row.
 
     Each block holds at most about `block_size` logits, at least one whole column.
@@ -128,7 +117,7 @@ def column_blocks(entries: Entries, vectors: Vectors) -> Iterator[tuple[slice, s
         for c in range(0, m, columns_per_block):
             columns = slice(c, min(c + columns_per_block, m))
             scaled = vectors[groups, columns].to(dtype) / math.sqrt(dim)
-            yield groups, columns, Columns(scaled @ side)  # (g, c, d) (g, d, n) -> (g, c, n)
+            yield groups, columns, scaled @ side  # (g, c, d) (g, d, n) -> (g, c, n)
 
 
 def stream(q: Queries, k: Keys, axis: str, measures: Mapping[str, Measure]) -> dict[str, PerColumn]:
@@ -136,9 +125,10 @@ def stream(q: Queries, k: Keys, axis: str, measures: Mapping[str, Measure]) -> d
     entries, vectors = sides(q, k, axis)
     shape = vectors.shape[:3]
     out = {name: torch.empty(shape, dtype=torch.float64, device=vectors.device).flatten(0, 1) for name in measures}
-    for groups, columns, logits in column_blocks(entries, vectors):
+    for groups, columns, a in column_blocks(entries, vectors):
+        block = exponentials(a)
         for name, measure in measures.items():
-            out[name][groups, columns] = measure(logits).double()
+            out[name][groups, columns] = measure(block).double()
     return {name: values.reshape(shape) for name, values in out.items()}
 
 
@@ -169,7 +159,7 @@ def moments(q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None 
 
 def log_sum_exp(q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None = None) -> PerColumn:
     """lse = log Σ_i w_i exp(a_i) of each column, fp64, streamed; weights > 0, None is 1."""
-    measure = MEASURES["lse"] if weights is None else lambda c: Columns(c.a + weights.log().to(c.a)).lse
+    measure = MEASURES["lse"] if weights is None else lambda c: exponentials(c.a + weights.log().to(c.a)).lse
     return stream(q, k, axis, {"lse": measure})["lse"]
 
 
@@ -209,7 +199,7 @@ class Statistics:
 
     @property
     def trace(self) -> PerColumn:
-        """1 − Σ ξ², the trace of minus the Hessian of −lse (see `curvature`)."""
+        """1 − Σ ξ², the trace of minus the Hessian of −lse (see `energy`)."""
         return (1 - self.concentration).clamp_min(0)
 
     @property
@@ -228,11 +218,11 @@ def statistics(q: Queries, k: Keys, axis: str) -> Statistics:
 
     Raises InputError for an unknown axis or shapes that do not fit.
     """
-    return Statistics(**measured(q, k, axis, MEASURES))
+    return Statistics(**fields(q, k, axis, MEASURES))
 
 
-def measured(q: Queries, k: Keys, axis: str, measures: Mapping[str, Measure]) -> dict[str, Any]:
-    """The fields of `Statistics` that no measure gives, and those of `measures`."""
+def fields(q: Queries, k: Keys, axis: str, measures: Mapping[str, Measure]) -> dict[str, Any]:
+    """The fields of `Statistics` (of a subclass, with more measures), in one pass over the logits."""
     n, eps = sides(q, k, axis)[0].shape[2], torch.finfo(wide(q.dtype)).eps
     mean, variance = moments(q, k, axis)
     return {"axis": axis, "n": n, "eps": eps, "mean": mean, "variance": variance, **stream(q, k, axis, measures)}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.claims import ClaimResult, blur_commutes, check_claims, check_statistics, check_weighted
-from segresearch.analysis.curvature import Curvature, curvature
+from segresearch.analysis.energy import Curvature, curvature
 from segresearch.analysis.logit_statistics import PerColumn, statistics, wide
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.guidance.blur import INFINITE

@@ -1,4 +1,4 @@
-"""Recording what the softmax saw: q and k (v on request) per branch, site, head and sigma, under the perturbation.
+"""Recording what the softmax saw: q and k per branch, site, head and sigma, under the perturbation.
 
     recorder = Recorder(sdxl.unet.site_heads, where="mid", steps=[0, 12, 24])
     sample(model, noise, conds=conds, attend=recorder.attend([{"prompt": "a red cube", "seed": 0}]))
@@ -6,15 +6,14 @@
         entry.site, entry.sigma, entry.q, entry.k
 
 `recorder.attend(...)` is an ordinary attention for the `attend` argument of a call: the innermost one, in which every
-perturbation ends. It keeps q, k and v and computes plain attention. No output bit changes.
+perturbation ends. It keeps q and k and computes plain attention. No output bit changes.
 
 Rows that branches share up to the first perturbed site are computed, and stored, once, under all their names. A
 perturbation that computes no attention (PAG) leaves no entry of its branch at its sites. SAG's second forward is
 recorded as branch "<base>~sag".
 
-Memory: in memory, the sum of all that is kept, which `limit` bounds; streamed to a folder, the one call at hand, with
-
-    bytes of one call = (2, or 3 with v) · rows · heads · tokens · dim · bytes of a number
+Memory: of one call 2 · rows · heads · tokens · dim numbers. In memory `limit` bounds the sum of all that is kept;
+streamed to a folder, only the call at hand is held.
 """
 
 import json
@@ -62,14 +61,6 @@ class Entry:
     def k(self) -> Heads:
         """The keys that the softmax saw."""
         return self.load()["k"]
-
-    @property
-    def v(self) -> Heads:
-        """The values. ValueError where they were not recorded."""
-        tensors = self.load()
-        if "v" not in tensors:
-            raise InputError("the values were not recorded; record with Recorder(..., values=True)")
-        return tensors["v"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +111,7 @@ class Recording:
 
 @dataclass
 class Recorder:
-    """Keeps q, k and v in memory or, with `folder`, in one safetensors file a call and an index.
+    """Keeps q and k in memory or, with `folder`, in one safetensors file a call and an index.
 
     Raises ValueError for a selector without a match, a head that does not exist, a folder that holds a recording.
     """
@@ -130,7 +121,6 @@ class Recorder:
     heads: Sequence[int] | None = None  # those kept; None is all
     steps: Sequence[int] | None = None  # the evaluations kept, counted from 0 in each run; None is all
     branches: Sequence[str] | None = None  # those kept; None is all
-    values: bool = False  # keep v too
     folder: Path | None = None  # where to stream to; it must not hold a recording yet
     limit: int = 1 << 30  # bytes that may be held in memory; not read with `folder`
     bytes: int = field(default=0, init=False)
@@ -169,18 +159,17 @@ class Recorder:
             if site.name in self.sites and (self.steps is None or step in self.steps):
                 shared = {"site": site.name, "grid": site.grid, "step": step, "sigma": tuple(site.sigma.tolist()),
                           "images": labels}  # fmt: skip
-                tensors = {"q": q, "k": k, "v": v} if self.values else {"q": q, "k": k}
-                parts = [z.split(len(labels)) for z in tensors.values()]  # (m·b, ...) -> m × (b, ...)
+                parts = (z.split(len(labels)) for z in (q, k))  # (m·b, ...) -> m × (b, ...)
                 for names, *part in zip(site.branches, *parts, strict=True):
                     if self.branches is None or set(names) & set(self.branches):
-                        self._keep({**shared, "branches": names}, dict(zip(tensors, part, strict=True)))
+                        self._keep({**shared, "branches": names}, *part)
             return attend(q, k, v, site)
 
         return record
 
-    def _keep(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        heads = list(range(tensors["q"].shape[1]) if self.heads is None else self.heads)
-        kept = {name: z.detach()[:, heads].cpu().contiguous() for name, z in tensors.items()}  # copies
+    def _keep(self, facts: dict[str, Any], q: Tensor, k: Tensor) -> None:
+        heads = list(range(q.shape[1]) if self.heads is None else self.heads)
+        kept = {name: z.detach()[:, heads].cpu().contiguous() for name, z in (("q", q), ("k", k))}  # copies
         size = sum(z.nbytes for z in kept.values())
         if self.folder is None and self.bytes + size > self.limit:
             raise InputError(
