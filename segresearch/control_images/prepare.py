@@ -21,8 +21,7 @@ from segresearch.errors import ConfigError, InputError
 from segresearch.models.controlnet import ActiveControlNet, controlled
 from segresearch.png_metadata import read_record, save_png
 from segresearch.sampling import step_interval
-from segresearch.scenes.control_maps import depth_image, edge_image
-from segresearch.scenes.scenes import scenes
+from segresearch.scenes.scenes import depth_image, edge_image, scenes
 
 
 def scene_maps(images: Sequence[str], preprocess: str, size: tuple[int, int]) -> Float[Tensor, "b 3 h w"]:
