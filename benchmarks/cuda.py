@@ -1,9 +1,9 @@
-"""What is measured on a GPU, each part in a process of its own with its own limit: a part that fails is recorded as
-failed, with what it had found until then, and the next one follows.
+"""The measurements on a GPU. Each part is a separate process with a time limit. A part that fails is recorded as
+failed, with its results until then, and the next part follows.
 
-    python benchmarks/cuda.py PART JSON FILE     one part with these arguments; its results in FILE, as they come
+    python benchmarks/cuda.py PART JSON FILE     one part with these arguments; FILE is rewritten with each result
 
-Rows of a table are timed in turn, round after round in one process. `size` tiny and device cpu try the code.
+The rows of a table take turns, round after round in one process. size=tiny and device=cpu test the code.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from harness import installed, median, written  # noqa: E402
+from harness import installed, median, write  # noqa: E402
 
 Save = Callable[[Any], None]
 
 
 class Rows:
-    """Calls by name, each built, warmed up and timed in turn; one that fails is left out, with its reason."""
+    """Calls by name: built, warmed up, and timed in turns. A call that fails is dropped and its error recorded."""
 
     def __init__(self, device: str, save: Save, **facts: Any):
         self.calls: dict[str, Callable[[], Any]] = {}
-        self.found: dict[str, Any] = {**facts, "times": {}, "first": {}, "failed": {}}
+        self.results: dict[str, Any] = {**facts, "times": {}, "first": {}, "failed": {}}
         self.device, self.save = device, save
 
     def wait(self) -> None:
@@ -38,97 +38,110 @@ class Rows:
             torch.cuda.synchronize()
 
     def add(self, name: str, build: Callable[[], Callable[[], Any]], warm: int = 3) -> None:
-        """`build()` is called now, and what it makes `warm` times: the first is noted, with what it compiles."""
+        """Calls `build()`, then its call `warm` times. The first call is timed, compilation included."""
         start = time.perf_counter()
-        with self.kept(name):
+        with self.guarded(name):
             call = build()
             for number in range(warm):
                 call()
                 self.wait()
                 if number == 0:
-                    self.found["first"][name] = round(time.perf_counter() - start, 2)
+                    self.results["first"][name] = round(time.perf_counter() - start, 2)
             self.calls[name] = call
-        self.save(self.found)
+        self.save(self.results)
 
     @contextlib.contextmanager
-    def kept(self, name: str) -> Any:
+    def guarded(self, name: str) -> Any:
         try:
             yield
         except Exception as error:
-            said = " ".join(str(error).split())[:200]
-            self.found["failed"][name] = f"{type(error).__name__}: {said}"
+            message = " ".join(str(error).split())[:200]
+            self.results["failed"][name] = f"{type(error).__name__}: {message}"
             self.calls.pop(name, None)
-            print(f"{name}: {self.found['failed'][name]}", file=sys.stderr, flush=True)
+            print(f"{name}: {self.results['failed'][name]}", file=sys.stderr, flush=True)
 
     def time(self, rounds: int) -> None:
-        times = self.found["times"]
+        times = self.results["times"]
         for _ in range(rounds):
             for name, call in list(self.calls.items()):
-                with self.kept(name):
+                with self.guarded(name):
                     self.wait()
                     start = time.perf_counter()
                     call()
                     self.wait()
                     times.setdefault(name, []).append(round(time.perf_counter() - start, 7))
-            self.save(self.found)
+            self.save(self.results)
 
 
 def ceiling(save: Save, device: str, side: int) -> None:
     """FLOP/s of square matrix products and bytes/s of a copy."""
     import torch
 
-    found = {}
+    results = {}
     for dtype in ("bfloat16", "float16"):
         a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in "ab")
         rows = Rows(device, lambda _: None)
         rows.add(dtype, lambda a=a, b=b: lambda: a @ b)
         rows.time(15)
-        found[dtype] = 2 * side**3 / median(rows.found["times"][dtype])
-        save(found)
+        results[dtype] = 2 * side**3 / median(rows.results["times"][dtype])
+        save(results)
 
 
-def flops(save: Save, px: int, device: str, size: str, whats: Sequence[str]) -> None:
-    """Floating-point operations of a step for one picture, counted on the meta device."""
+def flops(save: Save, px: int, device: str, size: str, methods: Sequence[str]) -> None:
+    """Floating-point operations of a step for one image, counted on the meta device."""
     from networks import steps_flops
 
-    save({what: steps_flops(px, what, size=size)["step"] for what in whats})
+    save({method: steps_flops(px, method, size=size)["step"] for method in methods})
 
 
 def steps(
-    save: Save, px: int, batch: int, device: str, size: str, whats: Sequence[str], ways: Sequence[str],
-    beside: Sequence[str], rounds: int, counted: dict[str, int] | None = None,
+    save: Save, px: int, batch: int, device: str, size: str, methods: Sequence[str], ways: Sequence[str],
+    rivals: Sequence[str], rounds: int, counted: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
-    """Seconds of a step: `whats` in `ways`; beside, diffusers' UNet eager and compiled and its pipelines' steps.
+    """Seconds of a step of `methods` in `ways`, and of `rivals`: diffusers' UNet, eager or compiled, and pipelines.
 
-    counted: the operations of a step for one picture, where they are known.
+    counted: the operations of a step for one image, if known.
     """
     import torch
-    from networks import guided, ours, pipeline_step, plain_denoiser, rows_of_diffusers, steps_flops, theirs
+    from networks import (
+        guided,
+        our_networks,
+        pipeline_step,
+        rows_of_diffusers,
+        steps_flops,
+        their_networks,
+        unguided_denoiser,
+    )
 
     from segresearch.models.compute import Compute
 
     dtype = torch.bfloat16
     facts = {"px": px, "batch": batch, "dtype": "bfloat16"}
-    counted = counted or {what: steps_flops(px, what, size=size)["step"] for what in whats}
-    flops = {what: batch * counted[what] for what in whats}
+    counted = counted or {method: steps_flops(px, method, size=size)["step"] for method in methods}
+    flops = {method: batch * counted[method] for method in methods}
     rows = Rows(device, save, **facts, flops=flops, peak={})
-    control = any("ControlNet" in what for what in whats)
-    own = ours(dtype, device, control, size)
+    control = any("ControlNet" in method for method in methods)
+    nets = our_networks(dtype, device, control, size)
     denoisers: dict[str, Any] = {}
     for way in ways:
-        given = Compute(graph="graph" in way, compile="compile" in way)
-        denoisers[way] = plain_denoiser(own[0], given).to(device)
+        compute = Compute(graph="graph" in way, compile="compile" in way)
+        denoisers[way] = unguided_denoiser(nets[0], compute).to(device)
         if way == "compile+graph" and "compile" in denoisers:  # compiled once
             denoisers[way].run.networks = denoisers["compile"].run.networks
-        for what in whats:
-            with peak_of(rows.found["peak"], f"{what}, {way}", device):
-                rows.add(f"{what}, {way}", lambda what=what, way=way: guided(
-                    what, *own, px, dtype, device, batch, denoisers[way], size), warm=3 if rounds else 1)  # fmt: skip
-    if any(b.startswith("compiled") for b in beside):  # which takes its time: ours first, lest there is none left
+        for method in methods:
+            with peak_of(rows.results["peak"], f"{method}, {way}", device):
+                rows.add(
+                    f"{method}, {way}",
+                    lambda method=method, way=way: guided(
+                        method, *nets, px, dtype, device, batch, denoisers[way], size
+                    ),
+                    warm=3 if rounds else 1,
+                )
+    if any(b.startswith("compiled") for b in rivals):  # compiling may use up the time: ours first
         rows.time(rounds)
-        rows.found["times"] = {}
-    if beside and installed("diffusers"):
-        others = theirs(*own, size)
+        rows.results["times"] = {}
+    if rivals and installed("diffusers"):
+        others = their_networks(*nets, size)
 
         def compiled(mode: str | None) -> Any:
             def build() -> Any:
@@ -144,27 +157,27 @@ def steps(
             "compiled, graph": [("diffusers UNet, compiled, graph", compiled("reduce-overhead"))],
             "pipelines": [
                 (f"diffusers {label}", lambda key=key: pipeline_step(key, *others, px, dtype, device, batch, size))
-                for what, label, key in (("SEG", "PAG pipeline", "PAG"), ("CFG+SEG", "CFG + PAG pipeline", "CFG+PAG"),
+                for method, label, key in (("SEG", "PAG pipeline", "PAG"), ("CFG+SEG", "CFG + PAG pipeline", "CFG+PAG"),
                                          ("ControlNet+SEG", "ControlNet PAG pipeline", "ControlNet+PAG"))
-                if what in whats
+                if method in methods
             ],
         }  # fmt: skip
-        for which in beside:
+        for which in rivals:
             for name, build in builds[which]:
                 rows.add(name, build, warm=3 if rounds else 1)
-    elif beside:
-        rows.found["failed"]["diffusers"] = "not installed"
+    elif rivals:
+        rows.results["failed"]["diffusers"] = "not installed"
     for way, denoiser in denoisers.items():
         if "graph" in way and device.startswith("cuda") and None in denoiser.run.graphs.graphs.values():
-            rows.found["failed"][f"graphs of {way}"] = "; ".join(denoiser.run.graphs.reasons)
+            rows.results["failed"][f"graphs of {way}"] = "; ".join(denoiser.run.graphs.reasons)
         if "compile" in way and any(net is compiled for net, compiled in denoiser.run.networks.items()):
-            rows.found["failed"][f"networks of {way}"] = "ran uncompiled"
+            rows.results["failed"][f"networks of {way}"] = "ran uncompiled"
     rows.time(rounds)
 
 
 @contextlib.contextmanager
 def peak_of(peaks: dict[str, float], name: str, device: str) -> Any:
-    """Notes the GiB of GPU memory that were used at most inside, all that was there before among them."""
+    """Records the peak GPU memory of the block in GiB, including what was allocated before it."""
     import torch
 
     if device.startswith("cuda"):
@@ -174,22 +187,22 @@ def peak_of(peaks: dict[str, float], name: str, device: str) -> Any:
         peaks[name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
 
-def pictures(save: Save, px: int, batch: int, device: str, size: str, steps: int, ways: Sequence[str]) -> None:
-    """Seconds of whole generations, from random conditionings to uint8 pixels: CFG + SEG, the VAE in fp32."""
+def images(save: Save, px: int, batch: int, device: str, size: str, steps: int, ways: Sequence[str]) -> None:
+    """Seconds of complete images, from random conditionings to uint8 pixels: CFG + SEG, the VAE in fp32."""
     import torch
-    from networks import inputs, ours, plain_denoiser, terms
+    from networks import inputs, our_networks, terms, unguided_denoiser
 
     from segresearch.guidance import GuidedDenoiser
     from segresearch.models.compute import Compute
     from segresearch.sampling import sample
 
     rows = Rows(device, save, px=px, batch=batch, steps=steps)
-    unet, vae = ours(torch.bfloat16, device, False, size)[0], random_vae(torch.float32, device, size)
+    unet, vae = our_networks(torch.bfloat16, device, False, size)[0], random_vae(torch.float32, device, size)
     x, _, conds, _ = inputs(px, torch.bfloat16, device, batch, size)
     noise = x / x.std()
 
     def build(way: str) -> Any:
-        denoiser = plain_denoiser(unet, Compute(graph="graph" in way, compile="compile" in way)).to(device)
+        denoiser = unguided_denoiser(unet, Compute(graph="graph" in way, compile="compile" in way)).to(device)
         model = GuidedDenoiser(denoiser, terms("CFG+SEG"))
 
         def call() -> torch.Tensor:
@@ -217,19 +230,19 @@ def random_vae(dtype: Any, device: str, size: str) -> Any:
 
 
 def decode(save: Save, sides: Sequence[int], device: str, tile: int, size: str) -> None:
-    """Seconds and peak memory of decoding one picture whole and in tiles, and how far apart the two are."""
+    """Seconds and peak memory of decoding one image whole and in tiles, and their largest difference."""
     import torch
 
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for side in sides:
         z = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(0)).to(device)
         for dtype in ("bfloat16", "float32"):
             vae = random_vae(getattr(torch, dtype), device, size)
-            found += [decode_row(vae, z, None, device, dtype), decode_row(vae, z, tile, device, dtype)]
-            whole, tiles = (one.pop("picture", None) for one in found[-2:])
+            results += [decode_row(vae, z, None, device, dtype), decode_row(vae, z, tile, device, dtype)]
+            whole, tiles = (one.pop("image", None) for one in results[-2:])
             if whole is not None and tiles is not None:
-                found[-1] |= {"apart": float((whole - tiles).abs().max()), "of": float(whole.abs().max())}
-            save(found)
+                results[-1] |= {"difference": float((whole - tiles).abs().max()), "largest": float(whole.abs().max())}
+            save(results)
 
 
 def decode_row(vae: Any, z: Any, tile: int | None, device: str, dtype: str) -> dict[str, Any]:
@@ -239,35 +252,35 @@ def decode_row(vae: Any, z: Any, tile: int | None, device: str, dtype: str) -> d
     rows, peaks = Rows(device, lambda _: None), {}
     weights = torch.cuda.memory_allocated() / 2**30 if device.startswith("cuda") else 0.0
     row: dict[str, Any] = {"px": z.shape[-1] * 8, "dtype": dtype, "way": way, "tile": tile}
-    with peak_of(peaks, way, device), rows.kept(way):
-        row["picture"] = vae.decode(z, tile=tile)
+    with peak_of(peaks, way, device), rows.guarded(way):
+        row["image"] = vae.decode(z, tile=tile)
     rows.add(way, lambda: lambda: vae.decode(z, tile=tile), warm=1)
     rows.time(3)
     peak = peaks.get(way)
     return row | {"peak": peak, "above": None if peak is None else peak - weights,
-                  "times": rows.found["times"].get(way), "failed": rows.found["failed"].get(way)}  # fmt: skip
+                  "times": rows.results["times"].get(way), "failed": rows.results["failed"].get(way)}  # fmt: skip
 
 
 def trials(save: Save, px: int, device: str, size: str, batches: Sequence[int], rounds: int) -> None:
-    """What else might pay, on a plain captured step: memory layout, SDPA's backends, inference mode, cuDNN's search."""
+    """Other options for an unguided step with a graph: memory layout, SDPA, inference mode, cuDNN's search."""
     import copy
 
     import torch
-    from networks import guided, ours, plain_denoiser, terms
+    from networks import guided, our_networks, terms, unguided_denoiser
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from segresearch.models.compute import Compute
 
-    assert terms("plain") == {}
-    unet, _ = ours(torch.bfloat16, device, False, size)
+    assert terms("unguided") == {}
+    unet, _ = our_networks(torch.bfloat16, device, False, size)
     last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
-    found = {}
+    results = {}
     for batch in batches:
-        rows = Rows(device, lambda part, batch=batch: save(found | {str(batch): part}), batch=batch)
+        rows = Rows(device, lambda part, batch=batch: save(results | {str(batch): part}), batch=batch)
 
         def build(net: Any = unet, around: Any = contextlib.nullcontext, graph: bool = True, batch: int = batch) -> Any:
-            denoiser = plain_denoiser(net, Compute(graph=graph)).to(device)
-            call = guided("plain", net, None, px, torch.bfloat16, device, batch, denoiser, size)
+            denoiser = unguided_denoiser(net, Compute(graph=graph)).to(device)
+            call = guided("unguided", net, None, px, torch.bfloat16, device, batch, denoiser, size)
 
             def inside() -> Any:
                 with around():
@@ -296,13 +309,13 @@ def trials(save: Save, px: int, device: str, size: str, batches: Sequence[int], 
         rows.add("eager, inference mode", lambda build=build: build(around=torch.inference_mode, graph=False))
         rows.add("cuDNN's search", searched)
         rows.time(rounds)
-        found[str(batch)] = rows.found
-        fused(rows.found, px, device, batch, rounds)
-        save(found)
+        results[str(batch)] = rows.results
+        fused(rows.results, px, device, batch, rounds)
+        save(results)
 
 
-def fused(found: dict[str, Any], px: int, device: str, batch: int, rounds: int) -> None:
-    """q, k and v as three products and as one, of SDXL's two widths: seconds of ten."""
+def fused(results: dict[str, Any], px: int, device: str, batch: int, rounds: int) -> None:
+    """Seconds of ten projections to q, k and v at SDXL's two widths, as three products and as one."""
     import torch
 
     for width, tokens in ((640, (px // 16) ** 2), (1280, (px // 32) ** 2)):
@@ -315,11 +328,11 @@ def fused(found: dict[str, Any], px: int, device: str, batch: int, rounds: int) 
         rows.add(f"{width} wide, one", lambda x=x, whole=whole: lambda: [
             torch.nn.functional.linear(x, whole) for _ in range(10)])  # fmt: skip
         rows.time(rounds)
-        found.setdefault("qkv", {}).update({name: median(times) for name, times in rows.found["times"].items()})
+        results.setdefault("qkv", {}).update({name: median(times) for name, times in rows.results["times"].items()})
 
 
 def mini(save: Save, device: str, batches: Sequence[int], steps: int) -> None:
-    """Pictures a second of the embedded model at `preset=quick`'s steps: SEG, from noise to uint8, fp32 and bf16."""
+    """Images a second of the embedded model at `preset=quick`'s steps: SEG, from noise to uint8, fp32 and bf16."""
     import torch
     from networks import terms
 
@@ -328,7 +341,7 @@ def mini(save: Save, device: str, batches: Sequence[int], steps: int) -> None:
     from segresearch.models.compute import Compute
     from segresearch.sampling import initial_noise, sample
 
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for dtype in ("float32", "bfloat16"):
         for graph in (False, True):
             sdxl = load_sdxl("mini", getattr(torch, dtype), device, compute=Compute(graph=graph))
@@ -343,27 +356,28 @@ def mini(save: Save, device: str, batches: Sequence[int], steps: int) -> None:
 
                 rows.add("", lambda call=call: call, warm=1)
                 rows.time(2)
-                found.append({"dtype": dtype, "graph": graph, "batch": batch, "times": rows.found["times"].get(""),
-                              "failed": rows.found["failed"].get("")})  # fmt: skip
-                save(found)
+                results.append({"dtype": dtype, "graph": graph, "batch": batch, "times": rows.results["times"].get(""),
+                              "failed": rows.results["failed"].get("")})  # fmt: skip
+                save(results)
 
 
-def script(save: Save, device: str, name: str, given: Sequence[str]) -> None:
+def script(save: Save, device: str, name: str, overrides: Sequence[str]) -> None:
     """Seconds of a script of experiments/, from start to end."""
     root = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, str(root / "experiments" / f"{name}.py"), f"device={device}", f"out={out}", *given]
+        file = root / "experiments" / f"{name}.py"
+        command = [sys.executable, str(file), f"device={device}", f"out={out}", *overrides]
         start = time.perf_counter()
         done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     end = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    save({"name": name, "seconds": round(time.perf_counter() - start, 1), "code": done.returncode, "said": end[-2:]})
+    save({"name": name, "seconds": round(time.perf_counter() - start, 1), "code": done.returncode, "output": end[-2:]})
 
 
-def memory(save: Save, px: int, device: str, who: str, what: str) -> None:
+def memory(save: Save, px: int, device: str, who: str, method: str) -> None:
     """Peak memory of two steps of SDXL at full size."""
     import parts
 
-    save({"who": who, "what": what, "px": px, **parts.peak(who, what, px, "bfloat16", device)})
+    save({"who": who, "method": method, "px": px, **parts.peak(who, method, px, "bfloat16", device)})
 
 
 def main() -> None:
@@ -373,8 +387,8 @@ def main() -> None:
     if arguments["device"] == "cpu":
         torch.set_num_threads(1)
     with torch.no_grad():
-        {f.__name__: f for f in (ceiling, flops, steps, pictures, decode, trials, mini, script, memory)}[name](
-            lambda found: written(into, json.dumps(found)), **arguments
+        {f.__name__: f for f in (ceiling, flops, steps, images, decode, trials, mini, script, memory)}[name](
+            lambda results: write(into, json.dumps(results)), **arguments
         )
 
 

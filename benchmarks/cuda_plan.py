@@ -1,4 +1,4 @@
-"""Which parts benchmarks/cuda.py measures, in which order, and how one is run."""
+"""The parts that benchmarks/cuda.py measures, their order, and how one is run."""
 
 import json
 import sys
@@ -11,12 +11,12 @@ from typing import Any
 from harness import HERE, bounded, installed
 
 WAYS = ("eager", "graph", "compile", "compile+graph")
-ROWS = ("plain", "SEG", "CFG+SEG", "ControlNet+SEG")
+ROWS = ("unguided", "SEG", "CFG+SEG", "ControlNet+SEG")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One process: a function of cuda.py, its arguments, and the seconds that it may take."""
+    """One process: a function of cuda.py, its arguments, and its time limit in seconds."""
 
     name: str
     function: str
@@ -25,27 +25,28 @@ class Part:
 
 
 def plan(device: str, smoke: bool) -> list[Part]:
-    """The parts in the order of what they are worth, were there no time for all."""
+    """The parts, most important first, since time may not suffice for all."""
     px, size, rounds = (64, "tiny", 2) if smoke else (1024, "full", 12)
     same = {"px": px, "device": device, "size": size}
 
     def steps_of(batch: int) -> Part:
-        own = {"whats": ROWS, "ways": ("eager", "graph"), "batch": batch, "beside": ("eager", "pipelines")}
-        return Part(f"steps, batch {batch}", "steps", 110, same | own | {"rounds": rounds if batch == 1 else 6})
+        arguments = {"methods": ROWS, "ways": ("eager", "graph"), "batch": batch, "rivals": ("eager", "pipelines")}
+        return Part(f"steps, batch {batch}", "steps", 110, same | arguments | {"rounds": rounds if batch == 1 else 6})
 
-    def compiled(what: str, batch: int, beside: Sequence[str], limit: float) -> Part:
-        own = {"whats": (what,), "ways": ("graph", "compile", "compile+graph"), "batch": batch, "beside": beside}
-        return Part(f"compiled {what}, batch {batch}", "steps", limit, same | own | {"rounds": rounds})
+    def compiled(method: str, batch: int, rivals: Sequence[str], limit: float) -> Part:
+        ways = ("graph", "compile", "compile+graph")
+        arguments = {"methods": (method,), "ways": ways, "batch": batch, "rivals": rivals}
+        return Part(f"compiled {method}, batch {batch}", "steps", limit, same | arguments | {"rounds": rounds})
 
-    def pictures_of(batch: int) -> Part:
-        own = {"batch": batch, "steps": 2 if smoke else 25, "ways": ("eager", "graph")}
-        return Part(f"pictures, batch {batch}", "pictures", 90, same | own)
+    def images_of(batch: int) -> Part:
+        arguments = {"batch": batch, "steps": 2 if smoke else 25, "ways": ("eager", "graph")}
+        return Part(f"images, batch {batch}", "images", 90, same | arguments)
 
     first = [Part("ceiling", "ceiling", 60, {"device": device, "side": 256 if smoke else 8192}), steps_of(1),
-             compiled("plain", 1, ("eager", "compiled"), 200)]  # fmt: skip
+             compiled("unguided", 1, ("eager", "compiled"), 200)]  # fmt: skip
     sides = {"sides": (64,) if smoke else (1024, 2048), "tile": 64 if smoke else 512}
     rest = [
-        pictures_of(1),
+        images_of(1),
         Part("decode", "decode", 80, {"device": device, "size": size} | sides),
         Part("trials", "trials", 90, same | {"batches": (2,) if smoke else (1, 8), "rounds": rounds}),
         Part("mini", "mini", 60, {"device": device, "batches": (2,) if smoke else (25, 100, 400),
@@ -54,42 +55,42 @@ def plan(device: str, smoke: bool) -> list[Part]:
     if smoke:
         return first + rest
     last = [
-        pictures_of(4),
+        images_of(4),
         steps_of(4),
-        Part("analyze", "script", 120, {"device": device, "name": "analyze", "given": ()}),
-        *(Part(f"memory of {who}", "memory", 60, {"px": px, "device": device, "who": who, "what": what})
-          for who, what in (("ours", "SEG"), ("diffusers", "PAG"))),
+        Part("analyze", "script", 120, {"device": device, "name": "analyze", "overrides": ()}),
+        *(Part(f"memory of {who}", "memory", 60, {"px": px, "device": device, "who": who, "method": method})
+          for who, method in (("ours", "SEG"), ("diffusers", "PAG"))),
     ]  # fmt: skip
-    more = [compiled("CFG+SEG", 1, (), 150), compiled("plain", 8, (), 150), steps_of(8)]
+    more = [compiled("CFG+SEG", 1, (), 150), compiled("unguided", 8, (), 150), steps_of(8)]
     return first + more + rest + last
 
 
 def counting(smoke: bool) -> Part:
-    """The part that counts operations, which needs no GPU."""
+    """The part that counts operations. It needs no GPU."""
     px, size = (64, "tiny") if smoke else (1024, "full")
-    return Part("flops", "flops", 120, {"px": px, "device": "cpu", "size": size, "whats": ROWS})
+    return Part("flops", "flops", 120, {"px": px, "device": "cpu", "size": size, "methods": ROWS})
 
 
 def warm_up(device: str, smoke: bool) -> list[Part]:
-    """The compilations of `plan`, to be run side by side before it: their kernels then come from a cache on disk."""
+    """The compilations of `plan`, to run in parallel before it. Its kernels then come from a cache on disk."""
     parts = []
     for part in plan(device, smoke):
         if part.name.startswith("compiled "):
-            own = part.arguments | {"rounds": 0, "beside": (), "ways": ("compile",)}
-            parts.append(Part(f"warm-up: {part.name}", "steps", 240, own))
-            others = [b for b in part.arguments["beside"] if b.startswith("compiled")]
+            arguments = part.arguments | {"rounds": 0, "rivals": (), "ways": ("compile",)}
+            parts.append(Part(f"warm-up: {part.name}", "steps", 240, arguments))
+            others = [b for b in part.arguments["rivals"] if b.startswith("compiled")]
             for other in others if installed("diffusers") else []:
-                own = part.arguments | {"rounds": 0, "beside": (other,), "ways": ()}
-                parts.append(Part(f"warm-up: diffusers {other}, {part.name}", "steps", 240, own))
+                arguments = part.arguments | {"rounds": 0, "rivals": (other,), "ways": ()}
+                parts.append(Part(f"warm-up: diffusers {other}, {part.name}", "steps", 240, arguments))
     return parts
 
 
 def run_part(part: Part, folder: Path, limit: float, **environment: str) -> dict[str, Any]:
-    """What a part found in at most `limit` seconds, as {"found", "failed", "seconds"}; its output lies in `folder`."""
+    """The results of a part in at most `limit` seconds, as {"results", "failed", "seconds"}. Its log is in `folder`."""
     name = "".join(c if c.isalnum() else "-" for c in part.name)
     into, log = folder / f"{name}.json", folder / f"{name}.log"
     command = [sys.executable, str(HERE / "cuda.py"), part.function, json.dumps(part.arguments), str(into)]
     start = time.perf_counter()
     failed = bounded(command, min(limit, part.limit), log, PYTHONWARNINGS="default", **environment)
-    found = json.loads(into.read_text()) if into.is_file() else None
-    return {"found": found, "failed": failed, "seconds": round(time.perf_counter() - start, 1)}
+    results = json.loads(into.read_text()) if into.is_file() else None
+    return {"results": results, "failed": failed, "seconds": round(time.perf_counter() - start, 1)}

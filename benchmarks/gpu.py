@@ -1,12 +1,12 @@
-"""The tests that need a GPU and the benchmark, one after the other within a limit, into one file: benchmarks/gpu.sh.
+"""Run the GPU tests and the benchmark within a time limit, and write one file of results: benchmarks/gpu.sh.
 
     python benchmarks/gpu.py                        # 9 minutes at most; results in runs/gpu/results.md
     python benchmarks/gpu.py --device cpu --smoke   # the same code at tiny sizes, without a GPU
     python benchmarks/gpu.py --only bench           # or tests
     python benchmarks/gpu.py --keep runs/gpu/results.md      # its tables into benchmarks/RESULTS.md
 
-Every test file and every part of the benchmark is a process of its own with its own limit. The file is written anew
-after each, so that whoever stops it, or loses the machine, has what there was; the ends of all logs lie beside it.
+Every test file and every part of the benchmark is a separate process with a time limit. The file is rewritten after
+each, so that an interrupted run keeps its results. The ends of all logs are write beside it.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 from cuda_plan import counting, plan, run_part, warm_up  # noqa: E402
-from cuda_tables import shown  # noqa: E402
-from harness import HERE, ON_A_GPU, bounded, machine, table, with_sections, written  # noqa: E402
+from cuda_tables import tables  # noqa: E402
+from harness import HERE, ON_A_GPU, bounded, machine, table, with_sections, write  # noqa: E402
 
 ROOT = HERE.parent
-TESTS = ("study", "generate", "full_size", "compute", "pictures")  # files of tests/gpu
+TESTS = ("study", "generate", "full_size", "compute", "images")  # files of tests/gpu
 TESTS_LIMIT = 220.0  # seconds a file
 SMALL = "every_method and sag_cfg or guess or follows or guided_steps or analyze or device_gives"  # for a trial
 MOST = 900_000  # characters of the file
@@ -38,7 +38,7 @@ NUMBERS = "## All numbers"
 
 
 class Results:
-    """What was found so far; `save` writes all of it."""
+    """The results so far. `save` writes all of them."""
 
     def __init__(self, folder: Path, work: Path, facts: dict[str, Any]):
         self.folder, self.work, self.facts = folder, work, facts
@@ -52,54 +52,55 @@ class Results:
             self._save()
 
     def _save(self) -> None:
-        said = ", ".join(f"{k} {v}" for k, v in self.facts.items() if v is not None)
+        summary = ", ".join(f"{k} {v}" for k, v in self.facts.items() if v is not None)
         heading = f"{ON_A_GPU}{self.facts['gpu'] or 'none, a trial'}, commit {self.facts['commit']}"
-        lines = [heading, f"    benchmarks/gpu.sh {' '.join(sys.argv[1:])}".rstrip(), f"Machine: {said}."]
+        lines = [heading, f"    benchmarks/gpu.sh {' '.join(sys.argv[1:])}".rstrip(), f"Machine: {summary}."]
         lines += ["; ".join(self.notes) + "."] if self.notes else []
-        lines += self.tested() + (["## Benchmark", *shown(self.parts)] if self.parts else [])
+        lines += self.test_tables() + (["## Benchmark", *tables(self.parts)] if self.parts else [])
         raw = {"facts": self.facts, "tests": self.tests, "parts": self.parts}
         text = ("\n\n".join(lines) + "\n").replace(f"{ROOT}/", "")
-        for keep in (raw, {"facts": self.facts, "parts": self.parts}):
-            whole = f"{text}\n{NUMBERS}\n\n```json\n{json.dumps(keep)}\n```\n"
+        for content in (raw, {"facts": self.facts, "parts": self.parts}):
+            whole = f"{text}\n{NUMBERS}\n\n```json\n{json.dumps(content)}\n```\n"
             if len(whole) < MOST:
                 break
-        written(self.folder / "results.md", whole[:MOST])
+        write(self.folder / "results.md", whole[:MOST])
         logs = [f"==> {p.name}\n{p.read_text(errors='replace')[-LOG:]}" for p in sorted(self.work.glob("*.log"))]
-        written(self.folder / "logs.txt", "\n".join(logs))
+        write(self.folder / "logs.txt", "\n".join(logs))
 
-    def tested(self) -> list[str]:
-        """How many tests passed, those that did not, and the numbers that they noted."""
+    def test_tables(self) -> list[str]:
+        """Counts of passed tests, the failed tests, and the numbers that tests recorded."""
         if not self.tests:
             return []
-        rows, failed, noted = [], [], []
+        rows, failed, notes = [], [], []
         for name, one in self.tests.items():
             ends = [n for n in one["notes"] if n["name"] == "test"]
             count = {kind: sum(n["value"] == kind for n in ends) for kind in ("passed", "failed", "skipped")}
             rows.append([name, *count.values(), one["seconds"], one["failed"]])
             failed += [f"- {n['test']}: {n['value']}: {' '.join(n['reason'].split())[:300]}"
                        for n in ends if n["value"] != "passed"]  # fmt: skip
-            noted += [f"| {n['name'][:100]} | {value(n['value'])} |" for n in one["notes"] if n["name"] != "test"]
+            notes += [f"| {n['name'][:100]} | {cell(n['value'])} |" for n in one["notes"] if n["name"] != "test"]
         out = ["## Tests", table(("file", "passed", "failed", "skipped", "s", ""), rows)]
         out += ["\n".join(failed)] if failed else []
-        return out + (["\n".join(["| noted | value |", "|---|---|", *noted])] if noted else [])
+        return out + (["\n".join(["| note | value |", "|---|---|", *notes])] if notes else [])
 
 
-def value(given: Any) -> str:
-    text = f"{given:.3g}" if isinstance(given, float) else json.dumps(given) if isinstance(given, dict) else str(given)
+def cell(value: Any) -> str:
+    """A value as the cell of a table."""
+    text = f"{value:.3g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
     return " ".join(text.replace("|", "/").split())[:120]
 
 
 def commit() -> str:
-    """Of the code: what COMMIT says, for a copy that git does not know as it is; else git's."""
+    """The commit of the code: $COMMIT (for a copy without its git history), else git's."""
     if os.environ.get("COMMIT"):
         return os.environ["COMMIT"]
     call = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(call, capture_output=True, text=True, timeout=20)
-        found = done.stdout.strip() if done.returncode == 0 else ""
+        described = done.stdout.strip() if done.returncode == 0 else ""
     except (OSError, subprocess.SubprocessError):
-        found = ""
-    return found or "unknown"
+        described = ""
+    return described or "unknown"
 
 
 def driver() -> str | None:
@@ -112,7 +113,7 @@ def driver() -> str | None:
 
 
 def test_file(name: str, folder: Path, device: str, limit: float) -> dict[str, Any]:
-    """How the tests of tests/gpu/test_gpu_`name`.py ended, and what they noted, in at most `limit` seconds."""
+    """How the tests of tests/gpu/test_gpu_`name`.py ended, and their notes, in at most `limit` seconds."""
     notes, log = folder / f"tests-{name}.jsonl", folder / f"tests-{name}.log"
     notes.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5",
@@ -120,9 +121,9 @@ def test_file(name: str, folder: Path, device: str, limit: float) -> dict[str, A
     if device == "cpu":
         command += ["-k", SMALL]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    own = {"SEGRESEARCH_TEST_DEVICE": device, "SEGRESEARCH_TEST_NOTES": str(notes), "PYTHONPATH": paths}
+    environment = {"SEGRESEARCH_TEST_DEVICE": device, "SEGRESEARCH_TEST_NOTES": str(notes), "PYTHONPATH": paths}
     start = time.perf_counter()
-    failed = bounded(command, limit, log, **own)
+    failed = bounded(command, limit, log, **environment)
     lines = notes.read_text().splitlines() if notes.is_file() else []
     return {"failed": failed, "seconds": round(time.perf_counter() - start, 1),
             "notes": [json.loads(line) for line in lines if line.endswith("}")]}  # fmt: skip
@@ -131,9 +132,9 @@ def test_file(name: str, folder: Path, device: str, limit: float) -> dict[str, A
 def run(
     device: str, smoke: bool, only: Sequence[str], limit: float, folder: Path, parts: Sequence[str] = ()
 ) -> Results:
-    """Everything, in `limit` seconds: while the first test files run, compilations are made side by side with them.
+    """Everything, in `limit` seconds. Compilations run in parallel with the first test files.
 
-    parts: first words of those of the benchmark that are wanted; none: all.
+    parts: the selected parts of the benchmark, by their first words; none: all.
     """
     end = time.monotonic() + limit
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,38 +154,38 @@ def _run(
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
              "TORCHINDUCTOR_AUTOGRAD_CACHE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}  # fmt: skip
     if smoke:
-        cache["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes minutes without a GPU: the calls are made uncompiled
+        cache["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes minutes without a GPU
 
     def left(reserve: float = 5.0) -> float:
         return end - time.monotonic() - reserve
 
-    def tested(name: str) -> None:
+    def run_tests(name: str) -> None:
         results.tests[name] = test_file(name, work, device, min(TESTS_LIMIT, left()))
         results.save()
 
-    def warmed(part: Any) -> None:
+    def compile_part(part: Any) -> None:
         done = run_part(part, work, left(), **cache, **threads)
         results.notes.append(f"{part.name}: {done['seconds']:.0f} s {done['failed']}".rstrip())
         results.save()
 
     def count(part: Any) -> None:
-        counted.update(run_part(part, work, left(), **threads)["found"] or {})
+        counted.update(run_part(part, work, left(), **threads)["results"] or {})
 
     counted: dict[str, int] = {}
     os.environ.update(threads)
-    together: list[tuple[Any, Any]] = [(tested, name) for name in TESTS] if "tests" in only else []
+    together: list[tuple[Any, Any]] = [(run_tests, name) for name in TESTS] if "tests" in only else []
     together += [(count, counting(smoke))] if "bench" in only else []
     compiles = "bench" in only and (not parts or "compiled" in parts)
-    together += [(warmed, part) for part in warm_up(device, smoke)] if compiles else []
+    together += [(compile_part, part) for part in warm_up(device, smoke)] if compiles else []
     with ThreadPoolExecutor(2 if device == "cpu" else max(1, len(together))) as pool:
-        for future in [pool.submit(call, what) for call, what in together]:
+        for future in [pool.submit(call, argument) for call, argument in together]:
             future.result()
-    wanted = [part for part in plan(device, smoke) if not parts or part.name.startswith(("ceiling", *parts))]
-    for part in wanted if "bench" in only else ():
+    selected = [part for part in plan(device, smoke) if not parts or part.name.startswith(("ceiling", *parts))]
+    for part in selected if "bench" in only else ():
         if part.function == "steps" and counted:
             part.arguments["counted"] = counted
         if left() < 15:
-            results.parts[part.name] = {"found": None, "failed": "was not begun: no time was left", "seconds": 0}
+            results.parts[part.name] = {"results": None, "failed": "not started: no time left", "seconds": 0}
         else:
             results.parts[part.name] = run_part(part, work, left(), **cache, **threads)
         results.save()
@@ -194,19 +195,19 @@ def _run(
 
 
 def bench(device: str, quick: bool, parts: Sequence[str] | None, markdown: Path | None) -> None:
-    """The benchmark alone, in under seven minutes; its tables printed, and put into the file `markdown`."""
+    """The benchmark alone, in under seven minutes. Prints its tables and writes them into the file `markdown`."""
     refuse_without(device)
-    chosen = parts or (("steps", "pictures", "decode", "memory") if quick else ())
+    selected = parts or (("steps", "images", "decode", "memory") if quick else ())
     folder = Path("runs/gpu")
-    run(device, False, ["bench"], 410, folder, chosen)
+    run(device, False, ["bench"], 410, folder, selected)
     section = (folder / "results.md").read_text().partition(f"\n{NUMBERS}")[0]
     print(section)
     if markdown:
-        written(markdown, with_sections(markdown.read_text() if markdown.is_file() else "", section))
+        write(markdown, with_sections(markdown.read_text() if markdown.is_file() else "", section))
 
 
 def refuse_without(device: str) -> None:
-    """SystemExit, in one line, where this GPU is not."""
+    """SystemExit, in one line, if there is no such GPU."""
     import torch
 
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -214,12 +215,12 @@ def refuse_without(device: str) -> None:
 
 
 def keep(results: Path) -> None:
-    """Put the tables of a results.md into benchmarks/RESULTS.md, without all numbers."""
-    place = HERE / "RESULTS.md"
+    """Copy the tables of a results.md into benchmarks/RESULTS.md, without the raw numbers."""
+    path = HERE / "RESULTS.md"
     section = results.read_text().partition(f"\n{NUMBERS}")[0]
     if not section.startswith(ON_A_GPU):
         raise SystemExit(f"{results}: begins with {section[:20]!r}, not with {ON_A_GPU!r}: give a file of gpu.sh")
-    written(place, with_sections(place.read_text(), section))
+    write(path, with_sections(path.read_text(), section))
 
 
 def main() -> None:
@@ -235,7 +236,7 @@ def main() -> None:
         return keep(options.keep)
     refuse_without(options.device)
     results = run(options.device, options.smoke, options.only, options.limit, options.out)
-    print("\n\n".join(results.tested()[:3]))
+    print("\n\n".join(results.test_tables()[:3]))
     print(f"results: {options.out / 'results.md'}")
     if any(one["failed"] for one in results.tests.values()):
         raise SystemExit(1)

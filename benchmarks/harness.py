@@ -1,7 +1,7 @@
-"""Measuring: interleaved repetitions, medians, peak memory, one part a process, the machine's name.
+"""Measuring: interleaved rounds, medians, peak memory, one process per part, the machine.
 
-Everything that is compared is run in turn, round after round in one process, so that whatever else slows the machine
-slows all of it; times are medians of the rounds and ratios are medians of the ratios within rounds.
+All candidates take turns within each round, in one process, so that other load on the machine slows all of them.
+Times are medians over the rounds. Ratios are medians of the ratios within rounds.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ON_A_CPU, ON_A_GPU = "# Measured", "# On a GPU: "  # what sections of RESULTS.md begin with
+ON_A_CPU, ON_A_GPU = "# Measured", "# On a GPU: "  # the starts of sections of RESULTS.md
 Calls = Mapping[str, Callable[[], Any]]
 
 
 def interleaved(calls: Calls, rounds: int, device: str = "cpu", warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call in every round, after `warm` rounds that do not count."""
+    """Seconds of every call in every round, after `warm` uncounted rounds."""
     import torch
 
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
@@ -61,7 +61,7 @@ def resident() -> int:
 
 
 class Peak:
-    """Largest resident set while inside, sampled every 2 ms: `bytes` above that at entry, `whole` in all."""
+    """The largest resident set inside, sampled every 2 ms: `whole`, and `bytes` above that at entry."""
 
     def __enter__(self) -> "Peak":
         self.start = self.whole = resident()
@@ -82,7 +82,7 @@ class Peak:
 
 
 def child(part: str, threads: int, **arguments: Any) -> Any:
-    """`part`(**arguments) of benchmarks/parts.py in a process of its own, which sees `threads` threads; its result."""
+    """`part`(**arguments) of benchmarks/parts.py in a separate process with `threads` threads; its result."""
     command = [sys.executable, str(HERE / "run.py"), "--child", part, json.dumps(arguments), "--threads", str(threads)]
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
     environment = {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONWARNINGS": "ignore"}
@@ -93,13 +93,13 @@ def child(part: str, threads: int, **arguments: Any) -> Any:
 
 
 def bounded(command: Sequence[str], limit: float, log: Path, **environment: str) -> str:
-    """Runs `command` for at most `limit` seconds, its output into `log`; "" or, in one line, how it failed.
+    """Runs `command` for at most `limit` seconds, with its output in `log`. Returns "" or the failure in one line.
 
-    Whatever it has started ends with it.
+    All its child processes end with it.
     """
     with log.open("a") as file:
-        own: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        process = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True, **own)
+        streams: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        process = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True, **streams)
         try:
             code = process.wait(max(limit, 0.1))
         except subprocess.TimeoutExpired:
@@ -114,32 +114,32 @@ def bounded(command: Sequence[str], limit: float, log: Path, **environment: str)
     return f"ended with {code}: {lines[-1].strip()[:300] if lines else 'no message'}"
 
 
-def written(path: Path, text: str) -> None:
-    """Replaces the file by `text` in one go, so that whoever stops the process finds one or the other."""
+def write(path: Path, text: str) -> None:
+    """Replaces the content of the file by `text`, atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
 
 
 def sections(text: str) -> dict[str, str]:
-    """The sections of a file of results, by their first lines, "# ..."."""
+    """The sections of a results file by their first lines, "# ..."."""
     parts = [part.strip() for part in re.split(r"(?m)^(?=# )", text) if part.strip()]
     return {part.splitlines()[0]: part for part in parts}
 
 
 def with_sections(text: str, new: str) -> str:
-    """`text` with these sections in it, each in the place of one of the same first line, else at the end."""
+    """`text` with the sections of `new`: each replaces the one with the same first line, or is appended."""
     return "\n\n".join((sections(text) | sections(new)).values()) + "\n"
 
 
 def with_start(text: str, start: str) -> str:
-    """`text` with another start: what runs on a CPU measured anew, all other sections kept."""
+    """`text` with its CPU sections replaced by `start`, and all other sections kept."""
     others = [part for line, part in sections(text).items() if not line.startswith(ON_A_CPU)]
     return "\n\n".join([start.strip(), *others]) + "\n"
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The machine and the versions that the numbers depend on."""
     import torch
 
     cpu = platform.processor() or platform.machine()
@@ -157,7 +157,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def installed(name: str) -> str | None:
-    """The version of a package, None where it is not installed (one that is run from its folder, say)."""
+    """The version of a package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -165,7 +165,7 @@ def installed(name: str) -> str | None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table with columns of one width, which reads as plain text too."""
+    """A Markdown table with padded columns."""
     cells = [[str(c) for c in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]

@@ -1,9 +1,10 @@
-"""GPU memory of a full-size SDXL by arithmetic: tensors are counted on the meta device, nothing is computed.
+"""GPU memory of a full-size SDXL, by counting tensors on the meta device. Nothing is computed.
 
     python benchmarks/memory.py
 
-Attention counts as a fused kernel, which holds its output only. What a GPU needs beside: workspaces of convolutions,
-blocks that the allocator keeps, and CUDA's own context. `experiments/full_size.py --device cuda` measures.
+Attention counts as a fused kernel, which holds its output only. A GPU needs more memory: the workspaces of
+convolutions, the blocks that the allocator caches, and the CUDA context. `experiments/full_size.py --device cuda`
+measures.
 """
 
 import weakref
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from harness import table
-from networks import SIGMA, inputs, ours, plain_denoiser, terms
+from networks import SIGMA, inputs, our_networks, terms, unguided_denoiser
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +29,7 @@ TILES = (None, 512, 256, 128)
 
 
 class Live(TorchDispatchMode):
-    """The most bytes that tensors made inside hold at one time: `peak`. Tensors in `before` do not count."""
+    """`peak`: the peak of the bytes held by tensors that are created inside. Tensors in `before` do not count."""
 
     def __init__(self, before: Sequence[Tensor]):
         super().__init__()
@@ -50,7 +51,7 @@ class Live(TorchDispatchMode):
 
 
 class Fused(TorchFunctionMode):
-    """Attention that makes its output and nothing else, as the fused kernels do."""
+    """Attention that allocates its output only, as the fused kernels do."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.nn.functional.scaled_dot_product_attention:
@@ -82,7 +83,7 @@ def text_encoders() -> tuple[nn.Module, nn.Module]:
 
 
 def weights() -> list[list[str]]:
-    unet, net = ours(torch.bfloat16, "meta", True)
+    unet, net = our_networks(torch.bfloat16, "meta", True)
     first, second = text_encoders()
     with torch.device("meta"):
         vae = VAE(VAEConfig())
@@ -96,20 +97,20 @@ def weights() -> list[list[str]]:
     return rows
 
 
-def step(what: str, px: int, dtype: torch.dtype, batch: int = 1) -> int:
-    """Of one guided step, the text projected and the control image embedded beforehand: these count as well."""
-    unet, net = ours(dtype, "meta", "ControlNet" in what)
+def step(method: str, px: int, dtype: torch.dtype, batch: int = 1) -> int:
+    """Peak of one guided step, including the cached keys and values of the text and the embedded control image."""
+    unet, net = our_networks(dtype, "meta", "ControlNet" in method)
     x, sigma, conds, _ = inputs(px, dtype, "meta")
     x, sigma, conds = x[[0] * batch], sigma[[0] * batch], {n: c[[0] * batch] for n, c in conds.items()}
-    model = GuidedDenoiser(plain_denoiser(unet).to("meta"), terms(what))
+    model = GuidedDenoiser(unguided_denoiser(unet).to("meta"), terms(method))
     branches, nets = model.branches(SIGMA), [n for n in (unet, net) if n is not None]
 
     def call() -> None:
         control = []
         if net is not None:
             control = [ActiveControlNet(net, torch.empty(batch, 320, px // 8, px // 8, dtype=dtype, device="meta"))]
-        given = {b.conditioning: conds[b.conditioning].projected(*nets) for b in branches}
-        denoised = model.evaluate(x, sigma, branches, given, control, values=[SIGMA] * batch)
+        prepared = {b.conditioning: conds[b.conditioning].projected(*nets) for b in branches}
+        denoised = model.evaluate(x, sigma, branches, prepared, control, values=[SIGMA] * batch)
         model.combine(x, sigma, denoised, values=[SIGMA] * batch)
 
     return counted(call, [x, sigma, *(p for n in nets for p in n.parameters())])
@@ -126,16 +127,16 @@ def main() -> None:
     kinds = (torch.float32, torch.bfloat16)
     print("## Weights\n")
     print(table(("network", "million parameters", "bf16, fp16, GiB", "fp32, GiB"), weights()))
-    print("\n## The VAE above its weights, one picture, GiB\n")
+    print("\n## The VAE above its weights, one image, GiB\n")
     head = ("call", "px", "dtype", *(f"tile {tile}" if tile else "whole" for tile in TILES))
     print(table(head, [
         [method, px, str(kind)[6:], *(gib(vae(method, px, kind, tile)) for tile in TILES)]
         for method in ("decode", "encode") for px in (1024, 2048) for kind in kinds
     ]))  # fmt: skip
     print("\n## A step above the weights, bf16, 1024 px, GiB\n")
-    whats = ("plain", "SEG", "CFG+SEG", "ControlNet+CFG+SEG")
+    methods = ("unguided", "SEG", "CFG+SEG", "ControlNet+CFG+SEG")
     print(table(("step", *(f"batch {b}" for b in (1, 4, 8))), [
-        [what, *(gib(step(what, 1024, torch.bfloat16, batch)) for batch in (1, 4, 8))] for what in whats
+        [method, *(gib(step(method, 1024, torch.bfloat16, batch)) for batch in (1, 4, 8))] for method in methods
     ]))  # fmt: skip
 
 

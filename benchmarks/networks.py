@@ -1,4 +1,4 @@
-"""SDXL at its full size with random weights, ours and diffusers' sharing one copy of them; and what a step costs."""
+"""Full-size SDXL with random weights, shared by ours and diffusers' networks, and the operations of a step."""
 
 import math
 from functools import lru_cache
@@ -24,25 +24,25 @@ SHARED: dict[str, Any] = {  # SDXL's sizes, in the terms of a diffusers config.j
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
 UP: dict[str, Any] = {"sample_size": 128, "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
-TINY: dict[str, Any] = SHARED | {  # the same shape in miniature: what tries the scripts, and measures nothing
+TINY: dict[str, Any] = SHARED | {  # the same structure in miniature, to test the scripts
     "block_out_channels": (32, 64, 128), "cross_attention_dim": 64, "transformer_layers_per_block": (1, 1, 2),
     "attention_head_dim": (1, 2, 4), "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16,
 }  # fmt: skip
 SIZES = {"full": SHARED, "tiny": TINY}
 
 
-def terms(what: str) -> dict[str, Term]:
-    """The guidance of a row of the tables: plain, SEG, PAG, CFG, or two of them with a + between."""
-    made = {
+def terms(method: str) -> dict[str, Term]:
+    """The guidance of a row of the tables: unguided, SEG, PAG, CFG, or two of them with a + between."""
+    choices = {
         "SEG": perturbed("seg", SEG(sigma=math.inf, where="mid"), 3.0),
         "PAG": perturbed("pag", PAG(where="mid"), 3.0),
         "CFG": cfg(5.0),
     }
-    return {name: made[name] for name in what.split("+") if name in made}
+    return {name: choices[name] for name in method.split("+") if name in choices}
 
 
 def filled(net: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """A network of the meta device, given weights of variance 1/fan-in out of one repeated block; norms 1, biases 0."""
+    """Gives a network on the meta device weights: variance 1/fan-in, from one repeated block; norms 1, biases 0."""
     block = torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0))  # odd: rows do not repeat
     block = block.to(device)
     for name, parameter in list(net.named_parameters()):
@@ -57,8 +57,8 @@ def filled(net: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
     return net.eval().requires_grad_(False)
 
 
-def ours(dtype: torch.dtype, device: str, control: bool, size: str = "full") -> tuple[UNet, ControlNet | None]:
-    """UNet and, if asked for, ControlNet of SDXL's size (or "tiny"); on "meta" they have no weights."""
+def our_networks(dtype: torch.dtype, device: str, control: bool, size: str = "full") -> tuple[UNet, ControlNet | None]:
+    """A UNet, and with `control` a ControlNet, of SDXL's size (or "tiny"). On device "meta" they have no weights."""
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(SIZES[size] | UP))
         net = ControlNet(ControlNetConfig.from_dict(SIZES[size])) if control else None
@@ -67,8 +67,8 @@ def ours(dtype: torch.dtype, device: str, control: bool, size: str = "full") -> 
     return filled(unet, dtype, device), net and filled(net, dtype, device)
 
 
-def theirs(unet: UNet, control: ControlNet | None, size: str = "full") -> tuple[Any, Any]:
-    """diffusers' own two, holding the same tensors."""
+def their_networks(unet: UNet, control: ControlNet | None, size: str = "full") -> tuple[Any, Any]:
+    """diffusers' UNet and ControlNet with the same tensors."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     with torch.device("meta"):
@@ -84,7 +84,7 @@ def theirs(unet: UNet, control: ControlNet | None, size: str = "full") -> tuple[
 def inputs(
     px: int, dtype: torch.dtype, device: str, batch: int = 1, size: str = "full"
 ) -> tuple[Tensor, Tensor, dict[str, Cond], Tensor]:
-    """x, sigma, conds and a control image for `batch` pictures of px × px pixels."""
+    """x, sigma, conds and a control image for `batch` images of px × px pixels."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
@@ -100,37 +100,37 @@ def inputs(
     return x.to(device), sigma.to(device), conds, image.to(device)
 
 
-def plain_denoiser(unet: Any, compute: Compute = PLAIN) -> Denoiser:
+def unguided_denoiser(unet: Any, compute: Compute = PLAIN) -> Denoiser:
     return Denoiser(unet, alphas_cumprod({}), compute=compute)
 
 
 @lru_cache
 def steps_flops(
-    px: int, what: str, dtype: torch.dtype = torch.bfloat16, batch: int = 1, size: str = "full"
+    px: int, method: str, dtype: torch.dtype = torch.bfloat16, batch: int = 1, size: str = "full"
 ) -> dict[str, int]:
-    """Floating-point operations of one guided step at full size, counted on the meta device: nothing is computed.
+    """Floating-point operations of one guided step at full size, counted on the meta device without computing.
 
-    `step` as it runs, the text projected beforehand; `text` what projecting the conditionings costs, once a picture.
+    step: with the keys and values of the text already cached. text: computing these, once per image.
     """
     unet, net = _meta(dtype, size)
-    net = net if "ControlNet" in what else None
-    denoiser = plain_denoiser(unet).to("meta")
+    net = net if "ControlNet" in method else None
+    denoiser = unguided_denoiser(unet).to("meta")
     x, sigma, conds, _ = inputs(px, dtype, "meta", batch, size)
     hint = torch.empty(batch, SIZES[size]["block_out_channels"][0], px // 8, px // 8, dtype=dtype, device="meta")
     control = [ActiveControlNet(net, hint)] if net is not None else []
-    model = GuidedDenoiser(denoiser, terms(what))
+    model = GuidedDenoiser(denoiser, terms(method))
     branches, nets = model.branches(SIGMA), [n for n in (unet, net) if n is not None]
     needed = {branch.conditioning: conds[branch.conditioning] for branch in branches}
     with torch.no_grad():
-        made: dict[str, Cond] = {}
-        text = flops(lambda: made.update({n: c.projected(*nets) for n, c in needed.items()}))
-        step = flops(lambda: model.evaluate(x, sigma, branches, made, control, values=[SIGMA] * batch))
+        projected: dict[str, Cond] = {}
+        text = flops(lambda: projected.update({n: c.projected(*nets) for n, c in needed.items()}))
+        step = flops(lambda: model.evaluate(x, sigma, branches, projected, control, values=[SIGMA] * batch))
     return {"step": step, "text": text}
 
 
 @lru_cache
 def _meta(dtype: torch.dtype, size: str) -> tuple[UNet, ControlNet | None]:
-    return ours(dtype, "meta", True, size)
+    return our_networks(dtype, "meta", True, size)
 
 
 def flops(call: Any) -> int:
@@ -140,28 +140,28 @@ def flops(call: Any) -> int:
 
 
 def guided(
-    what: str, unet: Any, net: Any, px: int, dtype: torch.dtype, device: str, batch: int = 1,
+    method: str, unet: Any, net: Any, px: int, dtype: torch.dtype, device: str, batch: int = 1,
     denoiser: Denoiser | None = None, size: str = "full",
 ) -> Any:  # fmt: skip
-    """A call that takes one guided step as `sample` does: everything that is the same at every step is done."""
+    """A call that takes one guided step as `sample` does, after `prepare`."""
     x, sigma, conds, image = inputs(px, dtype, device, batch, size)
-    model = GuidedDenoiser(denoiser or plain_denoiser(unet).to(device), terms(what))
-    given: dict[str, Any] = {"conds": {n: conds[n] for n in ("cond", "uncond") if n == "cond" or "CFG" in what}}
-    if "ControlNet" in what:
+    model = GuidedDenoiser(denoiser or unguided_denoiser(unet).to(device), terms(method))
+    arguments: dict[str, Any] = {"conds": {n: conds[n] for n in ("cond", "uncond") if n == "cond" or "CFG" in method}}
+    if "ControlNet" in method:
         with torch.no_grad():
-            given["control"] = [ActiveControlNet(net, net.embed_image(image.to(dtype)))]
+            arguments["control"] = [ActiveControlNet(net, net.embed_image(image.to(dtype)))]
     with torch.no_grad():
-        given = model.prepare(given)
+        arguments = model.prepare(arguments)
 
     @torch.no_grad()
     def call() -> Tensor:
-        return model(x, sigma, **given)
+        return model(x, sigma, **arguments)
 
     return call
 
 
 def rows_of_diffusers(rows: int, unet: Any, px: int, dtype: torch.dtype, device: str, size: str = "full") -> Any:
-    """A call of diffusers' UNet on that many rows, with nothing around it."""
+    """A call of diffusers' UNet alone, on `rows` rows."""
     x, _, conds, _ = inputs(px, dtype, device, size=size)
     cond = conds["cond"][[0] * rows]
     added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
@@ -175,11 +175,11 @@ def rows_of_diffusers(rows: int, unet: Any, px: int, dtype: torch.dtype, device:
 
 
 def pipeline_step(
-    what: str, unet: Any, net: Any, px: int, dtype: torch.dtype, device: str, batch: int = 1, size: str = "full"
+    method: str, unet: Any, net: Any, px: int, dtype: torch.dtype, device: str, batch: int = 1, size: str = "full"
 ) -> Any:
-    """A call of diffusers' PAG pipeline (with a ControlNet if asked for) that takes one step, to latents.
+    """A call of diffusers' PAG pipeline (for a method with ControlNet, its ControlNet pipeline): one step, to latents.
 
-    It runs a row for every branch from the first layer on; so would SEG in a pipeline of this kind.
+    It runs a row for every branch from the first layer on, as a SEG pipeline of this kind would.
     """
     from diffusers import (
         EulerDiscreteScheduler,
@@ -201,21 +201,21 @@ def pipeline_step(
     }  # fmt: skip
     call: dict[str, Any] = texts | {
         "height": px, "width": px, "num_inference_steps": 1, "latents": x.to(dtype), "output_type": "latent",
-        "guidance_scale": 5.0 if "CFG" in what else 0.0, "pag_scale": 3.0,
+        "guidance_scale": 5.0 if "CFG" in method else 0.0, "pag_scale": 3.0,
     }  # fmt: skip
-    if "ControlNet" in what:
+    if "ControlNet" in method:
         pipeline: Any = StableDiffusionXLControlNetPAGPipeline(**parts, controlnet=net)
         call |= {"image": image.to(dtype)}
     else:
         pipeline = StableDiffusionXLPAGPipeline(**parts)
     pipeline.set_progress_bar_config(disable=True)
-    plain = unet.attn_processors
+    processors = unet.attn_processors
 
     @torch.no_grad()
     def step() -> Tensor:
         try:
             return pipeline(**call).images
         finally:
-            unet.set_attn_processor(dict(plain))  # the pipeline sets processors on the network it was given
+            unet.set_attn_processor(dict(processors))  # the pipeline sets processors on the network
 
     return step

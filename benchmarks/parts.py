@@ -1,6 +1,6 @@
-"""What is measured, each part in a process of its own (`harness.child`). Every function returns plain data.
+"""The measurements of run.py, each in a separate process (`harness.child`). Every function returns JSON data.
 
-Imports are late, so that a part's memory and start are its own.
+Imports are inside the functions, so that the memory and the start of a part include only its own imports.
 """
 
 import math
@@ -14,52 +14,53 @@ from typing import Any
 from harness import Peak, interleaved, median, resident
 
 ROOT = Path(__file__).resolve().parent.parent
-THEIRS = {  # by ours: what diffusers runs for the same pictures, and on how many rows
-    "plain": ("UNet, 1 row", "plain"), "SEG": ("PAG pipeline, 2 rows", "PAG"), "PAG": ("PAG pipeline, 2 rows", "PAG"),
-    "CFG": ("UNet, 2 rows", "two rows"), "CFG+SEG": ("PAG pipeline, 3 rows", "CFG+PAG"),
+DIFFUSERS = {  # method: the label of diffusers' way to the same images (with its rows), and its key
+    "unguided": ("UNet, 1 row", "unguided"), "SEG": ("PAG pipeline, 2 rows", "PAG"),
+    "PAG": ("PAG pipeline, 2 rows", "PAG"), "CFG": ("UNet, 2 rows", "two rows"),
+    "CFG+SEG": ("PAG pipeline, 3 rows", "CFG+PAG"),
     "ControlNet+SEG": ("ControlNet PAG pipeline, 2 rows", "ControlNet+PAG"),
 }  # fmt: skip
 
 
-def _call(who: str, what: str, nets: Any, px: int, dtype: Any, device: str) -> Any:
+def _call(who: str, method: str, nets: Any, px: int, dtype: Any, device: str) -> Any:
     """One step, ours or diffusers'. `nets`: (unet, controlnet) of whose step it is."""
     from networks import guided, pipeline_step, rows_of_diffusers
 
     unet, net = nets
     if who == "ours":
-        return guided(what, unet, net, px, dtype, device)
-    if what in ("plain", "two rows"):
-        return rows_of_diffusers(1 if what == "plain" else 2, unet, px, dtype, device)
-    return pipeline_step(what, unet, net, px, dtype, device)
+        return guided(method, unet, net, px, dtype, device)
+    if method in ("unguided", "two rows"):
+        return rows_of_diffusers(1 if method == "unguided" else 2, unet, px, dtype, device)
+    return pipeline_step(method, unet, net, px, dtype, device)
 
 
 def steps(
-    px: int, dtype: str, device: str, rounds: int, whats: Sequence[str], alone: Sequence[str] = ()
+    px: int, dtype: str, device: str, rounds: int, methods: Sequence[str], alone: Sequence[str] = ()
 ) -> dict:
-    """Seconds of one step at full size: `whats` ours, what diffusers does for each but `alone`, and two plain rows of
-    it."""
+    """Seconds of one step at full size: ours for each of `methods`, diffusers' for all but `alone`, and two rows of its
+    UNet."""
     import torch
-    from networks import ours, theirs
+    from networks import our_networks, their_networks
 
     kind = getattr(torch, dtype)
-    own = ours(kind, device, any("ControlNet" in w for w in whats))
-    others = theirs(*own)
-    calls = {f"ours: {what}": _call("ours", what, own, px, kind, device) for what in whats}
-    wanted = [*dict.fromkeys(THEIRS[what][1] for what in whats if what not in alone), "two rows"]
-    calls |= {f"diffusers: {what}": _call("diffusers", what, others, px, kind, device) for what in wanted}
+    nets = our_networks(kind, device, any("ControlNet" in w for w in methods))
+    others = their_networks(*nets)
+    calls = {f"ours: {method}": _call("ours", method, nets, px, kind, device) for method in methods}
+    rivals = [*dict.fromkeys(DIFFUSERS[method][1] for method in methods if method not in alone), "two rows"]
+    calls |= {f"diffusers: {method}": _call("diffusers", method, others, px, kind, device) for method in rivals}
     times = interleaved(calls, rounds, device)
     return {"px": px, "dtype": dtype, "device": device, "times": times}
 
 
-def peak(who: str, what: str, px: int, dtype: str, device: str) -> dict:
-    """Peak memory of two steps at full size, in bytes: in all, and above the weights."""
+def peak(who: str, method: str, px: int, dtype: str, device: str) -> dict:
+    """Peak memory of two steps at full size, in bytes: total, and above the weights."""
     import torch
-    from networks import ours, theirs
+    from networks import our_networks, their_networks
 
     kind = getattr(torch, dtype)
-    nets = ours(kind, device, "ControlNet" in what)
-    nets = nets if who == "ours" else theirs(*nets)
-    call = _call(who, what, nets, px, kind, device)
+    nets = our_networks(kind, device, "ControlNet" in method)
+    nets = nets if who == "ours" else their_networks(*nets)
+    call = _call(who, method, nets, px, kind, device)
     if device.startswith("cuda"):
         start = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -126,7 +127,7 @@ def loading(folder: str, dtype: str) -> dict:
 
 
 def decode(px: int, dtype: str, device: str, rounds: int) -> dict:
-    """Seconds of decoding a picture with a VAE of SDXL's size, ours and diffusers'."""
+    """Seconds of decoding a image with a VAE of SDXL's size, ours and diffusers'."""
     import torch
     from diffusers import AutoencoderKL
     from networks import filled
@@ -136,17 +137,17 @@ def decode(px: int, dtype: str, device: str, rounds: int) -> dict:
     kind = getattr(torch, dtype)
     widths = (128, 256, 512, 512)
     with torch.device("meta"):
-        own: Any = VAE(VAEConfig())
-        other: Any = AutoencoderKL(
+        ours: Any = VAE(VAEConfig())
+        theirs: Any = AutoencoderKL(
             block_out_channels=widths, down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
         )  # fmt: skip
-    own = filled(own, kind, device)
-    other.load_state_dict(own.state_dict(), assign=True)
-    other.eval().requires_grad_(False)
+    ours = filled(ours, kind, device)
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    theirs.eval().requires_grad_(False)
     z = torch.randn(1, 4, px // 8, px // 8, generator=torch.Generator().manual_seed(0)).to(device, kind)
     with torch.no_grad():
-        calls = {"ours": lambda: own.decode(z), "diffusers": lambda: other.decode(z).sample}
+        calls = {"ours": lambda: ours.decode(z), "diffusers": lambda: theirs.decode(z).sample}
         return {"px": px, "dtype": dtype, "times": interleaved(calls, rounds, device)}
 
 
@@ -156,15 +157,15 @@ def _mini(device: str = "cpu") -> Any:
     return load_sdxl("mini", device=device)
 
 
-def _mini_step(sdxl: Any, given: dict[str, Any], batch: int, denoiser: Any = None) -> Any:
-    """A call that takes one step for `batch` pictures of mini."""
+def _mini_step(sdxl: Any, guidance: dict[str, Any], batch: int, denoiser: Any = None) -> Any:
+    """A call that takes one step for `batch` images of mini."""
     import torch
 
     from segresearch.guidance import GuidedDenoiser
     from segresearch.sampling import initial_noise
 
     size = sdxl.default_size
-    model = GuidedDenoiser(denoiser or sdxl.denoiser, given)
+    model = GuidedDenoiser(denoiser or sdxl.denoiser, guidance)
     with torch.no_grad():
         prepared = model.prepare({"conds": sdxl.encode(["a red cube"] * batch, size=size)})
     x = 3.0 * initial_noise(range(batch), sdxl.latent_shape(size)).to(sdxl.denoiser.sigmas.device)
@@ -177,33 +178,34 @@ def _mini_step(sdxl: Any, given: dict[str, Any], batch: int, denoiser: Any = Non
     return call
 
 
-def mini_steps(batches: Sequence[int], whats: Sequence[str], rounds: int) -> dict:
+def mini_steps(batches: Sequence[int], methods: Sequence[str], rounds: int) -> dict:
     """Seconds of a step of mini for every batch size and guidance, and of decoding a batch whole and ten at a time."""
     import torch
     from networks import flops, terms
 
     sdxl = _mini()
-    found: dict[str, Any] = {"rows": [], "decode": []}
+    results: dict[str, Any] = {"rows": [], "decode": []}
     calls, counted = {}, {}
-    for what in whats:
+    for method in methods:
         for batch in batches:
-            call = _mini_step(sdxl, terms(what), batch)
-            calls[f"{what} {batch}"], counted[f"{what} {batch}"] = call, flops(call)
+            call = _mini_step(sdxl, terms(method), batch)
+            calls[f"{method} {batch}"], counted[f"{method} {batch}"] = call, flops(call)
     for name, times in interleaved(calls, rounds).items():
-        what, batch = name.rsplit(" ", 1)
-        found["rows"].append({"what": what, "batch": int(batch), "seconds": median(times), "flops": counted[name]})
+        method, batch = name.rsplit(" ", 1)
+        row = {"method": method, "batch": int(batch), "seconds": median(times), "flops": counted[name]}
+        results["rows"].append(row)
     z = torch.randn(max(batches), *sdxl.latent_shape(sdxl.default_size), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ways = {part: (lambda part=part: [sdxl.decode(p) for p in z.split(part)]) for part in (1, 5, 10, len(z))}
-        found["decode"] = [
+        results["decode"] = [
             {"part": part, "images": len(z), "seconds": median(times)}
             for part, times in interleaved(ways, rounds).items()  # type: ignore[arg-type]
         ]
-    return found
+    return results
 
 
-def mini_images(images: int, batch: int, steps: int, what: str = "SEG") -> dict:
-    """Seconds of making pictures with mini from texts to pixels, without writing files."""
+def mini_images(images: int, batch: int, steps: int, method: str = "SEG") -> dict:
+    """Seconds of sampling images with mini, from text to pixels, without writing files."""
     import torch
     from networks import terms
 
@@ -211,32 +213,32 @@ def mini_images(images: int, batch: int, steps: int, what: str = "SEG") -> dict:
     from segresearch.sampling import initial_noise, sample
 
     sdxl = _mini()
-    size, model = sdxl.default_size, GuidedDenoiser(sdxl.denoiser, terms(what))
+    size, model = sdxl.default_size, GuidedDenoiser(sdxl.denoiser, terms(method))
 
-    def make(seeds: range) -> None:
+    def run(seeds: range) -> None:
         conds = sdxl.encode(["a red cube"] * len(seeds), size=size)
         x = sample(model, initial_noise(seeds, sdxl.latent_shape(size)), steps=steps, conds=conds)
         with torch.no_grad():
             for part in x.split(10):
                 sdxl.decode(part).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
-    make(range(2))
+    run(range(2))
     start = time.perf_counter()
     for first in range(0, images, batch):
-        make(range(first, min(first + batch, images)))
+        run(range(first, min(first + batch, images)))
     return {"images": images, "batch": batch, "steps": steps, "seconds": time.perf_counter() - start}
 
 
 def scaling(rounds: int, batch: int = 8) -> list[dict]:
-    """Seconds of a step of mini over the number of SEG terms, and the operations that each asks for."""
+    """Seconds of a step of mini over the number of SEG terms, and the operations of each."""
     from networks import flops
 
     from segresearch.guidance import SEG, perturbed
 
     sdxl = _mini()
     sigmas = (math.inf, 1.0, 2.0, 4.0)
-    made = [{f"seg{s:g}": perturbed(f"seg{s:g}", SEG(sigma=s), 1.0) for s in sigmas[:n]} for n in range(5)]
-    calls = {str(n): _mini_step(sdxl, given, batch) for n, given in enumerate(made)}
+    guidances = [{f"seg{s:g}": perturbed(f"seg{s:g}", SEG(sigma=s), 1.0) for s in sigmas[:n]} for n in range(5)]
+    calls = {str(n): _mini_step(sdxl, guidance, batch) for n, guidance in enumerate(guidances)}
     times = interleaved(calls, rounds)
     base = flops(calls["0"])
     return [
@@ -246,7 +248,7 @@ def scaling(rounds: int, batch: int = 8) -> list[dict]:
 
 
 def compiling(rounds: int, batch: int = 8) -> dict:
-    """A SEG step of mini, compiled and not; the seconds that compiling took, the largest difference."""
+    """A CFG+SEG step of mini, eager and compiled: seconds, seconds of compiling, and the largest difference."""
     from networks import terms
 
     from segresearch.models.compute import Compute

@@ -1,31 +1,31 @@
-"""segresearch beside diffusers, and beside what the arithmetic allows: times, memory, scaling.
+"""segresearch next to diffusers, and next to the bound of its arithmetic: times, memory, scaling.
 
     python benchmarks/run.py --quick                       # under ten minutes on two quiet cores
     python benchmarks/run.py --markdown benchmarks/RESULTS.md
-    python benchmarks/run.py --device cuda                 # a GPU, in under seven minutes: other parts (cuda.py)
+    python benchmarks/run.py --device cuda                 # on a GPU, in under seven minutes: other parts (cuda.py)
     python benchmarks/run.py --only steps memory --px 512
 
-Parts, each in a process of its own:
+Parts, each in a separate process:
 
     limits     floating-point operations of every kind of step, counted on the meta device
-    steps      one step at SDXL's full size with random weights, ours and diffusers' in turn, sharing the weights
-    memory     peak of the same
+    steps      one step at SDXL's full size, ours and diffusers' in turns, with the same random weights
+    memory     peak memory of these steps
     start      importing, --help, loading mini
     load       loading SDXL at full size from one file of 6.9 GB, written to --folder first (*)
     decode     the VAE at full size (*)
-    mini       pictures a second over batch sizes; one process of two threads beside two of one
+    mini       images per second over batch sizes; one process of two threads next to two of one
     terms      a step of mini over the number of SEG terms (*)
     compile    torch.compile on mini, which takes minutes (*)
-    analysis   statistics of attention, streamed beside whole maps (*)
+    analysis   statistics of attention, streamed next to whole maps (*)
 
-    (*) not with --quick, which also takes fewer rounds, and of CFG+SEG measures our step alone.
+    (*) not with --quick, which also takes fewer rounds and measures only our step of CFG+SEG.
 
-Ratios are medians of ratios within rounds, in which everything compared takes its turn. They need a quiet machine.
+Ratios are medians of the ratios within rounds, in which all candidates take turns. They need a quiet machine.
 
-On a GPU, SDXL at full size, 1024 px, bf16: steps at batch 1, 4 and 8, eager and as CUDA graphs beside diffusers'; some
-compiled; whole pictures; decode with and without tiles; what else might pay. --only takes the first words of parts
-(steps, compiled, pictures, decode, trials, mini, analyze, memory), --quick leaves out what is compiled and tried.
-gpu.sh runs the tests that need a GPU too.
+On a GPU, SDXL at full size, 1024 px, bf16: steps at batch 1, 4 and 8, eager and as CUDA graphs next to diffusers'; some
+compiled; complete images; decode with and without tiles; trials of other options. --only takes the first words of
+parts (steps, compiled, images, decode, trials, mini, analyze, memory). --quick leaves out compilations and trials.
+gpu.sh runs the tests that need a GPU as well.
 """
 
 import argparse
@@ -45,10 +45,10 @@ from harness import HERE, child, machine, median, ratio, table, with_start  # no
 
 PARTS = ("limits", "steps", "memory", "start", "load", "decode", "mini", "terms", "compile", "analysis")
 SLOW = ("load", "decode", "terms", "compile", "analysis")  # left out of --quick
-ALONE = ("CFG+SEG",)  # --quick does not run diffusers' way of these
-QUICK: tuple[str, ...] = ("plain", "SEG", "CFG+SEG", "ControlNet+SEG")
-FULL: tuple[str, ...] = ("plain", "SEG", "PAG", "CFG", "CFG+SEG", "ControlNet+SEG")
-GOALS = {"plain": 1 / 1.02, "SEG": 1.15, "ControlNet+SEG": 1.25}  # times faster than diffusers, at 512 px on a CPU
+ALONE = ("CFG+SEG",)  # --quick does not run diffusers' counterpart of these
+QUICK: tuple[str, ...] = ("unguided", "SEG", "CFG+SEG", "ControlNet+SEG")
+FULL: tuple[str, ...] = ("unguided", "SEG", "PAG", "CFG", "CFG+SEG", "ControlNet+SEG")
+GOALS = {"unguided": 1 / 1.02, "SEG": 1.15, "ControlNet+SEG": 1.25}  # times faster than diffusers, at 512 px on a CPU
 GIB, MB = 2**30, 1e6
 
 
@@ -56,123 +56,123 @@ def percent(value: float) -> str:
     return f"{100 * (value - 1):+.1f} %"
 
 
-def show_limits(found: list[dict], options: argparse.Namespace) -> list[str]:
+def show_limits(results: list[dict], options: argparse.Namespace) -> list[str]:
     rows = []
-    for one in found:
-        base = one["flops"]["plain"]["step"]
+    for one in results:
+        base = one["flops"]["unguided"]["step"]
         rows += [
-            [one["px"], what, f"{f['step'] / 1e12:.3f}", f"{f['step'] / base:.3f}", f"{f['text'] / 1e12:.3f}"]
-            for what, f in one["flops"].items()
+            [one["px"], method, f"{f['step'] / 1e12:.3f}", f"{f['step'] / base:.3f}", f"{f['text'] / 1e12:.3f}"]
+            for method, f in one["flops"].items()
         ]
-    head = ("px", "step", "TFLOP", "of a plain step", "TFLOP once a picture, for the text")
-    return ["## What a step asks for", "Counted on the meta device; batch 1, SEG and PAG on `mid`.", table(head, rows)]
+    head = ("px", "step", "TFLOP", "of an unguided step", "TFLOP of the text, once per image")
+    return ["## Operations of a step", "Counted on the meta device; batch 1, SEG and PAG on `mid`.", table(head, rows)]
 
 
-def show_steps(found: list[dict], options: argparse.Namespace) -> list[str]:
-    from parts import THEIRS
+def show_steps(results: list[dict], options: argparse.Namespace) -> list[str]:
+    from parts import DIFFUSERS
 
-    out = ["## Steps at full size, random weights, one picture"]
-    for one in found:
+    out = ["## Steps at full size, random weights, one image"]
+    for one in results:
         times, flops, ceiling = one["times"], one["flops"], one["ceiling"]
         rows, limits = [], []
-        for what, counted in flops.items():
-            mine, (label, key) = f"ours: {what}", THEIRS[what]
-            beside = f"diffusers: {key}" in times
-            faster = ratio(times, f"diffusers: {key}", mine) if beside else math.nan
-            goal = GOALS.get(what) if one["px"] == 512 else None
-            verdict = "" if goal is None else f" ({'reaches' if faster >= goal else 'misses'} {goal:.2f})"
-            twice = "" if what == "plain" else f"{ratio(times, 'diffusers: two rows', mine):.2f}"
+        for method, counted in flops.items():
+            mine, (label, key) = f"ours: {method}", DIFFUSERS[method]
+            compared = f"diffusers: {key}" in times
+            faster = ratio(times, f"diffusers: {key}", mine) if compared else math.nan
+            goal = GOALS.get(method) if one["px"] == 512 else None
+            verdict = "" if goal is None else f" (goal {goal:.2f} {'reached' if faster >= goal else 'missed'})"
+            twice = "" if method == "unguided" else f"{ratio(times, 'diffusers: two rows', mine):.2f}"
             share = f"{100 * counted['step'] / median(times[mine]) / ceiling:.0f} %"
             seconds = f"{median(times[mine]):.3f}"
             other = ["–"] * 3
-            if beside:
+            if compared:
                 other = [label, f"{median(times[f'diffusers: {key}']):.3f}", f"{faster:.2f}{verdict}"]
-            rows.append([what, seconds, *other, twice, share])
-            if what != "plain":
-                limit, measured = counted["step"] / flops["plain"]["step"], ratio(times, mine, "ours: plain")
-                near = "within 5 %" if measured <= 1.05 * limit else "misses 5 %"
-                limits.append([f"{what} / plain", f"{measured:.3f}", f"{limit:.3f}",
+            rows.append([method, seconds, *other, twice, share])
+            if method != "unguided":
+                limit, measured = counted["step"] / flops["unguided"]["step"], ratio(times, mine, "ours: unguided")
+                near = "within 5 %" if measured <= 1.05 * limit else "not within 5 %"
+                limits.append([f"{method} / unguided", f"{measured:.3f}", f"{limit:.3f}",
                                f"{percent(measured / limit)} ({near})"])  # fmt: skip
         title = f"### {one['px']} px, {one['dtype']}, {one['device']}"
         head = ("ours", "s", "diffusers", "s", "times faster", "than 2 rows", "of the matmul ceiling")
-        rounds = len(times["ours: plain"])
+        rounds = len(times["ours: unguided"])
         note = f"Medians of {rounds} interleaved rounds; matmul ceiling {ceiling / 1e12:.3f} TFLOP/s, measured."
         out += [title, note, table(head, rows)]
         out += [table(("ratio of ours", "measured", "FLOP limit", "above it"), limits)]
     return out
 
 
-def show_memory(found: list[dict], options: argparse.Namespace) -> list[str]:
+def show_memory(results: list[dict], options: argparse.Namespace) -> list[str]:
     rows = []
-    for one in found:
+    for one in results:
         mine, other = one["ours"], one["diffusers"]
         sizes = [f"{z / GIB:.2f}" for z in (mine["whole"], other["whole"], mine["above"], other["above"])]
         higher = "higher" if mine["whole"] > other["whole"] * 1.005 else "not higher"
-        rows.append([one["what"], one["px"], *sizes, higher])
+        rows.append([one["method"], one["px"], *sizes, higher])
     head = ("step", "px", "ours, GiB", "diffusers, GiB", "ours above the weights", "diffusers above the weights", "")
-    return ["## Peak memory", "Two steps in a process of its own, weights included.", table(head, rows)]
+    return ["## Peak memory", "Two steps in a separate process, weights included.", table(head, rows)]
 
 
-def show_start(found: dict, options: argparse.Namespace) -> list[str]:
-    return ["## Start-up", table(("process", "s"), [[k, f"{v:.2f}"] for k, v in found.items()])]
+def show_start(results: dict, options: argparse.Namespace) -> list[str]:
+    return ["## Start-up", table(("process", "s"), [[k, f"{v:.2f}"] for k, v in results.items()])]
 
 
-def show_load(found: dict, options: argparse.Namespace) -> list[str]:
+def show_load(results: dict, options: argparse.Namespace) -> list[str]:
     text = (
-        f"A random SDXL of full size, one float16 file of 6.9 GB, to {found['dtype']}: {found['seconds']:.1f} s, peak "
-        f"{found['above'] / GIB:.2f} GiB for {found['weights'] / GIB:.2f} GiB of weights."
+        f"A random SDXL of full size, one float16 file of 6.9 GB, to {results['dtype']}: {results['seconds']:.1f} s, "
+        f"peak {results['above'] / GIB:.2f} GiB for {results['weights'] / GIB:.2f} GiB of weights."
     )
     return ["## Loading", text]
 
 
-def show_decode(found: list[dict], options: argparse.Namespace) -> list[str]:
+def show_decode(results: list[dict], options: argparse.Namespace) -> list[str]:
     rows = [
         [d["px"], d["dtype"], *(f"{median(d['times'][k]):.2f}" for k in ("ours", "diffusers")),
-         f"{ratio(d['times'], 'diffusers', 'ours'):.2f}"] for d in found
+         f"{ratio(d['times'], 'diffusers', 'ours'):.2f}"] for d in results
     ]  # fmt: skip
     return ["## VAE decode at full size", table(("px", "dtype", "ours, s", "diffusers, s", "times faster"), rows)]
 
 
-def show_mini(found: dict, options: argparse.Namespace) -> list[str]:
-    ceiling, rows = found["ceiling"], []
-    for r in found["steps"]["rows"]:
+def show_mini(results: dict, options: argparse.Namespace) -> list[str]:
+    ceiling, rows = results["ceiling"], []
+    for r in results["steps"]["rows"]:
         share = f"{100 * r['flops'] / r['seconds'] / ceiling:.0f} %"
-        rows.append([r["what"], r["batch"], f"{1e3 * r['seconds'] / r['batch']:.2f}", share])
-    decode = [[d["part"], f"{1e3 * d['seconds'] / d['images']:.2f}"] for d in found["steps"]["decode"]]
-    whole = [[w["ways"], w["batch"], w["images"], f"{w['images'] / w['seconds']:.2f}"] for w in found["images"]]
+        rows.append([r["method"], r["batch"], f"{1e3 * r['seconds'] / r['batch']:.2f}", share])
+    decode = [[d["part"], f"{1e3 * d['seconds'] / d['images']:.2f}"] for d in results["steps"]["decode"]]
+    whole = [[w["ways"], w["batch"], w["images"], f"{w['images'] / w['seconds']:.2f}"] for w in results["images"]]
     return [
         "## mini",
         f"fp32; matmul ceiling {ceiling / 1e9:.0f} GFLOP/s, measured.",
         table(("step", "batch", "ms an image", "of the matmul ceiling"), rows),
         table(("decode, images at a time", "ms an image"), decode),
-        f"SEG, {found['images'][0]['steps']} steps, from text to pixels:",
+        f"SEG, {results['images'][0]['steps']} steps, from text to pixels:",
         table(("processes × threads", "batch", "images", "images/s"), whole),
     ]
 
 
-def show_terms(found: list[dict], options: argparse.Namespace) -> list[str]:
-    base = found[0]["seconds"]
-    rows = [[f["terms"], f"{f['seconds'] / base:.2f}", f"{f['flops_ratio']:.2f}"] for f in found]
-    return ["## Number of SEG terms (mini)", table(("terms", "time / plain", "FLOP limit"), rows)]
+def show_terms(results: list[dict], options: argparse.Namespace) -> list[str]:
+    base = results[0]["seconds"]
+    rows = [[f["terms"], f"{f['seconds'] / base:.2f}", f"{f['flops_ratio']:.2f}"] for f in results]
+    return ["## Number of SEG terms (mini)", table(("terms", "time / unguided", "FLOP limit"), rows)]
 
 
-def show_compile(found: dict, options: argparse.Namespace) -> list[str]:
-    faster, times = ratio(found["times"], "eager", "compiled"), found["times"]
+def show_compile(results: dict, options: argparse.Namespace) -> list[str]:
+    faster, times = ratio(results["times"], "eager", "compiled"), results["times"]
     text = (
-        f"CFG+SEG on mini, batch {found['batch']}: {median(times['eager']):.3f} s eager, "
-        f"{median(times['compiled']):.3f} s compiled ({faster:.2f} × faster) after {found['compile_seconds']:.0f} s of "
-        f"compiling; largest difference {found['max_difference']:.1e}."
+        f"CFG+SEG on mini, batch {results['batch']}: {median(times['eager']):.3f} s eager, "
+        f"{median(times['compiled']):.3f} s compiled ({faster:.2f} × faster) after {results['compile_seconds']:.0f} s "
+        f"of compiling; largest difference {results['max_difference']:.1e}."
     )
     return ["## torch.compile", text]
 
 
-def show_analysis(found: list[dict], options: argparse.Namespace) -> list[str]:
+def show_analysis(results: list[dict], options: argparse.Namespace) -> list[str]:
     rows = [
         [f["load"], f["way"], f"{f['seconds']:.2f}",
          f"{f['seconds_for_all']:.1f}" + (" (est.)" if f["share_measured"] < 1 else ""), f"{f['peak_megabytes']:.0f}"]
-        for f in found
+        for f in results
     ]  # fmt: skip
-    return ["## Analysis: streamed beside whole maps", table(("load", "way", "s", "s for all", "peak MB"), rows)]
+    return ["## Analysis: streamed next to whole maps", table(("load", "way", "s", "s for all", "peak MB"), rows)]
 
 
 def sizes(options: argparse.Namespace) -> list[int]:
@@ -186,29 +186,29 @@ def measure(part: str, options: argparse.Namespace) -> Any:
     if part == "limits":
         from networks import steps_flops
 
-        whats = (*FULL, "ControlNet")
+        methods = (*FULL, "ControlNet")
         counted = sorted({*sizes(options), *(() if quick else (1024,))})
-        return [{"px": px, "flops": {w: steps_flops(px, w) for w in whats}} for px in counted]
+        return [{"px": px, "flops": {w: steps_flops(px, w) for w in methods}} for px in counted]
     if part == "steps":
         from networks import steps_flops
 
-        whats, found = QUICK if quick else FULL, []
+        methods, results = QUICK if quick else FULL, []
         ceiling = child("matmul_ceiling", threads, dtype=dtype, device=device, size=2048)
         for px in sizes(options):
-            own = {"px": px, "dtype": dtype, "device": device, "whats": whats, "rounds": rounds}
-            one = child("steps", threads, **own, alone=ALONE if quick else ())
-            found.append(one | {"ceiling": ceiling, "flops": {what: steps_flops(px, what) for what in whats}})
-        return found
+            arguments = {"px": px, "dtype": dtype, "device": device, "methods": methods, "rounds": rounds}
+            one = child("steps", threads, **arguments, alone=ALONE if quick else ())
+            results.append(one | {"ceiling": ceiling, "flops": {method: steps_flops(px, method) for method in methods}})
+        return results
     if part == "memory":
-        found, largest = [], max(sizes(options))
-        for what, key in (("plain", "plain"), ("SEG", "PAG"), ("ControlNet+SEG", "ControlNet+PAG")):
-            if what != "SEG" and quick:
+        results, largest = [], max(sizes(options))
+        for method, key in (("unguided", "unguided"), ("SEG", "PAG"), ("ControlNet+SEG", "ControlNet+PAG")):
+            if method != "SEG" and quick:
                 continue
             same = {"px": largest, "dtype": dtype, "device": device}
-            both = (("ours", what), ("diffusers", key))
-            own, other = (child("peak", threads, who=who, what=name, **same) for who, name in both)
-            found.append({"what": what, "px": largest, "ours": own, "diffusers": other})
-        return found
+            both = (("ours", method), ("diffusers", key))
+            ours, diffusers = (child("peak", threads, who=who, method=name, **same) for who, name in both)
+            results.append({"method": method, "px": largest, "ours": ours, "diffusers": diffusers})
+        return results
     if part == "start":
         return child("start_up", threads, rounds=min(rounds, 1 if quick else 3))
     if part == "load":
@@ -224,7 +224,7 @@ def measure(part: str, options: argparse.Namespace) -> Any:
         few: tuple[str, ...] = QUICK[:2] if quick else FULL[:5]
         return {
             "ceiling": child("matmul_ceiling", threads, dtype="float32", device="cpu", size=2048),
-            "steps": child("mini_steps", threads, batches=batches, whats=few, rounds=rounds),
+            "steps": child("mini_steps", threads, batches=batches, methods=few, rounds=rounds),
             "images": mini_images(threads, quick),
         }
     if part == "terms":
@@ -238,21 +238,21 @@ def measure(part: str, options: argparse.Namespace) -> Any:
 
 
 def mini_images(threads: int, quick: bool) -> list[dict]:
-    """Pictures a second of one process with all threads, and of as many processes as threads with one each."""
-    found: list[dict] = []
+    """Images a second of one process with all threads, and of as many processes as threads with one each."""
+    results: list[dict] = []
     images, steps = (32, 10) if quick else (1000, 25)
     for batch in (8,) if quick else (25,):
         one = child("mini_images", threads, images=images, batch=batch, steps=steps)
-        found.append(one | {"ways": f"1 × {threads}"})
+        results.append(one | {"ways": f"1 × {threads}"})
         share = {"images": images // threads, "batch": batch, "steps": steps}
         command = [sys.executable, __file__, "--child", "mini_images", json.dumps(share), "--threads", "1"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         piped: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": environment}
         running = [subprocess.Popen(command, **piped) for _ in range(threads)]
-        ended = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
-        together = {"images": sum(e["images"] for e in ended), "seconds": max(e["seconds"] for e in ended)}
-        found.append(ended[0] | together | {"ways": f"{threads} × 1"})
-    return found
+        shares = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
+        together = {"images": sum(e["images"] for e in shares), "seconds": max(e["seconds"] for e in shares)}
+        results.append(shares[0] | together | {"ways": f"{threads} × 1"})
+    return results
 
 
 def main() -> None:
@@ -283,8 +283,8 @@ def main() -> None:
         if name not in PARTS:
             parser.error(f"--only {name}: choose among {', '.join(PARTS)}")
     facts = machine(options.threads)
-    said = ", ".join(f"{k} {v}" for k, v in facts.items() if v is not None)
-    lines = ["# Measured", f"    python benchmarks/run.py {' '.join(sys.argv[1:])}", f"Machine: {said}."]
+    summary = ", ".join(f"{k} {v}" for k, v in facts.items() if v is not None)
+    lines = ["# Measured", f"    python benchmarks/run.py {' '.join(sys.argv[1:])}", f"Machine: {summary}."]
     results: dict[str, Any] = {"machine": facts, "options": sys.argv[1:], "seconds": {}}
     print("\n\n".join(lines), flush=True)
     for part in options.only or PARTS:
@@ -293,13 +293,13 @@ def main() -> None:
         start = time.perf_counter()
         results[part] = measure(part, options)
         results["seconds"][part] = time.perf_counter() - start
-        shown = globals()[f"show_{part}"](results[part], options)
-        lines += shown
-        print("\n" + "\n\n".join(shown), flush=True)
+        section = globals()[f"show_{part}"](results[part], options)
+        lines += section
+        print("\n" + "\n\n".join(section), flush=True)
         print(f"\n({part}: {results['seconds'][part]:.0f} s)", file=sys.stderr, flush=True)
-        written = options.out.with_suffix(".partial")
-        written.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(written, options.out)
+        partial = options.out.with_suffix(".partial")
+        partial.write_text(json.dumps(results, indent=1) + "\n")
+        os.replace(partial, options.out)
     if options.markdown:
         before = options.markdown.read_text() if options.markdown.is_file() else ""
         options.markdown.write_text(with_start(before, "\n\n".join(lines)))

@@ -1,10 +1,10 @@
-"""Rendering of scenes alone, and beside busy processes on the other cores: the seconds of `scenes(range(1024))`.
+"""Seconds of rendering `scenes(range(1024))`, alone and next to busy processes on the other cores.
 
     env -u OMP_NUM_THREADS python benchmarks/shared_cpu.py                # one busy process for each other core
-    env -u OMP_NUM_THREADS python benchmarks/shared_cpu.py --threads 2    # what two threads would cost
+    env -u OMP_NUM_THREADS python benchmarks/shared_cpu.py --threads 2    # the same with two threads
 
-Rounds take turns: alone, beside. Prints a row of benchmarks/RESULTS.md. Needs a machine that is quiet otherwise: the
-load is printed beside the times, and the ratio of CPU seconds (which other processes change little) beside both.
+Rounds alternate: alone, then busy. Prints a row of benchmarks/RESULTS.md. The machine must be quiet otherwise. The row
+holds the load before the run, and the CPU seconds, which other processes change little.
 """
 
 import argparse
@@ -23,19 +23,19 @@ ONE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "
 
 
 def rendered(threads: int | None, count: int) -> tuple[float, float]:
-    """(seconds, CPU seconds) of rendering `count` scenes, with `threads` stated, or as the package does it."""
+    """(seconds, CPU seconds) of rendering `count` scenes, with `threads` threads; None: the package's default."""
     from segresearch.scenes.scenes import scenes
-    from segresearch.threads import threads as stated
+    from segresearch.threads import threads as limit
 
-    start, busy = time.perf_counter(), time.process_time()
-    with stated(threads) if threads else contextlib.nullcontext():
+    start, cpu_start = time.perf_counter(), time.process_time()
+    with limit(threads) if threads else contextlib.nullcontext():
         scenes(range(count))
-    return time.perf_counter() - start, time.process_time() - busy
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, help="threads stated by the caller; by default nothing is stated")
+    parser.add_argument("--threads", type=int, help="threads; default: those of the package")
     parser.add_argument("--busy", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="busy processes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, default=1024)
@@ -55,8 +55,8 @@ def main() -> None:
                 other.wait()
     (a, cpu_a), (b, cpu_b) = ([statistics.median(z) for z in zip(*times, strict=True)] for times in (alone, beside))
     print("| threads | busy | alone, s | beside, s | ratio | CPU s | CPU s beside | load before |")
-    said = options.threads or "not stated"
-    print(f"| {said} | {options.busy} | {a:.2f} | {b:.2f} | {b / a:.2f} | {cpu_a:.2f} | {cpu_b:.2f} | {load:.2f} |")
+    threads = options.threads or "not stated"
+    print(f"| {threads} | {options.busy} | {a:.2f} | {b:.2f} | {b / a:.2f} | {cpu_a:.2f} | {cpu_b:.2f} | {load:.2f} |")
 
 
 if __name__ == "__main__":

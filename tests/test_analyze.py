@@ -154,7 +154,7 @@ def test_twice_measures_nothing_twice_and_config_yaml_is_the_run(run, config, mo
     monkeypatch.setattr("segresearch.analysis.analyze.load_model", None)
     again = analyze(config)
     assert again.reused and again.folder == run.folder and "there already" in str(again)
-    given = settings(OmegaConf.create((run.folder / "config.yaml").read_text(encoding="utf-8")))
+    given = settings(OmegaConf.create((run.folder / "config.yaml").read_text(encoding="utf-8")), AnalyzeConfig)
     assert analyze(dataclasses.replace(given, out=config.out)).folder == run.folder
 
 
@@ -199,7 +199,7 @@ def test_what_the_model_cannot_do_is_one_line_and_leaves_nothing(changes, words,
 def test_settings_compose_and_slips_are_said():
     def composed(*overrides: str) -> AnalyzeConfig:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return settings(compose("analyze", overrides=list(overrides)))
+            return settings(compose("analyze", overrides=list(overrides)), AnalyzeConfig)
 
     config = composed()
     assert config.blur.sigmas[-1] == math.inf and config.prompts[0] == "" and config.wandb.mode == "off"

@@ -1,15 +1,20 @@
-"""The page of measured effects: its parts can be composed, its tables are those of the runs."""
+"""The page of measured effects: its parts compose, each is on the page with its own command and as many methods."""
+
+import re
+import shlex
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.mini.effects import PARTS, table, written
+from experiments.mini.effects import PARTS, replaced, table
 from segresearch.config import EvaluateConfig, conf_dir, settings
 from segresearch.evaluation.spec import evaluation_spec
 
+PAGE = (conf_dir().parent / "docs" / "effects.md").read_text()
+
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
-def test_every_part_is_an_evaluation_with_a_place_on_the_page(part):
+def test_every_part_is_an_evaluation(part):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = settings(compose("evaluate", overrides=part.command(20)), kind=EvaluateConfig)
     spec = evaluation_spec(config)
@@ -18,8 +23,10 @@ def test_every_part_is_an_evaluation_with_a_place_on_the_page(part):
     assert set(baseline) == ({"cfg"} if part.name.startswith("cfg") else set()) and len(spec.methods) > 1
     assert ("control" in part.name) == bool(spec.controls)
     assert (part.name[:3] == "cfg" or "text" in part.name) <= bool(spec.scenes)
-    page = (conf_dir().parent / "docs" / "effects.md").read_text()
-    assert written(page, part.name, ["x"]) != page and f"effects/{part.name}.png" in page
+    (section,) = re.findall(rf"<!-- {part.name}: begin -->\n(.*?)\n<!-- {part.name}: end -->", PAGE, re.S)
+    assert shlex.split(section.splitlines()[0].strip("`"))[2:-1] == part.command(2000)  # the numbers' own command
+    assert [row.split(" | ")[0][2:] for row in section.splitlines()[4:]] == list(spec.methods)
+    assert f"effects/{part.name}.png" in PAGE
 
 
 def test_tables_keep_the_run_s_numbers(tmp_path):
@@ -37,9 +44,9 @@ def test_tables_keep_the_run_s_numbers(tmp_path):
     ]
 
 
-def test_a_part_is_written_in_its_place_alone():
+def test_a_part_replaces_its_own_section_only():
     page = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n<!-- y: begin -->\nkept\n<!-- y: end -->\n"
-    once = written(page, "x", ["1", r"\2"])
-    assert once == page.replace("old", "1\n\\2") and written(once, "x", ["old"]) == page
+    once = replaced(page, "x", ["1", r"\2"])
+    assert once == page.replace("old", "1\n\\2") and replaced(once, "x", ["old"]) == page
     with pytest.raises(ValueError, match="no <!-- z: begin -->"):
-        written(page, "z", [])
+        replaced(page, "z", [])

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.sh is made of, as far as no GPU is needed: limits, tables, sections of RESULTS.md."""
+"""benchmarks/gpu.sh without a GPU: time limits, tables, sections of RESULTS.md."""
 
 import json
 import sys
@@ -10,11 +10,11 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from cuda_plan import Part, plan, run_part, warm_up  # noqa: E402
-from cuda_tables import shown  # noqa: E402
+from cuda_tables import tables  # noqa: E402
 from harness import bounded, with_sections, with_start  # noqa: E402
 
 
-def test_a_process_ends_at_its_limit_and_says_why(tmp_path):
+def test_a_process_ends_at_its_limit_with_the_reason(tmp_path):
     log = tmp_path / "log"
     start = time.monotonic()
     assert bounded([sys.executable, "-c", "import time; time.sleep(60)"], 0.3, log) == "stopped after 0 s"
@@ -27,10 +27,10 @@ def test_a_process_ends_at_its_limit_and_says_why(tmp_path):
 
 def test_a_part_that_fails_is_recorded(tmp_path):
     done = run_part(Part("odd, one", "no_such_part", 60, {"device": "cpu"}), tmp_path, 60)
-    assert done["found"] is None and "KeyError: 'no_such_part'" in done["failed"]
+    assert done["results"] is None and "KeyError: 'no_such_part'" in done["failed"]
 
 
-def test_what_is_compiled_is_compiled_before():
+def test_compiled_parts_are_warmed_up():
     names = {part.name for part in plan("cuda", False)}
     warmed = [part for part in warm_up("cuda", False) if part.arguments["ways"]]
     assert {f"warm-up: {n}" for n in names if n.startswith("compiled")} == {part.name for part in warmed}
@@ -39,25 +39,27 @@ def test_what_is_compiled_is_compiled_before():
 
 
 STEPS = {
-    "px": 1024, "batch": 1, "dtype": "bfloat16", "flops": {"plain": 6e12, "CFG+SEG": 16e12}, "first": {}, "failed": {},
-    "times": {"plain, eager": [0.04] * 3, "plain, graph": [0.0125] * 3, "CFG+SEG, graph": [0.04] * 3,
+    "px": 1024, "batch": 1, "dtype": "bfloat16", "first": {}, "failed": {},
+    "flops": {"unguided": 6e12, "CFG+SEG": 16e12},
+    "times": {"unguided, eager": [0.04] * 3, "unguided, graph": [0.0125] * 3, "CFG+SEG, graph": [0.04] * 3,
               "diffusers UNet, compiled": [0.02] * 3},
 }  # fmt: skip
 
 
-def test_goals_are_judged_and_ratios_wait_for_the_ceiling():
-    parts = {"ceiling": {"found": {"bfloat16": 8e14}}, "steps, batch 1": {"found": STEPS, "failed": ""}}
-    text = "\n".join(shown(parts))
+def test_goals_have_verdicts_and_ratios_need_the_ceiling():
+    parts = {"ceiling": {"results": {"bfloat16": 8e14}}, "steps, batch 1": {"results": STEPS, "failed": ""}}
+    text = "\n".join(tables(parts))
     assert "12.50 ms, graph" in text and "1.20 × (40.00 ms, graph)" in text and "1.60 ×" in text
-    assert text.count("reaches") + text.count("misses") == 3
-    assert "CFG+SEG / plain, graph" in text  # 6e12 / 0.0125 is 60 % of the ceiling
-    parts["ceiling"] = {"found": {"bfloat16": 16e14}}
-    assert "CFG+SEG / plain" not in "\n".join(shown(parts))
+    assert text.count("reached") + text.count("missed") == 3
+    assert "CFG+SEG / unguided, graph" in text  # 6e12 / 0.0125 is 60 % of the ceiling
+    parts["ceiling"] = {"results": {"bfloat16": 16e14}}
+    assert "CFG+SEG / unguided" not in "\n".join(tables(parts))
 
 
-def test_what_was_found_until_a_part_was_stopped_is_shown():
-    stopped = {"found": {**STEPS, "times": {"plain, eager": [0.04]}}, "failed": "stopped after 90 s"}
-    text = "\n".join(shown({"steps, batch 8": stopped, "trials": {"found": None, "failed": "ended with 1: no memory"}}))
+def test_a_stopped_part_shows_its_results_until_then():
+    stopped = {"results": {**STEPS, "times": {"unguided, eager": [0.04]}}, "failed": "stopped after 90 s"}
+    failed = {"results": None, "failed": "ended with 1: no memory"}
+    text = "\n".join(tables({"steps, batch 8": stopped, "trials": failed}))
     assert "40.00" in text and "steps, batch 8 stopped after 90 s" in text and "trials ended with 1: no memory" in text
 
 

@@ -1,7 +1,7 @@
-"""What the training scripts share: keyed randomness, learning rate, averaged weights, checkpoints and the loss log.
+"""Shared by the training scripts: keyed randomness, learning rate, averaged weights, checkpoints and the loss log.
 
-A training is a function of (seed, step): batch n and its noise are drawn from generators made for step n, so a run that
-was interrupted and resumed from its checkpoint ends at the same weights as one that was not.
+A training is a function of (seed, step). Batch n and its noise come from generators that are keyed by step n. So a run
+that is interrupted and resumed from its checkpoint ends at the same weights as an uninterrupted one.
 """
 
 import json
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 
 def replace_file(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Write a file, given its bytes or a function that writes them, under a temporary name and then put it in place.
+    """Write a file atomically: under a temporary name, then renamed. `content` is its bytes, or a function that writes
+    them.
 
-    A reader never sees half of it, and a failed write leaves the old file.
+    A reader never sees half of the file. A failed write leaves the old file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -44,20 +45,20 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def generator(*key: int) -> torch.Generator:
-    """A generator of its own for a key, such as (seed, stream, step)."""
+    """A generator for a key, such as (seed, stream, step)."""
     return torch.Generator().manual_seed(
         int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
     )
 
 
 def batch_indices(count: int, batch: int, step: int, seed: int) -> Tensor:
-    """Indices of batch `step`: epochs are keyed permutations of range(count), the remainder of an epoch is left out."""
-    epoch, at = divmod(step, count // batch)
-    return torch.randperm(count, generator=generator(seed, 101, epoch))[at * batch : (at + 1) * batch]
+    """Indices (batch,) of batch `step`. Epochs are keyed permutations of range(count), without an incomplete batch."""
+    epoch, position = divmod(step, count // batch)
+    return torch.randperm(count, generator=generator(seed, 101, epoch))[position * batch : (position + 1) * batch]
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.0, hold: float = 0.0) -> float:
-    """Linear warm-up, constant until the fraction `hold` of the run, then half a cosine to floor · peak at `steps`."""
+    """Linear warm-up to `peak`, constant until step hold · steps, then half a cosine to floor · peak at `steps`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     start = max(warmup, int(hold * steps))
@@ -77,8 +78,8 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        mine, theirs = list(self.weights.values()), [v.detach() for v in model.state_dict().values()]
-        torch._foreach_lerp_(mine, theirs, 1 - decay)
+        averaged, current = list(self.weights.values()), [v.detach() for v in model.state_dict().values()]
+        torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
 def rank() -> int:
@@ -91,7 +92,7 @@ def world() -> int:
 
 @torch.no_grad()
 def share_gradients(model: nn.Module, loss: Tensor) -> Tensor:
-    """Replace every gradient by its mean over the worker processes, if there are several; returns the mean loss."""
+    """Replace every gradient by its mean over the worker processes, if there are several. Returns the mean loss."""
     if world() == 1:
         return loss.detach()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -105,7 +106,7 @@ def share_gradients(model: nn.Module, loss: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train. stop: end the process at this step although the schedule runs on to `steps`."""
+    """Settings of a training. stop: end the process at this step, while the learning rate is that of `steps`."""
 
     steps: int
     peak: float = 1e-3
@@ -126,40 +127,41 @@ def train(
     model: nn.Module,
     loss_of: Callable[[int], tuple[Tensor, Mapping[str, float]]],
     plan: Plan,
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     at_save: Callable[[int, Mapping[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Train `model` on loss_of(step) -> (loss, things to log); returns the averaged weights.
+    """Train `model` on loss_of(step) -> (loss, numbers to log). Returns the averaged weights.
 
-    <folder>/checkpoint.pt holds the newest state and is resumed from; <folder>/loss.jsonl gets a line every log_every
-    steps.
+    <folder>/checkpoint.pt holds the newest state, from which training resumes. <folder>/loss.jsonl gets a line every
+    log_every steps. metadata: written into that log at every start. at_save(step, averaged weights) is called after
+    each checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed, plain = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    decayed, undecayed = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=plan.peak, betas=plan.betas, fused=True)
     average = Average(model, plan.decay)
-    checkpoint, log, start, spent = folder / "checkpoint.pt", folder / "loss.jsonl", 0, 0.0
+    checkpoint, log, start, earlier = folder / "checkpoint.pt", folder / "loss.jsonl", 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=next(iter(average.weights.values())).device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.weights = state["average"]
-        start, spent = state["step"], state["seconds"]
+        start, earlier = state["step"], state["seconds"]
     lines = (
         [line for line in log.read_text().splitlines() if json.loads(line).get("step", 0) <= start]
         if log.exists()
         else []
     )
     lines.append(
-        json.dumps({"step": start, "facts": {**facts, "plan": vars(plan), "threads": torch.get_num_threads()}})
+        json.dumps({"step": start, "facts": {**metadata, "plan": vars(plan), "threads": torch.get_num_threads()}})
     )
-    first = rank() == 0
-    if first:
+    leader = rank() == 0
+    if leader:
         replace_file(log, "".join(f"{line}\n" for line in lines).encode())
     sums: dict[str, float] = {}
-    began, mark, last = time.monotonic(), time.monotonic(), start
+    begin, mark, last = time.monotonic(), time.monotonic(), start
     stop = min(plan.steps, plan.stop if plan.stop is not None else plan.steps)
     model.train()
     for step in range(start, stop):
@@ -175,18 +177,18 @@ def train(
         for key, value in {"loss": loss.item(), "norm": norm.item(), **values}.items():
             sums[key] = sums.get(key, 0.0) + value
         now, done = time.monotonic(), step + 1
-        if not first:
+        if not leader:
             continue
         if done % plan.log_every == 0 or done == stop:
             n = done - last
             line = {"step": done, **{k: round(v / n, 6) for k, v in sums.items()}}
-            line |= {"lr": round(optimizer.param_groups[0]["lr"], 8), "seconds": round(spent + now - began, 1)}
+            line |= {"lr": round(optimizer.param_groups[0]["lr"], 8), "seconds": round(earlier + now - begin, 1)}
             line["steps_per_second"] = round(n / (now - mark), 3)
             with open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
             sums, mark, last = {}, now, done
         if done % plan.save_every == 0 or done == stop:
-            state = {"step": done, "seconds": spent + now - began, "model": model.state_dict()}
+            state = {"step": done, "seconds": earlier + now - begin, "model": model.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "average": average.weights}
             save_state(checkpoint, state)
             if at_save is not None:

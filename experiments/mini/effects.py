@@ -1,7 +1,7 @@
-"""Measure what guidance does to mini, and gather it in docs/effects.md: a few evaluations, their tables and figures.
+"""Measure the effects of guidance on mini: several evaluations, whose tables and figures go into docs/effects.md.
 
-    python -m experiments.mini.effects                    # 2,000 pictures a setting; a stopped run goes on
-    python -m experiments.mini.effects --only control     # some of them; the others' tables stay as they are
+    python -m experiments.mini.effects                    # 2,000 images per method; resumes a stopped run
+    python -m experiments.mini.effects --only control     # some parts; the tables of the others stay
 """
 
 import argparse
@@ -38,15 +38,14 @@ COLUMNS = {"fd-mini": "FD", "fd_to_baseline-mini": "− baseline", "fd_means-min
 
 @dataclass(frozen=True)
 class Part:
-    """One evaluation: what it is called here, its settings, and whether the number of pictures is a half of the others'
-    (the wider sweeps)."""
+    """One evaluation: its name on the page, its overrides, and whether it takes half the images (the wider sweeps)."""
 
     name: str
-    settings: tuple[str, ...]
+    overrides: tuple[str, ...]
     half: bool = False
 
     def command(self, count: int) -> list[str]:
-        return [*self.settings, "preset=quick", f"images={count // 2 if self.half else count}"]
+        return [*self.overrides, "preset=quick", f"images={count // 2 if self.half else count}"]
 
 
 PARTS = (
@@ -67,30 +66,30 @@ PARTS = (
 )  # fmt: skip
 
 
-def measured(part: Part, count: int, workers: int, out: str, draws: int) -> Path:
-    """The folder of the part's results. Workers make shards side by side; one process reduces them."""
+def evaluate(part: Part, count: int, workers: int, out: str, n_bootstrap: int) -> Path:
+    """The folder of the part's results. The workers sample shards in parallel; one process reduces them."""
     call = [sys.executable, str(SCRIPT), *part.command(count), f"out={out}", "wandb.mode=off"]
-    places = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers)} for rank in range(workers)]
-    started = [subprocess.Popen([*call, "stage=shards"], env=place, stdout=subprocess.DEVNULL) for place in places]
-    if any([process.wait() for process in started]):
-        raise SystemExit(f"{part.name}: not all shards were made; what is whole is kept")
-    reduce = [*call, "stage=reduce", f"n_bootstrap={draws}"]
+    environments = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": str(workers)} for rank in range(workers)]
+    processes = [subprocess.Popen([*call, "stage=shards"], env=e, stdout=subprocess.DEVNULL) for e in environments]
+    if any([process.wait() for process in processes]):
+        raise SystemExit(f"{part.name}: not all shards were sampled; complete shards are kept")
+    reduce = [*call, "stage=reduce", f"n_bootstrap={n_bootstrap}"]
     done = subprocess.run(reduce, stdout=subprocess.PIPE, text=True, check=True)
     return Path(done.stdout.split("page: ")[1].strip()).parent
 
 
 def floor(count: int) -> list[str]:
-    """A markdown table of what real held-out scenes, and these through the VAE, get at the same number of pictures."""
-    judge, held = load_extractor("mini"), scenes(range(HELD_OUT, HELD_OUT + count)).images
-    parts = [judge.of(scenes(REFERENCE[i : i + 500]).images) for i in range(0, len(REFERENCE), 500)]
+    """A markdown table of FD for `count` real held-out scenes, and for the same scenes through the VAE."""
+    extractor, held = load_extractor("mini"), scenes(range(HELD_OUT, HELD_OUT + count)).images
+    parts = [extractor.of(scenes(REFERENCE[i : i + 500]).images) for i in range(0, len(REFERENCE), 500)]
     real = gaussian(torch.cat(parts))
     vae = load_sdxl("mini").vae
     with torch.no_grad():
         decoded = torch.cat([vae.decode(vae.encode(part.float() / 127.5 - 1)) for part in held.split(25)])
     through = to_uint8(decoded)
-    lines = ["| pictures | FD | means | variance |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| images | FD | means | variance |", "| --- | ---: | ---: | ---: |"]
     for name, images in (("real held-out scenes", held), ("the same through the VAE", through)):
-        features = torch.cat([judge.of(part) for part in images.split(500)])
+        features = torch.cat([extractor.of(part) for part in images.split(500)])
         d = frechet_distance(features, real, 100)
         variance = float(features.double().var(0).sum() / real.cov.diagonal().sum())
         lines.append(f"| {name} | {d.distance:.2f} ± {d.error:.2f} | {d.mean_part:.2f} | {variance:.3f} |")
@@ -98,7 +97,7 @@ def floor(count: int) -> list[str]:
 
 
 def table(folder: Path) -> list[str]:
-    """The metrics of COLUMNS, from the run's metrics.csv, as markdown: a row a method."""
+    """The metrics of COLUMNS, from the run's metrics.csv, as markdown, one row per method."""
     with (folder / "metrics.csv").open(newline="") as file:
         cells = {(row["method"], row["metric"]): row for row in csv.DictReader(file)}
     methods = dict.fromkeys(method for method, _ in cells)
@@ -115,7 +114,7 @@ def table(folder: Path) -> list[str]:
     return lines
 
 
-def written(text: str, name: str, lines: Sequence[str]) -> str:
+def replaced(text: str, name: str, lines: Sequence[str]) -> str:
     """`text` with `lines` between the markers of `name`."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
@@ -126,27 +125,27 @@ def written(text: str, name: str, lines: Sequence[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000, help="pictures of each setting; of the wider sweeps a half")
+    parser.add_argument("--count", type=int, default=2000, help="images per method; half as many in the wider sweeps")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", nargs="*", help="parts, or how they begin: " + ", ".join(p.name for p in PARTS))
-    parser.add_argument("--draws", type=int, default=100, help="bootstrap resamples")
+    parser.add_argument("--only", nargs="*", help="parts, by the start of a name: " + ", ".join(p.name for p in PARTS))
+    parser.add_argument("--n-bootstrap", type=int, default=100, help="bootstrap samples")
     parser.add_argument("--out", default="runs")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    page, pictures = args.docs / "effects.md", args.docs / "effects"
-    pictures.mkdir(parents=True, exist_ok=True)
-    chosen = [p for p in PARTS if args.only is None or any(p.name.startswith(o) for o in args.only)]
-    if not chosen:
+    page, figures = args.docs / "effects.md", args.docs / "effects"
+    figures.mkdir(parents=True, exist_ok=True)
+    parts = [p for p in PARTS if args.only is None or any(p.name.startswith(o) for o in args.only)]
+    if not parts:
         parser.error(f"no part begins with {args.only}; there are {', '.join(p.name for p in PARTS)}")
     if args.only is None:
-        replace_file(page, written(page.read_text(), "floor", floor(args.count)).encode())
-    for part in chosen:
-        folder = measured(part, args.count, args.workers, args.out, args.draws)
-        words = shlex.join([*part.command(args.count), f"n_bootstrap={args.draws}"])
+        replace_file(page, replaced(page.read_text(), "floor", floor(args.count)).encode())
+    for part in parts:
+        folder = evaluate(part, args.count, args.workers, args.out, args.n_bootstrap)
+        words = shlex.join([*part.command(args.count), f"n_bootstrap={args.n_bootstrap}"])
         call = f"`python experiments/evaluate.py {words}`"
-        replace_file(page, written(page.read_text(), part.name, [call, "", *table(folder)]).encode())
-        shutil.copyfile(folder / "figures" / "quality.png", pictures / f"{part.name}.png")
+        replace_file(page, replaced(page.read_text(), part.name, [call, "", *table(folder)]).encode())
+        shutil.copyfile(folder / "figures" / "quality.png", figures / f"{part.name}.png")
         print(f"{part.name}: {folder}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Pre-encode what does not change while the CLIPs and the UNet train, shard by shard; shards that exist are kept.
+"""Encode captions and images before the training of the CLIPs and the UNet, shard by shard. Existing shards are kept.
 
 python -m experiments.mini.encode tokens     # <shard>.npy: uint16 (variants, scenes, 48), by the first tokenizer
 python -m experiments.mini.encode latents    # <shard>.npy: fp16 (scenes, 4, 16, 16), scaled latents of the trained VAE
@@ -31,7 +31,7 @@ def load_shards(folder: Path, count: int, axis: int) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tokens", "latents"))
+    parser.add_argument("kind", choices=("tokens", "latents"))
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of scenes/, tokenizers/, vae/")
     parser.add_argument("--shards", type=int, default=40)
     parser.add_argument("--variants", type=int, default=3)
@@ -40,10 +40,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    out = args.runs / args.what
+    out = args.runs / args.kind
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(args.runs / "tokenizers" / "tokenizer") if args.what == "tokens" else None
-    vae = load_vae(args.runs / "vae" / "vae.pt")[0] if args.what == "latents" else None
+    tokenizer = load_tokenizer(args.runs / "tokenizers" / "tokenizer") if args.kind == "tokens" else None
+    vae = load_vae(args.runs / "vae" / "vae.pt")[0] if args.kind == "latents" else None
     k, n = map(int, args.part.split("/"))
     for shard in range(k, args.shards, n):
         path = shard_path(out, shard)

@@ -1,7 +1,7 @@
-"""Write the embedded model from the trained parts, in the diffusers SDXL folder layout, weights in fp16.
+"""Write mini from its trained parts, in the diffusers SDXL folder layout, with weights in fp16.
 
-Beside the pipeline's own parts: controlnet/<name> where one is trained, and for evaluation vision (the CLIPs' vision
-tower) and attributes (the namer of objects).
+In addition to the parts of the pipeline: controlnet/<name> for each trained ControlNet and, for evaluation, vision (the
+CLIPs' vision tower) and attributes (the attribute classifier).
 
 python -m experiments.mini.export --out segresearch/weights/mini
 """
@@ -67,9 +67,9 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """fp16 safetensors. Raises ValueError for a weight that is not finite in fp16."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = {name: value.to(torch.float16).contiguous() for name, value in weights.items()}
-    broken = [name for name, value in half.items() if not value.isfinite().all()]
-    if broken:
-        raise ValueError(f"{path}: not finite in fp16: {broken[:3]}")
+    overflowing = [name for name, value in half.items() if not value.isfinite().all()]
+    if overflowing:
+        raise ValueError(f"{path}: not finite in fp16: {overflowing[:3]}")
     data = to_safetensors(half, metadata={"format": "pt"})
     replace_file(path, data)
 
@@ -99,9 +99,9 @@ def export_vision(out: Path, clip_file: Path) -> None:
     write_part(out / "vision", weights, config)
 
 
-def export_attributes(out: Path, namer_file: Path) -> None:
-    """Write <out>/attributes from a trained namer.pt."""
-    packed = torch.load(namer_file, weights_only=True)
+def export_attributes(out: Path, classifier_file: Path) -> None:
+    """Write <out>/attributes from a trained classifier.pt."""
+    packed = torch.load(classifier_file, weights_only=True)
     write_part(out / "attributes", packed["weights"], json.loads(packed["config"]))
 
 
@@ -117,9 +117,7 @@ def export(out: Path, runs: Path) -> dict[str, Any]:
     for name in ("tokenizer", "tokenizer_2"):
         copy_folder(runs / "tokenizers" / name, out / name)
     for name in ("text_encoder", "text_encoder_2"):
-        with (
-            tempfile.TemporaryDirectory() as folder
-        ):  # transformers knows its own layout: names and config as it writes them
+        with tempfile.TemporaryDirectory() as folder:  # transformers writes its own names and config
             getattr(clips, name).half().save_pretrained(folder)
             copy_folder(Path(folder), out / name)
         config = json.loads((out / name / "config.json").read_text())
@@ -128,13 +126,13 @@ def export(out: Path, runs: Path) -> dict[str, Any]:
     for name in ("canny", "depth"):
         trained = runs / f"controlnet_{name}" / "controlnet.pt"
         if trained.exists():
-            place = out / "controlnet" / name
-            write_weights(place / WEIGHTS, torch.load(trained, weights_only=True)["weights"])
-            write_json(place / "config.json", CONTROLNET_CONFIG)
+            target = out / "controlnet" / name
+            write_weights(target / WEIGHTS, torch.load(trained, weights_only=True)["weights"])
+            write_json(target / "config.json", CONTROLNET_CONFIG)
     export_vision(out, runs / "clip" / "clip.pt")
-    namer = runs / "attributes" / "namer.pt"
-    if namer.exists():
-        export_attributes(out, namer)
+    classifier = runs / "attributes" / "classifier.pt"
+    if classifier.exists():
+        export_attributes(out, classifier)
     write_weights(out / "unet" / WEIGHTS, packed["weights"])
     write_json(out / "unet" / "config.json", UNET_CONFIG)
     write_weights(out / "vae" / WEIGHTS, vae.state_dict())

@@ -1,9 +1,9 @@
-"""Measure an exported mini on held-out scenes: UNet loss, and whether its pictures show what the captions say.
+"""Measure an exported mini on held-out scenes: the UNet's loss, and the agreement of its images with their captions.
 
     python -m experiments.mini.measure --count 256
 
-The second is retrieval by the training's own CLIP vision tower: of the captions in groups of 64, how often is the one
-that a picture was made from the best match for it? Chance is 1/64; the real pictures of the captions give the ceiling.
+The agreement is retrieval by the CLIPs of the training: how often is an image's own caption its best match in a group
+of 64 captions? Chance is 1/64. The real images of the captions give the ceiling.
 """
 
 import argparse
@@ -33,13 +33,13 @@ def matches(clips: TwoCLIPs, images: Tensor, tokens: Tensor) -> list[float]:
     """For both CLIPs, the fraction of rows whose own text is the best of its group of 64."""
     hits: list[list[float]] = [[], []]
     for group, text in zip(images.split(BATCH), tokens.split(BATCH)):
-        for which, (seen, said) in enumerate(clips.embed(group, trim(text))):
-            hits[which] += ((seen @ said.T).argmax(1) == torch.arange(len(seen))).float().tolist()
+        for which, (image, caption) in enumerate(clips.embed(group, trim(text))):
+            hits[which] += ((image @ caption.T).argmax(1) == torch.arange(len(image))).float().tolist()
     return [round(sum(h) / len(h), 4) for h in hits]
 
 
 def eps_loss(model: SDXL, latents: Tensor, captions: list[str]) -> float:
-    """Unweighted mean squared error of eps, one keyed timestep a scene, in fp32."""
+    """Unweighted mean squared error of eps in fp32, at one keyed timestep per scene."""
     alphas = alphas_cumprod()
     t = torch.randint(1000, (len(latents),), generator=generator(0, 201))
     noise = torch.randn(latents.shape, generator=generator(0, 202))
@@ -65,7 +65,7 @@ def measure(folder: Path, clip_file: Path, count: int, steps: int, weights: list
     result: dict[str, Any] = {"count": count, "steps": steps, "vae_psnr_db": round(psnr, 2)}
     result["latent_std"] = round(latents.std().item(), 4)
     result["eps_mse"] = round(eps_loss(model, latents, held.captions), 5)
-    result["own_caption_first_of_64"] = {"real pictures": matches(clips, images, tokens)}
+    result["own_caption_first_of_64"] = {"real images": matches(clips, images, tokens)}
     config = GenerateConfig(
         ModelConfig("mini", str(folder)), SamplerConfig("euler"), ScheduleConfig("leading"), steps=steps
     )
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/mini/measured.json"))
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--weights", type=float, nargs="*", default=[1.0, 4.0], help="of CFG; 1 is none")
+    parser.add_argument("--weights", type=float, nargs="*", default=[1.0, 4.0], help="CFG weights; 1 is no guidance")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

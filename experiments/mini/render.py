@@ -1,7 +1,7 @@
 """Render the training scenes once, into shards that the other scripts read: <out>/00000.npy, uint8 (scenes, 3, 64, 64).
 
-Scene i is scenes([i], seed): the shard number and the seed fix every pixel. Shards that exist are kept, so running it
-again is the resume, and several processes may share the work with --part k/n.
+Scene i is scenes([i], seed), so the shard number and the seed fix every pixel. Existing shards are kept: the same
+command resumes. Several processes can share the work with --part k/n.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Retrain everything of mini from nothing, as the shipped weights were: two rounds, the second from the first's weights
-# on more scenes, then ControlNets, the namer of attributes, and the export. Run from the repository's root; stopped
-# anywhere, the same command goes on.
+# Train every part of mini from scratch, as the shipped weights were trained. There are two rounds: the second starts
+# from the weights of the first, on more scenes. Then come the ControlNets, the attribute classifier and the export.
+# Run from the repository's root. The same command resumes a stopped run.
 #
 #     sh experiments/mini/retrain.sh                     # into runs/mini, weights to runs/mini/exported
-#     QUICK=1 RUNS=/tmp/quick sh experiments/mini/retrain.sh   # two steps of everything, to see that it runs
+#     QUICK=1 RUNS=/tmp/quick sh experiments/mini/retrain.sh   # two steps of each training, as a test
 #     DEVICE=cuda WORKERS=1 sh experiments/mini/retrain.sh
 set -eu
 
@@ -45,13 +45,13 @@ unet() { # images, arguments...
     run encode tokens --runs "$RUNS" --shards "$SHARDS2"
     for shared in tokenizers scenes tokens; do ln -sfn "../$shared" "$FIRST/$shared"; done
 
-    # the first round
+    # first round
     run train_vae --scenes "$RUNS/scenes" --out "$FIRST/vae" --images "$((SHARDS1 < 4 ? IMAGES1 : 16384))" --device "$DEVICE" $STEPS
     run train_clip --runs "$FIRST" --out "$FIRST/clip" --images "$IMAGES1" --steps 1150 --device "$DEVICE" $STEPS
     run encode latents --runs "$FIRST" --shards "$SHARDS1"
     unet "$IMAGES1" --runs "$FIRST" --out "$FIRST/unet" --steps 4600 --hold 0.2
 
-    # the second
+    # second round
     run train_clip --runs "$RUNS" --out "$RUNS/clip" --weights "$FIRST/clip/clip.pt" --images "$IMAGES1" --steps 1400 \
         --peak 1.2e-3 --seed 1 --device "$DEVICE" $STEPS
     run train_vae --scenes "$RUNS/scenes" --out "$RUNS/vae" --weights "$FIRST/vae/vae.pt" --images "$IMAGES_VAE" \
@@ -60,7 +60,7 @@ unet() { # images, arguments...
     unet "$((LATENTS2 * 4096))" --runs "$RUNS" --out "$RUNS/unet" --weights "$FIRST/unet/unet.pt" --steps 2800 \
         --peak 7e-4 --hold 0.3 --seed 1
 
-    # what stands beside them
+    # ControlNets, attribute classifier, export
     for kind in canny depth; do
         run train_controlnet "$kind" --runs "$RUNS" --out "$RUNS/controlnet_$kind" --images "$((SHARDS2 < 32 ? IMAGES1 : 131072))" \
             --device "$DEVICE" $STEPS

@@ -2,8 +2,8 @@
 
     python -m experiments.mini.tokenizer
 
-Other text still tokenizes, into bytes and pieces of known words. Both have the same vocabulary; they pad as SDXL's do:
-<out>/tokenizer with <|endoftext|>, <out>/tokenizer_2 with "!" (id 0).
+Other text is split into bytes and pieces of known words. Both tokenizers have the same vocabulary. They pad as SDXL's
+do: <out>/tokenizer with <|endoftext|>, <out>/tokenizer_2 with "!" (id 0).
 """
 
 import argparse
@@ -24,7 +24,7 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_alphabet() -> list[str]:
-    """A printable character for every byte: visible Latin-1 stands for itself, the others for 256, 257, … in order."""
+    """A printable character for every byte: visible Latin-1 as it is, the others as characters 256, 257, … in order."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [b for b in range(256) if b not in visible]
     return [chr(b) for b in visible] + [chr(256 + n) for n in range(len(hidden))]
@@ -76,7 +76,7 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def second(ids: Tensor, end: int) -> Tensor:
-    """The ids of tokenizer_2 from those of tokenizer: what follows the first end token is "!", id 0."""
+    """The ids of tokenizer_2 from those of tokenizer: every token after the first end token is "!", id 0."""
     is_end = ids == end
     return ids.masked_fill(is_end & (is_end.cumsum(-1) > 1), 0)
 

@@ -1,10 +1,10 @@
-"""Train the small classifier that names the objects of a picture, on rendered scenes.
+"""Train the attribute classifier, which reads the objects of an image, on rendered scenes.
 
     python -m experiments.mini.train_attributes
 
-Pictures are mirrored at every second step and, one half of them, softened with a 3×3 binomial filter: generated
-pictures have softer edges than rendered ones. Writes <out>/checkpoint.pt, loss.jsonl and namer.pt ({"config",
-"weights", "measured"}: accuracy on held-out scenes).
+Images are mirrored at every second step. Half of them are softened with a 3×3 binomial filter, because sampled images
+have softer edges than rendered ones. Writes <out>/checkpoint.pt, loss.jsonl and classifier.pt ({"config", "weights",
+"measured"}: accuracy on held-out scenes).
 """
 
 import argparse
@@ -27,29 +27,30 @@ WIDTH = 24
 
 
 def softened(images: Tensor) -> Tensor:
+    """Images (b, 3, h, w) under a 3×3 binomial filter."""
     taps = torch.tensor([0.25, 0.5, 0.25])
     kernel = taps.outer(taps).expand(3, 1, 3, 3)
     return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
 
 
-def measure(namer: AttributeClassifier, count: int = 2048) -> dict[str, Any]:
-    """Agreement with what held-out scenes hold, as they are and softened."""
+def measure(classifier: AttributeClassifier, count: int = 2048) -> dict[str, Any]:
+    """Agreement with the objects of held-out scenes, for images as rendered and softened."""
     index = range(HELD_OUT, HELD_OUT + count)
     images, truth = scenes(index).images, scene_attributes(index)
     soft = softened(images.float()).round().to(torch.uint8)
     result: dict[str, Any] = {"scenes": count}
-    for what, pictures in (("rendered", images), ("softened", soft)):
-        found = agreement(classify(namer, pictures), truth)
-        result[what] = {name: round(value.mean().item(), 4) for name, value in found.items()}
+    for version, batch in (("rendered", images), ("softened", soft)):
+        shares = agreement(classify(classifier, batch), truth)
+        result[version] = {name: round(value.mean().item(), 4) for name, value in shares.items()}
     return result
 
 
 def finish(out: Path, weights: Mapping[str, Tensor], width: int) -> dict[str, Any]:
-    namer = AttributeClassifier(width).eval()
-    namer.load_state_dict(weights)
-    measured = {**measure(namer), "parameters": sum(p.numel() for p in namer.parameters())}
+    classifier = AttributeClassifier(width).eval()
+    classifier.load_state_dict(weights)
+    measured = {**measure(classifier), "parameters": sum(p.numel() for p in classifier.parameters())}
     packed = {"config": json.dumps({"width": width}), "weights": dict(weights), "measured": json.dumps(measured)}
-    save_state(out / "namer.pt", packed)
+    save_state(out / "classifier.pt", packed)
     return measured
 
 
@@ -68,7 +69,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     shards, truth = open_images(args.scenes, args.images), scene_attributes(range(args.images))
     torch.manual_seed(args.seed)
-    namer = AttributeClassifier(WIDTH)
+    classifier = AttributeClassifier(WIDTH)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         index = batch_indices(args.images, args.batch, step, args.seed)
@@ -78,12 +79,12 @@ def main() -> None:
         if step % 2:
             images = images.flip(-1)
         with torch.autocast("cpu", torch.bfloat16):
-            count, names = namer(images)
+            count, names = classifier(images)
         value = attribute_loss(count, names, truth[index])
         return value, {"count": (count.argmax(1) + 1 == truth.count[index]).float().mean().item()}
 
     plan = Plan(args.steps, peak=args.peak, warmup=100, hold=0.3, decay=0.998, stop=args.stop, save_every=250)
-    weights = train(args.out, namer, loss, plan, {k: str(v) for k, v in vars(args).items()})
+    weights = train(args.out, classifier, loss, plan, {k: str(v) for k, v in vars(args).items()})
     print(json.dumps(finish(args.out, weights, WIDTH), indent=1))
 
 

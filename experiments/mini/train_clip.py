@@ -4,7 +4,7 @@
 
 Both text towers share one convolutional vision trunk, each with its own projection of it: a CLIPTextModel (64 wide,
 with a projection that only this training uses) and a CLIPTextModelWithProjection (96 wide). Short captions ("a red
-cube") often fit several pictures of a batch, so accuracy below 1 is not all error. Writes <out>/clip.pt (weights of
+cube") often fit several images of a batch, so accuracy below 1 is not all error. Writes <out>/clip.pt (weights of
 the text towers and, for image features, of the vision tower) and the retrieval accuracy on held-out scenes.
 """
 
@@ -51,9 +51,7 @@ class TwoCLIPs(nn.Module):
         self.text_projection = nn.Linear(64, 64, bias=False)
         self.vision_projections = nn.ModuleList([nn.Linear(256, 64, bias=False), nn.Linear(256, 96, bias=False)])
         self.log_scale = nn.Parameter(torch.full((2,), math.log(14.0)))
-        with (
-            torch.no_grad()
-        ):  # transformers starts embeddings at 0.02, the rest likewise small; towers this thin want more
+        with torch.no_grad():  # transformers initializes with 0.02, which is too small for towers this narrow
             for encoder in (self.text_encoder, self.text_encoder_2):
                 for name, p in encoder.named_parameters():
                     if p.ndim == 2 and "embedding" not in name:
@@ -63,23 +61,23 @@ class TwoCLIPs(nn.Module):
 
     def embed(self, images: Tensor, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(image, text) unit embeddings of CLIP 0 and of CLIP 1; tokens by tokenizer 1, cut to any common length."""
-        seen = self.vision(images)
+        features = self.vision(images)
         texts = (
             self.text_projection(self.text_encoder(tokens).pooler_output),
             self.text_encoder_2(second(tokens, END_ID)).text_embeds,
         )
         pairs = zip(self.vision_projections, texts)
-        return [(F.normalize(project(seen).float(), dim=-1), F.normalize(t.float(), dim=-1)) for project, t in pairs]
+        return [(F.normalize(p(features).float(), dim=-1), F.normalize(t.float(), dim=-1)) for p, t in pairs]
 
 
 def trim(tokens: Tensor) -> Tensor:
-    """Cut the padding that all rows share (the encoders are causal: what follows the end token cannot matter to it)."""
+    """Cut the padding that all rows share. The encoders are causal, so padding cannot change the end token."""
     return tokens[:, : int((tokens != END_ID).sum(1).max()) + 1]
 
 
 @torch.no_grad()
 def measure(model: TwoCLIPs, tokenizer_folder: Path, count: int = 1024) -> dict[str, Any]:
-    """Retrieval in groups of 64 held-out scenes: how often the right caption (image) of the 64 comes first."""
+    """Retrieval in groups of 64 held-out scenes: the fraction whose own caption (image) ranks first."""
     held = scenes(range(HELD_OUT, HELD_OUT + count))
     images = held.images.float() / 127.5 - 1
     tokens = tokenize(load_tokenizer(tokenizer_folder), held.captions)
@@ -144,11 +142,11 @@ def main() -> None:
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         index = batch_indices(args.images, args.batch, step, args.seed)
         variant = torch.randint(len(tokens), (args.batch,), generator=generator(args.seed, 103, step))
-        chosen = trim(tokens[variant, index].long())
+        ids = trim(tokens[variant, index].long())
         images, target = take(shards, index).to(args.device), torch.arange(args.batch, device=args.device)
         loss, logged = torch.zeros((), device=args.device), {}
         with torch.autocast(images.device.type, torch.bfloat16):
-            pairs = model.embed(images, chosen.to(args.device))
+            pairs = model.embed(images, ids.to(args.device))
         for which, (image, text) in enumerate(pairs):
             logits = model.log_scale[which].clamp(max=math.log(100.0)).exp() * image @ text.T
             loss = loss + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -2,14 +2,17 @@
 
     python -m experiments.mini.train_controlnet canny
 
-canny: half of the rows see the exact edges, half what OpenCV's canny finds in the picture (which has the floor's
-squares too). depth: the exact inverse depth. The maps are rendered again for every batch, which costs less than
-reading them. Its weights start as the UNet's where the names and shapes agree, its last layers at zero. Text is
-dropped for half of the rows, so that it learns to stand alone. One deviation from the paper: the image's embedding
-starts with He's scale of weights (arXiv 1502.01852), its last layer not at zero. torch's own scale shrinks the image
-to a thousandth on its way through the layers: from there the depth ControlNet had learnt nothing in 650 steps.
+canny: half of the rows get the exact edges, half the edges that OpenCV's Canny finds in the image (which include the
+squares of the floor). depth: the exact inverse depth. The maps are rendered again for every batch, which takes less
+time than reading them. The weights start as the UNet's where names and shapes agree, the last layers at zero. Text is
+dropped for half of the rows, so that the ControlNet also works without text.
+
+One deviation from the paper: the embedding of the control image starts with He's scale of weights (arXiv 1502.01852),
+and its last layer not at zero. torch's default scale shrinks the image to a thousandth through the layers, and with it
+the depth ControlNet had learnt nothing after 650 steps.
+
 Writes <runs>/<name>/checkpoint.pt, loss.jsonl, controlnet.pt ({"step", "weights"}: the averaged weights) and
-seen.jsonl (what they make of their images, see `seen`).
+seen.jsonl (the effect of the control image, see `image_effect`).
 """
 
 import argparse
@@ -36,13 +39,13 @@ from segresearch.models.unet import UNet, UNetConfig
 from segresearch.scenes.control_maps import depth_image, edge_image
 from segresearch.scenes.scenes import scenes
 
-SAME = (
+SHARED_KEYS = (
     "act_fn", "addition_embed_type", "addition_time_embed_dim", "attention_head_dim", "block_out_channels",
     "cross_attention_dim", "down_block_types", "downsample_padding", "flip_sin_to_cos", "freq_shift", "in_channels",
     "layers_per_block", "mid_block_type", "norm_eps", "norm_num_groups", "projection_class_embeddings_input_dim",
     "use_linear_projection",
 )  # fmt: skip
-CONFIG: dict[str, Any] = {k: UNET_CONFIG[k] for k in SAME} | {
+CONFIG: dict[str, Any] = {k: UNET_CONFIG[k] for k in SHARED_KEYS} | {
     "_class_name": "ControlNetModel",
     "conditioning_channels": 3,
     "conditioning_embedding_out_channels": [16, 32, 64],  # two strides of 2, for a VAE of factor 4
@@ -53,7 +56,7 @@ CONFIG: dict[str, Any] = {k: UNET_CONFIG[k] for k in SAME} | {
 
 
 class Trained(nn.Module):
-    """The ControlNet and the frozen UNet it serves, in one call; only the ControlNet's weights are its own."""
+    """A ControlNet with its frozen UNet, in one call. Only the ControlNet's weights are parameters of this module."""
 
     def __init__(self, net: ControlNet, unet: UNet):
         super().__init__()
@@ -61,30 +64,29 @@ class Trained(nn.Module):
         self.frozen = [unet.eval().requires_grad_(False)]  # in a list: no submodule, so neither trained nor saved
 
     def forward(self, noised: Tensor, t: Tensor, cond: Any, image: Tensor) -> Tensor:
-        control = self.net(noised, t, cond, self.net.embed_image(image))
-        return self.frozen[0](noised, t, cond, attend=attention, control=control)
+        residuals = self.net(noised, t, cond, self.net.embed_image(image))
+        return self.frozen[0](noised, t, cond, attend=attention, residuals=residuals)
 
 
 def maps(kind: str, index: Tensor, exact: Tensor) -> Tensor:
-    """Control images (rows, 3, 64, 64) of scenes `index`; for canny, of the picture where `exact` is false."""
+    """Control images (rows, 3, 64, 64) of scenes `index`. canny: exact edges where `exact` is true, else Canny's."""
     batch = scenes(index.tolist())
     if kind == "depth":
         return depth_image(batch.depth)
-    seen = edge_image(batch.edges)
+    edges = edge_image(batch.edges)
     for row in (~exact).nonzero().flatten().tolist():
-        picture = batch.images[row].permute(1, 2, 0)  # (3, h, w) -> (h, w, 3)
-        seen[row] = canny(Image.fromarray(picture.numpy()))[0]
-    return seen
+        image = batch.images[row].permute(1, 2, 0)  # (3, h, w) -> (h, w, 3)
+        edges[row] = canny(Image.fromarray(image.numpy()))[0]
+    return edges
 
 
 def initial(unet: UNet, config: Mapping[str, Any]) -> ControlNet:
     """A ControlNet that adds nothing yet, with the UNet's weights wherever both have them."""
     net = ControlNet(ControlNetConfig.from_dict(config))
-    theirs = unet.state_dict()
-    mine = net.state_dict()
-    shared = {k: theirs[k] for k, v in mine.items() if k in theirs and theirs[k].shape == v.shape}
+    source, target = unet.state_dict(), net.state_dict()
+    shared = {k: source[k] for k, v in target.items() if k in source and source[k].shape == v.shape}
     assert any(k.startswith("mid_block.attentions") for k in shared)
-    net.load_state_dict({**mine, **shared})
+    net.load_state_dict({**target, **shared})
     with torch.no_grad():
         for last in (*net.controlnet_down_blocks, net.controlnet_mid_block):
             last.weight.zero_()
@@ -97,10 +99,12 @@ def initial(unet: UNet, config: Mapping[str, Any]) -> ControlNet:
 
 
 @torch.no_grad()
-def seen(model: Trained, latents: Tensor, index: Tensor, kind: str, cond: Cond, alphas: Tensor) -> dict[str, float]:
-    """Mean squared error of eps at t = 200, 500, 800 for rows under their own control image and under another's.
+def image_effect(
+    model: Trained, latents: Tensor, index: Tensor, kind: str, cond: Cond, alphas: Tensor
+) -> dict[str, float]:
+    """Mean squared error of eps at t = 200, 500, 800, for rows under their own control image and under another row's.
 
-    The gap between the two is what the ControlNet has made of its image.
+    The gap between the two is the effect of the control image.
     """
     own = maps(kind, index, torch.ones(len(index), dtype=torch.bool)).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator(0, 203)).to(latents.device)
@@ -117,7 +121,7 @@ def seen(model: Trained, latents: Tensor, index: Tensor, kind: str, cond: Cond, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("canny", "depth"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of what came before")
+    parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of unet/, clip/, latents/, ...")
     parser.add_argument("--out", type=Path, help="default: <runs>/controlnet_<kind>")
     parser.add_argument("--images", type=int, default=32 * SHARD)
     parser.add_argument("--steps", type=int, default=2000)
@@ -142,11 +146,11 @@ def main() -> None:
     unet.load_state_dict(torch.load(args.runs / "unet" / "unet.pt", weights_only=True)["weights"])
     torch.manual_seed(args.seed)
     model = Trained(initial(unet, CONFIG), unet.to(device)).to(device)
-    judged = Trained(initial(unet, CONFIG), unet).to(device)
+    averaged = Trained(initial(unet, CONFIG), unet).to(device)
     call = torch.compile(model, dynamic=False) if args.compile else model
     empty, alphas = torch.tensor([BEGIN_ID] + [END_ID] * (LENGTH - 1)), alphas_cumprod().to(device)
-    watched = torch.arange(args.images - 64, args.images)  # few of very many training scenes
-    plain = conditioning(clips, empty.expand(64, -1).to(device), torch.zeros(64, dtype=torch.bool, device=device))
+    probe = torch.arange(args.images - 64, args.images)  # few of very many training scenes
+    no_text = conditioning(clips, empty.expand(64, -1).to(device), torch.zeros(64, dtype=torch.bool, device=device))
 
     def loss_of(step: int) -> tuple[Tensor, Mapping[str, float]]:
         keyed = generator(args.seed, 105, step)
@@ -157,21 +161,21 @@ def main() -> None:
         drop, exact = torch.rand(args.batch, generator=keyed), torch.rand(args.batch, generator=keyed) < 0.5
         ids = tokens[variant, index].long()
         ids[drop < args.drop] = empty
-        seen, image = latents[index].float(), maps(args.kind, index, exact)
-        seen, image, ids, t, noise, drop = (z.to(device) for z in (seen, image, ids, t, noise, drop))
+        clean, image = latents[index].float(), maps(args.kind, index, exact)
+        clean, image, ids, t, noise, drop = (z.to(device) for z in (clean, image, ids, t, noise, drop))
         cond = conditioning(clips, ids, drop < args.drop / 2)
         a = alphas[t]  # (rows,)
-        noised = a.sqrt()[:, None, None, None] * seen + (1 - a).sqrt()[:, None, None, None] * noise
+        noised = a.sqrt()[:, None, None, None] * clean + (1 - a).sqrt()[:, None, None, None] * noise
         with torch.autocast(device.type, torch.bfloat16), faster_backward(device):
             eps = call(noised.float(), t.float(), cond, image)
         weight = (args.gamma * (1 - a) / a).clamp(max=1.0).float()
         return (weight * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean(), {}
 
     def keep(step: int, weights: Mapping[str, Tensor]) -> None:
-        judged.load_state_dict(weights)
-        found = seen(judged, latents[watched].float().to(device), watched, args.kind, plain, alphas)
+        averaged.load_state_dict(weights)
+        errors = image_effect(averaged, latents[probe].float().to(device), probe, args.kind, no_text, alphas)
         with open(out / "seen.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **found}) + "\n")
+            file.write(json.dumps({"step": step, **errors}) + "\n")
         packed = {"step": step, "weights": {k.removeprefix("net."): v for k, v in weights.items()}}
         save_state(out / "controlnet.pt", packed)
 

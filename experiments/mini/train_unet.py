@@ -2,10 +2,12 @@
 
     torchrun --standalone --nproc-per-node 2 -m experiments.mini.train_unet --steps 6000
 
-Text is dropped for --drop of the rows: half of these get zeros (SDXL's negative conditioning), half the CLIP encoding
-of "". The loss is weighted by min(SNR, 5) / SNR (arXiv 2303.09556). Each worker runs single-threaded on its share of
-the batch and the gradients are averaged: on a busy machine that loses less than threads which wait for each other at
-every operation. Writes <out>/checkpoint.pt, loss.jsonl and unet.pt ({"step", "weights"}: the averaged weights).
+Text is dropped for the fraction --drop of the rows. Half of these get zeros (SDXL's negative conditioning), half the
+CLIP encoding of "". The loss is weighted by min(SNR, 5) / SNR (arXiv 2303.09556). Each worker runs single-threaded on
+its share of the batch, and the gradients are averaged. On a busy machine this is faster than threads, which wait for
+each other at every operation.
+
+Writes <out>/checkpoint.pt, loss.jsonl and unet.pt ({"step", "weights"}: the averaged weights).
 """
 
 import argparse
@@ -34,7 +36,7 @@ CONFIG: dict[str, Any] = {
     "act_fn": "silu",
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 32,
-    "attention_head_dim": [2, 4],  # in this place diffusers reads the number of heads
+    "attention_head_dim": [2, 4],  # diffusers reads the number of heads from this key
     "block_out_channels": [64, 128],
     "center_input_sample": False,
     "cross_attention_dim": 160,
@@ -64,7 +66,7 @@ def alphas_cumprod() -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-    """Plain attention; on a CPU in three operations, whose backward pass is several times as fast as the fused one."""
+    """softmax(q kᵀ / √d) v. On a CPU in three operations, whose backward pass is several times faster than fused."""
     if q.device.type != "cpu":
         return sdpa(q, k, v, site)
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1).to(v.dtype) @ v
@@ -72,7 +74,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
 
 @torch.no_grad()
 def conditioning(clips: TwoCLIPs, tokens: Tensor, zero: Tensor) -> Cond:
-    """SDXL's conditioning of token rows (rows, 48): penultimate states of both encoders, pooled of the second.
+    """SDXL's conditioning of tokens (rows, 48): penultimate states of both encoders, pooled text of the second.
 
     Rows where `zero` is true get zeros for both.
     """
@@ -84,7 +86,7 @@ def conditioning(clips: TwoCLIPs, tokens: Tensor, zero: Tensor) -> Cond:
 
 
 def faster_backward(device: torch.device) -> AbstractContextManager:
-    """Cross-attention in plain operations on a CPU, for the reason given at `attention`; nothing elsewhere."""
+    """On a CPU, cross-attention in unfused operations, as in `attention`; elsewhere no change."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
@@ -100,7 +102,7 @@ def diffusion_loss(
     return (weight * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
 
 
-def work(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
@@ -116,7 +118,7 @@ def work(args: argparse.Namespace) -> None:
     if args.weights:
         unet.load_state_dict(torch.load(args.weights, weights_only=True)["weights"])
     unet.to(device)
-    mine = slice(rank(), None, world())
+    share = slice(rank(), None, world())
     call = torch.compile(unet, dynamic=False) if args.compile else unet
 
     def loss_of(step: int) -> tuple[Tensor, Mapping[str, float]]:
@@ -126,12 +128,12 @@ def work(args: argparse.Namespace) -> None:
         t = torch.randint(1000, (args.batch,), generator=keyed)
         noise = torch.randn((args.batch, *latents.shape[1:]), generator=keyed)
         drop = torch.rand(args.batch, generator=keyed)
-        index, variant, t, noise, drop = (z[mine] for z in (index, variant, t, noise, drop))
+        index, variant, t, noise, drop = (z[share] for z in (index, variant, t, noise, drop))
         ids = tokens[variant, index].long()
         ids[drop < args.drop] = empty
-        seen, ids, t, noise, drop = (z.to(device) for z in (latents[index].float(), ids, t, noise, drop))
+        clean, ids, t, noise, drop = (z.to(device) for z in (latents[index].float(), ids, t, noise, drop))
         cond = conditioning(clips, ids, drop < args.drop / 2)
-        return diffusion_loss(call, seen, cond, t, noise, alphas, args.gamma), {}
+        return diffusion_loss(call, clean, cond, t, noise, alphas, args.gamma), {}
 
     def keep(step: int, weights: Mapping[str, Tensor]) -> None:
         packed = {"step": step, "weights": dict(weights)}
@@ -140,8 +142,8 @@ def work(args: argparse.Namespace) -> None:
     plan = Plan(
         args.steps, peak=args.peak, warmup=200, hold=args.hold, decay=0.9995, stop=args.stop, save_every=args.save_every
     )
-    facts = {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}
-    train(args.out, unet, loss_of, plan, facts, keep)
+    metadata = {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}
+    train(args.out, unet, loss_of, plan, metadata, keep)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -166,7 +168,7 @@ def main() -> None:
     parser.add_argument("--stop", type=int)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    work(args)
+    run(args)
 
 
 if __name__ == "__main__":

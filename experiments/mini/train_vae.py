@@ -3,9 +3,9 @@
     python -m experiments.mini.train_vae
 
 Loss: L1 + gradient weight · L1 of the horizontal and vertical differences at two scales + kl weight · KL to the unit
-Gaussian (means over elements; the KL is small, so that the latents are smooth, not so large that it costs sharpness).
-With --decoder-of vae.pt the encoder of that VAE and its scale are kept and the decoder alone is trained on, so that
-latents made before stay valid. Writes <out>/checkpoint.pt, loss.jsonl, vae.pt ({"config", "weights", "measured"}).
+Gaussian (means over elements). The KL weight makes the latents smooth, and is small enough to keep images sharp. With
+--decoder-of vae.pt the encoder of that VAE and its latent scale are kept and only the decoder is trained, so existing
+latents stay valid. Writes <out>/checkpoint.pt, loss.jsonl, vae.pt ({"config", "weights", "measured"}).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from experiments.mini.render import SHARD, open_images, take
 from segresearch.models.vae import VAE, VAEConfig
 from segresearch.scenes.scenes import scenes
 
-HELD_OUT = 10_000_000  # scenes from this index on are never trained on
+HELD_OUT = 10_000_000  # training uses scenes below this index only
 
 CONFIG: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
@@ -44,7 +44,7 @@ CONFIG: dict[str, Any] = {
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, gradient: float) -> Tensor:
-    """L1 of the pixels and, times `gradient`, of their differences along x and y at full and at half size."""
+    """L1 of the pixels, plus `gradient` times L1 of their differences along x and y at full and half size."""
     loss = F.l1_loss(output, target)
     for scale in (1, 2):
         a, b = (F.avg_pool2d(z, scale) if scale > 1 else z for z in (output, target))
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--gradient", type=float, default=0.5)
     parser.add_argument("--kl", type=float, default=5e-4)
     parser.add_argument("--weights", type=Path, help="a vae.pt to start from, instead of random weights")
-    parser.add_argument("--decoder-of", type=Path, help="likewise, and its encoder is kept")
+    parser.add_argument("--decoder-of", type=Path, help="a vae.pt to start from, whose encoder is kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -135,8 +135,8 @@ def main() -> None:
         return reconstruction + args.kl * kl, {"kl": kl.item(), "mse": mse.item()}
 
     plan = Plan(args.steps, peak=args.peak, warmup=100, hold=0.3, decay=0.998, stop=args.stop, save_every=250)
-    facts = {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}
-    weights = train(args.out, vae, loss_of, plan, facts)
+    metadata = {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}
+    weights = train(args.out, vae, loss_of, plan, metadata)
     print(json.dumps(finish(args.out, weights, scaling_factor), indent=1))
 
 
