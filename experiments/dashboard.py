@@ -1,4 +1,4 @@
-"""What W&B shows of an experiment: a workspace or a report, built from the results that are there.
+"""A W&B workspace or report of an experiment, built from its results.
 
     python experiments/dashboard.py table1                          # prints it as JSON; nothing is sent
     python experiments/dashboard.py table1 --kind report --save report.json
@@ -9,10 +9,9 @@ Needs the extra: pip install 'segresearch[dashboards]'. Publishing needs an acco
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from segresearch.cli import exit_code, line
+from segresearch.cli import one_line_errors
 
 
 def main() -> None:
@@ -24,23 +23,20 @@ def main() -> None:
     parser.add_argument("--entity", default="", help="of W&B: a user or a team")
     parser.add_argument("--save", type=Path, metavar="JSON", help="write it to this file instead of printing it")
     parser.add_argument("--publish", action="store_true", help="save it at W&B (needs an account)")
-    given = parser.parse_args()
+    args = parser.parse_args()
 
     from segresearch import runs
     from segresearch.dashboard import build, metrics_of, publish, spec
 
-    try:
-        board = build(given.kind, given.name, metrics_of(given.name, given.out), given.project, given.entity)
-        text = json.dumps(spec(board), indent=1, ensure_ascii=False) + "\n"
-        if given.save is not None:
-            runs.write(given.save, text)
-        if given.publish:
-            print(publish(board))
-        elif given.save is None:
+    with one_line_errors():
+        view = build(args.kind, args.name, metrics_of(args.name, args.out), args.project, args.entity)
+        text = json.dumps(spec(view), indent=1, ensure_ascii=False) + "\n"
+        if args.save is not None:
+            runs.write(args.save, text)
+        if args.publish:
+            print(publish(view))
+        elif args.save is None:
             print(text, end="")
-    except (ValueError, OSError) as error:
-        print(f"error: {line(error)}", file=sys.stderr)
-        raise SystemExit(exit_code(error)) from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Settings of guidance measured on the same pictures: a table beside the paper's figures, figures, and a page.
+"""Guidance methods measured on the same images: a table beside the paper's numbers, figures, and a page.
 
     python experiments/evaluate.py experiment=table1
     torchrun --nproc-per-node=2 experiments/evaluate.py experiment=table2 images=1000

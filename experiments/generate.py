@@ -1,4 +1,4 @@
-"""Pictures of one or several guidance methods on the same seeds, and a labelled grid of them.
+"""Images of one or several guidance methods on the same seeds, and a labelled grid of them.
 
     python experiments/generate.py experiment=demo
     python experiments/generate.py guidance=seg guidance.terms.seg.perturbation.sigma=inf seeds=0-15 \

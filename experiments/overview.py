@@ -7,9 +7,8 @@ Prints the table, and writes overview.md, overview.csv and overview.html into <o
 """
 
 import argparse
-import sys
 
-from segresearch.cli import exit_code, line
+from segresearch.cli import one_line_errors
 from segresearch.evaluation.compare_runs import overview, write
 
 
@@ -17,14 +16,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="All runs of an experiment in one table.")
     parser.add_argument("name", help="the experiment, as the runs' folder is called")
     parser.add_argument("--out", default="runs", help="where runs lie (default: runs)")
-    given = parser.parse_args()
-    try:
-        found = overview(given.name, given.out)
-        paths = write(found, given.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {line(error)}", file=sys.stderr)
-        raise SystemExit(exit_code(error)) from None
-    print(found.markdown())
+    args = parser.parse_args()
+    with one_line_errors():
+        table = overview(args.name, args.out)
+        paths = write(table, args.out)
+    print(table.markdown())
     print("\n".join(map(str, paths)))
 
 

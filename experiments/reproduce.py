@@ -3,16 +3,15 @@
     python experiments/reproduce.py runs/demo/0123456789ab/images/vanilla/seed0.png
     python experiments/reproduce.py picture.png --model /path/to/sdxl --save again.png
 
-Pictures, grids, control images and figures carry such a record; so do the pictures inside an evaluation's page, saved
+Images, grids, control images and figures carry such a record; so do the images inside an evaluation's page, saved
 from it. Exit codes, as of all scripts (docs/tracking.md): 0 made, whatever the difference; 2 no record in it that
 can be followed; 3 weights that are missing.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from segresearch.cli import exit_code, line
+from segresearch.cli import one_line_errors
 
 
 def main() -> None:
@@ -20,29 +19,23 @@ def main() -> None:
     parser.add_argument("image", type=Path)
     parser.add_argument("--model", help="the model, where it is not in the recorded place")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--save", type=Path, metavar="PNG", help="write the new picture to this file")
+    parser.add_argument("--save", type=Path, metavar="PNG", help="write the new image to this file")
     parser.add_argument("--out", type=Path, help="where runs lie: a figure is taken from its run, if that is there")
     parser.add_argument(
         "--trust", action="store_true", help="import functions outside segresearch that the record names"
     )
-    given = parser.parse_args()
+    args = parser.parse_args()
 
     from segresearch.reproduce import recorded, reproduce
 
-    try:
-        record = recorded(given.image)  # a slip shows before anything heavy is imported
-        done = reproduce(given.image, given.model, given.device, given.out, given.trust)
-        if given.save is not None:
+    with one_line_errors():
+        record = recorded(args.image)  # a slip shows before anything heavy is imported
+        reproduction = reproduce(args.image, args.model, args.device, args.out, args.trust)
+        if args.save is not None:
             from segresearch.png_metadata import save_png
 
-            save_png(done.image, given.save, record)
-    except (Exception, KeyboardInterrupt) as error:
-        code = exit_code(error)
-        if code is None:
-            raise
-        print(f"error: {line(error)}", file=sys.stderr)
-        raise SystemExit(code) from None
-    print(done)
+            save_png(reproduction.image, args.save, record)
+    print(reproduction)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
             @functools.wraps(main)
             def job(config: Any) -> None:
                 number, overrides = next(started), _swept()
-                with _ending(full) if overrides is None else contextlib.nullcontext():
+                with one_line_errors(full) if overrides is None else contextlib.nullcontext():
                     try:
                         main(config)
                     except Exception as error:
@@ -57,7 +57,7 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
                         print(f"error: job {number} ({overrides}): {line(error)}", file=sys.stderr)
 
             try:
-                with _ending(full, config_name), lazy_help():
+                with one_line_errors(full), lazy_help():
                     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
                     if failed:
                         raise _sweep_end(failed, next(started) - 1)
@@ -117,12 +117,12 @@ def lazy_help() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ending(full: bool, config_name: str = "") -> Iterator[None]:
+def one_line_errors(full: bool = False) -> Iterator[None]:
     """Ends the process with a line and a code for errors that have one, unless `full` asks for tracebacks."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        final = _translated(error, config_name) if config_name and not full else error
+        final = error if full else _translated(error)
         code = exit_code(final)
         if code is None or full:
             raise
@@ -173,9 +173,10 @@ def _not_yaml(error: BaseException) -> str | None:
     return f"{mark.name}, line {mark.line + 1}: not YAML ({problem})" if mark and problem else None
 
 
-def _translated(error: BaseException, config_name: str) -> BaseException:
+def _translated(error: BaseException) -> BaseException:
     """Hydra's own errors about the command line in the words of the schema."""
     from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
 
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
@@ -191,29 +192,11 @@ def _translated(error: BaseException, config_name: str) -> BaseException:
         key, value = several.groups()
         hint = f"for one value write '{key}=\"{value}\"', for a list {key}=[...], for a sweep add --multirun"
         return ConfigError(f"{key}={value}: a bare comma could mean several things; {hint}")
-    if missing := re.search(r"Could not override '([^']+)'", text):
-        name, siblings = _siblings(missing[1], config_name)
+    if isinstance(error.__cause__, OmegaConfBaseException) and "Could not override" in text:
+        name, parent = str(error.__cause__.full_key), error.__cause__.parent_node
+        siblings = sorted(str(key) for key in parent or () if key != "hydra")
         if name.startswith("controls.") and not siblings:
             return ConfigError(f"{name}: no control is chosen; controlnet=canny, depth or canny_depth bring theirs")
         return unknown(name, siblings)
     return error
 
-
-def _siblings(key: str, config_name: str) -> tuple[str, list[str]]:
-    """`key` as far as its first unknown part, and the keys beside that under the same command line without it."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import DictConfig, OmegaConf
-
-    overrides = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
-    kept = [a for a in overrides if not re.match(rf"\+*{re.escape(key)}(=|\.)", a)]
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            node: Any = compose(config_name, overrides=kept)
-    except Exception:  # another override is wrong too
-        return key, []
-    parts = key.split(".")
-    for depth, part in enumerate(parts, 1):
-        if not isinstance(node, DictConfig) or part not in node:
-            return ".".join(parts[:depth]), sorted(map(str, node)) if isinstance(node, DictConfig) else []
-        node = OmegaConf.select(node, part)
-    return key, []

@@ -29,6 +29,7 @@ from segresearch.config import (
 )
 from segresearch.config.build import build_guidance, with_batch_size
 from segresearch.config.expand import panels, slug
+from segresearch.config.names import modern
 from segresearch.config.parse import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
 from segresearch.guidance import SEG
@@ -296,3 +297,16 @@ def test_auto_batch_size_is_the_models_for_the_device():
     with pytest.raises(ConfigError, match="batch_size"):
         typed(GenerateConfig, {"model": {"name": "m", "path": "p"}, "sampler": {"name": "euler"},
                                "schedule": {"name": "karras"}, "batch_size": "all"})  # fmt: skip
+
+
+def test_keys_of_older_records_become_todays_at_any_depth():
+    options = {"window": 3}
+    term = {"kind": "perturbed", "window": [0, 1], "perturbation": {"kind": "custom", "options": options}}
+    record = {"model": {"strengths": {"seg": 1.0}}, "compare": [{"terms": {"own": term}}], "draws": 5, "only": "all"}
+    new = modern(record)
+    assert new["model"] == {"scales": {"seg": 1.0}} and (new["n_bootstrap"], new["stage"]) == (5, "all")
+    assert new["compare"][0]["terms"]["own"] == {
+        "kind": "perturbed", "interval": [0, 1], "perturbation": {"kind": "custom", "options": options},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="model.strengths: now called scales"):
+        typed(ModelConfig, {"name": "m", "path": "p", "strengths": {}}, "model")

@@ -10,13 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from segresearch.config import settings
-from segresearch.analysis.settings import as
-from segresearch.analysis.settings import analyze_settings
-from segresearch.config import EvaluateConfig, conf_dir
-from segresearch.evaluation.spec import evaluation_spec
+from segresearch.config import AnalyzeConfig, EvaluateConfig, conf_dir, settings
 from segresearch.config.expand import panels
-from segresearch.config import settings
+from segresearch.evaluation.spec import evaluation_spec
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments" / "mini" / "README.md",
@@ -130,7 +126,7 @@ def check_evaluate(config):
 
 
 def check_analyze(config):
-    assert analyze_settings(config)
+    assert settings(config, AnalyzeConfig)
 
 
 @pytest.mark.parametrize("script", HYDRA)

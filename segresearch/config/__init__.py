@@ -17,7 +17,7 @@ from segresearch.config.schema import (
     PerturbedTerm,
     SamplerConfig,
     ScheduleConfig,
-)
+)  # fmt: skip
 from segresearch.config.validate import typed
 
 __all__ = [

@@ -170,10 +170,8 @@ def refuse_foreign(target: str, at: str) -> None:
 
 def _is_foreign(module_name: str) -> bool:
     top = module_name.partition(".")[0]
-    if top in ("", "segresearch"):
-        return False
-    if top in sys.stdlib_module_names or top in sys.builtin_module_names:
-        return True
+    if top in ("", "segresearch") or top in sys.stdlib_module_names:
+        return top in sys.stdlib_module_names
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):

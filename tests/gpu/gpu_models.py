@@ -51,7 +51,7 @@ def mini(device: str = DEVICE, dtype: torch.dtype = torch.float32, **compute: An
 def composed(*overrides: str) -> GenerateConfig:
     """The typed settings of generate.py under these overrides."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return settings(compose("generate", overrides=list(overrides)), [])
+        return settings(compose("generate", overrides=list(overrides)))
 
 
 def pictures(sdxl: SDXL, out: Path, *overrides: str, steps: int = 4) -> np.ndarray:
