@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from segresearch import pretrained
 from segresearch.errors import CheckpointError, PackageError
-from segresearch.metrics import weight_files
 from segresearch.metrics.features import CLIP_336, IMAGENET, load_extractor, normalized_squares
 from segresearch.metrics.frechet import (
     Gaussian,
@@ -24,9 +24,18 @@ from segresearch.metrics.frechet import (
     root,
 )
 from segresearch.metrics.lpips import HEADS, load_lpips
-from segresearch.metrics.mmd import cmmd, discrepancy, gaussian_kernel, kid, polynomial, subset_indices
-from segresearch.metrics.precision import covered, precision_recall, squared_radii
-from segresearch.metrics.weight_files import Asset
+from segresearch.metrics.nonparametric import (
+    cmmd,
+    covered,
+    discrepancy,
+    gaussian_kernel,
+    kid,
+    polynomial,
+    precision_recall,
+    squared_radii,
+    subset_indices,
+)
+from segresearch.pretrained import Asset
 
 
 def normal(*shape, seed=0):
@@ -61,13 +70,13 @@ def test_unbiased_discrepancy_has_mean_zero_and_the_biased_one_falls_with_n():
     assert abs(unbiased.mean()) < 4 * unbiased.std() / math.sqrt(len(draws))
     assert biased.min() > 0
     large = discrepancy(narrow, normal(400, 4), normal(400, 4, seed=1))
-    assert large.biased < biased.mean() / 4 and (large.n, large.n_reference, large.dim) == (400, 400, 4)
+    assert large.biased < biased.mean() / 4 and (large.n, large.n_reference) == (400, 400)
 
 
 def test_kernel_distances_do_not_depend_on_order_or_on_blocks(monkeypatch):
     x, y = normal(50, 6), normal(41, 6, seed=1) + 0.3
     whole = discrepancy(polynomial, x, y)
-    monkeypatch.setattr("segresearch.metrics.mmd.BLOCK", 7)
+    monkeypatch.setattr("segresearch.metrics.nonparametric.BLOCK", 7)
     blocked = discrepancy(polynomial, shuffled(x), shuffled(y))
     assert blocked.biased == pytest.approx(whole.biased, rel=1e-10)
     assert blocked.unbiased == pytest.approx(whole.unbiased, rel=1e-10)
@@ -79,7 +88,7 @@ def test_kid_is_keyed_and_states_what_it_rests_on():
     x, y = normal(40, 5), normal(30, 5, seed=1)
     first, again, other = kid(x, y, 4, 10), kid(x, y, 4, 10), kid(x, y, 4, 10, seed=1)
     assert first == again != other
-    assert (first.n_subsets, first.size, first.n, first.n_reference, first.dim) == (4, 10, 40, 30, 5)
+    assert (first.n, first.n_reference) == (40, 30)
     every = itertools.product((0, 1), range(4), (0, 1))
     keys = [tuple(subset_indices(40, 10, *key).tolist()) for key in every]
     assert len(set(keys)) == len(keys) and all(len(set(k)) == 10 for k in keys)
@@ -107,7 +116,7 @@ def test_precision_and_recall_of_identical_and_of_distant_sets():
     same, apart = precision_recall(x, shuffled(x)), precision_recall(x, x + 1000)
     assert (same.precision, same.recall) == (1, 1)
     assert (apart.precision, apart.recall) == (0, 0)
-    assert (same.n, same.n_reference, same.neighbour, same.dim) == (50, 50, 3, 6)
+    assert (same.n, same.n_reference) == (50, 50)
 
 
 def test_precision_falls_with_stray_pictures_and_recall_with_a_lost_mode():
@@ -277,7 +286,7 @@ def test_a_missing_package_is_one_line_with_its_command(monkeypatch, tmp_path, p
     file = tmp_path / "w.safetensors"
     save_file({"a": torch.zeros(2)}, file)
     with pytest.raises(PackageError, match=r"pip install 'segresearch\[metrics\]'") as caught:
-        load_lpips(load, file) if package == "lpips" else load_extractor(load, file, weight_files.digest(file))
+        load_lpips(load, file) if package == "lpips" else load_extractor(load, file, pretrained.digest(file))
     assert "\n" not in str(caught.value) and package.replace("_", "-") in str(caught.value)
 
 
@@ -297,14 +306,14 @@ def test_missing_hub_models_say_how_to_fetch_them(monkeypatch, tmp_path):
 def test_weights_of_another_checksum_are_refused(tmp_path):
     file = tmp_path / "w.safetensors"
     save_file({"a": torch.zeros(2)}, file)
-    asset, known = Asset("w.pth", "https://x/", "12345678"), weight_files.digest(file)
+    asset, known = Asset("w.pth", "https://x/", "12345678"), pretrained.digest(file)
     with pytest.raises(CheckpointError, match=rf"its SHA-256 is {known}, not 12345678"):
-        weight_files.load_tensors(asset, file)
-    held, said = weight_files.load_tensors(asset, file, known[:8])
+        pretrained.load_tensors(asset, file)
+    held, said = pretrained.load_tensors(asset, file, known[:8])
     assert said == known and held["a"].tolist() == [0, 0]
     for wrong in ("", "xyz", known[:7], known.upper()):
         with pytest.raises(CheckpointError, match="hexadecimal digits"):
-            weight_files.digest(file, wrong)
+            pretrained.digest(file, wrong)
     for load in (load_extractor, load_lpips):
         net = "inception" if load is load_extractor else "alex"
         with pytest.raises(CheckpointError, match=f"(?i){net}: the weights do not fit: .*Missing key"):
@@ -328,17 +337,17 @@ def test_pickles_that_run_code_and_damaged_files_are_refused(tmp_path):
     asset = Asset("w.pth", "https://x/", "12345678")
     for file in (bad, cut):
         with pytest.raises(CheckpointError, match="cannot be read") as caught:
-            weight_files.load_tensors(asset, file, weight_files.digest(file))
+            pretrained.load_tensors(asset, file, pretrained.digest(file))
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
     listed = tmp_path / "list.pth"
     torch.save([1], listed)
     with pytest.raises(CheckpointError, match="does not hold named tensors"):
-        weight_files.load_tensors(asset, listed, weight_files.digest(listed))
+        pretrained.load_tensors(asset, listed, pretrained.digest(listed))
 
 
 def test_official_lpips_heads_are_the_published_ones():
     for net, count in (("vgg", [64, 128, 256, 512, 512]), ("alex", [64, 192, 384, 256, 256])):
-        held, known = weight_files.load_tensors(HEADS[net], Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth")
+        held, known = pretrained.load_tensors(HEADS[net], Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth")
         assert known == HEADS[net].sha256
         assert [held[f"lin{i}.model.1.weight"].shape[1] for i in range(5)] == count

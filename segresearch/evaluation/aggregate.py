@@ -16,8 +16,7 @@ from segresearch.evaluation.sample_shards import COST, NORMS
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.metrics.features import Extractor
 from segresearch.metrics.frechet import Frechet, frechet_distance, gaussian
-from segresearch.metrics.mmd import cmmd, kid
-from segresearch.metrics.precision import precision_recall
+from segresearch.metrics.nonparametric import cmmd, kid, precision_recall
 
 MOST = 10_000  # images on either side for precision and recall, whose work grows with their product
 

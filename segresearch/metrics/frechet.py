@@ -49,9 +49,9 @@ class Frechet:
     n: int
     n_reference: int
     dim: int
-    extrapolated: float = math.nan
-    error: float = math.nan
-    resamples: tuple[float, ...] = ()
+    extrapolated: float
+    error: float
+    resamples: tuple[float, ...]
 
     def __str__(self) -> str:
         error = "" if math.isnan(self.error) else f" ± {self.error:.3g}"
@@ -60,10 +60,9 @@ class Frechet:
 
 def _check_rank(count: int, dim: int, force: bool) -> None:
     if count < 2 or (count <= dim and not force):
-        raise InputError(
-            f"{count} images for {dim} features: the covariance needs at least {dim + 1} to be of full rank; "
-            "take more images, or force=True for a distance that is biased far upwards"
-        )
+        need = f"the covariance needs at least {dim + 1} to be of full rank"
+        hint = "take more images, or force=True for a distance that is biased far upwards"
+        raise InputError(f"{count} images for {dim} features: {need}; {hint}")
 
 
 def gaussian(features: Float[Tensor, "n dim"], force: bool = False) -> Gaussian:
@@ -122,9 +121,7 @@ def frechet_distance(
     def distance(rows: Tensor) -> float:
         return sum(distance_parts(gaussian(rows, force=True), reference, half))
 
-    extrapolated = math.nan
-    if n // 2 > reference.dim:
-        extrapolated = 2 * whole - (distance(x[0::2]) + distance(x[1::2])) / 2
+    halves = (distance(x[0::2]) + distance(x[1::2])) / 2 if n // 2 > reference.dim else math.nan
     resamples = tuple(distance(x[rows]) for rows in bootstrap_indices(n, n_bootstrap, seed))
     error = torch.tensor(resamples, dtype=torch.float64).std().item() if n_bootstrap > 1 else math.nan
-    return Frechet(whole, mean_part, n, reference.count, reference.dim, extrapolated, error, resamples)
+    return Frechet(whole, mean_part, n, reference.count, reference.dim, 2 * whole - halves, error, resamples)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from segresearch.errors import InputError, PackageError
 from segresearch.metrics.mini_vision import unit_range
-from segresearch.metrics.weight_files import INSTALL, Asset, Device, fitting, frozen, load_tensors
+from segresearch.pretrained import INSTALL, Asset, Device, fitting, frozen, load_tensors
 
 TORCHVISION = "https://download.pytorch.org/models/"
 PUBLISHED = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/"
@@ -32,7 +32,7 @@ SMALLEST = {"vgg": 16, "alex": 31}  # pixels of the shorter side
 
 def load_lpips(
     net: str = "vgg", trunk: str | Path | None = None, heads: str | Path | None = None,
-    sha256: tuple[str | None, str | None] = (None, None), device: Device = "cpu", dtype: torch.dtype = torch.float32,
+    sha256: tuple[str | None, str | None] = (None, None), device: Device = "cpu",
 ) -> nn.Module:  # fmt: skip
     """lpips.LPIPS with weights of local files (.pth or .safetensors), else of torch.hub's cache (trunk) and of the
     package (heads).
@@ -59,7 +59,7 @@ def load_lpips(
         known = {key: weights[name] for key, name in names.items() if name in weights}  # the network has heads twice
         unknown = {name: value for name, value in weights.items() if name not in names.values()}
         network.load_state_dict(known | unknown, assign=True)
-    return frozen(network, device, dtype)
+    return frozen(network, device)
 
 
 @torch.inference_mode()
@@ -75,7 +75,6 @@ def lpips_distances(
     kind, (h, w) = str(network.pnet_type), a.shape[2:]
     if min(h, w) < SMALLEST[kind]:
         raise InputError(f"images of {h}×{w}: LPIPS with {kind} needs sides of {SMALLEST[kind]} pixels")
-    weight = next(network.parameters())
-    pairs = zip(a.split(batch), b.split(batch), strict=True)
-    parts = [network(*(unit_range(z.to(weight.device)).to(weight.dtype) for z in pair)) for pair in pairs]
-    return torch.cat(parts).flatten().cpu()  # (n, 1, 1, 1) -> (n,)
+    device = next(network.parameters()).device
+    pairs = zip(a.split(batch), b.split(batch))
+    return torch.cat([network(*(unit_range(z.to(device)) for z in pair)) for pair in pairs]).flatten().cpu()

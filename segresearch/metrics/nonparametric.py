@@ -1,14 +1,19 @@
-"""Kernel distances between sets of features: squared maximum mean discrepancies (Gretton et al. 2012), in fp64.
+"""Comparisons of two sets of features that assume no distribution, in fp64. N may lie below the number of features.
+
+KID and CMMD are squared maximum mean discrepancies (Gretton et al. 2012):
 
     MMD² = mean k(x, x') + mean k(y, y') − 2 mean k(x, y)
 
 Unbiased: pairs of a feature with itself are left out of the first two means. So the estimate may be below 0, and its
-mean does not depend on N. Biased: with them, never below 0, and larger at small N. No Gaussian is assumed and no
-covariance inverted, so N may lie below the number of features.
+mean does not depend on N. Biased: with them, never below 0, and larger at small N.
+
+Improved precision and recall (arXiv 1904.06991): the balls around the features of a set reach to the k-th nearest other
+feature of it. Precision is the share of generated features in a ball of the reference, recall the share of the
+reference in a ball of the generated. Balls shrink as N grows, so both compare only at equal N on either side.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,33 +26,34 @@ from segresearch.threads import few_features, one_thread_for
 Kernel = Callable[[Tensor, Tensor], Tensor]
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD, as published
 BLOCK = 2048  # rows and columns of a kernel matrix that are held at once
+ROUNDING = 1e-13  # squared distances below this times the squared lengths are rounding, and count as 0
 
 
-@dataclass(frozen=True)
-class Discrepancy:
-    """MMD² over all images, by both estimators, of n features of `dim` numbers against n_reference."""
+class Discrepancy(NamedTuple):
+    """MMD² over all images, by both estimators; n images against n_reference."""
 
     biased: float
     unbiased: float
     n: int
     n_reference: int
-    dim: int
 
 
-@dataclass(frozen=True)
-class KernelDistance:
-    """The mean of unbiased MMD² over subsets, and their standard deviation `spread` (of one subset, not of the mean).
-
-    n, n_reference: how many images the subsets of `size` are taken from.
-    """
+class KernelDistance(NamedTuple):
+    """Mean of the unbiased MMD² over subsets of n and n_reference images; spread: the deviation of one subset."""
 
     distance: float
     spread: float
-    n_subsets: int
-    size: int
     n: int
     n_reference: int
-    dim: int
+
+
+class PrecisionRecall(NamedTuple):
+    """Shares in [0, 1] of n generated images and of the n_reference ones."""
+
+    precision: float
+    recall: float
+    n: int
+    n_reference: int
 
 
 def checked_sets(features: Tensor, reference: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
@@ -93,9 +99,8 @@ def discrepancy(kernel: Kernel, features: Float[Tensor, "n dim"], reference: Flo
     n, m = len(x), len(y)
     (xx, x_diagonal), (yy, y_diagonal) = _kernel_sums(kernel, x, x), _kernel_sums(kernel, y, y)
     cross = 2 * _kernel_sums(kernel, x, y)[0] / (n * m)
-    biased = xx / n**2 + yy / m**2 - cross
     unbiased = (xx - x_diagonal) / (n * (n - 1)) + (yy - y_diagonal) / (m * (m - 1)) - cross
-    return Discrepancy(biased, unbiased, n, m, x.shape[1])
+    return Discrepancy(xx / n**2 + yy / m**2 - cross, unbiased, n, m)
 
 
 def subset_indices(n: int, size: int, seed: int, index: int, side: int) -> Tensor:
@@ -122,11 +127,10 @@ def kid(
         raise InputError(f"size={size}: subsets cannot be larger than the {n} images or the {m} of the reference")
     values = []
     for i in range(n_subsets):
-        x_subset, y_subset = (z[subset_indices(len(z), size, seed, i, k).to(z.device)] for k, z in enumerate((x, y)))
-        values.append(discrepancy(polynomial, x_subset, y_subset).unbiased)
+        subsets = (z[subset_indices(len(z), size, seed, i, side).to(z.device)] for side, z in enumerate((x, y)))
+        values.append(discrepancy(polynomial, *subsets).unbiased)
     distances = torch.tensor(values, dtype=torch.float64)
-    spread = distances.std(correction=0).item()
-    return KernelDistance(distances.mean().item(), spread, n_subsets, size, n, m, x.shape[1])
+    return KernelDistance(distances.mean().item(), distances.std(correction=0).item(), n, m)
 
 
 @one_thread_for(few_features)
@@ -135,6 +139,44 @@ def cmmd(features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"]) 
 
     The published figure is `biased`: times 1000, pairs of an image with itself included.
     """
-    x, y = (F.normalize(z.detach().double(), dim=1) for z in (features, reference))
-    d = discrepancy(gaussian_kernel, x, y)
-    return Discrepancy(SCALE * d.biased, SCALE * d.unbiased, d.n, d.n_reference, d.dim)
+    d = discrepancy(gaussian_kernel, *(F.normalize(z.detach().double(), dim=1) for z in (features, reference)))
+    return d._replace(biased=SCALE * d.biased, unbiased=SCALE * d.unbiased)
+
+
+def _squared_distances(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"]) -> Float[Tensor, "n m"]:
+    """Exactly 0 between equal features."""
+    lengths = x.square().sum(1)[:, None] + y.square().sum(1)  # (n, dim), (m, dim) -> (n, m)
+    squares = lengths - 2 * x @ y.T
+    return squares.where(squares > ROUNDING * lengths, 0)
+
+
+def squared_radii(x: Float[Tensor, "n dim"], neighbour: int = 3, block: int = 1024) -> Float[Tensor, " n"]:
+    """Squared distance of each feature to its k-th nearest other one (itself is the first)."""
+    return torch.cat([_squared_distances(rows, x).kthvalue(neighbour + 1, dim=1).values for rows in x.split(block)])
+
+
+def covered(
+    x: Float[Tensor, "n dim"], centres: Float[Tensor, "m dim"], radii: Float[Tensor, " m"], block: int = 1024
+) -> float:
+    """Share of x that lies within one of the balls of squared radii, whose edge belongs to them."""
+    inside = [(_squared_distances(rows, centres) <= radii).any(1) for rows in x.split(block)]
+    return torch.cat(inside).double().mean().item()
+
+
+@one_thread_for(few_features)
+def precision_recall(
+    features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"], neighbour: int = 3, block: int = 1024
+) -> PrecisionRecall:
+    """Precision and recall of generated features against a reference; neighbour: k.
+
+    Memory beside the features is one block × max(n, m) matrix of distances. InputError for as few images as
+    `neighbour`, for values that are not finite or features of another number.
+    """
+    x, y = checked_sets(features, reference, least=0)
+    n, m = len(x), len(y)
+    if not 1 <= neighbour < min(n, m):
+        raise InputError(f"neighbour={neighbour}: must lie between 1 and {min(n, m) - 1}, for {n} and {m} images")
+    centre = y.mean(0)  # distances do not change, their rounding shrinks
+    x, y = x - centre, y - centre
+    precision = covered(x, y, squared_radii(y, neighbour, block), block)
+    return PrecisionRecall(precision, covered(y, x, squared_radii(x, neighbour, block), block), n, m)
