@@ -1,7 +1,7 @@
 """Published weights of other networks than SDXL's: located, checked by their SHA-256, read. Nothing is fetched.
 
-A file is taken from the path that is given, else from the cache that its publisher's own tools fill. The checksum is
-the given one, else the published one. The digest that was read is a part of every result.
+A file is taken from the given path, else from the cache that its publisher's own tools fill. The checksum is the given
+one, else the published one. The digest that was read is a part of every result.
 """
 
 import hashlib
@@ -46,11 +46,9 @@ def digest(path: Path, sha256: str | None = None) -> str:
 
 
 def load_tensors(asset: Asset, path: str | Path | None, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """The tensors of an asset, and the SHA-256 of the file. path: None looks in torch.hub's cache.
-
-    Pickles are opened by torch's weights-only reader, which runs no code of theirs. Raises CheckpointError for a file
-    that is missing, has another checksum, or cannot be read.
-    """
+    """The tensors of an asset, and the SHA-256 of the file. path: None looks in torch.hub's cache. Pickles are opened
+    by torch's weights-only reader, which runs no code of theirs. CheckpointError for a file that is missing, has
+    another checksum, or cannot be read."""
     file = Path(path).expanduser() if path else Path(torch.hub.get_dir()) / "checkpoints" / asset.file
     url = asset.folder + asset.file
     if not file.is_file():
@@ -82,10 +80,8 @@ def frozen(module: Any, device: Device = "cpu") -> Any:
 
 
 def model_folder(path_or_id: str | Path, files: Sequence[str], weights: Sequence[str]) -> Path:
-    """The folder of a model of transformers, given as a path or as a hub id in the local cache.
-
-    files: names that must all be there. weights: patterns of which one must match. Raises CheckpointError.
-    """
+    """The folder of a model of transformers, given as a path or as a hub id in the local cache. files: names that must
+    all be there. weights: patterns of which one must match. Raises CheckpointError."""
     path = Path(path_or_id).expanduser()
     more = '"*.txt" "pytorch_model.bin" ' if "pytorch_model.bin" in weights else ""
     folder = path if path.is_dir() else cached_folder(str(path_or_id), files[0], more=more)
@@ -100,10 +96,8 @@ def model_folder(path_or_id: str | Path, files: Sequence[str], weights: Sequence
 
 
 def hub_weights(path_or_id: str | Path, sha256: str | None = None) -> tuple[Path, str]:
-    """`model_folder` with config.json and weights, and the weights' SHA-256.
-
-    Checked against `sha256`, else against the digest under which the hub's cache keeps the file, where it does.
-    """
+    """`model_folder` with config.json and weights, and the weights' SHA-256, checked against `sha256`, else against the
+    digest under which the hub's cache keeps the file, where it does."""
     folder = model_folder(path_or_id, ["config.json"], HUB_WEIGHTS)
     file = next(folder / name for name in HUB_WEIGHTS if (folder / name).is_file())
     blob = Path(os.path.realpath(file)).name
@@ -113,9 +107,7 @@ def hub_weights(path_or_id: str | Path, sha256: str | None = None) -> tuple[Path
 @contextmanager
 def reading(folder: Path, problem: str) -> Iterator[None]:
     """A `with` block for from_pretrained of transformers: without reports and progress bars, the RNG as before.
-
-    Whatever it raises becomes one line of CheckpointError: the folder, the problem, the reason.
-    """
+    Whatever it raises becomes one line of CheckpointError: the folder, the problem, the reason."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -132,11 +124,9 @@ def reading(folder: Path, problem: str) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(architecture: Any, folder: Path, kind: str = "", **options: Any) -> Any:
-    """A model of transformers, in fp32, for evaluation. architecture: its class, or an AutoModel class.
-
-    kind: its name in messages. Raises CheckpointError where weights are missing or have other shapes.
-    """
+def load_model(architecture: Any, folder: Path, device: Device = "cpu", kind: str = "", **options: Any) -> Any:
+    """A model of transformers, `frozen`. architecture: its class, or an AutoModel class. kind: its name in messages.
+    CheckpointError where weights are missing or have other shapes."""
     kind = kind or architecture.__name__
     options |= {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with reading(folder, f"not a {kind} of transformers"):
@@ -146,4 +136,4 @@ def load_model(architecture: Any, folder: Path, kind: str = "", **options: Any) 
     if report["mismatched_keys"]:
         key, stored, expected = sorted(report["mismatched_keys"])[0]
         raise CheckpointError(f"{folder}: {key} is {tuple(stored)}, its config.json needs {tuple(expected)}")
-    return frozen(model)
+    return frozen(model, device)

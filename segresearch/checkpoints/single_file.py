@@ -207,8 +207,7 @@ _OPEN_CLIP = {
 
 def _renamed(key: str, names: Mapping[str, str]) -> tuple[str, str]:
     """The original name of the longest module that `key` begins with, and what follows it."""
-    modules = [key[: dot.start()] for dot in re.finditer(r"\.", key)]
-    module = next((name for name in reversed(modules) if name in names), "")
+    module = max((name for name in names if key.startswith(f"{name}.")), key=len, default="")
     return (f"{names[module]}.", key[len(module) + 1 :]) if module else ("", key)
 
 

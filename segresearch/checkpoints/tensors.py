@@ -144,8 +144,7 @@ def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.
     """Fill a module that lies on the meta device with stored weights, frozen and in eval mode.
 
     Every parameter must have its tensor and every tensor its use, except bookkeeping such as position_ids; 1×1
-    convolutions and linear layers may stand for each other. CheckpointError, naming the first few keys, before anything
-    is read.
+    convolutions and linear layers may stand for each other. Else CheckpointError, before anything is read.
     """
     shapes = {key: tuple(parameter.shape) for key, parameter in module.state_dict().items()}
     sources = {key: weights.source(key) for key in shapes}

@@ -41,11 +41,9 @@ class IdentifiedControl:
 
 
 def identify_control(control: ControlConfig, images: Sequence[str], model: Path, key: str) -> IdentifiedControl:
-    """`control` with its control images `images`, checked; no network is loaded for it.
-
-    model: the model's folder or file. key: the control's full key, for messages. Raises CheckpointError for a
-    ControlNet or a depth estimator that is missing, ConfigError for a file that is no image.
-    """
+    """`control` with its control images `images`, checked; no network is loaded for it. model: the model's folder or
+    file. key: the control's full key, for messages. CheckpointError for a ControlNet or a depth estimator that is
+    missing, ConfigError for a file that is no image."""
     files = list(dict.fromkeys(image for image in images if not image.startswith(SCENE)))
     scenes = list(dict.fromkeys(image for image in images if image.startswith(SCENE)))
     digests, depth_model = {}, None
@@ -70,9 +68,7 @@ def identify_control(control: ControlConfig, images: Sequence[str], model: Path,
 
 def control_records(controls: Mapping[str, IdentifiedControl], images: Sequence[str]) -> dict[str, Any]:
     """The part of an image's record about its controls: as a config has them, and what their names stand for.
-
-    images: one control image for each control. {} without controls.
-    """
+    images: one control image for each control. {} without controls."""
     settings, contents = {}, {}
     for (name, identified), image in zip(controls.items(), images, strict=True):
         settings[name] = plain(dataclasses.replace(identified.control, image=image))

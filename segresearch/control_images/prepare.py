@@ -36,11 +36,9 @@ def to_tensor(image: Image.Image) -> Float[Tensor, "1 3 h w"]:
 
 
 def canny(image: Image.Image, low: float | int = 100, high: float | int = 200) -> Float[Tensor, "1 3 h w"]:
-    """Edges of the colour image, white (1) on black (0).
-
-    low, high: hysteresis thresholds on the gradient (3×3 Sobel, the strongest of the three colours), 100 and 200 as
-    SDXL's canny ControlNets are commonly used. Raises InputError unless 0 <= low <= high.
-    """
+    """Edges of the colour image, white (1) on black (0). low, high: hysteresis thresholds on the gradient (3×3 Sobel,
+    the strongest of the three colours), 100 and 200 as SDXL's canny ControlNets are commonly used. InputError unless
+    0 <= low <= high."""
     if not 0 <= low <= high:
         raise InputError(f"canny thresholds must be 0 <= low <= high, got low={low:g}, high={high:g}")
     import cv2
@@ -64,7 +62,7 @@ def _depth_estimator(folder: Path) -> tuple[Any, Any, bool]:
 
     with reading(folder, "not a depth estimator of transformers"):
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    network = load_model(AutoModelForDepthEstimation, folder, "depth estimator", use_safetensors=True)
+    network = load_model(AutoModelForDepthEstimation, folder, kind="depth estimator", use_safetensors=True)
     kind = getattr(network.config, "depth_estimation_type", "relative")
     return processor, network, kind == "metric" or network.config.model_type in METRIC
 
@@ -72,9 +70,9 @@ def _depth_estimator(folder: Path) -> tuple[Any, Any, bool]:
 def depth(image: Image.Image, model: str | Path, size: tuple[int, int] | None = None) -> Float[Tensor, "1 3 h w"]:
     """Inverse depth, scaled for each image to 0 (farthest) ... 1 (nearest); 0 throughout where it is flat.
 
-    model: a folder or a cached hub id of transformers' AutoModelForDepthEstimation. The estimate is of the whole
-    image; then it is cut and resized as `fit` does to size = (height, width), None: the image's own. Estimators of
-    metric depth are inverted. Runs on the CPU. Raises CheckpointError: no such model, or one that cannot be loaded.
+    model: a folder or a cached hub id of transformers' AutoModelForDepthEstimation; metric depth is inverted. The
+    estimate is of the whole image; then it is cut and resized as `fit` does to size = (height, width), None: the
+    image's own. Runs on the CPU. CheckpointError for no such model, or one that cannot be loaded.
     """
     processor, network, metric = _depth_estimator(located_depth(model))
     with torch.no_grad():
@@ -102,10 +100,8 @@ def scene_maps(images: Sequence[str], preprocess: str, size: tuple[int, int]) ->
 
 @functools.lru_cache(maxsize=32)  # the methods of a panel go through the same images
 def control_image(control: ControlConfig, image: str, size: tuple[int, int]) -> Float[Tensor, "1 3 h w"]:
-    """The control image that `control` reads of a file or a scene, at size = (height, width), in [0, 1].
-
-    Images are cut to the aspect as `fit` does. InputError: see `scenes`, `open_image`, `open_map`, `canny`, `depth`.
-    """
+    """The control image that `control` reads of a file or a scene, cut as `fit` does to size = (height, width), in
+    [0, 1]. InputError: see `scenes`, `open_image`, `open_map`, `canny`, `depth`."""
     if image.startswith(SCENE):
         return scene_maps([image], control.preprocess, size)
     if control.preprocess == "none":
@@ -119,11 +115,9 @@ def controlled_batch(
     sdxl: Any, controls: Mapping[str, ControlConfig], images: Sequence[tuple[str, ...]],
     size: tuple[int, int], sigmas: Float[Tensor, "sigmas"],
 ) -> list[ActiveControlNet]:  # fmt: skip
-    """The active ControlNets of a batch. images: the control images of each row, one for each control.
-
-    sigmas: of the run's schedule; `start` and `end` are fractions of its steps. ConfigError for a ControlNet that
-    `sdxl` was loaded without, or that does not fit the size.
-    """
+    """The active ControlNets of a batch. images: the control images of each row, one for each control. sigmas: of the
+    run's schedule; `start` and `end` are fractions of its steps. ConfigError for a ControlNet that `sdxl` was loaded
+    without, or that does not fit the size."""
     active = []
     for k, (name, control) in enumerate(controls.items()):
         if control.net not in sdxl.controlnets:
@@ -147,8 +141,7 @@ def control_png(control: ControlConfig, image: str, size: tuple[int, int]) -> Im
 def save_control_image(
     control: ControlConfig, image: str, size: tuple[int, int], path: Path, record: Mapping[str, Any]
 ) -> None:
-    """Write the control image as a PNG that carries `record`, unless it exists. Warns of one that is blank or inverted.
-    """
+    """Write the control image as a PNG that carries `record`, unless it exists. Warns of a blank or inverted one."""
     if read_record(path) == record:
         return
     pixels = control_image(control, image, size)

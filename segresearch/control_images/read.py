@@ -39,10 +39,8 @@ def open_map(path: str | Path) -> Image.Image:
 
 
 def fit(image: Image.Image, size: tuple[int, int], aspect: float | None = None) -> Image.Image:
-    """`image` at size = (height, width): its largest centred part of that aspect, resized once (Lanczos).
-
-    aspect: width over height of what the image shows, where its pixels are not square. InputError for a side below 1.
-    """
+    """`image` at size = (height, width): its largest centred part of that aspect, resized once (Lanczos). aspect: width
+    over height of what the image shows, where its pixels are not square. InputError for a side below 1."""
     height, width = size
     if min(height, width) < 1:
         raise InputError(f"size={(height, width)}: height and width must be at least 1 pixel")

@@ -44,10 +44,8 @@ def scene_attributes(indices: Sequence[int] | range, seed: int = 0) -> Attribute
 
 
 class AttributeClassifier(nn.Module):
-    """Convolutions to an 8×8 grid, then evidence for every attribute at every place; an image has the largest.
-
-    The count alone comes from sums over places. The names of its layers are those of the weight file.
-    """
+    """Convolutions to an 8×8 grid, then evidence for every attribute at every place; an image has the largest. The
+    count alone comes from sums over places. The names of its layers are those of the weight file."""
 
     def __init__(self, width: int = 24):
         super().__init__()
@@ -91,11 +89,9 @@ def classify(classifier: AttributeClassifier, images: UInt8[Tensor, "b 3 64 64"]
 
 @one_thread
 def agreement(predicted: Attributes, expected: Attributes) -> dict[str, Float[Tensor, " b"]]:
-    """How far the attributes of each image agree with the expected ones, each number in [0, 1].
-
-    count: the number of objects is right. colors, shapes: no colour (shape) of an object is missing or added.
-    objects: share of the expected (shape, colour) that are there. exact: number and all (shape, colour) right.
-    """
+    """How far the attributes of each image agree with the expected ones, each number in [0, 1]. count: the number of
+    objects is right. colors, shapes: no colour (shape) of an object is missing or added. objects: share of the expected
+    (shape, colour) that are there. exact: number and all (shape, colour) right."""
     count = predicted.count == expected.count
     pairs = expected.pairs.flatten(1)
     objects = (predicted.pairs.flatten(1) & pairs).sum(1) / pairs.sum(1).clamp(min=1)
@@ -119,10 +115,8 @@ def contrast(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h w"]:
 
 @one_thread
 def edge_agreement(images: Float[Tensor, "b 3 h w"], edges: Bool[Tensor, "b h w"]) -> Float[Tensor, " b"]:
-    """Area under the ROC curve of `contrast` as a detector of the exact edges: 1 is perfect, 0.5 chance.
-
-    It needs no threshold, so overall contrast plays no part. InputError for an image with edges nowhere or everywhere.
-    """
+    """Area under the ROC curve of `contrast` as a detector of the exact edges: 1 is perfect, 0.5 chance. It needs no
+    threshold, so overall contrast plays no part. InputError for an image with edges nowhere or everywhere."""
     edges = edges.flatten(1)
     positive, n = edges.sum(1), edges.shape[1]
     if not ((positive > 0) & (positive < n)).all():

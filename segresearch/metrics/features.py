@@ -59,10 +59,8 @@ def normalized_squares(
     images: UInt8[Tensor, "b 3 h w"], side: int, normal: tuple[tuple[float, ...], tuple[float, ...]], crop: bool = False
 ) -> Float[Tensor, "b 3 side side"]:
     """Bicubic with antialiasing to a square, as Pillow does it; less the mean and over the deviation of `normal`.
-
     crop: the middle square of the image, rounded to whole numbers afterwards (CMMD); else all of it, squeezed to a
-    square and not rounded (FD-DINOv2).
-    """
+    square and not rounded (FD-DINOv2)."""
     if crop:
         h, w = images.shape[2:]
         least = min(h, w)
@@ -81,9 +79,8 @@ def load_extractor(
     """A network of EXTRACTORS, with weights from `path` or from the local cache; nothing is fetched.
 
     path: the weight file of "inception"; a folder or hub id with config.json and weights for "dinov2" and "clip"; a
-    model folder with vision/ for "mini". sha256: of the weights, where not the published one is meant.
-    Raises InputError for an unknown name, CheckpointError for weights that are missing or not the ones meant,
-    PackageError where "inception" lacks torch-fidelity.
+    model folder with vision/ for "mini". sha256: of the weights, where not the published one is meant. InputError for
+    an unknown name, CheckpointError for weights that are missing or others, PackageError without torch-fidelity.
     """
     if name not in EXTRACTORS:
         raise InputError(f"features {name!r}: choose one of {', '.join(EXTRACTORS)}")
@@ -112,7 +109,7 @@ def _dinov2(path: str | Path | None, sha256: str | None, device: torch.device) -
     from transformers import Dinov2Model  # imports for seconds, so only where it is used
 
     folder, digest = pretrained.hub_weights(path or DINOV2, sha256)
-    model = pretrained.frozen(pretrained.load_model(Dinov2Model, folder), device)
+    model = pretrained.load_model(Dinov2Model, folder, device)
 
     def network(images: Tensor) -> Tensor:
         pixels = normalized_squares(images, 224, IMAGENET)
@@ -128,8 +125,7 @@ def _clip(path: str | Path | None, sha256: str | None, device: torch.device) -> 
     with pretrained.reading(folder, "no config.json of CLIP"):
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     width = config.projection_dim  # a whole CLIP has it beside its towers, a vision tower among its own sizes
-    loaded = pretrained.load_model(CLIPVisionModelWithProjection, folder, projection_dim=width)
-    model = pretrained.frozen(loaded, device)
+    model = pretrained.load_model(CLIPVisionModelWithProjection, folder, device, projection_dim=width)
 
     def network(images: Tensor) -> Tensor:
         pixels = normalized_squares(images, model.config.image_size, OPENAI, crop=True)

@@ -1,8 +1,8 @@
 """LPIPS v0.1 (arXiv 1801.03924): distance of images in the features of VGG-16 or AlexNet, by the package lpips.
 
 At each of five layers the channels of every place are scaled to unit length. Squared differences are weighted by
-channel (weights fitted to human judgements), averaged over places, and summed over layers. The trunk is torchvision's
-ImageNet network; the channel weights come with the package.
+channel (heads, fitted to human judgements), averaged over places, and summed over layers. The trunk is torchvision's
+ImageNet network; the heads come with the package.
 """
 
 import re
@@ -35,11 +35,8 @@ def load_lpips(
     sha256: tuple[str | None, str | None] = (None, None), device: Device = "cpu",
 ) -> nn.Module:  # fmt: skip
     """lpips.LPIPS with weights of local files (.pth or .safetensors), else of torch.hub's cache (trunk) and of the
-    package (heads).
-
-    net: "vgg" or "alex". sha256: of trunk and heads, where not the published ones are meant. Nothing is fetched:
-    CheckpointError names the file that is missing and its address. PackageError without the package lpips.
-    """
+    package (heads). net: "vgg" or "alex". sha256: of trunk and heads, where not the published ones are meant.
+    CheckpointError names a file that is missing and its address. PackageError without the package lpips."""
     if net not in TRUNKS:
         raise InputError(f"LPIPS net={net!r}: choose one of {', '.join(TRUNKS)}")
     try:
@@ -67,9 +64,7 @@ def lpips_distances(
     network: nn.Module, a: UInt8[Tensor, "n 3 h w"], b: UInt8[Tensor, "m 3 y x"], batch: int = 16
 ) -> Float[Tensor, " n"]:
     """LPIPS of uint8 images of any size, pair by pair, `batch` at a time, on the CPU. network: of `load_lpips`.
-
-    Raises InputError for images of two shapes, or smaller than the network can see.
-    """
+    InputError for images of two shapes, or smaller than the network can see."""
     if a.shape != b.shape:
         raise InputError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared one by one")
     kind, (h, w) = str(network.pnet_type), a.shape[2:]

@@ -1,11 +1,8 @@
 """Comparisons of two sets of features that assume no distribution, in fp64. N may lie below the number of features.
 
-KID and CMMD are squared maximum mean discrepancies (Gretton et al. 2012):
-
-    MMD² = mean k(x, x') + mean k(y, y') − 2 mean k(x, y)
-
-Unbiased: pairs of a feature with itself are left out of the first two means. So the estimate may be below 0, and its
-mean does not depend on N. Biased: with them, never below 0, and larger at small N.
+KID and CMMD are squared maximum mean discrepancies (Gretton et al. 2012): mean k(x, x') + mean k(y, y') − 2 mean
+k(x, y). Unbiased: pairs of a feature with itself are left out of the first two means. So the estimate may be below 0,
+and its mean does not depend on N. Biased: with them, never below 0, and larger at small N.
 
 Improved precision and recall (arXiv 1904.06991): the balls around the features of a set reach to the k-th nearest other
 feature of it. Precision is the share of generated features in a ball of the reference, recall the share of the
@@ -13,7 +10,6 @@ reference in a ball of the generated. Balls shrink as N grows, so both compare o
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,34 +22,8 @@ from segresearch.threads import few_features, one_thread_for
 Kernel = Callable[[Tensor, Tensor], Tensor]
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD, as published
 BLOCK = 2048  # rows and columns of a kernel matrix that are held at once
+ROWS = 1024  # of a matrix of distances that are held at once
 ROUNDING = 1e-13  # squared distances below this times the squared lengths are rounding, and count as 0
-
-
-class Discrepancy(NamedTuple):
-    """MMD² over all images, by both estimators; n images against n_reference."""
-
-    biased: float
-    unbiased: float
-    n: int
-    n_reference: int
-
-
-class KernelDistance(NamedTuple):
-    """Mean of the unbiased MMD² over subsets of n and n_reference images; spread: the deviation of one subset."""
-
-    distance: float
-    spread: float
-    n: int
-    n_reference: int
-
-
-class PrecisionRecall(NamedTuple):
-    """Shares in [0, 1] of n generated images and of the n_reference ones."""
-
-    precision: float
-    recall: float
-    n: int
-    n_reference: int
 
 
 def checked_sets(features: Tensor, reference: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
@@ -93,14 +63,16 @@ def _kernel_sums(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[float, float]:
     return total.item(), diagonal.item()
 
 
-def discrepancy(kernel: Kernel, features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"]) -> Discrepancy:
-    """MMD² over all pairs, in memory that does not grow with their number. InputError for fewer than two on a side."""
+def discrepancy(
+    kernel: Kernel, features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"]
+) -> tuple[float, float]:
+    """(biased, unbiased) MMD² over all pairs, in memory that does not grow with them. InputError for fewer than two."""
     x, y = checked_sets(features, reference)
     n, m = len(x), len(y)
     (xx, x_diagonal), (yy, y_diagonal) = _kernel_sums(kernel, x, x), _kernel_sums(kernel, y, y)
     cross = 2 * _kernel_sums(kernel, x, y)[0] / (n * m)
     unbiased = (xx - x_diagonal) / (n * (n - 1)) + (yy - y_diagonal) / (m * (m - 1)) - cross
-    return Discrepancy(xx / n**2 + yy / m**2 - cross, unbiased, n, m)
+    return xx / n**2 + yy / m**2 - cross, unbiased
 
 
 def subset_indices(n: int, size: int, seed: int, index: int, side: int) -> Tensor:
@@ -113,11 +85,12 @@ def subset_indices(n: int, size: int, seed: int, index: int, side: int) -> Tenso
 def kid(
     features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"],
     n_subsets: int = 100, size: int = 1000, seed: int = 0,
-) -> KernelDistance:  # fmt: skip
-    """Kernel inception distance (arXiv 1801.01401): the unbiased MMD² of subsets under the polynomial kernel.
+) -> tuple[float, float]:  # fmt: skip
+    """Kernel inception distance (arXiv 1801.01401): the mean of the unbiased MMD² of subsets under the polynomial
+    kernel, and its standard deviation (of one subset, not of the mean).
 
     Published with 100 subsets of 1000; not scaled here (papers often print it times 100 or 1000).
-    Raises InputError for subsets larger than either side, or of fewer than two.
+    InputError for subsets larger than either side, or of fewer than two.
     """
     if n_subsets < 1 or size < 2:
         raise InputError(f"n_subsets={n_subsets}, size={size}: at least 1 subset of 2 images is needed")
@@ -128,19 +101,18 @@ def kid(
     values = []
     for i in range(n_subsets):
         subsets = (z[subset_indices(len(z), size, seed, i, side).to(z.device)] for side, z in enumerate((x, y)))
-        values.append(discrepancy(polynomial, *subsets).unbiased)
+        values.append(discrepancy(polynomial, *subsets)[1])
     distances = torch.tensor(values, dtype=torch.float64)
-    return KernelDistance(distances.mean().item(), distances.std(correction=0).item(), n, m)
+    return distances.mean().item(), distances.std(correction=0).item()
 
 
 @one_thread_for(few_features)
-def cmmd(features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"]) -> Discrepancy:
-    """CLIP maximum mean discrepancy (arXiv 2401.09603) of CLIP embeddings, which are scaled to unit length here.
-
-    The published figure is `biased`: times 1000, pairs of an image with itself included.
-    """
-    d = discrepancy(gaussian_kernel, *(F.normalize(z.detach().double(), dim=1) for z in (features, reference)))
-    return d._replace(biased=SCALE * d.biased, unbiased=SCALE * d.unbiased)
+def cmmd(features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"]) -> tuple[float, float]:
+    """(biased, unbiased) CLIP maximum mean discrepancy times 1000 (arXiv 2401.09603) of CLIP embeddings, which are
+    scaled to unit length here. The published figure is the biased one."""
+    unit = (F.normalize(z.detach().double(), dim=1) for z in (features, reference))
+    biased, unbiased = discrepancy(gaussian_kernel, *unit)
+    return SCALE * biased, SCALE * unbiased
 
 
 def _squared_distances(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"]) -> Float[Tensor, "n m"]:
@@ -150,33 +122,27 @@ def _squared_distances(x: Float[Tensor, "n dim"], y: Float[Tensor, "m dim"]) -> 
     return squares.where(squares > ROUNDING * lengths, 0)
 
 
-def squared_radii(x: Float[Tensor, "n dim"], neighbour: int = 3, block: int = 1024) -> Float[Tensor, " n"]:
+def squared_radii(x: Float[Tensor, "n dim"], neighbour: int = 3) -> Float[Tensor, " n"]:
     """Squared distance of each feature to its k-th nearest other one (itself is the first)."""
-    return torch.cat([_squared_distances(rows, x).kthvalue(neighbour + 1, dim=1).values for rows in x.split(block)])
+    return torch.cat([_squared_distances(rows, x).kthvalue(neighbour + 1, dim=1).values for rows in x.split(ROWS)])
 
 
-def covered(
-    x: Float[Tensor, "n dim"], centres: Float[Tensor, "m dim"], radii: Float[Tensor, " m"], block: int = 1024
-) -> float:
+def covered(x: Float[Tensor, "n dim"], centres: Float[Tensor, "m dim"], radii: Float[Tensor, " m"]) -> float:
     """Share of x that lies within one of the balls of squared radii, whose edge belongs to them."""
-    inside = [(_squared_distances(rows, centres) <= radii).any(1) for rows in x.split(block)]
+    inside = [(_squared_distances(rows, centres) <= radii).any(1) for rows in x.split(ROWS)]
     return torch.cat(inside).double().mean().item()
 
 
 @one_thread_for(few_features)
 def precision_recall(
-    features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"], neighbour: int = 3, block: int = 1024
-) -> PrecisionRecall:
-    """Precision and recall of generated features against a reference; neighbour: k.
-
-    Memory beside the features is one block × max(n, m) matrix of distances. InputError for as few images as
-    `neighbour`, for values that are not finite or features of another number.
-    """
+    features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"], neighbour: int = 3
+) -> tuple[float, float]:
+    """(precision, recall) of generated features against a reference; neighbour: k. InputError for as few images as
+    `neighbour`, for values that are not finite or features of another number."""
     x, y = checked_sets(features, reference, least=0)
     n, m = len(x), len(y)
     if not 1 <= neighbour < min(n, m):
         raise InputError(f"neighbour={neighbour}: must lie between 1 and {min(n, m) - 1}, for {n} and {m} images")
     centre = y.mean(0)  # distances do not change, their rounding shrinks
     x, y = x - centre, y - centre
-    precision = covered(x, y, squared_radii(y, neighbour, block), block)
-    return PrecisionRecall(precision, covered(y, x, squared_radii(x, neighbour, block), block), n, m)
+    return covered(x, y, squared_radii(y, neighbour)), covered(y, x, squared_radii(x, neighbour))

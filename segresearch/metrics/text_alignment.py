@@ -1,7 +1,7 @@
 """Text alignment: the cosine of the CLIP embeddings of an image and of its prompt (arXiv 2103.00020).
 
-Papers print it in three scales: the cosine itself (0.271 in Table 2 of SEG, arXiv 2408.00760), 100·max(cos, 0), and
-2.5·max(cos, 0) (CLIPScore, arXiv 2104.08718). Here it is the cosine. The CLIP it is measured by is a part of it.
+Papers print the cosine itself (0.271 in Table 2 of SEG, arXiv 2408.00760), 100·max(cos, 0), or 2.5·max(cos, 0)
+(CLIPScore, arXiv 2104.08718). Here it is the cosine. The CLIP it is measured by is a part of it.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.metrics.mini_vision import VisionTower, unit_range
-from segresearch.pretrained import Device, frozen, hub_weights, load_model, reading
+from segresearch.pretrained import Device, hub_weights, load_model, reading
 from segresearch.threads import one_thread
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -53,13 +53,11 @@ class Clip:
 
 def load_clip(path: str | Path = CLIP, sha256: str | None = None, device: Device = "cpu") -> Clip:
     """A CLIP of transformers from a local folder, or a hub id that is in the local cache; nothing is fetched.
-
-    Raises CheckpointError where files are missing, or the weights have another SHA-256.
-    """
+    CheckpointError where files are missing, or the weights have another SHA-256."""
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer  # imports for seconds
 
     folder, digest = hub_weights(path, sha256)
-    model = frozen(load_model(CLIPModel, folder), device)
+    model = load_model(CLIPModel, folder, device)
     with reading(folder, "no tokenizer or image processor of CLIP"):
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         processor = CLIPImageProcessor.from_pretrained(str(folder), local_files_only=True)
