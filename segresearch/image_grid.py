@@ -67,12 +67,14 @@ def wrap(text: str, size: int, width: int) -> list[str]:
 
 
 def write(
-    sheet: Image.Image, x: int, y: int, lines: Sequence[str], size: int, ink: str = INK, bold: bool = False
-) -> None:
-    draw, stroke = ImageDraw.Draw(sheet), 0.3 if bold else 0
+    draw: ImageDraw.ImageDraw, x: int, y: int, lines: Sequence[str], size: int, ink: str = INK, bold: bool = False,
+    centred: int | None = None,
+) -> None:  # fmt: skip
+    """Lines below (x, y); centred: in this width."""
     for n, line in enumerate(lines):
-        position = (x, y + n * line_height(size))
-        draw.text(position, line, font=font(size), fill=ink, stroke_width=stroke, stroke_fill=ink)
+        left = x if centred is None else x + (centred - text_width(line, size)) // 2
+        position, stroke = (left, y + n * line_height(size)), 0.3 if bold else 0
+        draw.text(position, line, ink, font(size), stroke_width=stroke, stroke_fill=ink)
 
 
 class Layout:
@@ -95,20 +97,19 @@ class Layout:
 
     def draw(self, sheet: Image.Image, x: int, y: int, above: int) -> None:
         """At (x, y) of `sheet`, its first row of images `above` pixels lower."""
-        size = self.size
+        size, draw = self.size, ImageDraw.Draw(sheet)
         if self.block.title:
-            write(sheet, x, y, [self.block.title], size + 4, bold=True)
+            write(draw, x, y, [self.block.title], size + 4, bold=True)
             rule = y + line_height(size + 4) + 2
-            ImageDraw.Draw(sheet).line((x, rule, x + self.width - GAP, rule), fill=RULE)
+            draw.line((x, rule, x + self.width - GAP, rule), fill=RULE)
         y += above
         lefts = [x + self.indent + column * (self.image_width + GAP) for column in range(len(self.heads))]
         for left, lines in zip(lefts, self.heads, strict=True):
-            for n, line in enumerate(reversed(lines), 1):
-                centred = left + (self.image_width - text_width(line, size + 1)) // 2
-                write(sheet, centred, y - 6 - n * line_height(size + 1), [line], size + 1, bold=True)
+            top = y - 6 - len(lines) * line_height(size + 1)
+            write(draw, left, top, lines, size + 1, bold=True, centred=self.image_width)
         for lines, paths, height in zip(self.captions, self.block.paths, self.rows, strict=True):
-            write(sheet, x, y, lines[:1], size, QUIET if lines[1:] else INK)
-            write(sheet, x, y + line_height(size), lines[1:], size)
+            write(draw, x, y, lines[:1], size, QUIET if lines[1:] else INK)
+            write(draw, x, y + line_height(size), lines[1:], size)
             for left, path in zip(lefts, paths, strict=True):
                 with Image.open(path) as image:
                     resampling = Resampling.LANCZOS if self.cell % image.height else Resampling.NEAREST
@@ -126,15 +127,15 @@ def draw_grid(blocks: Sequence[Block], title: str, note: str, cell: int, across:
     lines = [layouts[i : i + across] for i in range(0, len(layouts), across)]
     above = [max(b.title_height for b in line) + max(b.head_height for b in line) for line in lines]  # rows align
     heights = [most + max(sum(b.rows) for b in line) for line, most in zip(lines, above, strict=True)]
-    width = max(sum(b.width + BLOCK_GAP for b in line) - BLOCK_GAP for line in lines)
-    width = max(width, min(640, text_width(title, size + 9)))
+    widths = [sum(b.width + BLOCK_GAP for b in line) - BLOCK_GAP for line in lines]
+    width = max(*widths, min(640, text_width(title, size + 9)))
     titles, notes = wrap(title, size + 9, width), wrap(note, size, width)
     note_top = MARGIN + len(titles) * line_height(size + 9)
     y = note_top + len(notes) * line_height(size) + BLOCK_GAP // 2
     bottom = y + sum(heights) + BLOCK_GAP * (len(lines) - 1)
     sheet = Image.new("RGB", (width + 2 * MARGIN, bottom + MARGIN), PAPER)
-    write(sheet, MARGIN, MARGIN, titles, size + 9, bold=True)
-    write(sheet, MARGIN, note_top, notes, size, QUIET)
+    write(ImageDraw.Draw(sheet), MARGIN, MARGIN, titles, size + 9, bold=True)
+    write(ImageDraw.Draw(sheet), MARGIN, note_top, notes, size, QUIET)
     for line, most, height in zip(lines, above, heights, strict=True):
         x = MARGIN
         for layout in line:

@@ -19,7 +19,7 @@ from segresearch.control_images.edges import canny, to_tensor
 from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.errors import ConfigError, InputError
 from segresearch.models.controlnet import ActiveControlNet, controlled
-from segresearch.png_metadata import read_record, save_png
+from segresearch.records import read_record, save_png
 from segresearch.sampling import step_interval
 from segresearch.scenes.control_maps import depth_image, edge_image
 from segresearch.scenes.scenes import scenes
