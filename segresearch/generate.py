@@ -1,17 +1,13 @@
-"""Images of several methods from the same seeds, each with its record, and the grid that compares them.
-
-The run folder is named by the content of its settings. An image that exists is not sampled again, so the same command
-resumes a stopped run, and a finished run returns without loading the model.
-"""
+"""Images of several methods from the same seeds, each with its record, and the grid that compares them. An image that
+exists is not sampled again: the same command resumes a run, and a finished run loads no model."""
 
 import contextlib
-import dataclasses
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -22,13 +18,13 @@ from segresearch.config import GenerateConfig
 from segresearch.config.build import build_guidance, device_kind, load_model, of_model, with_batch_size
 from segresearch.config.compose import written_config
 from segresearch.config.expand import Panel, panels, slug
-from segresearch.control_images.identify import IdentifiedControl, control_records, identify_controls
+from segresearch.control_images.identify import control_records, identify_controls
+from segresearch.control_images.prepare import controlled_batch, save_control_image
 from segresearch.errors import NotFinite
 from segresearch.image_grid import Block, cell_height, draw_grid, image_size
+from segresearch.models import SDXL
 from segresearch.records import config_record, image_record, read_record, run_record, sampling_identity, save_png
-
-if TYPE_CHECKING:
-    from segresearch.models import SDXL
+from segresearch.sample_images import run_sigmas, sample_images
 
 GRID_VERSION = 1
 OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto"}  # not of the run
@@ -55,8 +51,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class PanelFiles:
-    """A panel and its files in the order of its rows: images with their records by method, control images by control.
-    """
+    """A panel and its files in the order of its rows: images and their records by method, control images by control."""
 
     panel: Panel
     images: Mapping[str, Mapping[Path, Mapping[str, Any]]]
@@ -73,7 +68,7 @@ class Run:
     panels: list[PanelFiles]
 
 
-def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
+def generate(config: GenerateConfig, model: SDXL | None = None) -> RunResult:
     """Sample the missing images of the run that `config` describes, then draw its grid.
 
     model: already loaded; None loads `config.model` if anything is missing. InputError for settings that do not fit
@@ -106,7 +101,13 @@ def expand(config: GenerateConfig) -> Run:
     plan, weights = panels(config), resolve_model(config.model.path)
     fingerprint = runs.fingerprint(weights)
     identified = [identify_controls(panel.controls, [row.images for row in panel.rows], weights) for panel in plan]
-    entries = list(map(panel_identity, plan, identified))
+    entries = []  # of each panel what its images depend on
+    for panel, controls in zip(plan, identified, strict=True):
+        rows = [{"prompt": row.prompt, "seed": row.seed} for row in panel.rows]
+        columns = zip(*(row.images for row in panel.rows), strict=True)  # of each control its images
+        steered = [control.identity(column) for control, column in zip(controls.values(), columns, strict=True)]
+        entry = {"title": panel.title, "negative": panel.negative, "rows": rows, "methods": panel.methods}
+        entries.append(entry | ({"controls": steered} if steered else {}))
     identity = runs.plain({**sampling_identity(config, fingerprint), "panels": entries})
     folder, expanded = runs.run_folder(config.out, config.name, identity), []
     shared = run_record(config, fingerprint, folder.name)
@@ -117,41 +118,26 @@ def expand(config: GenerateConfig) -> Run:
         prefixes = [f"prompt{numbers[row.prompt]:0{digits}d}-" if len(texts) > 1 else "" for row in panel.rows]
         digits = len(str(max(row.seed for row in panel.rows)))
         seeds = [f"seed{row.seed:0{digits}d}.png" for row in panel.rows]
-        steered, images = [control_records(controls, row.images) for row in panel.rows], {}
+        common, images = [{"negative": panel.negative, **control_records(controls, row.images)} for row in panel.rows], {}
         for method, guidance in panel.methods.items():
             paths = [folder / "images" / subfolder / slug(method) / (p + s) for p, s in zip(prefixes, seeds)]
             images[method] = {
-                path: image_record(shared, method, guidance, row.prompt, panel.negative, row.seed, control)
-                for path, row, control in zip(paths, panel.rows, steered, strict=True)
+                path: image_record(shared, method, guidance, prompt=row.prompt, seed=row.seed, **more)
+                for path, row, more in zip(paths, panel.rows, common, strict=True)
             }
         files = {name: [folder / "controls" / subfolder / slug(name) / seed for seed in seeds] for name in controls}
         expanded.append(PanelFiles(panel, images, files))
-    in_full = tuple(dataclasses.replace(panel, prompts=texts) for panel, texts in zip(config.panels, prompts))
+    in_full = tuple(replace(panel, prompts=texts) for panel, texts in zip(config.panels, prompts))
     whole: dict[str, Any] = {"panels": in_full} if in_full else {"prompts": prompts[0]}
-    return Run(dataclasses.replace(config, **whole), identity, folder, expanded)
+    return Run(replace(config, **whole), identity, folder, expanded)
 
 
-def panel_identity(panel: Panel, controls: Mapping[str, IdentifiedControl]) -> dict[str, Any]:
-    """What the images of a panel depend on beside the run's settings."""
-    rows = [{"prompt": row.prompt, "seed": row.seed} for row in panel.rows]
-    images = zip(*(row.images for row in panel.rows), strict=True)  # of each control
-    steered = [control.identity(column) for control, column in zip(controls.values(), images, strict=True)]
-    identity = {"title": panel.title, "negative": panel.negative, "rows": rows, "methods": panel.methods}
-    return identity | ({"controls": steered} if steered else {})
-
-
-def sample_missing(run: Run, missing: set[Path], model: "SDXL | None") -> float:
-    """Sample and save `missing`, in batches that do not depend on which images exist. Returns the seconds of sampling.
-
-    What does not fit the model raises before the first image.
-    """
-    from segresearch.control_images.prepare import controlled_batch
-    from segresearch.sample_images import run_sigmas, sample_images
-
+def sample_missing(run: Run, missing: set[Path], model: SDXL | None) -> float:
+    """Sample and save `missing`, in batches that do not depend on which images exist. Returns the seconds."""
     config, saved, batch_size = run.config, 0, int(run.config.batch_size)
     nets = list(dict.fromkeys(control.net for files in run.panels for control in files.panel.controls.values()))
     sdxl = load_model(config.model, config.device, nets, config.compute) if model is None else model
-    sdxl.latent_shape(config.size)
+    sdxl.latent_shape(config.size)  # what does not fit the model fails here, before the first image
     columns = [
         (files.panel, method, list(images.items()), build_guidance(files.panel.methods[method], sdxl.denoiser))
         for files in run.panels
@@ -180,8 +166,7 @@ def sample_missing(run: Run, missing: set[Path], model: "SDXL | None") -> float:
     except NotFinite as error:
         raise NotFinite(f"{method}: {error}; try model.dtype=float32 or lower scales") from error
     except KeyboardInterrupt:
-        kept = f"stopped: {saved} of {len(missing)} images sampled, and kept"
-        print(f"{kept}; the same command resumes", file=sys.stderr)
+        print(f"stopped: {saved} of {len(missing)} images sampled, and kept; the same command resumes", file=sys.stderr)
         raise
     return time.perf_counter() - start
 
@@ -191,8 +176,6 @@ def save_control_images(run: Run, size: tuple[int, int]) -> None:
     for files in run.panels:
         records = next(iter(files.images.values())).values()
         for name, paths in files.controls.items():
-            from segresearch.control_images.prepare import save_control_image
-
             for path, image in zip(paths, records, strict=True):
                 settings = image["controls"][name]
                 record = {"run": run.folder.name, "control": name, "image": settings["image"], "seed": image["seed"],

@@ -1,5 +1,4 @@
-"""The record of an image: what decides it, as JSON in the text chunk "segresearch" of its PNG, so that a file that was
-mailed around says how it was sampled. Light: no torch."""
+"""The record of an image: what decides it, as JSON in the text chunk "segresearch" of its PNG. Light: no torch."""
 
 import io
 import json
@@ -10,9 +9,8 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from segresearch import runs
-from segresearch.config import EvaluateConfig, GenerateConfig, GuidanceConfig
 from segresearch.config.build import device_kind
-from segresearch.config.schema import RunConfig
+from segresearch.config.schema import GuidanceConfig, RunConfig
 
 KEY = "segresearch"
 END = b"IEND\xaeB`\x82"  # of a whole PNG
@@ -28,7 +26,7 @@ def sampling_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     return {"model": model, **settings, **config.compute.identity(device_kind(config.device))}
 
 
-def run_record(config: GenerateConfig | EvaluateConfig, fingerprint: str, run: str) -> dict[str, Any]:
+def run_record(config: RunConfig, fingerprint: str, run: str) -> dict[str, Any]:
     """The part of a record that all images of a run share. run: the name of its folder."""
     identity = sampling_identity(config, fingerprint)
     loaded = {key: getattr(config.model, key) for key in ("name", "path", "variant", "config", "tokenizer")}
@@ -37,13 +35,9 @@ def run_record(config: GenerateConfig | EvaluateConfig, fingerprint: str, run: s
     return runs.plain({**identity, **own})
 
 
-def image_record(
-    shared: Mapping[str, Any], method: str, guidance: GuidanceConfig, prompt: str, negative: str | None, seed: int,
-    controls: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """The record of one image. shared: of `run_record`; controls: of `control_images.identify.control_records`."""
-    sampled = {"method": method, "guidance": runs.plain(guidance), "prompt": prompt, "negative": negative, "seed": seed}
-    return {**shared, **sampled, **controls}
+def image_record(shared: Mapping[str, Any], method: str, guidance: GuidanceConfig, **image: Any) -> dict[str, Any]:
+    """The record of one image. shared: of `run_record`; image: its prompt, negative, seed, and `control_records`."""
+    return {**shared, "method": method, "guidance": runs.plain(guidance), **image}
 
 
 def config_record(config: RunConfig, of_a_call: Iterable[str]) -> dict[str, Any]:
@@ -54,8 +48,7 @@ def config_record(config: RunConfig, of_a_call: Iterable[str]) -> dict[str, Any]
 
 def figure_record(figure: str, script: str, config: RunConfig, of_a_call: Iterable[str]) -> dict[str, Any]:
     """The record of a figure. script: "evaluate" or "analyze", whose settings `config` holds."""
-    compute = config.compute.record(device_kind(config.device))
-    settings = config_record(config, of_a_call)
+    settings, compute = config_record(config, of_a_call), config.compute.record(device_kind(config.device))
     return {"figure": figure, "code": runs.code_version(), script: settings, "compute": compute}
 
 

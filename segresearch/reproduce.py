@@ -1,7 +1,7 @@
 """A PNG sampled or drawn again from the record in it, and compared pixel by pixel.
 
-The record's key tells its kind: "guidance" for images of generate and evaluate, "generate" (a whole config) for grids,
-"control" for control images, "figure" (with the config of its run) for figures of analyze and evaluate.
+A record's key tells its kind: "guidance" of an image, "generate" (a whole config) of a grid, "control" of a control
+image, "figure" (with the config of its run) of a figure of analyze or evaluate.
 """
 
 import tempfile
@@ -44,9 +44,9 @@ def reproduce(
 ) -> Reproduction:
     """Sample or draw the image in `path` again.
 
-    model: a folder or file in place of the recorded one. out: the folder of runs, where a figure's run may exist
-    already; None: a temporary one. trust: import functions outside segresearch that the record names. ConfigError for a
-    file without a usable record, CheckpointError for weights that are missing.
+    model: in place of the recorded path. out: where a figure's run may exist already; None: a temporary folder. trust:
+    import functions outside segresearch that the record names. ConfigError for a file without a usable record,
+    CheckpointError for weights that are missing.
     """
     record = modern(recorded(path))
     for holder in (record, *map(record.get, CONFIGS)):
@@ -116,15 +116,12 @@ def _again(record: Mapping[str, Any], device: str, out: str) -> tuple[Image.Imag
 
 def _settings_of_an_image(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that samples the one image of a record."""
-    for key in (*OF_AN_IMAGE, "model", "prompt", "seed"):
-        if key not in record:
-            raise ConfigError(f"{key}: missing")
-    return {key: record[key] for key in OF_AN_IMAGE} | {
-        "model": {key: value for key, value in record["model"].items() if key != "fingerprint"},
-        "compute": {key: value for key, value in record.get("compute", EXACT).items() if key != "device"},
-        "prompts": [record["prompt"]], "seeds": record["seed"], "controls": record.get("controls") or {},
-        "name": "again",
-    }  # fmt: skip
+    if missing := [key for key in (*OF_AN_IMAGE, "model", "prompt", "seed") if key not in record]:
+        raise ConfigError(f"{missing[0]}: missing")
+    model = {key: value for key, value in record["model"].items() if key != "fingerprint"}
+    compute = {key: value for key, value in record.get("compute", EXACT).items() if key != "device"}
+    image = {"prompts": [record["prompt"]], "seeds": record["seed"], "controls": record.get("controls") or {}}
+    return {**{key: record[key] for key in OF_AN_IMAGE}, **image, "model": model, "compute": compute, "name": "again"}
 
 
 def _environment(record: Mapping[str, Any]) -> dict[str, Any]:

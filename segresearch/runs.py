@@ -1,7 +1,5 @@
-"""Content-addressed run folders: a run's settings name its folder, so the same command again is the resume.
-
-Nothing half-written is ever seen under its final name: files are written beside it and moved into place.
-"""
+"""Content-addressed run folders: a run's settings name its folder, so the same command again is the resume. Files are
+written beside their final name and moved there, so that none is ever seen half-written."""
 
 import contextlib
 import dataclasses
@@ -84,11 +82,10 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A cheap identity of model weights, 12 hex digits, whatever their folder. No whole weight file is read.
+    """A cheap identity of model weights, 12 hex digits, whatever their folder. FileNotFoundError without weights.
 
-    Of each safetensors file: name, size, both ends (so the header's start) and 16 parts between. Of each JSON or text
-    file of a model folder (configs, vocabularies): everything. ControlNets in controlnet/ have their own fingerprints.
-    FileNotFoundError without weights.
+    Of each safetensors file: name, size, both ends and 16 parts between. Of each JSON or text file of a model folder
+    (configs, vocabularies): everything. ControlNets in controlnet/ have their own fingerprints.
     """
     path, total = Path(path), hashlib.sha256()
     contents = [path] if path.is_file() else sorted(path.rglob("*"))

@@ -14,6 +14,8 @@ from segresearch.models.attention import Attend
 from segresearch.models.controlnet import ActiveControlNet
 from segresearch.sampling import initial_noise, sample, sigmas
 
+Latents = Float[Tensor, "rows channels h w"]
+
 
 def sample_images(
     sdxl: SDXL, model: Any, seeds: Sequence[int], prompts: Sequence[str], config: RunConfig,
@@ -21,9 +23,8 @@ def sample_images(
 ) -> UInt8[Tensor, "rows 3 h w"]:  # fmt: skip
     """One image for each seed and its prompt, on the model's device.
 
-    model: a guided denoiser of `sdxl`. config: its sampler, schedule, steps and size are read. negative: as
-    `SDXL.encode` has it. control: each with its control images. attend: the innermost attention, such as a recorder's.
-    Raises NotFinite, and what `SDXL.encode` and `sample` raise.
+    model: a guided denoiser of `sdxl`. config: of which sampler, schedule, steps and size are read. negative: as in
+    `SDXL.encode`. attend: the innermost attention. Raises NotFinite, and what `SDXL.encode` and `sample` raise.
     """
     conds = sdxl.encode(prompts, negative=negative, size=config.size)
     return decode_images(sdxl, sample_latents(sdxl, model, seeds, conds, config, control, attend))
@@ -33,7 +34,7 @@ def sample_images(
 def sample_latents(
     sdxl: SDXL, model: Any, seeds: Sequence[int], conds: Mapping[str, Any], config: RunConfig,
     control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
-) -> Float[Tensor, "rows channels h w"]:  # fmt: skip
+) -> Latents:  # fmt: skip
     """Latents from the noise of each seed; conds: of `SDXL.encode`. Raises NotFinite, which names the seeds."""
     schedule = config.schedule.name if config.schedule.rho is None else run_sigmas(sdxl, config)
     with sdxl.arithmetic():
@@ -48,11 +49,9 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode_images(
-    sdxl: SDXL, latents: Float[Tensor, "rows channels h w"], decode_rows: int | None = None
-) -> UInt8[Tensor, "rows 3 H W"]:
-    """8-bit images, `decode_rows` latents at a time (None: all at once)."""
-    return torch.cat([to_uint8(sdxl.decode(part)) for part in latents.split(decode_rows or len(latents))])
+def decode_images(sdxl: SDXL, latents: Latents, rows: int | None = None) -> UInt8[Tensor, "rows 3 H W"]:
+    """8-bit images, decoded `rows` latents at a time (None: all at once)."""
+    return torch.cat([to_uint8(sdxl.decode(part)) for part in latents.split(rows or len(latents))])
 
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

@@ -23,8 +23,8 @@ def records(spec: EvaluationSpec, images: range, run: str) -> dict[str, list[dic
     ranges = [next(rows for rows in spec.ranges if i in rows) for i in images]
     return {
         method: [
-            image_record({**shared, **shards.versions(spec.shard(method, rows))}, method, guidance, prompt,
-                         config.negative, i, controls)
+            image_record({**shared, **shards.versions(spec.shard(method, rows))}, method, guidance, prompt=prompt,
+                         negative=config.negative, seed=i, **controls)
             for i, rows, prompt, controls in zip(images, ranges, spec.texts(images), by_control, strict=True)
         ]
         for method, guidance in spec.methods.items()
