@@ -118,12 +118,12 @@ def expand(config: GenerateConfig) -> Run:
         prefixes = [f"prompt{numbers[row.prompt]:0{digits}d}-" if len(texts) > 1 else "" for row in panel.rows]
         digits = len(str(max(row.seed for row in panel.rows)))
         seeds = [f"seed{row.seed:0{digits}d}.png" for row in panel.rows]
-        common, images = [{"negative": panel.negative, **control_records(controls, row.images)} for row in panel.rows], {}
+        more, images = [{"negative": panel.negative, **control_records(controls, row.images)} for row in panel.rows], {}
         for method, guidance in panel.methods.items():
             paths = [folder / "images" / subfolder / slug(method) / (p + s) for p, s in zip(prefixes, seeds)]
             images[method] = {
-                path: image_record(shared, method, guidance, prompt=row.prompt, seed=row.seed, **more)
-                for path, row, more in zip(paths, panel.rows, common, strict=True)
+                path: image_record(shared, method, guidance, prompt=row.prompt, seed=row.seed, **image)
+                for path, row, image in zip(paths, panel.rows, more, strict=True)
             }
         files = {name: [folder / "controls" / subfolder / slug(name) / seed for seed in seeds] for name in controls}
         expanded.append(PanelFiles(panel, images, files))
