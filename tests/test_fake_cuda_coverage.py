@@ -33,7 +33,7 @@ COVERED = {
     "guidance.guided_denoiser": "guidance", "guidance.row_layout": "guidance",
     "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",
     "guidance.sag": "guidance",
-    "sampling.loop": "sampling", "sampling.noise": "sampling", "sampling.batching": "sampling",
+    "sampling.loop": "sampling", "sampling.noise": "sampling",
     "sampling.schedules": "sampling", "sampling.intervals": "sampling",
     "analysis.blur_operator": "analysis", "analysis.claims": "analysis", "analysis.curvature": "analysis",
     "analysis.energy": "analysis", "analysis.logit_statistics": "analysis", "analysis.measurements": "analysis",
