@@ -163,7 +163,7 @@ def log_evaluation(
 
         from segresearch.config.expand import slug
         from segresearch.evaluation.provenance import records
-        from segresearch.png_metadata import save_png
+        from segresearch.records import save_png
 
         pixels = images()
         texts = spec.texts(range(min(map(len, pixels.values()))))

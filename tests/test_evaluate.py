@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from segresearch import cli, runs, sample_images
 from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir, typed
+from segresearch.config.compose import written_config
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation import shards
 from segresearch.evaluation.evaluate import evaluate
@@ -385,7 +386,7 @@ def test_reference_pictures_come_from_a_folder_too(config, tmp_path):
 
 def test_processes_as_torchrun_starts_them_make_the_same_shards(config, base, whole, model, tmp_path):
     """Two at once, by the script, from the config.yaml that a run leaves."""
-    (tmp_path / "mine.yaml").write_text(runs.written_config(runs.plain(config), run.OF_A_CALL))
+    (tmp_path / "mine.yaml").write_text(written_config(config, run.OF_A_CALL))
     script = conf_dir().parent / "experiments" / "evaluate.py"
     call = [sys.executable, str(script), "--config-dir", str(tmp_path), "--config-name", "mine", f"out={config.out}"]
     places = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONWARNINGS": "ignore"} for rank in range(2)]

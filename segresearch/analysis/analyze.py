@@ -27,6 +27,7 @@ from segresearch.analysis.recorder import Recorder, Recording
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import AnalyzeConfig
 from segresearch.config.build import build_guidance, load_model, of_model, with_batch_size
+from segresearch.config.compose import written_config
 from segresearch.config.expand import measured_steps
 from segresearch.config.parse import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
@@ -125,7 +126,7 @@ def _write(
     for name, figure in energy_plots.draw(config, recording, rows, pixels, images).items():
         paths[name] = folder / "figures" / f"{name}.png"
         save(figure, paths[name], figure_record(name, "analyze", config, ("out", "device", "wandb")))
-    runs.write(folder / "config.yaml", runs.written_config(runs.plain(config), OF_A_CALL))
+    runs.write(folder / "config.yaml", written_config(config, OF_A_CALL))
     tables = {"table": rows, "verdicts": [claim.row() for claim in claims]}
     for name, table in tables.items():
         runs.write(folder / f"{name}.csv", to_csv(table, digits=7))

@@ -27,6 +27,7 @@ from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig
 from segresearch.config.build import load_model, of_model, usable_device, with_batch_size
+from segresearch.config.compose import written_config
 from segresearch.errors import ConfigError, Ended
 from segresearch.evaluation import plots, shards, table
 from segresearch.evaluation.aggregate import Result, aggregate
@@ -181,7 +182,7 @@ def _write(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path, r
         "reference_images": result.reference_images,
     }  # fmt: skip
     texts = {
-        "config.yaml": runs.written_config(runs.plain(config), OF_A_CALL), "table.md": table.markdown(result.frame),
+        "config.yaml": written_config(config, OF_A_CALL), "table.md": table.markdown(result.frame),
         "table.tex": table.latex(result.frame), "metrics.csv": to_csv(result.frame.plain()),
         "metrics.jsonl": table.to_jsonl(result.frame, common),
     }  # fmt: skip

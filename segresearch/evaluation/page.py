@@ -12,7 +12,7 @@ from segresearch.evaluation.frame import Frame, Metric
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.evaluation.table import cells, columns
 from segresearch.pages import Cell, render
-from segresearch.png_metadata import png
+from segresearch.records import png
 
 TALLEST = 256  # pixels that an image of the page is high
 SMALLEST = 96  # a smaller one is shown larger
