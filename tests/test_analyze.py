@@ -26,7 +26,7 @@ from segresearch.config import AnalyzeConfig, conf_dir, settings, typed
 from segresearch.errors import ConfigError
 from segresearch.guidance import blur_matrix
 from segresearch.models import load_sdxl
-from segresearch.tidy_csv import to_csv
+from segresearch.pages import to_csv
 
 SCRIPT = conf_dir().parent / "experiments" / "analyze.py"
 SEG = {"kind": "perturbed", "scale": 1, "perturbation": {"kind": "seg", "sigma": 1}}

@@ -25,7 +25,7 @@ from segresearch.evaluation import evaluate as run
 from segresearch.evaluation import shards
 from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.reference import features, reference
-from segresearch.evaluation.workers import Worker
+from segresearch.evaluation.sample_shards import Worker
 from segresearch.models import load_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
@@ -117,7 +117,7 @@ def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whol
     assert len([n for n in everything if n.endswith(".safetensors")]) == METHODS * COUNT + 1  # and the reference
     assert frame["vanilla", "distance-mini"].value is None and frame["SEG", "distance-mini"].value > 0
     assert {"text_alignment-mini", "exact", "saturation", "kd-mini", "precision-mini", "fd_to_baseline-mini"} <= {
-        metric.name for metric in frame.metrics
+        metric.name for metric in frame.metrics()
     }
     assert frame["SEG", "fd-mini"].value > 0 and frame["SEG", "fd_to_baseline-mini"].error > 0
     assert len(whole.result.norms["SEG"]) == 2 and min(whole.result.norms["SEG"]) > 0
@@ -261,7 +261,7 @@ def test_pictures_of_another_version_are_used_and_said(config, model, capsys):
     found = evaluate(few, model, Worker())
     assert "torch" not in capsys.readouterr().err
     path = sorted(Path(few.out).glob("shards/*/*.safetensors"))[0]
-    assert shards.versions(path) == runs.versions()
+    assert shards.header(path)["versions"] == runs.versions()
     arrays = {name: shards.Array(shards.load(path, name), by) for name, by in shards.producers(path).items()}
     shards.write(path, arrays, {"code": "0.0.9", "torch": "1.2.3"})
     assert evaluate(few, model, Worker()).sampled == 0  # nothing new to say
@@ -271,7 +271,7 @@ def test_pictures_of_another_version_are_used_and_said(config, model, capsys):
     assert "code 0.0.9, torch 1.2.3" in said and said.count("\n") == 1
     assert "code 0.0.9, torch 1.2.3" in (found.folder / "index.html").read_text()
     more = evaluate(dataclasses.replace(few, distances=config.distances, stage="shards"), model, Worker())
-    assert more.result is None and shards.versions(path) == {"code": "0.0.9", "torch": "1.2.3"}
+    assert more.result is None and shards.header(path)["versions"] == {"code": "0.0.9", "torch": "1.2.3"}
 
 
 def test_pictures_need_not_be_kept(config, whole, model):

@@ -17,7 +17,7 @@ from segresearch.config import EvaluateConfig, GenerateConfig, conf_dir, typed
 from segresearch.errors import ConfigError
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.evaluate import evaluate
-from segresearch.evaluation.workers import Worker
+from segresearch.evaluation.sample_shards import Worker
 from segresearch.generate import generate
 from segresearch.models import load_sdxl
 from segresearch.plot_style import save

@@ -11,7 +11,7 @@ from segresearch import records, wandb_log
 from segresearch.config import EvaluateConfig, typed
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.evaluate import evaluate
-from segresearch.evaluation.workers import Worker
+from segresearch.evaluation.sample_shards import Worker
 from segresearch.models import load_sdxl
 from segresearch.wandb_log import WandbConfig
 

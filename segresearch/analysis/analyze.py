@@ -33,10 +33,10 @@ from segresearch.config.parse import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
 from segresearch.guidance import SelfAttentionGuidance
 from segresearch.models import SDXL
+from segresearch.pages import to_csv
 from segresearch.plot_style import save
 from segresearch.records import figure_record, sampling_identity
 from segresearch.sample_images import sample_images
-from segresearch.tidy_csv import to_csv
 from segresearch.wandb_log import WandbRun, log
 
 Images = Sequence[Mapping[str, Any]]  # the prompt and the seed of each
