@@ -220,7 +220,7 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
         assert caught.value.code == 4 and "1 of 6 shards" in str(caught.value) and str(path) in str(caught.value)
         with pytest.raises(cli.Ended, match="1 of 6 shards are missing") as caught:
             evaluate(dataclasses.replace(config, stage="reduce"), model, Worker())
-        assert cli.exit_code(caught.value) == 4
+        assert cli.explained(caught.value)[0] == 4
         mended = evaluate(config, model, Worker())
         assert (mended.sampled, mended.existing) == (1, 5) and contents(config) == contents(base)
     path.write_bytes(path.read_bytes()[:-1] + b"\x7e")  # sizes say nothing
@@ -228,7 +228,7 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
     for stage in ("verify", "reduce"):
         with pytest.raises(cli.Ended, match="not the bytes that were written") as caught:
             evaluate(dataclasses.replace(config, stage=stage), model, Worker())
-        assert cli.exit_code(caught.value) == 4 and str(path) in str(caught.value)
+        assert cli.explained(caught.value)[0] == 4 and str(path) in str(caught.value)
     path.unlink()
     evaluate(config, model, Worker())
     assert "all 6 shards are whole" in str(evaluate(dataclasses.replace(config, stage="verify")))
@@ -299,8 +299,8 @@ def test_a_full_disk_and_a_locked_folder_are_one_line_and_leave_no_half(config, 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError) as caught:
         evaluate(config, model, Worker())
-    line = cli.line(caught.value)
-    assert cli.exit_code(caught.value) == 5 and "\n" not in line and ".safetensors: " in line and words in line
+    code, line = cli.explained(caught.value)
+    assert code == 5 and "\n" not in line and ".safetensors: " in line and words in line
     written = [path for path in Path(config.out, "shards").glob("*/*") if path.is_file()]
     assert written and all(path.suffix == ".safetensors" and shards.verify(path) is None for path in written)
 
@@ -326,11 +326,12 @@ def test_memory_and_weights_have_codes_of_their_own(config, model, monkeypatch):
 
     with pytest.raises(ValueError, match="not in|no such file") as caught:
         evaluate(dataclasses.replace(config, weights={"vgg": "none.pth"}, distances=("vgg",)), model, Worker())
-    assert cli.exit_code(caught.value) == 3
+    assert cli.explained(caught.value)[0] == 3
     monkeypatch.setattr(sample_images, "sample", greedy)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         evaluate(config, model, Worker())
-    assert cli.exit_code(caught.value) == 5 and "lower batch_size" in cli.line(caught.value)
+    code, line = cli.explained(caught.value)
+    assert code == 5 and "lower batch_size" in line
 
 
 @pytest.mark.parametrize(
@@ -359,7 +360,8 @@ def test_what_cannot_be_is_one_line_before_a_picture_is_made(config, model, monk
     monkeypatch.setattr(sample_images, "sample", None)
     with pytest.raises(ValueError, match=words) as caught:
         evaluate(dataclasses.replace(config, **change), model, Worker())
-    assert cli.exit_code(caught.value) == 2 and "\n" not in cli.line(caught.value)
+    code, line = cli.explained(caught.value)
+    assert code == 2 and "\n" not in line
 
 
 def test_reference_pictures_come_from_a_folder_too(config, tmp_path):

@@ -26,9 +26,8 @@ from segresearch.analysis.measurements import measure
 from segresearch.analysis.recorder import Recorder, Recording
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import AnalyzeConfig
-from segresearch.config.build import build_guidance, load_model, of_model, with_batch_size
+from segresearch.config.build import build_guidance, load_model, resolved
 from segresearch.config.compose import written_config
-from segresearch.config.expand import measured_steps
 from segresearch.config.parse import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
 from segresearch.guidance import SelfAttentionGuidance
@@ -68,11 +67,11 @@ def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
     if the folder cannot be written.
     """
     start = time.perf_counter()
-    config = with_batch_size(of_model(config, model))
+    config = resolved(config, model)
     images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
     identity = sampling_identity(config, runs.fingerprint(resolve_model(config.model.path)))
     identity |= {key: getattr(config, key) for key in MEASURED}
-    identity |= {"version": VERSION, "images": images, "measured_steps": measured_steps(config)}
+    identity |= {"version": VERSION, "images": images, "measured_steps": config.steps_from_0}
     folder = runs.run_folder(config.out, config.name, identity)
     recorded, page = folder / "recording", folder / PAGE
     if page.is_file() and (recorded.is_dir() or not config.keep):
@@ -101,7 +100,7 @@ def _capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) ->
     if config.branch not in names:
         raise ConfigError(f"branch: no branch {config.branch!r} under this guidance; there are {', '.join(names)}")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-    steps, branches = measured_steps(config), [config.branch]
+    steps, branches = config.steps_from_0, [config.branch]
     recorder = Recorder(sdxl.unet.site_heads, config.where, config.heads, steps, branches, folder=folder)
     pixels, size = [], int(config.batch_size)
     for batch in (images[start : start + size] for start in range(0, len(images), size)):

@@ -95,8 +95,8 @@ def set_numbers(
     if gaussian_kernel:
         numbers["kd"] = cmmd(x, reference)[:1]  # the biased one, as published
     elif size > 1:
-        distance, spread = kid(x, reference, subsets, size)
-        numbers |= {"kd": (distance,), "kd_spread": (spread,)}
+        kernel, spread = kid(x, reference, subsets, size)
+        numbers |= {"kd": (kernel,), "kd_spread": (spread,)}
     n, m = min(len(x), MOST), min(len(reference), len(x), MOST)
     if min(n, m) > 3:
         precision, recall = precision_recall(x[:n], reference[:m])

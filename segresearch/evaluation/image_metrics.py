@@ -10,8 +10,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from segresearch.checkpoints.resolve import resolve_model
-from segresearch.config.names import nearest
 from segresearch.config.parse import HELD_OUT, SCENE
+from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError, InputError, NotFinite
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
