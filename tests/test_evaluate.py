@@ -20,11 +20,12 @@ from matplotlib.figure import Figure
 
 from segresearch import cli, runs, sample_images
 from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir, typed
+from segresearch.config.compose import written_config
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation import shards
 from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.reference import features, reference
-from segresearch.evaluation.workers import Worker
+from segresearch.evaluation.sample_shards import Worker
 from segresearch.models import load_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
@@ -116,7 +117,7 @@ def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whol
     assert len([n for n in everything if n.endswith(".safetensors")]) == METHODS * COUNT + 1  # and the reference
     assert frame["vanilla", "distance-mini"].value is None and frame["SEG", "distance-mini"].value > 0
     assert {"text_alignment-mini", "exact", "saturation", "kd-mini", "precision-mini", "fd_to_baseline-mini"} <= {
-        metric.name for metric in frame.metrics
+        metric.name for metric in frame.metrics()
     }
     assert frame["SEG", "fd-mini"].value > 0 and frame["SEG", "fd_to_baseline-mini"].error > 0
     assert len(whole.result.norms["SEG"]) == 2 and min(whole.result.norms["SEG"]) > 0
@@ -260,7 +261,7 @@ def test_pictures_of_another_version_are_used_and_said(config, model, capsys):
     found = evaluate(few, model, Worker())
     assert "torch" not in capsys.readouterr().err
     path = sorted(Path(few.out).glob("shards/*/*.safetensors"))[0]
-    assert shards.versions(path) == runs.versions()
+    assert shards.header(path)["versions"] == runs.versions()
     arrays = {name: shards.Array(shards.load(path, name), by) for name, by in shards.producers(path).items()}
     shards.write(path, arrays, {"code": "0.0.9", "torch": "1.2.3"})
     assert evaluate(few, model, Worker()).sampled == 0  # nothing new to say
@@ -270,7 +271,7 @@ def test_pictures_of_another_version_are_used_and_said(config, model, capsys):
     assert "code 0.0.9, torch 1.2.3" in said and said.count("\n") == 1
     assert "code 0.0.9, torch 1.2.3" in (found.folder / "index.html").read_text()
     more = evaluate(dataclasses.replace(few, distances=config.distances, stage="shards"), model, Worker())
-    assert more.result is None and shards.versions(path) == {"code": "0.0.9", "torch": "1.2.3"}
+    assert more.result is None and shards.header(path)["versions"] == {"code": "0.0.9", "torch": "1.2.3"}
 
 
 def test_pictures_need_not_be_kept(config, whole, model):
@@ -387,7 +388,7 @@ def test_reference_pictures_come_from_a_folder_too(config, tmp_path):
 
 def test_processes_as_torchrun_starts_them_make_the_same_shards(config, base, whole, model, tmp_path):
     """Two at once, by the script, from the config.yaml that a run leaves."""
-    (tmp_path / "mine.yaml").write_text(runs.written_config(runs.plain(config), run.OF_A_CALL))
+    (tmp_path / "mine.yaml").write_text(written_config(config, run.OF_A_CALL))
     script = conf_dir().parent / "experiments" / "evaluate.py"
     call = [sys.executable, str(script), "--config-dir", str(tmp_path), "--config-name", "mine", f"out={config.out}"]
     places = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONWARNINGS": "ignore"} for rank in range(2)]

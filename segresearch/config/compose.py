@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from segresearch import runs
 from segresearch.config.schema import EvaluateConfig, GenerateConfig
 from segresearch.config.validate import nearest, typed
 from segresearch.errors import ConfigError
@@ -73,8 +74,13 @@ def _named(names: str | Sequence[str], at: str, group: str = "guidance") -> list
     return nodes
 
 
-def hydra_settings() -> dict[str, Any]:
-    """The Hydra part of conf/generate.yaml, which a config.yaml needs besides its settings to be run as it is."""
+def written_config(config: Any, of_a_call: Mapping[str, Any]) -> str:
+    """config.yaml of a run: every setting, and the Hydra part of conf/generate.yaml; its script takes it back.
+
+    of_a_call: keys that are of one call and not of the run, each with its value in the file.
+    """
     base: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "generate.yaml"), resolve=False)
     quiet = [d for d in base["defaults"] if isinstance(d, Mapping) and any(k.startswith("override hydra/") for k in d)]
-    return {"defaults": ["_self_", *quiet], "hydra": {k: v for k, v in base["hydra"].items() if k != "help"}}
+    hydra = {"defaults": ["_self_", *quiet], "hydra": {k: v for k, v in base["hydra"].items() if k != "help"}}
+    settings = runs.plain(config) | runs.plain(of_a_call)
+    return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in (hydra, settings))
