@@ -1,7 +1,6 @@
 """The settings of a run: `schema` has their types, `compose` reads them from YAML, `validate` checks plain data.
 
-`expand` makes them the list of images, `build` the objects that run; `parse` reads seeds, scenes and prompts. Light: no
-torch.
+`expand` makes them the list of images, `build` the objects that run. Light: no torch.
 """
 
 from segresearch.config.compose import conf_dir, settings

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from segresearch.config.parse import SCENE
 from segresearch.config.validate import Record, of_guidance
 from segresearch.errors import ConfigError
 from segresearch.fields import Boundary, Count, Flag, Fraction, NonNegative, Number, Whole, within
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 else:
     SEG, PAG, Ramp, Projected = (Annotated[Any, of_guidance(name)] for name in ("SEG", "PAG", "Ramp", "Projected"))
 
+SCENE = "scene:"  # the prefix of procedural scenes, among names of files
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Where = str | Whole | tuple[str | Whole, ...]  # self-attention sites: a group, a glob, an index, or several of these
 Heads = tuple[Whole, ...] | None  # None: all

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from segresearch import runs
-from segresearch.config.parse import HELD_OUT, SCENE, scene_numbers
+from segresearch.config.expand import HELD_OUT, SCENE, scene_numbers
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation import shards
 from segresearch.metrics.features import Extractor
