@@ -31,7 +31,6 @@ from segresearch.config.validate import RENAMED, nearest, unknown
 from segresearch.errors import CheckpointError, Ended, InputError, PackageError
 
 FULL = "HYDRA_FULL_ERROR"
-INTERRUPTED = 130
 DISK = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some room, then the same command resumes")
 DISK |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "; choose another folder with out=")
 NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # a CPU, a GPU, CUDA's libraries
@@ -86,10 +85,8 @@ def _one_line(message: Warning | str, category: type[Warning], *source: Any) -> 
 
 @contextlib.contextmanager
 def lazy_help() -> Iterator[None]:
-    """Lets argparse of Python 3.14, which reads each help text when it is added, read those that are strings alone.
-
-    Hydra 1.3 adds one that is no string until it is shown.
-    """
+    """Lets argparse read help texts that are strings alone: Hydra 1.3 adds one that is none until it is shown, and
+    Python 3.14 reads each when it is added."""
     holder: Any = argparse._ActionsContainer  # the base of parsers and their groups
     with contextlib.ExitStack() as stack:
         if check := getattr(holder, "_check_help", None):
@@ -107,23 +104,20 @@ def one_line_errors(full: bool = False) -> Iterator[None]:
         code, text = explained(error)
         if code is None or full:
             raise
-        if code != INTERRUPTED:
+        if text:
             print(f"error: {text}", file=sys.stderr)
         raise SystemExit(code) from None
 
 
 def explained(error: BaseException) -> tuple[int | None, str]:
-    """The exit code of an error that one line explains (None: a defect), and its message on one line.
-
-    Hydra's errors about the command line are put in the words of the schema.
-    """
+    """The exit code of an error that one line explains (None: a defect), and its message on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in text for word in NO_MEMORY):
         first = str(error).partition("\n")[0][:160] or text
         return 5, f"out of memory: {first}; lower batch_size, or take a smaller model.dtype"
     match error:
         case KeyboardInterrupt():
-            return INTERRUPTED, text
+            return 130, ""
         case Ended(code=code):
             return code, text
         case CheckpointError():

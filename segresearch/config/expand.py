@@ -55,8 +55,7 @@ def _panel(config: GenerateConfig, panel: PanelConfig, at: str) -> Panel:
     if len(set(map(slug, run.controls))) < len(run.controls):
         raise ConfigError(f"controls: {', '.join(run.controls)}: too alike to tell their files apart; rename one")
     if run.pairing == "zip" and len(prompts) > len(seeds):
-        counts = f"{len(prompts)} prompts, {len(seeds)} seeds"
-        raise ConfigError(f"{at}pairing: zip gives each seed one prompt, so some would be left: {counts}")
+        raise ConfigError(f"{at}pairing: zip gives each seed one prompt: {len(prompts)} prompts, {len(seeds)} seeds")
     product = run.pairing == "product"
     pairs = list(itertools.product(prompts, seeds) if product else zip(itertools.cycle(prompts), seeds))
     rows = tuple(ImageSpec(prompt, seed, images[seed]) for prompt, seed in pairs)
@@ -158,8 +157,7 @@ def control_images(image: str | tuple[str, ...], count: int, at: str) -> tuple[s
     if not names or "" in names:
         raise ConfigError(f'{at}: no image; give a file, a list of files, or scenes such as "scene:0-7"')
     if len(names) > count:
-        counts = f"{len(names)} images, {count} seeds"
-        raise ConfigError(f"{at}: each seed takes one image, so some would be left: {counts}; give as many seeds")
+        raise ConfigError(f"{at}: each seed takes one image: {len(names)} images, {count} seeds; give as many seeds")
     return tuple(names[i % len(names)] for i in range(count))
 
 

@@ -19,7 +19,8 @@ from segresearch.wandb_log import WandbConfig
 if TYPE_CHECKING:
     from segresearch.guidance import PAG, SEG, Projected, Ramp
 else:
-    SEG, PAG, Ramp, Projected = (Annotated[Any, of_guidance(name)] for name in ("SEG", "PAG", "Ramp", "Projected"))
+    Ramp, Projected = (Annotated[Any, of_guidance(name)] for name in ("Ramp", "Projected"))
+    SEG, PAG = (Annotated[Any, of_guidance(name), Tag(name.lower())] for name in ("SEG", "PAG"))
 
 SCENE = "scene:"  # the prefix of procedural scenes, among names of files
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -62,9 +63,7 @@ class CustomConfig(Record):
     options: dict[str, Any] = field(default_factory=dict)
 
 
-PerturbationConfig = Annotated[
-    Annotated[SEG, Tag("seg")] | Annotated[PAG, Tag("pag")] | Annotated[CustomConfig, Tag("custom")], by_kind
-]
+PerturbationConfig = Annotated[SEG | PAG | Annotated[CustomConfig, Tag("custom")], by_kind]
 
 
 @dataclass(frozen=True)
@@ -221,11 +220,9 @@ class GenerateConfig(RunConfig):
 
 @dataclass(frozen=True)
 class EvaluateConfig(RunConfig):
-    """An `evaluate` run: conf/evaluate.yaml. Methods, measured on images of the same noise and prompts.
-
-    Shards are identified by everything that images depend on to the last bit, so by `batch_size` and `shard` too. Runs
-    are identified by their methods, the number of images and the metrics.
-    """
+    """An `evaluate` run, conf/evaluate.yaml: methods, measured on images of the same noise and prompts. Shards are
+    identified by everything that images depend on to the last bit, so by `batch_size` and `shard` too; runs by their
+    methods, the number of images and the metrics."""
 
     name: str = "evaluate"
     compare: tuple[GuidanceConfig, ...] = ()

@@ -61,8 +61,7 @@ def modern(settings: Any) -> Any:
 def typed(kind: Any, value: Any, at: str = "") -> Any:
     """`value` (numbers, text, lists and mappings, as YAML gives them) as an instance of the type `kind`.
 
-    `at` is the key of the value in messages. Raises ConfigError (one line) if it does not fit. Everything that needs no
-    torch is checked first.
+    at: its key in messages. Raises ConfigError (one line). What needs no torch is checked first.
     """
     adapter = _adapter(Annotated[kind, Record] if dataclasses.is_dataclass(kind) else kind)
     try:
