@@ -35,13 +35,12 @@ COVERED = {
     "guidance.sag": "guidance",
     "sampling.loop": "sampling", "sampling.noise": "sampling",
     "sampling.schedules": "sampling", "sampling.intervals": "sampling",
-    "analysis.blur_operator": "analysis", "analysis.claims": "analysis", "analysis.curvature": "analysis",
+    "analysis.blur_operator": "analysis", "analysis.claims": "analysis",
     "analysis.energy": "analysis", "analysis.logit_statistics": "analysis", "analysis.measurements": "analysis",
-    "analysis.recorder": "analysis", "analysis.theorem_regimes": "analysis",
-    "metrics.attributes": "metrics", "metrics.text_alignment": "metrics",
-    "metrics.edge_agreement": "metrics", "metrics.features": "metrics", "metrics.frechet": "metrics",
-    "metrics.mmd": "metrics", "metrics.lpips": "metrics", "metrics.precision": "metrics",
-    "metrics.mini_vision": "metrics",
+    "analysis.recorder": "analysis",
+    "metrics.features": "metrics", "metrics.frechet": "metrics", "metrics.lpips": "metrics",
+    "metrics.mini_vision": "metrics", "metrics.nonparametric": "metrics", "metrics.agreement": "metrics",
+    "metrics.text_alignment": "metrics",
 }  # fmt: skip
 # module -> why it has no tensor of the device, though it imports torch
 HOST = {
@@ -49,7 +48,6 @@ HOST = {
     "checkpoints.single_file": "what is on disk: sizes and names",
     "analysis.analyze": "the run itself: sampling, decoding and the table, each covered, and files",
     "analysis.energy_plots": "plots of a recording, which lies on the CPU",
-    "metrics.weight_files": "files and checksums; `frozen` is nn.Module.to",
 }
 FACTORIES = {"zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tensor", "as_tensor", "rand",
              "randn", "randint", "randperm", "normal", "from_numpy", "tril_indices", "triu_indices"}  # fmt: skip
@@ -68,18 +66,18 @@ ALLOWED = {
     "sampling.noise:brownian_noise.draw": "two numbers that have been read",
     "sampling.schedules:positive_sigmas": "fp64 on the CPU, sent as a whole",
     "sampling.intervals:step_interval": "levels as numbers",
-    "analysis.curvature:chain_norm": GENERATED,
+    "analysis.energy:chain_norm": GENERATED,
     "analysis.blur_operator:log_spectrum": "small fp64 vectors of a grid, whose sums are numbers of the host",
     "analysis.logit_statistics:end_weights": "of a grid alone; sent by whoever has a device",
-    "analysis.theorem_regimes:white_noise": GENERATED,
+    "analysis.claims:white_noise": GENERATED,
     "analysis.energy_plots:_column": "a plot, on the CPU",
     "analysis.energy_plots:landscape": "a plot, on the CPU",
-    "metrics.attributes:scene_attributes": "of numbers of scenes, on the CPU",
-    "metrics.edge_agreement:contrast": "two 3×3 kernels, sent to the pictures",
+    "metrics.agreement:scene_attributes": "of numbers of scenes, on the CPU",
+    "metrics.agreement:contrast": "two 3×3 kernels, sent to the pictures",
     "metrics.frechet:bootstrap_indices": GENERATED,
     "metrics.frechet:frechet_distance": "numbers",
-    "metrics.mmd:subset_indices": GENERATED,
-    "metrics.mmd:kid": "numbers",
+    "metrics.nonparametric:subset_indices": GENERATED,
+    "metrics.nonparametric:kid": "numbers",
 }
 
 
