@@ -95,10 +95,6 @@ class BlurOperator:
         """Bᵀ x along the last axis."""
         return self._separable(x, *(factor.T for factor in self.factors))
 
-    def gram(self, x: Signal) -> Signal:
-        """B Bᵀ x along the last axis, as one pass over factors."""
-        return self._separable(x, *(factor @ factor.T for factor in self.factors))
-
     def _separable(self, x: Tensor, down: Tensor, across: Tensor) -> Tensor:
         h, w = self.grid
         if h * w != x.shape[-1]:

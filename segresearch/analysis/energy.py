@@ -41,7 +41,6 @@ Logits = Float[Tensor, "*batch n"]
 Dense = Float[Tensor, "*batch n n"]
 Values = Float[Tensor, "*batch"]
 STEPS = 12  # of Newton's method, at most
-LANCZOS = 24  # steps
 LARGEST = 1024  # tokens of a dense Hessian
 
 
@@ -63,34 +62,25 @@ def hopfield_update(z: States, patterns: Patterns, beta: float) -> States:
     return (beta * z @ patterns.mT).softmax(dim=-1) @ patterns
 
 
-@dataclass(frozen=True)
-class Surface:
-    """E = −lse over a(s, t) = base + s·u + t·v, fp64: energy, its derivatives by (s, t), curvature of the graph."""
-
-    energy: Float[Tensor, "across down"]
-    gradient: Float[Tensor, "across down 2"]
-    second: Float[Tensor, "across down 2 2"]
-
-    @property
-    def gaussian_curvature(self) -> Float[Tensor, "across down"]:
-        """K = (E_ss E_tt − E_st²)/(1 + E_s² + E_t²)² of the graph z = E(s, t)."""
-        return torch.linalg.det(self.second) / (1 + self.gradient.square().sum(dim=-1)).square()
-
-
 def surface(
     base: Float[Tensor, " n"], along: Float[Tensor, "2 n"], s: Float[Tensor, " across"], t: Float[Tensor, " down"]
-) -> Surface:
-    """The slice of −lse through the logits `base` in two directions; memory about 4·len(s)·len(t)·n numbers.
+) -> tuple[Float[Tensor, "across down"], Float[Tensor, "across down 2"], Float[Tensor, "across down 2 2"]]:
+    """The slice a(s, t) = base + s·u + t·v of −lse: energy, its first and second derivatives by (s, t), fp64.
 
     For the landscape a ↦ −lse(Ba) around a column a, blur both: `surface(B.apply(a), B.apply(directions), s, t)`.
+    Memory: about 4·len(s)·len(t)·n numbers.
     """
     s, t, base, along = (z.double() for z in (s, t, base, along))
     a = base + s[:, None, None] * along[0] + t[:, None] * along[1]  # (across, down, n)
     xi = a.softmax(dim=-1)
     mean = xi @ along.T  # (across, down, 2)
     centred = along - mean.unsqueeze(-1)  # (across, down, 2, n)
-    covariance = (centred * xi.unsqueeze(-2)) @ centred.mT
-    return Surface(-a.logsumexp(dim=-1), -mean, -covariance)
+    return -a.logsumexp(dim=-1), -mean, -(centred * xi.unsqueeze(-2)) @ centred.mT
+
+
+def gaussian_curvature(gradient: Float[Tensor, "*batch 2"], second: Float[Tensor, "*batch 2 2"]) -> Values:
+    """Of the surface z = E(s, t): K = (E_ss E_tt − E_st²)/(1 + E_s² + E_t²)²."""
+    return torch.linalg.det(second) / (1 + gradient.square().sum(dim=-1)).square()
 
 
 def hessian(a: Logits) -> Dense:
@@ -176,29 +166,6 @@ def spectral_norm(columns: stats.Columns) -> stats.BlockColumns:
         if rho.device.type == "cpu" and bool((step <= tolerance * rho).all()):
             break
     return rho.squeeze(-1).double() / columns.total
-
-
-def chain_norm(xi: Logits, operator: BlurOperator) -> Values:
-    """Largest eigenvalue of Bᵀ(diag ξ − ξξᵀ)B by Lanczos steps, fp64; converges from below. xi: softmax of ã.
-
-    The non-zero eigenvalues are those of D·BBᵀ, D = diag ξ − ξξᵀ, which is symmetric under ⟨x, y⟩ = xᵀBBᵀy: one pass
-    over the factors per step, and no matrix. The start is one fixed random vector, so the result is reproducible.
-    Rounding of fp32 entries weighs up to 3e-4 of it where B is nearly singular (σ = 8 on 32×32), else under 1e-5.
-    """
-    n, tiny = xi.shape[-1], torch.finfo(xi.dtype).tiny ** 0.5
-    y = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(xi).expand(xi.shape)
-    x, alphas, betas = torch.zeros_like(y), [], []
-    for _ in range(min(LANCZOS, n)):
-        w = operator.gram(y)
-        betas.append((y * w).sum(dim=-1, keepdim=True).clamp_min(0).sqrt())
-        inverse = torch.where(betas[-1] > tiny, 1 / betas[-1].clamp_min(tiny), 0.0)
-        before, x, w = x, y * inverse, w * inverse
-        y = xi * (w - (xi * w).sum(dim=-1, keepdim=True))
-        alphas.append((y * w).sum(dim=-1, keepdim=True))
-        y = y - alphas[-1] * x - betas[-1] * before
-    diagonal, off = torch.cat(alphas, dim=-1).double(), torch.cat(betas, dim=-1)[..., 1:].double()
-    tridiagonal = torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-    return torch.linalg.eigvalsh(tridiagonal)[..., -1].clamp_min(0)
 
 
 @dataclass(frozen=True)

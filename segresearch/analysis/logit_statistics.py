@@ -81,10 +81,6 @@ class Columns(NamedTuple):
     exp: Block  # exp(a − max a), 1 at the top, so that it never overflows
     total: BlockColumns  # Σ exp(a − max a), fp64, between 1 and n
 
-    @property
-    def lse(self) -> BlockColumns:
-        return self.top.squeeze(-1).double() + self.total.log()
-
 
 def exponentials(a: Block) -> Columns:
     """The `Columns` of logits."""
@@ -95,7 +91,7 @@ def exponentials(a: Block) -> Columns:
 
 Measure = Callable[[Columns], Tensor]  # -> BlockColumns
 MEASURES: dict[str, Measure] = {
-    "lse": lambda c: c.lse,
+    "lse": lambda c: c.top.squeeze(-1).double() + c.total.log(),
     "entropy": lambda c: (c.total.log() - total((c.a - c.top).mul_(c.exp)) / c.total).clamp_min(0),  # −Σ ξ log ξ
     "concentration": lambda c: total(c.exp.square()) / c.total.square(),  # Σ ξ²
 }
@@ -159,7 +155,8 @@ def moments(q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None 
 
 def log_sum_exp(q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None = None) -> PerColumn:
     """lse = log Σ_i w_i exp(a_i) of each column, fp64, streamed; weights > 0, None is 1."""
-    measure = MEASURES["lse"] if weights is None else lambda c: exponentials(c.a + weights.log().to(c.a)).lse
+    lse = MEASURES["lse"]
+    measure = lse if weights is None else lambda c: lse(exponentials(c.a + weights.log().to(c.a)))
     return stream(q, k, axis, {"lse": measure})["lse"]
 
 
@@ -180,7 +177,8 @@ class Statistics:
     """Statistics of every column along `axis`, fp64.
 
     n: entries in a column. eps: relative rounding of the logits behind exp (1.2e-7 for fp32 inputs). mean, variance: of
-    the logits (population variance). lse: log Σ exp. entropy: of ξ = softmax, nats. concentration: Σ ξ².
+    the logits (population variance). lse: log Σ exp. entropy: of ξ = softmax, nats; its exp is how many tokens a
+    pattern is spread over. concentration: Σ ξ².
     """
 
     axis: str
@@ -191,11 +189,6 @@ class Statistics:
     lse: PerColumn
     entropy: PerColumn
     concentration: PerColumn
-
-    @property
-    def effective_rank(self) -> PerColumn:
-        """exp(entropy), from 1 (one-hot) to n (uniform): how many tokens a pattern is spread over."""
-        return self.entropy.exp()
 
     @property
     def trace(self) -> PerColumn:

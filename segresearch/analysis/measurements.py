@@ -28,6 +28,7 @@ from segresearch.models.compute import arithmetic
 from segresearch.threads import one_thread_for
 
 Row = dict[str, Any]
+Rows = Sequence[Row]
 COLUMNS = 2**17  # measured in one call: 1 MiB for each number of a column
 SMALL = 256  # tokens of a grid up to which one thread is enough
 KEYS = ("site", "layer", "grid", "head", "step", "sigma_t", "blur_sigma", "boundary")
@@ -102,7 +103,7 @@ def measure(
     return list(map(_mean, rows.values())), list(map(_merged, claims.values()))
 
 
-def _mean(rows: Sequence[Row]) -> Row:
+def _mean(rows: Rows) -> Row:
     """Rows of the same keys as one."""
     return {key: v if key in KEYS else float(np.mean([row[key] for row in rows])) for key, v in rows[0].items()}
 
@@ -163,8 +164,8 @@ def _values(before: Curvature, after: Curvature, results: Iterable[ClaimResult],
         "chain_margin": margins["theorem_chain"],
         "entropy_before": mean(a.entropy),
         "entropy_after": mean(b.entropy),
-        "rank_share": mean(a.effective_rank) / n,
-        "rank_share_after": mean(b.effective_rank) / n,
+        "rank_share": mean(a.entropy.exp()) / n,
+        "rank_share_after": mean(b.entropy.exp()) / n,
         "trace_before": mean(a.trace),
         "trace_after": mean(b.trace),
         "chain_trace_after": mean(b.chain_trace),
@@ -196,12 +197,12 @@ def _summaries(entries: Sequence[Entry], results: Sequence[ClaimResult]) -> list
     return summaries
 
 
-def chosen(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+def chosen(rows: Rows, **wanted: Any) -> list[Row]:
     """The rows that have these values."""
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
-def values(rows: Sequence[Row], column: str) -> np.ndarray:
+def values(rows: Rows, column: str) -> np.ndarray:
     """One column as an array."""
     return np.array([row[column] for row in rows], dtype=float)
 
