@@ -44,7 +44,6 @@ Pixels = UInt8[np.ndarray, "images h w 3"]
 VERSION = 1  # of the measurement and the page: part of the identity
 PAGE = "index.html"
 PLOTS = ("sigma", "limits", "regime", "layers", "field", "energy", "attention")  # kinds, before "_boundary"
-MEASURED = ("guidance", "negative", "where", "heads", "branch", "blur")  # beside the sampling's settings
 OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}  # not of the run
 
 
@@ -72,7 +71,7 @@ def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
     config = with_batch_size(of_model(config, model))
     images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
     identity = sampling_identity(config, runs.fingerprint(resolve_model(config.model.path)))
-    identity |= {key: getattr(config, key) for key in MEASURED}
+    identity |= {key: getattr(config, key) for key in ("guidance", "negative", "where", "heads", "branch", "blur")}
     identity |= {"version": VERSION, "images": images, "measured_steps": measured_steps(config)}
     folder = runs.run_folder(config.out, config.name, identity)
     recorded, html = folder / "recording", folder / PAGE

@@ -43,8 +43,7 @@ class BlurOperator:
     """The blur B = B_h ⊗ B_w of one grid, n = h·w tokens. sigma in tokens; boundary as in `blur_matrix`.
 
     Rows of B sum to 1 under every boundary (B·1 = 1). Columns do so, which keeps the mean of every signal (Lemma 3.1),
-    under all but "reflect".
-    Raises InputError for a bad sigma or boundary or an empty grid.
+    under all but "reflect". Raises InputError for a bad sigma or boundary or an empty grid.
     """
 
     grid: tuple[int, int]

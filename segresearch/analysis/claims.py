@@ -22,7 +22,6 @@ from segresearch.analysis import logit_statistics as stats
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.logit_statistics import Keys, PerColumn, Queries, Statistics
 from segresearch.errors import InputError
-from segresearch.guidance.blur import blur
 
 
 @dataclass(frozen=True)
@@ -193,6 +192,6 @@ def limits(
         mean, variance = stats.moments(difference, k, "queries")
         return (mean.square() + variance).mean().sqrt() / spread
 
-    after = (blur(q, grid, sigma, boundary) for sigma in sigmas)
+    after = (stats.blurred(q, k, "queries", BlurOperator(grid, sigma, boundary))[0] for sigma in sigmas)
     to_identity, to_mean = zip(*((distance(z - q), distance(z - mean_query)) for z in after))
     return torch.stack(to_identity), torch.stack(to_mean)

@@ -10,8 +10,8 @@ step of length 1: z − ∇E(z).
 
 The Hessian of E is H(a) = ξξᵀ − diag ξ with ξ = softmax(a), as the paper writes it in section 3. It is negative
 semi-definite with H·1 = 0; hence det H = 0, and its size is the pseudo-determinant, the product of the moduli of the
-n − 1 other eigenvalues. In closed form pdet H = n·Π ξ_i, so eq. (20), |det H| ≈ Π ξ_i, is the pseudo-determinant up to
-the factor n that every matrix here shares. Traces and norms below are those of −H.
+n − 1 other eigenvalues. In closed form pdet H = n·Π ξ_i, so eq. (20), |det H| ≈ Π ξ_i, is that up to the factor n which
+every matrix here shares. Traces and norms below are those of −H.
 
 Two matrices are called the Hessian of the blurred energy:
 - *entrywise*, eq. (19): H̃ = H(ã) ∘ B with ã = Ba;
@@ -19,8 +19,8 @@ Two matrices are called the Hessian of the blurred energy:
   rows sum to 1, doubly stochastic or not: with P = −H(ã) and u = B⁻ᵀ1, pdet(BᵀPB) = det(BᵀPB + 11ᵀ/n) =
   (det B)² det(P + uuᵀ/n), and adj P = (pdet P/n) 11ᵀ and 1ᵀu = n give det(P + uuᵀ/n) = pdet P.
 
-Functions of logits `a` (last axis) take unblurred ones; their dense matrices, n² numbers each, are for small grids and
-checks. `curvature` measures every column of a site, streamed and without n×n matrices.
+Functions of logits `a` (last axis) take unblurred ones; their dense matrices are for small grids. `curvature` measures
+every column of a site, streamed and without n×n matrices.
 """
 
 import math

@@ -98,11 +98,10 @@ def against_sigma(rows: Rows, model: str) -> Figure:
     )
     figure = canvas(11.5, 3.4, f"What the query blur does to the logits of {model}", caption)
     axes = figure.subplots(1, 3)
-    for axis, column, title, unit in zip(
-        axes, ("mean_shift", "variance_ratio", "lse_fall"),
-        ("shift of the mean (Lemma 3.1)", "variance after / before (Lemma 3.1)", "fall of the lse (Lemma 3.2)"),
-        ("shift / standard deviation", "ratio", "nats"),
-    ):  # fmt: skip
+    panels = (("mean_shift", "shift of the mean (Lemma 3.1)", "shift / standard deviation"),
+              ("variance_ratio", "variance after / before (Lemma 3.1)", "ratio"),
+              ("lse_fall", "fall of the lse (Lemma 3.2)", "nats"))  # fmt: skip
+    for axis, (column, title, unit) in zip(axes, panels):
         label(axis, title, "blur σ (tokens)", unit, grid="y")
         for boundary in dict.fromkeys(row["boundary"] for row in rows):
             at = [chosen(rows, boundary=boundary, blur_sigma=s) for s in sigmas]
@@ -210,10 +209,8 @@ def heat_maps(rows: Rows, sigma: float, boundary: str, model: str) -> Figure:
         "by the chain rule."
     )
     figure = canvas(13.0, 1.5 + 0.2 * len(sites), f"Layer by layer, step by step: {model}", caption)
-    panels = {
-        "spread": "logit std", "rank_share": "effective rank / n", "variance_ratio": "variance ratio",
-        "lse_fall": "lse fall", "eq20_holds": "Thm 3.1, eq. (20)", "chain_holds": "Thm 3.1, chain rule",
-    }  # fmt: skip
+    panels = {"spread": "logit std", "rank_share": "effective rank / n", "variance_ratio": "variance ratio",
+              "lse_fall": "lse fall", "eq20_holds": "Thm 3.1, eq. (20)", "chain_holds": "Thm 3.1, chain rule"}
     for axis, (column, title) in zip(figure.subplots(1, 6, sharey=True), panels.items()):
         label(axis, title, "σ_t")
         means = np.array([[np.mean(values(chosen(rows, site=s, step=t), column)) for t in steps] for s in sites])

@@ -1,9 +1,8 @@
 """Statistics of attention logits along a named axis, without the n×n map.
 
-a = q kᵀ/√d has two axes, and each claim belongs to one of them. Along "queries" there is one column per key: this is
-the axis on which a blur of the queries acts, and that of Definition 2.1 of SEG (arXiv 2408.00760). Along "keys" there
-is one row per query: the axis of attention's own softmax, and the dual of the paper's Appendix B. Here *column* means
-the n entries along the named axis, whichever it is.
+a = q kᵀ/√d has two axes. Along "queries" there is one column per key: this is the axis on which a blur of the queries
+acts, and that of Definition 2.1 of SEG (arXiv 2408.00760). Along "keys" there is one row per query: the axis of
+attention's own softmax, and the dual of the paper's Appendix B. A *column* is the n entries along the named axis.
 
 Mean and variance are exact from the moments of one side: mean(Q)·k and kᵀ Cov(Q) k. Everything that needs exp is
 streamed over blocks of whole columns. Logits and exp are in the dtype of q and k (at least fp32); sums are fp64.
@@ -208,9 +207,7 @@ class Statistics:
 
 def statistics(q: Queries, k: Keys, axis: str) -> Statistics:
     """The statistics of q kᵀ/√d along `axis`; of blurred logits with `statistics(*blurred(q, k, axis, B), axis)`.
-
-    Raises InputError for an unknown axis or shapes that do not fit.
-    """
+    Raises InputError as `sides`."""
     return Statistics(**fields(q, k, axis, MEASURES))
 
 

@@ -1,9 +1,8 @@
 """From a recording to numbers: the tidy table (site × head × σ_t × blur σ × boundary) and the tested claims.
 
-The table is along the axis "queries" (Definition 2.1 of arXiv 2408.00760: one column of logits per key, over the
-queries), on which SEG's blur of the queries acts. One of its rows is one head's mean over its columns, that is over
-keys and images; shares ("..._holds") are of the same columns. Claims are tested on both axes, the other one being the
-dual of the paper's Appendix B (blurred keys, columns over keys).
+The table is along the axis "queries" (Definition 2.1 of arXiv 2408.00760), on which SEG's blur of the queries acts. One
+of its rows is one head's mean over its columns, that is over keys and images; shares ("..._holds") are of the same
+columns. Claims are tested on both axes.
 """
 
 import itertools
@@ -142,14 +141,13 @@ def _measured(
     return list(itertools.chain.from_iterable(rows)), claims
 
 
-def _values(before: Curvature, after: Curvature, results: Iterable[ClaimResult], entries: int) -> list[list[Row]]:
-    """The measured columns of the table for each head of each entry, read back at once."""
+def _values(a: Curvature, b: Curvature, results: Iterable[ClaimResult], entries: int) -> list[list[Row]]:
+    """The measured columns of the table, before (a) and after the blur (b), of each head of each entry, at once."""
 
     def mean(z: PerColumn) -> Float[Tensor, "entries heads"]:
         return z.unflatten(0, (entries, -1)).mean(dim=(1, 3))
 
-    a, b, n = before, after, before.n
-    std, least = a.variance.sqrt().clamp_min(1e-6), 1e-12
+    n, std, least = a.n, a.variance.sqrt().clamp_min(1e-6), 1e-12
     margins = {result.claim: mean(result.margin) / n for result in results if result.claim.startswith("theorem")}
     per_head = {
         "spread": mean(a.variance).sqrt(),

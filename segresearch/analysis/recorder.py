@@ -6,14 +6,11 @@
         entry.site, entry.sigma, entry.q, entry.k
 
 `recorder.attend(...)` is an ordinary attention for the `attend` argument of a call: the innermost one, in which every
-perturbation ends. It keeps q and k and computes plain attention. No output bit changes.
+perturbation ends. No output bit changes.
 
 Rows that branches share up to the first perturbed site are computed, and stored, once, under all their names. A
 perturbation that computes no attention (PAG) leaves no entry of its branch at its sites. SAG's second forward is
-recorded as branch "<base>~sag".
-
-In memory `limit` bounds what is kept; streamed to a folder, only the call at hand is held: 2 · rows · heads · tokens ·
-dim numbers.
+recorded as branch "<base>~sag". In memory `limit` bounds what is kept; streamed to a folder, one call at a time is.
 """
 
 import json

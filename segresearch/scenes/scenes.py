@@ -17,12 +17,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from segresearch.errors import InputError
-from segresearch.scenes.captions import COLORS, DRAWS, FLOORS, SHAPES, SIZES, SKIES, VOCABULARY, Thing, caption
+from segresearch.scenes.captions import COLORS, DRAWS, FLOORS, SHAPES, SIZES, SKIES, Thing, caption
 from segresearch.scenes.layout import FOCAL, HEIGHTS, SLOTS, Layout, layout, uniform
 from segresearch.scenes.shapes import BOX, GLOSS, hit, normal, shadow
 from segresearch.threads import one_thread
-
-__all__ = ["COLORS", "SHAPES", "SIZES", "VOCABULARY", "Scenes", "captions", "depth_image", "edge_image", "scenes"]
 
 SUB = 3  # samples per pixel and axis; odd, so that the middle sample is the pixel's centre
 _CHUNK = 64 * 64 * 128  # pixels rendered together: a balance of cache misses and calls
