@@ -24,7 +24,6 @@ from segresearch.sampling import step_interval
 from segresearch.scenes.control_maps import depth_image, edge_image
 from segresearch.scenes.scenes import scenes
 
-NEAREST = 0.01  # m: metric estimates below it are taken for it
 METRIC = ("glpn", "zoedepth", "depth_pro", "prompt_depth_anything")  # these predict distances, others their inverse
 
 
@@ -32,13 +31,13 @@ def to_tensor(image: Image.Image) -> Float[Tensor, "1 3 h w"]:
     """An RGB image, or a map of mode "F", as a control image in [0, 1]."""
     if image.mode == "F":
         return torch.from_numpy(np.array(image)).clamp(0, 1).repeat(1, 3, 1, 1)  # (h, w) -> (1, 3, h, w)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+    values = torch.from_numpy(np.array(image.convert("RGB")))
+    return values.permute(2, 0, 1)[None].float() / 255  # (h, w, 3) -> (1, 3, h, w)
 
 
 def canny(image: Image.Image, low: float | int = 100, high: float | int = 200) -> Float[Tensor, "1 3 h w"]:
-    """Edges of the colour image, white (1) on black (0). low, high: hysteresis thresholds on the gradient (3×3 Sobel,
-    the strongest of the three colours), 100 and 200 as SDXL's canny ControlNets are commonly used. InputError unless
-    0 <= low <= high."""
+    """Edges of the colour image, white on black. low, high: hysteresis thresholds on the gradient (3×3 Sobel, the
+    strongest colour); 100 and 200 are common with SDXL's canny ControlNets. InputError unless 0 <= low <= high."""
     if not 0 <= low <= high:
         raise InputError(f"canny thresholds must be 0 <= low <= high, got low={low:g}, high={high:g}")
     import cv2
@@ -68,18 +67,15 @@ def _depth_estimator(folder: Path) -> tuple[Any, Any, bool]:
 
 
 def depth(image: Image.Image, model: str | Path, size: tuple[int, int] | None = None) -> Float[Tensor, "1 3 h w"]:
-    """Inverse depth, scaled for each image to 0 (farthest) ... 1 (nearest); 0 throughout where it is flat.
-
-    model: a folder or a cached hub id of transformers' AutoModelForDepthEstimation; metric depth is inverted. The
-    estimate is of the whole image; then it is cut and resized as `fit` does to size = (height, width), None: the
-    image's own. Runs on the CPU. CheckpointError for no such model, or one that cannot be loaded.
-    """
+    """Inverse depth, scaled for each image to 0 (farthest) ... 1 (nearest); 0 throughout where it is flat. Estimated of
+    the whole image on the CPU, then cut as `fit` does to size = (height, width), None: the image's own. model: a folder
+    or a cached hub id of AutoModelForDepthEstimation. CheckpointError for no such model, or one that does not load."""
     processor, network, metric = _depth_estimator(located_depth(model))
     with torch.no_grad():
         inputs = processor(images=image.convert("RGB"), return_tensors="pt")
         estimate = network(**inputs).predicted_depth[0].float()  # (h', w')
     if metric:
-        estimate = estimate.clamp(min=NEAREST).reciprocal()
+        estimate = estimate.clamp(min=0.01).reciprocal()  # m; nearer estimates are taken for 1 cm
     if not estimate.isfinite().all():
         raise InputError(f"depth model {model}: its estimate is not finite")
     low, high = estimate.min(), estimate.max()

@@ -77,11 +77,9 @@ def load_extractor(
     name: str, path: str | Path | None = None, sha256: str | None = None, device: Device = "cpu"
 ) -> Extractor:
     """A network of EXTRACTORS, with weights from `path` or from the local cache; nothing is fetched.
-
     path: the weight file of "inception"; a folder or hub id with config.json and weights for "dinov2" and "clip"; a
     model folder with vision/ for "mini". sha256: of the weights, where not the published one is meant. InputError for
-    an unknown name, CheckpointError for weights that are missing or others, PackageError without torch-fidelity.
-    """
+    an unknown name, CheckpointError for weights that are missing or others, PackageError without torch-fidelity."""
     if name not in EXTRACTORS:
         raise InputError(f"features {name!r}: choose one of {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name](path, sha256, torch.device(device))
@@ -110,12 +108,10 @@ def _dinov2(path: str | Path | None, sha256: str | None, device: torch.device) -
 
     folder, digest = pretrained.hub_weights(path or DINOV2, sha256)
     model = pretrained.load_model(Dinov2Model, folder, device)
-
-    def network(images: Tensor) -> Tensor:
-        pixels = normalized_squares(images, 224, IMAGENET)
-        return model(pixel_values=pixels).last_hidden_state[:, 0]  # (b, tokens, dim) -> (b, dim), the class token
-
-    return Extractor("dinov2", model.config.hidden_size, digest, network, device)
+    return Extractor(
+        "dinov2", model.config.hidden_size, digest, device=device,  # (b, tokens, dim) -> (b, dim), the class token
+        network=lambda images: model(pixel_values=normalized_squares(images, 224, IMAGENET)).last_hidden_state[:, 0],
+    )  # fmt: skip
 
 
 def _clip(path: str | Path | None, sha256: str | None, device: torch.device) -> Extractor:
