@@ -24,6 +24,7 @@ from segresearch.metrics.mini_vision import (
     unit_range,
 )
 from segresearch.scenes.captions import COLORS, SHAPES
+from segresearch.scenes.layout import layout
 from segresearch.scenes.scenes import scenes
 
 
@@ -70,10 +71,10 @@ def test_stages_halve_the_image():
 
 def test_attributes_of_scenes_are_those_of_their_objects():
     index = range(10_200_000, 10_200_020)
-    attributes, objects = scene_attributes(index), scenes(index, size=16).objects
-    assert attributes.count.tolist() == [len(held) for held in objects]
-    for row, held in enumerate(objects):
-        expected = {(thing.shape, thing.color) for thing in held}
+    attributes, drawn = scene_attributes(index), layout(torch.tensor(index))
+    assert attributes.count.tolist() == drawn.present.sum(1).tolist()
+    for row in range(len(index)):
+        expected = {(SHAPES[drawn.shape[row, k]], COLORS[drawn.color[row, k]]) for k in drawn.present[row].nonzero()}
         assert {(SHAPES[i], COLORS[j]) for i, j in attributes.pairs[row].nonzero().tolist()} == expected
         assert {SHAPES[i] for i in attributes.shapes[row].nonzero()} == {shape for shape, _ in expected}
         assert {COLORS[j] for j in attributes.colors[row].nonzero()} == {color for _, color in expected}

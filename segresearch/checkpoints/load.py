@@ -11,10 +11,10 @@ from segresearch.checkpoints.resolve import resolve_model
 from segresearch.checkpoints.single_file import open_sdxl_file
 from segresearch.checkpoints.tensors import fill
 from segresearch.errors import CheckpointError, InputError
+from segresearch.models.calls import pin
 from segresearch.models.compute import PLAIN, Compute
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
 from segresearch.models.network_configs import ControlNetConfig, EncoderConfig, UNetConfig
-from segresearch.models.offload import pin
 from segresearch.models.sdxl import SDXL
 from segresearch.models.text import TextEncoders
 from segresearch.models.vae import VAEConfig

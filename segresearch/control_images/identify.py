@@ -64,6 +64,16 @@ def identify_control(control: ControlConfig, images: Sequence[str], model: Path,
     return IdentifiedControl(control, net, digests, depth_model)
 
 
+def identify_controls(
+    controls: Mapping[str, ControlConfig], images: Sequence[Sequence[str]], model: Path
+) -> dict[str, IdentifiedControl]:
+    """`identify_control` of each control. images: of each row its control images, one for each control."""
+    return {
+        name: identify_control(control, [row[k] for row in images], model, f"controls.{name}")
+        for k, (name, control) in enumerate(controls.items())
+    }
+
+
 def control_records(controls: Mapping[str, IdentifiedControl], images: Sequence[str]) -> dict[str, Any]:
     """The part of an image's record about its controls: as a config has them, and what their names stand for.
     images: one control image for each control. {} without controls."""

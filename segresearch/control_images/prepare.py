@@ -18,11 +18,10 @@ from segresearch.config.parse import HELD_OUT, SCENE
 from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.errors import CheckpointError, ConfigError, InputError
 from segresearch.models.controlnet import ActiveControlNet, controlled
-from segresearch.png_metadata import read_record, save_png
 from segresearch.pretrained import load_model, model_folder, reading
+from segresearch.records import read_record, save_png
 from segresearch.sampling import step_interval
-from segresearch.scenes.control_maps import depth_image, edge_image
-from segresearch.scenes.scenes import scenes
+from segresearch.scenes.scenes import depth_image, edge_image, scenes
 
 METRIC = ("glpn", "zoedepth", "depth_pro", "prompt_depth_anything")  # these predict distances, others their inverse
 

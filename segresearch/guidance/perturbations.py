@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from segresearch.errors import InputError
@@ -18,14 +18,12 @@ from segresearch.fields import Boundary, Fraction, NonNegative, Whole, one_of
 from segresearch.guidance.blur import blur, check_blur
 from segresearch.guidance.constants import constant
 from segresearch.guidance.sites import Where, check_heads
-from segresearch.models.attention import Attend, Site
+from segresearch.models.attention import Attend, Heads, Site
 
 Perturbation = Callable[[Tensor, Tensor, Tensor, Site, Attend], Tensor]  # (q, k, v, site, attend) -> out, each Heads
 
 
-def checked_out(
-    out: Any, v: Float[Tensor, "rows heads tokens dim"], perturbation: Any, site: Site
-) -> Float[Tensor, "rows heads tokens dim"]:
+def checked_out(out: Any, v: Heads, perturbation: Any, site: Site) -> Heads:
     """`out`, a tensor of v's shape; for anything else an InputError with the perturbation and the site."""
     shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if shape != tuple(v.shape):
@@ -94,14 +92,7 @@ class SEG:
             raise InputError(f'SEG blurs on="q", "k" or "qk", got {self.on!r}')
         _freeze(self)
 
-    def __call__(
-        self,
-        q: Float[Tensor, "rows heads tokens dim"],
-        k: Float[Tensor, "rows heads tokens dim"],
-        v: Float[Tensor, "rows heads tokens dim"],
-        site: Site,
-        attend: Attend,
-    ) -> Float[Tensor, "rows heads tokens dim"]:
+    def __call__(self, q: Heads, k: Heads, v: Heads, site: Site, attend: Attend) -> Heads:
         """Attention of the blurred queries and/or keys on the site's grid."""
         return attend(self._smooth(q, site, "q"), self._smooth(k, site, "k"), v, site)
 
@@ -133,14 +124,7 @@ class PAG:
             raise InputError(f"PAG tau must be in [0, 1], got {self.tau!r}")
         _freeze(self)
 
-    def __call__(
-        self,
-        q: Float[Tensor, "rows heads tokens dim"],
-        k: Float[Tensor, "rows heads tokens dim"],
-        v: Float[Tensor, "rows heads tokens dim"],
-        site: Site,
-        attend: Attend,
-    ) -> Float[Tensor, "rows heads tokens dim"]:
+    def __call__(self, q: Heads, k: Heads, v: Heads, site: Site, attend: Attend) -> Heads:
         """(1 − τ)·attend(q, k, v) + τ·v."""
         if self.tau == 1 and self.heads is None:
             return v
@@ -168,14 +152,7 @@ class At:
             raise InputError(f"a perturbation is a call (q, k, v, site, attend) -> out, got {self.function!r}")
         _freeze(self)
 
-    def __call__(
-        self,
-        q: Float[Tensor, "rows heads tokens dim"],
-        k: Float[Tensor, "rows heads tokens dim"],
-        v: Float[Tensor, "rows heads tokens dim"],
-        site: Site,
-        attend: Attend,
-    ) -> Float[Tensor, "rows heads tokens dim"]:
+    def __call__(self, q: Heads, k: Heads, v: Heads, site: Site, attend: Attend) -> Heads:
         """The function's output, on the chosen heads."""
         if self.heads is None:
             return checked_out(self.function(q, k, v, site, attend), v, self, site)

@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.errors import InputError
+from segresearch.models.calls import on_device
 from segresearch.models.compute import PLAIN, Compute, arithmetic
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.denoiser import Denoiser
-from segresearch.models.offload import on_device
 from segresearch.models.text import TextEncoders
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE
