@@ -85,8 +85,7 @@ def open_sdxl_file(path: Path, config: Path | None, tokenizer: Path | None) -> C
     first, second = sizes(CLIP, "text_encoder", clip_config), sizes(OPEN_CLIP, "text_encoder_2", clip_config)
     unet = sizes(UNET, "unet", lambda shapes: unet_config(shapes, second["projection_dim"]))
     networks = build_networks((unet, vae, first, second), path)
-    levels = len(networks[1].config.block_out_channels)
-    maps = (unet_map(networks[0].config), vae_map(levels), clip_map, open_clip_map)
+    maps = (unet_map(networks[0].config), vae_map(len(networks[1].config.block_out_channels)), clip_map, open_clip_map)
     v = metadata.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction", "velocity")
     prediction = "v_prediction" if v or "v_pred" in entries else "epsilon"
     scheduler = {"prediction_type": prediction, "rescale_betas_zero_snr": "ztsnr" in entries}

@@ -149,9 +149,8 @@ def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.
         left -= stored.nbytes
         stored = (stored.T if source.transpose else stored).reshape(shapes[key])
         tensors[key] = torch.empty(shapes[key], dtype=dtype, device=device).copy_(stored)
-    module.requires_grad_(False)
     module.load_state_dict(tensors, strict=True, assign=True)
-    module.eval()
+    module.eval().requires_grad_(False)
 
 
 def _refuse_misfit(shapes: Mapping[str, Shape], sources: Mapping[str, Source], weights: Weights) -> None:

@@ -39,9 +39,8 @@ class IdentifiedControl:
 
 
 def identify_control(control: ControlConfig, images: Sequence[str], model: Path, key: str) -> IdentifiedControl:
-    """`control` with its control images `images`, checked; no network is loaded for it. model: the model's folder or
-    file. key: the control's full key, for messages. CheckpointError for a ControlNet or a depth estimator that is
-    missing, ConfigError for a file that is no image."""
+    """`control` and its images, checked; no network is loaded. key: of the config, for messages. CheckpointError for a
+    ControlNet or a depth estimator that is missing, ConfigError for a file that is no image."""
     files = list(dict.fromkeys(image for image in images if not image.startswith(SCENE)))
     scenes = list(dict.fromkeys(image for image in images if image.startswith(SCENE)))
     digests, depth_model = {}, None

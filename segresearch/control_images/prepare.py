@@ -110,9 +110,8 @@ def controlled_batch(
     sdxl: Any, controls: Mapping[str, ControlConfig], images: Sequence[tuple[str, ...]],
     size: tuple[int, int], sigmas: Float[Tensor, "sigmas"],
 ) -> list[ActiveControlNet]:  # fmt: skip
-    """The active ControlNets of a batch. images: the control images of each row, one for each control. sigmas: of the
-    run's schedule; `start` and `end` are fractions of its steps. ConfigError for a ControlNet that `sdxl` was loaded
-    without, or that does not fit the size."""
+    """The active ControlNets of a batch. images: of each row, one for each control. sigmas: of the run's schedule, as
+    `start` and `end` are fractions of its steps. ConfigError for a ControlNet that is not loaded or does not fit."""
     active = []
     for k, (name, control) in enumerate(controls.items()):
         if control.net not in sdxl.controlnets:

@@ -8,8 +8,8 @@ from PIL import Image, ImageOps
 
 from segresearch.errors import InputError
 
-DEEP = ("F", "I")  # modes of grey with more than 8 bits begin so
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+DEEP = ("F", "I")  # modes of grey with more than 8 bits begin so
 
 
 def open_image(path: str | Path, behind: str = "white") -> Image.Image:

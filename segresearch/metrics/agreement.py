@@ -86,9 +86,8 @@ def classify(classifier: AttributeClassifier, images: UInt8[Tensor, "b 3 64 64"]
 
 @one_thread
 def agreement(predicted: Attributes, expected: Attributes) -> dict[str, Float[Tensor, " b"]]:
-    """How far the attributes of each image agree with the expected ones, each number in [0, 1]. count: the number of
-    objects is right. colors, shapes: no colour (shape) of an object is missing or added. objects: share of the expected
-    (shape, colour) that are there. exact: number and all (shape, colour) right."""
+    """Of each image, numbers in [0, 1]. count: the number of objects is right. colors, shapes: no colour (shape) is
+    missing or added. objects: share of the expected (shape, colour) that are there. exact: count and pairs right."""
     count = predicted.count == expected.count
     pairs = expected.pairs.flatten(1)
     objects = (predicted.pairs.flatten(1) & pairs).sum(1) / pairs.sum(1).clamp(min=1)

@@ -58,9 +58,8 @@ class Extractor:
 def normalized_squares(
     images: UInt8[Tensor, "b 3 h w"], side: int, normal: tuple[tuple[float, ...], tuple[float, ...]], crop: bool = False
 ) -> Float[Tensor, "b 3 side side"]:
-    """Bicubic with antialiasing to a square, as Pillow does it; less the mean and over the deviation of `normal`.
-    crop: the middle square of the image, rounded to whole numbers afterwards (CMMD); else all of it, squeezed to a
-    square and not rounded (FD-DINOv2)."""
+    """Bicubic with antialiasing to a square, as Pillow does it; less the mean and over the deviation of `normal`. crop:
+    the middle square, rounded to whole numbers afterwards (CMMD); else all of it, squeezed, not rounded (FD-DINOv2)."""
     if crop:
         h, w = images.shape[2:]
         least = min(h, w)

@@ -85,8 +85,7 @@ def distance_parts(a: Gaussian, b: Gaussian) -> tuple[float, float]:
         raise InputError(f"Gaussians of {a.dim} and {b.dim} features cannot be compared")
     product = b.root @ a.cov @ b.root
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    mean_part = (a.mean - b.mean).square().sum()
-    return mean_part.item(), (a.cov.trace() + b.cov.trace() - 2 * cross).clamp(min=0).item()
+    return (a.mean - b.mean).square().sum().item(), (a.cov.trace() + b.cov.trace() - 2 * cross).clamp(min=0).item()
 
 
 def bootstrap_indices(n: int, n_bootstrap: int) -> Int[Tensor, "n_bootstrap n"]:
