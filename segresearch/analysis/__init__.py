@@ -8,5 +8,5 @@
     claims              one function per claim of arXiv 2408.00760, with both sides, the gap and where it holds
     theorem_regimes     where Theorem 3.1 holds, the limits of the blur, eq. (19) against the chain rule
     measurements        a recording to a tidy table and the tested claims
-    energy_plots, report, settings, analyze    the plots, the page and the run that writes them
+    energy_plots, report, analyze    the plots, the page and the run that writes them
 """

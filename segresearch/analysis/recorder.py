@@ -6,7 +6,7 @@
         entry.site, entry.sigma, entry.q, entry.k
 
 `recorder.attend(...)` is an ordinary attention for the `attend` argument of a call: the innermost one, in which every
-perturbation ends. It keeps q, k and v and computes plain attention. No output bit changes.
+perturbation ends. It keeps q and k (v with `values=True`) and computes plain attention. No output bit changes.
 
 Rows that branches share up to the first perturbed site are computed, and stored, once, under all their names. A
 perturbation that computes no attention (PAG) leaves no entry of its branch at its sites. SAG's second forward is
