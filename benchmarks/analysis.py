@@ -46,8 +46,8 @@ def measure(load: str, way: str, threads: int, quick: bool) -> dict:
     import torch
 
     from segresearch.analysis.blur_operator import BlurOperator
-    from segresearch.analysis.curvature import chain_hessian, curvature, hessian
-    from segresearch.analysis.logit_statistics import columns
+    from segresearch.analysis.energy import chain_hessian, chain_norm, curvature, hessian
+    from segresearch.analysis.logit_statistics import blurred, columns, stream
 
     torch.set_num_threads(threads)
     sites, heads, grid = LOADS[load]
@@ -70,7 +70,9 @@ def measure(load: str, way: str, threads: int, quick: bool) -> dict:
         elif way == "norms":
             share = 1 / (sites * heads)
             q, k = (z[:, -1:] for z in inputs[-1])
-            curvature(q, k, "queries", operator, chain_norms=True)
+            curvature(q, k, "queries", operator)
+            norms = {"chain_norm": lambda block: chain_norm(block.a.softmax(-1), operator)}
+            stream(*blurred(q, k, "queries", operator), "queries", norms)
         elif way == "maps":
             for q, k in inputs:
                 maps(q, k, operator)

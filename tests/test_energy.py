@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from segresearch.analysis.blur_operator import BlurOperator
-from segresearch.analysis.curvature import hessian
-from segresearch.analysis.energy import energies, hopfield_energy, hopfield_update, surface
+from segresearch.analysis.energy import energies, hessian, hopfield_energy, hopfield_update, surface
 from segresearch.analysis.logit_statistics import AXES, columns
 from segresearch.guidance.blur import BOUNDARIES
 

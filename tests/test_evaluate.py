@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from segresearch import cli, runs, sample_images
 from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir, typed
+from segresearch.config.compose import written_config
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation import shards
 from segresearch.evaluation.aggregate import features, reference
@@ -219,7 +220,7 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
         assert caught.value.code == 4 and "1 of 6 shards" in str(caught.value) and str(path) in str(caught.value)
         with pytest.raises(cli.Ended, match="1 of 6 shards are missing") as caught:
             evaluate(dataclasses.replace(config, stage="reduce"), model, Worker())
-        assert cli.exit_code(caught.value) == 4
+        assert cli.explained(caught.value)[0] == 4
         mended = evaluate(config, model, Worker())
         assert (mended.sampled, mended.existing) == (1, 5) and contents(config) == contents(base)
     path.write_bytes(path.read_bytes()[:-1] + b"\x7e")  # sizes say nothing
@@ -227,7 +228,7 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
     for stage in ("verify", "reduce"):
         with pytest.raises(cli.Ended, match="not the bytes that were written") as caught:
             evaluate(dataclasses.replace(config, stage=stage), model, Worker())
-        assert cli.exit_code(caught.value) == 4 and str(path) in str(caught.value)
+        assert cli.explained(caught.value)[0] == 4 and str(path) in str(caught.value)
     path.unlink()
     evaluate(config, model, Worker())
     assert "all 6 shards are whole" in str(evaluate(dataclasses.replace(config, stage="verify")))
@@ -298,8 +299,8 @@ def test_a_full_disk_and_a_locked_folder_are_one_line_and_leave_no_half(config, 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError) as caught:
         evaluate(config, model, Worker())
-    line = cli.line(caught.value)
-    assert cli.exit_code(caught.value) == 5 and "\n" not in line and ".safetensors: " in line and words in line
+    code, line = cli.explained(caught.value)
+    assert code == 5 and "\n" not in line and ".safetensors: " in line and words in line
     written = [path for path in Path(config.out, "shards").glob("*/*") if path.is_file()]
     assert written and all(path.suffix == ".safetensors" and shards.verify(path) is None for path in written)
 
@@ -325,11 +326,12 @@ def test_memory_and_weights_have_codes_of_their_own(config, model, monkeypatch):
 
     with pytest.raises(ValueError, match="not in|no such file") as caught:
         evaluate(dataclasses.replace(config, weights={"vgg": "none.pth"}, distances=("vgg",)), model, Worker())
-    assert cli.exit_code(caught.value) == 3
+    assert cli.explained(caught.value)[0] == 3
     monkeypatch.setattr(sample_images, "sample", greedy)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         evaluate(config, model, Worker())
-    assert cli.exit_code(caught.value) == 5 and "lower batch_size" in cli.line(caught.value)
+    code, line = cli.explained(caught.value)
+    assert code == 5 and "lower batch_size" in line
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,8 @@ def test_what_cannot_be_is_one_line_before_a_picture_is_made(config, model, monk
     monkeypatch.setattr(sample_images, "sample", None)
     with pytest.raises(ValueError, match=words) as caught:
         evaluate(dataclasses.replace(config, **change), model, Worker())
-    assert cli.exit_code(caught.value) == 2 and "\n" not in cli.line(caught.value)
+    code, line = cli.explained(caught.value)
+    assert code == 2 and "\n" not in line
 
 
 def test_reference_pictures_come_from_a_folder_too(config, tmp_path):
@@ -385,7 +388,7 @@ def test_reference_pictures_come_from_a_folder_too(config, tmp_path):
 
 def test_processes_as_torchrun_starts_them_make_the_same_shards(config, base, whole, model, tmp_path):
     """Two at once, by the script, from the config.yaml that a run leaves."""
-    (tmp_path / "mine.yaml").write_text(runs.written_config(runs.plain(config), run.outputs.OF_A_CALL))
+    (tmp_path / "mine.yaml").write_text(written_config(config, run.outputs.OF_A_CALL))
     script = conf_dir().parent / "experiments" / "evaluate.py"
     call = [sys.executable, str(script), "--config-dir", str(tmp_path), "--config-name", "mine", f"out={config.out}"]
     places = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONWARNINGS": "ignore"} for rank in range(2)]

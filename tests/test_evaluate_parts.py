@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig, conf_dir, settings
-from segresearch.config.build import with_batch_size
+from segresearch.config.build import resolved
 from segresearch.config.parse import from_coco, from_text
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers, plots, shards
@@ -134,7 +134,7 @@ def test_experiments_are_pictures_too():
 
 
 def folders(*overrides: str) -> dict[str, str]:
-    spec = evaluation_spec(with_batch_size(composed(*overrides)))
+    spec = evaluation_spec(resolved(composed(*overrides)))
     return {method: folder.name for method, folder in with_folders(spec, resolve_model("mini")).folders.items()}
 
 

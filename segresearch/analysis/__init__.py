@@ -3,10 +3,8 @@
     recorder            queries and keys captured while a model samples
     blur_operator       the blur as a matrix: determinant, diagonal and traces from its 1-D factors
     logit_statistics    mean, variance, lse, entropy of columns of logits, without the n×n map
-    curvature           Hessians of the energy −lse, (pseudo-)determinants in log space, traces and norms
-    energy              Definition 2.1 and its dual, the Hopfield energy, surfaces through the landscape
-    claims              one function per claim of arXiv 2408.00760, with both sides, the gap and where it holds
-    theorem_regimes     where Theorem 3.1 holds, the limits of the blur, eq. (19) against the chain rule
+    energy              Definition 2.1, its landscape, Hessians, determinants in log space, the Hopfield energy
+    claims              the claims of arXiv 2408.00760, with both sides, the gap and where each holds
     measurements        a recording to a tidy table and the tested claims
-    energy_plots, report, settings, analyze    the plots, the page and the run that writes them
+    energy_plots, report, analyze    the plots, the page and the run that writes them
 """

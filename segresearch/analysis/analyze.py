@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from tqdm import tqdm
 
 from segresearch import runs
-from segresearch.analysis import energy_plots, measurements, report
+from segresearch.analysis import energy_plots, report
+from segresearch.analysis.measurements import measure
 from segresearch.analysis.recorder import Recorder, Recording
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import AnalyzeConfig
-from segresearch.config.build import build_guidance, load_model, of_model, with_batch_size
-from segresearch.config.expand import measured_steps
+from segresearch.config.build import build_guidance, load_model, resolved
+from segresearch.config.compose import written_config
 from segresearch.config.parse import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
 from segresearch.guidance import SelfAttentionGuidance
@@ -42,6 +42,7 @@ Images = Sequence[Mapping[str, Any]]  # the prompt and the seed of each
 Pixels = UInt8[np.ndarray, "images h w 3"]
 VERSION = 1  # of the measurement and the page: part of the identity
 PAGE = "index.html"
+MEASURED = ("guidance", "negative", "where", "heads", "branch", "blur")  # beside the sampling's settings
 OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}  # not of the run
 
 
@@ -66,17 +67,18 @@ def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
     if the folder cannot be written.
     """
     start = time.perf_counter()
-    config = with_batch_size(of_model(config, model))
+    config = resolved(config, model)
     images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
-    fingerprint = runs.fingerprint(resolve_model(config.model.path))
-    folder = runs.run_folder(config.out, config.name, identity(config, images, fingerprint))
+    identity = sampling_identity(config, runs.fingerprint(resolve_model(config.model.path)))
+    identity |= {key: getattr(config, key) for key in MEASURED}
+    identity |= {"version": VERSION, "images": images, "measured_steps": config.steps_from_0}
+    folder = runs.run_folder(config.out, config.name, identity)
     recorded, page = folder / "recording", folder / PAGE
     if page.is_file() and (recorded.is_dir() or not config.keep):
         return Analysis(folder, page, True, time.perf_counter() - start)
     try:
         sdxl = load_model(config.model, config.device, compute=config.compute) if model is None else model
-        recording, pixels = capture(config, sdxl, images, recorded)
-        _write(config, sdxl, recording, pixels, images, folder)
+        _write(config, sdxl, *_capture(config, sdxl, images, recorded), images, folder)
         if not config.keep:
             shutil.rmtree(recorded)
     except BaseException:
@@ -87,14 +89,7 @@ def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
     return Analysis(folder, page, False, time.perf_counter() - start)
 
 
-def identity(config: AnalyzeConfig, images: Images, fingerprint: str) -> dict[str, Any]:
-    """Everything the numbers depend on, and no more: not the output folder, the device, or the size of a batch."""
-    measured = {key: getattr(config, key) for key in ("guidance", "negative", "where", "heads", "branch", "blur")}
-    measured |= {"version": VERSION, "images": images, "measured_steps": measured_steps(config)}
-    return runs.plain({**sampling_identity(config, fingerprint), **measured})
-
-
-def capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) -> tuple[Recording, Pixels]:
+def _capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) -> tuple[Recording, Pixels]:
     """Sample `images`: q and k of `config.branch`, streamed to `folder`, and the pixels.
 
     Raises InputError for a branch, a site, a head or a size that does not exist.
@@ -105,16 +100,14 @@ def capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) -> 
     if config.branch not in names:
         raise ConfigError(f"branch: no branch {config.branch!r} under this guidance; there are {', '.join(names)}")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-    recorder = Recorder(
-        sdxl.unet.site_heads, config.where, config.heads, measured_steps(config), [config.branch], folder=folder
-    )
-    pixels = []
-    for start in range(0, len(images), int(config.batch_size)):
-        batch = images[start : start + int(config.batch_size)]
+    steps, branches = config.steps_from_0, [config.branch]
+    recorder = Recorder(sdxl.unet.site_heads, config.where, config.heads, steps, branches, folder=folder)
+    pixels, size = [], int(config.batch_size)
+    for batch in (images[start : start + size] for start in range(0, len(images), size)):
         seeds, prompts = [image["seed"] for image in batch], [image["prompt"] for image in batch]
         attend = recorder.attend(batch)
         pixels.append(sample_images(sdxl, guided, seeds, prompts, config, config.negative, attend=attend))
-    if not len(recorder.recording):
+    if not recorder.entries:
         raise ConfigError(
             f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.measured_steps}"
         )
@@ -125,23 +118,19 @@ def _write(
     config: AnalyzeConfig, sdxl: SDXL, recording: Recording, pixels: Pixels, images: Images, folder: Path
 ) -> None:
     """Measure a recording; its table, claims, figures and page go to `folder`."""
-    sites = tuple(sdxl.unet.site_heads)
     device = sdxl.device if sdxl.device.type == "cuda" else torch.device("cpu")  # both have fp64
-    measured = measurements.measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
-    parts = list(tqdm(measured, total=len(recording), unit="site", disable=None, leave=False))
-    rows = measurements.mean_over_runs([row for of_entry, _ in parts for row in of_entry])
-    claims = measurements.merge_claims(claim for _, of_entry in parts for claim in of_entry)
-    drawn = energy_plots.draw(config, recording, rows, pixels, images)
-    paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
-    for name, figure in drawn.items():
+    sites = tuple(sdxl.unet.site_heads)
+    rows, claims = measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
+    paths = {}
+    for name, figure in energy_plots.draw(config, recording, rows, pixels, images).items():
+        paths[name] = folder / "figures" / f"{name}.png"
         save(figure, paths[name], figure_record(name, "analyze", config, ("out", "device", "wandb")))
-    runs.write(folder / "config.yaml", runs.written_config(runs.plain(config), OF_A_CALL))
+    runs.write(folder / "config.yaml", written_config(config, OF_A_CALL))
     tables = {"table": rows, "verdicts": [claim.row() for claim in claims]}
     for name, table in tables.items():
         runs.write(folder / f"{name}.csv", to_csv(table, digits=7))
     runs.write(folder / PAGE, report.page(config, images, rows, claims, paths))
     metrics = {f"{c.claim}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
-    name = f"{config.name}-{folder.name}"
-    plots = {key: [(path, "")] for key, path in paths.items()}
+    name, plots = f"{config.name}-{folder.name}", {key: [(path, "")] for key, path in paths.items()}
     logged = WandbRun(name, config.name, "analysis", config, metrics, tables=tables, images=plots)
     log(config.wandb, folder, [name, metrics], lambda _: [logged])

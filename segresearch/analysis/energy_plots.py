@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from segresearch.analysis import energy, theorem_regimes
+from segresearch.analysis import claims, energy
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.logit_statistics import blurred, columns, moments
 from segresearch.analysis.measurements import Row, chosen, short, values
@@ -136,9 +136,9 @@ def regime(rows: Sequence[Row], boundary: str, model: str) -> Figure:
     spreads, blurs = values(heads, "spread"), values(heads, "blur_sigma")
     xs = np.geomspace(min(0.1, spreads.min() / 1.3), max(10.0, spreads.max() * 1.3), 28)
     ys = np.geomspace(0.3, max(4.0, blurs.max()) * 1.35, 22)
-    noise = theorem_regimes.white_noise(h * w)
+    noise = claims.white_noise(h * w)
     operators = [BlurOperator((h, w), float(y), boundary) for y in ys]
-    margins = np.array([[theorem_regimes.theorem_margins(x * noise, b) for x in xs] for b in operators])  # (ys, xs, 2)
+    margins = np.array([[claims.theorem_margins(x * noise, b) for x in xs] for b in operators])  # (ys, xs, 2)
     caption = (
         f"Colour: margin of the conclusion, log|det H| − log|det H̃| over the {h * w} tokens, for white-noise logits of "
         f"that standard deviation on a {h}×{w} grid ({boundary} boundary); above 0 (blue) the blur attenuates the "
@@ -149,11 +149,11 @@ def regime(rows: Sequence[Row], boundary: str, model: str) -> Figure:
     )
     figure = canvas(11.5, 4.2, f"Regime map of Theorem 3.1: {model}", caption)
     axes = figure.subplots(1, 2, sharey=True)
-    titles = ("as in eqs. (19) and (20): Π ξ(ã)ᵢ bᵢᵢ against Π ξ(a)ᵢ",
-              "by the chain rule: pdet(BᵀH(ã)B) against pdet H(a)")  # fmt: skip
+    titles = {"eq20_holds": "as in eqs. (19) and (20): Π ξ(ã)ᵢ bᵢᵢ against Π ξ(a)ᵢ",
+              "chain_holds": "by the chain rule: pdet(BᵀH(ã)B) against pdet H(a)"}  # fmt: skip
     jitter = np.random.default_rng(0)
     limit = float(np.quantile(np.abs(margins[np.isfinite(margins)]), 0.8))
-    for index, (axis, title, column) in enumerate(zip(axes, titles, ("eq20_holds", "chain_holds"))):
+    for index, (axis, (column, title)) in enumerate(zip(axes, titles.items())):
         margin = margins[..., index]
         label(axis, title, "standard deviation of the logits over queries", "" if index else "blur σ (tokens)")
         mesh = axis.contourf(xs, ys, margin.clip(-limit, limit), np.linspace(-limit, limit, 25), cmap=LIGHT,
@@ -190,12 +190,10 @@ def limits(entry: Entry, boundaries: Sequence[str]) -> Figure:
     label(near, "distance to the original", "blur σ (tokens)", "rms / standard deviation", grid="y")
     label(far, "distance to the mean", "blur σ (tokens)", grid="y")
     for boundary in boundaries:
-        limit = theorem_regimes.limits(entry.q, entry.k, "queries", entry.grid, SIGMAS, boundary)
         style, color = LINES[boundary]
-        near.plot(limit.sigmas, limit.to_identity, style, color=color, linewidth=1.8)
-        far.plot(limit.sigmas, limit.to_mean, style, color=color, label=boundary, linewidth=1.8)
-    near.set_xscale("log")
-    far.set_xscale("log")
+        for axis, distances in zip((near, far), claims.limits(entry.q, entry.k, entry.grid, SIGMAS, boundary)):
+            axis.plot(SIGMAS, distances, style, color=color, label=boundary, linewidth=1.8)
+            axis.set_xscale("log")
     far.legend(fontsize=8, frameon=False, title="boundary", title_fontsize=8)
     return figure
 

@@ -22,8 +22,7 @@ from segresearch.evaluation.sample_shards import COST, NORMS
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.metrics.features import Extractor
 from segresearch.metrics.frechet import Frechet, frechet_distance, gaussian
-from segresearch.metrics.mmd import cmmd, kid
-from segresearch.metrics.precision import precision_recall
+from segresearch.metrics.nonparametric import cmmd, kid, precision_recall
 from segresearch.scenes.scenes import scenes
 
 MOST = 10_000  # images on either side for precision and recall, whose work grows with their product
@@ -172,14 +171,14 @@ def set_numbers(
         numbers["variance"] = (float(x.double().var(0).sum() / reference.double().var(0).sum()),)
     size = min(1000, len(x) // 2, len(reference) // 2)
     if gaussian_kernel:
-        numbers["kd"] = (cmmd(x, reference).biased,)
+        numbers["kd"] = cmmd(x, reference)[:1]  # the biased one, as published
     elif size > 1:
-        kernel = kid(x, reference, subsets, size)
-        numbers |= {"kd": (kernel.distance,), "kd_spread": (kernel.spread,)}
+        kernel, spread = kid(x, reference, subsets, size)
+        numbers |= {"kd": (kernel,), "kd_spread": (spread,)}
     n, m = min(len(x), MOST), min(len(reference), len(x), MOST)
     if min(n, m) > 3:
-        near = precision_recall(x[:n], reference[:m])
-        numbers |= {"precision": (near.precision,), "recall": (near.recall,)}
+        precision, recall = precision_recall(x[:n], reference[:m])
+        numbers |= {"precision": (precision,), "recall": (recall,)}
     return numbers
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from segresearch import runs
-from segresearch.config.names import nearest
+from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError
 from segresearch.evaluation.frame import Frame, markdown, table
 from segresearch.pages import Cell, render, to_csv

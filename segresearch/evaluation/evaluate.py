@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig
-from segresearch.config.build import load_model, of_model, usable_device, with_batch_size
+from segresearch.config.build import load_model, resolved, usable_device
 from segresearch.errors import ConfigError, Ended
 from segresearch.evaluation import outputs, shards
 from segresearch.evaluation.aggregate import Reference, Result, aggregate, reference
@@ -68,7 +68,7 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, part: Worker |
     model: already loaded. part: among several workers; None asks the environment. Raises ConfigError for settings that
     do not fit, CheckpointError for weights that are missing, Ended(4) for shards that are missing or damaged.
     """
-    config = with_batch_size(of_model(config, model))
+    config = resolved(config, model)
     with threads(config.threads):
         part = part or worker()
         spec = with_folders(evaluation_spec(config), resolve_model(config.model.path))

@@ -10,16 +10,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from segresearch.checkpoints.resolve import resolve_model
-from segresearch.config.names import nearest
 from segresearch.config.parse import HELD_OUT, SCENE
+from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError, InputError, NotFinite
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
-from segresearch.metrics.attributes import agreement, classify, load_attribute_classifier, scene_attributes
-from segresearch.metrics.edge_agreement import edge_agreement
+from segresearch.metrics.agreement import AttributeClassifier, agreement, classify, edge_agreement, scene_attributes
 from segresearch.metrics.features import Extractor, load_extractor
 from segresearch.metrics.lpips import load_lpips, lpips_distances
-from segresearch.metrics.mini_vision import load_vision, perceptual_distances, unit_range
+from segresearch.metrics.mini_vision import load_part, load_vision, perceptual_distances, unit_range
 from segresearch.metrics.text_alignment import CLIP, MiniClip, load_clip, text_alignment
 from segresearch.models import load_sdxl
 from segresearch.models.compute import arithmetic
@@ -144,7 +143,7 @@ def _text_alignment(spec: EvaluationSpec, device: str) -> ImageMetric:
 
 def _attributes(indices: Sequence[int]) -> ImageMetric:
     """Agreement with the scene of the prompt, and by chance, with that of the next prompt. On the CPU: it is small."""
-    classifier = load_attribute_classifier()
+    classifier = load_part("mini", "attributes", AttributeClassifier)
 
     def match(samples: Samples) -> Tensor:
         predicted = classify(classifier, samples.images)

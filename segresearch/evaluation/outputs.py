@@ -10,8 +10,9 @@ from PIL import Image
 from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import GuidanceConfig
+from segresearch.config.compose import written_config
 from segresearch.config.expand import slug
-from segresearch.control_images.identify import control_records, identify_control
+from segresearch.control_images.identify import control_records, identify_controls
 from segresearch.evaluation import plots, shards
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import latex, markdown, table, to_jsonl
@@ -19,8 +20,7 @@ from segresearch.evaluation.sample_shards import IMAGES
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.pages import render, to_csv
 from segresearch.plot_style import save
-from segresearch.png_metadata import png, save_png
-from segresearch.records import figure_record, image_record, run_record
+from segresearch.records import figure_record, image_record, png, run_record, save_png
 from segresearch.wandb_log import GALLERY, GUIDANCE, SIDE_BY_SIDE, TABLE, WandbRun, log
 
 PAGE = "index.html"
@@ -34,7 +34,7 @@ def write(spec: EvaluationSpec, result: Result, folder: Path) -> list[str]:
     """Tables, plots and the page; their names in the folder."""
     config, lines = spec.config, table(result.frame)
     texts = {
-        "config.yaml": runs.written_config(runs.plain(config), OF_A_CALL), "table.md": markdown(*lines),
+        "config.yaml": written_config(config, OF_A_CALL), "table.md": markdown(*lines),
         "table.tex": latex(*lines), "metrics.csv": to_csv(result.frame.plain()),
         "metrics.jsonl": to_jsonl(result.frame, spec.facts(folder.name, result.reference_images)),
     }  # fmt: skip
@@ -54,17 +54,15 @@ def examples(spec: EvaluationSpec, run: str) -> dict[str, list[Example]]:
     shared = run_record(config, runs.fingerprint(model), run)
     seeds = range(min(config.n_examples, config.images))
     control_images = [spec.controls[i] if spec.controls else () for i in seeds]
-    identified = {
-        name: identify_control(control, [row[k] for row in control_images], model, f"controls.{name}")
-        for k, (name, control) in enumerate(config.controls.items())
-    }
+    identified = identify_controls(config.controls, control_images, model)
     controls, texts = [control_records(identified, row) for row in control_images], spec.texts(seeds)
     shown: dict[str, list[Example]] = {method: [] for method in spec.methods}
     for method, guidance in spec.methods.items():
         for path, rows in ((spec.shard(method, rows), rows) for rows in spec.ranges if rows.start in seeds):
             sampled = {**shared, **shards.header(path)["versions"]}
             for i, pixels in zip(seeds[rows.start : rows.stop], shards.load(path, IMAGES)):
-                record = image_record(sampled, method, guidance, texts[i], config.negative, i, controls[i])
+                image = {"prompt": texts[i], "negative": config.negative, "seed": i, **controls[i]}
+                record = image_record(sampled, method, guidance, **image)
                 shown[method].append((Image.fromarray(pixels.transpose(1, 2, 0).copy()), record))
     return shown
 

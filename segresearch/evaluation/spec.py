@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from segresearch import runs
 from segresearch.config import EvaluateConfig, GuidanceConfig
-from segresearch.config.expand import checked_control, describe, methods, slug
-from segresearch.config.parse import HELD_OUT, SCENE, control_images, read_prompts, scene_numbers
+from segresearch.config.expand import control_rows, describe, methods, slug
+from segresearch.config.parse import HELD_OUT, SCENE, read_prompts, scene_numbers
 from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers
@@ -82,7 +82,7 @@ class EvaluationSpec:
 def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:
     """Expand the config. Raises ConfigError for methods that are alike, prompts that cannot be read, a table of the
     paper whose prompts do not match."""
-    by_name = methods(config.compare, config.guidance)
+    by_name = methods((*config.compare, config.guidance))
     prompts = read_prompts(config.prompts, "prompts", config.images)
     scenes: tuple[int, ...] = ()
     if isinstance(config.prompts, str):
@@ -93,11 +93,7 @@ def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:
         if len(set(names)) < len(names):
             raise ConfigError(f"{key}: {list(names)} names one twice")
     paper = paper_numbers.table_for(config.paper, config.name, by_name, prompts)
-    columns = []
-    for key, control in config.controls.items():
-        checked_control(control, f"controls.{key}")
-        columns.append(control_images(control.image, config.images, f"controls.{key}.image"))
-    return EvaluationSpec(config, by_name, prompts, scenes, tuple(zip(*columns, strict=True)), paper)
+    return EvaluationSpec(config, by_name, prompts, scenes, control_rows(config.controls, config.images), paper)
 
 
 def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:

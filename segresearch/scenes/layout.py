@@ -15,14 +15,11 @@ from segresearch.scenes.captions import COLORS, FLOORS, SHAPES, SKIES
 from segresearch.threads import one_thread
 
 SLOTS = 4
-FOCAL = 2.15
-"""Focal length in units of half the shorter image side: a field of view of 50 degrees."""
-RADII = (0.44, 0.64, 0.90)
-"""Small, medium, large; give or take 6 %, and less in a crowd."""
+FOCAL = 2.15  # focal length in units of half the shorter image side: a field of view of 50 degrees
+_RADII = (0.44, 0.64, 0.90)  # small, medium, large; give or take 6 %, and less in a crowd
 _CROWD = (1.0, 1.0, 0.88, 0.76)
 _NEAR, _FAR = 3.5, 5.8
-HEIGHTS = (1.0, 0.82, 1.0, 1.0, 0.906)
-"""Height of the centre above the floor by shape, in units of the object's radius."""
+HEIGHTS = (1.0, 0.82, 1.0, 1.0, 0.906)  # of the centre above the floor, by shape, in units of the object's radius
 _COLORS = {
     "red": (0.90, 0.10, 0.10), "green": (0.10, 0.70, 0.16), "blue": (0.12, 0.26, 0.95), "yellow": (0.98, 0.86, 0.08),
     "purple": (0.60, 0.14, 0.80), "cyan": (0.08, 0.82, 0.88), "orange": (1.00, 0.50, 0.04), "white": (0.97, 0.97, 0.97),
@@ -54,8 +51,8 @@ def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 def uniform(indices: Int[Tensor, "b"], seed: int, stream: int, count: int) -> Float[Tensor, "b {count}"]:
     """`count` numbers in [0, 1), float64, for every index: a pure function of (seed, index, stream, position)."""
     start = _mix(torch.tensor(_as_int64(seed), device=indices.device) * _GOLDEN + _as_int64(stream + 1))
-    key = _mix(_mix(indices + start) + start)
-    draws = _mix(key[:, None] + torch.arange(1, count + 1, device=indices.device) * _GOLDEN)
+    key = _mix(_mix(indices + start) + start)[:, None]
+    draws = _mix(key + torch.arange(1, count + 1, device=indices.device) * _GOLDEN)
     return ((draws >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
@@ -79,8 +76,7 @@ class Layout:
     height: Float[Tensor, "b"]  # of the camera
     pitch: Float[Tensor, "b"]  # of the camera, downwards
     light: Float[Tensor, "b 3"]  # unit vector towards the light
-    u: Float[Tensor, "b 4"]  # image coordinates of the centres
-    v: Float[Tensor, "b 4"]
+    u: Float[Tensor, "b 4"]  # image coordinate of the centres
     distance: Float[Tensor, "b 4"]  # camera to centre
 
     def __getitem__(self, rows: slice) -> "Layout":
@@ -95,9 +91,8 @@ def _places(draws: Float[Tensor, "b n"], radius: Float[Tensor, "b 4"], y: Float[
     least 0.7 of their touching distance apart (one then hides about a fifth of an equal one) and footprints on the
     floor disjoint. A slot without a clear candidate does not fit and is left empty.
     """
-    tries = draws.shape[1] // (2 * SLOTS)
-    draws = draws.reshape(-1, SLOTS, 2, tries)
-    cos, sin, order = pitch.cos(), pitch.sin(), 1e-6 * torch.arange(tries, device=draws.device)
+    draws = draws.unflatten(1, (SLOTS, 2, -1))  # (b, n) -> (b, slots, 2, tries)
+    cos, sin, order = pitch.cos(), pitch.sin(), 1e-6 * torch.arange(draws.shape[3], device=draws.device)
     slots: list[Tensor] = []
     for slot in range(SLOTS):
         r, rise = radius[:, slot, None], y[:, slot, None] - height
@@ -127,7 +122,7 @@ def layout(indices: Int[Tensor, "b"], seed: int = 0) -> Layout:
     """The scenes (seed, index), one to four objects each, in float64 (so that rounding never reaches the pixels)."""
     device = indices.device
     scene, of_slot, placing = (uniform(indices, seed, stream, count) for stream, count in ((0, 32), (1, 32), (2, 256)))
-    of_slot = of_slot.view(-1, SLOTS, 8)
+    of_slot = of_slot.unflatten(1, (SLOTS, 8))
 
     def between(low: float, high: float, draw: Tensor) -> Tensor:
         return low + (high - low) * draw
@@ -136,7 +131,7 @@ def layout(indices: Int[Tensor, "b"], seed: int = 0) -> Layout:
     shape, color = (of_slot[..., 0] * len(SHAPES)).long(), (of_slot[..., 1] * len(COLORS)).long()
     large = torch.where(count > 2, 0.85, 0.70)  # fewer large ones in a crowd
     size = (of_slot[..., 2] > 0.28).long() + (of_slot[..., 2] > large[:, None])
-    radius = _table(RADII, device)[size] * between(0.94, 1.06, of_slot[..., 3])
+    radius = _table(_RADII, device)[size] * between(0.94, 1.06, of_slot[..., 3])
     radius = radius * _table(_CROWD, device)[count - 1, None]
     y = radius * _table(HEIGHTS, device)[shape]
     height, pitch = between(1.5, 2.1, scene[:, 1]), torch.deg2rad(between(7.0, 13.0, scene[:, 2]))
@@ -162,5 +157,5 @@ def layout(indices: Int[Tensor, "b"], seed: int = 0) -> Layout:
         shape=shape, color=color, size=size, position=torch.stack([x, y, z], 2), radius=radius,
         present=(torch.arange(SLOTS, device=device) < count[:, None]) & (fits > 0), yaw=turn - torch.atan(u / FOCAL),
         albedo=albedo.clamp(0, 1), floor=floor, sky=sky, tones=tones.clamp(0, 1), tiling=tiling,
-        heavens=heavens.clamp(0, 1), height=height, pitch=pitch, light=light, u=u, v=v,
+        heavens=heavens.clamp(0, 1), height=height, pitch=pitch, light=light, u=u,
         distance=ahead * (1 + (u**2 + v**2) / FOCAL**2).sqrt())

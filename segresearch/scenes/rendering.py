@@ -18,8 +18,7 @@ from segresearch.scenes.layout import FOCAL, HEIGHTS, SLOTS, Layout
 from segresearch.scenes.shapes import BOX, GLOSS, hit, normal, shadow
 from segresearch.threads import one_thread
 
-SUB = 3
-"""Samples per pixel and axis; odd, so that the middle sample is the pixel's centre."""
+SUB = 3  # samples per pixel and axis; odd, so that the middle sample is the pixel's centre
 
 
 def _smooth(x: Tensor) -> Tensor:
@@ -122,8 +121,8 @@ def _shadows(objects: _Objects, floor_x: Float[Tensor, "b h w"], floor_z: Float[
 
 
 def _samples(objects: _Objects, us: Float[Tensor, "columns"], vs: Float[Tensor, "lines"]) -> tuple[Tensor, ...]:
-    """Every sample that meets an object: the object's number, the sample's place in the batch's sample grid, its pixel
-    in (images, 4 channels, pixels), its depth t, its label (object and flat face), and its red, green and blue."""
+    """Every sample that meets an object: its place in the batch's sample grid, its pixel in (images, 4 channels,
+    pixels), its depth t, its label (object and flat face), and its red, green and blue."""
     h, w = len(vs) // SUB, len(us) // SUB
     half = F.normalize(objects.lamp + F.normalize(objects.eye, dim=0), dim=0)
     corner = (objects.image * (h * SUB) + objects.top * SUB) * (w * SUB) + objects.left * SUB
@@ -156,7 +155,7 @@ def _samples(objects: _Objects, us: Float[Tensor, "columns"], vs: Float[Tensor, 
         color = [torch.addcmul(torch.addcmul(torch.addcmul(shine, diffuse, lamp), up, sky), down, floor).clamp_(0, 1)
                  for lamp, sky, floor in zip(colors[:3], colors[3:6], colors[6:], strict=True)]
         samples.append((
-            which, corner.index_select(0, which) + row * (w * SUB) + column,
+            corner.index_select(0, which) + row * (w * SUB) + column,
             corner_pixel.index_select(0, which) + (thirds * w).index_select(0, row) + thirds.index_select(0, column),
             (t * objects.radius[some, None, None]).view(-1).index_select(0, flat),
             label.index_select(0, which) + face, *color))
@@ -173,11 +172,10 @@ def _edges(labels: UInt8[Tensor, "b lines columns"]) -> Bool[Tensor, "b h w"]:
 
 
 @one_thread
-def render(layout: Layout, size: tuple[int, int]) -> tuple[
-    UInt8[Tensor, "b 3 h w"], Float[Tensor, "b h w"], Bool[Tensor, "b h w"], Float[Tensor, "b 4"]
-]:
-    """Images, distance from the camera at the pixels' centres (world units, infinite in the sky), edges, and the
-    fraction of each object's outline that is visible."""
+def render(
+    layout: Layout, size: tuple[int, int]
+) -> tuple[UInt8[Tensor, "b 3 h w"], Float[Tensor, "b h w"], Bool[Tensor, "b h w"]]:
+    """Images, distance from the camera at the pixels' centres (world units, infinite in the sky), and edges."""
     h, w = size
     scene = {name: value.float() for name, value in vars(layout).items() if value.is_floating_point()}
     b, device, scale = len(layout.pitch), layout.pitch.device, min(h, w) / 2 * FOCAL
@@ -190,13 +188,9 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
     floor, t, floor_x, floor_z = _ground(scene, u, v, 1 / scale)
     objects = _objects(layout, scene, h, w)
     dark = _shadows(objects, floor_x, floor_z)
-    which, place, pixel, near, label, *color = _samples(objects, us, vs)
+    place, pixel, near, label, *color = _samples(objects, us, vs)
     nearest = torch.full((b * h * w * SUB**2,), math.inf, device=device).scatter_reduce_(0, place, near, "amin")
     hidden = (nearest.index_select(0, place) < near).nonzero()[:, 0]
-    count = len(objects.image)
-    visible = torch.ones(b, SLOTS, device=device)
-    visible[objects.image, objects.slot] -= (
-        torch.bincount(which[hidden], minlength=count) / torch.bincount(which, minlength=count).clamp(min=1))
 
     # objects' light and coverage; hidden samples go to a cell of their own, past the end
     place, pixel = place.index_fill(0, hidden, b * h * w * SUB**2), pixel.index_fill(0, hidden, 4 * b * h * w)
@@ -222,4 +216,4 @@ def render(layout: Layout, size: tuple[int, int]) -> tuple[
     labels = torch.empty(b * h * w * SUB**2 + 1, dtype=torch.uint8, device=device)
     labels[:-1].view(b, h * SUB, w * SUB).copy_(vs[None, :, None] * cos < sin)
     labels = labels.index_copy_(0, place, label)[:-1].view(b, h * SUB, w * SUB)
-    return images, distance, _edges(labels), visible
+    return images, distance, _edges(labels)

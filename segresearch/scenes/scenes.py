@@ -9,29 +9,14 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.scenes.captions import COLORS, DRAWS, FLOORS, SHAPES, SIZES, SKIES, VOCABULARY, Thing, caption
-from segresearch.scenes.layout import FOCAL, SLOTS, Layout, layout, uniform
+from segresearch.scenes.layout import FOCAL, Layout, layout, uniform
 from segresearch.scenes.rendering import render
 from segresearch.threads import one_thread
 
-__all__ = ["COLORS", "FLOORS", "SHAPES", "SIZES", "SKIES", "VOCABULARY", "SceneObject", "Scenes", "captions", "scenes"]
+__all__ = ["COLORS", "SHAPES", "SIZES", "VOCABULARY", "Scenes", "captions", "depth_image", "edge_image", "scenes"]
 
 _CHUNK = 64 * 64 * 128  # pixels rendered together: a balance of cache misses and calls
 _WORDING = 16  # stream of the first caption variant
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """One object. x, y: its centre in pixels from the image's upper left corner; distance: from the camera to its
-    centre, in world units like radius; visible: the fraction of its outline that no other object hides."""
-
-    shape: str
-    color: str
-    size: str
-    x: float
-    y: float
-    distance: float
-    radius: float
-    visible: float
 
 
 @dataclass(frozen=True)
@@ -43,26 +28,22 @@ class Scenes:
     captions: list[str]
     depth: Float[Tensor, "b h w"]
     edges: Bool[Tensor, "b h w"]
-    objects: list[list[SceneObject]]
-    floors: list[str]
-    skies: list[str]
 
 
 def _indices(indices: Sequence[int]) -> Int[Tensor, "b"]:
     if not len(indices):
         raise InputError("no scene indices: give at least one")
-    return torch.as_tensor(indices if not isinstance(indices, range) else list(indices), dtype=torch.int64)
+    return torch.tensor(list(indices), dtype=torch.int64)
 
 
 def _captions(scene: Layout, indices: Int[Tensor, "b"], seed: int, variant: int) -> list[str]:
-    columns = (scene.present, scene.shape, scene.color, scene.size, scene.u, scene.distance,
-               FOCAL * scene.radius / scene.distance, scene.floor, scene.sky)
+    slots = (scene.present, scene.shape, scene.color, scene.size, scene.u, scene.distance,
+             FOCAL * scene.radius / scene.distance)
     words = uniform(indices, seed, _WORDING + variant, DRAWS)
     texts = []
-    for present, shape, color, size, u, distance, radius, floor, sky, draws in zip(
-            *(column.tolist() for column in columns), words.tolist(), strict=True):
-        things = [Thing(SHAPES[shape[k]], COLORS[color[k]], SIZES[size[k]], u[k], distance[k], radius[k])
-                  for k in range(SLOTS) if present[k]]
+    for floor, sky, draws, *columns in zip(*(z.tolist() for z in (scene.floor, scene.sky, words, *slots)), strict=True):
+        things = [Thing(SHAPES[shape], COLORS[color], SIZES[size], *rest)
+                  for present, shape, color, size, *rest in zip(*columns, strict=True) if present]
         texts.append(caption(things, FLOORS[floor], SKIES[sky], draws))
     return texts
 
@@ -88,12 +69,27 @@ def scenes(indices: Sequence[int], seed: int = 0, size: int | tuple[int, int] = 
     scene = layout(rows, seed)
     chunk = max(1, _CHUNK // (h * w))
     parts = [render(scene[start : start + chunk], (h, w)) for start in range(0, len(rows), chunk)]
-    images, depth, edges, visible = (torch.cat(part) for part in zip(*parts, strict=True))
-    scale = min(h, w) / 2
-    columns = (scene.present, scene.shape, scene.color, scene.size, w / 2 + scale * scene.u, h / 2 - scale * scene.v,
-               scene.distance, scene.radius, visible)
-    objects = [[SceneObject(SHAPES[s], COLORS[c], SIZES[z], *rest)
-                for there, s, c, z, *rest in zip(*slots, strict=True) if there]
-               for slots in zip(*(column.tolist() for column in columns), strict=True)]
-    return Scenes(images, _captions(scene, rows, seed, 0), depth, edges, objects,
-                  [FLOORS[k] for k in scene.floor.tolist()], [SKIES[k] for k in scene.sky.tolist()])
+    images, depth, edges = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Scenes(images, _captions(scene, rows, seed, 0), depth, edges)
+
+
+def edge_image(edges: Bool[Tensor, "b h w"]) -> Float[Tensor, "b 3 h w"]:
+    """Edges white (1) on black (0) in the three channels, as SDXL's canny ControlNets take them."""
+    return edges.float()[:, None].repeat(1, 3, 1, 1)  # (b, h, w) -> (b, 3, h, w)
+
+
+def depth_image(depth: Float[Tensor, "b h w"]) -> Float[Tensor, "b 3 h w"]:
+    """Inverse distance, scaled for each image from 0 (its farthest finite pixel) to 1 (its nearest); the sky is 0.
+
+    That is what depth estimators give and SDXL's depth ControlNets take. depth: distances in any unit, infinite where
+    there is nothing. An image without two finite distances is 0 throughout. Raises ValueError for a distance that is
+    not positive.
+    """
+    if not (depth > 0).all():
+        raise InputError(f"depth: distances must be positive, the smallest is {depth.min().item():g}")
+    inverse = depth.double().reciprocal()  # infinite -> 0
+    near = inverse.amax(dim=(1, 2), keepdim=True)
+    far = inverse.where(inverse > 0, near).amin(dim=(1, 2), keepdim=True)
+    span = (near - far).where(near > far, 1.0)
+    scaled = ((inverse - far) / span).clamp(0, 1).where(inverse > 0, 0.0)
+    return scaled.to(depth.dtype)[:, None].repeat(1, 3, 1, 1)  # (b, h, w) -> (b, 3, h, w)

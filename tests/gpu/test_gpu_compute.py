@@ -18,8 +18,7 @@ from segresearch.config.build import build_guidance
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.models.controlnet import controlled
 from segresearch.sampling import initial_noise, sample
-from segresearch.scenes.control_maps import depth_image, edge_image
-from segresearch.scenes.scenes import scenes
+from segresearch.scenes.scenes import depth_image, edge_image, scenes
 
 pytestmark = [*gpu, pytest.mark.filterwarnings("ignore:compute.graph" if not REAL else "default")]
 PROMPTS, SEEDS = ["a red cup", "two yellow cubes"], [5, 6]
