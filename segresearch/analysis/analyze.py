@@ -28,7 +28,7 @@ from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import AnalyzeConfig
 from segresearch.config.build import build_guidance, load_model, resolved
 from segresearch.config.compose import written_config
-from segresearch.config.parse import parse_seeds, read_prompts
+from segresearch.config.expand import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
 from segresearch.guidance import SelfAttentionGuidance
 from segresearch.models import SDXL

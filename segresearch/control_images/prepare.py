@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from segresearch.config import ControlConfig
-from segresearch.config.parse import HELD_OUT, SCENE
+from segresearch.config.expand import HELD_OUT, SCENE
 from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.errors import CheckpointError, ConfigError, InputError
 from segresearch.models.controlnet import ActiveControlNet, controlled
