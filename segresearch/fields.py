@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import PlainValidator, Strict, TypeAdapter
 from pydantic_core import PydanticCustomError
 
+from segresearch.errors import InputError
+
 
 def within(low: float | int, high: float | int = math.inf, whole: bool = False) -> PlainValidator:
     """The check of a number, or of a whole one, from `low` to `high`."""
@@ -23,7 +25,7 @@ def within(low: float | int, high: float | int = math.inf, whole: bool = False) 
         if isinstance(value, bool) or not isinstance(number, int if whole else float) or math.isnan(number):
             raise PydanticCustomError("type", noun)  # type: ignore[arg-type]
         if not low <= number <= high:
-            raise PydanticCustomError("range", f"{noun} {limits}")  # type: ignore[arg-type]
+            raise InputError(f"{value!r} is out of range; it must be {noun} {limits}")
         return number
 
     return PlainValidator(check)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 P, R = ParamSpec("P"), TypeVar("R")
 FEW = 512  # dimensions of a feature: matrices of so many rows and columns are small work
-
 _inside_threads: ContextVar[bool] = ContextVar("inside_threads", default=False)
 
 

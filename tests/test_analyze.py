@@ -263,7 +263,7 @@ def test_entries_of_one_shape_are_measured_together_to_the_same_numbers(monkeypa
     monkeypatch.setattr(measurements, "curvature", watched)
     torch.set_num_threads(2)
     try:
-        rows, claims = measure(Recording(tuple(entries)), [1.0, math.inf], ["reflect", "exact"], sites)
+        rows, claims = measure(Recording(entries), [1.0, math.inf], ["reflect", "exact"], sites)
         assert set(inside) == {1} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)

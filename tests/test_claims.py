@@ -74,7 +74,7 @@ def test_blurs_that_keep_the_mean(boundary, axis, dtype):
         for claim in ("mean_kept", "variance_falls", "lse_falls", "lse_taylor", "diagonal_shrinks"):
             assert results[claim].fraction == 1, claim
         assert results["product_falls"].fraction == 0  # eq. (22) is reversed
-        assert results["product_is_determinant"].gap.add(math.log(15)).abs().max() < 1e-9
+        assert results["product_is_determinant"].margin.add(math.log(15)).abs().max() < 1e-9
         assert claims.blur_commutes(q, k, axis, operator).fraction == 1
 
 
@@ -175,7 +175,7 @@ def test_no_blur_changes_nothing():
     for claim, result in results.items():
         if claim != "product_is_determinant":
             assert result.fraction == (0 if result.relation == "<" else 1), claim
-            assert float(result.gap.abs().max()) == 0
+            assert float(result.margin.abs().max()) == 0
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)

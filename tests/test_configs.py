@@ -19,17 +19,13 @@ from segresearch.config import (
     EvaluateConfig,
     GenerateConfig,
     GuidanceConfig,
-    ModelConfig,
-    PerturbedTerm,
-    SamplerConfig,
-    ScheduleConfig,
     conf_dir,
     settings,
     typed,
 )
 from segresearch.config.build import build_guidance, resolved
-from segresearch.config.expand import panels, slug
-from segresearch.config.parse import parse_seeds, read_prompts
+from segresearch.config.expand import panels, parse_seeds, read_prompts, slug
+from segresearch.config.schema import ModelConfig, PerturbedTerm, SamplerConfig, ScheduleConfig
 from segresearch.config.validate import modern
 from segresearch.errors import ConfigError
 from segresearch.guidance import SEG

@@ -13,8 +13,7 @@ from test_configs import composed
 
 from segresearch import cli, records
 from segresearch.config import GenerateConfig, settings, typed
-from segresearch.config.expand import panels
-from segresearch.config.parse import HELD_OUT, control_images
+from segresearch.config.expand import HELD_OUT, control_images, panels
 from segresearch.errors import ConfigError
 from segresearch.generate import expand, generate
 from segresearch.models import load_sdxl

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig, conf_dir, settings
 from segresearch.config.build import resolved
-from segresearch.config.parse import from_coco, from_text
+from segresearch.config.expand import from_coco, from_text
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers, plots, shards
 from segresearch.evaluation.aggregate import Result

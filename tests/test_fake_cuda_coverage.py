@@ -66,7 +66,6 @@ ALLOWED = {
     "sampling.noise:brownian_noise.draw": "two numbers that have been read",
     "sampling.schedules:positive_sigmas": "fp64 on the CPU, sent as a whole",
     "sampling.intervals:step_interval": "levels as numbers",
-    "analysis.energy:chain_norm": GENERATED,
     "analysis.blur_operator:log_spectrum": "small fp64 vectors of a grid, whose sums are numbers of the host",
     "analysis.logit_statistics:end_weights": "of a grid alone; sent by whoever has a device",
     "analysis.claims:white_noise": GENERATED,

@@ -20,7 +20,8 @@ from segresearch.models.attention import Site, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.models.vae import VAE, VAEConfig
-from segresearch.scenes.scenes import VOCABULARY, captions, depth_image, edge_image, scenes
+from segresearch.scenes.captions import VOCABULARY
+from segresearch.scenes.scenes import captions, depth_image, edge_image, scenes
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def test_streamed_is_what_is_kept_in_memory(tmp_path):
     for recorder in (kept, streamed):
         sample(model, noise, steps=3, conds=conds, attend=recorder.attend(LABELS))
     again = Recording.open(tmp_path / "streamed")
-    assert again.entries == kept.recording.entries == streamed.recording.entries
+    assert again == kept.recording == streamed.recording
     assert again.steps == (0, 2) and again.branches == ("cond", "cond~seg") and len(again.sites) == 4
     for mine, theirs in zip(kept.recording, again, strict=True):
         h, w = mine.grid

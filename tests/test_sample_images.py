@@ -4,7 +4,7 @@ import pytest
 import torch
 from make_models import write_folder
 
-from segresearch.config import GenerateConfig, ModelConfig, SamplerConfig, ScheduleConfig
+from segresearch.config.schema import GenerateConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from segresearch.errors import Ended, NotFinite
 from segresearch.guidance import GuidedDenoiser, cfg
 from segresearch.models import load_sdxl

@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from segresearch.scenes.captions import FLOORS, SKIES, Thing, relations
+from segresearch.scenes.captions import COLORS, FLOORS, SHAPES, SIZES, SKIES, VOCABULARY, Thing, relations
 from segresearch.scenes.layout import FOCAL, layout, uniform
-from segresearch.scenes.scenes import COLORS, SHAPES, SIZES, VOCABULARY, captions, scenes
+from segresearch.scenes.scenes import captions, scenes
 from segresearch.scenes.shapes import hit, normal
 
 KIND = {"ball": "sphere", "box": "cube", "hoop": "ring"}

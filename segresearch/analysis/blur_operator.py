@@ -43,8 +43,7 @@ class BlurOperator:
     """The blur B = B_h ⊗ B_w of one grid, n = h·w tokens. sigma in tokens; boundary as in `blur_matrix`.
 
     Rows of B sum to 1 under every boundary (B·1 = 1). Columns do so, which keeps the mean of every signal (Lemma 3.1),
-    under all but "reflect".
-    Raises InputError for a bad sigma or boundary or an empty grid.
+    under all but "reflect". Raises InputError for a bad sigma or boundary or an empty grid.
     """
 
     grid: tuple[int, int]
@@ -94,10 +93,6 @@ class BlurOperator:
     def adjoint(self, x: Signal) -> Signal:
         """Bᵀ x along the last axis."""
         return self._separable(x, *(factor.T for factor in self.factors))
-
-    def gram(self, x: Signal) -> Signal:
-        """B Bᵀ x along the last axis, as one pass over factors."""
-        return self._separable(x, *(factor @ factor.T for factor in self.factors))
 
     def _separable(self, x: Tensor, down: Tensor, across: Tensor) -> Tensor:
         h, w = self.grid

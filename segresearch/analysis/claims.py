@@ -22,7 +22,6 @@ from segresearch.analysis import logit_statistics as stats
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.logit_statistics import Keys, PerColumn, Queries, Statistics
 from segresearch.errors import InputError
-from segresearch.guidance.blur import blur
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,10 @@ class ClaimResult:
     operator: BlurOperator
 
     @property
-    def gap(self) -> PerColumn:
-        """left − right; 0 where both are −inf."""
-        return torch.where(self.left == self.right, torch.zeros_like(self.left), self.left - self.right)
-
-    @property
     def margin(self) -> PerColumn:
-        """By how much the claim holds (positive) or fails (negative): right − left, and −|gap| for an equality."""
-        return -self.gap.abs() if self.relation == "=" else -self.gap
+        """By how much the claim holds (positive) or fails (negative): right − left, and −|right − left| for "="."""
+        gap = torch.where(self.left == self.right, 0.0, self.left - self.right)  # 0 where both are −inf
+        return -gap.abs() if self.relation == "=" else -gap
 
     @cached_property
     def holds(self) -> Bool[Tensor, "rows heads m"]:
@@ -62,6 +57,9 @@ class ClaimResult:
         return float(self.holds.double().mean())
 
 
+Results = tuple[ClaimResult, ...]
+
+
 def _rounding(a: Statistics) -> tuple[PerColumn, PerColumn, PerColumn]:
     """Rounding of a column's mean, variance and lse, with room."""
     spread = a.variance.sqrt()
@@ -69,7 +67,7 @@ def _rounding(a: Statistics) -> tuple[PerColumn, PerColumn, PerColumn]:
     return unit * (size + 1e-6), unit * (size * spread + 1e-6), unit * (1 + size)
 
 
-def check_statistics(before: Statistics, after: Statistics, operator: BlurOperator) -> tuple[ClaimResult, ...]:
+def check_statistics(before: Statistics, after: Statistics, operator: BlurOperator) -> Results:
     """The claims that statistics alone decide, in the order of the paper.
 
     Raises InputError if the two statistics are not of the same columns or not of the operator's grid.
@@ -113,17 +111,13 @@ def check_statistics(before: Statistics, after: Statistics, operator: BlurOperat
     return tuple(ClaimResult(*claim, after.axis, operator) for claim in claims)
 
 
-def check_claims(
-    q: Queries, k: Keys, axis: str, operator: BlurOperator, before: Statistics | None = None
-) -> tuple[ClaimResult, ...]:
+def check_claims(q: Queries, k: Keys, axis: str, operator: BlurOperator, before: Statistics | None = None) -> Results:
     """`check_statistics` for q and k, with the blur on the side of `axis`. before: of unblurred logits, if known."""
     after = stats.statistics(*stats.blurred(q, k, axis, operator), axis)
     return check_statistics(before or stats.statistics(q, k, axis), after, operator)
 
 
-def check_weighted(
-    q: Queries, k: Keys, axis: str, operator: BlurOperator, before: Statistics | None = None
-) -> tuple[ClaimResult, ...]:
+def check_weighted(q: Queries, k: Keys, axis: str, operator: BlurOperator, before: Statistics | None = None) -> Results:
     """Lemmas 3.1 (both halves) and 3.2 under "reflect" with `end_weights`: so weighted, they hold without exception.
 
     before: statistics of the unblurred logits, if known.
@@ -198,6 +192,6 @@ def limits(
         mean, variance = stats.moments(difference, k, "queries")
         return (mean.square() + variance).mean().sqrt() / spread
 
-    after = (blur(q, grid, sigma, boundary) for sigma in sigmas)
+    after = (stats.blurred(q, k, "queries", BlurOperator(grid, sigma, boundary))[0] for sigma in sigmas)
     to_identity, to_mean = zip(*((distance(z - q), distance(z - mean_query)) for z in after))
     return torch.stack(to_identity), torch.stack(to_mean)

@@ -10,8 +10,8 @@ step of length 1: z − ∇E(z).
 
 The Hessian of E is H(a) = ξξᵀ − diag ξ with ξ = softmax(a), as the paper writes it in section 3. It is negative
 semi-definite with H·1 = 0; hence det H = 0, and its size is the pseudo-determinant, the product of the moduli of the
-n − 1 other eigenvalues. In closed form pdet H = n·Π ξ_i, so eq. (20), |det H| ≈ Π ξ_i, is the pseudo-determinant up to
-the factor n that every matrix here shares. Traces and norms below are those of −H.
+n − 1 other eigenvalues. In closed form pdet H = n·Π ξ_i, so eq. (20), |det H| ≈ Π ξ_i, is that up to the factor n which
+every matrix here shares. Traces and norms below are those of −H.
 
 Two matrices are called the Hessian of the blurred energy:
 - *entrywise*, eq. (19): H̃ = H(ã) ∘ B with ã = Ba;
@@ -19,8 +19,8 @@ Two matrices are called the Hessian of the blurred energy:
   rows sum to 1, doubly stochastic or not: with P = −H(ã) and u = B⁻ᵀ1, pdet(BᵀPB) = det(BᵀPB + 11ᵀ/n) =
   (det B)² det(P + uuᵀ/n), and adj P = (pdet P/n) 11ᵀ and 1ᵀu = n give det(P + uuᵀ/n) = pdet P.
 
-Functions of logits `a` (last axis) take unblurred ones; their dense matrices, n² numbers each, are for small grids and
-checks. `curvature` measures every column of a site, streamed and without n×n matrices.
+Functions of logits `a` (last axis) take unblurred ones; their dense matrices are for small grids. `curvature` measures
+every column of a site, streamed and without n×n matrices.
 """
 
 import math
@@ -41,7 +41,6 @@ Logits = Float[Tensor, "*batch n"]
 Dense = Float[Tensor, "*batch n n"]
 Values = Float[Tensor, "*batch"]
 STEPS = 12  # of Newton's method, at most
-LANCZOS = 24  # steps
 LARGEST = 1024  # tokens of a dense Hessian
 
 
@@ -63,34 +62,25 @@ def hopfield_update(z: States, patterns: Patterns, beta: float) -> States:
     return (beta * z @ patterns.mT).softmax(dim=-1) @ patterns
 
 
-@dataclass(frozen=True)
-class Surface:
-    """E = −lse over a(s, t) = base + s·u + t·v, fp64: energy, its derivatives by (s, t), curvature of the graph."""
-
-    energy: Float[Tensor, "across down"]
-    gradient: Float[Tensor, "across down 2"]
-    second: Float[Tensor, "across down 2 2"]
-
-    @property
-    def gaussian_curvature(self) -> Float[Tensor, "across down"]:
-        """K = (E_ss E_tt − E_st²)/(1 + E_s² + E_t²)² of the graph z = E(s, t)."""
-        return torch.linalg.det(self.second) / (1 + self.gradient.square().sum(dim=-1)).square()
-
-
 def surface(
     base: Float[Tensor, " n"], along: Float[Tensor, "2 n"], s: Float[Tensor, " across"], t: Float[Tensor, " down"]
-) -> Surface:
-    """The slice of −lse through the logits `base` in two directions; memory about 4·len(s)·len(t)·n numbers.
+) -> tuple[Float[Tensor, "across down"], Float[Tensor, "across down 2"], Float[Tensor, "across down 2 2"]]:
+    """The slice a(s, t) = base + s·u + t·v of −lse: energy, its first and second derivatives by (s, t), fp64.
 
     For the landscape a ↦ −lse(Ba) around a column a, blur both: `surface(B.apply(a), B.apply(directions), s, t)`.
+    Memory: about 4·len(s)·len(t)·n numbers.
     """
     s, t, base, along = (z.double() for z in (s, t, base, along))
     a = base + s[:, None, None] * along[0] + t[:, None] * along[1]  # (across, down, n)
     xi = a.softmax(dim=-1)
     mean = xi @ along.T  # (across, down, 2)
     centred = along - mean.unsqueeze(-1)  # (across, down, 2, n)
-    covariance = (centred * xi.unsqueeze(-2)) @ centred.mT
-    return Surface(-a.logsumexp(dim=-1), -mean, -covariance)
+    return -a.logsumexp(dim=-1), -mean, -(centred * xi.unsqueeze(-2)) @ centred.mT
+
+
+def gaussian_curvature(gradient: Float[Tensor, "*batch 2"], second: Float[Tensor, "*batch 2 2"]) -> Values:
+    """Of the surface z = E(s, t): K = (E_ss E_tt − E_st²)/(1 + E_s² + E_t²)²."""
+    return torch.linalg.det(second) / (1 + gradient.square().sum(dim=-1)).square()
 
 
 def hessian(a: Logits) -> Dense:
@@ -176,29 +166,6 @@ def spectral_norm(columns: stats.Columns) -> stats.BlockColumns:
         if rho.device.type == "cpu" and bool((step <= tolerance * rho).all()):
             break
     return rho.squeeze(-1).double() / columns.total
-
-
-def chain_norm(xi: Logits, operator: BlurOperator) -> Values:
-    """Largest eigenvalue of Bᵀ(diag ξ − ξξᵀ)B by Lanczos steps, fp64; converges from below. xi: softmax of ã.
-
-    The non-zero eigenvalues are those of D·BBᵀ, D = diag ξ − ξξᵀ, which is symmetric under ⟨x, y⟩ = xᵀBBᵀy: one pass
-    over the factors per step, and no matrix. The start is one fixed random vector, so the result is reproducible.
-    Rounding of fp32 entries weighs up to 3e-4 of it where B is nearly singular (σ = 8 on 32×32), else under 1e-5.
-    """
-    n, tiny = xi.shape[-1], torch.finfo(xi.dtype).tiny ** 0.5
-    y = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(xi).expand(xi.shape)
-    x, alphas, betas = torch.zeros_like(y), [], []
-    for _ in range(min(LANCZOS, n)):
-        w = operator.gram(y)
-        betas.append((y * w).sum(dim=-1, keepdim=True).clamp_min(0).sqrt())
-        inverse = torch.where(betas[-1] > tiny, 1 / betas[-1].clamp_min(tiny), 0.0)
-        before, x, w = x, y * inverse, w * inverse
-        y = xi * (w - (xi * w).sum(dim=-1, keepdim=True))
-        alphas.append((y * w).sum(dim=-1, keepdim=True))
-        y = y - alphas[-1] * x - betas[-1] * before
-    diagonal, off = torch.cat(alphas, dim=-1).double(), torch.cat(betas, dim=-1)[..., 1:].double()
-    tridiagonal = torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-    return torch.linalg.eigvalsh(tridiagonal)[..., -1].clamp_min(0)
 
 
 @dataclass(frozen=True)

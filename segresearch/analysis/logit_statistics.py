@@ -1,9 +1,8 @@
 """Statistics of attention logits along a named axis, without the n×n map.
 
-a = q kᵀ/√d has two axes, and each claim belongs to one of them. Along "queries" there is one column per key: this is
-the axis on which a blur of the queries acts, and that of Definition 2.1 of SEG (arXiv 2408.00760). Along "keys" there
-is one row per query: the axis of attention's own softmax, and the dual of the paper's Appendix B. Here *column* means
-the n entries along the named axis, whichever it is.
+a = q kᵀ/√d has two axes. Along "queries" there is one column per key: this is the axis on which a blur of the queries
+acts, and that of Definition 2.1 of SEG (arXiv 2408.00760). Along "keys" there is one row per query: the axis of
+attention's own softmax, and the dual of the paper's Appendix B. A *column* is the n entries along the named axis.
 
 Mean and variance are exact from the moments of one side: mean(Q)·k and kᵀ Cov(Q) k. Everything that needs exp is
 streamed over blocks of whole columns. Logits and exp are in the dtype of q and k (at least fp32); sums are fp64.
@@ -81,10 +80,6 @@ class Columns(NamedTuple):
     exp: Block  # exp(a − max a), 1 at the top, so that it never overflows
     total: BlockColumns  # Σ exp(a − max a), fp64, between 1 and n
 
-    @property
-    def lse(self) -> BlockColumns:
-        return self.top.squeeze(-1).double() + self.total.log()
-
 
 def exponentials(a: Block) -> Columns:
     """The `Columns` of logits."""
@@ -95,7 +90,7 @@ def exponentials(a: Block) -> Columns:
 
 Measure = Callable[[Columns], Tensor]  # -> BlockColumns
 MEASURES: dict[str, Measure] = {
-    "lse": lambda c: c.lse,
+    "lse": lambda c: c.top.squeeze(-1).double() + c.total.log(),
     "entropy": lambda c: (c.total.log() - total((c.a - c.top).mul_(c.exp)) / c.total).clamp_min(0),  # −Σ ξ log ξ
     "concentration": lambda c: total(c.exp.square()) / c.total.square(),  # Σ ξ²
 }
@@ -159,7 +154,8 @@ def moments(q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None 
 
 def log_sum_exp(q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None = None) -> PerColumn:
     """lse = log Σ_i w_i exp(a_i) of each column, fp64, streamed; weights > 0, None is 1."""
-    measure = MEASURES["lse"] if weights is None else lambda c: exponentials(c.a + weights.log().to(c.a)).lse
+    lse = MEASURES["lse"]
+    measure = lse if weights is None else lambda c: lse(exponentials(c.a + weights.log().to(c.a)))
     return stream(q, k, axis, {"lse": measure})["lse"]
 
 
@@ -180,7 +176,8 @@ class Statistics:
     """Statistics of every column along `axis`, fp64.
 
     n: entries in a column. eps: relative rounding of the logits behind exp (1.2e-7 for fp32 inputs). mean, variance: of
-    the logits (population variance). lse: log Σ exp. entropy: of ξ = softmax, nats. concentration: Σ ξ².
+    the logits (population variance). lse: log Σ exp. entropy: of ξ = softmax, nats; its exp is how many tokens a
+    pattern is spread over. concentration: Σ ξ².
     """
 
     axis: str
@@ -191,11 +188,6 @@ class Statistics:
     lse: PerColumn
     entropy: PerColumn
     concentration: PerColumn
-
-    @property
-    def effective_rank(self) -> PerColumn:
-        """exp(entropy), from 1 (one-hot) to n (uniform): how many tokens a pattern is spread over."""
-        return self.entropy.exp()
 
     @property
     def trace(self) -> PerColumn:
@@ -215,9 +207,7 @@ class Statistics:
 
 def statistics(q: Queries, k: Keys, axis: str) -> Statistics:
     """The statistics of q kᵀ/√d along `axis`; of blurred logits with `statistics(*blurred(q, k, axis, B), axis)`.
-
-    Raises InputError for an unknown axis or shapes that do not fit.
-    """
+    Raises InputError as `sides`."""
     return Statistics(**fields(q, k, axis, MEASURES))
 
 

@@ -1,9 +1,8 @@
 """From a recording to numbers: the tidy table (site × head × σ_t × blur σ × boundary) and the tested claims.
 
-The table is along the axis "queries" (Definition 2.1 of arXiv 2408.00760: one column of logits per key, over the
-queries), on which SEG's blur of the queries acts. One of its rows is one head's mean over its columns, that is over
-keys and images; shares ("..._holds") are of the same columns. Claims are tested on both axes, the other one being the
-dual of the paper's Appendix B (blurred keys, columns over keys).
+The table is along the axis "queries" (Definition 2.1 of arXiv 2408.00760), on which SEG's blur of the queries acts. One
+of its rows is one head's mean over its columns, that is over keys and images; shares ("..._holds") are of the same
+columns. Claims are tested on both axes.
 """
 
 import itertools
@@ -28,6 +27,7 @@ from segresearch.models.compute import arithmetic
 from segresearch.threads import one_thread_for
 
 Row = dict[str, Any]
+Rows = Sequence[Row]
 COLUMNS = 2**17  # measured in one call: 1 MiB for each number of a column
 SMALL = 256  # tokens of a grid up to which one thread is enough
 KEYS = ("site", "layer", "grid", "head", "step", "sigma_t", "blur_sigma", "boundary")
@@ -102,7 +102,7 @@ def measure(
     return list(map(_mean, rows.values())), list(map(_merged, claims.values()))
 
 
-def _mean(rows: Sequence[Row]) -> Row:
+def _mean(rows: Rows) -> Row:
     """Rows of the same keys as one."""
     return {key: v if key in KEYS else float(np.mean([row[key] for row in rows])) for key, v in rows[0].items()}
 
@@ -141,14 +141,13 @@ def _measured(
     return list(itertools.chain.from_iterable(rows)), claims
 
 
-def _values(before: Curvature, after: Curvature, results: Iterable[ClaimResult], entries: int) -> list[list[Row]]:
-    """The measured columns of the table for each head of each entry, read back at once."""
+def _values(a: Curvature, b: Curvature, results: Iterable[ClaimResult], entries: int) -> list[list[Row]]:
+    """The measured columns of the table, before (a) and after the blur (b), of each head of each entry, at once."""
 
     def mean(z: PerColumn) -> Float[Tensor, "entries heads"]:
         return z.unflatten(0, (entries, -1)).mean(dim=(1, 3))
 
-    a, b, n = before, after, before.n
-    std, least = a.variance.sqrt().clamp_min(1e-6), 1e-12
+    n, std, least = a.n, a.variance.sqrt().clamp_min(1e-6), 1e-12
     margins = {result.claim: mean(result.margin) / n for result in results if result.claim.startswith("theorem")}
     per_head = {
         "spread": mean(a.variance).sqrt(),
@@ -163,8 +162,8 @@ def _values(before: Curvature, after: Curvature, results: Iterable[ClaimResult],
         "chain_margin": margins["theorem_chain"],
         "entropy_before": mean(a.entropy),
         "entropy_after": mean(b.entropy),
-        "rank_share": mean(a.effective_rank) / n,
-        "rank_share_after": mean(b.effective_rank) / n,
+        "rank_share": mean(a.entropy.exp()) / n,
+        "rank_share_after": mean(b.entropy.exp()) / n,
         "trace_before": mean(a.trace),
         "trace_after": mean(b.trace),
         "chain_trace_after": mean(b.chain_trace),
@@ -196,12 +195,12 @@ def _summaries(entries: Sequence[Entry], results: Sequence[ClaimResult]) -> list
     return summaries
 
 
-def chosen(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+def chosen(rows: Rows, **wanted: Any) -> list[Row]:
     """The rows that have these values."""
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
-def values(rows: Sequence[Row], column: str) -> np.ndarray:
+def values(rows: Rows, column: str) -> np.ndarray:
     """One column as an array."""
     return np.array([row[column] for row in rows], dtype=float)
 

@@ -6,18 +6,15 @@
         entry.site, entry.sigma, entry.q, entry.k
 
 `recorder.attend(...)` is an ordinary attention for the `attend` argument of a call: the innermost one, in which every
-perturbation ends. It keeps q and k and computes plain attention. No output bit changes.
+perturbation ends. No output bit changes.
 
 Rows that branches share up to the first perturbed site are computed, and stored, once, under all their names. A
 perturbation that computes no attention (PAG) leaves no entry of its branch at its sites. SAG's second forward is
-recorded as branch "<base>~sag".
-
-Memory: of one call 2 · rows · heads · tokens · dim numbers. In memory `limit` bounds the sum of all that is kept;
-streamed to a folder, only the call at hand is held.
+recorded as branch "<base>~sag". In memory `limit` bounds what is kept; streamed to a folder, one call at a time is.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,8 @@ from segresearch.models.attention import Attend, Heads, Site, sdpa
 from segresearch.runs import plain, replacing
 
 INDEX = "index.jsonl"
-Image = Mapping[str, Any]
+Image = Mapping[str, Any]  # its prompt and seed
+Images = Sequence[Image]
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,8 @@ class Entry:
         return self.load()["k"]
 
 
-@dataclass(frozen=True)
-class Recording:
+class Recording(tuple[Entry, ...]):
     """Entries in the order they were made; `select` narrows them."""
-
-    entries: tuple[Entry, ...]
 
     @classmethod
     def open(cls, folder: str | Path) -> "Recording":
@@ -76,28 +71,22 @@ class Recording:
         if not (folder / INDEX).is_file():
             raise InputError(f"{folder} holds no recording (no {INDEX})")
         lines = (folder / INDEX).read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last one was cut off
-        return cls(tuple(_entry(json.loads(line), folder) for line in lines))
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+        return cls(_entry(json.loads(line), folder) for line in lines)
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Site names, in the order of a forward pass."""
-        return tuple(dict.fromkeys(entry.site for entry in self.entries))
+        return tuple(dict.fromkeys(entry.site for entry in self))
 
     @property
     def branches(self) -> tuple[str, ...]:
         """Names of all branches, such as "cond", "uncond", "cond~seg"."""
-        return tuple(dict.fromkeys(name for entry in self.entries for name in entry.branches))
+        return tuple(dict.fromkeys(name for entry in self for name in entry.branches))
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The steps recorded, rising."""
-        return tuple(sorted({entry.step for entry in self.entries}))
+        return tuple(sorted({entry.step for entry in self}))
 
     def select(self, site: Where = "*", branch: str | None = None, step: int | None = None) -> "Recording":
         """The entries of these sites (a selector), this branch, this step. ValueError where there is none."""
@@ -105,8 +94,8 @@ class Recording:
         for name, value, known in (("branch", branch, self.branches), ("step", step, self.steps)):
             if value is not None and value not in known:
                 raise InputError(f"{name}={value!r} was not recorded; there are {', '.join(map(str, known))}")
-        entries = (e for e in self.entries if branch in (None, *e.branches) and step in (None, e.step))
-        return Recording(tuple(entry for entry in entries if entry.site in sites))
+        entries = (e for e in self if branch in (None, *e.branches) and step in (None, e.step))
+        return Recording(entry for entry in entries if entry.site in sites)
 
 
 @dataclass
@@ -139,9 +128,9 @@ class Recorder:
     @property
     def recording(self) -> Recording:
         """What was recorded so far."""
-        return Recording(tuple(self.entries))
+        return Recording(self.entries)
 
-    def attend(self, images: Sequence[Image], attend: Attend = sdpa) -> Attend:
+    def attend(self, images: Images, attend: Attend = sdpa) -> Attend:
         """The `attend` argument for one `sample()`, with a label for each image. Steps are counted from 0.
 
         attend: the attention that is computed. A new step begins where `Site.sigma` is another tensor object.

@@ -25,13 +25,10 @@ EVERYWHERE = (0.0, float("inf"))
 
 
 def device_kind(device: str) -> str:
-    """"cuda", "cpu", ... that `device` is here: "auto" is the first GPU if there is one, else the CPU.
-
-    Torch, which takes a second to import, is asked only where a driver is installed or torch is built for ROCm.
-    """
+    """"cuda", "cpu", ... that `device` is here: "auto" is the first GPU if there is one, else the CPU."""
     if device != "auto":
         return device.partition(":")[0]
-    try:
+    try:  # torch takes a second to import, so a driver is looked for first
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
         if "rocm" not in version("torch"):
@@ -42,10 +39,8 @@ def device_kind(device: str) -> str:
 
 
 def resolved(config: Run, model: "SDXL | None" = None) -> Run:
-    """`config` with a number for batch_size="auto", which is the model's own for the kind of its device.
-
-    A `model` that is loaded already decides `compute`, and the device where that is "auto".
-    """
+    """`config` with a number for batch_size="auto": the model's own for the kind of its device. A `model` that is
+    loaded already decides `compute`, and the device where that is "auto"."""
     if model is not None:
         device = str(model.device) if config.device == "auto" else config.device
         config = dataclasses.replace(config, device=device, compute=model.compute)
@@ -84,9 +79,7 @@ def load_model(
 
 def build_guidance(config: GuidanceConfig, denoiser: Any, post: Sequence[Callable[..., Any]] = ()) -> Any:
     """`config` around `denoiser`: a GuidedDenoiser, in a SelfAttentionGuidance if it has `sag`; `post` comes last.
-
-    ValueError (ConfigError among them) for what the types cannot see: no such site or head, no such function.
-    """
+    InputError for what the types cannot see: no such site or head, no such function."""
     from segresearch.guidance import GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 
     terms = {}
@@ -98,8 +91,7 @@ def build_guidance(config: GuidanceConfig, denoiser: Any, post: Sequence[Callabl
         several = term.perturbation if isinstance(term.perturbation, tuple) else (term.perturbation,)
         built = [build_perturbation(p, f"guidance.terms.{name}.perturbation") for p in several]
         terms[name] = perturbed(name, built, term.scale, base=term.base, interval=interval)
-    apg = [config.apg] if config.apg else []
-    model = GuidedDenoiser(denoiser, terms, rescale=config.rescale, post=[*apg, *post])
+    model = GuidedDenoiser(denoiser, terms, rescale=config.rescale, post=[*filter(None, [config.apg]), *post])
     if (sag := config.sag) is None:
         return model
     interval = sag.interval or EVERYWHERE
@@ -134,18 +126,15 @@ def imported(target: str, at: str) -> Callable[..., Any]:
         raise ConfigError(f"{at}.target: {target!r} cannot be imported ({error}); {hint}") from error
     function = getattr(module, name, None)
     if function is None:
-        names = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise ConfigError(f"{at}.target: {module_name} has no {name!r}{nearest(name, names)}")
+        raise ConfigError(f"{at}.target: {module_name} has no {name!r}{nearest(name, vars(module))}")
     if not callable(function):
         raise ConfigError(f"{at}.target: {target} is not a function or a class but {type(function).__name__}")
     return function
 
 
 def refuse_foreign(target: str, at: str) -> None:
-    """ConfigError for a `target` of Python or of an installed package, no matter which module it is imported through.
-
-    For settings of unknown origin: they may name functions of segresearch, or of files of the user's own.
-    """
+    """ConfigError for a `target` of Python or of an installed package, no matter which module it is imported through:
+    settings of unknown origin may name functions of segresearch, or of files of the user's own."""
     home = str(getattr(imported(target, at), "__module__", None) or target.rpartition(".")[0])
     file = getattr(sys.modules.get(home), "__file__", None)  # None of what is built into Python
     installed = [Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib")]

@@ -26,9 +26,8 @@ def settings(config: Mapping[str, Any], kind: Any = GenerateConfig) -> Any:
     """The settings of a composed config: interpolations resolved, names in `compare` replaced by their guidance,
     a panel's `controlnet` (a name or several) by their controls, with those of its `controls` merged in.
 
-    A name is a file of the project's conf/, or of a folder that Hydra was given (--config-dir). `kind` is the schema:
-    an experiment's file may hold settings of both GenerateConfig and EvaluateConfig, and each takes its own. Raises
-    ConfigError.
+    A name is a file of conf/, or of a folder that Hydra was given (--config-dir). kind: the schema; an experiment's
+    file may hold settings of GenerateConfig and of EvaluateConfig, and each takes its own. Raises ConfigError.
     """
     root: Any = config.copy() if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
     OmegaConf.set_struct(root, False)
@@ -40,7 +39,10 @@ def settings(config: Mapping[str, Any], kind: Any = GenerateConfig) -> Any:
         if not isinstance(table, DictConfig):
             continue
         if isinstance(compare := table.get("compare"), ListConfig):
-            table.compare = [_guidance(entry, f"{at}compare.{i}") for i, entry in enumerate(compare)]
+            table.compare = []
+            for i, entry in enumerate(compare):  # a name, a list of names (their terms together), or overrides of them
+                inline = entry.copy() if isinstance(entry, DictConfig) else OmegaConf.create({"guidance": entry})
+                table.compare.append(OmegaConf.merge(*_named(inline.pop("guidance", []), f"{at}compare.{i}"), inline))
         if at and "controlnet" in table:
             parts = _named(table.pop("controlnet"), f"{at}controlnet", "controlnet")
             table.controls = OmegaConf.merge(*parts, table.get("controls") or {})
@@ -50,15 +52,6 @@ def settings(config: Mapping[str, Any], kind: Any = GenerateConfig) -> Any:
         if plain.pop(key, None) and key == "panels":
             raise ConfigError(f"{key}: for generate.py; evaluate.py takes the methods of one table, in compare")
     return typed(kind, plain)
-
-
-def _guidance(entry: Any, at: str) -> Any:
-    """One entry of `compare` in full: a name, a list of names (their terms together), or a mapping with overrides.
-
-    The mapping may name one or more under `guidance`.
-    """
-    inline = entry.copy() if isinstance(entry, DictConfig) else OmegaConf.create({"guidance": entry})
-    return OmegaConf.merge(*_named(inline.pop("guidance", []), at), inline)
 
 
 def _named(names: str | Sequence[str], at: str, group: str = "guidance") -> list[Any]:
@@ -71,19 +64,16 @@ def _named(names: str | Sequence[str], at: str, group: str = "guidance") -> list
     nodes: list[Any] = []
     for name in [names] if isinstance(names, str) else names:
         if name not in files:
-            choices = ", ".join(sorted(files))
-            raise ConfigError(f"{at}: no {group} {name!r}{nearest(str(name), files)} (choices: {choices})")
+            choices = f" (choices: {', '.join(sorted(files))})"
+            raise ConfigError(f"{at}: no {group} {name!r}{nearest(str(name), files)}{choices}")
         node: Any = OmegaConf.load(files[name])
-        parents = [parent for parent in node.pop("defaults", []) if parent != "_self_"]
-        nodes += [*_named(parents, at, group), node]
+        nodes += [*_named([parent for parent in node.pop("defaults", []) if parent != "_self_"], at, group), node]
     return nodes
 
 
 def written_config(config: Any, of_a_call: Mapping[str, Any]) -> str:
-    """config.yaml of a run: every setting, and the Hydra part of conf/generate.yaml; its script takes it back.
-
-    of_a_call: keys that are of one call and not of the run, each with its value in the file.
-    """
+    """config.yaml of a run, which its script takes back: every setting, and the Hydra part of conf/generate.yaml.
+    of_a_call: keys that are of one call and not of the run, each with its value in the file."""
     base: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "generate.yaml"), resolve=False)
     quiet = [d for d in base["defaults"] if isinstance(d, Mapping) and any(k.startswith("override hydra/") for k in d)]
     hydra = {"defaults": ["_self_", *quiet], "hydra": {k: v for k, v in base["hydra"].items() if k != "help"}}

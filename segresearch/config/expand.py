@@ -1,15 +1,22 @@
-"""From the settings of a run to its images: which method, prompt, seed and control image. Light: no torch."""
+"""From settings to images: methods, prompts, seeds, control images. Light: no torch, but for captions of scenes."""
 
+import collections
 import dataclasses
 import itertools
+import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from segresearch.config.parse import control_images, parse_seeds, read_prompts
-from segresearch.config.schema import ControlConfig, GenerateConfig, GuidanceConfig, PanelConfig, Scale, TermConfig
+from segresearch.config.schema import SCENE, ControlConfig, GenerateConfig, GuidanceConfig, PanelConfig, TermConfig
 from segresearch.errors import ConfigError
+
+HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training
+COCO = {"id": (int, "a whole number"), "image_id": (int, "a whole number"), "caption": (str, "text")}  # an annotation
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,7 @@ def _panel(config: GenerateConfig, panel: PanelConfig, at: str) -> Panel:
     if len(set(map(slug, run.controls))) < len(run.controls):
         raise ConfigError(f"controls: {', '.join(run.controls)}: too alike to tell their files apart; rename one")
     if run.pairing == "zip" and len(prompts) > len(seeds):
-        counts = f"{len(prompts)} prompts, {len(seeds)} seeds"
-        raise ConfigError(f"{at}pairing: zip gives each seed one prompt, so some would be left: {counts}")
+        raise ConfigError(f"{at}pairing: zip gives each seed one prompt: {len(prompts)} prompts, {len(seeds)} seeds")
     product = run.pairing == "product"
     pairs = list(itertools.product(prompts, seeds) if product else zip(itertools.cycle(prompts), seeds))
     rows = tuple(ImageSpec(prompt, seed, images[seed]) for prompt, seed in pairs)
@@ -86,7 +92,7 @@ def describe(guidance: GuidanceConfig) -> str:
     return " + ".join(words) or "vanilla"
 
 
-def _number(scale: Scale) -> str:
+def _number(scale: Any) -> str:
     return f"{scale:g}" if isinstance(scale, float | int) else f"{scale.start:g}→{scale.stop:g}"
 
 
@@ -106,3 +112,112 @@ def slug(text: str) -> str:
     """`text` as a file name: "SEG σ=∞" is "seg-sigma-inf"."""
     spelled = text.lower().replace("σ", "sigma ").replace("τ", "tau ").replace("∞", "inf")
     return re.sub(r"[^a-z0-9.]+", "-", spelled).strip("-.") or "x"
+
+
+def parse_seeds(seeds: Any, at: str = "seeds") -> tuple[int, ...]:
+    """5, "0-15", "1,4,7-9" or a list of such, in the order given. Raises ConfigError: not of this form, twice, none."""
+    parts = [part for item in ([seeds] if isinstance(seeds, int | str) else seeds) for part in str(item).split(",")]
+    numbers: list[int] = []
+    for part in parts:
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise ConfigError(f'{at}: {part!r} is not a seed or a rising range; write 3, "0-15", "1,4,7-9" or [1, 4]')
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= 2**63 or last - first >= 1_000_000:
+            raise ConfigError(f"{at}: {part!r}: seeds go up to 2^63 - 1, a range holds at most a million")
+        numbers.extend(range(first, last + 1))
+    for seed, count in collections.Counter(numbers).most_common(1):
+        if count > 1:
+            raise ConfigError(f"{at}: seed {seed} is given twice")
+    return tuple(numbers)
+
+
+def scene_numbers(text: str, count: int, at: str) -> tuple[int, ...] | None:
+    """The scenes of "scene:12", "scene:0-7", "scene:1,4" or "scene:5-" (`count` of them); None for other text."""
+    if not text.startswith(SCENE):
+        return None
+    numerals = text.removeprefix(SCENE).strip()
+    first = re.fullmatch(r"(\d+)\s*-", numerals)
+    try:
+        numbers = tuple(range(int(first[1]), int(first[1]) + count)) if first else parse_seeds(numerals, at)
+    except ConfigError:
+        numbers = ()
+    if not numbers or max(numbers) >= 2**31:
+        forms = 'write "scene:12", "scene:0-7", "scene:1,4" or "scene:0-" (one for each seed), with numbers below 2^31'
+        raise ConfigError(f"{at}: {text!r} names no scenes; {forms}")
+    return numbers
+
+
+def control_images(image: str | tuple[str, ...], count: int, at: str) -> tuple[str, ...]:
+    """A file or a scene ("scene:12") for each of `count` seeds: those that `image` names, repeating in turn."""
+    names: list[str] = []
+    for item in (image,) if isinstance(image, str) else image:
+        numbers = scene_numbers(item, count, at)
+        names += [item] if numbers is None else [f"{SCENE}{number}" for number in numbers]
+    if not names or "" in names:
+        raise ConfigError(f'{at}: no image; give a file, a list of files, or scenes such as "scene:0-7"')
+    if len(names) > count:
+        raise ConfigError(f"{at}: each seed takes one image: {len(names)} images, {count} seeds; give as many seeds")
+    return tuple(names[i % len(names)] for i in range(count))
+
+
+def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts", count: int = 1) -> tuple[str, ...]:
+    """A list of prompts as it is; text ending in .txt is a file of one prompt a line, in .json one of COCO's captions;
+    "scene:0-7" are the captions of these scenes, and "scene:0-" of `count`; other text is one prompt."""
+    if isinstance(prompts, tuple):
+        texts = prompts
+    elif numbers := scene_numbers(prompts, count, at):
+        from segresearch.scenes.scenes import captions
+
+        texts = tuple(captions([HELD_OUT + number for number in numbers]))
+    elif prompts.lower().endswith((".txt", ".json")):
+        texts = (from_text if prompts.lower().endswith(".txt") else from_coco)(Path(prompts), at)
+    elif os.sep in prompts and Path(prompts).expanduser().exists():
+        raise ConfigError(f"{at}: {prompts} is not a .txt or .json file; a text that is meant as one goes into a list")
+    else:
+        texts = (prompts,)
+    if not texts:
+        raise ConfigError(f'{at}: no prompt in {prompts!r}; "" is the one for images without a prompt')
+    return texts
+
+
+def from_text(path: Path, at: str = "prompts") -> tuple[str, ...]:
+    """One prompt a line, UTF-8; blank lines are left out. ConfigError with the number of the line that is wrong."""
+    lines = [line.strip() for line in _text(path, at).split("\n")]
+    for number, line in enumerate(lines, 1):
+        if control := re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", line):
+            raise ConfigError(f"{at}: {path}, line {number}: holds the control character {control[0]!r}")
+    return tuple(filter(None, lines))
+
+
+def from_coco(path: Path, at: str = "prompts") -> tuple[str, ...]:
+    """Captions of a COCO file (captions_val2014.json): the first of each image by image id, then the second of each,
+    and so on, "first" by annotation id. ConfigError has the line or the annotation that is wrong."""
+    try:
+        entries = list(json.loads(_text(path, at))["annotations"])
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{at}: {path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{at}: {path}: no list `annotations` in it, which COCO's captions_*.json have") from error
+    for i, entry in enumerate(entries):
+        for key, (kind, noun) in COCO.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+                raise ConfigError(f"{at}: {path}: annotations.{i}: no {key}, or it is not {noun}")
+        if not entry["caption"].strip():
+            raise ConfigError(f"{at}: {path}: annotations.{i}: the caption is empty")
+    by_image = collections.defaultdict(list)
+    for entry in sorted(entries, key=lambda entry: entry["id"]):
+        by_image[entry["image_id"]].append(" ".join(entry["caption"].split()))
+    turns = itertools.zip_longest(*(by_image[image] for image in sorted(by_image)))
+    return tuple(caption for turn in turns for caption in turn if caption)
+
+
+def _text(path: Path, at: str) -> str:
+    """The text of a UTF-8 file. ConfigError with the line and the byte in it that is wrong."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{at}: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        *lines, last = error.object[: error.start + 1].splitlines()
+        raise ConfigError(f"{at}: {path}, line {len(lines) + 1}: not UTF-8 text (byte {len(last)})") from error

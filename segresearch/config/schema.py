@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from segresearch.config.parse import SCENE
 from segresearch.config.validate import Record, of_guidance
 from segresearch.errors import ConfigError
 from segresearch.fields import Boundary, Count, Flag, Fraction, NonNegative, Number, Whole, within
@@ -20,15 +19,15 @@ from segresearch.wandb_log import WandbConfig
 if TYPE_CHECKING:
     from segresearch.guidance import PAG, SEG, Projected, Ramp
 else:
-    SEG, PAG, Ramp, Projected = (Annotated[Any, of_guidance(name)] for name in ("SEG", "PAG", "Ramp", "Projected"))
+    Ramp, Projected = (Annotated[Any, of_guidance(name)] for name in ("Ramp", "Projected"))
+    SEG, PAG = (Annotated[Any, of_guidance(name), Tag(name.lower())] for name in ("SEG", "PAG"))
 
+SCENE = "scene:"  # the prefix of procedural scenes, among names of files
 DType = Literal["float32", "bfloat16", "float16", "float64"]
-Batch = Count | Literal["auto"]  # images a batch; auto: the model's own number for the device
 Where = str | Whole | tuple[str | Whole, ...]  # self-attention sites: a group, a glob, an index, or several of these
 Heads = tuple[Whole, ...] | None  # None: all
 Seeds = Whole | str | tuple[Whole | str, ...]
 Prompts = str | tuple[str, ...]
-Size = tuple[Count, Count] | None  # (height, width) in pixels; None: the model's own
 Scale = Number | Ramp
 Interval = tuple[Number, Number] | None  # (low, high) in sigma; None: everywhere
 Base = Literal["cond", "uncond"]
@@ -64,9 +63,7 @@ class CustomConfig(Record):
     options: dict[str, Any] = field(default_factory=dict)
 
 
-PerturbationConfig = Annotated[
-    Annotated[SEG, Tag("seg")] | Annotated[PAG, Tag("pag")] | Annotated[CustomConfig, Tag("custom")], by_kind
-]
+PerturbationConfig = Annotated[SEG | PAG | Annotated[CustomConfig, Tag("custom")], by_kind]
 
 
 @dataclass(frozen=True)
@@ -139,10 +136,8 @@ class ControlConfig(Record):
         images = (self.image,) if isinstance(self.image, str) else self.image
         files = [image for image in images if not image.startswith(SCENE)]
         if self.preprocess == "depth" and files and not self.depth_model:
-            hint = "or set preprocess=none where the image is a depth map itself"
-            raise ConfigError(
-                f"depth_model: missing, and {files[0]} needs one; name one (a folder or a cached hub id), {hint}"
-            )
+            hint = "name a folder or a cached hub id, or set preprocess=none where the image is a depth map itself"
+            raise ConfigError(f"depth_model: missing, and {files[0]} needs one; {hint}")
 
 
 @dataclass(frozen=True)
@@ -203,8 +198,8 @@ class RunConfig(Record):
     prompts: Prompts = ("",)
     negative: str | None = None
     steps: Count = 25
-    size: Size = None
-    batch_size: Batch = 8
+    size: tuple[Count, Count] | None = None  # (height, width) in pixels; None: the model's own
+    batch_size: Count | Literal["auto"] = 8  # auto: the model's own number for the device
     device: str = "auto"
     compute: Annotated[Compute, Record] = Compute()
     out: str = "runs"
@@ -225,11 +220,9 @@ class GenerateConfig(RunConfig):
 
 @dataclass(frozen=True)
 class EvaluateConfig(RunConfig):
-    """An `evaluate` run: conf/evaluate.yaml. Methods, measured on images of the same noise and prompts.
-
-    Shards are identified by everything that images depend on to the last bit, so by `batch_size` and `shard` too. Runs
-    are identified by their methods, the number of images and the metrics.
-    """
+    """An `evaluate` run, conf/evaluate.yaml: methods, measured on images of the same noise and prompts. Shards are
+    identified by everything that images depend on to the last bit, so by `batch_size` and `shard` too; runs by their
+    methods, the number of images and the metrics."""
 
     name: str = "evaluate"
     compare: tuple[GuidanceConfig, ...] = ()
@@ -268,9 +261,8 @@ class AnalyzeConfig(RunConfig):
     wandb: Annotated[WandbConfig, Record] = WandbConfig()
 
     def __post_init__(self) -> None:
-        blur = self.blur
-        lists = {"measured_steps": self.measured_steps, "blur.sigmas": blur.sigmas, "blur.boundaries": blur.boundaries}
-        for name, values in lists.items():
+        lists = {"measured_steps": self.measured_steps, "blur.sigmas": self.blur.sigmas}
+        for name, values in (lists | {"blur.boundaries": self.blur.boundaries}).items():
             if not values:
                 raise ConfigError(f"{name}: empty; give at least one")
             if len(set(values)) < len(values):

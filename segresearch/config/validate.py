@@ -43,13 +43,12 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def unknown(name: str, siblings: Sequence[str]) -> str:
-    """The message for a setting called `name` (full, with dots) that is none of `siblings`."""
-    key = name.rpartition(".")[2]
+def unknown(key: str, siblings: Iterable[str]) -> str:
+    """What is wrong with a setting called `key` that is none of `siblings`."""
     if key in RENAMED:
-        return f"{name}: now called {RENAMED[key]}"
+        return f"now called {RENAMED[key]}"
     here = f" (settings here: {', '.join(siblings)})" if siblings else ""
-    return f"{name}: no such setting{nearest(key, siblings)}{here}"
+    return f"no such setting{nearest(key, siblings)}{here}"
 
 
 def modern(settings: Any) -> Any:
@@ -62,8 +61,7 @@ def modern(settings: Any) -> Any:
 def typed(kind: Any, value: Any, at: str = "") -> Any:
     """`value` (numbers, text, lists and mappings, as YAML gives them) as an instance of the type `kind`.
 
-    `at` is the key of the value in messages. Raises ConfigError (one line) if it does not fit. Everything that needs no
-    torch is checked first.
+    at: its key in messages. Raises ConfigError (one line). What needs no torch is checked first.
     """
     adapter = _adapter(Annotated[kind, Record] if dataclasses.is_dataclass(kind) else kind)
     try:
@@ -104,7 +102,7 @@ def _fields(kind: Any, value: Any) -> Any:
     value = {"on" if key is True else key: item for key, item in value.items()}  # YAML reads a bare `on` as true
     for key in value:
         if key not in fields:
-            raise PydanticCustomError("unknown", "no such setting", {"key": str(key), "siblings": list(fields)})
+            raise ConfigError(f"{key}: {unknown(str(key), fields)}")
     for key, field in fields.items():
         required = field.default is field.default_factory
         if value.get(key, "???" if required else None) == "???":
@@ -112,45 +110,36 @@ def _fields(kind: Any, value: Any) -> Any:
     return value
 
 
-def _errors(error: ValidationError, value: Any) -> Iterator[tuple[tuple[str, ...], Any, str, str, list[str]]]:
-    """Of each wrong field its keys, its value, the kind of error, what it must be, and its choices."""
+def _errors(error: ValidationError, value: Any) -> Iterator[tuple[tuple[str, ...], Any, bool, str, list[str]]]:
+    """Of each wrong field its keys, its value, whether the next is a whole message, what it must be, its choices."""
     for details in error.errors(include_url=False):
         keys, node = [], value
         for key in details["loc"]:  # the members of unions are in it too
             if isinstance(node, Mapping) and key in node or isinstance(node, Sequence) and key in range(len(node)):
                 keys.append(str(key))
                 node = node[key]  # type: ignore[index]
-        context, kind, wrong = details.get("ctx", {}), details["type"], details["input"]
-        cause = context.get("error")
-        kind = "config_error" if isinstance(cause, ConfigError) else kind
-        if isinstance(cause, ValidationError):
+        context, wrong = details.get("ctx", {}), details["input"]
+        if isinstance(cause := context.get("error"), ValidationError):
             yield from (((*keys, *below), *rest) for below, *rest in _errors(cause, node))
             continue
         choices = re.findall(r"'(.*?)'", str(context.get("expected") or context.get("expected_tags")))
         text = f"one of {', '.join(choices)}" if len(choices) > 1 else "".join(choices)
-        if kind == "unknown":
-            keys, choices = [*keys, context["key"]], context["siblings"]
-        elif isinstance(wrong, Missing):
+        if isinstance(wrong, Missing):
             keys += [wrong.key] * isinstance(node, Mapping)  # where the key is not there at all
-        elif kind == "union_tag_invalid":
+        elif details["type"] == "union_tag_invalid":
             keys, wrong = [*keys, "kind"], context["tag"] or Missing("kind")
-        yield tuple(keys), wrong, kind, text or TYPES.get(kind) or str(cause or details["msg"]), choices
+        elif cause:  # a ConfigError begins with the name of a field
+            text = f".{cause}" if isinstance(cause, ConfigError) else f": {cause}"
+        yield tuple(keys), wrong, bool(cause), text or TYPES.get(details["type"], details["msg"]), choices
 
 
 def _line(error: ValidationError, value: Any, at: str) -> str:
     """The most specific of the errors as one line."""
     errors = list(_errors(error, value))
-    specific = ("range", "value_error", "config_error")
-    keys, wrong, kind, text, choices = max(errors, key=lambda entry: len(entry[0]) + (entry[2] in specific))
+    keys, wrong, whole, text, _ = max(errors, key=lambda entry: len(entry[0]) + entry[2])
     name = ".".join([at, *keys] if at else keys)
-    if kind == "unknown":
-        return unknown(name, choices)
-    if kind == "range":
-        return f"{name}: {wrong!r} is out of range; it must be {text}"
-    if kind == "value_error":
-        return f"{name}: {text}".removeprefix(": ")
-    if kind == "config_error":  # its message begins with the name of a field
-        return f"{name}.{text}".removeprefix(".")
+    if whole:
+        return f"{name}{text}".lstrip(".: ")
     same = [entry for entry in errors if entry[0] == keys]
     words = " or ".join(dict.fromkeys(text for *_, text, _ in same))
     if isinstance(wrong, Missing):

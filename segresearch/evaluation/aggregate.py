@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from segresearch import runs
-from segresearch.config.parse import HELD_OUT, SCENE, scene_numbers
+from segresearch.config.expand import HELD_OUT, SCENE, scene_numbers
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation import paper_numbers, shards
 from segresearch.evaluation.frame import Frame, Value

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from segresearch.checkpoints.resolve import resolve_model
-from segresearch.config.parse import HELD_OUT, SCENE
+from segresearch.config.expand import HELD_OUT, SCENE
 from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError, InputError, NotFinite
 from segresearch.evaluation.shards import Array

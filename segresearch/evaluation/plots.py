@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from segresearch.config import CFGTerm, GuidanceConfig, PerturbedTerm
+from segresearch.config.schema import CFGTerm, GuidanceConfig, PerturbedTerm
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import Frame
 from segresearch.evaluation.spec import EvaluationSpec

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segresearch import runs
-from segresearch.config import EvaluateConfig, GuidanceConfig
-from segresearch.config.expand import control_rows, describe, methods, slug
-from segresearch.config.parse import HELD_OUT, SCENE, read_prompts, scene_numbers
+from segresearch.config.expand import HELD_OUT, control_rows, describe, methods, read_prompts, scene_numbers, slug
+from segresearch.config.schema import SCENE, EvaluateConfig, GuidanceConfig
 from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers

@@ -61,9 +61,7 @@ def _star_hit(o: Parts, d: Parts) -> Float[Tensor, "n h w"]:
         x, y, z = normals.movedim(-1, 0)[..., None, None]
         return x * columns[:, :1] + z * columns[:, 1:], x * rows[:, :1] + y * rows[:, 1:2] + z * rows[:, 2:]
 
-    spoke_column, spoke_row = across(spokes)
-    rim_column, rim_row = across(rims)
-    facet_column, facet_row = across(facets)
+    (spoke_column, spoke_row), (rim_column, rim_row), (facet_column, facet_row) = map(across, (spokes, rims, facets))
     left = [spoke_column[:, k] > -spoke_row[:, k] for k in range(10)]
     inverse = torch.zeros_like(dx)
     for k in range(10):
@@ -135,8 +133,7 @@ def normal(shape: str, p: Float[Tensor, "3 m"]) -> tuple[Parts, Tensor | int]:
         face = (wedge + 5).to(torch.uint8)
         # a facet's steepest line points along its edge's normal, mirrored in every other wedge
         odd = wedge - 2 * (wedge / 2).floor()
-        tip = (wedge + odd) * (_CORNER)
-        slope = _THICK / (_EDGE_Y * _TIP)
+        tip, slope = (wedge + odd) * _CORNER, _THICK / (_EDGE_Y * _TIP)
         ex, ey, sin, cos = slope * _EDGE_X * (1 - 2 * odd), slope * _EDGE_Y, tip.sin(), tip.cos()
         x, y, z = ex * cos + ey * sin, ey * cos - ex * sin, torch.ones_like(z)
     shorten = (x * x + y * y + z * z).rsqrt()

@@ -112,7 +112,7 @@ def test_a_recording_falls_back_and_is_the_same(eager, graphed):
     for name, sdxl in (("eager", eager), ("graph", graphed)):
         recorder = Recorder(sdxl.unet.site_heads, "mid", None, [0, 2], ["cond", "cond~seg"])
         x0 = latents(sdxl, "seg", attend=recorder.attend(labels))
-        found[name] = (x0, recorder.recording.entries)
+        found[name] = (x0, recorder.recording)
     assert len(found["eager"][1]) == len(found["graph"][1]) > 0
     torch.testing.assert_close(found["graph"][0], found["eager"][0], rtol=0, atol=1e-3)
     for a, b in zip(found["eager"][1], found["graph"][1], strict=True):
