@@ -107,11 +107,6 @@ class Result:
     reference_images: int
 
 
-def rounded(value: float) -> float | None:
-    """To 7 digits; None for what is not a number."""
-    return None if math.isnan(value) else float(f"{value:.7g}")
-
-
 def aggregate(spec: EvaluationSpec, images: Reference) -> Result:
     """Every metric of every method; images: the real ones. Raises ConfigError, Damaged, OSError."""
     config, rows, norms = spec.config, [], {}
@@ -131,8 +126,8 @@ def aggregate(spec: EvaluationSpec, images: Reference) -> Result:
             if metric.extractor is not None:
                 x = torch.from_numpy(values)
                 distance = frechet_distance(x, fitted[metric.name], config.n_bootstrap, force=config.force)
-                pair, net = (distance, baselines.setdefault(metric.name, distance)), metric.extractor.name
-                kinds = set_numbers(x, real[metric.name], *pair, config.n_subsets, net == "clip")
+                baseline, net = baselines.setdefault(metric.name, distance), metric.extractor.name
+                kinds = set_numbers(x, real[metric.name], distance, baseline, config.n_subsets, net == "clip")
                 numbers |= {f"{kind}-{net}": number for kind, number in kinds.items()}
             elif metric.columns:
                 means = values.mean(0, dtype=np.float64)  # (n, columns) -> (columns,)
@@ -140,7 +135,8 @@ def aggregate(spec: EvaluationSpec, images: Reference) -> Result:
             else:
                 deviation = values.std(ddof=1, dtype=np.float64) if len(values) > 1 else math.nan
                 numbers[metric.name] = float(values.mean(dtype=np.float64)), float(deviation / math.sqrt(len(values)))
-        rows += [Value(method, name, *map(rounded, number)) for name, number in numbers.items()]
+        for name, number in numbers.items():
+            rows.append(Value(method, name, *(None if math.isnan(x) else float(f"{x:.7g}") for x in number)))
         rows += [Value(method, f"paper-{c}", v) for c, v in paper_numbers.numbers(spec.paper, guidance).items()]
         if NORMS in shards.producers(spec.shard(method, spec.ranges[0])):
             norms[method] = tuple(float(f"{step:.7g}") for step in _joined(spec, method, NORMS).mean(0, np.float64))
@@ -157,12 +153,10 @@ def set_numbers(
     distance, baseline: the Fréchet distances of the method and of the baseline. Their difference is taken on the same
     resampled images, so its error is smaller than those of the two. gaussian_kernel: CMMD in place of KID.
     """
-    kinds = ("variance", "kd", "kd_spread", "precision", "recall")
     numbers: dict[str, tuple[float, ...]] = {
         "fd": (distance.distance, distance.error), "fd_to_baseline": (math.nan,),
         "fd_extrapolated": (distance.extrapolated,), "fd_means": (distance.mean_part,),
-        **dict.fromkeys(kinds, (math.nan,)),
-    }  # fmt: skip
+    } | dict.fromkeys(("variance", "kd", "kd_spread", "precision", "recall"), (math.nan,))  # fmt: skip
     if baseline is not distance:
         differences = np.subtract(distance.resamples, baseline.resamples)
         error = float(differences.std(ddof=1)) if len(differences) > 1 else math.nan

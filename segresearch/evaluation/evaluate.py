@@ -58,8 +58,8 @@ class Evaluation:
         rate = f" ({self.sampled / self.seconds:.2f} images/s)" if self.sampled and self.seconds else ""
         existing = f", {self.existing} existed already" if self.existing else ""
         counts = f"{self.sampled} images sampled{rate}{existing}" if self.sampled or self.existing else ""
-        page_line = "" if self.result is None else f"page: {self.folder / outputs.PAGE}"
-        return "\n".join(filter(None, [counts, self.message, page_line]))
+        page = "" if self.result is None else f"page: {self.folder / outputs.PAGE}"
+        return "\n".join(filter(None, [counts, self.message, page]))
 
 
 def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, part: Worker | None = None) -> Evaluation:

@@ -97,12 +97,12 @@ class Frame:
 def _metrics() -> Iterator[Metric]:
     yield Metric("n", head="N", digits=0)
     yield Metric("operations")  # floating-point operations of the sampling of one image
-    frechet = {"mini": "FD (mini)", "inception": "FID", "dinov2": "FD (DINOv2)", "clip": "FD (CLIP)"}
-    kernel = {"mini": "KD (mini)", "inception": "KID", "dinov2": "KD (DINOv2)", "clip": "CMMD"}
-    for features in frechet:
-        yield Metric("fd", features, frechet[features], 2)
+    networks = {"mini": ("FD (mini)", "KD (mini)"), "inception": ("FID", "KID"),
+                "dinov2": ("FD (DINOv2)", "KD (DINOv2)"), "clip": ("FD (CLIP)", "CMMD")}  # fmt: skip
+    for features, (frechet, kernel) in networks.items():
+        yield Metric("fd", features, frechet, 2)
         yield Metric("fd_to_baseline", features, "− baseline", 2)  # on the same resampled images
-        yield Metric("kd", features, kernel[features], 1 if features == "mini" else 4)
+        yield Metric("kd", features, kernel, 1 if features == "mini" else 4)
         yield Metric("precision", features, "precision")
         yield Metric("recall", features, "recall")
         yield Metric("fd_extrapolated", features)  # with its first order in 1/N removed
@@ -113,10 +113,10 @@ def _metrics() -> Iterator[Metric]:
         yield Metric("distance", features, head)
     yield Metric("text_alignment", "mini", "cosine (mini)")
     yield Metric("text_alignment", "clip", "CLIP cosine")
-    heads = {"count": "count", "colors": "colours", "shapes": "shapes", "objects": "objects", "exact": "exact",
-             "objects_chance": "(chance)", "edges": "edges", "saturation": "saturation", "brightness": "",
-             "contrast": "contrast", "red": "", "green": "", "blue": ""}  # fmt: skip
-    yield from (Metric(kind, head=head, group="content") for kind, head in heads.items())
+    heads = {"colors": "colours", "objects_chance": "(chance)", "brightness": "", "red": "", "green": "", "blue": ""}
+    for kind in ("count", "colors", "shapes", "objects", "exact", "objects_chance", "edges", "saturation", "brightness",
+                 "contrast", "red", "green", "blue"):  # fmt: skip
+        yield Metric(kind, head=heads.get(kind, kind), group="content")
     yield Metric("cost", head="cost", digits=2)  # operations over those of the baseline
     yield from (Metric("paper", column, f"paper: {head}", group="paper") for column, head in HEADS.items())
 

@@ -65,10 +65,9 @@ class EvaluationSpec:
 
     def facts(self, run: str, reference_images: int) -> dict[str, Any]:
         """What metrics.jsonl and W&B say of a run beside its numbers. run: the name of its folder."""
-        config = self.config
-        names = {"model": config.model.name, "sampler": config.sampler.name, "schedule": config.schedule.name}
-        return {"experiment": config.name, "run": run, **names, "steps": config.steps, "reference": config.reference,
-                "reference_images": reference_images}  # fmt: skip
+        groups = {key: getattr(self.config, key).name for key in ("model", "sampler", "schedule")}
+        settings = {**groups, "steps": self.config.steps, "reference": self.config.reference}
+        return {"experiment": self.config.name, "run": run, **settings, "reference_images": reference_images}
 
     def describe(self, reference_images: int) -> str:
         """The run in one line."""
