@@ -39,8 +39,8 @@ def sample_latents(
     schedule = config.schedule.name if config.schedule.rho is None else run_sigmas(sdxl, config)
     with sdxl.arithmetic():
         latents = sample(
-            model, initial_noise(seeds, sdxl.latent_shape(config.size)), config.sampler.name, schedule, config.steps,
-            conds, seeds, options=config.sampler.options, control=control, attend=attend,
+            model, initial_noise(seeds, sdxl.latent_shape(config.size)), sampler=config.sampler.name, steps=config.steps,
+            schedule=schedule, conds=conds, seeds=seeds, options=config.sampler.options, control=control, attend=attend,
         )  # fmt: skip
     finite = latents.isfinite().flatten(1).all(1).tolist()  # (rows, channels, h, w) -> (rows)
     if failed := [seed for seed, row_is_finite in zip(seeds, finite, strict=True) if not row_is_finite]:

@@ -11,10 +11,10 @@ import socket
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
+from helpers import composed
 
 from segresearch.checkpoints.resolve import resolve_model
-from segresearch.config import EvaluateConfig, conf_dir, settings
+from segresearch.config import EvaluateConfig
 from segresearch.config.build import with_batch_size
 from segresearch.config.parse import from_coco, from_text
 from segresearch.errors import ConfigError
@@ -27,9 +27,8 @@ from segresearch.evaluation.workers import Worker, worker
 from segresearch.tidy_csv import to_csv
 
 
-def composed(*overrides: str) -> EvaluateConfig:
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return settings(compose("evaluate", overrides=list(overrides)), kind=EvaluateConfig)
+def evaluation(*overrides: str) -> EvaluateConfig:
+    return composed(*overrides, name="evaluate", kind=EvaluateConfig)
 
 
 def test_prompts_come_from_a_text_file_and_the_wrong_line_is_named(tmp_path):
@@ -112,7 +111,7 @@ def test_a_byte_that_changes_anywhere_in_a_shard_is_damage(byte, tmp_path):
 @pytest.mark.parametrize(("name", "count"), [("table1", 5), ("table2", 6), ("fig6", 13), ("fig12", 10)])
 @pytest.mark.parametrize("model", ["mini", "sdxl"])
 def test_every_experiment_is_a_table_of_its_methods(name, count, model):
-    spec = evaluation_spec(composed(f"experiment={name}", f"model={model}", "images=12"))
+    spec = evaluation_spec(evaluation(f"experiment={name}", f"model={model}", "images=12"))
     assert len(spec.methods) == count and spec.paper == (name if name in paper_numbers.TABLES else None)
     assert not spec.methods[spec.baseline].terms and spec.methods[spec.baseline].sag is None
     if spec.paper:
@@ -124,13 +123,12 @@ def test_every_experiment_is_a_table_of_its_methods(name, count, model):
 
 def test_experiments_are_pictures_too():
     """generate.py takes the same files, and of them what it knows."""
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = settings(compose("generate", overrides=["experiment=table2"]))
+    config = composed("experiment=table2")
     assert config.pairing == "zip" and config.compare[1].terms["seg"].perturbation.sigma == 1
 
 
 def folders(*overrides: str) -> dict[str, str]:
-    spec = evaluation_spec(with_batch_size(composed(*overrides)))
+    spec = evaluation_spec(with_batch_size(evaluation(*overrides)))
     return {method: folder.name for method, folder in with_folders(spec, resolve_model("mini")).folders.items()}
 
 
@@ -228,7 +226,7 @@ def test_figures_are_drawn_of_bars_and_of_lines_over_sigma():
 
     seg = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
     guided = typed(dict[str, GuidanceConfig], {"vanilla": {}, "SEG 2 σ=∞": {"terms": {"seg": seg}}})
-    config = composed("images=300", "compare=[]", "guidance=none")
+    config = evaluation("images=300", "compare=[]", "guidance=none")
     spec = dataclasses.replace(evaluation_spec(config), methods=guided)
     norms = {"vanilla": (0.0, 0.0), "SEG 2 σ=∞": (0.5, 0.25)}
     found = plots.draw(spec, Result(FRAME, norms, 9), "a run")
