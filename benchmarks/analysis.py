@@ -6,7 +6,6 @@ inputs are ready. On a busy machine compare the processor seconds of --threads 1
 
     streamed    everything of `curvature`, before and after the blur: mean, variance, lse, entropy, log-determinants
                 (pseudo-determinant, eq. (20) with b_ii, chain rule), traces, spectral norm
-    norms       the same after the blur, and the spectral norm of the chain rule's Hessian by Lanczos steps; of one head
     maps        the naive way for what maps alone give: a site's logits, their blur and both softmaxes whole, then
                 reductions over them. No norms and no determinant of a matrix.
     hessians    the naive way for determinants and norms: the two n×n Hessians of a column and their eigenvalues, of one
@@ -19,7 +18,7 @@ import time
 from harness import Peak
 
 LOADS = {"mid block": (10, 20, (32, 32)), "4096 tokens": (1, 10, (64, 64))}  # sites, heads, grid
-WAYS = ("streamed", "norms", "maps", "hessians")
+WAYS = ("streamed", "maps", "hessians")
 DIM, SIGMA, BOUNDARY = 64, 2.0, "reflect"
 
 
@@ -46,7 +45,7 @@ def measure(load: str, way: str, threads: int, quick: bool) -> dict:
     import torch
 
     from segresearch.analysis.blur_operator import BlurOperator
-    from segresearch.analysis.curvature import chain_hessian, curvature, hessian
+    from segresearch.analysis.energy import chain_hessian, curvature, hessian
     from segresearch.analysis.logit_statistics import columns
 
     torch.set_num_threads(threads)
@@ -67,10 +66,6 @@ def measure(load: str, way: str, threads: int, quick: bool) -> dict:
             for q, k in inputs:
                 curvature(q, k, "queries", plain)
                 curvature(q, k, "queries", operator)
-        elif way == "norms":
-            share = 1 / (sites * heads)
-            q, k = (z[:, -1:] for z in inputs[-1])
-            curvature(q, k, "queries", operator, chain_norms=True)
         elif way == "maps":
             for q, k in inputs:
                 maps(q, k, operator)

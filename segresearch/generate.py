@@ -15,7 +15,7 @@ from tqdm import tqdm
 from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import GenerateConfig
-from segresearch.config.build import build_guidance, device_kind, load_model, of_model, with_batch_size
+from segresearch.config.build import build_guidance, device_kind, load_model, resolved
 from segresearch.config.compose import written_config
 from segresearch.config.expand import Panel, panels, slug
 from segresearch.control_images.identify import control_records, identify_controls
@@ -74,7 +74,7 @@ def generate(config: GenerateConfig, model: SDXL | None = None) -> RunResult:
     model: already loaded; None loads `config.model` if anything is missing. InputError for settings that do not fit
     the model, OSError where the folder cannot be written. On an interrupt finished images stay.
     """
-    run, seconds = expand(with_batch_size(of_model(config, model))), 0.0
+    run, seconds = expand(resolved(config, model)), 0.0
     records = dict(item for files in run.panels for images in files.images.values() for item in images.items())
     stored = {path: read_record(path) or {} for path in records}
     missing = {path for path, r in records.items() if any(stored[path].get(key) != r[key] for key in IDENTITY)}
@@ -185,8 +185,7 @@ def save_control_images(run: Run, size: tuple[int, int]) -> None:
 
 def save_grid(run: Run) -> Path:
     """grid.png: a block a panel, rows are seeds (and prompts), columns methods; kept if it is this grid already."""
-    config, path, limit = run.config, run.folder / "grid.png", run.config.grid.rows
-    blocks = []
+    config, path, limit, blocks = run.config, run.folder / "grid.png", run.config.grid.rows, []
     for files in run.panels:
         heads = [f"control: {name}" if len(files.controls) > 1 else "control" for name in files.controls]
         cells = list(zip(*files.controls.values(), *files.images.values(), strict=True))[:limit]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from segresearch.config import AnalyzeConfig, ControlConfig, EvaluateConfig, GenerateConfig, typed
 from segresearch.config.build import device_kind, refuse_foreign
-from segresearch.config.names import modern
+from segresearch.config.validate import modern
 from segresearch.errors import ConfigError
 from segresearch.records import read_record
 from segresearch.runs import code_version

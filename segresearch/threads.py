@@ -19,7 +19,6 @@ from torch import Tensor
 
 P, R = ParamSpec("P"), TypeVar("R")
 FEW = 512  # dimensions of a feature: matrices of so many rows and columns are small work
-
 _inside_threads: ContextVar[bool] = ContextVar("inside_threads", default=False)
 
 
@@ -41,9 +40,8 @@ def one_thread_for(small: Callable[..., bool]) -> Callable[[Callable[P, R]], Cal
     def decorated(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def single(*args: P.args, **kwargs: P.kwargs) -> R:
-            if _inside_threads.get() or not small(*args, **kwargs):
-                return function(*args, **kwargs)
-            with threads(1):
+            alone = small(*args, **kwargs) and not _inside_threads.get()
+            with threads(1) if alone else contextlib.nullcontext():
                 return function(*args, **kwargs)
 
         return single
@@ -51,9 +49,7 @@ def one_thread_for(small: Callable[..., bool]) -> Callable[[Callable[P, R]], Cal
     return decorated
 
 
-def one_thread(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: one thread; inside `threads`, as many as those."""
-    return one_thread_for(lambda *args, **kwargs: True)(function)
+one_thread = one_thread_for(lambda *args, **kwargs: True)  # decorator: one thread; inside `threads`, as many as those
 
 
 def few_features(features: Tensor, *others: Any, **options: Any) -> bool:

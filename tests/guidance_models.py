@@ -1,5 +1,6 @@
 """A tiny random UNet under the plain denoiser, for the guidance tests: 15 sites, some in every group; ControlNets."""
 
+from dataclasses import fields
 from functools import lru_cache
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ControlNet, ControlNetConfig
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.network_configs import EncoderConfig
 from segresearch.models.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(
@@ -54,7 +56,7 @@ class Counted(ControlNet):
         return super().forward(x, t, cond, hint, guess)
 
 
-SHARED = {k: getattr(CONFIG, k) for k in CONFIG.__dataclass_fields__ if k in ControlNetConfig.__dataclass_fields__}
+SHARED = {field.name: getattr(CONFIG, field.name) for field in fields(EncoderConfig)}
 CONTROL_CONFIG = ControlNetConfig(
     **SHARED | {"conditioning_embedding_out_channels": (4, 6), "transformer_layers_per_block": (1, 1, 1)}
 )

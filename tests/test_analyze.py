@@ -19,12 +19,12 @@ from PIL import Image
 from segresearch import cli
 from segresearch.analysis import measurements
 from segresearch.analysis.analyze import analyze
-from segresearch.analysis.measurements import measure, merge_claims, short
+from segresearch.analysis.measurements import measure, short
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.config import AnalyzeConfig, conf_dir, settings, typed
 from segresearch.errors import ConfigError
 from segresearch.guidance import blur_matrix
-from segresearch.tidy_csv import to_csv
+from segresearch.pages import to_csv
 
 SCRIPT = conf_dir().parent / "experiments" / "analyze.py"
 SEG = {"kind": "perturbed", "scale": 1, "perturbation": {"kind": "seg", "sigma": 1}}
@@ -116,7 +116,7 @@ def test_what_must_hold_holds_and_the_worst_column_is_named(run):
     assert shares["mean_kept", "queries", "reflect", "1"] < 1 == shares["mean_kept_weighted", "queries", "reflect", "1"]
     assert shares["blur_commutes", "queries", "reflect", "1"] == 1
     recording = Recording.open(run.folder / "recording")
-    summaries = merge_claims(c for _, claims in measure(recording, [1.0], ["reflect"], recording.sites) for c in claims)
+    _, summaries = measure(recording, [1.0], ["reflect"], recording.sites)
     claim = next(c for c in summaries if c.claim == "mean_kept" and c.axis == "queries")
     (entry,) = [e for e in recording.select(step=claim.worst["step"]) if short(e.site) == claim.worst["site"]]
     row = [image["prompt"] for image in entry.images].index(claim.worst["prompt"])
@@ -180,7 +180,8 @@ def test_a_perturbed_branch_is_measured_under_its_perturbation(config, model, un
 def test_what_the_model_cannot_do_is_one_line_and_leaves_nothing(changes, words, config, model, tmp_path):
     with pytest.raises(ValueError, match=words) as caught:
         analyze(dataclasses.replace(config, out=str(tmp_path), **changes), model)
-    assert cli.exit_code(caught.value) == 2 and "\n" not in cli.line(caught.value)
+    code, line = cli.explained(caught.value)
+    assert code == 2 and "\n" not in line
     assert not [path for path in tmp_path.rglob("*") if path.is_file()] and len(list(tmp_path.rglob("*"))) <= 1
 
 
@@ -244,17 +245,17 @@ def test_entries_of_one_shape_are_measured_together_to_the_same_numbers(monkeypa
     monkeypatch.setattr(measurements, "curvature", watched)
     torch.set_num_threads(2)
     try:
-        together = list(measure(Recording(tuple(entries)), [1.0, math.inf], ["reflect", "exact"], sites))
+        rows, claims = measure(Recording(entries), [1.0, math.inf], ["reflect", "exact"], sites)
         assert set(inside) == {1} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
     assert rows_of_call == [4, 2, 4, 2]  # two images an entry
-    alone = [part for e in entries for part in measure(Recording((e,)), [1.0, math.inf], ["reflect", "exact"], sites)]
-    for entry, (rows, claims), (single, single_claims) in zip(entries, together, alone, strict=True):
-        assert [r["site"] for r in rows] == [entry.site] * 8 and {r["step"] for r in rows} == {entry.step}
-        for a, b in zip(rows, single, strict=True):
-            assert a == {k: pytest.approx(v, rel=1e-6, abs=1e-9) if isinstance(v, float) else v for k, v in b.items()}
-        for a, b in zip(claims, single_claims, strict=True):
-            assert (a.claim, a.axis, a.count, a.boundary) == (b.claim, b.axis, b.count, b.boundary)
-            assert a.medians == pytest.approx(b.medians, rel=1e-6, abs=1e-5)
-            assert a.smallest == pytest.approx(b.smallest, rel=1e-6, abs=1e-5)
+    alone = [measure(Recording((e,)), [1.0, math.inf], ["reflect", "exact"], sites) for e in entries]
+    assert [(r["site"], r["step"]) for r in rows] == [(e.site, e.step) for e in entries for _ in range(8)]
+    for a, b in zip(rows, [row for single, _ in alone for row in single], strict=True):
+        assert a == {k: pytest.approx(v, rel=1e-6, abs=1e-9) if isinstance(v, float) else v for k, v in b.items()}
+    for a, *parts in zip(claims, *(single_claims for _, single_claims in alone), strict=True):
+        assert {(a.claim, a.axis, a.boundary)} == {(b.claim, b.axis, b.boundary) for b in parts}
+        assert a.count == sum(b.count for b in parts)
+        assert a.medians == pytest.approx([median for b in parts for median in b.medians], rel=1e-6, abs=1e-5)
+        assert a.smallest == pytest.approx(min(b.smallest for b in parts), rel=1e-6, abs=1e-5)

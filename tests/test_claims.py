@@ -7,9 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segresearch.analysis import claims, theorem_regimes
+from segresearch.analysis import claims
 from segresearch.analysis.blur_operator import BlurOperator
-from segresearch.analysis.curvature import chain_log_pseudo_det, entrywise_log_product, log_product, log_pseudo_det
+from segresearch.analysis.energy import (
+    chain_log_pseudo_det,
+    compare_hessians,
+    entrywise_log_product,
+    log_product,
+    log_pseudo_det,
+)
 from segresearch.analysis.logit_statistics import AXES, Statistics, blurred, columns, statistics
 from segresearch.guidance.blur import BOUNDARIES, blur_matrix
 
@@ -50,8 +56,9 @@ def test_lemmas_hold_for_every_doubly_stochastic_matrix(seed, n, scale):
     q, k = as_heads(a)
     after = statistics(*as_heads(doubly_stochastic(seed + 1, n) @ a), "queries")
     before, any_blur = statistics(q, k, "queries"), BlurOperator((1, n), 1.0, "circular")
-    for claim in (claims.mean_kept, claims.variance_falls, claims.lse_falls):
-        assert claim(before, after, any_blur).fraction == 1
+    results = by_name(claims.check_statistics(before, after, any_blur))
+    for claim in ("mean_kept", "variance_falls", "lse_falls"):
+        assert results[claim].fraction == 1
     assert bool((after.log_product - before.log_product > -1e-9 * scale * n).all())
 
 
@@ -63,11 +70,11 @@ def test_blurs_that_keep_the_mean(boundary, axis, dtype):
     for sigma in (0.5, 1.0, math.inf):
         operator = BlurOperator(GRID, sigma, boundary)
         results = by_name(claims.check_claims(q, k, axis, operator))
-        assert len(results) == len(claims.CLAIMS)
+        assert len(results) == 10
         for claim in ("mean_kept", "variance_falls", "lse_falls", "lse_taylor", "diagonal_shrinks"):
             assert results[claim].fraction == 1, claim
         assert results["product_falls"].fraction == 0  # eq. (22) is reversed
-        assert results["product_is_determinant"].gap.add(math.log(15)).abs().max() < 1e-9
+        assert results["product_is_determinant"].margin.add(math.log(15)).abs().max() < 1e-9
         assert claims.blur_commutes(q, k, axis, operator).fraction == 1
 
 
@@ -168,52 +175,51 @@ def test_no_blur_changes_nothing():
     for claim, result in results.items():
         if claim != "product_is_determinant":
             assert result.fraction == (0 if result.relation == "<" else 1), claim
-            assert float(result.gap.abs().max()) == 0
+            assert float(result.margin.abs().max()) == 0
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_limits(boundary):
     """σ → 0 is the identity for all; σ → ∞ the mean, reached continuously by the exact blur alone."""
     q, k = heads(grid=(4, 6))
-    limits = theorem_regimes.limits(q, k, "queries", (4, 6), [0, 0.1, 1, 10, 9999, math.inf], boundary)
-    assert float(limits.to_identity[:2].max()) < 1e-9 and float(limits.to_mean[0]) == pytest.approx(1)
-    assert float(limits.to_mean[-1]) < 1e-12 and float(limits.to_identity[-1]) == pytest.approx(1)
-    assert (float(limits.to_mean[-2]) < 1e-9) == (boundary == "exact")
+    to_identity, to_mean = claims.limits(q, k, (4, 6), [0, 0.1, 1, 10, 9999, math.inf], boundary)
+    assert float(to_identity[:2].max()) < 1e-9 and float(to_mean[0]) == pytest.approx(1)
+    assert float(to_mean[-1]) < 1e-12 and float(to_identity[-1]) == pytest.approx(1)
+    assert (float(to_mean[-2]) < 1e-9) == (boundary == "exact")
     a = columns(q, k, "queries", torch.arange(24))
     smooth = BlurOperator((4, 6), 1, boundary).apply(a)
-    expected = (smooth - a).square().mean(-1).sqrt()
-    distances = theorem_regimes.distances(q, k, "queries", BlurOperator((4, 6), 1, boundary))
-    torch.testing.assert_close(distances[0], expected, atol=1e-9, rtol=1e-9)
-    expected = (smooth - a.mean(-1, keepdim=True)).square().mean(-1).sqrt()
-    torch.testing.assert_close(distances[1], expected, atol=1e-9, rtol=1e-9)
+    mean = a.mean(-1, keepdim=True)
+    for measured, difference in ((to_identity[2], smooth - a), (to_mean[2], smooth - mean)):
+        expected = (difference.square().mean() / (a - mean).square().mean()).sqrt()
+        torch.testing.assert_close(measured, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_theorem_margins():
     """Margins per token of noise are the medians of the claims'; soft noise is attenuated, sharp noise is not."""
-    noise = theorem_regimes.white_noise(15, samples=15)
+    noise = claims.white_noise(15, samples=15)
     assert float(noise.mean(1).abs().max()) < 1e-12 and float((noise.var(1, correction=0) - 1).abs().max()) < 1e-12
     operator = BlurOperator(GRID, 1.0, "symmetric")
     results = by_name(claims.check_claims(*as_heads((4 * noise).T), "queries", operator))
-    margins = theorem_regimes.theorem_margins(4 * noise, operator)
+    margins = claims.theorem_margins(4 * noise, operator)
     for margin, claim in zip(margins, ("theorem_paper", "theorem_chain")):
         assert margin == pytest.approx(float(results[claim].margin.median()) / 15)
     narrow, singular = BlurOperator(GRID, 0.5, "symmetric"), BlurOperator(GRID, math.inf, "symmetric")
-    assert min(theorem_regimes.theorem_margins(0.1 * noise, narrow)) > 0
-    assert theorem_regimes.theorem_margins(30 * noise, narrow)[0] < 0
-    assert theorem_regimes.theorem_margins(noise, singular)[1] == math.inf
+    assert min(claims.theorem_margins(0.1 * noise, narrow)) > 0
+    assert claims.theorem_margins(30 * noise, narrow)[0] < 0
+    assert claims.theorem_margins(noise, singular)[1] == math.inf
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_eq_19_is_not_the_chain_rule(boundary):
     a, operator = noise(2, grid=GRID, samples=3), BlurOperator(GRID, 0.7, boundary)
-    hessians = theorem_regimes.hessians(a, operator)
-    assert float(hessians.distance.min()) > 0.1
-    torch.testing.assert_close(hessians.chain_log_pdet, chain_log_pseudo_det(a, operator), atol=1e-8, rtol=1e-8)
-    torch.testing.assert_close(hessians.entrywise_log_product, entrywise_log_product(a, operator))
-    assert float((hessians.entrywise_log_det - hessians.entrywise_log_product).abs().min()) > 1e-3
-    assert float(theorem_regimes.hessians(a, BlurOperator(GRID, 0)).entrywise_log_det.max()) < -10
+    dense = compare_hessians(a, operator)
+    assert float(dense["distance"].min()) > 0.1
+    torch.testing.assert_close(dense["chain_log_pdet"], chain_log_pseudo_det(a, operator), atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(dense["entrywise_log_product"], entrywise_log_product(a, operator))
+    assert float((dense["entrywise_log_det"] - dense["entrywise_log_product"]).abs().min()) > 1e-3
+    assert float(compare_hessians(a, BlurOperator(GRID, 0))["entrywise_log_det"].max()) < -10
     with pytest.raises(ValueError, match="up to 1024 tokens, these columns have 1056"):
-        theorem_regimes.hessians(torch.zeros(1, 1056), BlurOperator((32, 33), 1.0))
+        compare_hessians(torch.zeros(1, 1056), BlurOperator((32, 33), 1.0))
 
 
 def test_statistics_must_fit():

@@ -19,7 +19,7 @@ from make_models import make_controlnet, make_pipeline
 
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.models import load_sdxl
-from segresearch.models.controlnet import ControlNet, ControlNetConfig, controlled, weighted
+from segresearch.models.controlnet import ControlNet, ControlNetConfig, controlled
 from segresearch.models.denoiser import Denoiser
 from segresearch.models.unet import ControlResiduals, UNetConfig
 from segresearch.sampling import ALWAYS, initial_noise, sample, sigmas, step_interval
@@ -72,7 +72,7 @@ def test_network_matches_diffusers(name, grid):
         down, mid = theirs(
             x, t, cond.context, image, scale, added_cond_kwargs=added, guess_mode=guess, return_dict=False
         )
-        own = weighted(ours(x, t, cond, hint, guess), [scale] * (len(down) + 1))
+        own = ours(x, t, cond, hint, guess).each(lambda residual, scale=scale: residual * scale)
         assert mid.abs().max() > 0.1 and len(own.down) == len(down)
         for a, b in zip([*own.down, own.mid], [*down, mid], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=2e-5)

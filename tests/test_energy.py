@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from segresearch.analysis.blur_operator import BlurOperator
-from segresearch.analysis.curvature import hessian
-from segresearch.analysis.energy import energies, hopfield_energy, hopfield_update, surface
+from segresearch.analysis.energy import energies, gaussian_curvature, hessian, hopfield_energy, hopfield_update, surface
 from segresearch.analysis.logit_statistics import AXES, columns
 from segresearch.guidance.blur import BOUNDARIES
 
@@ -49,18 +48,18 @@ def test_surface_is_autograd():
     """Energy and derivatives of a slice at each point; curvature of the concave surface is never negative."""
     g = torch.Generator().manual_seed(1)
     base, along = (2 * torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((12,), (2, 12)))
-    landscape = surface(base, along, GRID_POINTS, GRID_POINTS[:4])
-    assert landscape.energy.shape == (7, 4) and landscape.second.shape == (7, 4, 2, 2)
+    energy, first, second = surface(base, along, GRID_POINTS, GRID_POINTS[:4])
+    assert energy.shape == (7, 4) and second.shape == (7, 4, 2, 2)
     at = lambda z: -(base + z @ along).logsumexp(0)  # noqa: E731
     z = torch.stack([GRID_POINTS[2], GRID_POINTS[3]])
-    torch.testing.assert_close(landscape.energy[2, 3], at(z))
+    torch.testing.assert_close(energy[2, 3], at(z))
     gradient = torch.autograd.functional.jacobian(at, z)
-    second = torch.autograd.functional.hessian(at, z)
-    torch.testing.assert_close(landscape.gradient[2, 3], gradient)
-    torch.testing.assert_close(landscape.second[2, 3], second)
-    expected = torch.linalg.det(second) / (1 + gradient.square().sum()) ** 2
-    torch.testing.assert_close(landscape.gaussian_curvature[2, 3], expected, atol=1e-8, rtol=1e-8)
-    assert float(landscape.gaussian_curvature.min()) > -1e-12
+    hessian_at = torch.autograd.functional.hessian(at, z)
+    torch.testing.assert_close(first[2, 3], gradient)
+    torch.testing.assert_close(second[2, 3], hessian_at)
+    expected = torch.linalg.det(hessian_at) / (1 + gradient.square().sum()) ** 2
+    torch.testing.assert_close(gaussian_curvature(first, second)[2, 3], expected, atol=1e-8, rtol=1e-8)
+    assert float(gaussian_curvature(first, second).min()) > -1e-12
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
@@ -71,7 +70,7 @@ def test_surface_around_a_column(boundary, axis):
     a = columns(*heads(), axis, torch.tensor([7]))[1, 1, 0]
     directions = torch.eye(12, dtype=torch.float64)[tokens]
     zero = torch.zeros(1, dtype=torch.float64)
-    landscape = surface(operator.apply(a), operator.apply(directions), zero, zero)
+    _, _, second = surface(operator.apply(a), operator.apply(directions), zero, zero)
     dense = operator.dense()
     chain = dense.T @ hessian(operator.apply(a)) @ dense
-    torch.testing.assert_close(landscape.second[0, 0], chain[tokens][:, tokens], atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(second[0, 0], chain[tokens][:, tokens], atol=1e-10, rtol=1e-10)

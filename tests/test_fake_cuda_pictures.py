@@ -11,8 +11,8 @@ from safetensors import safe_open
 from segresearch.checkpoints.folder import open_controlnets
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.checkpoints.tensors import fill
-from segresearch.config import ModelConfig
 from segresearch.config.build import load_model
+from segresearch.config.schema import ModelConfig
 from segresearch.guidance import SelfAttentionGuidance
 from segresearch.models import load_sdxl
 from segresearch.sampling import initial_noise, sample

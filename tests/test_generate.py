@@ -164,7 +164,8 @@ def test_what_the_model_cannot_do_is_said_before_an_image_is_made(config, model)
     ):
         with pytest.raises(ValueError) as caught:
             generate(dataclasses.replace(config, **change), None if "device" in change else model)
-        assert cli.exit_code(caught.value) == 2 and "\n" not in cli.line(caught.value)
+        code, line = cli.explained(caught.value)
+        assert code == 2 and "\n" not in line
     assert not list(Path(config.out, "generate").iterdir())  # not even a folder is left
 
 
@@ -175,9 +176,11 @@ def test_a_full_disk_and_a_locked_folder_are_one_line(config, model, monkeypatch
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(OSError) as caught:
         generate(config, model)
-    assert cli.exit_code(caught.value) == 5 and "free some room" in cli.line(caught.value)
+    code, line = cli.explained(caught.value)
+    assert code == 5 and "free some room" in line
     assert not [p for p in Path(config.out).rglob("*") if p.name.endswith((".tmp", ".png"))]
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError) as caught:
         generate(dataclasses.replace(config, out=str(tmp_path / "file")), model)
-    assert cli.exit_code(caught.value) == 2 and cli.line(caught.value)
+    code, line = cli.explained(caught.value)
+    assert code == 2 and line

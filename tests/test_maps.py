@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from segresearch.scenes.control_maps import depth_image, edge_image
-from segresearch.scenes.scenes import scenes
+from segresearch.scenes.scenes import depth_image, edge_image, scenes
 
 
 def test_maps_of_scenes_are_normalised_and_near_is_bright():

@@ -20,8 +20,8 @@ from segresearch.models.attention import Site, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.models.vae import VAE, VAEConfig
-from segresearch.scenes.control_maps import depth_image, edge_image
-from segresearch.scenes.scenes import VOCABULARY, captions, scenes
+from segresearch.scenes.captions import VOCABULARY
+from segresearch.scenes.scenes import captions, depth_image, edge_image, scenes
 
 
 @pytest.fixture(scope="module")

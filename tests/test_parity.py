@@ -14,8 +14,7 @@ from segresearch.guidance import PAG, GuidedDenoiser, cfg, perturbed
 from segresearch.models import load_sdxl
 from segresearch.models.controlnet import controlled
 from segresearch.sampling import initial_noise, sample
-from segresearch.scenes.control_maps import depth_image, edge_image
-from segresearch.scenes.scenes import scenes
+from segresearch.scenes.scenes import depth_image, edge_image, scenes
 
 PROMPTS = ["a red cup", "two cubes"]
 

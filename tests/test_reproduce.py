@@ -15,7 +15,7 @@ from segresearch.config import EvaluateConfig, GenerateConfig, typed
 from segresearch.errors import ConfigError
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.evaluate import evaluate
-from segresearch.evaluation.workers import Worker
+from segresearch.evaluation.sample_shards import Worker
 from segresearch.generate import generate
 from segresearch.models import load_sdxl
 from segresearch.plot_style import save
@@ -80,7 +80,7 @@ def test_other_weights_other_code_and_another_place_are_said(done, controlled_fo
 
 
 def test_images_and_figures_of_an_evaluation_are_made_again(controlled_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.plots, "draw", one_figure)
+    monkeypatch.setattr(run.outputs.plots, "draw", one_figure)
     given = {
         "model": {"name": "tiny", "path": str(controlled_folder)},
         "sampler": {"name": "euler"}, "schedule": {"name": "leading"},
@@ -93,7 +93,7 @@ def test_images_and_figures_of_an_evaluation_are_made_again(controlled_folder, t
     config = typed(EvaluateConfig, given)
     whole = evaluate(config, load_sdxl(controlled_folder, controlnet=["canny"]), Worker())
     shown = re.findall(
-        r'alt="([^"]*, seed \d)" src="data:image/png;base64,([^"]*)"', (whole.folder / run.PAGE).read_text()
+        r'alt="([^"]*, seed \d)" src="data:image/png;base64,([^"]*)"', (whole.folder / run.outputs.PAGE).read_text()
     )
     assert len(shown) == 6
     (tmp_path / "saved.png").write_bytes(base64.b64decode(dict(shown)["SEG, seed 2"]))

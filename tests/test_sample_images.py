@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from segresearch.config import GenerateConfig, ModelConfig, SamplerConfig, ScheduleConfig
+from segresearch.config.schema import GenerateConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from segresearch.errors import Ended, NotFinite
 from segresearch.guidance import GuidedDenoiser, cfg
 from segresearch.sample_images import decode_images, sample_images, sample_latents, to_uint8

@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from segresearch.scenes.captions import Thing, relations
+from segresearch.scenes.captions import COLORS, FLOORS, SHAPES, SIZES, SKIES, VOCABULARY, Thing, relations
 from segresearch.scenes.layout import FOCAL, layout, uniform
-from segresearch.scenes.scenes import COLORS, SHAPES, SIZES, VOCABULARY, captions, scenes
+from segresearch.scenes.scenes import captions, scenes
 from segresearch.scenes.shapes import hit, normal
 
 KIND = {"ball": "sphere", "box": "cube", "hoop": "ring"}
@@ -22,6 +22,22 @@ SIDES = {"left of": (1, 0), "right of": (-1, 0), "behind": (0, -1), "in front of
 @pytest.fixture(scope="module")
 def batch():
     return scenes(range(200))
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return layout(torch.arange(200))
+
+
+@pytest.fixture(scope="module")
+def objects(drawn):
+    """The objects of each scene of `batch`."""
+    radius = FOCAL * drawn.radius / drawn.distance
+    return [
+        [Thing(SHAPES[drawn.shape[i, k]], COLORS[drawn.color[i, k]], SIZES[drawn.size[i, k]],
+               drawn.u[i, k].item(), drawn.distance[i, k].item(), radius[i, k].item())
+         for k in range(4) if drawn.present[i, k]] for i in range(200)
+    ]  # fmt: skip
 
 
 def mentions(caption):
@@ -55,7 +71,7 @@ def test_keyed_by_seed_and_index(batch):
             assert torch.equal(picked.images[row], batch.images[77])
             assert torch.equal(picked.depth[row], batch.depth[77])
             assert torch.equal(picked.edges[row], batch.edges[77])
-            assert picked.captions[row] == batch.captions[77] and picked.objects[row] == batch.objects[77]
+            assert picked.captions[row] == batch.captions[77]
     other = scenes([77], seed=1)
     assert not torch.equal(other.images[0], batch.images[77])
     assert captions(range(200)) == batch.captions
@@ -77,54 +93,64 @@ def test_uniform_numbers():
     assert not torch.equal(draws[:, 1:], draws[:, :-1])
 
 
-def test_counts_and_visibility(batch):
-    counts = [len(objects) for objects in batch.objects]
-    assert set(counts) == {1, 2, 3, 4}
-    every = [thing for objects in batch.objects for thing in objects]
-    assert min(thing.visible for thing in every) > 0.25
+def test_counts_and_visibility(batch, drawn, objects):
+    assert {len(things) for things in objects} == {1, 2, 3, 4}
+    every = [thing for things in objects for thing in things]
+    x, y, z = drawn.position.movedim(-1, 0)
+    cos, sin, rise = drawn.pitch.cos()[:, None], drawn.pitch.sin()[:, None], y - drawn.height[:, None]
+    v = FOCAL * (rise * cos + z * sin) / (z * cos - rise * sin)
+    disc = FOCAL * 1.12 * drawn.radius / (z * cos - rise * sin)
+    apart = torch.hypot(*(p[:, :, None] - p[:, None] for p in (drawn.u, v))) / (disc[:, :, None] + disc[:, None])
+    both = drawn.present[:, :, None] & drawn.present[:, None] & ~torch.eye(4, dtype=torch.bool)
+    assert apart[both].min() >= 0.7  # one hides about a fifth of an equal one
+    assert max(drawn.u[drawn.present].abs().max(), v[drawn.present].abs().max()) < 1
     assert {thing.shape for thing in every} == set(SHAPES) and {thing.color for thing in every} == set(COLORS)
     assert {thing.size for thing in every} == set(SIZES)
-    assert all(0 < thing.x < 64 and 0 < thing.y < 64 for thing in every)
-    for i, objects in enumerate(batch.objects):  # the named place shows the named colour
-        if len(objects) == 1 and objects[0].shape == "sphere" and objects[0].color == "red":
-            red, green, blue = batch.images[i, :, int(objects[0].y), int(objects[0].x)].tolist()
+    shown = 0
+    for i, (thing, *others) in enumerate(objects):  # the named place shows the named colour
+        if not others and thing.shape == "sphere" and thing.color == "red":
+            k = int(drawn.present[i].nonzero())
+            red, green, blue = batch.images[i, :, int(32 - 32 * v[i, k]), int(32 + 32 * thing.x)].tolist()
             assert red > 1.5 * max(green, blue)
+            shown += 1
+    assert shown
 
 
-def test_captions_name_every_object(batch):
+def test_captions_name_every_object(objects):
     for variant in range(3):
-        for caption, objects in zip(captions(range(200), variant=variant), batch.objects, strict=True):
+        for caption, things in zip(captions(range(200), variant=variant), objects, strict=True):
             found = mentions(caption)
-            assert sum(mention[0] for mention in found) == len(objects), caption
-            left = list(objects)
+            assert sum(mention[0] for mention in found) == len(things), caption
+            left = list(things)
             for mention in sorted(found, key=lambda m: (m[2] is None, m[1] is None)):
                 for _ in range(mention[0]):
                     left.remove(next(thing for thing in left if fits(thing, mention)))
             assert not left, caption
 
 
-def test_captions_tell_true_relations():
+def test_captions_tell_true_relations(objects):
     told = set()
     for variant in range(4):
         text = captions(range(200), variant=variant)
-        for caption, objects in zip(text, scenes(range(200), size=16).objects, strict=True):
+        for caption, things in zip(text, objects, strict=True):
             for phrase, (dx, dz) in SIDES.items():
                 found = re.search(rf"{NOUN}(?: is)?(?: to the| on the)? {phrase} {NOUN}", caption)
                 if not found:
                     continue
                 told.add(phrase)
                 a, b = mentions(found.group(0))
-                assert any(dx * (q.x - p.x) > 0.2 or dz * (q.distance - p.distance) > 0.5
-                           for p in objects for q in objects if p is not q and fits(p, a) and fits(q, b)), caption
+                assert any(dx * (q.x - p.x) > 0.025 or dz * (q.distance - p.distance) > 0.5
+                           for p in things for q in things if p is not q and fits(p, a) and fits(q, b)), caption
             if caption.startswith("from left to right"):
                 told.add("order")
-                by_x = sorted(objects, key=lambda thing: thing.x)
+                by_x = sorted(things, key=lambda thing: thing.x)
                 assert all(fits(*pair) for pair in zip(by_x, mentions(caption), strict=True)), caption
     assert told == {*SIDES, "order"}
 
 
-def test_captions_tell_floor_and_sky(batch):
-    for caption, floor, sky in zip(batch.captions, batch.floors, batch.skies, strict=True):
+def test_captions_tell_floor_and_sky(batch, drawn):
+    for caption, i, j in zip(batch.captions, drawn.floor.tolist(), drawn.sky.tolist(), strict=True):
+        floor, sky = FLOORS[i], SKIES[j]
         for found in re.findall(r"([a-z]+) (?:checkered |tiled )?(?:floor|ground)|floor is ([a-z]+)", caption):
             assert found[0] in (floor, "the", "") and found[1] in (floor, "")
         for found in re.findall(r"([a-z]+) sky|sky is ([a-z]+)", caption):
@@ -236,7 +262,6 @@ def test_sizes(size, batch):
     picked = scenes([0, 5, 9], size=size)
     assert picked.images.shape == (3, 3, h, w) and picked.depth.shape == picked.edges.shape == (3, h, w)
     assert picked.captions == [batch.captions[i] for i in (0, 5, 9)]
-    assert all(thing.visible > 0.25 for objects in picked.objects for thing in objects)
     square = torch.nn.functional.interpolate(
         picked.images[:, :, (h - min(h, w)) // 2 :, (w - min(h, w)) // 2 :][:, :, : min(h, w), : min(h, w)].float(),
         size=(64, 64), mode="area" if min(h, w) >= 64 else "bilinear")  # fmt: skip

@@ -10,7 +10,7 @@ from segresearch import records, wandb_log
 from segresearch.config import EvaluateConfig, typed
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.evaluate import evaluate
-from segresearch.evaluation.workers import Worker
+from segresearch.evaluation.sample_shards import Worker
 from segresearch.wandb_log import WandbConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
@@ -19,7 +19,7 @@ SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma":
 
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch):
-    monkeypatch.setattr(run.plots, "draw", one_figure)
+    monkeypatch.setattr(run.outputs.plots, "draw", one_figure)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from experiments.mini.common import replace_file
-from segresearch.config.parse import HELD_OUT
+from segresearch.config.expand import HELD_OUT
 from segresearch.evaluation.frame import METRICS
 from segresearch.metrics.features import load_extractor
 from segresearch.metrics.frechet import frechet_distance, gaussian

@@ -18,7 +18,7 @@ from experiments.mini.common import generator, replace_file
 from experiments.mini.train_clip import TwoCLIPs, load_clips, trim
 from experiments.mini.train_unet import alphas_cumprod
 from experiments.mini.train_vae import HELD_OUT
-from segresearch.config import GenerateConfig, ModelConfig, SamplerConfig, ScheduleConfig
+from segresearch.config.schema import GenerateConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from segresearch.guidance import GuidedDenoiser, cfg
 from segresearch.models import load_sdxl
 from segresearch.models.sdxl import SDXL

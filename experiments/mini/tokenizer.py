@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from experiments.mini.common import replace_file
-from segresearch.scenes.scenes import VOCABULARY
+from segresearch.scenes.captions import VOCABULARY
 
 LENGTH = 48
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"

@@ -32,12 +32,11 @@ from experiments.mini.tokenizer import LENGTH
 from experiments.mini.train_clip import BEGIN_ID, END_ID, load_clips
 from experiments.mini.train_unet import CONFIG as UNET_CONFIG
 from experiments.mini.train_unet import alphas_cumprod, attention, conditioning, faster_backward
-from segresearch.control_images.edges import canny
+from segresearch.control_images.prepare import canny
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ControlNet, ControlNetConfig
 from segresearch.models.unet import UNet, UNetConfig
-from segresearch.scenes.control_maps import depth_image, edge_image
-from segresearch.scenes.scenes import scenes
+from segresearch.scenes.scenes import depth_image, edge_image, scenes
 
 SHARED_KEYS = (
     "act_fn", "addition_embed_type", "addition_time_embed_dim", "attention_head_dim", "block_out_channels",

@@ -59,7 +59,7 @@ print(len(recording), "calls recorded:", recording.branches, recording.sites)
 
 # %%
 for step in recording.steps:
-    plain, smooth = (recording.select(recording.sites[0], name, step).entries[0] for name in ("cond", "cond~seg"))
+    plain, smooth = (recording.select(recording.sites[0], name, step)[0] for name in ("cond", "cond~seg"))
     before, after = (energies(entry.q, entry.k, "queries").mean().item() for entry in (plain, smooth))
     print(f"sigma_t {plain.sigma[0]:7.3f}: mean energy {before:.3f} -> {after:.3f} nats")
 

@@ -23,9 +23,9 @@ import torch
 from segresearch.analysis import energy_plots, measurements
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.claims import check_claims, check_weighted
+from segresearch.analysis.energy import compare_hessians
 from segresearch.analysis.logit_statistics import columns
 from segresearch.analysis.recorder import Recorder
-from segresearch.analysis.theorem_regimes import hessians
 from segresearch.guidance import GuidedDenoiser
 from segresearch.models import load_sdxl
 from segresearch.sampling import initial_noise, sample
@@ -76,12 +76,12 @@ for result in check_claims(entry.q, entry.k, "keys", BlurOperator(entry.grid, 1.
 # %%
 few = columns(entry.q, entry.k, "queries", torch.arange(4))[0, 0]  # (4 keys, n)
 for sigma in (0.5, 1.0):
-    hessian = hessians(few, BlurOperator(entry.grid, sigma, "exact"))
-    print(f"blur sigma {sigma}: relative distance {hessian.distance.median():.3f}")
-    print(f"  log pdet H(a)                     {hessian.log_pdet.median():9.2f}")
-    print(f"  log |det H(Ba) o B|, eq. (19)     {hessian.entrywise_log_det.median():9.2f}")
-    print(f"  log prod xi(Ba) b_ii, eq. (21)    {hessian.entrywise_log_product.median():9.2f}")
-    print(f"  log pdet B'H(Ba)B, chain rule     {hessian.chain_log_pdet.median():9.2f}")
+    compared = compare_hessians(few, BlurOperator(entry.grid, sigma, "exact"))
+    print(f"blur sigma {sigma}: relative distance {compared['distance'].median():.3f}")
+    print(f"  log pdet H(a)                     {compared['log_pdet'].median():9.2f}")
+    print(f"  log |det H(Ba) o B|, eq. (19)     {compared['entrywise_log_det'].median():9.2f}")
+    print(f"  log prod xi(Ba) b_ii, eq. (21)    {compared['entrywise_log_product'].median():9.2f}")
+    print(f"  log pdet B'H(Ba)B, chain rule     {compared['chain_log_pdet'].median():9.2f}")
 
 # %% [markdown]
 # ## Where Theorem 3.1 holds
@@ -89,9 +89,8 @@ for sigma in (0.5, 1.0):
 # The table that `analyze.py` writes, of this recording, and the regime map drawn from it.
 
 # %%
-parts = list(measurements.measure(recorder.recording, [0.5, 1.0, 2.0], ["exact"], sdxl.unet.sites))
-rows = [row for some, _ in parts for row in some]
-for claim in measurements.merge_claims(claim for _, claims in parts for claim in claims):
+rows, claims = measurements.measure(recorder.recording, [0.5, 1.0, 2.0], ["exact"], sdxl.unet.sites)
+for claim in claims:
     if claim.claim.startswith("theorem"):
         print(f"{claim.claim} {claim.axis:8} sigma {claim.blur_sigma:g}: holds {claim.share:7.2%}, worst {claim.worst}")
 

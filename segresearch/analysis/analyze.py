@@ -11,7 +11,7 @@ The page is written last: a folder that has it is complete, and the same command
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,30 +19,30 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from tqdm import tqdm
 
 from segresearch import runs
-from segresearch.analysis import energy_plots, measurements, report
-from segresearch.analysis.recorder import Recorder, Recording
+from segresearch.analysis import energy_plots
+from segresearch.analysis.measurements import ClaimSummary, Rows, chosen, measure, values
+from segresearch.analysis.recorder import Images, Recorder, Recording
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import AnalyzeConfig
-from segresearch.config.build import build_guidance, load_model, of_model, with_batch_size
+from segresearch.config.build import build_guidance, load_model, resolved
 from segresearch.config.compose import written_config
-from segresearch.config.expand import measured_steps
-from segresearch.config.parse import parse_seeds, read_prompts
+from segresearch.config.expand import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
 from segresearch.guidance import SelfAttentionGuidance
 from segresearch.models import SDXL
-from segresearch.plot_style import save
+from segresearch.pages import Cell, render, to_csv
+from segresearch.plot_style import name_sigma, save
 from segresearch.records import figure_record, sampling_identity
 from segresearch.sample_images import sample_images
-from segresearch.tidy_csv import to_csv
 from segresearch.wandb_log import WandbRun, log
 
-Images = Sequence[Mapping[str, Any]]  # the prompt and the seed of each
+Claims = Sequence[ClaimSummary]
 Pixels = UInt8[np.ndarray, "images h w 3"]
 VERSION = 1  # of the measurement and the page: part of the identity
 PAGE = "index.html"
+PLOTS = ("sigma", "limits", "regime", "layers", "field", "energy", "attention")  # kinds, before "_boundary"
 OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}  # not of the run
 
 
@@ -67,35 +67,31 @@ def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
     if the folder cannot be written.
     """
     start = time.perf_counter()
-    config = with_batch_size(of_model(config, model))
+    config = resolved(config, model)
     images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
-    fingerprint = runs.fingerprint(resolve_model(config.model.path))
-    folder = runs.run_folder(config.out, config.name, identity(config, images, fingerprint))
-    recorded, page = folder / "recording", folder / PAGE
-    if page.is_file() and (recorded.is_dir() or not config.keep):
-        return Analysis(folder, page, True, time.perf_counter() - start)
+    identity = sampling_identity(config, runs.fingerprint(resolve_model(config.model.path)))
+    identity |= {key: getattr(config, key) for key in ("guidance", "negative", "where", "heads", "branch", "blur")}
+    identity |= {"version": VERSION, "images": images, "measured_steps": config.steps_from_0}
+    folder = runs.run_folder(config.out, config.name, identity)
+    recorded, html, partial = folder / "recording", folder / PAGE, folder / ".recording"
+    if html.is_file() and (recorded.is_dir() or not config.keep):
+        return Analysis(folder, html, True, time.perf_counter() - start)
     try:
         sdxl = load_model(config.model, config.device, compute=config.compute) if model is None else model
-        recording, pixels = capture(config, sdxl, images, recorded)
-        _write(config, sdxl, recording, pixels, images, folder)
-        if not config.keep:
-            shutil.rmtree(recorded)
+        _write(config, sdxl, images, *_capture(config, sdxl, images, partial), folder)
+        if config.keep:
+            partial.rename(recorded)  # a recording under its own name is complete
+        else:
+            shutil.rmtree(partial)
     except BaseException:
-        shutil.rmtree(recorded, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         if not any(folder.iterdir()):
             folder.rmdir()
         raise
-    return Analysis(folder, page, False, time.perf_counter() - start)
+    return Analysis(folder, html, False, time.perf_counter() - start)
 
 
-def identity(config: AnalyzeConfig, images: Images, fingerprint: str) -> dict[str, Any]:
-    """Everything the numbers depend on, and no more: not the output folder, the device, or the size of a batch."""
-    measured = {key: getattr(config, key) for key in ("guidance", "negative", "where", "heads", "branch", "blur")}
-    measured |= {"version": VERSION, "images": images, "measured_steps": measured_steps(config)}
-    return runs.plain({**sampling_identity(config, fingerprint), **measured})
-
-
-def capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) -> tuple[Recording, Pixels]:
+def _capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) -> tuple[Recording, Pixels]:
     """Sample `images`: q and k of `config.branch`, streamed to `folder`, and the pixels.
 
     Raises InputError for a branch, a site, a head or a size that does not exist.
@@ -106,43 +102,124 @@ def capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) -> 
     if config.branch not in names:
         raise ConfigError(f"branch: no branch {config.branch!r} under this guidance; there are {', '.join(names)}")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-    recorder = Recorder(
-        sdxl.unet.site_heads, config.where, config.heads, measured_steps(config), [config.branch], folder=folder
-    )
-    pixels = []
-    for start in range(0, len(images), int(config.batch_size)):
-        batch = images[start : start + int(config.batch_size)]
+    steps, branches = config.steps_from_0, [config.branch]
+    recorder = Recorder(sdxl.unet.site_heads, config.where, config.heads, steps, branches, folder=folder)
+    pixels, size = [], int(config.batch_size)
+    for batch in (images[start : start + size] for start in range(0, len(images), size)):
         seeds, prompts = [image["seed"] for image in batch], [image["prompt"] for image in batch]
         attend = recorder.attend(batch)
         pixels.append(sample_images(sdxl, guided, seeds, prompts, config, config.negative, attend=attend))
-    if not len(recorder.recording):
+    if not recorder.entries:
         raise ConfigError(
             f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.measured_steps}"
         )
     return recorder.recording, torch.cat(pixels).permute(0, 2, 3, 1).cpu().numpy()  # (n, 3, h, w) -> (n, h, w, 3)
 
 
-def _write(
-    config: AnalyzeConfig, sdxl: SDXL, recording: Recording, pixels: Pixels, images: Images, folder: Path
-) -> None:
-    """Measure a recording; its table, claims, figures and page go to `folder`."""
-    sites = tuple(sdxl.unet.site_heads)
+def _write(config: AnalyzeConfig, sdxl: SDXL, images: Images, recording: Recording, pixels: Pixels, to: Path) -> None:
+    """Measure a recording; its table, claims, figures and page go to a folder."""
     device = sdxl.device if sdxl.device.type == "cuda" else torch.device("cpu")  # both have fp64
-    measured = measurements.measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
-    parts = list(tqdm(measured, total=len(recording), unit="site", disable=None, leave=False))
-    rows = measurements.mean_over_runs([row for of_entry, _ in parts for row in of_entry])
-    claims = measurements.merge_claims(claim for _, of_entry in parts for claim in of_entry)
-    drawn = energy_plots.draw(config, recording, rows, pixels, images)
-    paths = {name: folder / "figures" / f"{name}.png" for name in drawn}
-    for name, figure in drawn.items():
+    sites = tuple(sdxl.unet.site_heads)
+    rows, claims = measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
+    paths = {}
+    for name, figure in energy_plots.draw(config, recording, rows, pixels, images).items():
+        paths[name] = to / "figures" / f"{name}.png"
         save(figure, paths[name], figure_record(name, "analyze", config, ("out", "device", "wandb")))
-    runs.write(folder / "config.yaml", written_config(config, OF_A_CALL))
+    runs.write(to / "config.yaml", written_config(config, OF_A_CALL))
     tables = {"table": rows, "verdicts": [claim.row() for claim in claims]}
     for name, table in tables.items():
-        runs.write(folder / f"{name}.csv", to_csv(table, digits=7))
-    runs.write(folder / PAGE, report.page(config, images, rows, claims, paths))
+        runs.write(to / f"{name}.csv", to_csv(table, digits=7))
+    runs.write(to / PAGE, page(config, images, rows, claims, paths))
     metrics = {f"{c.claim}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
-    name = f"{config.name}-{folder.name}"
-    plots = {key: [(path, "")] for key, path in paths.items()}
+    name, plots = f"{config.name}-{to.name}", {key: [(path, "")] for key, path in paths.items()}
     logged = WandbRun(name, config.name, "analysis", config, metrics, tables=tables, images=plots)
-    log(config.wandb, folder, [name, metrics], lambda _: [logged])
+    log(config.wandb, to, [name, metrics], lambda _: [logged])
+
+
+def page(config: AnalyzeConfig, images: Images, rows: Rows, claims: Claims, plots: Mapping[str, Path]) -> str:
+    """The whole page. plots: PNG files by the names that `energy_plots.draw` gives them."""
+    kinds = {kind: [path for name, path in plots.items() if name.partition("_")[0] == kind] for kind in PLOTS}
+    queries = [c for c in claims if c.axis == "queries"]
+    prompts = "; ".join(f"“{p}”" if p else "no prompt" for p in dict.fromkeys(image["prompt"] for image in images))
+    sites, heads = len({r["site"] for r in rows}), len({(r["site"], r["head"]) for r in rows})
+    steps = ", ".join(map(str, sorted({r["step"] for r in rows})))
+    lead = (
+        f"{len(images)} images ({prompts}), {config.sampler.name}, {config.steps} steps, measured at steps {steps}; "
+        f"branch {config.branch}, {sites} self-attention sites, {heads} heads."
+    )
+    return render(
+        f"The energy landscape of {config.model.name}", [lead], "energy", plots=kinds, **findings(rows, queries),
+        queries=table(queries), keys=table([c for c in claims if c.axis == "keys"]), code=runs.code_version(),
+    )  # fmt: skip
+
+
+def findings(rows: Rows, claims: Claims) -> dict[str, Any]:
+    """What the page's summary says. claims: those on columns over queries. Shares of columns where a claim holds are
+    given by claim; reflect: of mean_kept at finite σ, since at σ = ∞ there is no boundary."""
+
+    def tested(claim: str, reflect: bool | None = None) -> list[ClaimSummary]:
+        return [c for c in claims if c.claim == claim and reflect in (None, c.boundary == "reflect")]
+
+    by_claim = {
+        "theorem_paper": tested("theorem_paper"),
+        "theorem_chain": tested("theorem_chain"),
+        "mean_kept": tested("mean_kept", reflect=False),
+        "reflect": [c for c in tested("mean_kept", reflect=True) if c.blur_sigma < np.inf],
+        "product_falls": tested("product_falls", reflect=False) or tested("product_falls"),
+    }
+    by_claim = {claim: some for claim, some in by_claim.items() if some}
+    worst = {claim: min(some, key=lambda c: c.share) for claim, some in by_claim.items()}
+    spread = values(rows, "spread")
+    return {
+        "shares": {claim: _span([c.share for c in some], _percent) for claim, some in by_claim.items()},
+        "worst": {claim: f"{c.boundary}, blur σ = {name_sigma(c.blur_sigma)}" for claim, c in worst.items()},
+        "shift": max(values(chosen(rows, boundary="reflect"), "mean_shift"), default=0),
+        "spread": (np.median(spread), spread.min(), spread.max()),
+    }
+
+
+def table(claims: Claims) -> tuple[list[Cell], list[list[Cell]]]:
+    """Head and rows. A block a claim: rows are boundaries, columns blur sigmas, cells the shares where it holds."""
+    sigmas = sorted({c.blur_sigma for c in claims})
+    heads = ("claim", "boundary", *(f"σ = {name_sigma(s)}" for s in sigmas), "median margin", "worst margin, and where")
+    lines = []
+    for statement in dict.fromkeys(c.statement for c in claims):
+        of_claim = [c for c in claims if c.statement == statement]
+        boundaries = list(dict.fromkeys(c.boundary for c in of_claim))
+        name, _, formula = statement.partition(": ")
+        first = [Cell(formula, "claim first", name, rows=len(boundaries))]
+        for boundary in boundaries:
+            tested = [c for c in of_claim if c.boundary == boundary]
+            worst = min(tested, key=lambda c: c.smallest)
+            shares = {c.blur_sigma: _share(c.share) for c in tested}
+            where = ", ".join(f"{key} {repr(v) if key == 'prompt' else v}" for key, v in worst.worst.items())
+            lines.append([
+                *first, Cell(boundary), *(shares.get(sigma, Cell()) for sigma in sigmas),
+                Cell(_span([c.median for c in tested], _number)),
+                Cell(f"{_number(worst.smallest)} at σ = {name_sigma(worst.blur_sigma)}: {where}", "quiet where"),
+            ])  # fmt: skip
+            first = []
+    return [Cell(head) for head in heads], lines
+
+
+def _share(share: float) -> Cell:
+    color = "33,102,172" if share >= 0.5 else "196,80,27"
+    depth = 0.08 + 0.42 * abs(2 * share - 1)
+    return Cell(_percent(share), "number", style=f"background:rgba({color},{depth:.2f})")
+
+
+def _span(numbers: Sequence[float], text: Callable[[float], str]) -> str:
+    return " to ".join(dict.fromkeys((text(min(numbers)), text(max(numbers)))))
+
+
+def _percent(share: float) -> str:
+    """Never 100 % or 0 % unless it is exactly so."""
+    if 0 < share < 0.001:
+        return "< 0.1 %"
+    if 0.999 < share < 1:
+        return "> 99.9 %"
+    return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.1f} %"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}".replace("inf", "∞").replace("-", "−")

@@ -11,6 +11,8 @@ from torch import Tensor
 from segresearch.errors import InputError
 from segresearch.guidance.blur import INFINITE, blur_matrix, check_blur
 
+Signal = Float[Tensor, "*batch n"]
+
 
 def log_spectrum(n: int, sigma: float | int, boundary: str) -> Float[Tensor, " {n}"]:
     """log |λ| of the n eigenvalues of `blur_matrix(n, sigma, boundary)`, fp64; −inf where it is singular.
@@ -20,7 +22,6 @@ def log_spectrum(n: int, sigma: float | int, boundary: str) -> Float[Tensor, " {
     the cosine, and one below 8n·eps counts as 0. The exact Gaussian has theta functions for eigenvalues, by
     Poisson's sum ∝ Σ_m exp(−½σ²(ω + 2πm)²): in log space they are good to any σ, far below what a matrix can hold.
     """
-    check_blur(sigma, boundary)
     k = torch.arange(n, dtype=torch.float64)
     if sigma == 0:
         return torch.zeros(n, dtype=torch.float64)
@@ -31,12 +32,8 @@ def log_spectrum(n: int, sigma: float | int, boundary: str) -> Float[Tensor, " {
         theta = torch.logsumexp(-0.5 * (sigma * (math.pi * k[:, None] / n + turns)) ** 2, dim=1)
         return theta - theta[0]
     first = blur_matrix(n, sigma, boundary)[0]
-    if boundary == "circular":
-        waves = torch.cos(2 * math.pi * k[:, None] * k / n)  # (frequency, token)
-    elif boundary == "reflect":
-        waves = torch.cos(math.pi * k[:, None] * k / max(n - 1, 1))
-    else:
-        waves = torch.cos(math.pi * k[:, None] * (k + 0.5) / n)
+    offset, half_period = {"circular": (0, n / 2), "reflect": (0, max(n - 1, 1))}.get(boundary, (0.5, n))
+    waves = torch.cos(math.pi * k[:, None] * (k + offset) / half_period)  # (frequency, token)
     values = (waves @ first / waves[:, 0]).abs()
     return torch.where(values > 8 * n * torch.finfo(torch.float64).eps, values, 0.0).log()
 
@@ -46,8 +43,7 @@ class BlurOperator:
     """The blur B = B_h ⊗ B_w of one grid, n = h·w tokens. sigma in tokens; boundary as in `blur_matrix`.
 
     Rows of B sum to 1 under every boundary (B·1 = 1). Columns do so, which keeps the mean of every signal (Lemma 3.1),
-    under all but "reflect".
-    Raises InputError for a bad sigma or boundary or an empty grid.
+    under all but "reflect". Raises InputError for a bad sigma or boundary or an empty grid.
     """
 
     grid: tuple[int, int]
@@ -77,14 +73,9 @@ class BlurOperator:
         return w * down + h * across
 
     @cached_property
-    def diagonal(self) -> Float[Tensor, " n"]:
-        """b_ii, the centre weights, fp64."""
-        return torch.outer(*(factor.diagonal() for factor in self.factors)).flatten()  # (h), (w) -> (h·w)
-
-    @property
     def log_diagonal(self) -> float:
-        """Σ log b_ii, at most 0."""
-        return float(self.diagonal.log().sum())
+        """Σ log b_ii of the centre weights, at most 0."""
+        return float(torch.outer(*(factor.diagonal() for factor in self.factors)).flatten().log().sum())
 
     @property
     def row_norms_squared(self) -> Float[Tensor, " n"]:
@@ -95,19 +86,13 @@ class BlurOperator:
         """B itself: n² numbers, for small grids."""
         return torch.kron(*self.factors)
 
-    def apply(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+    def apply(self, x: Signal) -> Signal:
         """B x along the last axis, in the dtype of x."""
         return self._separable(x, *self.factors)
 
-    def adjoint(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+    def adjoint(self, x: Signal) -> Signal:
         """Bᵀ x along the last axis."""
-        down, across = self.factors
-        return self._separable(x, down.T, across.T)
-
-    def gram(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """B Bᵀ x along the last axis, as one pass over factors."""
-        down, across = self.factors
-        return self._separable(x, down @ down.T, across @ across.T)
+        return self._separable(x, *(factor.T for factor in self.factors))
 
     def _separable(self, x: Tensor, down: Tensor, across: Tensor) -> Tensor:
         h, w = self.grid

@@ -1,28 +1,27 @@
-"""The plots of an analysis, each readable on its own: a title, axes with units, and a caption in the image.
-
-`draw` makes them all, of the rows of `measurements` or of one example `Entry` of a recording.
-"""
+"""The plots of an analysis, each readable on its own: a title, axes with units, and a caption in the image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from segresearch.analysis import energy, theorem_regimes
+from segresearch.analysis import claims, energy
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.logit_statistics import blurred, columns, moments
-from segresearch.analysis.measurements import Row, chosen, short, values
-from segresearch.analysis.recorder import Entry, Recording
+from segresearch.analysis.measurements import Row, Rows, chosen, short, values
+from segresearch.analysis.recorder import Entry, Images, Recording
 from segresearch.config import AnalyzeConfig
 from segresearch.image_grid import INK
 from segresearch.plot_style import canvas, label, name_sigma
 from segresearch.threads import one_thread
 
+Arrays = Mapping[str, np.ndarray]
 HOLDS, FAILS = "#2166ac", "#c4501b"
 LINES = {"reflect": ("-", "#c4501b"), "symmetric": ("--", "#2166ac"), "circular": (":", "#3a8f5c"),
          "exact": ("-.", "#7a4ea3")}  # fmt: skip
@@ -39,35 +38,34 @@ SIGMAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0, 50.
 
 @one_thread
 def draw(
-    config: AnalyzeConfig, recording: Recording, rows: Sequence[Row], images: np.ndarray,
-    labels: Sequence[Mapping[str, Any]],
-) -> dict[str, Figure]:  # fmt: skip
-    """All plots, by name. images: (n, height, width, 3) uint8; labels: the prompt and seed of each."""
+    config: AnalyzeConfig, recording: Recording, rows: Rows, pixels: UInt8[np.ndarray, "n h w 3"], images: Images
+) -> dict[str, Figure]:
+    """All plots, by name. images: the prompt and seed of each of the `pixels`."""
     model, sigmas, boundaries = config.model.name, config.blur.sigmas, config.blur.boundaries
+    rising = sorted(s for s in sigmas if s > 0)
     middle = min((s for s in sigmas if s > 0), key=lambda s: abs(np.log(s)), default=sigmas[0])  # nearest to 1
-    entry = example(recording)
     plots = {"sigma": against_sigma(rows, model)}
     for boundary in dict.fromkeys((boundaries[0], boundaries[-1])):
         if any(map(on_map, rows)):
             plots[f"regime_{boundary}"] = regime(rows, boundary, model)
         plots[f"layers_{boundary}"] = heat_maps(rows, middle, boundary, model)
-    rising = sorted(s for s in sigmas if s > 0)
+    entry = example(recording)
     few = rising if len(rising) <= 3 else [rising[1], rising[2], rising[-1]]
     blurs = [BlurOperator(entry.grid, float(s), boundaries[0]) for s in few]
     row = next((i for i, image in enumerate(entry.images) if image["prompt"]), 0)
     head = int(moments(entry.q, entry.k, "queries")[1][row].mean(dim=-1).argmax())  # of the widest logits
-    plots["field"] = field(entry, row, head, blurs)
-    plots["limits"] = limits(entry, boundaries)
-    plots["energy"] = landscape(entry, row, head, blurs)
-    plots["attention"] = attention(entry, row, blurs, images[list(labels).index(entry.images[row])])
-    return plots
+    image = pixels[list(images).index(entry.images[row])]
+    return plots | {
+        "field": field(entry, row, head, blurs), "limits": limits(entry, boundaries),
+        "energy": landscape(entry, row, head, blurs), "attention": attention(entry, row, blurs, image),
+    }  # fmt: skip
 
 
 def example(recording: Recording) -> Entry:
     """The middle site of the mid block (of all, if it was not recorded), at the middle step recorded."""
-    mid = [site for site in recording.sites if site.startswith("mid_block.")] or list(recording.sites)
-    steps = recording.select(mid[len(mid) // 2]).steps
-    return recording.select(mid[len(mid) // 2], step=steps[len(steps) // 2]).entries[0]
+    sites = [site for site in recording.sites if site.startswith("mid_block.")] or recording.sites
+    of_site = recording.select(sites[len(sites) // 2])
+    return of_site.select(step=of_site.steps[len(of_site.steps) // 2])[0]
 
 
 def _origin(entry: Entry, row: int) -> str:
@@ -79,16 +77,16 @@ def _origin(entry: Entry, row: int) -> str:
 
 def _column(entry: Entry, row: int, head: int) -> tuple[int, torch.Tensor, str]:
     """The key whose logits over queries vary most, these logits (n,), and where they were taken, in words."""
-    key = int(moments(entry.q, entry.k, "queries")[1][row, head].argmax())
-    a = columns(entry.q[[row]][:, [head]], entry.k[[row]][:, [head]], "queries", torch.tensor([key]))[0, 0, 0]
-    return key, a, f"head {entry.heads[head]} of {_origin(entry, row)}"
+    q, k = (z[row, head][None, None] for z in (entry.q, entry.k))
+    key = moments(q, k, "queries")[1].argmax().reshape(1)
+    return int(key), columns(q, k, "queries", key)[0, 0, 0], f"head {entry.heads[head]} of {_origin(entry, row)}"
 
 
 def _name(blur: BlurOperator) -> str:
     return f"blur σ = {name_sigma(blur.sigma)}, {blur.boundary}"
 
 
-def against_sigma(rows: Sequence[Row], model: str) -> Figure:
+def against_sigma(rows: Rows, model: str) -> Figure:
     """Mean, variance and lse of the logits after the blur, over its sigma, by boundary: Lemmas 3.1 and 3.2."""
     sigmas = sorted({row["blur_sigma"] for row in rows})
     caption = (
@@ -100,11 +98,10 @@ def against_sigma(rows: Sequence[Row], model: str) -> Figure:
     )
     figure = canvas(11.5, 3.4, f"What the query blur does to the logits of {model}", caption)
     axes = figure.subplots(1, 3)
-    for axis, column, title, unit in zip(
-        axes, ("mean_shift", "variance_ratio", "lse_fall"),
-        ("shift of the mean (Lemma 3.1)", "variance after / before (Lemma 3.1)", "fall of the lse (Lemma 3.2)"),
-        ("shift / standard deviation", "ratio", "nats"),
-    ):  # fmt: skip
+    panels = (("mean_shift", "shift of the mean (Lemma 3.1)", "shift / standard deviation"),
+              ("variance_ratio", "variance after / before (Lemma 3.1)", "ratio"),
+              ("lse_fall", "fall of the lse (Lemma 3.2)", "nats"))  # fmt: skip
+    for axis, (column, title, unit) in zip(axes, panels):
         label(axis, title, "blur σ (tokens)", unit, grid="y")
         for boundary in dict.fromkeys(row["boundary"] for row in rows):
             at = [chosen(rows, boundary=boundary, blur_sigma=s) for s in sigmas]
@@ -126,7 +123,7 @@ def on_map(row: Row) -> bool:
     return 0 < row["blur_sigma"] < np.inf and row["spread"] > 1e-6
 
 
-def regime(rows: Sequence[Row], boundary: str, model: str) -> Figure:
+def regime(rows: Rows, boundary: str, model: str) -> Figure:
     """Where Theorem 3.1's conclusion holds on the grid that most heads have: its margin over logit spread and blur σ
     for white noise of a fixed seed, and the model's heads as points."""
     grids = [row["grid"] for row in rows]
@@ -136,9 +133,9 @@ def regime(rows: Sequence[Row], boundary: str, model: str) -> Figure:
     spreads, blurs = values(heads, "spread"), values(heads, "blur_sigma")
     xs = np.geomspace(min(0.1, spreads.min() / 1.3), max(10.0, spreads.max() * 1.3), 28)
     ys = np.geomspace(0.3, max(4.0, blurs.max()) * 1.35, 22)
-    noise = theorem_regimes.white_noise(h * w)
+    noise = claims.white_noise(h * w)
     operators = [BlurOperator((h, w), float(y), boundary) for y in ys]
-    margins = np.array([[theorem_regimes.theorem_margins(x * noise, b) for x in xs] for b in operators])  # (ys, xs, 2)
+    margins = np.array([[claims.theorem_margins(x * noise, b) for x in xs] for b in operators])  # (ys, xs, 2)
     caption = (
         f"Colour: margin of the conclusion, log|det H| − log|det H̃| over the {h * w} tokens, for white-noise logits of "
         f"that standard deviation on a {h}×{w} grid ({boundary} boundary); above 0 (blue) the blur attenuates the "
@@ -149,11 +146,11 @@ def regime(rows: Sequence[Row], boundary: str, model: str) -> Figure:
     )
     figure = canvas(11.5, 4.2, f"Regime map of Theorem 3.1: {model}", caption)
     axes = figure.subplots(1, 2, sharey=True)
-    titles = ("as in eqs. (19) and (20): Π ξ(ã)ᵢ bᵢᵢ against Π ξ(a)ᵢ",
-              "by the chain rule: pdet(BᵀH(ã)B) against pdet H(a)")  # fmt: skip
+    titles = {"eq20_holds": "as in eqs. (19) and (20): Π ξ(ã)ᵢ bᵢᵢ against Π ξ(a)ᵢ",
+              "chain_holds": "by the chain rule: pdet(BᵀH(ã)B) against pdet H(a)"}  # fmt: skip
     jitter = np.random.default_rng(0)
     limit = float(np.quantile(np.abs(margins[np.isfinite(margins)]), 0.8))
-    for index, (axis, title, column) in enumerate(zip(axes, titles, ("eq20_holds", "chain_holds"))):
+    for index, (axis, (column, title)) in enumerate(zip(axes, titles.items())):
         margin = margins[..., index]
         label(axis, title, "standard deviation of the logits over queries", "" if index else "blur σ (tokens)")
         mesh = axis.contourf(xs, ys, margin.clip(-limit, limit), np.linspace(-limit, limit, 25), cmap=LIGHT,
@@ -186,21 +183,19 @@ def limits(entry: Entry, boundaries: Sequence[str]) -> Figure:
         "finite σ, so that σ = ∞ is a jump for them."
     )
     figure = canvas(9.5, 3.1, "The two limits of the blur", caption)
-    near, far = figure.subplots(1, 2, sharey=True)
-    label(near, "distance to the original", "blur σ (tokens)", "rms / standard deviation", grid="y")
-    label(far, "distance to the mean", "blur σ (tokens)", grid="y")
+    axes = figure.subplots(1, 2, sharey=True)
+    label(axes[0], "distance to the original", "blur σ (tokens)", "rms / standard deviation", grid="y")
+    label(axes[1], "distance to the mean", "blur σ (tokens)", grid="y")
     for boundary in boundaries:
-        limit = theorem_regimes.limits(entry.q, entry.k, "queries", entry.grid, SIGMAS, boundary)
         style, color = LINES[boundary]
-        near.plot(limit.sigmas, limit.to_identity, style, color=color, linewidth=1.8)
-        far.plot(limit.sigmas, limit.to_mean, style, color=color, label=boundary, linewidth=1.8)
-    near.set_xscale("log")
-    far.set_xscale("log")
-    far.legend(fontsize=8, frameon=False, title="boundary", title_fontsize=8)
+        for axis, distances in zip(axes, claims.limits(entry.q, entry.k, entry.grid, SIGMAS, boundary)):
+            axis.plot(SIGMAS, distances, style, color=color, label=boundary, linewidth=1.8)
+            axis.set_xscale("log")
+    axes[1].legend(fontsize=8, frameon=False, title="boundary", title_fontsize=8)
     return figure
 
 
-def heat_maps(rows: Sequence[Row], sigma: float, boundary: str, model: str) -> Figure:
+def heat_maps(rows: Rows, sigma: float, boundary: str, model: str) -> Figure:
     """Per site and step, the mean over heads, keys and images."""
     rows = chosen(rows, boundary=boundary, blur_sigma=sigma)
     sites = list(dict.fromkeys(row["site"] for row in sorted(rows, key=lambda r: r["layer"])))
@@ -214,10 +209,8 @@ def heat_maps(rows: Sequence[Row], sigma: float, boundary: str, model: str) -> F
         "by the chain rule."
     )
     figure = canvas(13.0, 1.5 + 0.2 * len(sites), f"Layer by layer, step by step: {model}", caption)
-    panels = {
-        "spread": "logit std", "rank_share": "effective rank / n", "variance_ratio": "variance ratio",
-        "lse_fall": "lse fall", "eq20_holds": "Thm 3.1, eq. (20)", "chain_holds": "Thm 3.1, chain rule",
-    }  # fmt: skip
+    panels = {"spread": "logit std", "rank_share": "effective rank / n", "variance_ratio": "variance ratio",
+              "lse_fall": "lse fall", "eq20_holds": "Thm 3.1, eq. (20)", "chain_holds": "Thm 3.1, chain rule"}
     for axis, (column, title) in zip(figure.subplots(1, 6, sharey=True), panels.items()):
         label(axis, title, "σ_t")
         means = np.array([[np.mean(values(chosen(rows, site=s, step=t), column)) for t in steps] for s in sites])
@@ -240,8 +233,8 @@ def field(entry: Entry, row: int, head: int, blurs: Sequence[BlurOperator]) -> F
         f"in {origin}. The energy of Definition 2.1 is minus the log-sum-exp of this field; the blur of queries is "
         "that of the field (Proposition 3.1): its mean stays (not under the reflect boundary), its peaks and pits go."
     )
-    fields = {"original": a, **{_name(blur): blur.apply(a) for blur in blurs}}
-    surfaces = {name: z.reshape(h, w).numpy() for name, z in fields.items()}
+    surfaces = {name: z.reshape(h, w).numpy() for name, z in
+                {"original": a, **{_name(blur): blur.apply(a) for blur in blurs}}.items()}
     axes = {"query column": np.arange(w), "query row": np.arange(h)}
     return _surfaces(surfaces, axes, "logit", "The field that the blur smooths", caption)
 
@@ -255,9 +248,10 @@ def landscape(entry: Entry, row: int, head: int, blurs: Sequence[BlurOperator]) 
     reach = torch.linspace(-REACH, REACH, 25, dtype=torch.float64)
     surfaces = {}
     for name, blur in (("original", BlurOperator(entry.grid, 0.0)), *((_name(blur), blur) for blur in blurs)):
-        around = energy.surface(blur.apply(mean), blur.apply(along), reach, reach)
-        real = energy.surface(blur.apply(mean), blur.apply(along), torch.ones(1), torch.ones(1))
-        surfaces[f"{name}\nGaussian curvature {float(real.gaussian_curvature):.2g}"] = around.energy.numpy().T
+        base, directions = blur.apply(mean), blur.apply(along)
+        _, gradient, second = energy.surface(base, directions, torch.ones(1), torch.ones(1))
+        name = f"{name}\nGaussian curvature {float(energy.gaussian_curvature(gradient, second)):.2g}"
+        surfaces[name] = energy.surface(base, directions, reach, reach)[0].numpy().T
     caption = (
         f"Energy −lse(B a) of Definition 2.1 for the logits a = mean + s·smooth + t·rough of one column: key {key}, "
         f"{origin}. Smooth is what a blur of σ = 1 leaves of its variation, rough the rest; (1, 1) is the real column, "
@@ -268,9 +262,7 @@ def landscape(entry: Entry, row: int, head: int, blurs: Sequence[BlurOperator]) 
     return _surfaces(surfaces, axes, "energy (nats)", "The energy landscape around a column", caption)
 
 
-def _surfaces(
-    surfaces: Mapping[str, np.ndarray], axes: Mapping[str, np.ndarray], height: str, title: str, caption: str
-) -> Figure:
+def _surfaces(surfaces: Arrays, axes: Arrays, height: str, title: str, caption: str) -> Figure:
     """Surfaces (rows, columns) beside each other on one scale. axes: names and positions of columns, then of rows."""
     figure = canvas(3.9 * len(surfaces), 3.6, title, caption)
     low, high = min(z.min() for z in surfaces.values()), max(z.max() for z in surfaces.values())
@@ -297,12 +289,8 @@ def attention(entry: Entry, row: int, blurs: Sequence[BlurOperator], image: np.n
     """
     h, w = entry.grid
     q, k = entry.q[[row]].double(), entry.k[[row]].double()
-
-    def weights(q: torch.Tensor) -> torch.Tensor:
-        return (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(dim=-1)[0]  # (heads, n, n)
-
-    maps = {"original": weights(q)}
-    maps |= {_name(b): weights(blurred(q, k, "queries", b)[0]) for b in blurs}
+    queries = {"original": q, **{_name(b): blurred(q, k, "queries", b)[0] for b in blurs}}
+    maps = {name: (z @ k.mT / z.shape[-1] ** 0.5).softmax(dim=-1)[0] for name, z in queries.items()}  # (heads, n, n)
     query = int(torch.special.entr(maps["original"]).sum(dim=-1).mean(dim=0).argmin())
     at = ((query % w + 0.5) / w, (query // w + 0.5) / h)  # (x, y) of the query, from 0 to 1
     caption = (
@@ -312,8 +300,8 @@ def attention(entry: Entry, row: int, blurs: Sequence[BlurOperator], image: np.n
         "need not be uniform."
     )
     heads = min(4, len(entry.heads))
-    size = 1.75 * (len(maps) + 1) + 0.8, 1.75 * heads
-    figure = canvas(*size, "Attention of a query, before and after the blur", caption)
+    title = "Attention of a query, before and after the blur"
+    figure = canvas(1.75 * (len(maps) + 1) + 0.8, 1.75 * heads, title, caption)
     panels: Any = figure.subplots(heads, len(maps) + 1, squeeze=False)
     for head, (first, *others) in enumerate(panels):
         first.imshow(image)
@@ -322,8 +310,9 @@ def attention(entry: Entry, row: int, blurs: Sequence[BlurOperator], image: np.n
         first.plot(*cross, color="black", markersize=8, markeredgewidth=1)
         first.set_ylabel(f"head {entry.heads[head]}", fontsize=9)
         scaled = [z[head, query].reshape(h, w).numpy() * (h * w) for z in maps.values()]
+        norm = Normalize(0, max(float(z.max()) for z in scaled))
         for axis, z in zip(others, scaled):
-            shown = axis.imshow(z, cmap="magma", norm=Normalize(0, max(float(z.max()) for z in scaled)))
+            shown = axis.imshow(z, cmap="magma", norm=norm)
             axis.plot(at[0] * w - 0.5, at[1] * h - 0.5, "+", color="white", markersize=7)
         figure.colorbar(shown, ax=others[-1], fraction=0.05, pad=0.02).ax.tick_params(labelsize=7)
     for axis, title in zip(panels[0], ["image", *maps]):

@@ -1,19 +1,18 @@
 """Statistics of attention logits along a named axis, without the n×n map.
 
-a = q kᵀ/√d has two axes, and each claim belongs to one of them. Along "queries" there is one column per key: this is
-the axis on which a blur of the queries acts, and that of Definition 2.1 of SEG (arXiv 2408.00760). Along "keys" there
-is one row per query: the axis of attention's own softmax, and the dual of the paper's Appendix B. Here *column* means
-the n entries along the named axis, whichever it is.
+a = q kᵀ/√d has two axes. Along "queries" there is one column per key: this is the axis on which a blur of the queries
+acts, and that of Definition 2.1 of SEG (arXiv 2408.00760). Along "keys" there is one row per query: the axis of
+attention's own softmax, and the dual of the paper's Appendix B. A *column* is the n entries along the named axis.
 
 Mean and variance are exact from the moments of one side: mean(Q)·k and kᵀ Cov(Q) k. Everything that needs exp is
 streamed over blocks of whole columns. Logits and exp are in the dtype of q and k (at least fp32); sums are fp64.
-Memory beside the inputs and the (rows, heads, m) results: about `8 * block` numbers, whatever the size of the map.
+Memory beside the inputs and the (rows, heads, m) results: about `8 * block_size` numbers, whatever the size of the map.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +24,11 @@ from segresearch.guidance.blur import blur
 
 Queries = Float[Tensor, "rows heads queries dim"]
 Keys = Float[Tensor, "rows heads keys dim"]
+Entries = Float[Tensor, "rows heads n dim"]  # the side that runs along the axis
+Vectors = Float[Tensor, "rows heads m dim"]  # the side with one column per token
 PerColumn = Float[Tensor, "rows heads m"]  # m: number of columns, that is of keys (axis "queries") or queries ("keys")
+Block = Float[Tensor, "groups columns n"]
+BlockColumns = Float[Tensor, "groups columns"]
 AXES = ("queries", "keys")
 BLOCK = 2**18  # logits held at once on a CPU: 1 MiB in fp32, which stays in cache
 WIDE = 2**24  # on other devices: 64 MiB in fp32, so that a launch has enough to do
@@ -36,11 +39,8 @@ def block_size(z: Tensor) -> int:
     return BLOCK if z.device.type == "cpu" else WIDE
 
 
-def sides(q: Tensor, k: Tensor, axis: str) -> tuple[Tensor, Tensor]:
-    """(entries, vectors): the side that runs along `axis`, and the side with one column per token.
-
-    Raises InputError for an unknown axis and for q and k that do not fit each other.
-    """
+def sides(q: Tensor, k: Tensor, axis: str) -> tuple[Entries, Vectors]:
+    """(entries, vectors). Raises InputError for an unknown axis and for q and k that do not fit each other."""
     if axis not in AXES:
         raise InputError(f'axis must be "queries" (Definition 2.1) or "keys" (its dual), got {axis!r}')
     if q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
@@ -48,9 +48,9 @@ def sides(q: Tensor, k: Tensor, axis: str) -> tuple[Tensor, Tensor]:
     return (q, k) if axis == "queries" else (k, q)
 
 
-def precision(q: Tensor) -> float:
-    """Machine epsilon of the dtype that logits of q are computed in."""
-    return torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that logits of such q and k are computed in: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def blurred(q: Queries, k: Keys, axis: str, operator: BlurOperator) -> tuple[Queries, Keys]:
@@ -59,7 +59,7 @@ def blurred(q: Queries, k: Keys, axis: str, operator: BlurOperator) -> tuple[Que
     Half precisions are widened before the blur, so that the pipeline's rounding is not measured.
     """
     sides(q, k, axis)
-    q, k = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (q, k))
+    q, k = (z.to(wide(z.dtype)) for z in (q, k))
     if axis == "queries":
         return blur(q, operator.grid, operator.sigma, operator.boundary), k
     return q, blur(k, operator.grid, operator.sigma, operator.boundary)
@@ -72,58 +72,37 @@ def total(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
     return x.sum(dim=-1, dtype=torch.float64)
 
 
-class Columns:
-    """A block of whole columns of logits, (groups, columns, n), and the intermediate results that measures share."""
+class Columns(NamedTuple):
+    """A block of whole columns of logits a, and what measures of ξ = softmax(a) share."""
 
-    def __init__(self, a: Float[Tensor, "groups columns n"]):
-        self.a = a
-
-    @cached_property
-    def top(self) -> Float[Tensor, "groups columns 1"]:
-        return self.a.amax(dim=-1, keepdim=True)
-
-    @cached_property
-    def exp(self) -> Float[Tensor, "groups columns n"]:
-        """exp(a − max a): 1 at the top, so that it never overflows."""
-        return (self.a - self.top).exp_()
-
-    @cached_property
-    def square(self) -> Float[Tensor, "groups columns n"]:
-        return self.exp.square()
-
-    @cached_property
-    def total(self) -> Float[Tensor, "groups columns"]:
-        """Σ exp(a − max a), fp64, between 1 and n."""
-        return total(self.exp)
-
-    @cached_property
-    def lse(self) -> Float[Tensor, "groups columns"]:
-        return self.top.squeeze(-1).double() + self.total.log()
-
-    @cached_property
-    def softmax(self) -> Float[Tensor, "groups columns n"]:
-        return self.exp / self.total.unsqueeze(-1).to(self.a.dtype)
-
-    def entropy(self) -> Float[Tensor, "groups columns"]:
-        """−Σ ξ log ξ in nats, fp64."""
-        first = total((self.a - self.top).mul_(self.exp))
-        return (self.total.log() - first / self.total).clamp_min(0)
-
-    def concentration(self) -> Float[Tensor, "groups columns"]:
-        """Σ ξ², fp64, between 1/n and 1."""
-        return total(self.square) / self.total.square()
+    a: Block
+    top: Float[Tensor, "groups columns 1"]  # max a
+    exp: Block  # exp(a − max a), 1 at the top, so that it never overflows
+    total: BlockColumns  # Σ exp(a − max a), fp64, between 1 and n
 
 
-def column_blocks(
-    entries: Float[Tensor, "rows heads n dim"], vectors: Float[Tensor, "rows heads m dim"], block: int | None = None
-) -> Iterator[tuple[slice, slice, Columns]]:
+def exponentials(a: Block) -> Columns:
+    """The `Columns` of logits."""
+    top = a.amax(dim=-1, keepdim=True)
+    exp = (a - top).exp_()
+    return Columns(a, top, exp, total(exp))
+
+
+Measure = Callable[[Columns], Tensor]  # -> BlockColumns
+MEASURES: dict[str, Measure] = {
+    "lse": lambda c: c.top.squeeze(-1).double() + c.total.log(),
+    "entropy": lambda c: (c.total.log() - total((c.a - c.top).mul_(c.exp)) / c.total).clamp_min(0),  # −Σ ξ log ξ
+    "concentration": lambda c: total(c.exp.square()) / c.total.square(),  # Σ ξ²
+}
+
+
+def column_blocks(entries: Entries, vectors: Vectors) -> Iterator[tuple[slice, slice, Block]]:
     """(groups, columns, logits) until every column was seen once; a group is one (row, head), row by row.
 
-    Each block holds at most about `block` logits (None: BLOCK or WIDE, by the device), at least one whole column.
+    Each block holds at most about `block_size` logits, at least one whole column.
     """
-    block = block or block_size(entries)
+    block, dtype = block_size(entries), wide(entries.dtype)
     n, m, dim = entries.shape[2], vectors.shape[2], entries.shape[3]
-    dtype = torch.promote_types(entries.dtype, torch.float32)
     entries, vectors = entries.flatten(0, 1), vectors.flatten(0, 1)  # (r, h, n, d) -> (g, n, d)
     groups_per_block = max(1, block // max(n * m, 1))
     columns_per_block = m if n * m <= block else max(1, block // n)
@@ -133,29 +112,26 @@ def column_blocks(
         for c in range(0, m, columns_per_block):
             columns = slice(c, min(c + columns_per_block, m))
             scaled = vectors[groups, columns].to(dtype) / math.sqrt(dim)
-            yield groups, columns, Columns(scaled @ side)  # (g, c, d) (g, d, n) -> (g, c, n)
+            yield groups, columns, scaled @ side  # (g, c, d) (g, d, n) -> (g, c, n)
 
 
-def stream(
-    entries: Float[Tensor, "rows heads n dim"],
-    vectors: Float[Tensor, "rows heads m dim"],
-    measures: Mapping[str, Callable[[Columns], Tensor]],
-    block: int | None = None,
-) -> dict[str, Tensor]:
-    """Each measure of every column, (rows, heads, m) fp64, in one pass over the logits."""
-    rows, heads, m = vectors.shape[:3]
-    out = {name: torch.empty(rows * heads, m, dtype=torch.float64, device=vectors.device) for name in measures}
-    for groups, columns, logits in column_blocks(entries, vectors, block):
+def stream(q: Queries, k: Keys, axis: str, measures: Mapping[str, Measure]) -> dict[str, PerColumn]:
+    """Each measure of every column, fp64, in one pass over the logits."""
+    entries, vectors = sides(q, k, axis)
+    shape = vectors.shape[:3]
+    out = {name: torch.empty(shape, dtype=torch.float64, device=vectors.device).flatten(0, 1) for name in measures}
+    for groups, columns, a in column_blocks(entries, vectors):
+        block = exponentials(a)
         for name, measure in measures.items():
-            out[name][groups, columns] = measure(logits).double()
-    return {name: values.reshape(rows, heads, m) for name, values in out.items()}
+            out[name][groups, columns] = measure(block).double()
+    return {name: values.reshape(shape) for name, values in out.items()}
 
 
 def moments(q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None = None) -> tuple[PerColumn, PerColumn]:
     """Mean and population variance of each column, fp64, exact and without any logit.
 
-    mean = mean(entries)·v/√d and variance = vᵀ Cov(entries) v/d. `weights` (n,) ≥ 0 weigh the entries (see
-    `end_weights`); None is equal weights.
+    mean = mean(entries)·v/√d and variance = vᵀ Cov(entries) v/d. `weights` ≥ 0 weigh the entries (see `end_weights`);
+    None is equal weights.
     """
     entries, vectors = sides(q, k, axis)
     rows, heads, m, dim = vectors.shape
@@ -176,15 +152,11 @@ def moments(q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None 
     return mean.reshape(rows, heads, m), variance.reshape(rows, heads, m)
 
 
-def log_sum_exp(
-    q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None = None, block: int | None = None
-) -> PerColumn:
-    """lse = log Σ_i w_i exp(a_i) of each column, fp64, streamed; weights (n,) > 0, None is 1."""
-
-    def lse(c: Columns) -> Tensor:
-        return c.lse if weights is None else Columns(c.a + weights.log().to(c.a)).lse
-
-    return stream(*sides(q, k, axis), {"lse": lse}, block)["lse"]
+def log_sum_exp(q: Queries, k: Keys, axis: str, weights: Float[Tensor, " n"] | None = None) -> PerColumn:
+    """lse = log Σ_i w_i exp(a_i) of each column, fp64, streamed; weights > 0, None is 1."""
+    lse = MEASURES["lse"]
+    measure = lse if weights is None else lambda c: lse(exponentials(c.a + weights.log().to(c.a)))
+    return stream(q, k, axis, {"lse": measure})["lse"]
 
 
 def end_weights(grid: tuple[int, int]) -> Float[Tensor, " n"]:
@@ -195,8 +167,7 @@ def end_weights(grid: tuple[int, int]) -> Float[Tensor, " n"]:
     """
     weights = [torch.ones(side, dtype=torch.float64) for side in grid]
     for side in weights:
-        if side.shape[0] > 1:
-            side[0] = side[-1] = 0.5
+        side[[0, -1]] = 0.5 if len(side) > 1 else 1.0
     return torch.outer(*weights).flatten()  # (h), (w) -> (h·w)
 
 
@@ -204,8 +175,9 @@ def end_weights(grid: tuple[int, int]) -> Float[Tensor, " n"]:
 class Statistics:
     """Statistics of every column along `axis`, fp64.
 
-    n: entries in a column. mean, variance: of the logits (population variance). lse: log Σ exp. entropy: of
-    ξ = softmax, nats. concentration: Σ ξ². eps: relative rounding of the logits behind exp (1.2e-7 for fp32 inputs).
+    n: entries in a column. eps: relative rounding of the logits behind exp (1.2e-7 for fp32 inputs). mean, variance: of
+    the logits (population variance). lse: log Σ exp. entropy: of ξ = softmax, nats; its exp is how many tokens a
+    pattern is spread over. concentration: Σ ξ².
     """
 
     axis: str
@@ -218,9 +190,9 @@ class Statistics:
     concentration: PerColumn
 
     @property
-    def effective_rank(self) -> PerColumn:
-        """exp(entropy), from 1 (one-hot) to n (uniform): how many tokens a pattern is spread over."""
-        return self.entropy.exp()
+    def trace(self) -> PerColumn:
+        """1 − Σ ξ², the trace of minus the Hessian of −lse (see `energy`)."""
+        return (1 - self.concentration).clamp_min(0)
 
     @property
     def taylor_lse(self) -> PerColumn:
@@ -233,21 +205,17 @@ class Statistics:
         return self.n * (self.mean - self.lse)
 
 
-MEASURES: dict[str, Callable[[Columns], Tensor]] = {
-    "lse": lambda c: c.lse,
-    "entropy": Columns.entropy,
-    "concentration": Columns.concentration,
-}
-
-
-def statistics(q: Queries, k: Keys, axis: str, block: int | None = None) -> Statistics:
+def statistics(q: Queries, k: Keys, axis: str) -> Statistics:
     """The statistics of q kᵀ/√d along `axis`; of blurred logits with `statistics(*blurred(q, k, axis, B), axis)`.
+    Raises InputError as `sides`."""
+    return Statistics(**fields(q, k, axis, MEASURES))
 
-    Raises InputError for an unknown axis or shapes that do not fit.
-    """
-    entries, vectors = sides(q, k, axis)
+
+def fields(q: Queries, k: Keys, axis: str, measures: Mapping[str, Measure]) -> dict[str, Any]:
+    """The fields of `Statistics` (of a subclass, with more measures), in one pass over the logits."""
+    n, eps = sides(q, k, axis)[0].shape[2], torch.finfo(wide(q.dtype)).eps
     mean, variance = moments(q, k, axis)
-    return Statistics(axis, entries.shape[2], precision(q), mean, variance, **stream(entries, vectors, MEASURES, block))
+    return {"axis": axis, "n": n, "eps": eps, "mean": mean, "variance": variance, **stream(q, k, axis, measures)}
 
 
 def columns(q: Queries, k: Keys, axis: str, index: Int[Tensor, " samples"]) -> Float[Tensor, "rows heads samples n"]:

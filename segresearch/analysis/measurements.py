@@ -1,14 +1,13 @@
 """From a recording to numbers: the tidy table (site × head × σ_t × blur σ × boundary) and the tested claims.
 
-The table is along the axis "queries" (Definition 2.1 of arXiv 2408.00760: one column of logits per key, over the
-queries), on which SEG's blur of the queries acts. One of its rows is one head's mean over its columns, that is over
-keys and images; shares ("..._holds") are of the same columns. Claims are tested on both axes, the other one being the
-dual of the paper's Appendix B (blurred keys, columns over keys).
+The table is along the axis "queries" (Definition 2.1 of arXiv 2408.00760), on which SEG's blur of the queries acts. One
+of its rows is one head's mean over its columns, that is over keys and images; shares ("..._holds") are of the same
+columns. Claims are tested on both axes.
 """
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,17 +15,19 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.claims import ClaimResult, blur_commutes, check_claims, check_statistics, check_weighted
-from segresearch.analysis.curvature import Curvature, curvature
-from segresearch.analysis.logit_statistics import PerColumn, statistics
+from segresearch.analysis.energy import Curvature, curvature
+from segresearch.analysis.logit_statistics import PerColumn, statistics, wide
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.guidance.blur import INFINITE
 from segresearch.models.compute import arithmetic
 from segresearch.threads import one_thread_for
 
 Row = dict[str, Any]
+Rows = Sequence[Row]
 COLUMNS = 2**17  # measured in one call: 1 MiB for each number of a column
 SMALL = 256  # tokens of a grid up to which one thread is enough
 KEYS = ("site", "layer", "grid", "head", "step", "sigma_t", "blur_sigma", "boundary")
@@ -73,162 +74,133 @@ class ClaimSummary:
                 "median_margin": self.median, "smallest_margin": self.smallest, "smallest_at": worst}  # fmt: skip
 
 
-Measured = tuple[list[Row], list[ClaimSummary]]
-
-
 def measure(
-    recording: Recording,
-    sigmas: Sequence[float | int],
-    boundaries: Sequence[str],
-    sites: Sequence[str],
+    recording: Recording, sigmas: Sequence[float], boundaries: Sequence[str], sites: Sequence[str],
     device: torch.device | str = "cpu",
-) -> Iterator[Measured]:
-    """The rows of the table and the claims of each entry, one entry after another. `sites`: the model's, in order.
+) -> tuple[list[Row], list[ClaimSummary]]:  # fmt: skip
+    """The rows of the table, and the claims. `sites`: the model's, in order. Recordings of one head at one step, of
+    other images, are one row, in which each weighs the same.
 
     Entries that follow each other and have one shape are measured in one call, up to COLUMNS columns: at small grids
     calls take longer than what they compute. device: where; q and k go there in one transfer each, and two small
     tensors come back for each blur. Logits of fp32 are products in fp32, never in TF32.
     """
     blurs = list(itertools.product(boundaries, sigmas))
+    rows: dict[tuple, list[Row]] = {}
+    claims: dict[tuple, list[ClaimSummary]] = {}
+    bar = tqdm(total=len(recording), unit="site", disable=None, leave=False)
     shapes = itertools.groupby(recording, lambda entry: (entry.grid, len(entry.heads), len(entry.images)))
-    for ((h, w), heads, images), entries in shapes:
-        while batch := list(itertools.islice(entries, max(1, COLUMNS // (h * w * heads * images)))):
-            with arithmetic("exact", torch.device(device)):
-                measured = _measured(batch, blurs, sites, device)
-            yield from measured
+    with bar, arithmetic("exact", torch.device(device)):
+        for ((h, w), heads, images), entries in shapes:
+            while batch := list(itertools.islice(entries, max(1, COLUMNS // (h * w * heads * images)))):
+                of_batch, tested = _measured(batch, blurs, sites, device)
+                for row in of_batch:
+                    rows.setdefault(tuple(row[key] for key in KEYS), []).append(row)
+                for part in tested:
+                    claims.setdefault((part.claim, part.axis, part.boundary, part.blur_sigma), []).append(part)
+                bar.update(len(batch))
+    return list(map(_mean, rows.values())), list(map(_merged, claims.values()))
+
+
+def _mean(rows: Rows) -> Row:
+    """Rows of the same keys as one."""
+    return {key: v if key in KEYS else float(np.mean([row[key] for row in rows])) for key, v in rows[0].items()}
+
+
+def _merged(parts: Sequence[ClaimSummary]) -> ClaimSummary:
+    """Summaries of the same claim, axis and blur as one."""
+    count, holding = sum(part.count for part in parts), sum(part.holding for part in parts)
+    medians = tuple(itertools.chain.from_iterable(part.medians for part in parts))
+    return replace(min(parts, key=lambda part: part.smallest), count=count, holding=holding, medians=medians)
 
 
 @one_thread_for(lambda entries, *rest: math.prod(entries[0].grid) <= SMALL)
 def _measured(
-    entries: Sequence[Entry], blurs: Sequence[tuple[str, float | int]], sites: Sequence[str], device: torch.device | str
-) -> list[Measured]:
+    entries: Sequence[Entry], blurs: Sequence[tuple[str, float]], sites: Sequence[str], device: torch.device | str
+) -> tuple[list[Row], list[ClaimSummary]]:
     """`measure` of entries of one shape, whose rows (images) become one axis."""
     q, k = (torch.cat(side).to(device) for side in zip(*((e.q, e.k) for e in entries), strict=True))
-    q, k = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (q, k))
+    q, k = (z.to(wide(z.dtype)) for z in (q, k))
     grid = entries[0].grid
     before, before_of_keys = curvature(q, k, "queries", BlurOperator(grid, 0.0)), statistics(q, k, "keys")
-    measured: list[Measured] = [([], []) for _ in entries]
+    rows: list[list[Row]] = [[] for _ in entries]
+    claims: list[ClaimSummary] = []
     for boundary, sigma in blurs:
         operator = BlurOperator(grid, float(sigma), boundary)
         after = curvature(q, k, "queries", operator)
-        results = check_statistics(before.statistics, after.statistics, operator)
-        values = _values(before, after, results, len(entries))
+        results = check_statistics(before, after, operator)
+        for of_entry, entry, of_heads in zip(rows, entries, _values(before, after, results, len(entries)), strict=True):
+            keys = {"site": entry.site, "layer": sites.index(entry.site), "grid": f"{grid[0]}x{grid[1]}"}
+            at = {"step": entry.step, "sigma_t": float(np.mean(entry.sigma)), "blur_sigma": operator.sigma}
+            for head, values in zip(entry.heads, of_heads, strict=True):
+                of_entry.append({**keys, "head": head, **at, "boundary": boundary, **values})
         if boundary == "reflect" and sigma <= INFINITE:  # beyond, every boundary is the plain mean
-            results += check_weighted(q, k, "queries", operator, before.statistics)
+            results += check_weighted(q, k, "queries", operator, before)
         results += check_claims(q, k, "keys", operator, before_of_keys)
-        results += (blur_commutes(q, k, "queries", operator),)
-        summaries = _summaries(entries, results)
-        for entry, (rows, claims), of_heads, of_claims in zip(entries, measured, values, summaries, strict=True):
-            rows += [_keys(entry, head, sites, operator) | of_head for head, of_head in zip(entry.heads, of_heads)]
-            claims += of_claims
-    return measured
+        claims += _summaries(entries, (*results, blur_commutes(q, k, "queries", operator)))
+    return list(itertools.chain.from_iterable(rows)), claims
 
 
-def _keys(entry: Entry, head: int, sites: Sequence[str], operator: BlurOperator) -> Row:
-    h, w = entry.grid
-    keys = (entry.site, sites.index(entry.site), f"{h}x{w}", head, entry.step, float(np.mean(entry.sigma)))
-    return dict(zip(KEYS, (*keys, float(operator.sigma), operator.boundary), strict=True))
-
-
-def _values(before: Curvature, after: Curvature, results: Iterable[ClaimResult], entries: int) -> list[list[Row]]:
-    """The measured columns of the table for each head of each entry, read back at once."""
-
-    def by_entry(z: PerColumn) -> Float[Tensor, "entries images heads m"]:
-        return z.unflatten(0, (entries, -1))
+def _values(a: Curvature, b: Curvature, results: Iterable[ClaimResult], entries: int) -> list[list[Row]]:
+    """The measured columns of the table, before (a) and after the blur (b), of each head of each entry, at once."""
 
     def mean(z: PerColumn) -> Float[Tensor, "entries heads"]:
-        return by_entry(z).mean(dim=(1, 3))
+        return z.unflatten(0, (entries, -1)).mean(dim=(1, 3))
 
-    a, b, n = before.statistics, after.statistics, before.statistics.n
-    std = a.variance.sqrt().clamp_min(1e-6)
+    n, std, least = a.n, a.variance.sqrt().clamp_min(1e-6), 1e-12
+    margins = {result.claim: mean(result.margin) / n for result in results if result.claim.startswith("theorem")}
     per_head = {
         "spread": mean(a.variance).sqrt(),
         "mean_shift": mean((b.mean - a.mean).abs() / std),
-        "variance_ratio": mean(b.variance) / mean(a.variance).clamp_min(1e-12),
-        "variance_ratio_max": by_entry(b.variance / a.variance.clamp_min(1e-12)).amax(dim=(1, 3)),
+        "variance_ratio": mean(b.variance) / mean(a.variance).clamp_min(least),
+        "variance_ratio_max": (b.variance / a.variance.clamp_min(least)).unflatten(0, (entries, -1)).amax(dim=(1, 3)),
         "lse_fall": mean(a.lse - b.lse),
         "taylor_fall": mean(a.variance - b.variance) / 2,
         "log_product_before": mean(a.log_product),
         "log_product_after": mean(b.log_product),
-        "eq20_margin": mean(a.log_product - after.entrywise_log_product) / n,
-        "chain_margin": mean(before.log_pdet - after.chain_log_pdet) / n,
+        "eq20_margin": margins["theorem_paper"],
+        "chain_margin": margins["theorem_chain"],
         "entropy_before": mean(a.entropy),
         "entropy_after": mean(b.entropy),
-        "rank_share": mean(a.effective_rank) / n,
-        "rank_share_after": mean(b.effective_rank) / n,
-        "trace_before": mean(before.trace),
-        "trace_after": mean(after.trace),
-        "chain_trace_after": mean(after.chain_trace),
-        "norm_before": mean(before.norm),
-        "norm_after": mean(after.norm),
+        "rank_share": mean(a.entropy.exp()) / n,
+        "rank_share_after": mean(b.entropy.exp()) / n,
+        "trace_before": mean(a.trace),
+        "trace_after": mean(b.trace),
+        "chain_trace_after": mean(b.chain_trace),
+        "norm_before": mean(a.norm),
+        "norm_after": mean(b.norm),
     }
     per_head |= {SHARES[r.claim]: mean(r.holds.double()) for r in results if r.claim in SHARES}
     values = torch.stack(list(per_head.values()), dim=-1).tolist()  # names of (e, h) -> (e, h, names)
     return [[dict(zip(per_head, of_head, strict=True)) for of_head in heads] for heads in values]
 
 
-def mean_over_runs(rows: Sequence[Row]) -> list[Row]:
-    """Rows of the same keys (of several runs of the same steps) as one, each run weighing the same."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in KEYS), []).append(row)
-    return [
-        {name: value if name in KEYS else float(np.mean([r[name] for r in group])) for name, value in group[0].items()}
-        for group in groups.values()
-    ]
-
-
-def _summaries(entries: Sequence[Entry], results: Sequence[ClaimResult]) -> list[list[ClaimSummary]]:
-    """The summary of each result over the columns of each entry; their numbers are read back at once."""
-    by_entry = (len(entries), -1)
+def _summaries(entries: Sequence[Entry], results: Sequence[ClaimResult]) -> list[ClaimSummary]:
+    """The summary of each result over the columns of all entries; their numbers are read back at once."""
     # (claims, entries·images, heads, columns) -> (c, e, i, h, m)
-    margin = torch.stack([result.margin for result in results]).unflatten(1, by_entry)
-    holding = torch.stack([result.holds for result in results]).unflatten(1, by_entry).flatten(2).sum(-1, keepdim=True)
-    medians = margin.transpose(2, 3).flatten(3).median(dim=-1).values  # -> (c, e, h, i·m) -> (c, e, h)
-    shape, flat = margin.shape[2:], margin.flatten(2)  # (c, e, i·h·m)
-    worst = flat.argmin(-1, keepdim=True), flat.amin(-1, keepdim=True)
-    values = torch.cat([z.double() for z in (*worst, holding, medians)], dim=-1).tolist()  # (c, e, 3 + h)
-    return [
-        [_summary(entry, result, shape, *of_entry[i]) for result, of_entry in zip(results, values, strict=True)]
-        for i, entry in enumerate(entries)
-    ]
+    margin = torch.stack([result.margin for result in results]).unflatten(1, (len(entries), -1))
+    medians = margin.transpose(2, 3).flatten(3).median(dim=-1).values.flatten(1)  # -> (c, e, h, i·m) -> (c, e·h)
+    flat, holds = margin.flatten(1), torch.stack([result.holds for result in results]).flatten(1)
+    of_all = torch.stack([flat.argmin(-1).double(), flat.amin(-1), holds.sum(-1).double()], dim=-1)
+    numbers = torch.cat([of_all, medians], dim=-1).tolist()
+    summaries = []
+    for result, (at, smallest, held, *of_heads) in zip(results, numbers, strict=True):
+        number, image, head, column = map(int, np.unravel_index(int(at), margin.shape[1:]))
+        entry, key = entries[number], "key" if result.axis == "queries" else "query"
+        worst = {"site": short(entry.site), "head": entry.heads[head], key: column, "step": entry.step}
+        summaries.append(ClaimSummary(
+            result.claim, result.statement, result.axis, float(result.operator.sigma), result.operator.boundary,
+            flat.shape[1], int(held), tuple(of_heads), smallest, {**worst, **entry.images[image]},
+        ))  # fmt: skip
+    return summaries
 
 
-def _summary(
-    entry: Entry, result: ClaimResult, shape: Sequence[int], at: float, smallest: float, holding: float, *medians: float
-) -> ClaimSummary:
-    """shape: (images, heads, columns) of the entry; at: flat index of the smallest margin."""
-    row, head, column = np.unravel_index(int(at), tuple(shape))
-    key = "key" if result.axis == "queries" else "query"
-    worst = {"site": short(entry.site), "head": entry.heads[head], key: int(column), "step": entry.step}
-    return ClaimSummary(
-        result.claim, result.statement, result.axis, float(result.operator.sigma), result.operator.boundary,
-        math.prod(shape), int(holding), medians, smallest, {**worst, **entry.images[row]},
-    )  # fmt: skip
-
-
-def merge_claims(summaries: Iterable[ClaimSummary]) -> list[ClaimSummary]:
-    """The summaries of the same claim, axis and blur as one."""
-    groups: dict[tuple, list[ClaimSummary]] = {}
-    for part in summaries:
-        groups.setdefault((part.claim, part.axis, part.boundary, part.blur_sigma), []).append(part)
-    return [
-        replace(
-            min(parts, key=lambda part: part.smallest),
-            count=sum(part.count for part in parts),
-            holding=sum(part.holding for part in parts),
-            medians=tuple(median for part in parts for median in part.medians),
-        )
-        for parts in groups.values()
-    ]
-
-
-def chosen(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+def chosen(rows: Rows, **wanted: Any) -> list[Row]:
     """The rows that have these values."""
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
-def values(rows: Sequence[Row], column: str) -> np.ndarray:
+def values(rows: Rows, column: str) -> np.ndarray:
     """One column as an array."""
     return np.array([row[column] for row in rows], dtype=float)
 

@@ -1,4 +1,4 @@
-"""Recording what the softmax saw: q and k (v on request) per branch, site, head and sigma, under the perturbation.
+"""Recording what the softmax saw: q and k per branch, site, head and sigma, under the perturbation.
 
     recorder = Recorder(sdxl.unet.site_heads, where="mid", steps=[0, 12, 24])
     sample(model, noise, conds=conds, attend=recorder.attend([{"prompt": "a red cube", "seed": 0}]))
@@ -6,35 +6,30 @@
         entry.site, entry.sigma, entry.q, entry.k
 
 `recorder.attend(...)` is an ordinary attention for the `attend` argument of a call: the innermost one, in which every
-perturbation ends. It keeps q, k and v and computes plain attention. No output bit changes.
+perturbation ends. No output bit changes.
 
 Rows that branches share up to the first perturbed site are computed, and stored, once, under all their names. A
 perturbation that computes no attention (PAG) leaves no entry of its branch at its sites. SAG's second forward is
-recorded as branch "<base>~sag".
-
-Memory: in memory, the sum of all that is kept, which `limit` bounds; streamed to a folder, the one call at hand, with
-
-    bytes of one call = (2, or 3 with v) · rows · heads · tokens · dim · bytes of a number
+recorded as branch "<base>~sag". In memory `limit` bounds what is kept; streamed to a folder, one call at a time is.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.guidance.sites import Where, check_heads, select_sites
-from segresearch.models.attention import Attend, Site, sdpa
+from segresearch.models.attention import Attend, Heads, Site, sdpa
 from segresearch.runs import plain, replacing
 
 INDEX = "index.jsonl"
-Image = Mapping[str, Any]
+Image = Mapping[str, Any]  # its prompt and seed
+Images = Sequence[Image]
 
 
 @dataclass(frozen=True)
@@ -56,29 +51,18 @@ class Entry:
     load: Callable[[], Mapping[str, Tensor]] = field(repr=False, compare=False)
 
     @property
-    def q(self) -> Float[Tensor, "rows heads tokens dim"]:
+    def q(self) -> Heads:
         """The queries that the softmax saw, blurred where the branch blurs them."""
         return self.load()["q"]
 
     @property
-    def k(self) -> Float[Tensor, "rows heads tokens dim"]:
+    def k(self) -> Heads:
         """The keys that the softmax saw."""
         return self.load()["k"]
 
-    @property
-    def v(self) -> Float[Tensor, "rows heads tokens dim"]:
-        """The values. ValueError where they were not recorded."""
-        tensors = self.load()
-        if "v" not in tensors:
-            raise InputError("the values were not recorded; record with Recorder(..., values=True)")
-        return tensors["v"]
 
-
-@dataclass(frozen=True)
-class Recording:
+class Recording(tuple[Entry, ...]):
     """Entries in the order they were made; `select` narrows them."""
-
-    entries: tuple[Entry, ...]
 
     @classmethod
     def open(cls, folder: str | Path) -> "Recording":
@@ -87,28 +71,22 @@ class Recording:
         if not (folder / INDEX).is_file():
             raise InputError(f"{folder} holds no recording (no {INDEX})")
         lines = (folder / INDEX).read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last one was cut off
-        return cls(tuple(_entry(json.loads(line), folder) for line in lines))
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+        return cls(_entry(json.loads(line), folder) for line in lines)
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Site names, in the order of a forward pass."""
-        return tuple(dict.fromkeys(entry.site for entry in self.entries))
+        return tuple(dict.fromkeys(entry.site for entry in self))
 
     @property
     def branches(self) -> tuple[str, ...]:
         """Names of all branches, such as "cond", "uncond", "cond~seg"."""
-        return tuple(dict.fromkeys(name for entry in self.entries for name in entry.branches))
+        return tuple(dict.fromkeys(name for entry in self for name in entry.branches))
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The steps recorded, rising."""
-        return tuple(sorted({entry.step for entry in self.entries}))
+        return tuple(sorted({entry.step for entry in self}))
 
     def select(self, site: Where = "*", branch: str | None = None, step: int | None = None) -> "Recording":
         """The entries of these sites (a selector), this branch, this step. ValueError where there is none."""
@@ -116,46 +94,31 @@ class Recording:
         for name, value, known in (("branch", branch, self.branches), ("step", step, self.steps)):
             if value is not None and value not in known:
                 raise InputError(f"{name}={value!r} was not recorded; there are {', '.join(map(str, known))}")
-        return Recording(
-            tuple(
-                e for e in self.entries
-                if e.site in sites and branch in (None, *e.branches) and step in (None, e.step)
-            )
-        )  # fmt: skip
+        entries = (e for e in self if branch in (None, *e.branches) and step in (None, e.step))
+        return Recording(entry for entry in entries if entry.site in sites)
 
 
+@dataclass
 class Recorder:
-    """Keeps q, k and v in memory or, with `folder`, in one safetensors file a call and an index.
-
-    Args:
-        sites: the model's, with their numbers of heads (`unet.site_heads`).
-        where: the sites kept, see `segresearch.guidance.sites`. heads: the heads kept; None is all.
-        steps: the evaluations kept, counted from 0 in each run; None is all. branches: those kept; None is all.
-        values: keep v too.
-        folder: where to stream to; it must not hold a recording yet.
-        limit: bytes that may be held in memory; not read with `folder`.
+    """Keeps q and k in memory or, with `folder`, in one safetensors file a call and an index.
 
     Raises ValueError for a selector without a match, a head that does not exist, a folder that holds a recording.
     """
 
-    def __init__(
-        self,
-        sites: Mapping[str, int],
-        where: Where = "*",
-        heads: Sequence[int] | None = None,
-        steps: Sequence[int] | None = None,
-        branches: Sequence[str] | None = None,
-        values: bool = False,
-        folder: str | Path | None = None,
-        limit: int = 1 << 30,
-    ):
-        self.sites = select_sites(where, tuple(sites))
-        for site in self.sites:
-            check_heads(heads, sites[site], site)
-        self.heads, self.steps, self.branches, self.values = heads, steps, branches, values
-        self.folder = None if folder is None else Path(folder)
-        self.limit, self.bytes = limit, 0
-        self._entries: list[Entry] = []
+    sites: Mapping[str, int]  # the model's, with their numbers of heads (`unet.site_heads`); then those kept
+    where: Where = "*"  # the sites kept, see `segresearch.guidance.sites`
+    heads: Sequence[int] | None = None  # those kept; None is all
+    steps: Sequence[int] | None = None  # the evaluations kept, counted from 0 in each run; None is all
+    branches: Sequence[str] | None = None  # those kept; None is all
+    folder: Path | None = None  # where to stream to; it must not hold a recording yet
+    limit: int = 1 << 30  # bytes that may be held in memory; not read with `folder`
+    bytes: int = field(default=0, init=False)
+    entries: list[Entry] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.sites = {site: self.sites[site] for site in select_sites(self.where, tuple(self.sites))}
+        for site, count in self.sites.items():
+            check_heads(self.heads, count, site)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             if (self.folder / INDEX).exists():
@@ -165,9 +128,9 @@ class Recorder:
     @property
     def recording(self) -> Recording:
         """What was recorded so far."""
-        return Recording(tuple(self._entries))
+        return Recording(self.entries)
 
-    def attend(self, images: Sequence[Image], attend: Attend = sdpa) -> Attend:
+    def attend(self, images: Images, attend: Attend = sdpa) -> Attend:
         """The `attend` argument for one `sample()`, with a label for each image. Steps are counted from 0.
 
         attend: the attention that is computed. A new step begins where `Site.sigma` is another tensor object.
@@ -183,47 +146,36 @@ class Recorder:
                 if len(site.sigma) != len(labels):
                     raise InputError(f"record: {len(labels)} labels for {len(site.sigma)} images; give one for each")
             if site.name in self.sites and (self.steps is None or step in self.steps):
-                self._record(q, k, v, site, step, labels)
+                shared = {"site": site.name, "grid": site.grid, "step": step, "sigma": tuple(site.sigma.tolist()),
+                          "images": labels}  # fmt: skip
+                parts = (z.split(len(labels)) for z in (q, k))  # (m·b, ...) -> m × (b, ...)
+                for names, *part in zip(site.branches, *parts, strict=True):
+                    if self.branches is None or set(names) & set(self.branches):
+                        self._keep({**shared, "branches": names}, *part)
             return attend(q, k, v, site)
 
         return record
 
-    def _record(self, q: Tensor, k: Tensor, v: Tensor, site: Site, step: int, labels: tuple[Image, ...]) -> None:
-        assert site.sigma is not None
-        tensors = {"q": q, "k": k, "v": v} if self.values else {"q": q, "k": k}
-        parts = zip(*(z.split(len(labels)) for z in tensors.values()), strict=True)  # (m·b, ...) -> m × (b, ...)
-        for names, part in zip(site.branches, parts, strict=True):
-            if self.branches is None or set(names) & set(self.branches):
-                facts = {"site": site.name, "grid": site.grid, "branches": names, "step": step,
-                         "sigma": tuple(site.sigma.tolist()), "images": labels,
-                         "heads": tuple(range(q.shape[1]) if self.heads is None else self.heads)}  # fmt: skip
-                self._keep(facts, dict(zip(tensors, part, strict=True)))
-
-    def _keep(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        heads = list(facts["heads"])
-        size = sum(z[:, heads].nbytes for z in tensors.values())
+    def _keep(self, facts: dict[str, Any], q: Tensor, k: Tensor) -> None:
+        heads = list(range(q.shape[1]) if self.heads is None else self.heads)
+        kept = {name: z.detach()[:, heads].cpu().contiguous() for name, z in (("q", q), ("k", k))}  # copies
+        size = sum(z.nbytes for z in kept.values())
         if self.folder is None and self.bytes + size > self.limit:
             raise InputError(
                 f"the recording passes its limit of {self.limit / 2**20:.0f} MiB at step {facts['step']}, "
                 f"{facts['site']}; keep fewer sites, heads or steps, raise limit=, or give a folder to stream to"
             )
-        kept = {name: _copied(z[:, heads]) for name, z in tensors.items()}
         self.bytes += size
+        facts["heads"] = tuple(heads)
         if self.folder is None:
-            self._entries.append(Entry(**facts, load=lambda: kept))
+            self.entries.append(Entry(**facts, load=lambda: kept))
             return
-        facts["file"] = f"{len(self._entries):06d}.safetensors"
+        facts["file"] = f"{len(self.entries):06d}.safetensors"
         with replacing(self.folder / facts["file"]) as temporary:
             save_file(kept, temporary)
         with (self.folder / INDEX).open("a", encoding="utf-8") as index:
             index.write(json.dumps(plain(facts), ensure_ascii=False) + "\n")
-        self._entries.append(_entry(plain(facts), self.folder))
-
-
-def _copied(z: Tensor) -> Tensor:
-    """A copy on the CPU that holds no more than it shows."""
-    copy = torch.empty(z.shape, dtype=z.dtype, device="cpu")
-    return copy.copy_(z.detach())
+        self.entries.append(_entry(plain(facts), self.folder))
 
 
 def _entry(facts: Mapping[str, Any], folder: Path) -> Entry:

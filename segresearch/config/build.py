@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from segresearch.config.names import nearest
 from segresearch.config.schema import GuidanceConfig, ModelConfig, PerturbationConfig, RunConfig
+from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError
 from segresearch.models.compute import PLAIN, Compute
 
@@ -25,13 +25,10 @@ EVERYWHERE = (0.0, float("inf"))
 
 
 def device_kind(device: str) -> str:
-    """"cuda", "cpu", ... that `device` is here: "auto" is the first GPU if there is one, else the CPU.
-
-    Torch, which takes a second to import, is asked only where a driver is installed or torch is built for ROCm.
-    """
+    """"cuda", "cpu", ... that `device` is here: "auto" is the first GPU if there is one, else the CPU."""
     if device != "auto":
         return device.partition(":")[0]
-    try:
+    try:  # torch takes a second to import, so a driver is looked for first
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
         if "rocm" not in version("torch"):
@@ -41,20 +38,16 @@ def device_kind(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def with_batch_size(config: Run) -> Run:
-    """`config` with its `batch_size` as a number: "auto" is the model's own for the kind of its `device`."""
-    if config.batch_size != "auto":
-        return config
-    gpu = config.model.batch_size_cuda if device_kind(config.device) == "cuda" else None
-    return dataclasses.replace(config, batch_size=gpu or config.model.batch_size)
-
-
-def of_model(config: Run, model: "SDXL | None") -> Run:
-    """A run's settings with the `compute` of a model that is loaded already, and its device for "auto"."""
-    if model is None:
-        return config
-    device = str(model.device) if config.device == "auto" else config.device
-    return dataclasses.replace(config, device=device, compute=model.compute)
+def resolved(config: Run, model: "SDXL | None" = None) -> Run:
+    """`config` with a number for batch_size="auto": the model's own for the kind of its device. A `model` that is
+    loaded already decides `compute`, and the device where that is "auto"."""
+    if model is not None:
+        device = str(model.device) if config.device == "auto" else config.device
+        config = dataclasses.replace(config, device=device, compute=model.compute)
+    if config.batch_size == "auto":
+        gpu = config.model.batch_size_cuda if device_kind(config.device) == "cuda" else None
+        config = dataclasses.replace(config, batch_size=gpu or config.model.batch_size)
+    return config
 
 
 def usable_device(device: str) -> Any:
@@ -77,25 +70,16 @@ def load_model(
 
     from segresearch.models import load_sdxl
 
-    optional: dict[str, Any] = {"controlnet": list(controlnets)} if controlnets else {}
+    vae_dtype = config.vae_dtype and getattr(torch, config.vae_dtype)
     return load_sdxl(
-        config.path,
-        dtype=getattr(torch, config.dtype),
-        device=usable_device(device),
-        variant=config.variant,
-        config=config.config,
-        tokenizer=config.tokenizer,
-        vae_dtype=config.vae_dtype and getattr(torch, config.vae_dtype),
-        compute=compute,
-        **optional,
-    )
+        config.path, getattr(torch, config.dtype), usable_device(device), list(controlnets), variant=config.variant,
+        config=config.config, tokenizer=config.tokenizer, vae_dtype=vae_dtype, compute=compute,
+    )  # fmt: skip
 
 
 def build_guidance(config: GuidanceConfig, denoiser: Any, post: Sequence[Callable[..., Any]] = ()) -> Any:
     """`config` around `denoiser`: a GuidedDenoiser, in a SelfAttentionGuidance if it has `sag`; `post` comes last.
-
-    ValueError (ConfigError among them) for what the types cannot see: no such site or head, no such function.
-    """
+    InputError for what the types cannot see: no such site or head, no such function."""
     from segresearch.guidance import GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 
     terms = {}
@@ -103,19 +87,15 @@ def build_guidance(config: GuidanceConfig, denoiser: Any, post: Sequence[Callabl
         interval = term.interval or EVERYWHERE
         if term.kind == "cfg":
             terms[name] = cfg(term.weight, interval=interval)
-        else:
-            several = term.perturbation if isinstance(term.perturbation, tuple) else (term.perturbation,)
-            placed = [build_perturbation(p, f"guidance.terms.{name}.perturbation") for p in several]
-            terms[name] = perturbed(name, placed, term.scale, base=term.base, interval=interval)
-    model = GuidedDenoiser(
-        denoiser, terms, rescale=config.rescale, post=[*([config.apg] if config.apg else []), *post]
-    )
-    sag = config.sag
-    if sag is None:
+            continue
+        several = term.perturbation if isinstance(term.perturbation, tuple) else (term.perturbation,)
+        built = [build_perturbation(p, f"guidance.terms.{name}.perturbation") for p in several]
+        terms[name] = perturbed(name, built, term.scale, base=term.base, interval=interval)
+    model = GuidedDenoiser(denoiser, terms, rescale=config.rescale, post=[*filter(None, [config.apg]), *post])
+    if (sag := config.sag) is None:
         return model
-    return SelfAttentionGuidance(
-        model, sag.scale, sag.blur_sigma, sag.threshold, base=sag.base, interval=sag.interval or EVERYWHERE
-    )
+    interval = sag.interval or EVERYWHERE
+    return SelfAttentionGuidance(model, sag.scale, sag.blur_sigma, sag.threshold, base=sag.base, interval=interval)
 
 
 def build_perturbation(config: PerturbationConfig, at: str = "perturbation") -> Callable[..., Any]:
@@ -146,18 +126,15 @@ def imported(target: str, at: str) -> Callable[..., Any]:
         raise ConfigError(f"{at}.target: {target!r} cannot be imported ({error}); {hint}") from error
     function = getattr(module, name, None)
     if function is None:
-        names = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise ConfigError(f"{at}.target: {module_name} has no {name!r}{nearest(name, names)}")
+        raise ConfigError(f"{at}.target: {module_name} has no {name!r}{nearest(name, vars(module))}")
     if not callable(function):
         raise ConfigError(f"{at}.target: {target} is not a function or a class but {type(function).__name__}")
     return function
 
 
 def refuse_foreign(target: str, at: str) -> None:
-    """ConfigError for a `target` of Python or of an installed package, no matter which module it is imported through.
-
-    For settings of unknown origin: they may name functions of segresearch, or of files of the user's own.
-    """
+    """ConfigError for a `target` of Python or of an installed package, no matter which module it is imported through:
+    settings of unknown origin may name functions of segresearch, or of files of the user's own."""
     home = str(getattr(imported(target, at), "__module__", None) or target.rpartition(".")[0])
     file = getattr(sys.modules.get(home), "__file__", None)  # None of what is built into Python
     installed = [Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib")]

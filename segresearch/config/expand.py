@@ -1,14 +1,22 @@
-"""From the settings of a run to its images: which method, prompt, seed and control image. Light: no torch."""
+"""From settings to images: methods, prompts, seeds, control images. Light: no torch, but for captions of scenes."""
 
+import collections
 import dataclasses
+import itertools
+import json
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from segresearch.config.parse import SCENE, control_images, parse_seeds, read_prompts
-from segresearch.config.schema import AnalyzeConfig, ControlConfig, GenerateConfig, GuidanceConfig, PerturbedTerm, Scale
+from segresearch.config.schema import SCENE, ControlConfig, GenerateConfig, GuidanceConfig, PanelConfig, TermConfig
 from segresearch.errors import ConfigError
+
+HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training
+COCO = {"id": (int, "a whole number"), "image_id": (int, "a whole number"), "caption": (str, "text")}  # an annotation
 
 
 @dataclass(frozen=True)
@@ -33,46 +41,41 @@ class Panel:
 
 def panels(config: GenerateConfig) -> tuple[Panel, ...]:
     """The panels of `config`; without `panels` one: the methods of `compare`, then `guidance` if not among them."""
-    if not config.panels:
-        return (_panel(config, "", ""),)
-    blocks = []
-    for i, panel in enumerate(config.panels):
-        names = ("prompts", "negative", "seeds", "pairing", "controls")
-        changes = {name: getattr(panel, name) for name in names if getattr(panel, name) is not None}
-        guidance = panel.compare[-1] if panel.compare else config.guidance
-        whole = dataclasses.replace(config, compare=panel.compare, guidance=guidance, **changes)
-        blocks.append(_panel(whole, panel.title, f"panels.{i}."))
-    return tuple(blocks)
+    tables = {f"panels.{i}.": panel for i, panel in enumerate(config.panels)}
+    tables = tables or {"": PanelConfig(compare=(*config.compare, config.guidance))}
+    return tuple(_panel(config, table, at) for at, table in tables.items())
 
 
-def _panel(config: GenerateConfig, title: str, at: str) -> Panel:
-    seeds = parse_seeds(config.seeds, at + "seeds")
-    prompts = read_prompts(config.prompts, at + "prompts", len(seeds))
-    columns = []
-    for name, control in config.controls.items():
-        columns.append(control_images(control.image, len(seeds), f"controls.{name}.image"))
-        checked_control(control, f"controls.{name}")
-    if len(set(map(slug, config.controls))) < len(config.controls):
-        raise ConfigError(f"controls: {', '.join(config.controls)}: too alike to tell their files apart; rename one")
-    images = dict(zip(seeds, zip(*columns, strict=True) if columns else [()] * len(seeds), strict=True))
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    if config.pairing == "zip":
-        if len(prompts) > len(seeds):
-            counts = f"{len(prompts)} prompts, {len(seeds)} seeds"
-            raise ConfigError(f"{at}pairing: zip gives each seed one prompt, so some would be left: {counts}")
-        pairs = [(prompts[i % len(prompts)], seed) for i, seed in enumerate(seeds)]
+def _panel(config: GenerateConfig, panel: PanelConfig, at: str) -> Panel:
+    names = ("prompts", "negative", "seeds", "pairing", "controls")
+    run = dataclasses.replace(config, **{n: getattr(panel, n) for n in names if getattr(panel, n) is not None})
+    seeds = parse_seeds(run.seeds, at + "seeds")
+    prompts = read_prompts(run.prompts, at + "prompts", len(seeds))
+    images = dict(zip(seeds, control_rows(run.controls, len(seeds)) or [()] * len(seeds)))
+    if len(set(map(slug, run.controls))) < len(run.controls):
+        raise ConfigError(f"controls: {', '.join(run.controls)}: too alike to tell their files apart; rename one")
+    if run.pairing == "zip" and len(prompts) > len(seeds):
+        raise ConfigError(f"{at}pairing: zip gives each seed one prompt: {len(prompts)} prompts, {len(seeds)} seeds")
+    product = run.pairing == "product"
+    pairs = list(itertools.product(prompts, seeds) if product else zip(itertools.cycle(prompts), seeds))
+    rows = tuple(ImageSpec(prompt, seed, images[seed]) for prompt, seed in pairs)
     if len(set(pairs)) < len(pairs):
         raise ConfigError(f"{at}prompts: the same prompt is given twice")
-    rows = tuple(ImageSpec(prompt, seed, images[seed]) for prompt, seed in pairs)
-    return Panel(title, config.negative, rows, methods(config.compare, config.guidance, at), config.controls)
+    return Panel(panel.title, run.negative, rows, methods(panel.compare or (run.guidance,), at), run.controls)
 
 
-def methods(compare: Sequence[GuidanceConfig], guidance: GuidanceConfig, at: str = "") -> dict[str, GuidanceConfig]:
-    """The methods of `compare` by their labels, then `guidance` if it is not among them. ConfigError: two alike."""
+def control_rows(controls: Mapping[str, ControlConfig], count: int) -> tuple[tuple[str, ...], ...]:
+    """Of each of `count` images a file or a scene for each control; () where there is no control."""
+    names = [control_images(control.image, count, f"controls.{key}.image") for key, control in controls.items()]
+    return tuple(zip(*names))
+
+
+def methods(compare: Sequence[GuidanceConfig], at: str = "") -> dict[str, GuidanceConfig]:
+    """The methods of `compare` by label; the last is left out if it is among the others. ConfigError: two alike."""
     by_label: dict[str, GuidanceConfig] = {}
-    for method in (*compare, guidance):
-        bare = dataclasses.replace(method, label=None)
-        if method is guidance and any(dataclasses.replace(m, label=None) == bare for m in by_label.values()):
+    for method in compare:
+        others = [dataclasses.replace(other, label=None) for other in by_label.values()]
+        if method is compare[-1] and dataclasses.replace(method, label=None) in others:
             continue
         label = method.label or describe(method)
         if slug(label) in map(slug, by_label):
@@ -81,42 +84,21 @@ def methods(compare: Sequence[GuidanceConfig], guidance: GuidanceConfig, at: str
     return by_label
 
 
-def checked_control(control: ControlConfig, at: str) -> None:
-    """ConfigError for settings of a control that cannot be, whatever its images."""
-    if control.start >= control.end:
-        raise ConfigError(f"{at}.start: {control.start:g} is not below end, {control.end:g}: it would never act")
-    if control.low > control.high:
-        raise ConfigError(f"{at}.low: {control.low:g} is above high, {control.high:g}")
-    if not math.isfinite(control.scale):
-        raise ConfigError(f"{at}.scale: {control.scale:g} is not finite; 1 is the ControlNet as it was trained")
-    images = (control.image,) if isinstance(control.image, str) else control.image
-    files = [image for image in images if not image.startswith(SCENE)]
-    if control.preprocess == "depth" and files and not control.depth_model:
-        hint = "name one (a folder or a cached hub id), or set preprocess=none where the image is a depth map itself"
-        raise ConfigError(f"{at}.depth_model: missing, and {files[0]} needs one; {hint}")
-
-
-def measured_steps(config: AnalyzeConfig) -> tuple[int, ...]:
-    """The measured steps as numbers from 0, rising."""
-    return tuple(sorted({step % config.steps for step in config.measured_steps}))
-
-
 def describe(guidance: GuidanceConfig) -> str:
     """A short name of a method: "CFG 5 + SEG σ=∞", "SAG 0.75", "vanilla"."""
-    words = [
-        f"CFG {_number(term.weight)}" if term.kind == "cfg" else _perturbed(name, term)
-        for name, term in guidance.terms.items()
-    ]
+    words = [_describe_term(name, term) for name, term in guidance.terms.items()]
     if guidance.sag is not None:
         words.append(f"SAG {_number(guidance.sag.scale)}")
     return " + ".join(words) or "vanilla"
 
 
-def _number(scale: Scale) -> str:
+def _number(scale: Any) -> str:
     return f"{scale:g}" if isinstance(scale, float | int) else f"{scale.start:g}→{scale.stop:g}"
 
 
-def _perturbed(name: str, term: PerturbedTerm) -> str:
+def _describe_term(name: str, term: TermConfig) -> str:
+    if term.kind == "cfg":
+        return f"CFG {_number(term.weight)}"
     p, scale = term.perturbation, _number(term.scale)
     if isinstance(p, tuple) or p.kind == "custom":
         return f"{name} {scale}"
@@ -130,3 +112,112 @@ def slug(text: str) -> str:
     """`text` as a file name: "SEG σ=∞" is "seg-sigma-inf"."""
     spelled = text.lower().replace("σ", "sigma ").replace("τ", "tau ").replace("∞", "inf")
     return re.sub(r"[^a-z0-9.]+", "-", spelled).strip("-.") or "x"
+
+
+def parse_seeds(seeds: Any, at: str = "seeds") -> tuple[int, ...]:
+    """5, "0-15", "1,4,7-9" or a list of such, in the order given. Raises ConfigError: not of this form, twice, none."""
+    parts = [part for item in ([seeds] if isinstance(seeds, int | str) else seeds) for part in str(item).split(",")]
+    numbers: list[int] = []
+    for part in parts:
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise ConfigError(f'{at}: {part!r} is not a seed or a rising range; write 3, "0-15", "1,4,7-9" or [1, 4]')
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= 2**63 or last - first >= 1_000_000:
+            raise ConfigError(f"{at}: {part!r}: seeds go up to 2^63 - 1, a range holds at most a million")
+        numbers.extend(range(first, last + 1))
+    for seed, count in collections.Counter(numbers).most_common(1):
+        if count > 1:
+            raise ConfigError(f"{at}: seed {seed} is given twice")
+    return tuple(numbers)
+
+
+def scene_numbers(text: str, count: int, at: str) -> tuple[int, ...] | None:
+    """The scenes of "scene:12", "scene:0-7", "scene:1,4" or "scene:5-" (`count` of them); None for other text."""
+    if not text.startswith(SCENE):
+        return None
+    numerals = text.removeprefix(SCENE).strip()
+    first = re.fullmatch(r"(\d+)\s*-", numerals)
+    try:
+        numbers = tuple(range(int(first[1]), int(first[1]) + count)) if first else parse_seeds(numerals, at)
+    except ConfigError:
+        numbers = ()
+    if not numbers or max(numbers) >= 2**31:
+        forms = 'write "scene:12", "scene:0-7", "scene:1,4" or "scene:0-" (one for each seed), with numbers below 2^31'
+        raise ConfigError(f"{at}: {text!r} names no scenes; {forms}")
+    return numbers
+
+
+def control_images(image: str | tuple[str, ...], count: int, at: str) -> tuple[str, ...]:
+    """A file or a scene ("scene:12") for each of `count` seeds: those that `image` names, repeating in turn."""
+    names: list[str] = []
+    for item in (image,) if isinstance(image, str) else image:
+        numbers = scene_numbers(item, count, at)
+        names += [item] if numbers is None else [f"{SCENE}{number}" for number in numbers]
+    if not names or "" in names:
+        raise ConfigError(f'{at}: no image; give a file, a list of files, or scenes such as "scene:0-7"')
+    if len(names) > count:
+        raise ConfigError(f"{at}: each seed takes one image: {len(names)} images, {count} seeds; give as many seeds")
+    return tuple(names[i % len(names)] for i in range(count))
+
+
+def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts", count: int = 1) -> tuple[str, ...]:
+    """A list of prompts as it is; text ending in .txt is a file of one prompt a line, in .json one of COCO's captions;
+    "scene:0-7" are the captions of these scenes, and "scene:0-" of `count`; other text is one prompt."""
+    if isinstance(prompts, tuple):
+        texts = prompts
+    elif numbers := scene_numbers(prompts, count, at):
+        from segresearch.scenes.scenes import captions
+
+        texts = tuple(captions([HELD_OUT + number for number in numbers]))
+    elif prompts.lower().endswith((".txt", ".json")):
+        texts = (from_text if prompts.lower().endswith(".txt") else from_coco)(Path(prompts), at)
+    elif os.sep in prompts and Path(prompts).expanduser().exists():
+        raise ConfigError(f"{at}: {prompts} is not a .txt or .json file; a text that is meant as one goes into a list")
+    else:
+        texts = (prompts,)
+    if not texts:
+        raise ConfigError(f'{at}: no prompt in {prompts!r}; "" is the one for images without a prompt')
+    return texts
+
+
+def from_text(path: Path, at: str = "prompts") -> tuple[str, ...]:
+    """One prompt a line, UTF-8; blank lines are left out. ConfigError with the number of the line that is wrong."""
+    lines = [line.strip() for line in _text(path, at).split("\n")]
+    for number, line in enumerate(lines, 1):
+        if control := re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", line):
+            raise ConfigError(f"{at}: {path}, line {number}: holds the control character {control[0]!r}")
+    return tuple(filter(None, lines))
+
+
+def from_coco(path: Path, at: str = "prompts") -> tuple[str, ...]:
+    """Captions of a COCO file (captions_val2014.json): the first of each image by image id, then the second of each,
+    and so on, "first" by annotation id. ConfigError has the line or the annotation that is wrong."""
+    try:
+        entries = list(json.loads(_text(path, at))["annotations"])
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{at}: {path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{at}: {path}: no list `annotations` in it, which COCO's captions_*.json have") from error
+    for i, entry in enumerate(entries):
+        for key, (kind, noun) in COCO.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+                raise ConfigError(f"{at}: {path}: annotations.{i}: no {key}, or it is not {noun}")
+        if not entry["caption"].strip():
+            raise ConfigError(f"{at}: {path}: annotations.{i}: the caption is empty")
+    by_image = collections.defaultdict(list)
+    for entry in sorted(entries, key=lambda entry: entry["id"]):
+        by_image[entry["image_id"]].append(" ".join(entry["caption"].split()))
+    turns = itertools.zip_longest(*(by_image[image] for image in sorted(by_image)))
+    return tuple(caption for turn in turns for caption in turn if caption)
+
+
+def _text(path: Path, at: str) -> str:
+    """The text of a UTF-8 file. ConfigError with the line and the byte in it that is wrong."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{at}: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        *lines, last = error.object[: error.start + 1].splitlines()
+        raise ConfigError(f"{at}: {path}, line {len(lines) + 1}: not UTF-8 text (byte {len(last)})") from error

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from segresearch.checkpoints.resolve import resolve_controlnet
 from segresearch.config import ControlConfig
-from segresearch.config.parse import SCENE
+from segresearch.config.expand import SCENE
 from segresearch.control_images.read import open_image
 from segresearch.errors import CheckpointError, ConfigError, InputError
 from segresearch.runs import fingerprint, plain
-
-SCENE_SIZE = (64, 64)  # at which a scene's map is identified
 
 
 @dataclass(frozen=True)
@@ -28,47 +27,39 @@ class IdentifiedControl:
 
     def contents(self, image: str) -> dict[str, str]:
         """What the names stand for, for one control image."""
-        digests = {"net": self.net, "image": self.images[image]}
-        if self.depth_model is not None and not image.startswith(SCENE):
-            digests["depth_model"] = self.depth_model
-        return digests
+        depth = {} if self.depth_model is None or image.startswith(SCENE) else {"depth_model": self.depth_model}
+        return {"net": self.net, "image": self.images[image], **depth}
 
     def identity(self, images: Sequence[str]) -> dict[str, Any]:
         """What images under these control images depend on: not what things are called or where they lie."""
-        files = [image for image in images if not image.startswith(SCENE)]
-        thresholds = ("low", "high") if files and self.control.preprocess == "canny" else ()
-        keys = ("scale", "start", "end", "guess", "preprocess", *thresholds)
+        thresholds = self.control.preprocess == "canny" and not all(image.startswith(SCENE) for image in images)
+        keys = ("scale", "start", "end", "guess", "preprocess", *(("low", "high") if thresholds else ()))
         settings = {key: getattr(self.control, key) for key in keys}
         return {**settings, "contents": [self.contents(image) for image in images]}
 
 
 def identify_control(control: ControlConfig, images: Sequence[str], model: Path, key: str) -> IdentifiedControl:
-    """`control` with its control images `images`, checked; no network is loaded for it.
-
-    model: the model's folder or file. key: the control's full key, for messages. Raises CheckpointError for a
-    ControlNet or a depth estimator that is missing, ConfigError for a file that is no image.
-    """
-    from segresearch.checkpoints.resolve import resolve_controlnet
-
+    """`control` and its images, checked; no network is loaded. key: of the config, for messages. CheckpointError for a
+    ControlNet or a depth estimator that is missing, ConfigError for a file that is no image."""
     files = list(dict.fromkeys(image for image in images if not image.startswith(SCENE)))
     scenes = list(dict.fromkeys(image for image in images if image.startswith(SCENE)))
+    digests, depth_model = {}, None
     with _naming(f"{key}.net"):
         net = fingerprint(resolve_controlnet(control.net, model))
-    digests, depth_model = {}, None
     with _naming(f"{key}.image"):
         for file in files:
             open_image(file)
-            digests[file] = _digest(Path(file).expanduser().read_bytes())
+            digests[file] = hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()[:12]
     if files and control.preprocess == "depth":
-        from segresearch.control_images.depth_estimator import located_depth
+        from segresearch.control_images.prepare import located_depth
 
         with _naming(f"{key}.depth_model"):
             depth_model = fingerprint(located_depth(str(control.depth_model)))
     if scenes:
         from segresearch.control_images.prepare import scene_maps
 
-        maps = scene_maps(scenes, control.preprocess, SCENE_SIZE).mul(255).round().byte().cpu().numpy()
-        digests |= {scene: _digest(one.tobytes()) for scene, one in zip(scenes, maps, strict=True)}
+        maps = scene_maps(scenes, control.preprocess, (64, 64)).mul(255).round().byte().cpu().numpy()
+        digests |= {scene: hashlib.sha256(one.tobytes()).hexdigest()[:12] for scene, one in zip(scenes, maps)}
     return IdentifiedControl(control, net, digests, depth_model)
 
 
@@ -84,9 +75,7 @@ def identify_controls(
 
 def control_records(controls: Mapping[str, IdentifiedControl], images: Sequence[str]) -> dict[str, Any]:
     """The part of an image's record about its controls: as a config has them, and what their names stand for.
-
-    images: one control image for each control. {} without controls.
-    """
+    images: one control image for each control. {} without controls."""
     settings, contents = {}, {}
     for (name, identified), image in zip(controls.items(), images, strict=True):
         settings[name] = plain(dataclasses.replace(identified.control, image=image))
@@ -94,16 +83,11 @@ def control_records(controls: Mapping[str, IdentifiedControl], images: Sequence[
     return {"controls": settings, "contents": contents} if settings else {}
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
-
-
 @contextlib.contextmanager
 def _naming(key: str) -> Iterator[None]:
     """Puts the full key in front of an error's message."""
     try:
         yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{key}: {error}") from error
     except InputError as error:
-        raise ConfigError(f"{key}: {error}") from error
+        kind = CheckpointError if isinstance(error, CheckpointError) else ConfigError
+        raise kind(f"{key}: {error}") from error

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation as one tidy frame: a row (method, metric, value, error) for each number.
+"""The numbers of an evaluation as one tidy frame, a row (method, metric, value, error) for each number; its tables.
 
     method    the name of a guidance configuration; the first method of the frame is the baseline
     metric    a key of METRICS, such as "fd-mini"; METRICS says what it is and how a table shows it
@@ -8,12 +8,21 @@
 On disk: metrics.csv and metrics.jsonl (one row a line), and "metrics" of results.json. Light: no torch.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 from segresearch.evaluation.paper_numbers import HEADS
+from segresearch.pages import Cell
+
+LATEX = str.maketrans({
+    "σ": r"$\sigma$", "∞": r"$\infty$", "±": r"$\pm$", "−": r"$-$", "τ": r"$\tau$", "γ": r"$\gamma$", "→": r"$\to$",
+    "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+})  # fmt: skip
+GROUPS = ("quality", "content", "paper")
+Lines = list[list[Cell]]
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,6 @@ class Metric:
 
     kind: the statistic ("fd", "precision", "count"). features: the network it is computed with, "" for none.
     head: of its column; "" for a number that no table shows. digits: after the point.
-    to_baseline: a difference to the baseline's number, or a distance to the baseline's images.
     group: quality; content (what is in the images); paper (a number of arXiv 2408.00760).
     """
 
@@ -30,7 +38,6 @@ class Metric:
     features: str = ""
     head: str = ""
     digits: int = 3
-    to_baseline: bool = False
     group: Literal["quality", "content", "paper"] = "quality"
 
     @property
@@ -70,44 +77,32 @@ class Frame:
         return cls(tuple(value for value in values if METRICS[value.metric]))
 
     def plain(self) -> list[dict[str, Any]]:
-        """Rows as JSON and csv.DictWriter take them."""
+        """Rows as JSON and CSV take them."""
         return [asdict(row) for row in self.rows]
 
-    @cached_property
-    def _by_key(self) -> dict[tuple[str, str], Value]:
-        return {(row.method, row.metric): row for row in self.rows}
-
     def __getitem__(self, key: tuple[str, str]) -> Value:
-        return self._by_key.get(key) or Value(*key, None)
+        return next((row for row in self.rows if (row.method, row.metric) == key), Value(*key, None))
 
     @property
     def methods(self) -> tuple[str, ...]:
         """In the order of the run: the first is the baseline."""
         return tuple(dict.fromkeys(row.method for row in self.rows))
 
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """Those of any row, in the order of METRICS."""
+    def metrics(self, *kinds: str) -> tuple[Metric, ...]:
+        """Those of any row, in the order of METRICS; of these kinds alone, such as "fd", where some are named."""
         names = {row.metric for row in self.rows}
-        return tuple(metric for name, metric in METRICS.items() if name in names)
-
-    def of_kind(self, kind: str) -> tuple[Metric, ...]:
-        """The metrics of a kind, such as "fd", whatever their features."""
-        return tuple(metric for metric in self.metrics if metric.kind == kind)
+        return tuple(m for name, m in METRICS.items() if name in names and (not kinds or m.kind in kinds))
 
 
 def _metrics() -> Iterator[Metric]:
     yield Metric("n", head="N", digits=0)
     yield Metric("operations")  # floating-point operations of the sampling of one image
-    for features, frechet, kernel in (
-        ("mini", "FD (mini)", "KD (mini)"),
-        ("inception", "FID", "KID"),
-        ("dinov2", "FD (DINOv2)", "KD (DINOv2)"),
-        ("clip", "FD (CLIP)", "CMMD"),
-    ):
-        yield Metric("fd", features, frechet, 2)
-        yield Metric("fd_to_baseline", features, "− baseline", 2, to_baseline=True)  # on the same resampled images
-        yield Metric("kd", features, kernel, 1 if features == "mini" else 4)
+    frechet = {"mini": "FD (mini)", "inception": "FID", "dinov2": "FD (DINOv2)", "clip": "FD (CLIP)"}
+    kernel = {"mini": "KD (mini)", "inception": "KID", "dinov2": "KD (DINOv2)", "clip": "CMMD"}
+    for features in frechet:
+        yield Metric("fd", features, frechet[features], 2)
+        yield Metric("fd_to_baseline", features, "− baseline", 2)  # on the same resampled images
+        yield Metric("kd", features, kernel[features], 1 if features == "mini" else 4)
         yield Metric("precision", features, "precision")
         yield Metric("recall", features, "recall")
         yield Metric("fd_extrapolated", features)  # with its first order in 1/N removed
@@ -115,17 +110,53 @@ def _metrics() -> Iterator[Metric]:
         yield Metric("variance", features)  # of the features, summed, over that of the reference
         yield Metric("kd_spread", features)  # standard deviation between the subsets
     for features, head in (("mini", "distance (mini)"), ("vgg", "LPIPS vgg"), ("alex", "LPIPS alex")):
-        yield Metric("distance", features, head, to_baseline=True)
+        yield Metric("distance", features, head)
     yield Metric("text_alignment", "mini", "cosine (mini)")
     yield Metric("text_alignment", "clip", "CLIP cosine")
     heads = {"count": "count", "colors": "colours", "shapes": "shapes", "objects": "objects", "exact": "exact",
              "objects_chance": "(chance)", "edges": "edges", "saturation": "saturation", "brightness": "",
              "contrast": "contrast", "red": "", "green": "", "blue": ""}  # fmt: skip
-    for kind, head in heads.items():
-        yield Metric(kind, head=head, group="content")
+    yield from (Metric(kind, head=head, group="content") for kind, head in heads.items())
     yield Metric("cost", head="cost", digits=2)  # operations over those of the baseline
-    for column, head in HEADS.items():
-        yield Metric("paper", column, f"paper: {head}", group="paper")
+    yield from (Metric("paper", column, f"paper: {head}", group="paper") for column, head in HEADS.items())
 
 
 METRICS = {metric.name: metric for metric in _metrics()}  # in the order of a table's columns
+
+
+def table(*frames: Frame, leads: Sequence[Mapping[str, Cell]] = ({},), groups: Collection[str] = GROUPS) -> Lines:
+    """The head, then a row for each method: the lead of its frame, by head; the method; its numbers of these groups.
+
+    One method alone has no columns relative to others.
+    """
+    alone = ("fd_to_baseline", "cost") if all(len(frame.methods) < 2 for frame in frames) else ()
+    present = {metric for frame in frames for metric in frame.metrics() if metric.head and metric.kind not in alone}
+    metrics = [metric for metric in METRICS.values() if metric in present and metric.group in groups]
+    lines = [[*map(Cell, leads[0]), Cell("method", "method"), *(Cell(m.head, f"number {m.group}") for m in metrics)]]
+    for lead, frame in zip(leads, frames, strict=True):
+        for method in frame.methods:
+            kind = "first" if method == frame.methods[0] else ""
+            numbers = [Cell(str(frame[method, m.name]), f"number {m.group}") for m in metrics]
+            lines.append([*(cell._replace(kind=kind) for cell in lead.values()), Cell(method, "method"), *numbers])
+    return lines
+
+
+def markdown(*lines: Sequence[Cell]) -> str:
+    """The lines of `table`."""
+    texts = [[cell.text.replace("|", r"\|") for cell in line] for line in lines]
+    texts.insert(1, ["---:" if "number" in cell.kind else "---" for cell in lines[0]])
+    return "".join(f"| {' | '.join(line)} |\n" for line in texts)
+
+
+def latex(head: Sequence[Cell], *rows: Sequence[Cell]) -> str:
+    """The lines of `table` for the package booktabs; the paper's columns stand apart, behind a rule."""
+    top, *lines = (" & ".join(cell.text.translate(LATEX) for cell in line) + r" \\" for line in (head, *rows))
+    paper = sum("paper" in cell.kind for cell in head)
+    form = "l" + "r" * (len(head) - 1 - paper) + ("|" + "r" * paper if paper else "")
+    start, end = [r"\begin{tabular}{" + form + "}", r"\toprule"], [r"\bottomrule", r"\end{tabular}", ""]
+    return "\n".join([*start, top, r"\midrule", *lines, *end])
+
+
+def to_jsonl(frame: Frame, common: Mapping[str, Any]) -> str:
+    """A line a number: the facts common to the run, then method, metric, value, error."""
+    return "".join(json.dumps({**common, **row}, ensure_ascii=False) + "\n" for row in frame.plain())

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from segresearch.config import CFGTerm, GuidanceConfig, PerturbedTerm
+from segresearch.config.schema import CFGTerm, GuidanceConfig, PerturbedTerm
 from segresearch.evaluation.aggregate import Result
-from segresearch.evaluation.frame import METRICS, Frame
+from segresearch.evaluation.frame import Frame
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.guidance import PAG, SEG, Ramp
 from segresearch.image_grid import INK, QUIET
@@ -20,42 +21,38 @@ COLORS = {"vanilla": QUIET, "CFG": "#b8860b", "SEG": "#1f5fa8", "PAG": "#b03a2e"
 MARKS = "os^DvPX*<>"
 
 
-def _perturbed(guidance: GuidanceConfig) -> list[PerturbedTerm]:
-    return [term for term in guidance.terms.values() if isinstance(term, PerturbedTerm)]
-
-
 def kind(guidance: GuidanceConfig) -> str:
     """What colours a method: SEG, PAG, SAG, CFG, vanilla or other."""
-    perturbations = [term.perturbation for term in _perturbed(guidance)]
+    perturbations = [term.perturbation for term in guidance.terms.values() if isinstance(term, PerturbedTerm)]
     if any(isinstance(perturbation, SEG) for perturbation in perturbations):
         return "SEG"
     if guidance.sag is not None:
         return "SAG"
     if perturbations:
         return "PAG" if isinstance(perturbations[0], PAG) else "other"
-    return "CFG" if any(isinstance(term, CFGTerm) for term in guidance.terms.values()) else "vanilla"
+    return "CFG" if guidance.terms else "vanilla"
 
 
 def family(guidance: GuidanceConfig) -> tuple[str, float] | None:
     """Methods that differ in SEG's σ alone make a line: its name and this σ; None for others."""
-    segs = [(t, t.perturbation) for t in _perturbed(guidance) if isinstance(t.perturbation, SEG)]
-    if len(segs) != 1:
+    terms = [term for term in guidance.terms.values() if isinstance(term, PerturbedTerm)]
+    pairs = [(term.scale, term.perturbation) for term in terms if isinstance(term.perturbation, SEG)]
+    if len(pairs) != 1:
         return None
-    term, seg = segs[0]
-    words = [] if isinstance(term.scale, Ramp) else [f"s = {term.scale:g}"]
+    ((scale, seg),) = pairs
+    words = [] if isinstance(scale, Ramp) else [f"s = {scale:g}"]
     words += [] if seg.on == "q" else [f"blur of {seg.on}"]
     words += [] if seg.where == "mid" else [str(seg.where)]
-    cfg = [t.weight for t in guidance.terms.values() if isinstance(t, CFGTerm) and not isinstance(t.weight, Ramp)]
-    return "SEG " + ", ".join(words + [f"CFG {w:g}" for w in cfg]), seg.sigma
+    weights = [term.weight for term in guidance.terms.values() if isinstance(term, CFGTerm)]
+    return "SEG " + ", ".join(words + [f"CFG {w:g}" for w in weights if not isinstance(w, Ramp)]), seg.sigma
 
 
-def draw(spec: EvaluationSpec, result: Result, where: str) -> dict[str, Figure]:
-    """The plots that the frame has values for, by name. where: the run, in words."""
-    kinds = {metric.kind for metric in result.frame.metrics}
-    plots = {}
-    if "fd" in kinds:
+def draw(spec: EvaluationSpec, result: Result) -> dict[str, Figure]:
+    """The plots that the frame has values for, by name."""
+    where, plots = spec.describe(result.reference_images), {}
+    if result.frame.metrics("fd"):
         plots["quality"] = _quality(spec, result.frame, where)
-    if "saturation" in kinds:
+    if result.frame.metrics("saturation"):
         plots["colour"] = _colour(spec, result.frame, where)
     if any(any(steps) for steps in result.norms.values()):
         plots["norms"] = _norms(result.norms, where)
@@ -63,11 +60,10 @@ def draw(spec: EvaluationSpec, result: Result, where: str) -> dict[str, Figure]:
 
 
 def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
-    fd, distance = frame.of_kind("fd")[0], next(iter(frame.of_kind("distance")), None)
+    fd, distance = frame.metrics("fd")[0], next(iter(frame.metrics("distance")), None)
     name = f"{fd.head} − that of “{spec.baseline}”"
-    difference = METRICS[f"fd_to_baseline-{fd.features}"].name  # on the same resampled images: a smaller error
-    values = {m: frame[m, difference].value or 0.0 for m in frame.methods}  # 0: the baseline itself
-    errors = {m: frame[m, difference].error or 0.0 for m in frame.methods}
+    rows = {m: frame[m, f"fd_to_baseline-{fd.features}"] for m in frame.methods}  # paired, so with a smaller error
+    values, errors = ({m: getattr(row, key) or 0.0 for m, row in rows.items()} for key in ("value", "error"))
     colors = {m: COLORS[kind(spec.methods[m])] for m in frame.methods}
     families = {m: pair for m in frame.methods if (pair := family(spec.methods[m]))}
     sigmas = sorted({sigma for _, sigma in families.values()})
@@ -84,18 +80,15 @@ def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
     if ranked:
         for mark, line in zip(MARKS * len(values), dict.fromkeys(line for line, _ in families.values())):
             some = sorted((m for m in families if families[m][0] == line), key=lambda m: families[m][1])
-            left.errorbar([sigmas.index(families[m][1]) for m in some], [values[m] for m in some],
-                          [errors[m] for m in some], fmt=f"-{mark}", markersize=4, linewidth=1.4, label=line,
-                          capsize=2)  # fmt: skip
+            x, y, error = zip(*((sigmas.index(families[m][1]), values[m], errors[m]) for m in some))
+            left.errorbar(x, y, error, fmt=f"-{mark}", markersize=4, linewidth=1.4, label=line, capsize=2)
         for m in (m for m in values if m not in families):
             left.axhline(values[m], color=colors[m], linestyle="--", linewidth=1.1, label=m)
         left.set_xticks(range(len(sigmas)), [name_sigma(s) for s in sigmas])
         left.legend(fontsize=7.5, frameon=False)
         label(left, x="blur σ (tokens)", y=name, grid="y")
     else:
-        left.barh(range(len(values)), values.values(), xerr=list(errors.values()), color=list(colors.values()),
-                  height=0.7, ecolor=INK)  # fmt: skip
-        left.set_yticks(range(len(values)), list(values))
+        left.barh([*values], values.values(), xerr=[*errors.values()], color=[*colors.values()], height=0.7, ecolor=INK)
         left.axvline(0, color=INK, linewidth=0.8)
         left.invert_yaxis()
         label(left, x=name)
@@ -114,22 +107,19 @@ def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
 def _name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
     """A name beside every (x, y): inward, so that it stays inside, and above a name it would lie on."""
     axes.autoscale_view()
-    middle = axes.transAxes.transform((0.6, 0.5))[0]
     scale = 72 / axes.figure.dpi  # points a pixel
-    taken: list[tuple[float, float, float]] = []
-    pixels = {name: axes.transData.transform(point) for name, point in points.items()}
-    for name in sorted(pixels, key=lambda name: pixels[name][1]):
-        x, y = pixels[name]
-        side = 1 if x < middle else -1
-        width = 4.2 * len(name)  # points, about
-        start = x * scale + (5 if side > 0 else -5 - width)
-        height = y * scale + 4
-        for begin, end, other in sorted(taken, key=lambda t: t[2]):
+    middle, _ = axes.transAxes.transform((0.6, 0.5)) * scale
+    taken: list[tuple[float, float, float]] = []  # height, start and end of the names, in points
+    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+        x, y = axes.transData.transform(point) * scale
+        side, width = (1 if x < middle else -1), 4.2 * len(name)
+        start, height = x + 5 * side - (width if side < 0 else 0), y + 4
+        for other, begin, end in sorted(taken):
             if begin < start + width and start < end and abs(height - other) < 9:
                 height = other + 9
-        taken.append((start, start + width, height))
-        axes.annotate(name, points[name], (5 * side, height - y * scale), textcoords="offset points", fontsize=7.5,
-                      color=INK, ha="left" if side > 0 else "right")  # fmt: skip
+        taken.append((height, start, start + width))
+        axes.annotate(name, point, (5 * side, height - y), textcoords="offset points", fontsize=7.5, color=INK,
+                      ha="left" if side > 0 else "right")  # fmt: skip
 
 
 def _colour(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
@@ -138,15 +128,15 @@ def _colour(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
         "the mean red, green and blue less those of the baseline. Too strong a guidance shows here first."
     )
     rows = np.arange(len(frame.methods))
-    values = {key: np.array([frame[m, key].value for m in frame.methods], float)
-              for key in ("saturation", "contrast", "red", "green", "blue")}  # fmt: skip
     figure = canvas(11.5, max(2.6, 0.3 * len(rows)), "Saturation, contrast and colour", caption)
     *left, right = figure.subplots(1, 3, sharey=True)
+    colors = [COLORS[kind(spec.methods[m])] for m in frame.methods]
     for axis, key in zip(left, ("saturation", "contrast")):
-        axis.barh(rows, values[key], color=[COLORS[kind(spec.methods[m])] for m in frame.methods], height=0.7)
+        axis.barh(rows, [frame[m, key].value for m in frame.methods], color=colors, height=0.7)
         label(axis, x=key)
     for channel, color, shift in (("red", "#c0392b", -0.25), ("green", "#2e7d4f", 0.0), ("blue", "#1f5fa8", 0.25)):
-        right.barh(rows + shift, values[channel] - values[channel][0], color=color, height=0.24)
+        values = np.array([frame[m, channel].value for m in frame.methods], float)
+        right.barh(rows + shift, values - values[0], color=color, height=0.24)
     right.axvline(0, color=INK, linewidth=0.8)
     right.locator_params(axis="x", nbins=4)
     label(right, x="colour − that of the baseline")
@@ -160,7 +150,7 @@ def _norms(norms: Mapping[str, Sequence[float]], where: str) -> Figure:
         f"{where}. Root mean square over an image's latents of what guidance adds to the denoised prediction, mean "
         "over images, at each evaluation of the model from the noisiest on."
     )
-    figure = canvas(8.0, 3.4, "How much guidance adds, step by step", caption)
+    figure = canvas(11.5, 3.8, "How much guidance adds, step by step", caption)
     axis = figure.subplots()
     shown = {method: steps for method, steps in norms.items() if any(steps)}
     tints = colormaps["viridis"](np.linspace(0, 0.9, max(len(shown), 2)))
@@ -168,5 +158,6 @@ def _norms(norms: Mapping[str, Sequence[float]], where: str) -> Figure:
         axis.plot(range(1, len(steps) + 1), steps, f"-{MARKS[i % len(MARKS)]}", markersize=3, linewidth=1.2,
                   label=method, color=tints[i] if len(shown) > 8 else None)  # fmt: skip
     axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     label(axis, x="evaluation", y="RMS of D − D[base]", grid="y")
     return figure

@@ -61,14 +61,15 @@ def residuals(
             continue
         n = len(names)
         hint = net.hint if net.rows == 1 else net.hint.repeat(n, 1, 1, 1)  # (b, c, h, w) -> (n·b, c, h, w)
-        own = denoiser.residuals(x.repeat(n, 1, 1, 1), sigma.repeat(n), joined(names, len(x)), net.net, hint, net.guess)
+        cond = joined(names, len(x))
+        residual = denoiser.residuals(x.repeat(n, 1, 1, 1), sigma.repeat(n), cond, net.net, hint, net.guess)
         if set(scales) != {1.0}:
-            factor = per_row(scales * n, own.mid)
-            own = own.each(lambda r, factor=factor: r * factor)
+            factor = per_row(scales * n, residual.mid)
+            residual = residual.each(lambda r, factor=factor: r * factor)
         if n < len(conditionings):
             zeros = [name != base for name in conditionings]
-            own = own.each(lambda r, zeros=zeros: torch.cat([torch.zeros_like(r) if z else r for z in zeros]))
-        total = own if total is None else total + own
+            residual = residual.each(lambda r, zeros=zeros: torch.cat([torch.zeros_like(r) if z else r for z in zeros]))
+        total = residual if total is None else total + residual
     return total
 
 

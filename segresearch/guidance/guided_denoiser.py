@@ -71,10 +71,10 @@ class GuidedDenoiser:
         self.rescale, self.post, self.attend, self.fork = rescale, tuple(post), attend, fork
         self._heads: dict[str, int] = denoiser.unet.site_heads if self.terms else {}  # type: ignore[attr-defined]
         self._perturbed: dict[tuple[Perturbation, ...], Perturbed] = {(): {}}
-        named: dict[str, Branch] = {}
+        by_name: dict[str, Branch] = {}
         for term in self.terms.values():
             for branch in (term.pos, term.neg):
-                other = named.setdefault(branch.name, branch).perturbations
+                other = by_name.setdefault(branch.name, branch).perturbations
                 if other != branch.perturbations:
                     raise InputError(
                         f"two branches are named {branch.name!r}: {other} and {branch.perturbations}; rename one"
@@ -154,7 +154,7 @@ class GuidedDenoiser:
         rows, control = x.shape[0], active(control)
         plan = self.layout(branches, conds, control)
         conds = conds if isinstance(conds, Prepared) else Prepared(conds)
-        steering = residuals(
+        control_residuals = residuals(
             self.denoiser, x, sigma, plan.conditionings, conds.joined, self.base.conditioning, control, values
         )
         fork = None
@@ -162,15 +162,15 @@ class GuidedDenoiser:
             index = row_index(plan.source, rows, x.device)
             if plan.fork is not None:
                 fork = Fork(plan.fork, index)
-            elif steering is not None:
-                steering = steering.each(lambda r: r[index])
+            elif control_residuals is not None:
+                control_residuals = control_residuals.each(lambda r: r[index])
         n = len(plan.inputs)
         denoised = self.denoiser(
             x.repeat(n, 1, 1, 1),  # (b, c, h, w) -> (n·b, c, h, w)
             sigma.repeat(n),
             cond=conds.joined(plan.inputs, rows),
             attend=BranchAttention(plan.groups, rows, plan.names_before, plan.names, attend or self.attend, sigma),
-            residuals=steering,
+            residuals=control_residuals,
             fork=fork,
         )
         parts = dict(zip(plan.branches, denoised.split(rows), strict=True))  # (m·b, c, h, w) -> (b, c, h, w) each
@@ -187,20 +187,20 @@ class GuidedDenoiser:
         """The sum of the terms (and `extra`, one more), rescaled and post-processed. values: as for `evaluate`."""
         plain = guided = denoised[self.base]
         values = sigma.tolist() if values is None else values
-        mixed = [False] * len(values)
+        cfg_active = [False] * len(values)
         for term in self.terms.values():
             scales = [term.scale_at(s) for s in values]
             if term.pos == term.neg or not any(scales):
                 continue
             guided = guided + per_row(scales, plain) * (denoised[term.pos] - denoised[term.neg])
             if term.mixes_conditionings:
-                mixed = [m or bool(s) for m, s in zip(mixed, scales, strict=True)]
+                cfg_active = [active or bool(s) for active, s in zip(cfg_active, scales, strict=True)]
         if extra is not None:
             guided = guided + extra
-        if self.rescale and any(mixed):
+        if self.rescale and any(cfg_active):
             rescaled = rescale(guided, plain, x, self.rescale)
-            if not all(mixed):
-                chosen = torch.tensor(mixed, device=x.device)[:, None, None, None]
+            if not all(cfg_active):
+                chosen = torch.tensor(cfg_active, device=x.device)[:, None, None, None]
                 rescaled = torch.where(chosen, rescaled, guided)
             guided = rescaled
         for post in self.post:

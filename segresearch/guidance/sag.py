@@ -84,7 +84,6 @@ class SelfAttentionGuidance:
         if not any(scales):
             return self.inner(x, sigma, conds, control, attend)
         sigma = sigma.view_as(sigma)  # a tensor object of this call's own, see Site.sigma
-        needed = [self.inner.branches(s) for s in sorted(set(values))]
         bases = {self._base(s) for s in values}
         if len(bases) > 1:
             raise InputError("SAG: rows of this batch are on both sides of the interval of the CFG term; name a base")
@@ -102,14 +101,14 @@ class SelfAttentionGuidance:
             return innermost(q, k, v, site)
 
         innermost = attend or self.inner.attend
-        branches = list(dict.fromkeys([base, *(b for some in needed for b in some)]))
+        branches = list(dict.fromkeys([base, *(b for s in sorted(set(values)) for b in self.inner.branches(s))]))
         denoised = self.inner.evaluate(x, sigma, branches, conds, control, masking, values)
         plain = denoised[base]
         degraded = self.degrade(plain, masks[0])
         noised = degraded + (x - plain)  # x − D = σ·ε
-        renamed = partial(under_name, innermost, f"{base}~sag")
-        again = self.inner.evaluate(noised, sigma, [base], conds, control, renamed, values)[base]
-        extra = per_row(scales, plain) * (degraded - again)
+        named_attend = partial(under_name, innermost, f"{base}~sag")
+        second = self.inner.evaluate(noised, sigma, [base], conds, control, named_attend, values)[base]
+        extra = per_row(scales, plain) * (degraded - second)
         return self.inner.combine(x, sigma, denoised, extra, values)
 
     def degrade(self, plain: Latents, mask: Bool[Tensor, "rows mask_h mask_w"]) -> Latents:

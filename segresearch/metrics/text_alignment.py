@@ -1,8 +1,5 @@
-"""Text alignment: the cosine of the CLIP embeddings of an image and of its prompt (arXiv 2103.00020).
-
-Papers print it in three scales: the cosine itself (0.271 in Table 2 of SEG, arXiv 2408.00760), 100·max(cos, 0), and
-2.5·max(cos, 0) (CLIPScore, arXiv 2104.08718). Here it is the cosine. The CLIP it is measured by is a part of it.
-"""
+"""Text alignment: the cosine of the CLIP embeddings of an image and of its prompt (arXiv 2103.00020), as in Table 2 of
+SEG (arXiv 2408.00760). Other papers print 100·max(cos, 0) or 2.5·max(cos, 0) (CLIPScore, arXiv 2104.08718)."""
 
 import warnings
 from collections.abc import Sequence
@@ -17,8 +14,7 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.metrics.mini_vision import VisionTower, unit_range
-from segresearch.metrics.weight_files import Device, frozen, hub_weights
-from segresearch.pretrained import load_model, reading
+from segresearch.pretrained import Device, hub_weights, load_model, reading
 from segresearch.threads import one_thread
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -33,14 +29,12 @@ class Clip:
     tokenizer: Any
     processor: Any
 
-    @torch.inference_mode()
     def embed_images(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b dim"]:
         """Unit embeddings. The model's own processor resizes images and cuts them to the middle square."""
         inputs = self.processor(images=list(images.cpu()), input_data_format="channels_first", return_tensors="pt")
         output = self.model.vision_model(pixel_values=inputs["pixel_values"].to(next(self.model.parameters())))
         return F.normalize(self.model.visual_projection(output.pooler_output), dim=-1)
 
-    @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b dim"]:
         """Unit embeddings. Texts longer than the model reads (77 tokens) are cut, with a warning."""
         limit = self.model.config.text_config.max_position_embeddings
@@ -52,17 +46,13 @@ class Clip:
         return F.normalize(self.model.text_projection(output.pooler_output), dim=-1)
 
 
-def load_clip(
-    path: str | Path = CLIP, sha256: str | None = None, device: Device = "cpu", dtype: torch.dtype = torch.float32
-) -> Clip:
+def load_clip(path: str | Path = CLIP, sha256: str | None = None, device: Device = "cpu") -> Clip:
     """A CLIP of transformers from a local folder, or a hub id that is in the local cache; nothing is fetched.
-
-    Raises CheckpointError where files are missing, or the weights have another SHA-256.
-    """
+    CheckpointError where files are missing, or the weights have another SHA-256."""
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer  # imports for seconds
 
     folder, digest = hub_weights(path, sha256)
-    model = frozen(load_model(CLIPModel, folder), device, dtype)
+    model = load_model(CLIPModel, folder, device)
     with reading(folder, "no tokenizer or image processor of CLIP"):
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         processor = CLIPImageProcessor.from_pretrained(str(folder), local_files_only=True)
@@ -71,25 +61,22 @@ def load_clip(
 
 @dataclass(frozen=True)
 class MiniClip:
-    """The embedded model's second CLIP: its vision tower (`load_vision`) and its `sdxl.text`.
-
-    The first has no projection of its text, as in SDXL, so nothing of it can be compared with an image.
-    """
+    """The embedded model's second CLIP: its vision tower (`load_vision`) and its `sdxl.text`. The first CLIP has no
+    projection of its text, as in SDXL, so no image can be compared with it."""
 
     tower: VisionTower
     text: Any
 
     @one_thread
-    @torch.inference_mode()
     def embed_images(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b dim"]:
         return self.tower.embed(unit_range(images.to(self.tower.vision.head.weight.device)))
 
     @one_thread
-    @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b dim"]:
         return F.normalize(self.text.encode(list(texts))[1].to(self.tower.vision.head.weight), dim=-1)
 
 
+@torch.inference_mode()
 def text_alignment(
     clip: Clip | MiniClip, images: UInt8[Tensor, "n 3 h w"], texts: Sequence[str], batch: int = 64
 ) -> Float[Tensor, " n"]:
@@ -99,6 +86,6 @@ def text_alignment(
         raise InputError(f"{len(images)} images and {count} as texts: give a list with one text for each image")
     if not len(texts):
         raise InputError("no images and texts to compare")
-    starts = range(0, len(texts), batch)
-    pairs = [(clip.embed_images(images[i : i + batch]), clip.embed_texts(texts[i : i + batch])) for i in starts]
-    return torch.cat([(image * text).sum(1).cpu() for image, text in pairs])  # (b, dim) -> (b,)
+    parts = [slice(i, i + batch) for i in range(0, len(texts), batch)]
+    products = [clip.embed_images(images[rows]) * clip.embed_texts(texts[rows]) for rows in parts]
+    return torch.cat([product.sum(1).cpu() for product in products])  # (b, dim) -> (b,)

@@ -1,10 +1,6 @@
 """SDXL's networks, its text conditioning, and the UNet as a k-diffusion denoiser.
 
-    from segresearch.models import load_sdxl
-    sdxl = load_sdxl("mini")
-    conds = sdxl.encode(["a red cube"])
-
-The two names below are imported when they are first used, so that modules here can be imported without torch.
+`SDXL` and `load_sdxl` are imported when they are first used, so that modules here can be imported without torch.
 """
 
 from importlib import import_module
@@ -18,7 +14,6 @@ __all__ = ["SDXL", "load_sdxl"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "segresearch.models.sdxl" if name == "SDXL" else "segresearch.checkpoints.load"
-    return getattr(import_module(module), name)
+    if name in __all__:
+        return getattr(import_module("segresearch.checkpoints.load"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

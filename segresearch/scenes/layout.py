@@ -4,8 +4,8 @@ World: x right, y up, z forward, floor at y = 0, camera above the origin; a larg
 Image coordinates (u, v): u right, v up, the shorter side of the image spans -1 to 1.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,26 +15,20 @@ from segresearch.scenes.captions import COLORS, FLOORS, SHAPES, SKIES
 from segresearch.threads import one_thread
 
 SLOTS = 4
-FOCAL = 2.15
-"""Focal length in units of half the shorter image side: a field of view of 50 degrees."""
-RADII = (0.44, 0.64, 0.90)
-"""Small, medium, large; give or take 6 %, and less in a crowd."""
+FOCAL = 2.15  # focal length in units of half the shorter image side: a field of view of 50 degrees
+_RADII = (0.44, 0.64, 0.90)  # small, medium, large; give or take 6 %, and less in a crowd
 _CROWD = (1.0, 1.0, 0.88, 0.76)
 _NEAR, _FAR = 3.5, 5.8
-HEIGHTS = (1.0, 0.82, 1.0, 1.0, 0.906)
-"""Height of the centre above the floor by shape, in units of the object's radius."""
-_COLORS = {
-    "red": (0.90, 0.10, 0.10), "green": (0.10, 0.70, 0.16), "blue": (0.12, 0.26, 0.95), "yellow": (0.98, 0.86, 0.08),
-    "purple": (0.60, 0.14, 0.80), "cyan": (0.08, 0.82, 0.88), "orange": (1.00, 0.50, 0.04), "white": (0.97, 0.97, 0.97),
-}
-_FLOORS = {
-    "grey": (0.52, 0.52, 0.54), "brown": (0.52, 0.36, 0.24), "green": (0.34, 0.50, 0.34), "blue": (0.32, 0.42, 0.62),
-    "purple": (0.48, 0.36, 0.58), "beige": (0.76, 0.68, 0.54), "pink": (0.74, 0.50, 0.56), "teal": (0.26, 0.50, 0.50),
-}
-_SKIES = {
-    "blue": (0.36, 0.56, 0.84), "purple": (0.48, 0.36, 0.66), "pink": (0.86, 0.58, 0.68), "grey": (0.58, 0.60, 0.64),
-    "teal": (0.26, 0.54, 0.56), "orange": (0.84, 0.54, 0.34), "beige": (0.84, 0.78, 0.64), "dark": (0.10, 0.11, 0.18),
-}
+HEIGHTS = (1.0, 0.82, 1.0, 1.0, 0.906)  # of the centre above the floor, by shape, in units of the object's radius
+_COLORS = {"red": (0.90, 0.10, 0.10), "green": (0.10, 0.70, 0.16), "blue": (0.12, 0.26, 0.95),
+           "yellow": (0.98, 0.86, 0.08), "purple": (0.60, 0.14, 0.80), "cyan": (0.08, 0.82, 0.88),
+           "orange": (1.00, 0.50, 0.04), "white": (0.97, 0.97, 0.97)}
+_FLOORS = {"grey": (0.52, 0.52, 0.54), "brown": (0.52, 0.36, 0.24), "green": (0.34, 0.50, 0.34),
+           "blue": (0.32, 0.42, 0.62), "purple": (0.48, 0.36, 0.58), "beige": (0.76, 0.68, 0.54),
+           "pink": (0.74, 0.50, 0.56), "teal": (0.26, 0.50, 0.50)}
+_SKIES = {"blue": (0.36, 0.56, 0.84), "purple": (0.48, 0.36, 0.66), "pink": (0.86, 0.58, 0.68),
+          "grey": (0.58, 0.60, 0.64), "teal": (0.26, 0.54, 0.56), "orange": (0.84, 0.54, 0.34),
+          "beige": (0.84, 0.78, 0.64), "dark": (0.10, 0.11, 0.18)}
 
 
 def _as_int64(value: int) -> int:
@@ -54,8 +48,8 @@ def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 def uniform(indices: Int[Tensor, "b"], seed: int, stream: int, count: int) -> Float[Tensor, "b {count}"]:
     """`count` numbers in [0, 1), float64, for every index: a pure function of (seed, index, stream, position)."""
     start = _mix(torch.tensor(_as_int64(seed), device=indices.device) * _GOLDEN + _as_int64(stream + 1))
-    key = _mix(_mix(indices + start) + start)
-    draws = _mix(key[:, None] + torch.arange(1, count + 1, device=indices.device) * _GOLDEN)
+    key = _mix(_mix(indices + start) + start)[:, None]
+    draws = _mix(key + torch.arange(1, count + 1, device=indices.device) * _GOLDEN)
     return ((draws >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
@@ -79,8 +73,7 @@ class Layout:
     height: Float[Tensor, "b"]  # of the camera
     pitch: Float[Tensor, "b"]  # of the camera, downwards
     light: Float[Tensor, "b 3"]  # unit vector towards the light
-    u: Float[Tensor, "b 4"]  # image coordinates of the centres
-    v: Float[Tensor, "b 4"]
+    u: Float[Tensor, "b 4"]  # image coordinate of the centres
     distance: Float[Tensor, "b 4"]  # camera to centre
 
     def __getitem__(self, rows: slice) -> "Layout":
@@ -95,9 +88,8 @@ def _places(draws: Float[Tensor, "b n"], radius: Float[Tensor, "b 4"], y: Float[
     least 0.7 of their touching distance apart (one then hides about a fifth of an equal one) and footprints on the
     floor disjoint. A slot without a clear candidate does not fit and is left empty.
     """
-    tries = draws.shape[1] // (2 * SLOTS)
-    draws = draws.reshape(-1, SLOTS, 2, tries)
-    cos, sin, order = pitch.cos(), pitch.sin(), 1e-6 * torch.arange(tries, device=draws.device)
+    draws = draws.unflatten(1, (SLOTS, 2, -1))  # (b, n) -> (b, slots, 2, tries)
+    cos, sin, order = pitch.cos(), pitch.sin(), 1e-6 * torch.arange(draws.shape[3], device=draws.device)
     slots: list[Tensor] = []
     for slot in range(SLOTS):
         r, rise = radius[:, slot, None], y[:, slot, None] - height
@@ -118,27 +110,25 @@ def _places(draws: Float[Tensor, "b n"], radius: Float[Tensor, "b 4"], y: Float[
     return torch.cat(slots, 2)
 
 
-def _table(values: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Float[Tensor, "n *rest"]:
-    return torch.tensor(values, dtype=torch.float64, device=device)
-
-
 @one_thread
 def layout(indices: Int[Tensor, "b"], seed: int = 0) -> Layout:
     """The scenes (seed, index), one to four objects each, in float64 (so that rounding never reaches the pixels)."""
     device = indices.device
     scene, of_slot, placing = (uniform(indices, seed, stream, count) for stream, count in ((0, 32), (1, 32), (2, 256)))
-    of_slot = of_slot.view(-1, SLOTS, 8)
+    of_slot = of_slot.unflatten(1, (SLOTS, 8))
+
+    def table(values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
 
     def between(low: float, high: float, draw: Tensor) -> Tensor:
         return low + (high - low) * draw
 
-    count = 1 + (scene[:, 0, None] > _table((0.28, 0.70, 0.89), device)).sum(1)
+    count = 1 + (scene[:, 0, None] > table((0.28, 0.70, 0.89))).sum(1)
     shape, color = (of_slot[..., 0] * len(SHAPES)).long(), (of_slot[..., 1] * len(COLORS)).long()
     large = torch.where(count > 2, 0.85, 0.70)  # fewer large ones in a crowd
     size = (of_slot[..., 2] > 0.28).long() + (of_slot[..., 2] > large[:, None])
-    radius = _table(RADII, device)[size] * between(0.94, 1.06, of_slot[..., 3])
-    radius = radius * _table(_CROWD, device)[count - 1, None]
-    y = radius * _table(HEIGHTS, device)[shape]
+    radius = table(_RADII)[size] * between(0.94, 1.06, of_slot[..., 3]) * table(_CROWD)[count - 1, None]
+    y = radius * table(HEIGHTS)[shape]
     height, pitch = between(1.5, 2.1, scene[:, 1]), torch.deg2rad(between(7.0, 13.0, scene[:, 2]))
     x, z, u, v, ahead, _, fits = _places(placing, radius, y, height[:, None], pitch[:, None])
 
@@ -150,17 +140,17 @@ def layout(indices: Int[Tensor, "b"], seed: int = 0) -> Layout:
     turn = torch.where(shape == SHAPES.index("cube"), torch.deg2rad(between(10.0, 80.0, of_slot[..., 4])),
                        side[:, None] * torch.deg2rad(between(-12.0, 30.0, of_slot[..., 4])))
     floor, sky = (scene[:, 6] * len(FLOORS)).long(), (scene[:, 7] * len(SKIES)).long()
-    tone = _table([_FLOORS[name] for name in FLOORS], device)[floor] + between(-0.03, 0.03, scene[:, 8:11])
-    zenith = _table([_SKIES[name] for name in SKIES], device)[sky] + between(-0.03, 0.03, scene[:, 11:14])
+    tone = table([_FLOORS[name] for name in FLOORS])[floor] + between(-0.03, 0.03, scene[:, 8:11])
+    zenith = table([_SKIES[name] for name in SKIES])[sky] + between(-0.03, 0.03, scene[:, 11:14])
     tones = torch.stack([tone * between(1.0, 1.12, scene[:, 14:15]), tone * between(0.55, 0.72, scene[:, 15:16])], 1)
     tiling = torch.stack([torch.deg2rad(between(-40.0, 40.0, scene[:, 16])), between(0.8, 1.3, scene[:, 17]),
                           scene[:, 18] * 10, scene[:, 19] * 10], 1)
     # the sky pales towards the horizon
     heavens = torch.stack([zenith * 0.86, zenith + (1 - zenith) * between(0.12, 0.32, scene[:, 20:21])], 1)
-    albedo = _table([_COLORS[name] for name in COLORS], device)[color] + between(-0.03, 0.03, of_slot[..., 5:8])
+    albedo = table([_COLORS[name] for name in COLORS])[color] + between(-0.03, 0.03, of_slot[..., 5:8])
     return Layout(
         shape=shape, color=color, size=size, position=torch.stack([x, y, z], 2), radius=radius,
         present=(torch.arange(SLOTS, device=device) < count[:, None]) & (fits > 0), yaw=turn - torch.atan(u / FOCAL),
         albedo=albedo.clamp(0, 1), floor=floor, sky=sky, tones=tones.clamp(0, 1), tiling=tiling,
-        heavens=heavens.clamp(0, 1), height=height, pitch=pitch, light=light, u=u, v=v,
+        heavens=heavens.clamp(0, 1), height=height, pitch=pitch, light=light, u=u,
         distance=ahead * (1 + (u**2 + v**2) / FOCAL**2).sqrt())

@@ -5,6 +5,7 @@ In an object's frame its radius is one and its centre the origin: x to its right
 """
 
 import math
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -13,8 +14,9 @@ from torch import Tensor
 from segresearch.scenes.captions import SHAPES
 from segresearch.scenes.layout import HEIGHTS
 
+Parts = tuple[Tensor, Tensor, Tensor]  # x, y and z
+# half the sides of a box, in the object's frame, that hides the shape from any camera of the layouts
 BOX = ((1.02, 1.02, 0.34), (0.82, 0.82, 0.82), (0.95, 1.0, 0.95), (1.0, 1.0, 0.29), (1.12, 1.12, 0.34))
-"""Half the sides of a box, in the object's frame, that hides the shape from any camera of the layouts."""
 GLOSS = (0.55, 0.12, 0.15, 0.45, 0.15)
 _CUBE, _CONE, _TORUS, _TUBE = 0.82, 0.475, 0.71, 0.29
 _TIP, _NOTCH, _THICK = 1.12, 0.52, 0.34
@@ -38,7 +40,7 @@ def _fold(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.abs(), y
 
 
-def _star_hit(o: tuple[Tensor, Tensor, Tensor], d: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, "n h w"]:
+def _star_hit(o: Parts, d: Parts) -> Float[Tensor, "n h w"]:
     """The star's ten front facets, all in view from wherever layouts put the camera, so that none hides another.
 
     A ray crosses the facet whose three sides it passes on the inner hand: side . direction > 0. That is linear in the
@@ -59,9 +61,7 @@ def _star_hit(o: tuple[Tensor, Tensor, Tensor], d: tuple[Tensor, Tensor, Tensor]
         x, y, z = normals.movedim(-1, 0)[..., None, None]
         return x * columns[:, :1] + z * columns[:, 1:], x * rows[:, :1] + y * rows[:, 1:2] + z * rows[:, 2:]
 
-    spoke_column, spoke_row = across(spokes)
-    rim_column, rim_row = across(rims)
-    facet_column, facet_row = across(facets)
+    (spoke_column, spoke_row), (rim_column, rim_row), (facet_column, facet_row) = map(across, (spokes, rims, facets))
     left = [spoke_column[:, k] > -spoke_row[:, k] for k in range(10)]
     inverse = torch.zeros_like(dx)
     for k in range(10):
@@ -70,7 +70,7 @@ def _star_hit(o: tuple[Tensor, Tensor, Tensor], d: tuple[Tensor, Tensor, Tensor]
     return torch.where(inverse > 0, 1 / inverse, math.inf)
 
 
-def hit(shape: str, o: Float[Tensor, "3 n 1 1"], d: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, "n h w"]:
+def hit(shape: str, o: Float[Tensor, "3 n 1 1"], d: Parts) -> Float[Tensor, "n h w"]:
     """The smallest t > 0 where each ray meets the unit shape, infinite where it misses."""
     (ox, oy, oz), (dx, dy, dz) = o, d
     if shape in ("sphere", "cone"):
@@ -94,8 +94,8 @@ def hit(shape: str, o: Float[Tensor, "3 n 1 1"], d: tuple[Tensor, Tensor, Tensor
     if shape == "cube":
         middle = [-origin / step for origin, step in ((ox, dx), (oy, dy), (oz, dz))]
         half = [(_CUBE / step).abs() for step in d]
-        near = (middle[0] - half[0]).maximum(middle[1] - half[1]).maximum(middle[2] - half[2])
-        far = (middle[0] + half[0]).minimum(middle[1] + half[1]).minimum(middle[2] + half[2])
+        near = reduce(torch.maximum, (m - h for m, h in zip(middle, half)))
+        far = reduce(torch.minimum, (m + h for m, h in zip(middle, half)))
         return torch.where(near < far, near, math.inf)
     if shape == "ring":  # meets the sphere around the nearest point of the tube's middle line, then repeats from there
         square = dx * dx + dy * dy + dz * dz
@@ -111,7 +111,7 @@ def hit(shape: str, o: Float[Tensor, "3 n 1 1"], d: tuple[Tensor, Tensor, Tensor
     return _star_hit((ox, oy, oz), d)
 
 
-def normal(shape: str, p: Float[Tensor, "3 m"]) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | int]:
+def normal(shape: str, p: Float[Tensor, "3 m"]) -> tuple[Parts, Tensor | int]:
     """Outward unit normals at points of the unit shape, and the number of the flat face they lie on (0 if curved)."""
     x, y, z = p
     if shape == "sphere":
@@ -133,8 +133,7 @@ def normal(shape: str, p: Float[Tensor, "3 m"]) -> tuple[tuple[Tensor, Tensor, T
         face = (wedge + 5).to(torch.uint8)
         # a facet's steepest line points along its edge's normal, mirrored in every other wedge
         odd = wedge - 2 * (wedge / 2).floor()
-        tip = (wedge + odd) * (_CORNER)
-        slope = _THICK / (_EDGE_Y * _TIP)
+        tip, slope = (wedge + odd) * _CORNER, _THICK / (_EDGE_Y * _TIP)
         ex, ey, sin, cos = slope * _EDGE_X * (1 - 2 * odd), slope * _EDGE_Y, tip.sin(), tip.cos()
         x, y, z = ex * cos + ey * sin, ey * cos - ex * sin, torch.ones_like(z)
     shorten = (x * x + y * y + z * z).rsqrt()

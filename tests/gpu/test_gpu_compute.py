@@ -18,8 +18,7 @@ from segresearch.config.build import build_guidance
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.models.controlnet import controlled
 from segresearch.sampling import initial_noise, sample
-from segresearch.scenes.control_maps import depth_image, edge_image
-from segresearch.scenes.scenes import scenes
+from segresearch.scenes.scenes import depth_image, edge_image, scenes
 
 pytestmark = [*gpu, pytest.mark.filterwarnings("ignore:compute.graph" if not REAL else "default")]
 PROMPTS, SEEDS = ["a red cup", "two yellow cubes"], [5, 6]
@@ -113,7 +112,7 @@ def test_a_recording_falls_back_and_is_the_same(eager, graphed):
     for name, sdxl in (("eager", eager), ("graph", graphed)):
         recorder = Recorder(sdxl.unet.site_heads, "mid", None, [0, 2], ["cond", "cond~seg"])
         x0 = latents(sdxl, "seg", attend=recorder.attend(labels))
-        found[name] = (x0, recorder.recording.entries)
+        found[name] = (x0, recorder.recording)
     assert len(found["eager"][1]) == len(found["graph"][1]) > 0
     torch.testing.assert_close(found["graph"][0], found["eager"][0], rtol=0, atol=1e-3)
     for a, b in zip(found["eager"][1], found["graph"][1], strict=True):
