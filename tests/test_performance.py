@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from guidance_models import CONFIG, denoiser, noisy
-from test_controlnet import net as control_net
-from test_controlnet import picture
+from guidance_models import CONFIG, control_image, control_net, denoiser, noisy
 from torch.utils.flop_counter import FlopCounterMode
 
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
@@ -38,7 +36,7 @@ def close(a, b):
 
 def steering(rows: int):
     net = control_net()
-    return net, controlled(net, picture(rows, 8, 12))
+    return net, controlled(net, control_image(rows, 8, 12))
 
 
 def text_flops(net) -> int:

@@ -57,12 +57,12 @@ def fold_taps(taps: Float[Tensor, " size"], n: int, boundary: str) -> Float[Tens
 
 @constant
 def _matrix(n: int, sigma: float | int, boundary: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # in fp64, so on the CPU, for some devices have none; compiled code makes it where it is used
+    # in fp64, so on the CPU, for some devices have none; compiled code makes it where it is used (never that of 0 or ∞)
     where = device if torch.compiler.is_compiling() else CPU
     if sigma == 0:
-        matrix = torch.eye(n, dtype=torch.float64, device=where)
+        matrix = torch.eye(n, dtype=torch.float64)
     elif sigma > INFINITE:
-        matrix = torch.full((n, n), 1 / n, dtype=torch.float64, device=where)
+        matrix = torch.full((n, n), 1 / n, dtype=torch.float64)
     elif boundary == "exact":
         # The whole Gaussian: beyond 9σ a tap is under 3e-18 of the largest. First sum it over the period 2n of the
         # symmetric extension, so that memory stays n × 2n whatever sigma is, then fold.
