@@ -32,7 +32,7 @@ def main() -> None:
         record = recorded(args.image)  # a slip shows before anything heavy is imported
         reproduction = reproduce(args.image, args.model, args.device, args.out, args.trust)
         if args.save is not None:
-            from segresearch.png_metadata import save_png
+            from segresearch.records import save_png
 
             save_png(reproduction.image, args.save, record)
     print(reproduction)

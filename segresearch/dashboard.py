@@ -21,7 +21,7 @@ ABOUT = (
 
 def metrics_of(name: str, out: str | Path = "runs") -> tuple[str, ...]:
     """The metrics of the experiment's results, by which panels are chosen. ConfigError where it has none."""
-    names = {metric.name for run in overview(name, out).runs for metric in run.frame.metrics}
+    names = {metric.name for run in overview(name, out).runs for metric in run.frame.metrics()}
     return tuple(key for key in METRICS if key in names)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from PIL.Image import Resampling
 
 INK, QUIET, PAPER, RULE = "#16181d", "#5f6672", "#ffffff", "#d9dce1"
 GAP, MARGIN, BLOCK_GAP = 4, 24, 36  # pixels between images, around the sheet, between blocks
@@ -66,13 +65,10 @@ def wrap(text: str, size: int, width: int) -> list[str]:
     return lines
 
 
-def write(
-    sheet: Image.Image, x: int, y: int, lines: Sequence[str], size: int, ink: str = INK, bold: bool = False
-) -> None:
-    draw, stroke = ImageDraw.Draw(sheet), 0.3 if bold else 0
+def write(sheet: Image.Image, x: int, y: int, lines: list[str], size: int, ink: str = INK, bold: bool = False) -> None:
     for n, line in enumerate(lines):
-        position = (x, y + n * line_height(size))
-        draw.text(position, line, font=font(size), fill=ink, stroke_width=stroke, stroke_fill=ink)
+        position, stroke = (x, y + n * line_height(size)), 0.3 if bold else 0
+        ImageDraw.Draw(sheet).text(position, line, ink, font(size), stroke_width=stroke, stroke_fill=ink)
 
 
 class Layout:
@@ -88,8 +84,8 @@ class Layout:
         self.heads = [wrap(head, size + 1, self.image_width) for head in block.heads]
         self.captions = [[label, *wrap(text, size, self.indent - 8)] for label, text in block.captions]
         self.rows = [max(cell, len(lines) * line_height(size)) + GAP for lines in self.captions]
-        columns_width = len(block.heads) * (self.image_width + GAP)
-        self.width = max(self.indent + columns_width, text_width(block.title, size + 4))
+        width = self.indent + len(block.heads) * (self.image_width + GAP)
+        self.width = max(width, text_width(block.title, size + 4))
         self.title_height = line_height(size + 4) + 10 if block.title else 0
         self.head_height = max(map(len, self.heads)) * line_height(size + 1) + 8
 
@@ -103,36 +99,33 @@ class Layout:
         y += above
         lefts = [x + self.indent + column * (self.image_width + GAP) for column in range(len(self.heads))]
         for left, lines in zip(lefts, self.heads, strict=True):
-            for n, line in enumerate(reversed(lines), 1):
+            for n, line in enumerate(lines, -len(lines)):
                 centred = left + (self.image_width - text_width(line, size + 1)) // 2
-                write(sheet, centred, y - 6 - n * line_height(size + 1), [line], size + 1, bold=True)
+                write(sheet, centred, y - 6 + n * line_height(size + 1), [line], size + 1, bold=True)
         for lines, paths, height in zip(self.captions, self.block.paths, self.rows, strict=True):
             write(sheet, x, y, lines[:1], size, QUIET if lines[1:] else INK)
             write(sheet, x, y + line_height(size), lines[1:], size)
             for left, path in zip(lefts, paths, strict=True):
-                with Image.open(path) as image:
-                    resampling = Resampling.LANCZOS if self.cell % image.height else Resampling.NEAREST
-                    sheet.paste(image.convert("RGB").resize((self.image_width, self.cell), resampling), (left, y))
+                image = Image.open(path).convert("RGB")  # enlarged by a whole factor, its pixels stay squares
+                resampling = Image.Resampling.LANCZOS if self.cell % image.height else Image.Resampling.NEAREST
+                sheet.paste(image.resize((self.image_width, self.cell), resampling), (left, y))
             y += height
 
 
 def draw_grid(blocks: Sequence[Block], title: str, note: str, cell: int, across: int = 2) -> Image.Image:
-    """All `blocks` on one white sheet under `title` and `note`, `across` side by side, images `cell` pixels high.
-
-    Enlarging is by whole factors without smoothing (pixels stay pixels), anything else is resampled with Lanczos.
-    """
+    """All `blocks` on one white sheet under `title` and `note`, `across` side by side, images `cell` pixels high."""
     size = max(12, min(20, cell // 8))
     layouts = [Layout(block, cell, size) for block in blocks]
     lines = [layouts[i : i + across] for i in range(0, len(layouts), across)]
     above = [max(b.title_height for b in line) + max(b.head_height for b in line) for line in lines]  # rows align
     heights = [most + max(sum(b.rows) for b in line) for line, most in zip(lines, above, strict=True)]
-    width = max(sum(b.width + BLOCK_GAP for b in line) - BLOCK_GAP for line in lines)
-    width = max(width, min(640, text_width(title, size + 9)))
+    widths = [sum(b.width + BLOCK_GAP for b in line) - BLOCK_GAP for line in lines]
+    width = max(*widths, min(640, text_width(title, size + 9)))
     titles, notes = wrap(title, size + 9, width), wrap(note, size, width)
     note_top = MARGIN + len(titles) * line_height(size + 9)
     y = note_top + len(notes) * line_height(size) + BLOCK_GAP // 2
-    bottom = y + sum(heights) + BLOCK_GAP * (len(lines) - 1)
-    sheet = Image.new("RGB", (width + 2 * MARGIN, bottom + MARGIN), PAPER)
+    height = y + sum(heights) + BLOCK_GAP * (len(lines) - 1) + MARGIN
+    sheet = Image.new("RGB", (width + 2 * MARGIN, height), PAPER)
     write(sheet, MARGIN, MARGIN, titles, size + 9, bold=True)
     write(sheet, MARGIN, note_top, notes, size, QUIET)
     for line, most, height in zip(lines, above, heights, strict=True):

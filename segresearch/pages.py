@@ -1,7 +1,9 @@
-"""HTML pages from the templates: all in one file, the same bytes for the same content. Light: no torch."""
+"""What a run writes for its readers: HTML pages from the templates, each all in one file, and CSV. Light: no torch."""
 
 import base64
-from functools import cache
+import csv
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,16 +31,27 @@ def embedded(png: Path | bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters["embedded"] = embedded
-    return environment
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
+TEMPLATES.filters["embedded"] = embedded
 
 
 def render(title: str, lead: list[str], template: str = "page", **content: Any) -> str:
-    """A page. lead: lines below the title. content: what the template asks for; page.html.j2: a table's head, rows."""
-    return _environment().get_template(f"{template}.html.j2").render(title=title, lead=lead, **content)
+    """A page, the same bytes for the same content. lead: lines below the title. content: what the template asks for;
+    page.html.j2: a table's head, rows."""
+    return TEMPLATES.get_template(f"{template}.html.j2").render(title=title, lead=lead, **content)
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]], digits: int | None = None) -> str:
+    """A column a key, in the order in which the keys first occur; None is empty, infinities are "inf".
+
+    digits: significant digits of floats; None writes all.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.{digits}g}" if digits and isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()

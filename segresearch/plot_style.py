@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from segresearch.image_grid import INK, QUIET, RULE
-from segresearch.png_metadata import KEY
+from segresearch.records import KEY
 from segresearch.runs import plain, replacing
 
 CHARACTERS = 15.5  # of a caption's line, an inch

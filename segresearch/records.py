@@ -1,14 +1,22 @@
-"""What decides an image, and the record that its PNG carries. Light: no torch."""
+"""The record of an image: what decides it, as JSON in the text chunk "segresearch" of its PNG. Light: no torch."""
 
+import io
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from PIL import Image, PngImagePlugin
+
 from segresearch import runs
-from segresearch.config import AnalyzeConfig, EvaluateConfig, GenerateConfig, GuidanceConfig
 from segresearch.config.build import device_kind
+from segresearch.config.schema import GuidanceConfig, RunConfig
+
+KEY = "segresearch"
+END = b"IEND\xaeB`\x82"  # of a whole PNG
 
 
-def sampling_identity(config: GenerateConfig | EvaluateConfig | AnalyzeConfig, fingerprint: str) -> dict[str, Any]:
+def sampling_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     """What the images of a run depend on beside their methods, prompts, seeds and controls.
 
     fingerprint: of the model's weights. Not among it: names and folders, the device, how many are sampled together.
@@ -18,40 +26,53 @@ def sampling_identity(config: GenerateConfig | EvaluateConfig | AnalyzeConfig, f
     return {"model": model, **settings, **config.compute.identity(device_kind(config.device))}
 
 
-def run_record(config: GenerateConfig | EvaluateConfig, fingerprint: str, run: str) -> dict[str, Any]:
+def run_record(config: RunConfig, fingerprint: str, run: str) -> dict[str, Any]:
     """The part of a record that all images of a run share. run: the name of its folder."""
     identity = sampling_identity(config, fingerprint)
     loaded = {key: getattr(config.model, key) for key in ("name", "path", "variant", "config", "tokenizer")}
     compute = config.compute.record(device_kind(config.device))
-    own = {"model": {**loaded, **identity["model"]}, "compute": compute, "run": run, **runs.versions()}
+    own = {"model": loaded | identity["model"], "compute": compute, "run": run, **runs.versions()}
     return runs.plain({**identity, **own})
 
 
-def image_record(
-    shared: Mapping[str, Any],
-    method: str,
-    guidance: GuidanceConfig,
-    prompt: str,
-    negative: str | None,
-    seed: int,
-    controls: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The record of one image. shared: of `run_record`; controls: of `control_images.identify.control_records`."""
-    return {
-        **shared, "method": method, "guidance": runs.plain(guidance), "prompt": prompt, "negative": negative,
-        "seed": seed, **controls,
-    }  # fmt: skip
+def image_record(shared: Mapping[str, Any], method: str, guidance: GuidanceConfig, **image: Any) -> dict[str, Any]:
+    """The record of one image. shared: of `run_record`; image: its prompt, negative, seed, and `control_records`."""
+    return {**shared, "method": method, "guidance": runs.plain(guidance), **image}
 
 
-def config_record(config: Any, of_a_call: Iterable[str], settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """All settings of a run (of `config`, or as `settings` has them) as a grid or a figure records them: `compute` as
-    it acts, without the keys `of_a_call`."""
-    kept = {key: value for key, value in (settings or runs.plain(config)).items() if key not in of_a_call}
-    return {**kept, "compute": runs.plain(config.compute.resolved(device_kind(config.device)))}
+def config_record(config: RunConfig, of_a_call: Iterable[str]) -> dict[str, Any]:
+    """All settings of a run as a grid or a figure records them: `compute` as it acts, without the keys `of_a_call`."""
+    kept = {key: value for key, value in runs.plain(config).items() if key not in of_a_call}
+    return kept | {"compute": runs.plain(config.compute.resolved(device_kind(config.device)))}
 
 
-def figure_record(figure: str, script: str, config: Any, of_a_call: Iterable[str]) -> dict[str, Any]:
+def figure_record(figure: str, script: str, config: RunConfig, of_a_call: Iterable[str]) -> dict[str, Any]:
     """The record of a figure. script: "evaluate" or "analyze", whose settings `config` holds."""
-    compute = config.compute.record(device_kind(config.device))
-    settings = config_record(config, of_a_call)
+    settings, compute = config_record(config, of_a_call), config.compute.record(device_kind(config.device))
     return {"figure": figure, "code": runs.code_version(), script: settings, "compute": compute}
+
+
+def png(image: Image.Image, record: Mapping[str, Any]) -> bytes:
+    """`image` as a PNG that carries `record`; the same input gives the same bytes."""
+    info, stream = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_itxt(KEY, json.dumps(runs.plain(record), ensure_ascii=False, sort_keys=True))
+    image.save(stream, format="PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def save_png(image: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
+    """Write `image` to `path` atomically, as `png` encodes it."""
+    runs.write(path, png(image, record))
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record in a PNG, or None where there is no such file, it is damaged, or it carries none."""
+    try:
+        data = path.read_bytes()
+        if not data.endswith(END):  # Pillow reads a cut file as far as it goes
+            return None
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return json.loads(image.info.get(KEY, "null"))
+    except (OSError, SyntaxError, ValueError):
+        return None

@@ -1,10 +1,9 @@
 """A PNG sampled or drawn again from the record in it, and compared pixel by pixel.
 
-The record's key tells its kind: "guidance" for images of generate and evaluate, "generate" (a whole config) for grids,
-"control" for control images, "figure" (with the config of its run) for figures of analyze and evaluate.
+A record's key tells its kind: "guidance" of an image, "generate" (a whole config) of a grid, "control" of a control
+image, "figure" (with the config of its run) of a figure of analyze or evaluate.
 """
 
-import dataclasses
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from segresearch import runs
-from segresearch.checkpoints.resolve import resolve_controlnet, resolve_model
 from segresearch.config import AnalyzeConfig, ControlConfig, EvaluateConfig, GenerateConfig, typed
 from segresearch.config.build import device_kind, refuse_foreign
-from segresearch.config.names import modern
+from segresearch.config.validate import modern
 from segresearch.errors import ConfigError
-from segresearch.png_metadata import read_record
+from segresearch.records import read_record
+from segresearch.runs import code_version
 
+CONFIGS: dict[str, Any] = {"generate": GenerateConfig, "evaluate": EvaluateConfig, "analyze": AnalyzeConfig}
 EXACT = {"precision": "exact"}  # the arithmetic of records without `compute`: they are of a CPU
 OF_AN_IMAGE = ("sampler", "schedule", "guidance", "steps", "size", "negative")
 
@@ -45,12 +44,12 @@ def reproduce(
 ) -> Reproduction:
     """Sample or draw the image in `path` again.
 
-    model: a folder or file in place of the recorded one. out: the folder of runs, where a figure's run may exist
-    already; None: a temporary one. trust: import functions outside segresearch that the record names. ConfigError for a
-    file without a usable record, CheckpointError for weights that are missing.
+    model: in place of the recorded path. out: where a figure's run may exist already; None: a temporary folder. trust:
+    import functions outside segresearch that the record names. ConfigError for a file without a usable record,
+    CheckpointError for weights that are missing.
     """
     record = modern(recorded(path))
-    for holder in (record, *(record.get(script) for script in ("generate", "evaluate", "analyze"))):
+    for holder in (record, *map(record.get, CONFIGS)):
         if model is not None and isinstance(holder, dict) and isinstance(holder.get("model"), dict):
             holder["model"]["path"] = model
     _refuse_foreign_targets(record, path, trust)
@@ -59,9 +58,18 @@ def reproduce(
             image, now = _again(record, device, str(out or temporary))
         except ConfigError as error:
             raise ConfigError(f"{path}: its record cannot be followed: {error}") from error
-    old, new = _environment(record), _environment(now)
-    names = [name for name in old if None not in (old[name], new.get(name)) and old[name] != new[name]]
-    return compared(path, image, tuple(f"other {n}: {old[n]} when it was made, {new[n]} here" for n in names))
+    before, here = _environment(record), _environment(now)
+    changed = [name for name in before if None not in (before[name], here.get(name)) and before[name] != here[name]]
+    notes = [f"other {name}: {before[name]} when it was made, {here[name]} here" for name in changed]
+    old, new = Image.open(path).convert("RGB"), image.convert("RGB")
+    if new.size != old.size:
+        if new.width * old.height != new.height * old.width or new.width < old.width:
+            sizes = f"{old.width}×{old.height} pixels, but its record makes {new.width}×{new.height}"
+            raise ConfigError(f"{path}: {sizes}; it was changed")
+        new = new.resize(old.size, Image.Resampling.LANCZOS)
+        notes.append(f"the file is reduced from {image.width}×{image.height}; compared at its own size")
+    difference = np.abs(np.asarray(new).astype(int) - np.asarray(old).astype(int)).max(axis=2)  # (h, w, 3) -> (h, w)
+    return Reproduction(image, int(difference.max()), float((difference > 0).mean()), tuple(notes))
 
 
 def recorded(path: Path) -> dict[str, Any]:
@@ -70,99 +78,55 @@ def recorded(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file")
     record = read_record(path)
     if not isinstance(record, dict):
-        raise ConfigError(
-            f"{path}: no record in it; it is not a PNG of segresearch, was cut, or was saved again by another program"
-        )
-    if not any(key in record for key in ("guidance", "generate", "figure")) and "size" not in record:
+        hint = "it is not a PNG of segresearch, was cut, or was saved again by another program"
+        raise ConfigError(f"{path}: no record in it; {hint}")
+    if not record.keys() & {"guidance", "generate", "figure", "size"}:
         raise ConfigError(f"{path}: its record is not complete; an older version wrote it")
     return record
 
 
-def compared(path: Path, image: Image.Image, notes: tuple[str, ...] = ()) -> Reproduction:
-    """`image` against the one in `path`, at the size of the file where that was reduced."""
-    old, new = _opened(path), image.convert("RGB")
-    if new.size != old.size:
-        if new.width * old.height != new.height * old.width or new.width < old.width:
-            sizes = f"{old.width}×{old.height} pixels, but its record makes {new.width}×{new.height}"
-            raise ConfigError(f"{path}: {sizes}; it was changed")
-        new = new.resize(old.size, Image.Resampling.LANCZOS)
-        notes = (*notes, f"the file is reduced from {image.width}×{image.height}; compared at its own size")
-    difference = np.abs(np.asarray(new).astype(int) - np.asarray(old).astype(int)).max(axis=2)  # (h, w, 3) -> (h, w)
-    return Reproduction(image, int(difference.max()), float((difference > 0).mean()), notes)
-
-
 def _again(record: Mapping[str, Any], device: str, out: str) -> tuple[Image.Image, Mapping[str, Any]]:
     """The image of a record, and the record that it has now (of a figure what can differ; of a control image {})."""
-    if "figure" in record:
-        now = {"code": runs.code_version(), "compute": {"device": device_kind(device)}}
-        return _opened(_figure(record, device, out)), now
     if "control" in record:
-        if "settings" not in record:
-            raise ConfigError("settings: missing")
-        control: ControlConfig = typed(ControlConfig, record["settings"], "control")
-
         from segresearch.control_images.prepare import control_png
 
+        control: ControlConfig = typed(ControlConfig, record.get("settings"), "settings")
         return control_png(control, str(control.image), typed(tuple[int, int], record["size"], "size")), {}
+
+    script = next((script for script in CONFIGS if script in record), "")
+    settings = record[script] if script else _settings_of_an_image(record)
+    defaults, here = {"compute": EXACT, "batch_size": "auto"}, {"device": device, "out": out}
+    config = typed(CONFIGS[script or "generate"], {**defaults, **settings, **here})
+    if "figure" in record:
+        from segresearch.analysis.analyze import analyze
+        from segresearch.evaluation.evaluate import evaluate
+
+        folder = evaluate(config).folder if script == "evaluate" else analyze(config).folder
+        path = folder / "figures" / f"{Path(str(record['figure'])).name}.png"
+        if not path.is_file():
+            raise ConfigError(f"figure: the run has none called {record['figure']!r} here")
+        return Image.open(path).convert("RGB"), {"code": code_version(), "compute": {"device": device_kind(device)}}
 
     from segresearch.generate import generate
 
-    settings = record["generate"] if "generate" in record else _settings_of_an_image(record)
-    config: GenerateConfig = _config(GenerateConfig, settings, device, out)
-    for controls in (config.controls, *(panel.controls or {} for panel in config.panels)):
-        for control in controls.values():
-            resolve_controlnet(control.net, resolve_model(config.model.path))  # CheckpointError where it is missing
     run = generate(config)
-    path = run.grid if "generate" in record else next((run.folder / "images").rglob("*.png"))
-    return _opened(path), read_record(path) or {}
-
-
-def _config(kind: Any, settings: Mapping[str, Any], device: str, out: str) -> Any:
-    """Recorded settings as a typed config, to be run here."""
-    batch_size = {"batch_size": "auto"} if kind is GenerateConfig else {}
-    return typed(kind, {"compute": EXACT, **batch_size, **settings, "device": device, "out": out})
+    path = run.grid if script else next((run.folder / "images").rglob("*.png"))
+    return Image.open(path).convert("RGB"), read_record(path) or {}
 
 
 def _settings_of_an_image(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that samples the one image of a record."""
-    for key in (*OF_AN_IMAGE, "model", "prompt", "seed"):
-        if key not in record:
-            raise ConfigError(f"{key}: missing")
-    return {key: record[key] for key in OF_AN_IMAGE} | {
-        "model": {key: value for key, value in record["model"].items() if key != "fingerprint"},
-        "compute": {key: value for key, value in record.get("compute", EXACT).items() if key != "device"},
-        "prompts": [record["prompt"]], "seeds": record["seed"], "controls": record.get("controls") or {},
-        "name": "again",
-    }  # fmt: skip
-
-
-def _figure(record: Mapping[str, Any], device: str, out: str) -> Path:
-    """A figure of a run, which is run first unless it is in `out` already."""
-    if "evaluate" in record:
-        from segresearch.evaluation.evaluate import evaluate
-
-        config = _config(EvaluateConfig, record["evaluate"], device, out)
-        folder = evaluate(dataclasses.replace(config, stage="all")).folder
-    elif "analyze" in record:
-        from segresearch.analysis.analyze import analyze
-
-        folder = analyze(_config(AnalyzeConfig, record["analyze"], device, out)).folder
-    else:
-        raise ConfigError("figure: the config of its run is missing")
-    path = folder / "figures" / f"{Path(str(record['figure'])).name}.png"
-    if not path.is_file():
-        raise ConfigError(f"figure: the run has none called {record['figure']!r} here")
-    return path
-
-
-def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    if missing := [key for key in (*OF_AN_IMAGE, "model", "prompt", "seed") if key not in record]:
+        raise ConfigError(f"{missing[0]}: missing")
+    model = {key: value for key, value in record["model"].items() if key != "fingerprint"}
+    compute = {key: value for key, value in record.get("compute", EXACT).items() if key != "device"}
+    image = {"prompts": [record["prompt"]], "seeds": record["seed"], "controls": record.get("controls") or {}}
+    return {**{key: record[key] for key in OF_AN_IMAGE}, **image, "model": model, "compute": compute, "name": "again"}
 
 
 def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
     """What an image depends on beside its settings, by its name in a note; None where the record lacks it."""
-    run = record["settings"] if "generate" in record else record
+    run = record["settings"] if "generate" in record else record  # of a grid
     panels = {f"panel {i}": panel.get("controls") for i, panel in enumerate(run.get("panels", ()), 1)}
     contents = {f"contents of control {name}": value for name, value in (run.get("contents") or panels).items()}
     return {

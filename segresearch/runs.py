@@ -1,7 +1,5 @@
-"""Content-addressed run folders: a run's settings name its folder, so the same command again is the resume.
-
-Nothing half-written is ever seen under its final name: files are written beside it and moved into place.
-"""
+"""Content-addressed run folders: a run's settings name its folder, so the same command again is the resume. Files are
+written beside their final name and moved there, so that none is ever seen half-written."""
 
 import contextlib
 import dataclasses
@@ -14,14 +12,14 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from segresearch import __version__
 from segresearch.errors import ConfigError
 
-SAMPLES = 16  # parts of 4 KiB read from each weight file for its fingerprint
-EDGE = 1 << 16
+EDGE, SAMPLES = 1 << 16, 16  # of a weight file's fingerprint: bytes of each end, parts of 4 KiB between
 RESERVED = ("shards", "reference", "wandb")  # folders of `out` that hold no runs
 
 
@@ -33,9 +31,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return str(value) if isinstance(value, Path) else value
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    return str(value) if infinite or isinstance(value, Path) else value
 
 
 def digest(value: Any) -> str:
@@ -55,19 +52,6 @@ def run_folder(out: str | Path, name: str, identity: Mapping[str, Any]) -> Path:
     if not os.access(folder, os.W_OK):
         raise PermissionError(13, "not writable", str(folder))
     return folder
-
-
-def written_config(settings: Mapping[str, Any], of_a_call: Mapping[str, Any]) -> str:
-    """config.yaml of a run: every setting in full, in a form that its script takes back.
-
-    of_a_call: keys that are of one call and not of the run, each with its value in the file.
-    """
-    from omegaconf import OmegaConf
-
-    from segresearch.config.compose import hydra_settings
-
-    parts = (hydra_settings(), plain(settings) | plain(of_a_call))
-    return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in parts)
 
 
 def abandoned(temporary: Path) -> bool:
@@ -92,38 +76,29 @@ def replacing(path: Path) -> Iterator[Path]:
 def write(path: Path, content: str | bytes) -> None:
     """Write `content` to `path` atomically; a file that already holds just that is left alone."""
     data = content.encode() if isinstance(content, str) else content
-    if path.is_file() and path.read_bytes() == data:
-        return
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
+    if not path.is_file() or path.read_bytes() != data:
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
 
 
 def fingerprint(path: str | Path) -> str:
-    """A cheap identity of model weights, 12 hex digits, whatever their folder. No whole weight file is read.
+    """A cheap identity of model weights, 12 hex digits, whatever their folder. FileNotFoundError without weights.
 
-    Of each safetensors file: name, size, both ends (so the header's start) and 16 parts between. Of each JSON or text
-    file of a model folder (configs, vocabularies): everything. ControlNets in controlnet/ have their own fingerprints.
-    FileNotFoundError without weights.
+    Of each safetensors file: name, size, both ends and 16 parts between. Of each JSON or text file of a model folder
+    (configs, vocabularies): everything. ControlNets in controlnet/ have their own fingerprints.
     """
-    path = Path(path)
-    if path.is_file():
-        files = [path]
-    else:
-        kept = (".safetensors", ".json", ".txt")
-        files = sorted(p for p in path.rglob("*") if p.suffix in kept and p.is_file())
-        files = [p for p in files if p.relative_to(path).parts[0] != "controlnet"]
+    path, total = Path(path), hashlib.sha256()
+    contents = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [f for f in contents if f.is_file() and f.relative_to(path).parts[:1] != ("controlnet",)]
     if not any(f.suffix == ".safetensors" for f in files):
         raise FileNotFoundError(2, "no safetensors weights here", str(path))
-    total = hashlib.sha256()
-    for file in files:
+    for file in (f for f in files if f == path or f.suffix in (".safetensors", ".json", ".txt")):
         size = file.stat().st_size
         total.update(f"{file.relative_to(path) if file != path else 'file'} {size}\n".encode())
+        between = [(size * i // (SAMPLES + 1), 4096) for i in range(1, SAMPLES + 1)]
+        sampled = file.suffix == ".safetensors" and size > 4 * EDGE
         with file.open("rb") as stream:
-            if file.suffix != ".safetensors" or size <= 4 * EDGE:
-                total.update(stream.read())
-                continue
-            between = [(size * i // (SAMPLES + 1), 4096) for i in range(1, SAMPLES + 1)]
-            for start, count in [(0, EDGE), (size - EDGE, EDGE), *between]:
+            for start, count in [(0, EDGE), (size - EDGE, EDGE), *between] if sampled else [(0, size)]:
                 stream.seek(start)
                 total.update(stream.read(count))
     return total.hexdigest()[:12]
@@ -137,19 +112,10 @@ def versions() -> dict[str, str]:
 
 def code_version() -> str:
     """The package's version, and in a git checkout the commit, with "+changed" if tracked files differ from it."""
-    try:
-        release = version("segresearch")
-    except PackageNotFoundError:
-        release = "uninstalled"
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return release
-    try:
-        call = ["git", "-C", str(root)]
-        commit = subprocess.run([*call, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
-        changes = subprocess.run([*call, "diff", "--quiet", "HEAD"], capture_output=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return release
-    if commit.returncode:
-        return release
-    return f"{release}+git.{commit.stdout.strip()}{'+changed' if changes.returncode else ''}"
+    describe = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changed"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if (root / ".git").exists():
+            commit = subprocess.run(describe, cwd=root, capture_output=True, text=True, timeout=30, check=True)
+            return f"{__version__}+git.{commit.stdout.strip()}"
+    return __version__

@@ -1,7 +1,4 @@
-"""The one way from seeds and prompts to images: noise, text, sampling, decoding.
-
-`sample_images` is all of it. `sample_latents` and `decode_images` are its two halves, for callers that look on between.
-"""
+"""The one way from seeds and prompts to images: `sample_images`, and its halves for callers that look on between."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,70 +7,51 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from segresearch.config import AnalyzeConfig, EvaluateConfig, GenerateConfig
+from segresearch.config.schema import RunConfig
 from segresearch.errors import NotFinite
 from segresearch.models import SDXL
 from segresearch.models.attention import Attend
 from segresearch.models.controlnet import ActiveControlNet
 from segresearch.sampling import initial_noise, sample, sigmas
 
-SamplingConfig = GenerateConfig | EvaluateConfig | AnalyzeConfig  # of which sampler, schedule, steps and size are read
+Latents = Float[Tensor, "rows channels h w"]
 
 
 def sample_images(
-    sdxl: SDXL,
-    model: Any,
-    seeds: Sequence[int],
-    prompts: Sequence[str],
-    config: SamplingConfig,
-    negative: str | None = None,
-    control: Sequence[ActiveControlNet] = (),
-    attend: Attend | None = None,
-    decode_rows: int | None = None,
-) -> UInt8[Tensor, "rows 3 h w"]:
+    sdxl: SDXL, model: Any, seeds: Sequence[int], prompts: Sequence[str], config: RunConfig,
+    negative: str | None = None, control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
+) -> UInt8[Tensor, "rows 3 h w"]:  # fmt: skip
     """One image for each seed and its prompt, on the model's device.
 
-    model: a denoiser of `sdxl`, guided or not. negative: the text of the unconditional branch, as `SDXL.encode` has it.
-    control: the active ControlNets, each with its control images. attend: the innermost attention, such as a
-    recorder's. decode_rows: latents that are decoded together; None is all of them. Raises NotFinite, and what
-    `SDXL.encode` and `sample` raise.
+    model: a guided denoiser of `sdxl`. config: of which sampler, schedule, steps and size are read. negative: as in
+    `SDXL.encode`. attend: the innermost attention. Raises NotFinite, and what `SDXL.encode` and `sample` raise.
     """
     conds = sdxl.encode(prompts, negative=negative, size=config.size)
-    return decode_images(sdxl, sample_latents(sdxl, model, seeds, conds, config, control, attend), decode_rows)
+    return decode_images(sdxl, sample_latents(sdxl, model, seeds, conds, config, control, attend))
 
 
 @torch.no_grad()
 def sample_latents(
-    sdxl: SDXL,
-    model: Any,
-    seeds: Sequence[int],
-    conds: Mapping[str, Any],
-    config: SamplingConfig,
-    control: Sequence[ActiveControlNet] = (),
-    attend: Attend | None = None,
-) -> Float[Tensor, "rows channels h w"]:
+    sdxl: SDXL, model: Any, seeds: Sequence[int], conds: Mapping[str, Any], config: RunConfig,
+    control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
+) -> Latents:  # fmt: skip
     """Latents from the noise of each seed; conds: of `SDXL.encode`. Raises NotFinite, which names the seeds."""
     schedule = config.schedule.name if config.schedule.rho is None else run_sigmas(sdxl, config)
-    extra: dict[str, Any] = {"control": list(control)} if control else {}
-    extra |= {} if attend is None else {"attend": attend}
     with sdxl.arithmetic():
         latents = sample(
-            model, initial_noise(seeds, sdxl.latent_shape(config.size)), sampler=config.sampler.name, schedule=schedule,
-            steps=config.steps, conds=conds, seeds=seeds, options=config.sampler.options, **extra,
+            model, initial_noise(seeds, sdxl.latent_shape(config.size)), config.sampler.name, schedule, config.steps,
+            conds, seeds, options=config.sampler.options, control=control, attend=attend,
         )  # fmt: skip
     finite = latents.isfinite().flatten(1).all(1).tolist()  # (rows, channels, h, w) -> (rows)
-    if not all(finite):
-        failed = [seed for seed, row_is_finite in zip(seeds, finite, strict=True) if not row_is_finite]
+    if failed := [seed for seed, row_is_finite in zip(seeds, finite, strict=True) if not row_is_finite]:
         raise NotFinite(f"the latents of seeds {failed} are not finite")
     return latents
 
 
 @torch.no_grad()
-def decode_images(
-    sdxl: SDXL, latents: Float[Tensor, "rows channels h w"], decode_rows: int | None = None
-) -> UInt8[Tensor, "rows 3 H W"]:
-    """8-bit images, `decode_rows` latents at a time (None: all at once)."""
-    return torch.cat([to_uint8(sdxl.decode(part)) for part in latents.split(decode_rows or len(latents))])
+def decode_images(sdxl: SDXL, latents: Latents, rows: int | None = None) -> UInt8[Tensor, "rows 3 H W"]:
+    """8-bit images, decoded `rows` latents at a time (None: all at once)."""
+    return torch.cat([to_uint8(sdxl.decode(part)) for part in latents.split(rows or len(latents))])
 
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
@@ -81,6 +59,6 @@ def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def run_sigmas(sdxl: SDXL, config: SamplingConfig) -> Float[Tensor, "sigmas"]:
+def run_sigmas(sdxl: SDXL, config: RunConfig) -> Float[Tensor, "sigmas"]:
     """The sigmas of a run's schedule, with its rho; the last is 0."""
     return sigmas(sdxl.denoiser, config.schedule.name, config.steps, config.schedule.rho)

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from segresearch.runs import code_version, digest, plain
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from segresearch.config import GuidanceConfig
     from segresearch.evaluation.aggregate import Result
+    from segresearch.evaluation.page import Example
     from segresearch.evaluation.spec import EvaluationSpec
 
 LIMITS = {"offline": 60.0, "online": 600.0}  # seconds for a call
@@ -68,7 +67,7 @@ def log(
         with tempfile.TemporaryDirectory(prefix="segresearch-", ignore_cleanup_errors=True) as temporary:
             content = [(digest([key, run.kind, run.name]), run) for run in runs(Path(temporary))]
             seconds = LIMITS[config.mode] + PER_RUN * len(content) if limit is None else limit
-            message = _in_process(config, folder.absolute(), content, seconds, Path(temporary))
+            message = _in_process((config, folder.absolute(), content), seconds, Path(temporary))
         if not message:
             logged.parent.mkdir(parents=True, exist_ok=True)
             logged.touch()
@@ -83,16 +82,17 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _in_process(config: WandbConfig, folder: Path, content: Any, limit: float, temporary: Path) -> str:
-    """What went wrong, in words; "" where all is written. Neither the process nor W&B's service outlives the call."""
+def _in_process(arguments: tuple[WandbConfig, Path, Any], limit: float, temporary: Path) -> str:
+    """`_write` in a process: what went wrong, in words; "" where all is written. Neither the process nor W&B's service
+    outlives the call."""
     import psutil
 
-    task, answer = temporary / "task", temporary / "answer"
-    task.write_bytes(pickle.dumps((config, folder, content)))
+    task, answer, data = temporary / "task", temporary / "answer", arguments[1] / "wandb"
+    task.write_bytes(pickle.dumps(arguments))
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path, "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true",
-           "WANDB_DATA_DIR": str(folder / "wandb" / "data"),  # images in tables wait there until they are sent
-           "WANDB_CACHE_DIR": str(folder / "wandb" / "cache")}  # fmt: skip
+           "WANDB_DATA_DIR": str(data / "data"),  # images in tables wait there until they are sent
+           "WANDB_CACHE_DIR": str(data / "cache")}  # fmt: skip
     call = [sys.executable, "-P", "-m", "segresearch.wandb_log", str(task), str(answer)]
     with (temporary / "log").open("wb") as output:  # a file: a pipe that W&B's service holds open would be waited for
         process = subprocess.Popen(call, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
@@ -124,9 +124,8 @@ def _write(config: WandbConfig, folder: Path, content: Sequence[tuple[str, Wandb
             project=config.project, name=run.name, group=run.group, job_type=run.kind, id=run_id, dir=folder,
             mode=cast(Any, config.mode), config=plain(run.settings), settings=quiet, reinit="finish_previous",
         )  # fmt: skip
-        logged.define_metric("evaluation")
-        for name in run.series:
-            logged.define_metric(name, step_metric="evaluation")
+        for name in ("evaluation", *run.series):
+            logged.define_metric(name, step_metric="evaluation" if name in run.series else None)
         for step, values in enumerate(zip(*run.series.values(), strict=True), 1):
             logged.log({"evaluation": step, **dict(zip(run.series, values))})
         summary: dict[str, Any] = {name: value for name, value in run.values.items() if value is not None}
@@ -142,52 +141,42 @@ def _write(config: WandbConfig, folder: Path, content: Sequence[tuple[str, Wandb
 
 
 def log_evaluation(
-    spec: "EvaluationSpec", result: "Result", images: "Callable[[], Mapping[str, np.ndarray]]", folder: Path
+    spec: "EvaluationSpec", result: "Result", examples: "Callable[[], Mapping[str, Sequence[Example]]]", folder: Path
 ) -> bool:
     """`log` of a finished evaluation: the experiment is a group; each method, and the whole, is a W&B run in it.
 
-    images: of each method those of the first seeds, uint8 (n, 3, h, w).
+    examples: of each method the images of the first seeds, and their records.
     """
     config = spec.config
-    common = {
-        "experiment": config.name, "run": folder.name, "model": config.model.name, "sampler": config.sampler.name,
-        "schedule": config.schedule.name, "steps": config.steps, "images": config.images, "code": code_version(),
-        "reference": config.reference, "reference_images": result.reference_images,
-    }  # fmt: skip
-    rows: dict[str, dict[str, Any]] = {method: {"method": method} for method in spec.methods}
+    common = {**spec.facts(folder.name, result.reference_images), "images": config.images, "code": code_version()}
+    rows: dict[str, dict[str, Any]] = {method: {} for method in spec.methods}
     for row in result.frame.rows:
         rows[row.method] |= {row.metric: row.value, f"{row.metric}-error": row.error}
 
     def runs(temporary: Path) -> list[WandbRun]:
-        from PIL.Image import fromarray
-
         from segresearch.config.expand import slug
-        from segresearch.evaluation.provenance import records
-        from segresearch.png_metadata import save_png
+        from segresearch.records import save_png
 
-        pixels = images()
-        texts = spec.texts(range(min(map(len, pixels.values()))))
-        samples = [{"seed": i, "prompt": text} for i, text in enumerate(texts)]
-        files = {m: [temporary / slug(m) / f"seed{i}.png" for i in range(len(texts))] for m in pixels}
-        for method, described in records(spec, range(len(texts)), folder.name).items():
-            for path, image, record in zip(files[method], pixels[method], described):
-                save_png(fromarray(image.transpose(1, 2, 0).copy()), path, record)
-        captions = [f"seed {i}" + (f": {text}" if text else "") for i, text in enumerate(texts)]
+        files: dict[str, list[Path]] = {}
+        for method, shown in examples().items():
+            files[method] = [temporary / slug(method) / f"seed{i}.png" for i in range(len(shown))]
+            for path, (image, record) in zip(files[method], shown):
+                save_png(image, path, record)
+        samples = [{"seed": i, "prompt": text} for i, text in enumerate(spec.texts(range(len(shown))))]
+        captions = [f"seed {i}" + (f": {text}" if text else "") for i, text in map(dict.values, samples)]
         of_methods = [
             WandbRun(
-                method, config.name, "method", {**common, **facts(method, spec.methods[method])},
-                {key: value for key, value in row.items() if key != "method"},
+                method, config.name, "method", {**common, **facts(method, spec.methods[method])}, values,
                 {GUIDANCE: result.norms[method]} if result.norms.get(method) else {},
                 {"image table": [{**s, "image": path} for s, path in zip(samples, files[method])]},
                 {IMAGES: list(zip(files[method], captions))},
             )
-            for method, row in rows.items()
+            for method, values in rows.items()
         ]  # fmt: skip
         side_by_side = [{**s, **dict(zip(files, paths))} for s, paths in zip(samples, zip(*files.values()))]
+        tables = {TABLE: [{"method": method, **row} for method, row in rows.items()], SIDE_BY_SIDE: side_by_side}
         plots = {path.stem: [(path, "")] for path in sorted((folder / "figures").glob("*.png"))}
-        tables = {TABLE: list(rows.values()), SIDE_BY_SIDE: side_by_side}
-        settings = {**common, "all": plain(config)}
-        whole = f"{config.name} {folder.name}"
+        settings, whole = {**common, "all": plain(config)}, f"{config.name} {folder.name}"
         return [*of_methods, WandbRun(whole, config.name, "evaluation", settings, tables=tables, images=plots)]
 
     return log(config.wandb, Path(config.out), [folder.name, common, rows], runs)
@@ -195,19 +184,17 @@ def log_evaluation(
 
 def facts(method: str, guidance: "GuidanceConfig") -> dict[str, Any]:
     """What plots and filters of W&B are about. blur: σ/(1 + σ), which puts σ from 0 to ∞ on an axis from 0 to 1."""
-    from segresearch.config import CFGTerm, PerturbedTerm
     from segresearch.evaluation.plots import kind
-    from segresearch.guidance import SEG
 
     settings: dict[str, Any] = {"method": method, "kind": kind(guidance), "guidance": plain(guidance)}
     for term in guidance.terms.values():
-        if isinstance(term, CFGTerm):
+        if term.kind == "cfg":
             settings["cfg"] = plain(term.weight)
-        elif isinstance(term, PerturbedTerm):
-            settings["scale"] = plain(term.scale)
-            if isinstance(term.perturbation, SEG):
-                sigma = term.perturbation.sigma
-                settings |= {"sigma": plain(sigma), "blur": 1.0 if sigma == float("inf") else sigma / (1 + sigma)}
+            continue
+        settings["scale"] = plain(term.scale)
+        if not isinstance(term.perturbation, tuple) and term.perturbation.kind == "seg":
+            sigma = term.perturbation.sigma
+            settings |= {"sigma": plain(sigma), "blur": 1.0 if sigma == float("inf") else sigma / (1 + sigma)}
     if guidance.sag is not None:
         settings["scale"] = plain(guidance.sag.scale)
     return settings

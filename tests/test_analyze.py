@@ -26,7 +26,7 @@ from segresearch.config import AnalyzeConfig, conf_dir, settings, typed
 from segresearch.errors import ConfigError
 from segresearch.guidance import blur_matrix
 from segresearch.models import load_sdxl
-from segresearch.tidy_csv import to_csv
+from segresearch.pages import to_csv
 
 SCRIPT = conf_dir().parent / "experiments" / "analyze.py"
 SEG = {"kind": "perturbed", "scale": 1, "perturbation": {"kind": "seg", "sigma": 1}}
@@ -192,7 +192,8 @@ def test_a_perturbed_branch_is_measured_under_its_perturbation(config, model, un
 def test_what_the_model_cannot_do_is_one_line_and_leaves_nothing(changes, words, config, model, tmp_path):
     with pytest.raises(ValueError, match=words) as caught:
         analyze(dataclasses.replace(config, out=str(tmp_path), **changes), model)
-    assert cli.exit_code(caught.value) == 2 and "\n" not in cli.line(caught.value)
+    code, line = cli.explained(caught.value)
+    assert code == 2 and "\n" not in line
     assert not [path for path in tmp_path.rglob("*") if path.is_file()] and len(list(tmp_path.rglob("*"))) <= 1
 
 

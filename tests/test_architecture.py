@@ -1,9 +1,15 @@
 """docs/architecture.md names every package, module, script and config group, and nothing that is not there."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from guidance_models import denoiser, noisy
+
+from segresearch.guidance import SEG, GuidedDenoiser, cfg, perturbed
+from segresearch.models.attention import sdpa
+from segresearch.sampling import sample
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -38,3 +44,24 @@ def test_modules_scripts_and_groups_are_in_the_map():
 def test_no_two_modules_have_one_name():
     names = [p.name for p in (ROOT / "segresearch").rglob("*.py") if p.name != "__init__.py"]
     assert sorted(names) == sorted(set(names))
+
+
+def test_the_way_from_sample_to_attention_is_short_and_described():
+    """Files on the stack of the innermost attention of CFG + SEG, over all its calls."""
+    package, files = ROOT / "segresearch", {}
+
+    def attend(q, k, v, site):
+        frame = sys._getframe()
+        while frame:
+            path = Path(frame.f_code.co_filename)
+            if path.is_relative_to(package):
+                files[path.relative_to(package).as_posix()] = len(path.read_text(encoding="utf-8").splitlines())
+            frame = frame.f_back
+        return sdpa(q, k, v, site)
+
+    model = GuidedDenoiser(denoiser(), {"cfg": cfg(3.0), "seg": perturbed("seg", SEG(), 2.0)})
+    x, _, conds = noisy(1, sigma=1.0)
+    sample(model, x, steps=1, conds=conds, attend=attend)
+    paragraph = next(text for text in TEXT.split("\n\n") if text.startswith("From `sample` to"))
+    assert set(re.findall(r"`(\w+/\w+\.py)`", paragraph)) == set(files)
+    assert len(files) <= 12 and sum(files.values()) <= 2500

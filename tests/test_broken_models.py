@@ -78,4 +78,4 @@ def test_prompts_and_sizes_that_are_none(made):
     with pytest.raises(ValueError, match=r"size=\(9, 8\)"):
         sdxl.encode(["a"], size=(9, 8))
     with pytest.raises(ValueError, match="channels"):
-        sdxl.vae.decode(torch.zeros(1, sdxl.latent_channels + 1, 8, 8))
+        sdxl.vae.decode(torch.zeros(1, sdxl.vae.config.latent_channels + 1, 8, 8))

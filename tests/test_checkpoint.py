@@ -69,7 +69,7 @@ def test_folder_gives_the_outputs_of_diffusers(made):
         torch.testing.assert_close(sdxl.unet(x, t, cond), expected, rtol=1e-5, atol=1e-5)
         pixels = pipeline.vae.decode(x / 0.13025).sample
         torch.testing.assert_close(sdxl.vae.decode(x), pixels, rtol=1e-5, atol=2e-5)
-    assert sdxl.default_size == (16, 16) and sdxl.latent_channels == 4 and sdxl.vae_factor == 2
+    assert sdxl.default_size == (16, 16) and sdxl.vae.config.latent_channels == 4 and sdxl.vae.config.factor == 2
 
 
 def test_loaded_networks_are_frozen_and_whole(made):

@@ -12,9 +12,9 @@ from guidance_models import denoiser, noisy
 from segresearch.config import typed
 from segresearch.errors import ConfigError, InputError
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, cfg, perturbed
-from segresearch.models.compute import Compute, Runner, arithmetic
+from segresearch.models.calls import Graph, Graphs, NotCapturable, Runner, rebuilt, refuse_state, structure
+from segresearch.models.compute import Compute, arithmetic
 from segresearch.models.denoiser import Denoiser
-from segresearch.models.graphs import Graph, Graphs, NotCapturable, rebuilt, refuse_state, structure
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -97,8 +97,8 @@ def test_calls_of_one_kind_have_one_key():
 def test_a_call_is_rebuilt_around_other_tensors():
     call = seg_call()
     own = structure(call)
-    copies = [tensor.clone() for tensor in own.tensors]
-    again = rebuilt(call, copies)
+    copies = []
+    again = rebuilt(call, lambda tensor: copies.append(tensor.clone()) or copies[-1])
     assert structure(again).key == own.key
     assert all(a is b for a, b in zip(structure(again).tensors, copies, strict=True))
     x, sigma, cond, attend, control, fork = again
@@ -112,7 +112,7 @@ def test_what_may_keep_a_state_is_not_captured():
     for value in (recorder, seen.append, {"attend": [recorder]}, functools.partial(recorder, 1), object()):
         with pytest.raises(NotCapturable):
             structure(value)
-    assert structure((math.sqrt, functools.partial(math.pow, 2.0), tf32, PAG())).tensors == ()
+    assert structure((math.sqrt, functools.partial(math.pow, 2.0), tf32, PAG())).tensors == []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,10 +186,10 @@ def test_a_replay_copies_what_is_new_and_hands_out_a_copy():
 
 
 def test_graphs_are_bounded_and_freed(monkeypatch):
-    monkeypatch.setattr("segresearch.models.graphs.refuse_state", lambda tensors: None)
+    monkeypatch.setattr("segresearch.models.calls.refuse_state", lambda tensors: None)
 
     class Doubles(Graphs):
-        def _captured(self, function, args, tensors):
+        def capture(self, function, args, tensors):
             static, result = tensors[0].clone(), tensors[0].clone()
             return Graph(Replay(static, result), (static,), [(static, -1)], result, ())
 
@@ -199,33 +199,15 @@ def test_graphs_are_bounded_and_freed(monkeypatch):
     assert len(calls.graphs) == 2
     assert {graph.static[0].shape[0] for graph in calls.graphs.values()} == {1, 3}  # the oldest replay went
     calls.clear()
-    assert not calls.graphs and not calls.memo and calls.pool is None
-
-
-def test_numbers_of_layouts_are_not_renewed_within_a_call(monkeypatch):
-    """A key of old and new numbers could be that of another call."""
-    monkeypatch.setattr("segresearch.models.graphs.refuse_state", lambda tensors: None)
-
-    class Same(Graphs):
-        def _captured(self, function, args, tensors):
-            static, result = tensors[0].clone(), tensors[0].clone()
-            return Graph(Replay(static, result), tuple(tensors), [(t, -1) for t in tensors], result, ())
-
-    calls = Same()
-    calls.numbers = {("old", i): i for i in range(4096)}
-    for size in (1, 2):
-        calls(torch.add, torch.ones(size), torch.ones(size, dtype=torch.float64))
-        newest = next(reversed(calls.graphs))
-        assert set(newest[1:]) <= set(calls.numbers.values())
-    assert len(calls.numbers) == 2  # they were renewed before the second call
+    assert not calls.graphs and calls.pool is None
 
 
 def test_a_failed_capture_is_not_tried_again(monkeypatch):
-    monkeypatch.setattr("segresearch.models.graphs.refuse_state", lambda tensors: None)
+    monkeypatch.setattr("segresearch.models.calls.refuse_state", lambda tensors: None)
     tries = []
 
     class Fails(Graphs):
-        def _captured(self, function, args, tensors):
+        def capture(self, function, args, tensors):
             tries.append(1)
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from segresearch.cli import lazy_help
+from segresearch.cli import explained, lazy_help
 from segresearch.config import (
     AnalyzeConfig,
     EvaluateConfig,
@@ -27,10 +27,10 @@ from segresearch.config import (
     settings,
     typed,
 )
-from segresearch.config.build import build_guidance, with_batch_size
+from segresearch.config.build import build_guidance, resolved
 from segresearch.config.expand import panels, slug
-from segresearch.config.names import modern
 from segresearch.config.parse import parse_seeds, read_prompts
+from segresearch.config.validate import modern
 from segresearch.errors import ConfigError
 from segresearch.guidance import SEG
 from segresearch.sampling import SAMPLERS, SCHEDULES
@@ -235,13 +235,12 @@ def test_a_slip_on_the_command_line_is_one_line_and_code_2(argument, words, monk
 
 
 def test_a_config_file_that_is_no_yaml_is_named_with_its_line(tmp_path):
-    from segresearch.cli import exit_code, line
-
     (tmp_path / "guidance").mkdir()
     (tmp_path / "guidance" / "mine.yaml").write_text("# mine\nterms: {b: c: d}\n")
     with pytest.raises(Exception) as caught, initialize_config_dir(str(conf_dir()), version_base="1.3"):
         compose("generate", overrides=["guidance=mine", f"hydra.searchpath=[{tmp_path}]"])
-    assert exit_code(caught.value) == 2 and "guidance/mine.yaml, line 2: not YAML" in line(caught.value)
+    code, line = explained(caught.value)
+    assert code == 2 and "guidance/mine.yaml, line 2: not YAML" in line
 
 
 LIGHT = """
@@ -283,7 +282,7 @@ def test_auto_batch_size_is_the_models_for_the_device():
         model = ModelConfig("m", "p", batch_size=25, **given)
         run = {"sampler": SamplerConfig("euler"), "schedule": ScheduleConfig("karras"), "device": device}
         sizes = {
-            with_batch_size(kind(model, batch_size="auto", **run)).batch_size
+            resolved(kind(model, batch_size="auto", **run)).batch_size
             for kind in (GenerateConfig, EvaluateConfig, AnalyzeConfig)
         }
         (size,) = sizes
@@ -293,7 +292,7 @@ def test_auto_batch_size_is_the_models_for_the_device():
     assert sized("cuda:1", batch_size_cuda=100) == 100
     assert sized("cuda") == 25
     stated = GenerateConfig(ModelConfig("m", "p"), SamplerConfig("euler"), ScheduleConfig("karras"), batch_size=3)
-    assert with_batch_size(stated) is stated
+    assert resolved(stated) is stated
     with pytest.raises(ConfigError, match="batch_size"):
         typed(GenerateConfig, {"model": {"name": "m", "path": "p"}, "sampler": {"name": "euler"},
                                "schedule": {"name": "karras"}, "batch_size": "all"})  # fmt: skip

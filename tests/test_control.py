@@ -8,9 +8,7 @@ from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 from segresearch.config import ControlConfig
 from segresearch.config.parse import HELD_OUT
-from segresearch.control_images.depth_estimator import depth, located_depth
-from segresearch.control_images.edges import canny, to_tensor
-from segresearch.control_images.prepare import control_image, scene_maps
+from segresearch.control_images.prepare import canny, control_image, depth, located_depth, scene_maps, to_tensor
 from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.scenes.scenes import depth_image, edge_image, scenes
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from test_configs import composed
 
-from segresearch import cli, png_metadata
+from segresearch import cli, records
 from segresearch.config import GenerateConfig, settings, typed
 from segresearch.config.expand import panels
 from segresearch.config.parse import HELD_OUT, control_images
@@ -73,7 +73,7 @@ def test_a_run_under_control_is_recorded_shown_and_not_made_twice(config, monkey
     assert [str(p) for p in shown] == ["controls/canny/seed0.png", "controls/canny/seed1.png"]  # prompts share it
     first = np.asarray(Image.open(run.folder / shown[0]))
     assert first.shape == (16, 16, 3) and set(np.unique(first)) == {0, 255}
-    said = png_metadata.read_record(run.folder / "images" / "vanilla" / "prompt1-seed1.png")
+    said = records.read_record(run.folder / "images" / "vanilla" / "prompt1-seed1.png")
     assert said["controls"]["canny"] == {
         "net": "canny", "image": "scene:1", "preprocess": "canny", "low": 100.0, "high": 200.0, "depth_model": None,
         "scale": 1.0, "start": 0.0, "end": 1.0, "guess": False,
@@ -164,8 +164,8 @@ def test_a_map_of_ones_own_and_a_photo_in_turn(config, model, photo, tmp_path):
     Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)).save(tmp_path / "map.png")
     files = [str(tmp_path / "map.png"), str(photo)]
     run = generate(config(seeds="5-7", controls={"d": {**DEPTH, "preprocess": "none", "image": files}}), model)
-    records = [png_metadata.read_record(p) for p in sorted((run.folder / "images").rglob("*.png"))]
-    assert [record["controls"]["d"]["image"] for record in records] == [files[0], files[1], files[0]]
+    read = [records.read_record(p) for p in sorted((run.folder / "images").rglob("*.png"))]
+    assert [record["controls"]["d"]["image"] for record in read] == [files[0], files[1], files[0]]
     shown = np.asarray(Image.open(run.folder / "controls" / "d" / "seed7.png"))
     assert np.abs(shown[:, :, 0].flatten() - np.linspace(0, 255, 256)).max() < 1
 
@@ -197,7 +197,7 @@ def test_what_cannot_be_is_one_line_before_an_image_is_made(config, model, chang
         generate(config(controls={"canny": {**CANNY, **change}}), model)
     asset = "hf download" in words or "unknown controlnet" in words
     assert words in str(caught.value) and "\n" not in str(caught.value)
-    assert cli.exit_code(caught.value) == (3 if asset else 2)
+    assert cli.explained(caught.value)[0] == (3 if asset else 2)
     assert not list(Path(config().out).rglob("*.png"))
 
 

@@ -1,6 +1,7 @@
 """ControlNets: against diffusers' network and pipelines, under every guidance, and where nothing may be computed."""
 
 import math
+from dataclasses import fields
 from functools import lru_cache
 from itertools import pairwise
 
@@ -19,8 +20,9 @@ from test_unet import THREE_LEVELS, TWO_LEVELS, WIDE_STEP, inputs
 
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.models import load_sdxl
-from segresearch.models.controlnet import ControlNet, ControlNetConfig, controlled, weighted
+from segresearch.models.controlnet import ControlNet, ControlNetConfig, controlled
 from segresearch.models.denoiser import Denoiser
+from segresearch.models.network_configs import EncoderConfig
 from segresearch.models.unet import ControlResiduals, UNetConfig
 from segresearch.sampling import ALWAYS, initial_noise, sample, sigmas, step_interval
 
@@ -72,7 +74,7 @@ def test_network_matches_diffusers(name, grid):
         down, mid = theirs(
             x, t, cond.context, image, scale, added_cond_kwargs=added, guess_mode=guess, return_dict=False
         )
-        own = weighted(ours(x, t, cond, hint, guess), [scale] * (len(down) + 1))
+        own = ours(x, t, cond, hint, guess).each(lambda residual, scale=scale: residual * scale)
         assert mid.abs().max() > 0.1 and len(own.down) == len(down)
         for a, b in zip([*own.down, own.mid], [*down, mid], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
@@ -131,7 +133,7 @@ class Counted(ControlNet):
         return super().forward(x, t, cond, hint, guess)
 
 
-SHARED = {k: getattr(CONFIG, k) for k in CONFIG.__dataclass_fields__ if k in ControlNetConfig.__dataclass_fields__}
+SHARED = {f.name: getattr(CONFIG, f.name) for f in fields(EncoderConfig)}
 SIZES = ControlNetConfig(
     **SHARED | {"conditioning_embedding_out_channels": (4, 6), "transformer_layers_per_block": (1, 1, 1)}
 )

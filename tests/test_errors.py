@@ -11,7 +11,7 @@ import pytest
 
 import segresearch
 from segresearch import errors
-from segresearch.cli import exit_code
+from segresearch.cli import explained
 
 ROOT = Path(segresearch.__file__).parent
 
@@ -35,7 +35,7 @@ ROOT = Path(segresearch.__file__).parent
     ],
 )
 def test_only_errors_of_a_user_have_a_code(error, code):
-    assert exit_code(error) == code
+    assert explained(error)[0] == code
 
 
 def test_the_package_raises_its_own_errors():

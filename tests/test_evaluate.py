@@ -20,11 +20,12 @@ from matplotlib.figure import Figure
 
 from segresearch import cli, runs, sample_images
 from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir, typed
+from segresearch.config.compose import written_config
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation import shards
 from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.reference import features, reference
-from segresearch.evaluation.workers import Worker
+from segresearch.evaluation.sample_shards import Worker
 from segresearch.models import load_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
@@ -116,7 +117,7 @@ def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whol
     assert len([n for n in everything if n.endswith(".safetensors")]) == METHODS * COUNT + 1  # and the reference
     assert frame["vanilla", "distance-mini"].value is None and frame["SEG", "distance-mini"].value > 0
     assert {"text_alignment-mini", "exact", "saturation", "kd-mini", "precision-mini", "fd_to_baseline-mini"} <= {
-        metric.name for metric in frame.metrics
+        metric.name for metric in frame.metrics()
     }
     assert frame["SEG", "fd-mini"].value > 0 and frame["SEG", "fd_to_baseline-mini"].error > 0
     assert len(whole.result.norms["SEG"]) == 2 and min(whole.result.norms["SEG"]) > 0
@@ -219,7 +220,7 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
         assert caught.value.code == 4 and "1 of 6 shards" in str(caught.value) and str(path) in str(caught.value)
         with pytest.raises(cli.Ended, match="1 of 6 shards are missing") as caught:
             evaluate(dataclasses.replace(config, stage="reduce"), model, Worker())
-        assert cli.exit_code(caught.value) == 4
+        assert cli.explained(caught.value)[0] == 4
         mended = evaluate(config, model, Worker())
         assert (mended.sampled, mended.existing) == (1, 5) and contents(config) == contents(base)
     path.write_bytes(path.read_bytes()[:-1] + b"\x7e")  # sizes say nothing
@@ -227,7 +228,7 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
     for stage in ("verify", "reduce"):
         with pytest.raises(cli.Ended, match="not the bytes that were written") as caught:
             evaluate(dataclasses.replace(config, stage=stage), model, Worker())
-        assert cli.exit_code(caught.value) == 4 and str(path) in str(caught.value)
+        assert cli.explained(caught.value)[0] == 4 and str(path) in str(caught.value)
     path.unlink()
     evaluate(config, model, Worker())
     assert "all 6 shards are whole" in str(evaluate(dataclasses.replace(config, stage="verify")))
@@ -260,7 +261,7 @@ def test_pictures_of_another_version_are_used_and_said(config, model, capsys):
     found = evaluate(few, model, Worker())
     assert "torch" not in capsys.readouterr().err
     path = sorted(Path(few.out).glob("shards/*/*.safetensors"))[0]
-    assert shards.versions(path) == runs.versions()
+    assert shards.header(path)["versions"] == runs.versions()
     arrays = {name: shards.Array(shards.load(path, name), by) for name, by in shards.producers(path).items()}
     shards.write(path, arrays, {"code": "0.0.9", "torch": "1.2.3"})
     assert evaluate(few, model, Worker()).sampled == 0  # nothing new to say
@@ -270,7 +271,7 @@ def test_pictures_of_another_version_are_used_and_said(config, model, capsys):
     assert "code 0.0.9, torch 1.2.3" in said and said.count("\n") == 1
     assert "code 0.0.9, torch 1.2.3" in (found.folder / "index.html").read_text()
     more = evaluate(dataclasses.replace(few, distances=config.distances, stage="shards"), model, Worker())
-    assert more.result is None and shards.versions(path) == {"code": "0.0.9", "torch": "1.2.3"}
+    assert more.result is None and shards.header(path)["versions"] == {"code": "0.0.9", "torch": "1.2.3"}
 
 
 def test_pictures_need_not_be_kept(config, whole, model):
@@ -298,8 +299,8 @@ def test_a_full_disk_and_a_locked_folder_are_one_line_and_leave_no_half(config, 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError) as caught:
         evaluate(config, model, Worker())
-    line = cli.line(caught.value)
-    assert cli.exit_code(caught.value) == 5 and "\n" not in line and ".safetensors: " in line and words in line
+    code, line = cli.explained(caught.value)
+    assert code == 5 and "\n" not in line and ".safetensors: " in line and words in line
     written = [path for path in Path(config.out, "shards").glob("*/*") if path.is_file()]
     assert written and all(path.suffix == ".safetensors" and shards.verify(path) is None for path in written)
 
@@ -325,11 +326,12 @@ def test_memory_and_weights_have_codes_of_their_own(config, model, monkeypatch):
 
     with pytest.raises(ValueError, match="not in|no such file") as caught:
         evaluate(dataclasses.replace(config, weights={"vgg": "none.pth"}, distances=("vgg",)), model, Worker())
-    assert cli.exit_code(caught.value) == 3
+    assert cli.explained(caught.value)[0] == 3
     monkeypatch.setattr(sample_images, "sample", greedy)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         evaluate(config, model, Worker())
-    assert cli.exit_code(caught.value) == 5 and "lower batch_size" in cli.line(caught.value)
+    code, line = cli.explained(caught.value)
+    assert code == 5 and "lower batch_size" in line
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,8 @@ def test_what_cannot_be_is_one_line_before_a_picture_is_made(config, model, monk
     monkeypatch.setattr(sample_images, "sample", None)
     with pytest.raises(ValueError, match=words) as caught:
         evaluate(dataclasses.replace(config, **change), model, Worker())
-    assert cli.exit_code(caught.value) == 2 and "\n" not in cli.line(caught.value)
+    code, line = cli.explained(caught.value)
+    assert code == 2 and "\n" not in line
 
 
 def test_reference_pictures_come_from_a_folder_too(config, tmp_path):
@@ -385,7 +388,7 @@ def test_reference_pictures_come_from_a_folder_too(config, tmp_path):
 
 def test_processes_as_torchrun_starts_them_make_the_same_shards(config, base, whole, model, tmp_path):
     """Two at once, by the script, from the config.yaml that a run leaves."""
-    (tmp_path / "mine.yaml").write_text(runs.written_config(runs.plain(config), run.OF_A_CALL))
+    (tmp_path / "mine.yaml").write_text(written_config(config, run.OF_A_CALL))
     script = conf_dir().parent / "experiments" / "evaluate.py"
     call = [sys.executable, str(script), "--config-dir", str(tmp_path), "--config-name", "mine", f"out={config.out}"]
     places = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONWARNINGS": "ignore"} for rank in range(2)]

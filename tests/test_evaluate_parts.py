@@ -15,16 +15,17 @@ from hydra import compose, initialize_config_dir
 
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig, conf_dir, settings
-from segresearch.config.build import with_batch_size
+from segresearch.config.build import resolved
 from segresearch.config.parse import from_coco, from_text
 from segresearch.errors import ConfigError
-from segresearch.evaluation import paper_numbers, plots, shards, table
+from segresearch.evaluation import paper_numbers, plots, shards
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import METRICS, Frame, Value
+from segresearch.evaluation.sample_shards import Worker, worker
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import evaluation_spec, with_folders
-from segresearch.evaluation.workers import Worker, worker
-from segresearch.tidy_csv import to_csv
+from segresearch.evaluation.table import latex, markdown, table, to_jsonl
+from segresearch.pages import to_csv
 
 
 def composed(*overrides: str) -> EvaluateConfig:
@@ -65,6 +66,11 @@ def test_captions_come_from_a_coco_file_each_image_once_before_any_twice(tmp_pat
         from_coco(tmp_path / "none.json")
 
 
+def test_ranges_hold_each_image_once():
+    spec = evaluation_spec(composed("images=5", "shard=2", "features=[]"))
+    assert [list(rows) for rows in spec.ranges] == [[0, 1], [2, 3], [4]]
+
+
 def test_workers_share_all_ranges_and_each_has_one_owner():
     items = list(range(10))
     for world in (1, 2, 3, 11):
@@ -79,7 +85,7 @@ def test_workers_share_all_ranges_and_each_has_one_owner():
 
 
 def test_a_shard_is_whole_or_not_there_and_a_later_one_takes_its_place(tmp_path):
-    path = tmp_path / "method" / shards.file_name(range(3, 5))
+    path = tmp_path / "method" / "0000003-0000005.safetensors"
     one, two = Array(np.arange(6.0).reshape(2, 3), "net"), Array(np.ones((2, 0), np.uint8), "sampled")
     assert shards.producers(path) == {} and "missing" in shards.verify(path)
     shards.write(path, {"a": one})
@@ -87,7 +93,7 @@ def test_a_shard_is_whole_or_not_there_and_a_later_one_takes_its_place(tmp_path)
     shards.write(path, {"a": one})
     assert path.read_bytes() == before
     shards.write(path, {"b": two, "a": one}, {"torch": "9.9"})
-    assert shards.versions(path) == {"torch": "9.9"}
+    assert shards.header(path)["versions"] == {"torch": "9.9"}
     assert shards.producers(path) == {"a": "net", "b": "sampled"} and shards.verify(path) is None
     assert np.array_equal(shards.load(path, "a"), one.value) and shards.load(path, "b").dtype == np.uint8
     assert [p.name for p in path.parent.iterdir()] == ["0000003-0000005.safetensors"]
@@ -96,12 +102,11 @@ def test_a_shard_is_whole_or_not_there_and_a_later_one_takes_its_place(tmp_path)
         shutil.copyfile(path, path.with_name(left))
     shards.sweep(path.parent)  # of processes that may live, nothing
     assert {p.name for p in path.parent.iterdir()} == {mine, f".{path.name}.elsewhere-9.tmp", path.name}
-    assert [list(rows) for rows in shards.ranges(5, 2)] == [[0, 1], [2, 3], [4]]
 
 
 @pytest.mark.parametrize("byte", [0, 9, 60, -1])
 def test_a_byte_that_changes_anywhere_in_a_shard_is_damage(byte, tmp_path):
-    path = tmp_path / shards.file_name(range(2))
+    path = tmp_path / "0000000-0000002.safetensors"
     shards.write(path, {"a": Array(np.arange(6.0), "net")}, {"torch": "9.9"})
     data = bytearray(path.read_bytes())
     data[byte] ^= 0x01
@@ -130,7 +135,7 @@ def test_experiments_are_pictures_too():
 
 
 def folders(*overrides: str) -> dict[str, str]:
-    spec = evaluation_spec(with_batch_size(composed(*overrides)))
+    spec = evaluation_spec(resolved(composed(*overrides)))
     return {method: folder.name for method, folder in with_folders(spec, resolve_model("mini")).folders.items()}
 
 
@@ -153,9 +158,9 @@ def test_shards_lie_by_what_pictures_depend_on():
 
 def test_experiments_share_the_shards_of_methods_they_share():
     """Whatever they are called there."""
-    table, ablation = folders("experiment=table1"), folders("experiment=fig6")
-    assert table["vanilla"] == ablation["vanilla"] and table["SEG σ=∞"] == ablation["s = 1 σ = ∞"]
-    assert len({*table.values()} & {*ablation.values()}) == 3  # and σ = 10
+    one, ablation = folders("experiment=table1"), folders("experiment=fig6")
+    assert one["vanilla"] == ablation["vanilla"] and one["SEG σ=∞"] == ablation["s = 1 σ = ∞"]
+    assert len({*one.values()} & {*ablation.values()}) == 3  # and σ = 10
     label = "{guidance: seg, label: mine, terms: {seg: {perturbation: {sigma: 10}}}}"
     mine = folders("guidance=none", f"compare=[none,{label}]", "prompts=['']", "sampler=dpmpp_2m", "schedule=karras")
     assert set(mine) == {"vanilla", "mine"} and mine["mine"].startswith("seg-")
@@ -195,32 +200,32 @@ FRAME = Frame(tuple(Value(*row) for row in [
 
 
 def test_tables_say_the_same_in_every_form():
-    lines = table.markdown(FRAME).splitlines()
+    lines = markdown(*table(FRAME)).splitlines()
     heads = [cell.strip() for cell in lines[0].strip("|").split("|")]
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     seen = dict(zip(heads, cells, strict=True))
     assert seen["FD (mini)"] == "7.25 ± 0.25" and seen["− baseline"] == "−4.75 ± 0.30" and seen["KD (mini)"] == "−2.0"
     assert seen["distance (mini)"] == "0.400 ± 0.010" and seen["paper: FID"] == "88.215" and "–" in lines[2]
-    made = table.latex(FRAME)
+    made = latex(*table(FRAME))
     assert made.count(r"\\") == 3 and r"SEG 2 $\sigma$=$\infty$" in made and r"7.25 $\pm$ 0.25" in made
     assert "lrrrrrrrrr|r}" in made and all(ord(c) < 128 for c in made.replace("–", ""))
     rows = list(csv.DictReader(io.StringIO(to_csv(FRAME.plain()))))
     assert rows[15] == {"method": "SEG 2 σ=∞", "metric": "fd_to_baseline-mini", "value": "-4.75", "error": "0.3"}
     assert rows[2]["value"] == rows[0]["error"] == "" and len(rows) == len(FRAME.rows)
-    last = json.loads(table.to_jsonl(FRAME, {"run": "x"}).splitlines()[-1])
+    last = json.loads(to_jsonl(FRAME, {"run": "x"}).splitlines()[-1])
     assert last == {"run": "x", "method": "SEG 2 σ=∞", "metric": "paper-fid", "value": 88.215, "error": None}
 
 
 def test_a_frame_is_read_back_and_looked_up():
     assert Frame.of(json.loads(json.dumps(FRAME.plain()))) == FRAME
     assert FRAME.methods == ("vanilla", "SEG 2 σ=∞") and FRAME["SEG 2 σ=∞", "fd-mini"].error == 0.25
-    assert FRAME["vanilla", "cost"].value is None and FRAME.of_kind("fd") == (METRICS["fd-mini"],)
-    assert METRICS["distance-mini"].to_baseline and METRICS["fd-inception"].head == "FID"
+    assert FRAME["vanilla", "cost"].value is None and FRAME.metrics("fd") == (METRICS["fd-mini"],)
+    assert METRICS["fd-inception"].head == "FID"
     for row in ({"method": "a", "metric": "unknown", "value": 1}, {"method": "a"}):
         with pytest.raises((KeyError, TypeError)):
             Frame.of([row])
     alone = Frame(FRAME.rows[:13])
-    assert "− baseline" not in table.markdown(alone) and "FD (mini)" in table.markdown(alone)
+    assert "− baseline" not in markdown(*table(alone)) and "FD (mini)" in markdown(*table(alone))
 
 
 def test_figures_are_drawn_of_bars_and_of_lines_over_sigma():
@@ -231,7 +236,7 @@ def test_figures_are_drawn_of_bars_and_of_lines_over_sigma():
     config = composed("images=300", "compare=[]", "guidance=none")
     spec = dataclasses.replace(evaluation_spec(config), methods=guided)
     norms = {"vanilla": (0.0, 0.0), "SEG 2 σ=∞": (0.5, 0.25)}
-    found = plots.draw(spec, Result(FRAME, norms, 9), "a run")
+    found = plots.draw(spec, Result(FRAME, norms, 9))
     assert set(found) == {"quality", "colour", "norms"}
     assert [t.get_text() for t in found["quality"].axes[0].get_yticklabels()] == ["vanilla", "SEG 2 σ=∞"]
     narrow = {**seg, "perturbation": {"kind": "seg", "sigma": 1}}
@@ -239,7 +244,7 @@ def test_figures_are_drawn_of_bars_and_of_lines_over_sigma():
     spec = dataclasses.replace(spec, methods=guided)
     more = [dataclasses.replace(row, method="SEG 2 σ=1") for row in FRAME.rows[13:]]
     more[2] = dataclasses.replace(more[2], value=-3.0)
-    found = plots.draw(spec, Result(Frame((*FRAME.rows, *more)), {}, 9), "a run")
+    found = plots.draw(spec, Result(Frame((*FRAME.rows, *more)), {}, 9))
     assert set(found) == {"quality", "colour"}
     left = found["quality"].axes[0]
     assert [t.get_text() for t in left.get_xticklabels()] == ["1", "∞"]

@@ -26,31 +26,28 @@ COVERED = {
     "models.attention": "guidance", "models.layers": "guidance", "models.sdxl": "pictures",
     "models.conditioning": "models", "models.controlnet": "models",
     "models.denoiser": "models",
-    "models.offload": "models", "models.tiles": "models", "models.text": "models",
+    "models.calls": "models", "models.tiles": "models", "models.text": "models",
     "models.unet": "guidance", "models.vae": "models",
     "guidance.constants": "guidance", "guidance.branch_attention": "guidance",
     "guidance.blur": "guidance", "guidance.controlnet_residuals": "models",
     "guidance.guided_denoiser": "guidance", "guidance.row_layout": "guidance",
     "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",
     "guidance.sag": "guidance",
-    "sampling.loop": "sampling", "sampling.noise": "sampling", "sampling.batching": "sampling",
+    "sampling.loop": "sampling", "sampling.noise": "sampling",
     "sampling.schedules": "sampling", "sampling.intervals": "sampling",
     "analysis.blur_operator": "analysis", "analysis.claims": "analysis",
     "analysis.energy": "analysis", "analysis.logit_statistics": "analysis", "analysis.measurements": "analysis",
     "analysis.recorder": "analysis",
-    "metrics.attributes": "metrics", "metrics.text_alignment": "metrics",
-    "metrics.edge_agreement": "metrics", "metrics.features": "metrics", "metrics.frechet": "metrics",
-    "metrics.mmd": "metrics", "metrics.lpips": "metrics", "metrics.precision": "metrics",
-    "metrics.mini_vision": "metrics",
+    "metrics.features": "metrics", "metrics.frechet": "metrics", "metrics.lpips": "metrics",
+    "metrics.mini_vision": "metrics", "metrics.nonparametric": "metrics", "metrics.agreement": "metrics",
+    "metrics.text_alignment": "metrics",
 }  # fmt: skip
 # module -> why it has no tensor of the device, though it imports torch
 HOST = {
     "models.compute": "settings; torch is imported for types",
-    "models.graphs": "CUDA graphs are of a real GPU: tests/gpu",
     "checkpoints.single_file": "what is on disk: sizes and names",
     "analysis.analyze": "the run itself: sampling, decoding and the table, each covered, and files",
     "analysis.energy_plots": "plots of a recording, which lies on the CPU",
-    "metrics.weight_files": "files and checksums; `frozen` is nn.Module.to",
 }
 FACTORIES = {"zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tensor", "as_tensor", "rand",
              "randn", "randint", "randperm", "normal", "from_numpy", "tril_indices", "triu_indices"}  # fmt: skip
@@ -74,12 +71,12 @@ ALLOWED = {
     "analysis.claims:white_noise": GENERATED,
     "analysis.energy_plots:_column": "a plot, on the CPU",
     "analysis.energy_plots:landscape": "a plot, on the CPU",
-    "metrics.attributes:scene_attributes": "of numbers of scenes, on the CPU",
-    "metrics.edge_agreement:contrast": "two 3×3 kernels, sent to the pictures",
+    "metrics.agreement:scene_attributes": "of numbers of scenes, on the CPU",
+    "metrics.agreement:contrast": "two 3×3 kernels, sent to the pictures",
     "metrics.frechet:bootstrap_indices": GENERATED,
     "metrics.frechet:frechet_distance": "numbers",
-    "metrics.mmd:subset_indices": GENERATED,
-    "metrics.mmd:kid": "numbers",
+    "metrics.nonparametric:subset_indices": GENERATED,
+    "metrics.nonparametric:kid": "numbers",
 }
 
 

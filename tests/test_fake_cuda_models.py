@@ -25,11 +25,11 @@ from segresearch.checkpoints.resolve import resolve_model
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.guidance.controlnet_residuals import residuals
 from segresearch.models import SDXL
+from segresearch.models.calls import on_device
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, controlled
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
 from segresearch.models.network_configs import EncoderConfig
-from segresearch.models.offload import on_device
 from segresearch.models.text import TextEncoders, load_tokenizer
 from segresearch.models.vae import VAE, VAEConfig
 

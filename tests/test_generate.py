@@ -11,7 +11,7 @@ from make_models import write_folder
 from omegaconf import OmegaConf
 from PIL import Image
 
-from segresearch import cli, png_metadata
+from segresearch import cli, records
 from segresearch.config import GenerateConfig, settings, typed
 from segresearch.generate import generate
 from segresearch.models import load_sdxl
@@ -66,7 +66,7 @@ def test_twice_does_nothing_twice_and_does_not_load_the_model(config, model, mon
 def test_each_png_says_how_it_was_made(config, model):
     run = generate(config, model)
     path = run.folder / "images" / "cfg-3-seg-2-sigma-inf" / "prompt1-seed1.png"
-    said = png_metadata.read_record(path)
+    said = records.read_record(path)
     expected = {
         "prompt": "red",
         "seed": 1,
@@ -114,7 +114,7 @@ def test_images_do_not_depend_on_the_batch(config, model, tmp_path):
 
 def test_a_stopped_run_resumes_to_the_same_bytes(config, model, tmp_path, monkeypatch, capsys):
     whole = generate(dataclasses.replace(config, out=str(tmp_path / "whole")), model)
-    save, calls = png_metadata.save_png, []
+    save, calls = records.save_png, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -180,7 +180,8 @@ def test_what_the_model_cannot_do_is_said_before_an_image_is_made(config, model)
     ):
         with pytest.raises(ValueError) as caught:
             generate(dataclasses.replace(config, **change), None if "device" in change else model)
-        assert cli.exit_code(caught.value) == 2 and "\n" not in cli.line(caught.value)
+        code, line = cli.explained(caught.value)
+        assert code == 2 and "\n" not in line
     assert not list(Path(config.out, "generate").iterdir())  # not even a folder is left
 
 
@@ -191,9 +192,11 @@ def test_a_full_disk_and_a_locked_folder_are_one_line(config, model, monkeypatch
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(OSError) as caught:
         generate(config, model)
-    assert cli.exit_code(caught.value) == 5 and "free some room" in cli.line(caught.value)
+    code, line = cli.explained(caught.value)
+    assert code == 5 and "free some room" in line
     assert not [p for p in Path(config.out).rglob("*") if p.name.endswith((".tmp", ".png"))]
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError) as caught:
         generate(dataclasses.replace(config, out=str(tmp_path / "file")), model)
-    assert cli.exit_code(caught.value) == 2 and cli.line(caught.value)
+    code, line = cli.explained(caught.value)
+    assert code == 2 and line

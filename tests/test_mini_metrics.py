@@ -5,17 +5,24 @@ import torch
 
 from experiments.mini.export import export_attributes, export_vision
 from segresearch.errors import CheckpointError
-from segresearch.metrics.attributes import (
+from segresearch.metrics.agreement import (
     AttributeClassifier,
     Attributes,
     agreement,
     attribute_loss,
     classify,
-    load_attribute_classifier,
+    contrast,
+    edge_agreement,
     scene_attributes,
 )
-from segresearch.metrics.edge_agreement import contrast, edge_agreement
-from segresearch.metrics.mini_vision import Vision, VisionTower, load_vision, perceptual_distances, unit_range
+from segresearch.metrics.mini_vision import (
+    Vision,
+    VisionTower,
+    load_part,
+    load_vision,
+    perceptual_distances,
+    unit_range,
+)
 from segresearch.scenes.captions import COLORS, SHAPES
 from segresearch.scenes.layout import layout
 from segresearch.scenes.scenes import scenes
@@ -33,7 +40,7 @@ def test_shipped_parts_come_back_as_trained(tmp_path):
     export_attributes(tmp_path, tmp_path / "namer.pt")
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     before = torch.get_rng_state()
-    again, loaded = load_vision(tmp_path), load_attribute_classifier(tmp_path)
+    again, loaded = load_vision(tmp_path), load_part(tmp_path, "attributes", AttributeClassifier)
     assert torch.equal(before, torch.get_rng_state())
     a, b = ((t.vision(unit_range(images)), t.embed(unit_range(images))) for t in (tower, again))
     assert a[0].shape == (3, 32) and a[1].shape == (3, 6)
@@ -107,7 +114,7 @@ def test_the_classifier_learns_from_its_loss():
 
 def test_the_shipped_classifier_knows_held_out_scenes():
     index = range(10_200_000, 10_200_100)
-    predicted = classify(load_attribute_classifier("mini"), scenes(index).images)
+    predicted = classify(load_part("mini", "attributes", AttributeClassifier), scenes(index).images)
     found = agreement(predicted, scene_attributes(index))
     assert found["count"].mean() > 0.9 and found["objects"].mean() > 0.9
 

@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from segresearch.models import load_sdxl
+from segresearch.models.calls import on_device, pin
 from segresearch.models.compute import Compute
-from segresearch.models.offload import on_device, pin
 from segresearch.models.vae import VAE, VAEConfig
 
 CONFIG = VAEConfig(block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1)

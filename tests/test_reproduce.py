@@ -12,12 +12,12 @@ from make_models import make_controlnet, make_pipeline
 from matplotlib.figure import Figure
 from PIL import Image
 
-from segresearch import png_metadata
+from segresearch import records
 from segresearch.config import EvaluateConfig, GenerateConfig, conf_dir, typed
 from segresearch.errors import ConfigError
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.evaluate import evaluate
-from segresearch.evaluation.workers import Worker
+from segresearch.evaluation.sample_shards import Worker
 from segresearch.generate import generate
 from segresearch.models import load_sdxl
 from segresearch.plot_style import save
@@ -72,18 +72,18 @@ def test_an_image_is_made_again(image, done, tmp_path):
     with Image.open(path) as given:
         pixels = np.asarray(given.convert("RGB")).copy()
         pixels[0, 0, 0] ^= 0x40  # a changed pixel shows
-        info = png_metadata.read_record(path)
-    png_metadata.save_png(Image.fromarray(pixels), path, info)
+        info = records.read_record(path)
+    records.save_png(Image.fromarray(pixels), path, info)
     assert reproduce(path, device="cpu").largest >= 0x30
 
 
 def test_other_weights_other_code_and_another_place_are_said(done, folder, tmp_path):
     path = tmp_path / "old.png"
     source = done.folder / FILES[2]
-    record = png_metadata.read_record(source)
+    record = records.read_record(source)
     record["model"] |= {"fingerprint": "0" * 12, "path": "gone"}
     record["code"] = "0.0.1"
-    png_metadata.save_png(Image.open(source), path, record)
+    records.save_png(Image.open(source), path, record)
     again = reproduce(path, str(folder), "cpu")
     assert again.largest <= 1
     assert again.notes[0].startswith("other weights: 000000000000 when it was made, ")
@@ -117,7 +117,7 @@ def test_images_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, mo
     assert record["controls"]["canny"]["image"] == "scene:2" and record["run"] == whole.folder.name
     assert reproduce(tmp_path / "saved.png", device="cpu").largest <= 1
     with Image.open(tmp_path / "saved.png") as image:  # as a page shows a large one
-        png_metadata.save_png(image.resize((32, 32), Image.Resampling.LANCZOS), tmp_path / "small.png", record)
+        records.save_png(image.resize((32, 32), Image.Resampling.LANCZOS), tmp_path / "small.png", record)
     again = reproduce(tmp_path / "small.png", device="cpu")
     assert again.largest <= 2 and "reduced from 64×64" in again.notes[0]
     figure = shutil.copy(whole.folder / "figures" / "quality.png", tmp_path / "figure.png")
@@ -144,23 +144,23 @@ def test_the_script_says_the_difference_and_its_code(done, tmp_path, monkeypatch
     image = done.folder / FILES[0]
     assert called(monkeypatch, image, "--device", "cpu", "--save", tmp_path / "again.png") == 0
     assert re.fullmatch(r"largest pixel difference: [01] of 255 \(.*\)\n", capsys.readouterr().out)
-    assert png_metadata.read_record(tmp_path / "again.png") == png_metadata.read_record(image)
+    assert records.read_record(tmp_path / "again.png") == records.read_record(image)
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     Image.open(image).save(tmp_path / "stripped.png")
     (tmp_path / "cut.png").write_bytes(image.read_bytes()[:-20])
     save(Figure(figsize=(1, 1)), tmp_path / "figure.png")
-    old = png_metadata.read_record(done.folder / "grid.png")
+    old = records.read_record(done.folder / "grid.png")
     old.pop("generate")
-    png_metadata.save_png(Image.new("RGB", (4, 4)), tmp_path / "old.png", old)
-    png_metadata.save_png(Image.new("RGB", (4, 4)), tmp_path / "half.png", {"guidance": {}, "seed": 0})
-    gone = png_metadata.read_record(image)
+    records.save_png(Image.new("RGB", (4, 4)), tmp_path / "old.png", old)
+    records.save_png(Image.new("RGB", (4, 4)), tmp_path / "half.png", {"guidance": {}, "seed": 0})
+    gone = records.read_record(image)
     gone["model"] = {**gone["model"], "path": "gone"}
-    png_metadata.save_png(Image.new("RGB", (16, 16)), tmp_path / "gone.png", gone)
-    net = png_metadata.read_record(image)
+    records.save_png(Image.new("RGB", (16, 16)), tmp_path / "gone.png", gone)
+    net = records.read_record(image)
     net["controls"]["canny"]["net"] = "nobody/net"
-    png_metadata.save_png(Image.new("RGB", (16, 16)), tmp_path / "net.png", net)
-    other = png_metadata.read_record(image)
-    png_metadata.save_png(Image.new("RGB", (15, 16)), tmp_path / "other.png", other)
+    records.save_png(Image.new("RGB", (16, 16)), tmp_path / "net.png", net)
+    other = records.read_record(image)
+    records.save_png(Image.new("RGB", (15, 16)), tmp_path / "other.png", other)
     for name, code, words in (
         ("none.png", 2, "no such file"),
         ("plain.png", 2, "no record in it"),
@@ -179,10 +179,10 @@ def test_the_script_says_the_difference_and_its_code(done, tmp_path, monkeypatch
 
 
 def test_a_record_does_not_import_what_a_stranger_names(done, tmp_path):
-    record = png_metadata.read_record(done.folder / FILES[2])
+    record = records.read_record(done.folder / FILES[2])
     perturbation = {"kind": "custom", "target": "subprocess.Popen", "options": {"args": ["touch", str(tmp_path / "x")]}}
     record["guidance"] = {"terms": {"a": {**SEG, "perturbation": [perturbation]}}}
-    png_metadata.save_png(Image.new("RGB", (16, 16)), tmp_path / "a.png", record)
+    records.save_png(Image.new("RGB", (16, 16)), tmp_path / "a.png", record)
     with pytest.raises(ConfigError, match="calls subprocess.Popen; look at that function"):
         reproduce(tmp_path / "a.png", device="cpu")
     with pytest.raises(ConfigError, match="not a part of segresearch or a file of your own"):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from segresearch import image_grid, png_metadata, runs
+from segresearch import image_grid, records, runs
 from segresearch.guidance import SEG
 
 
@@ -57,16 +57,16 @@ def test_fingerprint_follows_weights_and_configs_but_not_the_place(tmp_path):
 
 def test_png_settings_read_back_and_a_damaged_file_reads_as_none(tmp_path):
     path, settings = tmp_path / "a.png", {"prompt": "σ “red” cube\n日本", "sigma": math.inf, "seed": 3}
-    png_metadata.save_png(Image.new("RGB", (8, 4), "red"), path, settings)
-    assert png_metadata.read_record(path) == {**settings, "sigma": "inf"}
+    records.save_png(Image.new("RGB", (8, 4), "red"), path, settings)
+    assert records.read_record(path) == {**settings, "sigma": "inf"}
     data = path.read_bytes()
-    png_metadata.save_png(Image.new("RGB", (8, 4), "red"), path, settings)
+    records.save_png(Image.new("RGB", (8, 4), "red"), path, settings)
     assert path.read_bytes() == data
     path.write_bytes(data[:-20])
-    assert png_metadata.read_record(path) is None
-    assert png_metadata.read_record(tmp_path / "none.png") is None
+    assert records.read_record(path) is None
+    assert records.read_record(tmp_path / "none.png") is None
     Image.new("RGB", (8, 4)).save(path)
-    assert png_metadata.read_record(path) is None
+    assert records.read_record(path) is None
 
 
 def test_grid_is_drawn_with_every_image_in_its_place(tmp_path):

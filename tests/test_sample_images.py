@@ -34,7 +34,7 @@ def test_it_is_its_steps_by_hand(sdxl, schedule, rho, size):
         conds=sdxl.encode(PROMPTS, "green", size), seeds=SEEDS, options={"eta": 0.5},
     )  # fmt: skip
     assert images.dtype == torch.uint8 and torch.equal(images, to_uint8(sdxl.decode(latents)))
-    parts = decode_images(sdxl, latents, decode_rows=2)
+    parts = decode_images(sdxl, latents, rows=2)
     assert (parts.int() - images.int()).abs().max() <= 1
     alone = sample_images(sdxl, model, SEEDS[1:2], PROMPTS[1:2], settings, negative="green")
     assert (alone[0].int() - images[1].int()).abs().max() <= 1

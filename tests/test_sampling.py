@@ -16,9 +16,8 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from segresearch.sampling import SAMPLERS, SCHEDULES, initial_noise, k_diffusion, sample, sigmas, start_scale
-from segresearch.sampling.batching import one_row
 from segresearch.sampling.kdiffusion import CONTENT, PRIVATE, VERSION
-from segresearch.sampling.loop import ANCESTRAL, SDE
+from segresearch.sampling.loop import ANCESTRAL, SDE, one_row
 from segresearch.sampling.noise import brownian_noise, checked_seed, image_key, white_noise
 
 SHAPE = (4, 6, 10)

@@ -7,11 +7,11 @@ from make_models import write_folder
 from matplotlib.figure import Figure
 from test_wandb_log import read
 
-from segresearch import png_metadata, wandb_log
+from segresearch import records, wandb_log
 from segresearch.config import EvaluateConfig, typed
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.evaluate import evaluate
-from segresearch.evaluation.workers import Worker
+from segresearch.evaluation.sample_shards import Worker
 from segresearch.models import load_sdxl
 from segresearch.wandb_log import WandbConfig
 
@@ -74,7 +74,7 @@ def test_an_evaluation_is_a_group_with_a_run_a_method_and_is_logged_once(config,
     assert values["table/nrows"] == values["side by side/nrows"] == 2 and values["side by side/ncols"] == 4
     assert values["quality/_type"] == "image-file" and settings["all"]["images"] == 2
     media = list((tmp_path / "runs" / "wandb").glob("offline-run-*/files/media/images/images*.png"))
-    assert len(media) == 4 and {png_metadata.read_record(p)["method"] for p in media} == {"vanilla", "SEG"}
+    assert len(media) == 4 and {records.read_record(p)["method"] for p in media} == {"vanilla", "SEG"}
     assert evaluate(config, model, Worker()).result == done.result
     assert len(list((tmp_path / "runs").glob("wandb/offline-run-*"))) == 3
 

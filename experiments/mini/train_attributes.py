@@ -20,7 +20,7 @@ from torch import Tensor
 from experiments.mini.common import Plan, batch_indices, generator, save_state, train
 from experiments.mini.render import SHARD, open_images, take
 from experiments.mini.train_vae import HELD_OUT
-from segresearch.metrics.attributes import AttributeClassifier, agreement, attribute_loss, classify, scene_attributes
+from segresearch.metrics.agreement import AttributeClassifier, agreement, attribute_loss, classify, scene_attributes
 from segresearch.scenes.scenes import scenes
 
 WIDTH = 24

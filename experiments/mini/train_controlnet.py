@@ -32,7 +32,7 @@ from experiments.mini.tokenizer import LENGTH
 from experiments.mini.train_clip import BEGIN_ID, END_ID, load_clips
 from experiments.mini.train_unet import CONFIG as UNET_CONFIG
 from experiments.mini.train_unet import alphas_cumprod, attention, conditioning, faster_backward
-from segresearch.control_images.edges import canny
+from segresearch.control_images.prepare import canny
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ControlNet, ControlNetConfig
 from segresearch.models.unet import UNet, UNetConfig

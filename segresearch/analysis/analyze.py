@@ -26,17 +26,16 @@ from segresearch.analysis.measurements import ClaimSummary, Rows, chosen, measur
 from segresearch.analysis.recorder import Images, Recorder, Recording
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import AnalyzeConfig
-from segresearch.config.build import build_guidance, load_model, of_model, with_batch_size
-from segresearch.config.expand import measured_steps
+from segresearch.config.build import build_guidance, load_model, resolved
+from segresearch.config.compose import written_config
 from segresearch.config.parse import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
 from segresearch.guidance import SelfAttentionGuidance
 from segresearch.models import SDXL
-from segresearch.pages import Cell, render
+from segresearch.pages import Cell, render, to_csv
 from segresearch.plot_style import name_sigma, save
 from segresearch.records import figure_record, sampling_identity
 from segresearch.sample_images import sample_images
-from segresearch.tidy_csv import to_csv
 from segresearch.wandb_log import WandbRun, log
 
 Claims = Sequence[ClaimSummary]
@@ -68,11 +67,11 @@ def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
     if the folder cannot be written.
     """
     start = time.perf_counter()
-    config = with_batch_size(of_model(config, model))
+    config = resolved(config, model)
     images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
     identity = sampling_identity(config, runs.fingerprint(resolve_model(config.model.path)))
     identity |= {key: getattr(config, key) for key in ("guidance", "negative", "where", "heads", "branch", "blur")}
-    identity |= {"version": VERSION, "images": images, "measured_steps": measured_steps(config)}
+    identity |= {"version": VERSION, "images": images, "measured_steps": config.steps_from_0}
     folder = runs.run_folder(config.out, config.name, identity)
     recorded, html = folder / "recording", folder / PAGE
     if html.is_file() and (recorded.is_dir() or not config.keep):
@@ -101,7 +100,7 @@ def _capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) ->
     if config.branch not in names:
         raise ConfigError(f"branch: no branch {config.branch!r} under this guidance; there are {', '.join(names)}")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-    steps, branches = measured_steps(config), [config.branch]
+    steps, branches = config.steps_from_0, [config.branch]
     recorder = Recorder(sdxl.unet.site_heads, config.where, config.heads, steps, branches, folder=folder)
     pixels, size = [], int(config.batch_size)
     for batch in (images[start : start + size] for start in range(0, len(images), size)):
@@ -124,7 +123,7 @@ def _write(config: AnalyzeConfig, sdxl: SDXL, images: Images, recording: Recordi
     for name, figure in energy_plots.draw(config, recording, rows, pixels, images).items():
         paths[name] = to / "figures" / f"{name}.png"
         save(figure, paths[name], figure_record(name, "analyze", config, ("out", "device", "wandb")))
-    runs.write(to / "config.yaml", runs.written_config(runs.plain(config), OF_A_CALL))
+    runs.write(to / "config.yaml", written_config(config, OF_A_CALL))
     tables = {"table": rows, "verdicts": [claim.row() for claim in claims]}
     for name, table in tables.items():
         runs.write(to / f"{name}.csv", to_csv(table, digits=7))

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segresearch.checkpoints.refusals import refuse_other_folder, refuse_pointer
-from segresearch.checkpoints.resolve import resolve_controlnet
-from segresearch.checkpoints.tensors import Entry, Weights, open_folder
+from segresearch.checkpoints.resolve import refuse_pickle, resolve_controlnet
+from segresearch.checkpoints.tensors import Entry, Weights, open_folder, refuse_pointer
 from segresearch.errors import CheckpointError
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.network_configs import ControlNetConfig, UNetConfig
@@ -23,6 +22,7 @@ from segresearch.models.vae import VAE, VAEConfig
 
 STEM = "diffusion_pytorch_model"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+REFINER = "it has one text encoder and cannot start from noise"
 
 Networks = tuple[UNet, VAE, CLIPTextModel, CLIPTextModelWithProjection]
 Names = str | Path | Sequence[str | Path] | None  # of ControlNets
@@ -33,21 +33,49 @@ class Checkpoint:
     """An SDXL on disk: its networks, still on the meta device, the weights of each, and the facts beside them."""
 
     networks: Networks
-    weights: tuple[Weights, Weights, Weights, Weights]
+    weights: tuple[Weights, ...]
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     scheduler: Mapping[str, Any]
     zero_negative: bool
     force_upcast: bool
 
 
-def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    """A config; {} for an optional one that is missing.
+def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+    """CheckpointError for anything but an SDXL pipeline, with what it is. index: model_index.json; unet: the UNet's
+    config; {} for one that is missing."""
+    component = (folder / "config.json").is_file()
+    file = min((path.name for path in folder.glob("*.safetensors")), default=None)
+    if not index and not component and file is None:
+        for path in sorted(folder.glob("*")):
+            refuse_pickle(path)
+    kind, width = str(index.get("_class_name") or "pipeline"), unet.get("cross_attention_dim")
+    model = {"768": "Stable Diffusion 1", "1024": "Stable Diffusion 2"}.get(str(width), kind)
+    parts = ("text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2")
+    missing = next((part for part in parts if not (folder / part).is_dir()), None)
+    refiner = missing == "text_encoder" and index.get("requires_aesthetics_score")
+    scheduler = str((index.get("scheduler") or [""])[-1])
+    sizes = unet.get("addition_embed_type") == "text_time"
+    hint = "give a folder in the diffusers layout of SDXL (with model_index.json)"
+    for fault, holds in {
+        "is one component, not a whole model: give the folder above it, with model_index.json": component and not index,
+        f"has no model_index.json but {file}: give that file's path, if it is the checkpoint": file and not index,
+        f"has no model_index.json: {hint}": not index,
+        f"is a {kind} without unet/config.json, not SDXL; {hint}": not unet,
+        f"is {model} (cross_attention_dim {width}, no size conditioning), not SDXL; {hint}": not sizes,
+        f"is the SDXL refiner: {REFINER}; give SDXL base": refiner,
+        f"is incomplete, {missing}/ is missing: SDXL needs two text encoders with tokenizers, and a VAE": missing,
+        f"uses the EDM formulation ({scheduler}), which is not supported; {hint}": scheduler.startswith("EDM"),
+    }.items():
+        if holds:
+            raise CheckpointError(f"{folder} {fault}")
 
-    Raises CheckpointError for a file that is missing, a git-lfs pointer or not a JSON object.
-    """
+
+def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    """A config; {} for an optional one that is missing. CheckpointError for another that is missing, a git-lfs pointer
+    or not a JSON object."""
+    if optional and not path.is_file():
+        return {}
     if not path.is_file():
-        if optional:
-            return {}
         raise CheckpointError(f"{path} is missing: fetch the model again, with its configs")
     refuse_pointer(path)
     try:
@@ -61,11 +89,11 @@ def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer of a folder. Raises CheckpointError where it is missing or cannot be read."""
-    files = {path.name: path for path in sorted(folder.glob("*")) if path.is_file()}
-    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
+    names = sorted(path.name for path in folder.glob("*") if path.is_file())
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
         raise CheckpointError(f"{folder}: no tokenizer here (vocab.json and merges.txt): fetch the model's tokenizers")
-    for path in files.values():
-        refuse_pointer(path)
+    for name in names:
+        refuse_pointer(folder / name)
     try:
         return load_tokenizer(folder)
     except Exception as error:  # the tokenizers' own errors have no common class
@@ -74,27 +102,24 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 @contextmanager
-def building(where: Path) -> Iterator[None]:
+def building(folder: Path) -> Iterator[None]:
     """Networks that are built here lie on the meta device; CheckpointError for a config that is not supported."""
     try:
         with torch.device("meta"):
             yield
     except Exception as error:  # transformers checks its configs with errors of its own classes
-        kind = type(error).__name__
+        kind, reason = type(error).__name__, " ".join(str(error).split())
         problem = "" if isinstance(error, ValueError) else f"a config that no model can be built from, {kind}: "
-        raise CheckpointError(f"{where}: {problem}{' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{folder}: {problem}{reason}") from error
 
 
-def build_networks(configs: Sequence[dict[str, Any]], where: Path) -> Networks:
+def build_networks(configs: Sequence[dict[str, Any]], path: Path) -> Networks:
     """The networks of the configs of PARTS, without weights."""
     unet, vae, first, second = configs
-    with building(where):
-        return (
-            UNet(UNetConfig.from_dict(unet)),
-            VAE(VAEConfig.from_dict(vae)),
-            CLIPTextModel(CLIPTextConfig.from_dict(first)),
-            CLIPTextModelWithProjection(CLIPTextConfig.from_dict(second)),
-        )
+    with building(path):
+        image = UNet(UNetConfig.from_dict(unet)), VAE(VAEConfig.from_dict(vae))
+        text = CLIPTextModel(CLIPTextConfig.from_dict(first))
+        return *image, text, CLIPTextModelWithProjection(CLIPTextConfig.from_dict(second))
 
 
 def open_sdxl_folder(folder: Path, variant: str | None) -> Checkpoint:
@@ -102,17 +127,13 @@ def open_sdxl_folder(folder: Path, variant: str | None) -> Checkpoint:
     index = read_json(folder / "model_index.json", optional=True)
     refuse_other_folder(folder, index, read_json(folder / "unet" / "config.json", optional=True))
     configs = [read_json(folder / part / "config.json") for part in PARTS]
-    networks = build_networks(configs, folder)
-    unet, vae = (open_folder(folder / part, STEM, variant) for part in PARTS[:2])
-    first, second = (open_folder(folder / part, "model", variant) for part in PARTS[2:])
+    networks, stems = build_networks(configs, folder), (STEM, STEM, "model", "model")
+    unet, vae, first, second = (open_folder(folder / part, stem, variant) for part, stem in zip(PARTS, stems))
+    vae = {_vae_key(key): entry for key, entry in vae.items()}
+    entries = (unet, vae, _text_entries(networks[2], first), _text_entries(networks[3], second))
     return Checkpoint(
         networks,
-        (
-            Weights("unet", unet),
-            Weights("vae", {_vae_key(key): entry for key, entry in vae.items()}),
-            Weights("text_encoder", _text_entries(networks[2], first)),
-            Weights("text_encoder_2", _text_entries(networks[3], second)),
-        ),
+        tuple(map(Weights, PARTS, entries)),
         (read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")),
         read_json(folder / "scheduler" / "scheduler_config.json", optional=True),
         bool(index.get("force_zeros_for_empty_prompt", True)),
@@ -137,12 +158,11 @@ def _vae_key(key: str) -> str:
 def open_controlnets(names: Names, model: Path, variant: str | None) -> dict[str, tuple[ControlNet, Weights]]:
     """The ControlNets of these names, in their order, still on the meta device, with their weights.
 
-    model: the folder of the SDXL, whose own ones lie in controlnet/. variant: of the weights, where there are such.
-    Raises CheckpointError for what is not a ControlNet of SDXL, or is named twice.
+    model: the SDXL, whose own ones lie in its controlnet/. variant: of the weights, where there are such.
+    CheckpointError for what is not a ControlNet of SDXL, or is named twice.
     """
-    several = [] if names is None else [names] if isinstance(names, str | Path) else names
     opened: dict[str, tuple[ControlNet, Weights]] = {}
-    for name in map(str, several):
+    for name in map(str, [names] if isinstance(names, str | Path) else names or ()):
         if name in opened:
             raise CheckpointError(f"controlnet {name!r} is named twice: load it once")
         folder = resolve_controlnet(name, model)

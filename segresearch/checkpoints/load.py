@@ -11,10 +11,10 @@ from segresearch.checkpoints.resolve import resolve_model
 from segresearch.checkpoints.single_file import open_sdxl_file
 from segresearch.checkpoints.tensors import fill
 from segresearch.errors import CheckpointError, InputError
+from segresearch.models.calls import pin
 from segresearch.models.compute import PLAIN, Compute
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
 from segresearch.models.network_configs import ControlNetConfig, EncoderConfig, UNetConfig
-from segresearch.models.offload import pin
 from segresearch.models.sdxl import SDXL
 from segresearch.models.text import TextEncoders
 from segresearch.models.vae import VAEConfig
@@ -34,8 +34,7 @@ def load_sdxl(
     vae_dtype: torch.dtype | None = None,
     compute: Compute = PLAIN,
 ) -> SDXL:
-    """An SDXL from a diffusers folder, a single .safetensors file in the original layout, "mini", or a hub id in the
-    local cache.
+    """An SDXL: a diffusers folder, a .safetensors file in the original layout, "mini", or a hub id in the local cache.
 
     controlnet: one or several, each a name in the folder's own controlnet/, a diffusers ControlNet folder, or a hub id
         in the local cache; `.controlnets` is keyed by these names, in order, each in the UNet's dtype and on its device
@@ -62,9 +61,9 @@ def load_sdxl(
         raise InputError(f"compute={compute!r}: give Compute(precision=..., graph=..., ...)")
     path = resolve_model(path_or_name)
     if path.is_dir():
-        for argument, given in (("config", config), ("tokenizer", tokenizer)):
-            if given is not None:
-                raise InputError(f"{argument}={str(given)!r} is for a single file: the folder {path} brings its own")
+        for argument, value in (("config", config), ("tokenizer", tokenizer)):
+            if value is not None:
+                raise InputError(f"{argument}={str(value)!r} is for a single file: the folder {path} brings its own")
         checkpoint = open_sdxl_folder(path, variant)
     else:
         if variant is not None:
@@ -72,19 +71,17 @@ def load_sdxl(
         checkpoint = open_sdxl_file(path, Path(config) if config else None, Path(tokenizer) if tokenizer else None)
     opened = open_controlnets(controlnet, path, variant)
     controlnets = {name: net for name, (net, _) in opened.items()}
-
     unet, vae, first, second = checkpoint.networks
     text = TextEncoders(checkpoint.tokenizers, (first, second))
     refuse_mixture(unet.config, vae.config, first.config, second.config)
     for name, net in controlnets.items():
         check_fit(name, net.config, unet.config, vae.config.factor)
+    scheduler = checkpoint.scheduler
     try:
-        schedule, offset = alphas_cumprod(checkpoint.scheduler).to(device), checkpoint.scheduler.get("steps_offset", 1)
-        prediction = checkpoint.scheduler.get("prediction_type", "epsilon")
-        denoiser = Denoiser(unet, schedule, prediction, offset, compute)
+        prediction, offset = scheduler.get("prediction_type", "epsilon"), scheduler.get("steps_offset", 1)
+        denoiser = Denoiser(unet, alphas_cumprod(scheduler).to(device), prediction, offset, compute)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path_or_name}: {error}") from error
-
     if vae_dtype is None:
         vae_dtype = torch.float32 if dtype == torch.float16 and checkpoint.force_upcast else dtype
     resting = torch.device("cpu") if compute.offload else device  # of what is offloaded
@@ -98,30 +95,26 @@ def load_sdxl(
     if compute.offload and device.type == "cuda":
         for module in (vae, first, second):
             pin(module)
-    for module in (unet, vae, first, second, *controlnets.values()):
-        meta = [name for name, buffer in module.named_buffers() if buffer.is_meta]
-        assert not meta, f"{type(module).__name__}: {meta} are left on the meta device"
     return SDXL(unet, vae, text, denoiser, str(path_or_name), checkpoint.zero_negative, controlnets, compute)
 
 
 def refuse_mixture(unet: UNetConfig, vae: VAEConfig, first: CLIPTextConfig, second: CLIPTextConfig) -> None:
-    """Raises CheckpointError, naming both sides, for an SDXL whose networks do not fit each other."""
+    """CheckpointError, naming both sides, for an SDXL whose networks do not fit each other."""
     if unet.in_channels != unet.out_channels:
         channels = f"{unet.in_channels} input channels for {unet.out_channels} of output"
         raise CheckpointError(f"the UNet has {channels}: an inpainting or editing model, not supported")
-    width = first.hidden_size + second.hidden_size
     for quantity, part, value, unets in (
-        ("text width", "text encoders", width, unet.cross_attention_dim),
+        ("text width", "text encoders", first.hidden_size + second.hidden_size, unet.cross_attention_dim),
         ("pooled text width", "second text encoder", second.projection_dim, unet.pooled_dim),
         ("latent channels", "VAE", vae.latent_channels, unet.in_channels),
     ):
         if value != unets:
-            problem = "parts of different models are mixed"
-            raise CheckpointError(f"{quantity}: {value} in the {part}, {unets} in the UNet: {problem}")
+            sides = f"{value} in the {part}, {unets} in the UNet"
+            raise CheckpointError(f"{quantity}: {sides}: parts of different models are mixed")
 
 
 def check_fit(name: str, net: ControlNetConfig, unet: EncoderConfig, vae_factor: int) -> None:
-    """Raises CheckpointError, naming both values, for a ControlNet made for another model than this one."""
+    """CheckpointError, naming both values, for a ControlNet made for another model than this one."""
     for quantity, value, other, others in (
         ("latent channels", net.in_channels, "UNet", unet.in_channels),
         ("level widths", net.block_out_channels, "UNet", unet.block_out_channels),

@@ -3,10 +3,18 @@
 import re
 from pathlib import Path
 
-from segresearch.checkpoints.refusals import refuse_pickle
 from segresearch.errors import CheckpointError
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+def refuse_pickle(path: Path) -> None:
+    """CheckpointError for the file name of a pickled checkpoint."""
+    if path.suffix.lower() in PICKLES:
+        convert = "where you trust its origin, load it once and save its tensors with safetensors.torch.save_file"
+        fault = "pickle checkpoints can run code when opened and are refused: convert it to .safetensors"
+        raise CheckpointError(f"{path}: {fault} ({convert})")
 
 
 def resolve_model(path_or_name: str | Path) -> Path:
@@ -30,9 +38,7 @@ def resolve_model(path_or_name: str | Path) -> Path:
 
 def resolve_controlnet(name: str, model: Path) -> Path:
     """The folder of a ControlNet: a name in the model's own controlnet/, a path, or a hub id in the local cache.
-
-    Raises CheckpointError, listing the model's own ones, if there is none.
-    """
+    CheckpointError, listing the model's own ones, if there is none."""
     own = {path.parent.name: path.parent for path in sorted((model / "controlnet").glob("*/config.json"))}
     if name in own:
         return own[name]
@@ -63,7 +69,6 @@ def cached_folder(name: str, file: str, kind: str = "", more: str = "") -> Path 
         return None
     if isinstance(path, str):
         return Path(path).parent
-    raise CheckpointError(
-        f"{name!r} is neither a path nor {kind}in the local cache ({constants.HF_HUB_CACHE}); fetch it once with: "
-        f'hf download {name} --include "*.json" {more}"*.safetensors"'
-    )
+    problem = f"neither a path nor {kind}in the local cache ({constants.HF_HUB_CACHE})"
+    call = f'hf download {name} --include "*.json" {more}"*.safetensors"'
+    raise CheckpointError(f"{name!r} is {problem}; fetch it once with: {call}")

@@ -10,23 +10,53 @@ Sizes are read from the shapes. What shapes cannot tell is SDXL's rule: 64 chann
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTokenizer
 
-from segresearch.checkpoints.folder import Checkpoint, build_networks, read_json, read_tokenizer
-from segresearch.checkpoints.refusals import CLIP, OPEN_CLIP, UNET, VAE, refuse_other_file
+from segresearch.checkpoints.folder import REFINER, Checkpoint, build_networks, read_json, read_tokenizer
 from segresearch.checkpoints.tensors import Source, Weights, open_file, unexpected
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.network_configs import UNetConfig
 from segresearch.models.text import TOKENIZERS
 
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP, OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+PARTS = {UNET: "UNet", VAE: "VAE", CLIP: "first text encoder", OPEN_CLIP: "second text encoder"}
+OTHERS = {  # a pattern of keys -> what the file is; the first that matches
+    r"lora_|\.lora\.": "a LoRA, not a checkpoint: merge it into its base model first",
+    r"control_model\.|controlnet_cond_embedding": "a ControlNet, not a checkpoint: pass the SDXL that it steers",
+    r"double_blocks\.": "Flux, not SDXL",
+    r"joint_blocks\.": "Stable Diffusion 3, not SDXL",
+    r"clip_txt_(pooled_)?mapper": "Stable Cascade, not SDXL",
+    r"cond_stage_model\.model\.": "a Stable Diffusion 2 checkpoint, not SDXL",
+    r"cond_stage_model\.": "a Stable Diffusion 1 checkpoint, not SDXL",
+    r"conditioner\.embedders\.0\.model\.": f"the SDXL refiner, not SDXL base: {REFINER}",
+    r"^edm_mean$": "Playground v2.5 (EDM formulation), which is not supported",
+}
 HEAD_DIM = 64
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def refuse_other_file(keys: Iterable[str], path: Path) -> None:
+    """CheckpointError for a file whose keys are not those of an SDXL in the original layout, with what it is."""
+    keys, hint = sorted(keys), "give the base checkpoint (as sd_xl_base_1.0.safetensors) or a diffusers folder of SDXL"
+    text = "\n".join(keys)
+    for pattern, kind in OTHERS.items():
+        if re.search(pattern, text, re.MULTILINE):
+            raise CheckpointError(f"{path} is {kind}; {hint}")
+    missing = [prefix for prefix in PARTS if not any(key.startswith(prefix) for key in keys)]
+    if len(missing) == len(PARTS):
+        component = re.search(r"down_blocks\.|text_model\.", text)
+        kind = "one component in the folder layout" if component else "of an unknown layout"
+        raise CheckpointError(f"{path} is {kind} (its first key is {keys[0]!r}); {hint}")
+    if missing:
+        raise CheckpointError(f"{path}: the {PARTS[missing[0]]} is missing (no {missing[0]}* keys); {hint}")
 
 
 def open_sdxl_file(path: Path, config: Path | None, tokenizer: Path | None) -> Checkpoint:
@@ -35,10 +65,7 @@ def open_sdxl_file(path: Path, config: Path | None, tokenizer: Path | None) -> C
     refuse_other_file(entries, path)
     if config is not None and not config.is_dir():
         raise CheckpointError(f"config={str(config)!r}: no such folder")
-    parts = {
-        prefix: {key: entry for key, entry in entries.items() if key.startswith(prefix)}
-        for prefix in (UNET, VAE, CLIP, OPEN_CLIP)
-    }
+    parts = {prefix: {key: one for key, one in entries.items() if key.startswith(prefix)} for prefix in PARTS}
     if stray := unexpected(set(entries).difference(*parts.values())):
         raise CheckpointError(f"{path}: {stray} that belong to no part of SDXL")
 
@@ -51,57 +78,47 @@ def open_sdxl_file(path: Path, config: Path | None, tokenizer: Path | None) -> C
         try:
             return infer({key.removeprefix(prefix): entry.shape for key, entry in parts[prefix].items()})
         except (KeyError, IndexError, ValueError) as error:
-            reason = f"keys are missing ({error}), fetch it again"
-            raise CheckpointError(f"{path}: cannot tell the sizes of {prefix}*: {reason}") from error
+            problem = f"cannot tell the sizes of {prefix}*: keys are missing ({error}), fetch it again"
+            raise CheckpointError(f"{path}: {problem}") from error
 
-    vae_sizes = sizes(VAE, "vae", vae_config)
+    vae = sizes(VAE, "vae", vae_config)
     first, second = sizes(CLIP, "text_encoder", clip_config), sizes(OPEN_CLIP, "text_encoder_2", clip_config)
-    unet_sizes = sizes(UNET, "unet", lambda shapes: unet_config(shapes, second["projection_dim"]))
-    networks = build_networks((unet_sizes, vae_sizes, first, second), path)
+    unet = sizes(UNET, "unet", lambda shapes: unet_config(shapes, second["projection_dim"]))
+    networks = build_networks((unet, vae, first, second), path)
+    levels = len(networks[1].config.block_out_channels)
+    maps = (unet_map(networks[0].config), vae_map(levels), clip_map, open_clip_map)
     v = metadata.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction", "velocity")
     prediction = "v_prediction" if v or "v_pred" in entries else "epsilon"
     scheduler = {"prediction_type": prediction, "rescale_betas_zero_snr": "ztsnr" in entries}
     return Checkpoint(
         networks,
-        (
-            Weights(f"{UNET}*", parts[UNET], unet_map(networks[0].config)),
-            Weights(f"{VAE}*", parts[VAE], vae_map(len(networks[1].config.block_out_channels))),
-            Weights(f"{CLIP}*", parts[CLIP], clip_map),
-            Weights(f"{OPEN_CLIP}*", parts[OPEN_CLIP], open_clip_map),
-        ),
+        tuple(Weights(f"{prefix}*", entries, source) for (prefix, entries), source in zip(parts.items(), maps)),
         _tokenizers(tokenizer, config),
         override("scheduler/scheduler_config.json") or scheduler,
         bool(override("model_index.json").get("force_zeros_for_empty_prompt", True)),
-        bool(vae_sizes.get("force_upcast", True)),
+        bool(vae.get("force_upcast", True)),
     )
 
 
 def _tokenizers(folder: Path | None, config: Path | None) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """From a folder, or the local transformers cache; the second pads with token 0, as OpenCLIP does."""
-    if folder is None and config is not None and (config / "tokenizer").is_dir():
-        folder = config
-    if folder is not None and (folder / "tokenizer").is_dir():
-        return read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")
+    both = folder or config
+    if both is not None and (both / "tokenizer").is_dir():
+        return read_tokenizer(both / "tokenizer"), read_tokenizer(both / "tokenizer_2")
     cached = [try_to_load_from_cache(name, "vocab.json") for name in TOKENIZERS]
     folders = [folder] if folder else [Path(file).parent for file in cached if isinstance(file, str)]
     if not folders:
-        hint = f'or fetch it once with: hf download {TOKENIZERS[0]} --include "*.json" "*.txt"'
-        raise CheckpointError(
-            "a single file brings no tokenizer and none is in the local cache: "
-            f"pass tokenizer=<folder with vocab.json and merges.txt>, {hint}"
-        )
+        hint = f'fetch it once with: hf download {TOKENIZERS[0]} --include "*.json" "*.txt"'
+        problem = "a single file brings no tokenizer and none is in the local cache"
+        raise CheckpointError(f"{problem}: pass tokenizer=<folder with vocab.json and merges.txt>, or {hint}")
     first, second = read_tokenizer(folders[0]), read_tokenizer(folders[-1])  # their vocabulary is the same
     second.pad_token = second.convert_ids_to_tokens(0)
     return first, second
 
 
-# --- sizes from shapes ----------------------------------------------------------------------------
-
-
 def _span(shapes: Shapes, pattern: str) -> int:
     """How many indices the pattern's group takes: 1 + the largest, 0 without a match."""
-    regex = re.compile(pattern)
-    return 1 + max((int(m[1]) for m in map(regex.match, shapes) if m), default=-1)
+    return 1 + max((int(m[1]) for m in map(re.compile(pattern).match, shapes) if m), default=-1)
 
 
 def unet_config(shapes: Shapes, pooled: int) -> dict[str, Any]:
@@ -114,7 +131,6 @@ def unet_config(shapes: Shapes, pooled: int) -> dict[str, Any]:
     mid = _span(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     if depths[-1] not in (0, mid):
         raise InputError(f"{mid} transformer blocks in the middle, {depths[-1]} on the lowest level: not SDXL's shape")
-    context = shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]
     sizes = shapes["label_emb.0.0.weight"][1]
     return {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
@@ -125,7 +141,7 @@ def unet_config(shapes: Shapes, pooled: int) -> dict[str, Any]:
         "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(depths)],
         "transformer_layers_per_block": [d or 1 for d in depths[:-1]] + [mid],
         "attention_head_dim": [max(width // HEAD_DIM, 1) for width in widths],
-        "cross_attention_dim": context,
+        "cross_attention_dim": shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": (sizes - pooled) // 6,
         "projection_class_embeddings_input_dim": sizes,
@@ -151,13 +167,10 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
 def clip_config(shapes: Shapes) -> dict[str, Any]:
     """A transformers CLIP text `config.json` from the shapes of either text encoder below its prefix."""
     open_clip = "positional_embedding" in shapes
-    embeddings = "text_model.embeddings"
-    tokens, positions, layers, mlp = (
-        ("token_embedding.weight", "positional_embedding", "transformer.resblocks", "c_fc") if open_clip
-        else (f"{embeddings}.token_embedding.weight", f"{embeddings}.position_embedding.weight",
-              "text_model.encoder.layers", "fc1")
-    )  # fmt: skip
-    vocabulary, width = shapes[tokens]
+    embeddings = "" if open_clip else "text_model.embeddings."
+    positions = "positional_embedding" if open_clip else f"{embeddings}position_embedding.weight"
+    layers, mlp = ("transformer.resblocks", "c_fc") if open_clip else ("text_model.encoder.layers", "fc1")
+    vocabulary, width = shapes[f"{embeddings}token_embedding.weight"]
     config = {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -172,9 +185,7 @@ def clip_config(shapes: Shapes) -> dict[str, Any]:
     return config | ({"projection_dim": shapes["text_projection"][1]} if open_clip else {})
 
 
-# --- the key map: folder layout -> original layout ------------------------------------------------
-
-_RESNET = {
+_RESNET = {  # the key maps: a module in the folder layout -> in the original layout
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
     "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
@@ -196,38 +207,35 @@ _OPEN_CLIP = {
 
 def _renamed(key: str, names: Mapping[str, str]) -> tuple[str, str]:
     """The original name of the longest module that `key` begins with, and what follows it."""
-    modules = [key[: dot.start()] for dot in re.finditer(r"\.", key)]
-    module = next((name for name in reversed(modules) if name in names), "")
+    module = max((name for name in names if key.startswith(f"{name}.")), key=len, default="")
     return (f"{names[module]}.", key[len(module) + 1 :]) if module else ("", key)
 
 
 def unet_map(config: UNetConfig) -> Callable[[str], Source]:
     """From a UNet key of the folder layout to the original one; blocks of all levels are numbered through there."""
-    names, down, up = dict(_UNET), 1, 0
+    names, down, up, kinds = dict(_UNET), 1, 0, ((0, "resnets"), (1, "attentions"))
     for level, layers in enumerate(config.layers_per_block):
-        for i in range(layers):
-            names[f"down_blocks.{level}.resnets.{i}"] = f"input_blocks.{down + i}.0"
-            names[f"down_blocks.{level}.attentions.{i}"] = f"input_blocks.{down + i}.1"
+        for i, (k, kind) in product(range(layers), kinds):
+            names[f"down_blocks.{level}.{kind}.{i}"] = f"input_blocks.{down + i}.{k}"
         names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{down + layers}.0.op"
         down += layers + 1
     for level, layers in enumerate(reversed(config.layers_per_block)):
-        for i in range(layers + 1):
-            names[f"up_blocks.{level}.resnets.{i}"] = f"output_blocks.{up + i}.0"
-            names[f"up_blocks.{level}.attentions.{i}"] = f"output_blocks.{up + i}.1"
+        for i, (k, kind) in product(range(layers + 1), kinds):
+            names[f"up_blocks.{level}.{kind}.{i}"] = f"output_blocks.{up + i}.{k}"
         slot = 2 if config.up_block_types[level] == "CrossAttnUpBlock2D" else 1
         names[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{up + layers}.{slot}"
         up += layers + 1
 
     def source(key: str) -> Source:
-        module, rest = _renamed(key, names)
-        return Source(UNET + module + "".join(_renamed(rest, _RESNET)))
+        block, rest = _renamed(key, names)
+        return Source(UNET + block + "".join(_renamed(rest, _RESNET)))
 
     return source
 
 
 def vae_map(levels: int) -> Callable[[str], Source]:
     """From a VAE key of the folder layout to the original one; there the decoder counts levels from the finest."""
-    names: dict[str, str] = {}
+    names = {}
     for half, way in (("encoder", "down"), ("decoder", "up")):
         names[f"{half}.conv_norm_out"] = f"{half}.norm_out"
         names |= {f"{half}.mid_block.resnets.{i}": f"{half}.mid.block_{i + 1}" for i in (0, 1)}

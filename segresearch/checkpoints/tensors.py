@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from segresearch.checkpoints.refusals import refuse_pickle, refuse_unreadable
+from segresearch.checkpoints.resolve import refuse_pickle
 from segresearch.errors import CheckpointError
 
 MAPPED = 16 * 2**20  # bytes
@@ -47,10 +47,9 @@ class Source(NamedTuple):
     transpose: bool = False
 
     def shape(self, stored: Shape) -> Shape:
-        """The parameter's shape, without the 1×1 of a convolution that a linear layer may stand for."""
         if self.third is not None and stored and stored[0] % 3 == 0:
             stored = (stored[0] // 3, *stored[1:])
-        return _linear(stored[::-1] if self.transpose else stored)
+        return stored[::-1] if self.transpose else stored
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,38 @@ class Weights:
     source: Callable[[str], Source] = Source
 
 
-def open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of one safetensors file, and its metadata; no weights are read.
+def refuse_pointer(path: Path) -> None:
+    """CheckpointError for what git-lfs left in place of the file."""
+    with path.open("rb") as file:
+        if file.read(64).startswith(b"version https://git-lfs"):
+            hint = "run `git lfs pull` in its repository, or download the file itself"
+            raise CheckpointError(f"{path} is a git-lfs pointer: {hint}")
 
-    Raises CheckpointError for a file that is missing, empty, a pickle, a git-lfs pointer, truncated or something else.
-    """
+
+def _mapped(path: Path) -> Any:
+    """The file as safetensors' safe_open. CheckpointError, with what the file is instead."""
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        refuse_pointer(path)
+        with path.open("rb") as file:
+            start = file.read(64)
+        reason, header = " ".join(str(error).split()), start[8:9] == b"{"
+        fault = f"is not a safetensors file ({reason}): fetch it again"
+        if not start:
+            fault = "is empty (0 bytes): fetch it again"
+        elif header and re.search("incomplete|header ?length", reason, re.IGNORECASE):
+            fault = f"is truncated, or longer than its header says ({path.stat().st_size:,} bytes): fetch it again"
+        elif not header and start.startswith((b"PK\x03\x04", b"\x80")):
+            fault = "holds a pickle under a .safetensors name: pickles are refused, convert it to safetensors"
+        elif not header and start.lstrip()[:1] == b"<":
+            fault = "is a web page, not the weights: the download went wrong, fetch it again"
+        raise CheckpointError(f"{path} {fault}") from error
+
+
+def open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of one safetensors file, and its metadata; no weights are read. CheckpointError for a file that is
+    missing, empty, a pickle, a git-lfs pointer, truncated or something else."""
     refuse_pickle(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -78,19 +104,9 @@ def open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, file.metadata() or {}
 
 
-def _mapped(path: Path) -> Any:  # a safe_open
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        refuse_unreadable(path, str(error))
-        raise
-
-
 def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str, Entry]:
-    """The tensors of one component's folder: `stem`.safetensors, its shards, or their variant (fp16, ...).
-
-    variant None takes the plain files, else the fp16 variant where only that is there. Raises CheckpointError.
-    """
+    """The tensors of one component's folder: `stem`.safetensors, its shards, or their variant (fp16, ...); None takes
+    the plain files, else the fp16 variant where only that is there. Raises CheckpointError."""
     v = variant or "fp16"
     plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
     special = [f"{stem}.{v}.safetensors", f"{stem}.safetensors.index.{v}.json", f"{stem}.{v}.safetensors.index.json"]
@@ -128,8 +144,7 @@ def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.
     """Fill a module that lies on the meta device with stored weights, frozen and in eval mode.
 
     Every parameter must have its tensor and every tensor its use, except bookkeeping such as position_ids; 1×1
-    convolutions and linear layers may stand for each other. Raises CheckpointError, naming the first few keys, before
-    anything is read.
+    convolutions and linear layers may stand for each other. Else CheckpointError, before anything is read.
     """
     shapes = {key: tuple(parameter.shape) for key, parameter in module.state_dict().items()}
     sources = {key: weights.source(key) for key in shapes}
@@ -140,11 +155,9 @@ def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.
         entry = weights.entries[source.key]
         if left <= 0 or entry.file != path:
             path, left, file = entry.file, MAPPED, _mapped(entry.file)
-        if source.third is None:
-            stored = file.get_tensor(entry.key)
-        else:
-            rows = entry.shape[0] // 3
-            stored = file.get_slice(entry.key)[source.third * rows : (source.third + 1) * rows]
+        stored = file.get_tensor(entry.key)  # a view of the file
+        if source.third is not None:
+            stored = stored.chunk(3)[source.third]
         left -= stored.nbytes
         stored = (stored.T if source.transpose else stored).reshape(shapes[key])
         tensors[key] = torch.empty(shapes[key], dtype=dtype, device=device).copy_(stored)
@@ -154,22 +167,17 @@ def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.
 
 
 def _refuse_misfit(shapes: Mapping[str, Shape], sources: Mapping[str, Source], weights: Weights) -> None:
-    entries = weights.entries
-    file = next((entry.file for entry in entries.values()), "nothing")
-    keys = {source.key for source in sources.values()}
+    entries, keys = weights.entries, {source.key for source in sources.values()}
     faults = filter(None, (listed(keys - set(entries), "missing key"), unexpected(set(entries) - keys)))
     if fault := " and ".join(faults):
+        file = next((entry.file for entry in entries.values()), "nothing")
         raise CheckpointError(f"{weights.name}: {fault} in {file}: not the weights of this config")
     for key, shape in shapes.items():
-        entry = entries[sources[key].key]
-        fault = ""
-        if sources[key].shape(entry.shape) != _linear(shape):
+        entry, fault = entries[sources[key].key], ""
+        stored = sources[key].shape(entry.shape)
+        if stored != shape and stored + (1, 1) != shape and stored != shape + (1, 1):
             fault = f"has shape {entry.shape}, expected {shape} for {key}: config and weights are of different models"
         elif entry.dtype not in DTYPES:
             fault = f"is stored as {entry.dtype}: quantised weights are not supported, use fp16 or fp32 ones"
         if fault:
             raise CheckpointError(f"{weights.name}: {entry.key} {fault} (in {entry.file})")
-
-
-def _linear(shape: Shape) -> Shape:
-    return shape[:2] if shape[2:] == (1, 1) else shape

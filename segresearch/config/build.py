@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from segresearch.config.names import nearest
 from segresearch.config.schema import GuidanceConfig, ModelConfig, PerturbationConfig, RunConfig
+from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError
 from segresearch.models.compute import PLAIN, Compute
 
@@ -41,20 +41,18 @@ def device_kind(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def with_batch_size(config: Run) -> Run:
-    """`config` with its `batch_size` as a number: "auto" is the model's own for the kind of its `device`."""
-    if config.batch_size != "auto":
-        return config
-    gpu = config.model.batch_size_cuda if device_kind(config.device) == "cuda" else None
-    return dataclasses.replace(config, batch_size=gpu or config.model.batch_size)
+def resolved(config: Run, model: "SDXL | None" = None) -> Run:
+    """`config` with a number for batch_size="auto", which is the model's own for the kind of its device.
 
-
-def of_model(config: Run, model: "SDXL | None") -> Run:
-    """A run's settings with the `compute` of a model that is loaded already, and its device for "auto"."""
-    if model is None:
-        return config
-    device = str(model.device) if config.device == "auto" else config.device
-    return dataclasses.replace(config, device=device, compute=model.compute)
+    A `model` that is loaded already decides `compute`, and the device where that is "auto".
+    """
+    if model is not None:
+        device = str(model.device) if config.device == "auto" else config.device
+        config = dataclasses.replace(config, device=device, compute=model.compute)
+    if config.batch_size == "auto":
+        gpu = config.model.batch_size_cuda if device_kind(config.device) == "cuda" else None
+        config = dataclasses.replace(config, batch_size=gpu or config.model.batch_size)
+    return config
 
 
 def usable_device(device: str) -> Any:
@@ -77,18 +75,11 @@ def load_model(
 
     from segresearch.models import load_sdxl
 
-    optional: dict[str, Any] = {"controlnet": list(controlnets)} if controlnets else {}
+    vae_dtype = config.vae_dtype and getattr(torch, config.vae_dtype)
     return load_sdxl(
-        config.path,
-        dtype=getattr(torch, config.dtype),
-        device=usable_device(device),
-        variant=config.variant,
-        config=config.config,
-        tokenizer=config.tokenizer,
-        vae_dtype=config.vae_dtype and getattr(torch, config.vae_dtype),
-        compute=compute,
-        **optional,
-    )
+        config.path, getattr(torch, config.dtype), usable_device(device), list(controlnets), variant=config.variant,
+        config=config.config, tokenizer=config.tokenizer, vae_dtype=vae_dtype, compute=compute,
+    )  # fmt: skip
 
 
 def build_guidance(config: GuidanceConfig, denoiser: Any, post: Sequence[Callable[..., Any]] = ()) -> Any:
@@ -103,19 +94,16 @@ def build_guidance(config: GuidanceConfig, denoiser: Any, post: Sequence[Callabl
         interval = term.interval or EVERYWHERE
         if term.kind == "cfg":
             terms[name] = cfg(term.weight, interval=interval)
-        else:
-            several = term.perturbation if isinstance(term.perturbation, tuple) else (term.perturbation,)
-            placed = [build_perturbation(p, f"guidance.terms.{name}.perturbation") for p in several]
-            terms[name] = perturbed(name, placed, term.scale, base=term.base, interval=interval)
-    model = GuidedDenoiser(
-        denoiser, terms, rescale=config.rescale, post=[*([config.apg] if config.apg else []), *post]
-    )
-    sag = config.sag
-    if sag is None:
+            continue
+        several = term.perturbation if isinstance(term.perturbation, tuple) else (term.perturbation,)
+        built = [build_perturbation(p, f"guidance.terms.{name}.perturbation") for p in several]
+        terms[name] = perturbed(name, built, term.scale, base=term.base, interval=interval)
+    apg = [config.apg] if config.apg else []
+    model = GuidedDenoiser(denoiser, terms, rescale=config.rescale, post=[*apg, *post])
+    if (sag := config.sag) is None:
         return model
-    return SelfAttentionGuidance(
-        model, sag.scale, sag.blur_sigma, sag.threshold, base=sag.base, interval=sag.interval or EVERYWHERE
-    )
+    interval = sag.interval or EVERYWHERE
+    return SelfAttentionGuidance(model, sag.scale, sag.blur_sigma, sag.threshold, base=sag.base, interval=interval)
 
 
 def build_perturbation(config: PerturbationConfig, at: str = "perturbation") -> Callable[..., Any]:

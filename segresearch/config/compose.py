@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from segresearch.config.names import nearest
+from segresearch import runs
 from segresearch.config.schema import EvaluateConfig, GenerateConfig
-from segresearch.config.validate import typed
+from segresearch.config.validate import nearest, typed
 from segresearch.errors import ConfigError
 
 
@@ -30,42 +30,35 @@ def settings(config: Mapping[str, Any], kind: Any = GenerateConfig) -> Any:
     an experiment's file may hold settings of both GenerateConfig and EvaluateConfig, and each takes its own. Raises
     ConfigError.
     """
-    root = config.copy() if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    root: Any = config.copy() if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
     OmegaConf.set_struct(root, False)
-    plain: Any = OmegaConf.to_container(root, resolve=True)
     for key in ("hydra", "defaults"):  # still there where the mapping was not composed by Hydra
-        plain.pop(key, None)
-    panels = plain.get("panels")
-    holders = [("", plain), *((f"panels.{i}.", p) for i, p in enumerate(panels if isinstance(panels, list) else []))]
-    for at, holder in holders:
-        if isinstance(holder, dict) and isinstance(holder.get("compare"), list):
-            entries = enumerate(holder["compare"])
-            holder["compare"] = [_guidance(entry, root, f"{at}compare.{i}") for i, entry in entries]
-        if isinstance(holder, dict) and at and "controlnet" in holder:
-            parts = _named(holder.pop("controlnet"), f"{at}controlnet", "controlnet")
-            holder["controls"] = _resolved("controls", OmegaConf.merge(*parts, holder.get("controls") or {}), root)
-    if kind in (GenerateConfig, EvaluateConfig):
-        both = {f.name for schema in (GenerateConfig, EvaluateConfig) for f in dataclasses.fields(schema)}
-        for key in both - {f.name for f in dataclasses.fields(kind)}:
-            if plain.pop(key, None) and key == "panels":
-                raise ConfigError(f"{key}: for generate.py; evaluate.py takes the methods of one table, in compare")
+        root.pop(key, None)
+    panels = root.get("panels")
+    tables = {"": root} | {f"panels.{i}.": p for i, p in enumerate(panels if isinstance(panels, ListConfig) else [])}
+    for at, table in tables.items():
+        if not isinstance(table, DictConfig):
+            continue
+        if isinstance(compare := table.get("compare"), ListConfig):
+            table.compare = [_guidance(entry, f"{at}compare.{i}") for i, entry in enumerate(compare)]
+        if at and "controlnet" in table:
+            parts = _named(table.pop("controlnet"), f"{at}controlnet", "controlnet")
+            table.controls = OmegaConf.merge(*parts, table.get("controls") or {})
+    plain: Any = OmegaConf.to_container(root, resolve=True)
+    other = {GenerateConfig: EvaluateConfig, EvaluateConfig: GenerateConfig}.get(kind, kind)
+    for key in {f.name for f in dataclasses.fields(other)} - {f.name for f in dataclasses.fields(kind)}:
+        if plain.pop(key, None) and key == "panels":
+            raise ConfigError(f"{key}: for generate.py; evaluate.py takes the methods of one table, in compare")
     return typed(kind, plain)
 
 
-def _guidance(entry: Any, root: Any, at: str) -> Any:
+def _guidance(entry: Any, at: str) -> Any:
     """One entry of `compare` in full: a name, a list of names (their terms together), or a mapping with overrides.
 
     The mapping may name one or more under `guidance`.
     """
-    inline = dict(entry) if isinstance(entry, Mapping) else {"guidance": entry}
-    return _resolved("guidance", OmegaConf.merge(*_named(inline.pop("guidance", []), at), inline), root)
-
-
-def _resolved(key: str, node: Any, root: Any) -> Any:
-    """`node` at `key` below `root`, so that its ${model...} resolves."""
-    holder = root.copy()
-    holder[key] = node
-    return OmegaConf.to_container(holder[key], resolve=True)
+    inline = entry.copy() if isinstance(entry, DictConfig) else OmegaConf.create({"guidance": entry})
+    return OmegaConf.merge(*_named(inline.pop("guidance", []), at), inline)
 
 
 def _named(names: str | Sequence[str], at: str, group: str = "guidance") -> list[Any]:
@@ -86,8 +79,13 @@ def _named(names: str | Sequence[str], at: str, group: str = "guidance") -> list
     return nodes
 
 
-def hydra_settings() -> dict[str, Any]:
-    """The Hydra part of conf/generate.yaml, which a config.yaml needs besides its settings to be run as it is."""
+def written_config(config: Any, of_a_call: Mapping[str, Any]) -> str:
+    """config.yaml of a run: every setting, and the Hydra part of conf/generate.yaml; its script takes it back.
+
+    of_a_call: keys that are of one call and not of the run, each with its value in the file.
+    """
     base: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "generate.yaml"), resolve=False)
     quiet = [d for d in base["defaults"] if isinstance(d, Mapping) and any(k.startswith("override hydra/") for k in d)]
-    return {"defaults": ["_self_", *quiet], "hydra": {k: v for k, v in base["hydra"].items() if k != "help"}}
+    hydra = {"defaults": ["_self_", *quiet], "hydra": {k: v for k, v in base["hydra"].items() if k != "help"}}
+    settings = runs.plain(config) | runs.plain(of_a_call)
+    return "".join(OmegaConf.to_yaml(OmegaConf.create(part)) for part in (hydra, settings))

@@ -1,5 +1,7 @@
 """Seeds, scenes and prompts from their short forms and files. Light: no torch, except for the captions of scenes."""
 
+import collections
+import itertools
 import json
 import os
 import re
@@ -10,6 +12,7 @@ from typing import Any
 from segresearch.errors import ConfigError
 
 SCENE = "scene:"  # the prefix of procedural scenes, among names of files
+COCO = {"id": (int, "a whole number"), "image_id": (int, "a whole number"), "caption": (str, "text")}  # an annotation
 HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training
 
 
@@ -25,9 +28,9 @@ def parse_seeds(seeds: Any, at: str = "seeds") -> tuple[int, ...]:
         if last >= 2**63 or last - first >= 1_000_000:
             raise ConfigError(f"{at}: {part!r}: seeds go up to 2^63 - 1, a range holds at most a million")
         numbers.extend(range(first, last + 1))
-    if len(set(numbers)) < len(numbers):
-        again = next(n for i, n in enumerate(numbers) if n in numbers[:i])
-        raise ConfigError(f"{at}: seed {again} is given twice")
+    for seed, count in collections.Counter(numbers).most_common(1):
+        if count > 1:
+            raise ConfigError(f"{at}: seed {seed} is given twice")
     return tuple(numbers)
 
 
@@ -83,53 +86,45 @@ def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts", count: int
 
 def from_text(path: Path, at: str = "prompts") -> tuple[str, ...]:
     """One prompt a line, UTF-8; blank lines are left out. ConfigError with the number of the line that is wrong."""
-    prompts = []
-    for number, line in enumerate(_bytes(path, at).removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
-        try:
-            text = line.decode().strip()
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{at}: {path}, line {number}: not UTF-8 text (byte {error.start + 1})") from error
-        odd = next((c for c in text if unicodedata.category(c) == "Cc" and c != "\t"), None)
-        if odd is not None:
-            raise ConfigError(f"{at}: {path}, line {number}: holds the control character {odd!r}")
-        if text:
-            prompts.append(text)
-    return tuple(prompts)
+    lines = [line.strip() for line in _text(path, at).split("\n")]
+    for number, line in enumerate(lines, 1):
+        for character in line:
+            if unicodedata.category(character) == "Cc" and character != "\t":
+                raise ConfigError(f"{at}: {path}, line {number}: holds the control character {character!r}")
+    return tuple(filter(None, lines))
 
 
 def from_coco(path: Path, at: str = "prompts") -> tuple[str, ...]:
     """Captions of a COCO file (captions_val2014.json): the first of each image by image id, then the second of each,
     and so on, "first" by annotation id. ConfigError has the line or the annotation that is wrong."""
     try:
-        content = json.loads(_bytes(path, at).decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{at}: {path}: not UTF-8 text (byte {error.start + 1})") from error
+        content = json.loads(_text(path, at))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{at}: {path}, line {error.lineno}: not JSON ({error.msg})") from error
     entries = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise ConfigError(f"{at}: {path}: no list `annotations` in it, which COCO's captions_*.json have")
-    turns: dict[int, int] = {}
-    order: list[tuple[int, int, str]] = []
-    for _, image, caption in sorted(_entry(entry, f"{at}: {path}: annotations.{i}") for i, entry in enumerate(entries)):
-        turns[image] = turns.get(image, -1) + 1
-        order.append((turns[image], image, caption))
-    return tuple(caption for _, _, caption in sorted(order))
+    captions = []
+    for i, entry in enumerate(entries):
+        for key, (kind, noun) in COCO.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+                raise ConfigError(f"{at}: {path}: annotations.{i}: no {key}, or it is not {noun}")
+        captions.append((entry["id"], entry["image_id"], " ".join(entry["caption"].split())))
+        if not captions[-1][2]:
+            raise ConfigError(f"{at}: {path}: annotations.{i}: the caption is empty")
+    by_image = collections.defaultdict(list)
+    for _, image, caption in sorted(captions):
+        by_image[image].append(caption)
+    turns = itertools.zip_longest(*(by_image[image] for image in sorted(by_image)))
+    return tuple(caption for turn in turns for caption in turn if caption)
 
 
-def _bytes(path: Path, at: str) -> bytes:
+def _text(path: Path, at: str) -> str:
+    """The text of a UTF-8 file. ConfigError with the line and the byte in it that is wrong."""
     try:
-        return path.read_bytes()
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{at}: cannot read {path}: {error.strerror}") from error
-
-
-def _entry(entry: Any, where: str) -> tuple[int, int, str]:
-    """(annotation id, image id, caption on one line)."""
-    for key, kind in (("id", int), ("image_id", int), ("caption", str)):
-        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-            raise ConfigError(f"{where}: no {key}, or it is not {'a whole number' if kind is int else 'text'}")
-    caption = " ".join(entry["caption"].split())
-    if not caption:
-        raise ConfigError(f"{where}: the caption is empty")
-    return entry["id"], entry["image_id"], caption
+    except UnicodeDecodeError as error:
+        *lines, last = error.object[: error.start + 1].splitlines()
+        raise ConfigError(f"{at}: {path}, line {len(lines) + 1}: not UTF-8 text (byte {len(last)})") from error

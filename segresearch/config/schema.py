@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from segresearch.config.parse import SCENE
 from segresearch.config.validate import Record, of_guidance
 from segresearch.errors import ConfigError
 from segresearch.fields import Boundary, Count, Flag, Fraction, NonNegative, Number, Whole, within
@@ -37,12 +38,7 @@ by_kind = Discriminator(lambda v: str(v.get("kind", "") if isinstance(v, Mapping
 
 @dataclass(frozen=True)
 class ModelConfig(Record):
-    """The weights (the arguments of `load_sdxl`), and the numbers that suit them.
-
-    batch_size, batch_size_cuda: images a batch where the run does not say, and on a GPU (None: as many).
-    scales: useful guidance scales by method, which conf/guidance and conf/controlnet refer to.
-    controlnets: ControlNets of the model by their input (canny, depth), which conf/controlnet refers to.
-    """
+    """The weights (the arguments of `load_sdxl`), and the numbers that suit them: conf/model."""
 
     name: str
     path: str
@@ -120,16 +116,7 @@ class GuidanceConfig(Record):
 
 @dataclass(frozen=True)
 class ControlConfig(Record):
-    """One ControlNet and its images; several act together, each with its `scale`.
-
-    net: a name in the model's folder controlnet/, a diffusers ControlNet folder, or a hub id in the local cache.
-    image: a file, "scene:12" (an exact map of that held-out procedural scene) or a list: one for each seed, repeating
-        in turn; "scene:0-7" are eight, "scene:0-" as many as there are seeds.
-    preprocess: canny (edges) or depth of a photo; of a scene these are its exact maps. none: the image as it is.
-    low, high: thresholds of canny. depth_model: an estimator of transformers, a folder or a hub id in the local cache.
-    start, end: of its use, as fractions of the steps. guess: for the conditional branch only, residuals weighted by
-        depth, as diffusers' guess mode.
-    """
+    """One ControlNet and its images: conf/controlnet. Several act together, each with its `scale`."""
 
     net: str
     image: str | tuple[str, ...]
@@ -141,6 +128,21 @@ class ControlConfig(Record):
     start: Fraction = 0.0
     end: Fraction = 1.0
     guess: Flag = False
+
+    def __post_init__(self) -> None:
+        if self.start >= self.end:
+            raise ConfigError(f"start: {self.start:g} is not below end, {self.end:g}: it would never act")
+        if self.low > self.high:
+            raise ConfigError(f"low: {self.low:g} is above high, {self.high:g}")
+        if not math.isfinite(self.scale):
+            raise ConfigError(f"scale: {self.scale:g} is not finite; 1 is the ControlNet as it was trained")
+        images = (self.image,) if isinstance(self.image, str) else self.image
+        files = [image for image in images if not image.startswith(SCENE)]
+        if self.preprocess == "depth" and files and not self.depth_model:
+            hint = "or set preprocess=none where the image is a depth map itself"
+            raise ConfigError(
+                f"depth_model: missing, and {files[0]} needs one; name one (a folder or a cached hub id), {hint}"
+            )
 
 
 @dataclass(frozen=True)
@@ -210,11 +212,7 @@ class RunConfig(Record):
 
 @dataclass(frozen=True)
 class GenerateConfig(RunConfig):
-    """One `generate` run. `out`, `device`, `batch_size` and `grid` do not enter the run's identity.
-
-    compare: methods on the same seeds before `guidance`. panels: several tables in one grid. pairing: every prompt with
-    every seed, or one prompt a seed. controls: ControlNets by name.
-    """
+    """A `generate` run: conf/generate.yaml. `out`, `device`, `batch_size` and `grid` do not enter its identity."""
 
     name: str = "generate"
     controls: dict[str, ControlConfig] = field(default_factory=dict)
@@ -227,20 +225,10 @@ class GenerateConfig(RunConfig):
 
 @dataclass(frozen=True)
 class EvaluateConfig(RunConfig):
-    """One `evaluate` run: methods, measured on images of the same noise and prompts.
+    """An `evaluate` run: conf/evaluate.yaml. Methods, measured on images of the same noise and prompts.
 
     Shards are identified by everything that images depend on to the last bit, so by `batch_size` and `shard` too. Runs
     are identified by their methods, the number of images and the metrics.
-
-    compare: the methods before `guidance`; the first is the baseline. images: of each method; image i has seed i and
-    prompt i, prompts repeating in turn. shard: images a shard. keep: images stored of each method (None: all).
-    controls: ControlNets over every method; image i has control image i. features, distances, text_alignment: the
-    networks that measure. weights: their files, where they lie elsewhere than the publishers' tools put them.
-    checksums: SHA-256 of these files, for others than the published ones. reference: real images,
-    "scene:100000-109999" or a folder. n_bootstrap: number of bootstrap resamples. n_subsets: number of subsets of the
-    kernel distance. force: allow Fréchet distances of fewer images than features. paper: the paper's table beside
-    (auto: by the run's name). n_examples: images of each method on the page. stage: the whole run, or one stage of it.
-    threads: of a process on a CPU; it may change the last bit of images.
     """
 
     name: str = "evaluate"
@@ -267,11 +255,7 @@ class EvaluateConfig(RunConfig):
 
 @dataclass(frozen=True)
 class AnalyzeConfig(RunConfig):
-    """One `analyze` run. `out`, `device`, `batch_size` and `wandb` do not enter the run's identity.
-
-    measured_steps: counted from 0; negative ones from the end. where, heads: the attention that is captured.
-    branch: the branch that is captured; "cond" is the unperturbed one, whatever the guidance. keep: keep q and k.
-    """
+    """An `analyze` run: conf/analyze.yaml. `out`, `device`, `batch_size` and `wandb` do not enter its identity."""
 
     name: str = "analyze"
     seeds: Seeds = "0-1"
@@ -284,13 +268,19 @@ class AnalyzeConfig(RunConfig):
     wandb: Annotated[WandbConfig, Record] = WandbConfig()
 
     def __post_init__(self) -> None:
-        lists = {"measured_steps": self.measured_steps, "blur.sigmas": self.blur.sigmas}
-        for name, values in (lists | {"blur.boundaries": self.blur.boundaries}).items():
+        blur = self.blur
+        lists = {"measured_steps": self.measured_steps, "blur.sigmas": blur.sigmas, "blur.boundaries": blur.boundaries}
+        for name, values in lists.items():
             if not values:
                 raise ConfigError(f"{name}: empty; give at least one")
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name}: {list(values)} names one twice")
-        wrong = [step for step in self.measured_steps if not -self.steps <= step < self.steps]
-        if wrong:
-            last = self.steps - 1
-            raise ConfigError(f"measured_steps: there is no step {wrong[0]}; {self.steps} steps are 0 to {last}")
+        for step in self.measured_steps:
+            if not -self.steps <= step < self.steps:
+                known = f"{self.steps} steps are 0 to {self.steps - 1}"
+                raise ConfigError(f"measured_steps: there is no step {step}; {known}")
+
+    @property
+    def steps_from_0(self) -> tuple[int, ...]:
+        """The measured steps as numbers from 0, rising."""
+        return tuple(sorted({step % self.steps for step in self.measured_steps}))

@@ -4,21 +4,59 @@ The line has the full key, the value, what was possible, and a "did you mean". L
 """
 
 import dataclasses
+import difflib
+import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, get_type_hints
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainValidator, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
-from segresearch.config.names import nearest, unknown
 from segresearch.errors import ConfigError
-from segresearch.fields import Misfit
 
 LIGHT = "light"  # the context of a validation that imports no torch
+RENAMED = {  # keys, groups and experiments by their old names
+    "judges": "metrics", "pace": "preset", "window": "interval", "windows": "intervals", "strengths": "scales",
+    "draws": "n_bootstrap", "subsets": "n_subsets", "shown": "n_examples", "only": "stage",
+    "caption": "text_alignment", "at": "measured_steps",
+}  # fmt: skip
 TYPES = {  # pydantic's names of errors, and what the value must be
     "string_type": "text", "bool_type": "true or false", "int_type": "a whole number", "tuple_type": "a list",
     "dict_type": "a mapping", "is_instance_of": "a list", "missing": "a list of 2", "too_long": "a list of 2",
 }  # fmt: skip
+
+
+_adapter: Any = functools.cache(TypeAdapter)
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """The value of a required field that a mapping lacks."""
+
+    key: str
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """ "; did you mean X?", or "" if nothing in `choices` is like `word`."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def unknown(name: str, siblings: Sequence[str]) -> str:
+    """The message for a setting called `name` (full, with dots) that is none of `siblings`."""
+    key = name.rpartition(".")[2]
+    if key in RENAMED:
+        return f"{name}: now called {RENAMED[key]}"
+    here = f" (settings here: {', '.join(siblings)})" if siblings else ""
+    return f"{name}: no such setting{nearest(key, siblings)}{here}"
+
+
+def modern(settings: Any) -> Any:
+    """Recorded settings with keys of today, at any depth; `options` are a function's own keywords and stay."""
+    if isinstance(settings, Mapping):
+        return {RENAMED.get(key, key): item if key == "options" else modern(item) for key, item in settings.items()}
+    return [modern(item) for item in settings] if isinstance(settings, list) else settings
 
 
 def typed(kind: Any, value: Any, at: str = "") -> Any:
@@ -27,7 +65,7 @@ def typed(kind: Any, value: Any, at: str = "") -> Any:
     `at` is the key of the value in messages. Raises ConfigError (one line) if it does not fit. Everything that needs no
     torch is checked first.
     """
-    adapter: Any = TypeAdapter(Annotated[kind, Record] if dataclasses.is_dataclass(kind) else kind)
+    adapter = _adapter(Annotated[kind, Record] if dataclasses.is_dataclass(kind) else kind)
     try:
         adapter.validate_python(value, context=LIGHT)
         return adapter.validate_python(value)
@@ -40,7 +78,7 @@ class Record:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        return BeforeValidator(lambda value: _named(source, value)).__get_pydantic_core_schema__(source, handler)
+        return BeforeValidator(lambda value: _fields(source, value)).__get_pydantic_core_schema__(source, handler)
 
 
 def of_guidance(name: str) -> PlainValidator:
@@ -51,82 +89,71 @@ def of_guidance(name: str) -> PlainValidator:
             return value
         import segresearch.guidance
 
-        kind = getattr(segresearch.guidance, name)
-        return TypeAdapter(kind).validate_python(_named(kind, value))
+        return _adapter(Annotated[getattr(segresearch.guidance, name), Record]).validate_python(value)
 
     return PlainValidator(check)
 
 
-def _named(kind: Any, value: Any) -> Any:
-    """The mapping `value`, if its keys are the fields of the dataclass `kind`."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+def _fields(kind: Any, value: Any) -> Any:
+    """The mapping `value`, if its keys are fields of the dataclass `kind`; a required one that it lacks is Missing."""
     if isinstance(value, kind):
         return value
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     if not isinstance(value, Mapping):
-        raise Misfit("type", f"a mapping of {', '.join(fields)}")
+        raise PydanticCustomError("type", f"a mapping of {', '.join(fields)}")  # type: ignore[arg-type]
     value = {"on" if key is True else key: item for key, item in value.items()}  # YAML reads a bare `on` as true
     for key in value:
         if key not in fields:
-            raise Misfit("unknown", key=key, choices=list(fields))
+            raise PydanticCustomError("unknown", "no such setting", {"key": str(key), "siblings": list(fields)})
     for key, field in fields.items():
-        required = field.default is field.default_factory is dataclasses.MISSING
+        required = field.default is field.default_factory
         if value.get(key, "???" if required else None) == "???":
-            raise Misfit("missing", _expected(get_type_hints(kind, include_extras=True)[key]), key)
+            value[key] = Missing(key)
     return value
 
 
-def _expected(hint: Any) -> str:
-    """The values of a type in words: "a number or a mapping of start, stop"."""
-    try:
-        TypeAdapter(hint).validate_python(object())
-    except ValidationError as error:
-        return " or ".join(dict.fromkeys(misfit.text for _, misfit, _ in _flat(error, None)))
-    return "given"
-
-
-def _flat(error: ValidationError, value: Any) -> Iterator[tuple[tuple[str, ...], Misfit, Any]]:
-    """The errors of all fields: keys, what is wrong, and the value."""
+def _errors(error: ValidationError, value: Any) -> Iterator[tuple[tuple[str, ...], Any, str, str, list[str]]]:
+    """Of each wrong field its keys, its value, the kind of error, what it must be, and its choices."""
     for details in error.errors(include_url=False):
         keys, node = [], value
         for key in details["loc"]:  # the members of unions are in it too
             if isinstance(node, Mapping) and key in node or isinstance(node, Sequence) and key in range(len(node)):
                 keys.append(str(key))
                 node = node[key]  # type: ignore[index]
-        context, kind = details.get("ctx", {}), details["type"]
+        context, kind, wrong = details.get("ctx", {}), details["type"], details["input"]
+        cause = context.get("error")
+        kind = "config_error" if isinstance(cause, ConfigError) else kind
+        if isinstance(cause, ValidationError):
+            yield from (((*keys, *below), *rest) for below, *rest in _errors(cause, node))
+            continue
         choices = re.findall(r"'(.*?)'", str(context.get("expected") or context.get("expected_tags")))
         text = f"one of {', '.join(choices)}" if len(choices) > 1 else "".join(choices)
-        match context.get("error"):
-            case ValidationError() as inner:
-                yield from (((*keys, *below), misfit, part) for below, misfit, part in _flat(inner, node))
-            case Misfit() as misfit:
-                yield tuple(keys), misfit, details["input"]
-            case Exception() as raised:
-                yield tuple(keys), Misfit("raised", str(raised)), details["input"]
-            case _ if kind == "union_tag_invalid" and not context["tag"]:
-                yield tuple(keys), Misfit("missing", text, "kind"), details["input"]
-            case _ if kind == "union_tag_invalid":
-                yield (*keys, "kind"), Misfit("type", text, choices=choices), context["tag"]
-            case _:
-                text = text or TYPES.get(kind, details["msg"])
-                yield tuple(keys), Misfit("type", text, choices=choices), details["input"]
+        if kind == "unknown":
+            keys, choices = [*keys, context["key"]], context["siblings"]
+        elif isinstance(wrong, Missing):
+            keys += [wrong.key] * isinstance(node, Mapping)  # where the key is not there at all
+        elif kind == "union_tag_invalid":
+            keys, wrong = [*keys, "kind"], context["tag"] or Missing("kind")
+        yield tuple(keys), wrong, kind, text or TYPES.get(kind) or str(cause or details["msg"]), choices
 
 
 def _line(error: ValidationError, value: Any, at: str) -> str:
     """The most specific of the errors as one line."""
-    flat = list(_flat(error, value))
-    keys, misfit, value = max(flat, key=lambda entry: len(entry[0]) + (entry[1].kind != "type"))
+    errors = list(_errors(error, value))
+    specific = ("range", "value_error", "config_error")
+    keys, wrong, kind, text, choices = max(errors, key=lambda entry: len(entry[0]) + (entry[2] in specific))
     name = ".".join([at, *keys] if at else keys)
-    key = f"{name}.{misfit.key}".removeprefix(".")
-    match misfit.kind:
-        case "unknown":
-            return str(unknown(key, misfit.choices))
-        case "missing":
-            return f"{key}: missing; it must be {misfit.text}"
-        case "range":
-            return f"{name}: {value!r} is out of range; it must be {misfit.text}"
-        case "raised":
-            return f"{name}: {misfit.text}".removeprefix(": ")
-    same = [other for path, other, _ in flat if path == keys]
-    words = " or ".join(dict.fromkeys(other.text for other in same))
-    choices = [choice for other in same for choice in other.choices]
-    return f"{name or 'the config'}: {value!r} is not {words}{nearest(str(value), choices)}"
+    if kind == "unknown":
+        return unknown(name, choices)
+    if kind == "range":
+        return f"{name}: {wrong!r} is out of range; it must be {text}"
+    if kind == "value_error":
+        return f"{name}: {text}".removeprefix(": ")
+    if kind == "config_error":  # its message begins with the name of a field
+        return f"{name}.{text}".removeprefix(".")
+    same = [entry for entry in errors if entry[0] == keys]
+    words = " or ".join(dict.fromkeys(text for *_, text, _ in same))
+    if isinstance(wrong, Missing):
+        return f"{name}: missing; it must be {words}"
+    choices = [choice for entry in same for choice in entry[4]]
+    return f"{name or 'the config'}: {wrong!r} is not {words}{nearest(str(wrong), choices)}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from segresearch.checkpoints.resolve import resolve_controlnet
 from segresearch.config import ControlConfig
 from segresearch.config.parse import SCENE
 from segresearch.control_images.read import open_image
@@ -28,39 +29,32 @@ class IdentifiedControl:
 
     def contents(self, image: str) -> dict[str, str]:
         """What the names stand for, for one control image."""
-        digests = {"net": self.net, "image": self.images[image]}
-        if self.depth_model is not None and not image.startswith(SCENE):
-            digests["depth_model"] = self.depth_model
-        return digests
+        depth = {} if self.depth_model is None or image.startswith(SCENE) else {"depth_model": self.depth_model}
+        return {"net": self.net, "image": self.images[image], **depth}
 
     def identity(self, images: Sequence[str]) -> dict[str, Any]:
         """What images under these control images depend on: not what things are called or where they lie."""
-        files = [image for image in images if not image.startswith(SCENE)]
-        thresholds = ("low", "high") if files and self.control.preprocess == "canny" else ()
-        keys = ("scale", "start", "end", "guess", "preprocess", *thresholds)
+        thresholds = self.control.preprocess == "canny" and not all(image.startswith(SCENE) for image in images)
+        keys = ("scale", "start", "end", "guess", "preprocess", *(("low", "high") if thresholds else ()))
         settings = {key: getattr(self.control, key) for key in keys}
         return {**settings, "contents": [self.contents(image) for image in images]}
 
 
 def identify_control(control: ControlConfig, images: Sequence[str], model: Path, key: str) -> IdentifiedControl:
-    """`control` with its control images `images`, checked; no network is loaded for it.
-
-    model: the model's folder or file. key: the control's full key, for messages. Raises CheckpointError for a
-    ControlNet or a depth estimator that is missing, ConfigError for a file that is no image.
-    """
-    from segresearch.checkpoints.resolve import resolve_controlnet
-
+    """`control` with its control images `images`, checked; no network is loaded for it. model: the model's folder or
+    file. key: the control's full key, for messages. CheckpointError for a ControlNet or a depth estimator that is
+    missing, ConfigError for a file that is no image."""
     files = list(dict.fromkeys(image for image in images if not image.startswith(SCENE)))
     scenes = list(dict.fromkeys(image for image in images if image.startswith(SCENE)))
+    digests, depth_model = {}, None
     with _naming(f"{key}.net"):
         net = fingerprint(resolve_controlnet(control.net, model))
-    digests, depth_model = {}, None
     with _naming(f"{key}.image"):
         for file in files:
             open_image(file)
             digests[file] = _digest(Path(file).expanduser().read_bytes())
     if files and control.preprocess == "depth":
-        from segresearch.control_images.depth_estimator import located_depth
+        from segresearch.control_images.prepare import located_depth
 
         with _naming(f"{key}.depth_model"):
             depth_model = fingerprint(located_depth(str(control.depth_model)))
@@ -68,15 +62,23 @@ def identify_control(control: ControlConfig, images: Sequence[str], model: Path,
         from segresearch.control_images.prepare import scene_maps
 
         maps = scene_maps(scenes, control.preprocess, SCENE_SIZE).mul(255).round().byte().cpu().numpy()
-        digests |= {scene: _digest(one.tobytes()) for scene, one in zip(scenes, maps, strict=True)}
+        digests |= {scene: _digest(one.tobytes()) for scene, one in zip(scenes, maps)}
     return IdentifiedControl(control, net, digests, depth_model)
+
+
+def identify_controls(
+    controls: Mapping[str, ControlConfig], images: Sequence[Sequence[str]], model: Path
+) -> dict[str, IdentifiedControl]:
+    """`identify_control` of each control. images: of each row its control images, one for each control."""
+    return {
+        name: identify_control(control, [row[k] for row in images], model, f"controls.{name}")
+        for k, (name, control) in enumerate(controls.items())
+    }
 
 
 def control_records(controls: Mapping[str, IdentifiedControl], images: Sequence[str]) -> dict[str, Any]:
     """The part of an image's record about its controls: as a config has them, and what their names stand for.
-
-    images: one control image for each control. {} without controls.
-    """
+    images: one control image for each control. {} without controls."""
     settings, contents = {}, {}
     for (name, identified), image in zip(controls.items(), images, strict=True):
         settings[name] = plain(dataclasses.replace(identified.control, image=image))
@@ -93,7 +95,6 @@ def _naming(key: str) -> Iterator[None]:
     """Puts the full key in front of an error's message."""
     try:
         yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{key}: {error}") from error
     except InputError as error:
-        raise ConfigError(f"{key}: {error}") from error
+        kind = CheckpointError if isinstance(error, CheckpointError) else ConfigError
+        raise kind(f"{key}: {error}") from error

@@ -1,4 +1,5 @@
-"""The control images of a run at its size: as ControlNets take them, and as files."""
+"""Control images as ControlNets take them: exact maps of a scene, or what is read of a file (its edges by OpenCV's
+Canny detector, its depth by an estimator of transformers, or a ready-made map), at a run's size, and as files."""
 
 import functools
 import sys
@@ -14,14 +15,78 @@ from torch import Tensor
 
 from segresearch.config import ControlConfig
 from segresearch.config.parse import HELD_OUT, SCENE
-from segresearch.control_images.depth_estimator import depth
-from segresearch.control_images.edges import canny, to_tensor
 from segresearch.control_images.read import fit, open_image, open_map
-from segresearch.errors import ConfigError, InputError
+from segresearch.errors import CheckpointError, ConfigError, InputError
 from segresearch.models.controlnet import ActiveControlNet, controlled
-from segresearch.png_metadata import read_record, save_png
+from segresearch.pretrained import load_model, model_folder, reading
+from segresearch.records import read_record, save_png
 from segresearch.sampling import step_interval
 from segresearch.scenes.scenes import depth_image, edge_image, scenes
+
+NEAREST = 0.01  # m: metric estimates below it are taken for it
+METRIC = ("glpn", "zoedepth", "depth_pro", "prompt_depth_anything")  # these predict distances, others their inverse
+
+
+def to_tensor(image: Image.Image) -> Float[Tensor, "1 3 h w"]:
+    """An RGB image, or a map of mode "F", as a control image in [0, 1]."""
+    if image.mode == "F":
+        return torch.from_numpy(np.array(image)).clamp(0, 1).repeat(1, 3, 1, 1)  # (h, w) -> (1, 3, h, w)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+
+
+def canny(image: Image.Image, low: float | int = 100, high: float | int = 200) -> Float[Tensor, "1 3 h w"]:
+    """Edges of the colour image, white (1) on black (0). low, high: hysteresis thresholds on the gradient (3×3 Sobel,
+    the strongest of the three colours), 100 and 200 as SDXL's canny ControlNets are commonly used. InputError unless
+    0 <= low <= high."""
+    if not 0 <= low <= high:
+        raise InputError(f"canny thresholds must be 0 <= low <= high, got low={low:g}, high={high:g}")
+    import cv2
+
+    edges = cv2.Canny(np.ascontiguousarray(image.convert("RGB")), low, high)
+    return torch.from_numpy(edges).float().div(255).repeat(1, 3, 1, 1)  # (h, w) -> (1, 3, h, w)
+
+
+def located_depth(model: str | Path) -> Path:
+    """The folder of a depth estimator: a path, or a hub id in the local cache. CheckpointError if there is none."""
+    try:
+        return model_folder(model, ["config.json", "preprocessor_config.json"], ["*.safetensors"])
+    except CheckpointError as error:
+        raise CheckpointError(f"depth model {error}; or give a depth map with preprocess=none") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _depth_estimator(folder: Path) -> tuple[Any, Any, bool]:
+    """The image processor, the network, and whether it predicts distances."""
+    from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+
+    with reading(folder, "not a depth estimator of transformers"):
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    network = load_model(AutoModelForDepthEstimation, folder, kind="depth estimator", use_safetensors=True)
+    kind = getattr(network.config, "depth_estimation_type", "relative")
+    return processor, network, kind == "metric" or network.config.model_type in METRIC
+
+
+def depth(image: Image.Image, model: str | Path, size: tuple[int, int] | None = None) -> Float[Tensor, "1 3 h w"]:
+    """Inverse depth, scaled for each image to 0 (farthest) ... 1 (nearest); 0 throughout where it is flat.
+
+    model: a folder or a cached hub id of transformers' AutoModelForDepthEstimation; metric depth is inverted. The
+    estimate is of the whole image; then it is cut and resized as `fit` does to size = (height, width), None: the
+    image's own. Runs on the CPU. CheckpointError for no such model, or one that cannot be loaded.
+    """
+    processor, network, metric = _depth_estimator(located_depth(model))
+    with torch.no_grad():
+        inputs = processor(images=image.convert("RGB"), return_tensors="pt")
+        estimate = network(**inputs).predicted_depth[0].float()  # (h', w')
+    if metric:
+        estimate = estimate.clamp(min=NEAREST).reciprocal()
+    if not estimate.isfinite().all():
+        raise InputError(f"depth model {model}: its estimate is not finite")
+    low, high = estimate.min(), estimate.max()
+    whole = Image.fromarray(((estimate - low) / (high - low).clamp(min=1e-12)).numpy().astype(np.float32))
+    values = np.asarray(fit(whole, size or (image.height, image.width), aspect=image.width / image.height))
+    span = values.max() - values.min()  # of the part that is left
+    flat = not span > 1e-6 or not high > low
+    return to_tensor(Image.fromarray(np.zeros_like(values) if flat else (values - values.min()) / span))
 
 
 def scene_maps(images: Sequence[str], preprocess: str, size: tuple[int, int]) -> Float[Tensor, "b 3 h w"]:
@@ -34,10 +99,8 @@ def scene_maps(images: Sequence[str], preprocess: str, size: tuple[int, int]) ->
 
 @functools.lru_cache(maxsize=32)  # the methods of a panel go through the same images
 def control_image(control: ControlConfig, image: str, size: tuple[int, int]) -> Float[Tensor, "1 3 h w"]:
-    """The control image that `control` reads of a file or a scene, at size = (height, width), in [0, 1].
-
-    Images are cut to the aspect as `fit` does. ValueError: see `scenes`, `open_image`, `open_map`, `canny`, `depth`.
-    """
+    """The control image that `control` reads of a file or a scene, cut as `fit` does to size = (height, width), in
+    [0, 1]. InputError: see `scenes`, `open_image`, `open_map`, `canny`, `depth`."""
     if image.startswith(SCENE):
         return scene_maps([image], control.preprocess, size)
     if control.preprocess == "none":
@@ -48,17 +111,12 @@ def control_image(control: ControlConfig, image: str, size: tuple[int, int]) -> 
 
 
 def controlled_batch(
-    sdxl: Any,
-    controls: Mapping[str, ControlConfig],
-    images: Sequence[tuple[str, ...]],
-    size: tuple[int, int],
-    sigmas: Float[Tensor, "sigmas"],
-) -> list[ActiveControlNet]:
-    """The active ControlNets of a batch. images: the control images of each row, one for each control.
-
-    sigmas: of the run's schedule; `start` and `end` are fractions of its steps. ConfigError for a ControlNet that
-    `sdxl` was loaded without, or that does not fit the size.
-    """
+    sdxl: Any, controls: Mapping[str, ControlConfig], images: Sequence[tuple[str, ...]],
+    size: tuple[int, int], sigmas: Float[Tensor, "sigmas"],
+) -> list[ActiveControlNet]:  # fmt: skip
+    """The active ControlNets of a batch. images: the control images of each row, one for each control. sigmas: of the
+    run's schedule; `start` and `end` are fractions of its steps. ConfigError for a ControlNet that `sdxl` was loaded
+    without, or that does not fit the size."""
     active = []
     for k, (name, control) in enumerate(controls.items()):
         if control.net not in sdxl.controlnets:
@@ -82,8 +140,7 @@ def control_png(control: ControlConfig, image: str, size: tuple[int, int]) -> Im
 def save_control_image(
     control: ControlConfig, image: str, size: tuple[int, int], path: Path, record: Mapping[str, Any]
 ) -> None:
-    """Write the control image as a PNG that carries `record`, unless it exists. Warns of one that is blank or inverted.
-    """
+    """Write the control image as a PNG that carries `record`, unless it exists. Warns of a blank or inverted one."""
     if read_record(path) == record:
         return
     pixels = control_image(control, image, size)

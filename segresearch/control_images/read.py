@@ -8,20 +8,19 @@ from PIL import Image, ImageOps
 
 from segresearch.errors import InputError
 
+DEEP = ("F", "I")  # modes of grey with more than 8 bits begin so
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
-FULL = 65535  # white in 16 bits
 
 
 def open_image(path: str | Path, behind: str = "white") -> Image.Image:
-    """The image in a file as 8-bit RGB, upright.
+    """The first image in a file as 8-bit RGB, turned as its EXIF says; transparent parts show the colour `behind`.
 
-    EXIF rotation is applied. Grey (1, 8, 16 bit or float in [0, 1]), palette, CMYK and other colour spaces are
-    converted. Transparent parts show the colour `behind`. Of several frames or pages the first is read. InputError with
-    the file's name for a file that is missing, a folder, of another format, truncated, or larger than Pillow's limit
+    Grey (1, 8, 16 bit or float in [0, 1]), palette, CMYK and other colour spaces are converted. InputError with the
+    file's name for a file that is missing, a folder, of another format, truncated, or larger than Pillow's limit
     against decompression bombs, for integers beyond 16 bits and for floats outside [0, 1].
     """
     image = _upright(Path(path).expanduser())
-    if _is_deep(image):
+    if image.mode.startswith(DEEP):
         image = Image.fromarray(np.rint(255 * np.asarray(_scaled(image, path))).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -36,14 +35,12 @@ def open_map(path: str | Path) -> Image.Image:
     """A ready-made edge or depth map: as `open_image`, but 16-bit grey keeps its precision (mode "F" in [0, 1], white
     is 65535), and transparent parts are black, which means no edge, or far."""
     image = _upright(Path(path).expanduser())
-    return _scaled(image, path) if _is_deep(image) else open_image(path, behind="black")
+    return _scaled(image, path) if image.mode.startswith(DEEP) else open_image(path, behind="black")
 
 
 def fit(image: Image.Image, size: tuple[int, int], aspect: float | None = None) -> Image.Image:
-    """`image` at size = (height, width): its largest centred part of that aspect, resized once (Lanczos).
-
-    aspect: width over height of what the image shows, where its pixels are not square. InputError for a side below 1.
-    """
+    """`image` at size = (height, width): its largest centred part of that aspect, resized once (Lanczos). aspect: width
+    over height of what the image shows, where its pixels are not square. InputError for a side below 1."""
     height, width = size
     if min(height, width) < 1:
         raise InputError(f"size={(height, width)}: height and width must be at least 1 pixel")
@@ -53,21 +50,15 @@ def fit(image: Image.Image, size: tuple[int, int], aspect: float | None = None) 
     return image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + w, top + h))
 
 
-def _is_deep(image: Image.Image) -> bool:
-    return image.mode == "F" or image.mode.startswith("I")
-
-
 def _scaled(image: Image.Image, path: str | Path) -> Image.Image:
     """More than 8 bits of grey as mode "F" in [0, 1]."""
     values = np.asarray(image, dtype=np.float32)
-    kind, top = ("float", 1) if image.mode == "F" else ("integer", FULL)
+    kind, top = ("float", 1) if image.mode == "F" else ("integer", 65535)  # white in 16 bits
     if not np.isfinite(values).all():
         raise InputError(f"{path}: values that are not finite; save it as 8- or 16-bit grey")
     if values.min() < 0 or values.max() > top:
-        raise InputError(
-            f"{path}: {kind} values from {values.min():g} to {values.max():g}, which could mean anything; save it as "
-            f"8- or 16-bit grey, or scale it to 0 ... {top}"
-        )
+        problem = f"{kind} values from {values.min():g} to {values.max():g}, which could mean anything"
+        raise InputError(f"{path}: {problem}; save it as 8- or 16-bit grey, or scale it to 0 ... {top}")
     return Image.fromarray(values / np.float32(top))
 
 
@@ -93,8 +84,8 @@ def _upright(path: Path) -> Image.Image:
                 image.load()
                 return ImageOps.exif_transpose(image)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            limit = f"the limit of {Image.MAX_IMAGE_PIXELS:,}"
-            raise InputError(f"{path}: more pixels than {limit}; save it smaller") from error
+            limit = f"{Image.MAX_IMAGE_PIXELS:,}"
+            raise InputError(f"{path}: more pixels than the limit of {limit}; save it smaller") from error
         except Image.UnidentifiedImageError as error:
             raise InputError(f"{path}: not an image of a known format ({', '.join(formats)}); convert it") from error
         except PermissionError as error:

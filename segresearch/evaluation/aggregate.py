@@ -16,8 +16,7 @@ from segresearch.evaluation.sample_shards import COST, NORMS
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.metrics.features import Extractor
 from segresearch.metrics.frechet import Frechet, frechet_distance, gaussian
-from segresearch.metrics.mmd import cmmd, kid
-from segresearch.metrics.precision import precision_recall
+from segresearch.metrics.nonparametric import cmmd, kid, precision_recall
 
 MOST = 10_000  # images on either side for precision and recall, whose work grows with their product
 
@@ -36,12 +35,6 @@ def rounded(value: float) -> float | None:
     return None if math.isnan(value) else float(f"{value:.7g}")
 
 
-def mean_error(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    x = values.astype(np.float64)
-    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
-
-
 def aggregate(spec: EvaluationSpec, metrics: Sequence[ImageMetric], features: Callable[[Extractor], Tensor]) -> Result:
     """Every metric of every method. features: of the real images. Raises Damaged, OSError."""
     config, rows, norms = spec.config, [], {}
@@ -58,59 +51,56 @@ def aggregate(spec: EvaluationSpec, metrics: Sequence[ImageMetric], features: Ca
                 continue
             values = _joined(spec, method, metric.array)
             if metric.extractor is not None:
-                x, real = torch.from_numpy(values), reference[metric.name]
+                x = torch.from_numpy(values)
                 distance = frechet_distance(x, fitted[metric.name], config.n_bootstrap, force=config.force)
-                kinds = frechet_numbers(distance, baselines.setdefault(metric.name, distance))
-                kinds |= set_numbers(x, real, config.n_subsets, metric.extractor.name == "clip")
-                numbers |= {f"{kind}-{metric.extractor.name}": number for kind, number in kinds.items()}
+                pair, net = (distance, baselines.setdefault(metric.name, distance)), metric.extractor.name
+                kinds = set_numbers(x, reference[metric.name], *pair, config.n_subsets, net == "clip")
+                numbers |= {f"{kind}-{net}": number for kind, number in kinds.items()}
             elif metric.columns:
                 means = values.mean(0, dtype=np.float64)  # (n, columns) -> (columns,)
                 numbers |= {column: (float(mean),) for column, mean in zip(metric.columns, means, strict=True)}
             else:
-                numbers[metric.name] = mean_error(values)
+                deviation = values.std(ddof=1, dtype=np.float64) if len(values) > 1 else math.nan
+                numbers[metric.name] = float(values.mean(dtype=np.float64)), float(deviation / math.sqrt(len(values)))
         rows += [Value(method, name, *map(rounded, number)) for name, number in numbers.items()]
         rows += [Value(method, f"paper-{c}", v) for c, v in paper_numbers.numbers(spec.paper, guidance).items()]
         if NORMS in shards.producers(spec.shard(method, spec.ranges[0])):
-            steps = _joined(spec, method, NORMS).mean(0, dtype=np.float64)
-            norms[method] = tuple(float(f"{step:.7g}") for step in steps)
+            norms[method] = tuple(float(f"{step:.7g}") for step in _joined(spec, method, NORMS).mean(0, np.float64))
     return Result(Frame(tuple(rows)), norms, min(map(len, reference.values()), default=0))
 
 
-def frechet_numbers(distance: Frechet, baseline: Frechet) -> dict[str, tuple[float, ...]]:
-    """The Fréchet distance of a method and its difference to the baseline's, each with its error: by kind of metric.
-
-    The difference is taken on the same resampled images, so its error is smaller than those of the two.
-    """
-    difference = error = math.nan
-    if baseline is not distance:
-        difference = distance.distance - baseline.distance
-        if len(distance.resamples) > 1:
-            error = float(np.std(np.subtract(distance.resamples, baseline.resamples), ddof=1))
-    return {
-        "fd": (distance.distance, distance.error), "fd_to_baseline": (difference, error),
-        "fd_extrapolated": (distance.extrapolated,), "fd_means": (distance.mean_part,),
-    }  # fmt: skip
-
-
 def set_numbers(
-    x: Float[Tensor, "n dim"], reference: Float[Tensor, "m dim"], subsets: int, gaussian_kernel: bool
-) -> dict[str, tuple[float, ...]]:
-    """Variance, kernel distance, precision and recall of features against the reference, by kind of metric; nan where
-    there are too few. gaussian_kernel: CMMD in place of the kernel distance of subsets."""
+    x: Float[Tensor, "n dim"], reference: Float[Tensor, "m dim"], distance: Frechet, baseline: Frechet, subsets: int,
+    gaussian_kernel: bool,
+) -> dict[str, tuple[float, ...]]:  # fmt: skip
+    """What is measured of a set of images by their features, by kind of metric: a number and its error, if it has one;
+    nan where there are too few.
+
+    distance, baseline: the Fréchet distances of the method and of the baseline. Their difference is taken on the same
+    resampled images, so its error is smaller than those of the two. gaussian_kernel: CMMD in place of KID.
+    """
     kinds = ("variance", "kd", "kd_spread", "precision", "recall")
-    numbers: dict[str, tuple[float, ...]] = dict.fromkeys(kinds, (math.nan,))
+    numbers: dict[str, tuple[float, ...]] = {
+        "fd": (distance.distance, distance.error), "fd_to_baseline": (math.nan,),
+        "fd_extrapolated": (distance.extrapolated,), "fd_means": (distance.mean_part,),
+        **dict.fromkeys(kinds, (math.nan,)),
+    }  # fmt: skip
+    if baseline is not distance:
+        differences = np.subtract(distance.resamples, baseline.resamples)
+        error = float(differences.std(ddof=1)) if len(differences) > 1 else math.nan
+        numbers["fd_to_baseline"] = (distance.distance - baseline.distance, error)
     if len(x) > 1:
         numbers["variance"] = (float(x.double().var(0).sum() / reference.double().var(0).sum()),)
     size = min(1000, len(x) // 2, len(reference) // 2)
     if gaussian_kernel:
-        numbers["kd"] = (cmmd(x, reference).biased,)
+        numbers["kd"] = cmmd(x, reference)[:1]  # the biased one, as published
     elif size > 1:
-        kernel = kid(x, reference, subsets, size)
-        numbers |= {"kd": (kernel.distance,), "kd_spread": (kernel.spread,)}
+        kernel, spread = kid(x, reference, subsets, size)
+        numbers |= {"kd": (kernel,), "kd_spread": (spread,)}
     n, m = min(len(x), MOST), min(len(reference), len(x), MOST)
     if min(n, m) > 3:
-        near = precision_recall(x[:n], reference[:m])
-        numbers |= {"precision": (near.precision,), "recall": (near.recall,)}
+        precision, recall = precision_recall(x[:n], reference[:m])
+        numbers |= {"precision": (precision,), "recall": (recall,)}
     return numbers
 
 

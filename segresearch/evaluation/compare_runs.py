@@ -10,12 +10,11 @@ from typing import Any
 import yaml
 
 from segresearch import runs
-from segresearch.config.names import nearest
+from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError
 from segresearch.evaluation.frame import Frame
-from segresearch.evaluation.table import cells, columns
-from segresearch.pages import Cell, render
-from segresearch.tidy_csv import to_csv
+from segresearch.evaluation.table import markdown, table
+from segresearch.pages import Cell, render, to_csv
 
 RESULTS = "results.json"
 NOT_COMPARED = ("hydra", "defaults", "out", "device", "stage", "wandb", "n_examples", "name")
@@ -41,42 +40,28 @@ class Overview:
     differing: tuple[str, ...]
     unfinished: tuple[str, ...]
 
-    def _lead(self, run: Run) -> dict[str, str | None]:
-        return {"run": run.folder, **{key: _short(run.settings.get(key)) for key in self.differing}}
+    def _leads(self) -> list[dict[str, str | None]]:
+        return [{"run": run.folder, **{k: _short(run.settings.get(k)) for k in self.differing}} for run in self.runs]
 
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        """Head and rows: the run, what differs, the method, the values."""
-        metrics = columns(*(run.frame for run in self.runs))
-        head = ["run", *self.differing, "method", *(metric.head for metric in metrics)]
-        return head, [
-            [*(text or "–" for text in self._lead(run).values()), method, *cells(run.frame, method, metrics)]
-            for run in self.runs
-            for method in run.frame.methods
-        ]
+    def _table(self) -> list[list[Cell]]:
+        """The run, which leads to its page; what differs; the method; its values."""
+        leads = [{key: Cell(text or "–") for key, text in lead.items()} for lead in self._leads()]
+        for run, lead in zip(self.runs, leads, strict=True):
+            lead["run"] = Cell(run.folder, href=f"{run.folder}/index.html")
+        return table(*(run.frame for run in self.runs), leads=leads)
 
     def markdown(self) -> str:
-        head, rows = self._table()
-        lead = 2 + len(self.differing)
-        lines = [head, ["---"] * lead + ["---:"] * (len(head) - lead)]
-        lines += [[text.replace("|", r"\|") for text in row] for row in rows]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "".join(f"\n{s}\n" for s in self.notes())
+        return markdown(*self._table()) + "".join(f"\n{note}\n" for note in self.notes())
 
     def csv(self) -> str:
         """A row a value: the run, what differs, method, metric, value, error."""
-        return to_csv([{**self._lead(run), **row} for run in self.runs for row in run.frame.plain()])
+        pairs = zip(self._leads(), self.runs, strict=True)
+        return to_csv([{**lead, **row} for lead, run in pairs for row in run.frame.plain()])
 
     def page(self) -> str:
         """One HTML file; a run's name leads to its own page."""
-        head, rows = self._table()
-        metrics = columns(*(run.frame for run in self.runs))
-        kinds = [""] * (2 + len(self.differing)) + [f"number {metric.group}" for metric in metrics]
-        last, lines = "", []
-        for folder, *texts in rows:
-            first = Cell(folder, "first" if folder != last else "", href=f"{folder}/index.html")
-            lines.append([first, *map(Cell, texts, kinds[1:])])
-            last = folder
-        title = f"{self.name}: {len(self.runs)} runs"
-        return render(title, self.notes(), head=list(map(Cell, head, kinds)), rows=lines)
+        head, *rows = self._table()
+        return render(f"{self.name}: {len(self.runs)} runs", self.notes(), head=head, rows=rows)
 
     def notes(self) -> list[str]:
         """What has to be known to read it."""
@@ -115,12 +100,13 @@ def overview(name: str, out: str | Path = "runs") -> Overview:
     return Overview(name, tuple(finished), tuple(differing), tuple(unfinished))
 
 
-def write(table: Overview, out: str | Path = "runs") -> list[Path]:
+def write(overview: Overview, out: str | Path = "runs") -> list[Path]:
     """overview.md, .csv and .html beside the runs; their paths."""
-    texts = {"overview.md": table.markdown(), "overview.csv": table.csv(), "overview.html": table.page()}
-    for name, text in texts.items():
-        runs.write(Path(out) / table.name / name, text)
-    return [Path(out) / table.name / name for name in texts]
+    texts = {"md": overview.markdown(), "csv": overview.csv(), "html": overview.page()}
+    paths = {kind: Path(out) / overview.name / f"overview.{kind}" for kind in texts}
+    for kind, text in texts.items():
+        runs.write(paths[kind], text)
+    return list(paths.values())
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -135,12 +121,10 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _short(value: Any) -> str | None:
     """A setting as a cell shows it: numbers as they were written, long lists by their length."""
-    if value is None:
-        return None
     text = str(value)
     if isinstance(value, list) and len(text) > LONG:
         return f"{len(value)} items ({runs.digest(value)[:4]})"
-    return text if len(text) <= LONG else f"{text[: LONG - 1]}…"
+    return None if value is None else text if len(text) <= LONG else f"{text[: LONG - 1]}…"
 
 
 def _order(value: Any) -> tuple[float, str]:

@@ -21,27 +21,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig
-from segresearch.config.build import load_model, of_model, usable_device, with_batch_size
+from segresearch.config.build import load_model, resolved, usable_device
+from segresearch.config.compose import written_config
 from segresearch.errors import ConfigError, Ended
-from segresearch.evaluation import plots, shards, table
+from segresearch.evaluation import plots, shards
 from segresearch.evaluation.aggregate import Result, aggregate
 from segresearch.evaluation.frame import Frame
 from segresearch.evaluation.image_metrics import ImageMetric, image_metrics
-from segresearch.evaluation.page import page, where
-from segresearch.evaluation.provenance import records
+from segresearch.evaluation.page import examples, page
 from segresearch.evaluation.reference import Reference, features, reference
-from segresearch.evaluation.sample_shards import IMAGES, Progress, missing_arrays, required_arrays, sample_shards
+from segresearch.evaluation.sample_shards import (
+    Progress,
+    Worker,
+    missing_arrays,
+    required_arrays,
+    sample_shards,
+    worker,
+)  # fmt: skip
 from segresearch.evaluation.spec import EvaluationSpec, evaluation_spec, run_identity, with_folders
-from segresearch.evaluation.workers import Worker, worker
+from segresearch.evaluation.table import latex, markdown, table, to_jsonl
+from segresearch.pages import to_csv
 from segresearch.plot_style import save
 from segresearch.records import figure_record
 from segresearch.threads import threads
-from segresearch.tidy_csv import to_csv
 from segresearch.wandb_log import log_evaluation
 
 if TYPE_CHECKING:
@@ -80,14 +85,14 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, part: Worker |
     model: already loaded. part: among several workers; None asks the environment. Raises ConfigError for settings that
     do not fit, CheckpointError for weights that are missing, Ended(4) for shards that are missing or damaged.
     """
-    config = with_batch_size(of_model(config, model))
+    config = resolved(config, model)
     with threads(config.threads):
         spec, part = evaluation_spec(config), part or worker()
         spec = with_folders(spec, resolve_model(config.model.path))
         real = reference(config.reference)
         folder = runs.run_folder(config.out, config.name, run_identity(spec, real.identity()))
         if config.stage == "verify":
-            return Evaluation(folder, message=_verified(spec))
+            return Evaluation(folder, message=_verified(spec.shards()))
         device = str(usable_device(part.device(config.device)))
         metrics = image_metrics(spec, device)
         _check_counts(config, metrics, len(real))
@@ -108,7 +113,7 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, part: Worker |
         if config.stage == "shards":
             return dataclasses.replace(done, message=f"all {len(spec.shards())} shards exist")
         result = _results(spec, metrics, real, folder)
-        log_evaluation(spec, result, lambda: shown_images(spec), folder)
+        log_evaluation(spec, result, lambda: examples(spec, folder.name), folder)
         return dataclasses.replace(done, result=result)
 
 
@@ -116,18 +121,14 @@ def _check_counts(config: EvaluateConfig, metrics: Sequence[ImageMetric], real: 
     """ConfigError for fewer images than features on either side, before anything is sampled."""
     sides = {f"images: {config.images}": config.images, f"reference: {config.reference}: {real} images": real}
     for extractor in (metric.extractor for metric in metrics if metric.extractor is not None and not config.force):
-        for side, count in sides.items():
-            if count <= extractor.dim:
-                raise ConfigError(
-                    f"{side} are too few for {extractor.dim} features ({extractor.name}), whose "
-                    f"covariance needs {extractor.dim + 1}; take more, or force=true for biased distances"
-                )
+        if few := next((side for side, count in sides.items() if count <= extractor.dim), None):
+            raise ConfigError(f"{few} are too few for {extractor.dim} features ({extractor.name}), whose covariance "
+                              f"needs {extractor.dim + 1}; take more, or force=true for biased distances")  # fmt: skip
 
 
-def _verified(spec: EvaluationSpec) -> str:
+def _verified(paths: Sequence[Path]) -> str:
     """Read every byte of every shard. Ended(4) for the first that is missing or damaged."""
-    paths = spec.shards()
-    if damaged := [message for message in map(shards.verify, paths) if message]:
+    if damaged := list(filter(None, map(shards.verify, paths))):
         raise Ended(4, f"{len(damaged)} of {len(paths)} shards are not whole: {damaged[0]}")
     return f"all {len(paths)} shards are whole"
 
@@ -152,10 +153,12 @@ def _incomplete(spec: EvaluationSpec, metrics: Sequence[ImageMetric], progress: 
 def _results(spec: EvaluationSpec, metrics: Sequence[ImageMetric], real: Reference, folder: Path) -> Result:
     """The results and all files that show them; read where they are of just these shards and settings."""
     config, path = spec.config, folder / RESULTS
-    for place in [*spec.folders.values(), Path(config.out) / "reference", folder, folder / "figures"]:
-        shards.sweep(place)
-    read = [required_arrays(spec, metrics, method, rows) for method in spec.methods for rows in spec.ranges]
-    sums = [shards.checksums(shard, names) for shard, names in zip(spec.shards(), read, strict=True)]
+    for swept in [*spec.folders.values(), Path(config.out) / "reference", folder, folder / "figures"]:
+        shards.sweep(swept)
+    sums = []
+    for method, rows in ((method, rows) for method in spec.methods for rows in spec.ranges):
+        arrays = shards.header(spec.shard(method, rows))["arrays"]
+        sums.append([arrays[name]["sha256"] for name in required_arrays(spec, metrics, method, rows)])
     named = [folder.name, config.name, config.model.name, config.n_examples]  # the folder's name is the run's identity
     inputs = runs.digest([VERSION, runs.code_version(), named, [metric.producer for metric in metrics], sums])
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -174,50 +177,17 @@ def _results(spec: EvaluationSpec, metrics: Sequence[ImageMetric], real: Referen
 
 def _write(spec: EvaluationSpec, metrics: Sequence[ImageMetric], folder: Path, result: Result) -> list[str]:
     """Tables, figures and the page; their names in the folder."""
-    config = spec.config
-    common = {
-        "experiment": config.name, "run": folder.name, "model": config.model.name, "sampler": config.sampler.name,
-        "schedule": config.schedule.name, "steps": config.steps, "reference": config.reference,
-        "reference_images": result.reference_images,
-    }  # fmt: skip
+    config, frame = spec.config, result.frame
     texts = {
-        "config.yaml": runs.written_config(runs.plain(config), OF_A_CALL), "table.md": table.markdown(result.frame),
-        "table.tex": table.latex(result.frame), "metrics.csv": to_csv(result.frame.plain()),
-        "metrics.jsonl": table.to_jsonl(result.frame, common),
+        "config.yaml": written_config(config, OF_A_CALL), "table.md": markdown(*table(frame)),
+        "table.tex": latex(*table(frame)), "metrics.csv": to_csv(frame.plain()),
+        "metrics.jsonl": to_jsonl(frame, spec.facts(folder.name, result.reference_images)),
     }  # fmt: skip
     for name, text in texts.items():
         runs.write(folder / name, text)
-    figures = plots.draw(spec, result, where(spec, result))
+    figures = plots.draw(spec, result)
     paths = {name: folder / "figures" / f"{name}.png" for name in figures}
     for name, figure in figures.items():
         save(figure, paths[name], figure_record(name, "evaluate", config, OF_A_CALL))
-    prompts = config.prompts if isinstance(config.prompts, str) else f"{len(spec.prompts)} texts"
-    facts = {
-        "run": folder.name, "code": runs.code_version(), "images sampled by": _sampled_by(spec),
-        "prompts": prompts if any(spec.prompts) else "none (unconditional)", "reference": config.reference,
-        "measured by": "; ".join(f"{metric.array} ({metric.producer[:12]})" for metric in metrics),
-    }  # fmt: skip
-    shown = records(spec, range(min(config.n_examples, config.images)), folder.name)
-    runs.write(folder / PAGE, page(spec, result, shown_images(spec), paths, facts, shown))
+    runs.write(folder / PAGE, page(spec, result, metrics, list(paths.values()), folder.name))
     return [*texts, *(str(path.relative_to(folder)) for path in paths.values()), PAGE]
-
-
-def shown_images(spec: EvaluationSpec) -> dict[str, np.ndarray]:
-    """Of every method the images that the page shows, uint8 (n, 3, h, w)."""
-    shown = spec.config.n_examples
-    ranges = [rows for rows in spec.ranges if rows.start < shown]
-    return {
-        method: np.concatenate([shards.load(spec.shard(method, rows), IMAGES) for rows in ranges])[:shown]
-        for method in spec.methods
-    }
-
-
-def _sampled_by(spec: EvaluationSpec) -> str:
-    """The versions of the code that sampled the images; a line on stderr where they are not the current ones."""
-    found = {", ".join(f"{name} {version}" for name, version in versions.items())
-             for versions in map(shards.versions, spec.shards())}  # fmt: skip
-    text = "; ".join(sorted(found))
-    if found != {", ".join(f"{name} {version}" for name, version in runs.versions().items())}:
-        hint = "not all images are of this code and torch; a new `out` samples them all again"
-        print(f"{hint}: {text}", file=sys.stderr)
-    return text

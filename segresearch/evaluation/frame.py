@@ -10,7 +10,6 @@ On disk: metrics.csv and metrics.jsonl (one row a line), and "metrics" of result
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 from segresearch.evaluation.paper_numbers import HEADS
@@ -22,7 +21,6 @@ class Metric:
 
     kind: the statistic ("fd", "precision", "count"). features: the network it is computed with, "" for none.
     head: of its column; "" for a number that no table shows. digits: after the point.
-    to_baseline: a difference to the baseline's number, or a distance to the baseline's images.
     group: quality; content (what is in the images); paper (a number of arXiv 2408.00760).
     """
 
@@ -30,7 +28,6 @@ class Metric:
     features: str = ""
     head: str = ""
     digits: int = 3
-    to_baseline: bool = False
     group: Literal["quality", "content", "paper"] = "quality"
 
     @property
@@ -70,44 +67,32 @@ class Frame:
         return cls(tuple(value for value in values if METRICS[value.metric]))
 
     def plain(self) -> list[dict[str, Any]]:
-        """Rows as JSON and csv.DictWriter take them."""
+        """Rows as JSON and CSV take them."""
         return [asdict(row) for row in self.rows]
 
-    @cached_property
-    def _by_key(self) -> dict[tuple[str, str], Value]:
-        return {(row.method, row.metric): row for row in self.rows}
-
     def __getitem__(self, key: tuple[str, str]) -> Value:
-        return self._by_key.get(key) or Value(*key, None)
+        return next((row for row in self.rows if (row.method, row.metric) == key), Value(*key, None))
 
     @property
     def methods(self) -> tuple[str, ...]:
         """In the order of the run: the first is the baseline."""
         return tuple(dict.fromkeys(row.method for row in self.rows))
 
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """Those of any row, in the order of METRICS."""
+    def metrics(self, *kinds: str) -> tuple[Metric, ...]:
+        """Those of any row, in the order of METRICS; of these kinds alone, such as "fd", where some are named."""
         names = {row.metric for row in self.rows}
-        return tuple(metric for name, metric in METRICS.items() if name in names)
-
-    def of_kind(self, kind: str) -> tuple[Metric, ...]:
-        """The metrics of a kind, such as "fd", whatever their features."""
-        return tuple(metric for metric in self.metrics if metric.kind == kind)
+        return tuple(m for name, m in METRICS.items() if name in names and (not kinds or m.kind in kinds))
 
 
 def _metrics() -> Iterator[Metric]:
     yield Metric("n", head="N", digits=0)
     yield Metric("operations")  # floating-point operations of the sampling of one image
-    for features, frechet, kernel in (
-        ("mini", "FD (mini)", "KD (mini)"),
-        ("inception", "FID", "KID"),
-        ("dinov2", "FD (DINOv2)", "KD (DINOv2)"),
-        ("clip", "FD (CLIP)", "CMMD"),
-    ):
-        yield Metric("fd", features, frechet, 2)
-        yield Metric("fd_to_baseline", features, "− baseline", 2, to_baseline=True)  # on the same resampled images
-        yield Metric("kd", features, kernel, 1 if features == "mini" else 4)
+    frechet = {"mini": "FD (mini)", "inception": "FID", "dinov2": "FD (DINOv2)", "clip": "FD (CLIP)"}
+    kernel = {"mini": "KD (mini)", "inception": "KID", "dinov2": "KD (DINOv2)", "clip": "CMMD"}
+    for features in frechet:
+        yield Metric("fd", features, frechet[features], 2)
+        yield Metric("fd_to_baseline", features, "− baseline", 2)  # on the same resampled images
+        yield Metric("kd", features, kernel[features], 1 if features == "mini" else 4)
         yield Metric("precision", features, "precision")
         yield Metric("recall", features, "recall")
         yield Metric("fd_extrapolated", features)  # with its first order in 1/N removed
@@ -115,17 +100,15 @@ def _metrics() -> Iterator[Metric]:
         yield Metric("variance", features)  # of the features, summed, over that of the reference
         yield Metric("kd_spread", features)  # standard deviation between the subsets
     for features, head in (("mini", "distance (mini)"), ("vgg", "LPIPS vgg"), ("alex", "LPIPS alex")):
-        yield Metric("distance", features, head, to_baseline=True)
+        yield Metric("distance", features, head)
     yield Metric("text_alignment", "mini", "cosine (mini)")
     yield Metric("text_alignment", "clip", "CLIP cosine")
     heads = {"count": "count", "colors": "colours", "shapes": "shapes", "objects": "objects", "exact": "exact",
              "objects_chance": "(chance)", "edges": "edges", "saturation": "saturation", "brightness": "",
              "contrast": "contrast", "red": "", "green": "", "blue": ""}  # fmt: skip
-    for kind, head in heads.items():
-        yield Metric(kind, head=head, group="content")
+    yield from (Metric(kind, head=head, group="content") for kind, head in heads.items())
     yield Metric("cost", head="cost", digits=2)  # operations over those of the baseline
-    for column, head in HEADS.items():
-        yield Metric("paper", column, f"paper: {head}", group="paper")
+    yield from (Metric("paper", column, f"paper: {head}", group="paper") for column, head in HEADS.items())
 
 
 METRICS = {metric.name: metric for metric in _metrics()}  # in the order of a table's columns

@@ -3,25 +3,27 @@
 import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from segresearch.checkpoints.resolve import resolve_model
-from segresearch.config.names import nearest
 from segresearch.config.parse import HELD_OUT, SCENE
+from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError, InputError, NotFinite
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
-from segresearch.metrics.attributes import agreement, classify, load_attribute_classifier, scene_attributes
-from segresearch.metrics.edge_agreement import edge_agreement
+from segresearch.metrics.agreement import AttributeClassifier, agreement, classify, edge_agreement, scene_attributes
 from segresearch.metrics.features import Extractor, load_extractor
 from segresearch.metrics.lpips import load_lpips, lpips_distances
-from segresearch.metrics.mini_vision import load_vision, perceptual_distances, unit_range
+from segresearch.metrics.mini_vision import load_part, load_vision, perceptual_distances, unit_range
 from segresearch.metrics.text_alignment import CLIP, MiniClip, load_clip, text_alignment
+from segresearch.models import load_sdxl
 from segresearch.models.compute import arithmetic
 from segresearch.runs import digest, fingerprint
+from segresearch.scenes.scenes import scenes
 from segresearch.threads import one_thread
 
 WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "text_alignment")
@@ -109,64 +111,56 @@ def measure(metrics: Sequence[ImageMetric], samples: Samples, names: Collection[
 
 
 def _features(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
-    config = spec.config
-    extractor = load_extractor(name, config.weights.get(name), config.checksums.get(name), device=device)
-    return ImageMetric(f"features-{name}", extractor.weights, lambda s: extractor.of(s.images), extractor=extractor)
+    net = load_extractor(name, spec.config.weights.get(name), spec.config.checksums.get(name), device=device)
+    return ImageMetric(f"features-{name}", net.weights, lambda s: net.of(s.images), extractor=net)
 
 
 def _distance(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
     weights, checksums = spec.config.weights, spec.config.checksums
-    baseline = spec.folders[spec.baseline].name.rpartition("-")[2]
+    net: Any
     if name == "mini":
         folder = resolve_model(weights.get("mini") or "mini")
-        vision, producer = load_vision(folder).vision.to(device), fingerprint(folder / "vision")
-        return ImageMetric(
-            "distance-mini", producer, lambda s: perceptual_distances(vision, s.images, s.baseline), baseline=baseline
-        )
-    heads = f"{name}_heads"
-    sha256 = checksums.get(name), checksums.get(heads)
-    net = load_lpips(name, weights.get(name), weights.get(heads), sha256, device=device)
-    producer = hashlib.sha256(b"".join(weight.cpu().numpy().tobytes() for weight in net.parameters())).hexdigest()
-    return ImageMetric(
-        f"distance-{name}", producer, lambda s: lpips_distances(net, s.images, s.baseline), baseline=baseline
-    )
+        net, compare = load_vision(folder).vision.to(device), perceptual_distances
+        producer = fingerprint(folder / "vision")
+    else:
+        heads = f"{name}_heads"
+        sha256 = checksums.get(name), checksums.get(heads)
+        net, compare = load_lpips(name, weights.get(name), weights.get(heads), sha256, device=device), lpips_distances
+        producer = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in net.parameters())).hexdigest()
+    baseline = spec.folders[spec.baseline].name.rpartition("-")[2]
+    return ImageMetric(f"distance-{name}", producer, lambda s: compare(net, s.images, s.baseline), baseline=baseline)
 
 
 def _text_alignment(spec: EvaluationSpec, device: str) -> ImageMetric:
-    config = spec.config
-    if config.text_alignment == "clip":
-        path, checksum = config.weights.get("text_alignment"), config.checksums.get("text_alignment")
-        clip = load_clip(path or CLIP, checksum, device=device)
+    weights, checksums = spec.config.weights, spec.config.checksums
+    if spec.config.text_alignment == "clip":
+        clip = load_clip(weights.get("text_alignment") or CLIP, checksums.get("text_alignment"), device=device)
         return ImageMetric("text_alignment-clip", clip.weights, lambda s: text_alignment(clip, s.images, s.prompts))
-    from segresearch.models import load_sdxl
-
-    folder = resolve_model(config.weights.get("mini") or "mini")
+    folder = resolve_model(weights.get("mini") or "mini")
     mini = MiniClip(load_vision(folder).to(device), load_sdxl(folder, device=device).text)
     producer = digest([fingerprint(folder / part) for part in ("vision", "text_encoder_2")])
     return ImageMetric("text_alignment-mini", producer, lambda s: text_alignment(mini, s.images, s.prompts, batch=250))
 
 
-def _attributes(scenes: Sequence[int]) -> ImageMetric:
+def _attributes(indices: Sequence[int]) -> ImageMetric:
     """Agreement with the scene of the prompt, and by chance, with that of the next prompt. On the CPU: it is small."""
-    classifier = load_attribute_classifier()
+    classifier = load_part("mini", "attributes", AttributeClassifier)
 
     def match(samples: Samples) -> Tensor:
         predicted = classify(classifier, samples.images)
-        expected = [scene_attributes([scenes[(i + shift) % len(scenes)] for i in samples.rows]) for shift in (0, 1)]
-        own, next_one = (agreement(predicted, attributes) for attributes in expected)
-        return torch.stack([*(own[key] for key in ATTRIBUTES[:-1]), next_one["objects"]], dim=1)  # 6 (b,) -> (b, 6)
+        expected = [scene_attributes([indices[(i + shift) % len(indices)] for i in samples.rows]) for shift in (0, 1)]
+        prompt, next_prompt = (agreement(predicted, attributes) for attributes in expected)
+        return torch.stack([*(prompt[key] for key in ATTRIBUTES[:-1]), next_prompt["objects"]], dim=1)  # -> (b, 6)
 
     producer = digest([2, fingerprint(resolve_model("mini") / "attributes")])
     return ImageMetric("attributes", producer, match, ATTRIBUTES)
 
 
-def _edges(scenes: Sequence[int]) -> ImageMetric:
+def _edges(indices: Sequence[int]) -> ImageMetric:
     """How well contrasts lie on the edges of the scenes that the first control's images are of."""
-    from segresearch.scenes.scenes import scenes as rendered
 
     def match(samples: Samples) -> Tensor:
-        h, w = samples.images.shape[2:]
-        edges = rendered([scenes[i] for i in samples.rows], size=(h, w)).edges
+        edges = scenes([indices[i] for i in samples.rows], size=tuple(samples.images.shape[2:])).edges
         return edge_agreement(unit_range(samples.images), edges)
 
     return ImageMetric("edges", "1", match)

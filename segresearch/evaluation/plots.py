@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from segresearch.config import CFGTerm, GuidanceConfig, PerturbedTerm
 from segresearch.evaluation.aggregate import Result
-from segresearch.evaluation.frame import METRICS, Frame
+from segresearch.evaluation.frame import Frame
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.guidance import PAG, SEG, Ramp
 from segresearch.image_grid import INK, QUIET
@@ -20,42 +21,38 @@ COLORS = {"vanilla": QUIET, "CFG": "#b8860b", "SEG": "#1f5fa8", "PAG": "#b03a2e"
 MARKS = "os^DvPX*<>"
 
 
-def _perturbed(guidance: GuidanceConfig) -> list[PerturbedTerm]:
-    return [term for term in guidance.terms.values() if isinstance(term, PerturbedTerm)]
-
-
 def kind(guidance: GuidanceConfig) -> str:
     """What colours a method: SEG, PAG, SAG, CFG, vanilla or other."""
-    perturbations = [term.perturbation for term in _perturbed(guidance)]
+    perturbations = [term.perturbation for term in guidance.terms.values() if isinstance(term, PerturbedTerm)]
     if any(isinstance(perturbation, SEG) for perturbation in perturbations):
         return "SEG"
     if guidance.sag is not None:
         return "SAG"
     if perturbations:
         return "PAG" if isinstance(perturbations[0], PAG) else "other"
-    return "CFG" if any(isinstance(term, CFGTerm) for term in guidance.terms.values()) else "vanilla"
+    return "CFG" if guidance.terms else "vanilla"
 
 
 def family(guidance: GuidanceConfig) -> tuple[str, float] | None:
     """Methods that differ in SEG's σ alone make a line: its name and this σ; None for others."""
-    segs = [(t, t.perturbation) for t in _perturbed(guidance) if isinstance(t.perturbation, SEG)]
-    if len(segs) != 1:
+    terms = [term for term in guidance.terms.values() if isinstance(term, PerturbedTerm)]
+    pairs = [(term.scale, term.perturbation) for term in terms if isinstance(term.perturbation, SEG)]
+    if len(pairs) != 1:
         return None
-    term, seg = segs[0]
-    words = [] if isinstance(term.scale, Ramp) else [f"s = {term.scale:g}"]
+    ((scale, seg),) = pairs
+    words = [] if isinstance(scale, Ramp) else [f"s = {scale:g}"]
     words += [] if seg.on == "q" else [f"blur of {seg.on}"]
     words += [] if seg.where == "mid" else [str(seg.where)]
-    cfg = [t.weight for t in guidance.terms.values() if isinstance(t, CFGTerm) and not isinstance(t.weight, Ramp)]
-    return "SEG " + ", ".join(words + [f"CFG {w:g}" for w in cfg]), seg.sigma
+    weights = [term.weight for term in guidance.terms.values() if isinstance(term, CFGTerm)]
+    return "SEG " + ", ".join(words + [f"CFG {w:g}" for w in weights if not isinstance(w, Ramp)]), seg.sigma
 
 
-def draw(spec: EvaluationSpec, result: Result, where: str) -> dict[str, Figure]:
-    """The plots that the frame has values for, by name. where: the run, in words."""
-    kinds = {metric.kind for metric in result.frame.metrics}
-    plots = {}
-    if "fd" in kinds:
+def draw(spec: EvaluationSpec, result: Result) -> dict[str, Figure]:
+    """The plots that the frame has values for, by name."""
+    where, plots = spec.describe(result.reference_images), {}
+    if result.frame.metrics("fd"):
         plots["quality"] = _quality(spec, result.frame, where)
-    if "saturation" in kinds:
+    if result.frame.metrics("saturation"):
         plots["colour"] = _colour(spec, result.frame, where)
     if any(any(steps) for steps in result.norms.values()):
         plots["norms"] = _norms(result.norms, where)
@@ -63,11 +60,10 @@ def draw(spec: EvaluationSpec, result: Result, where: str) -> dict[str, Figure]:
 
 
 def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
-    fd, distance = frame.of_kind("fd")[0], next(iter(frame.of_kind("distance")), None)
+    fd, distance = frame.metrics("fd")[0], next(iter(frame.metrics("distance")), None)
     name = f"{fd.head} − that of “{spec.baseline}”"
-    difference = METRICS[f"fd_to_baseline-{fd.features}"].name  # on the same resampled images: a smaller error
-    values = {m: frame[m, difference].value or 0.0 for m in frame.methods}  # 0: the baseline itself
-    errors = {m: frame[m, difference].error or 0.0 for m in frame.methods}
+    rows = {m: frame[m, f"fd_to_baseline-{fd.features}"] for m in frame.methods}  # paired, so with a smaller error
+    values, errors = ({m: getattr(row, key) or 0.0 for m, row in rows.items()} for key in ("value", "error"))
     colors = {m: COLORS[kind(spec.methods[m])] for m in frame.methods}
     families = {m: pair for m in frame.methods if (pair := family(spec.methods[m]))}
     sigmas = sorted({sigma for _, sigma in families.values()})
@@ -160,7 +156,7 @@ def _norms(norms: Mapping[str, Sequence[float]], where: str) -> Figure:
         f"{where}. Root mean square over an image's latents of what guidance adds to the denoised prediction, mean "
         "over images, at each evaluation of the model from the noisiest on."
     )
-    figure = canvas(8.0, 3.4, "How much guidance adds, step by step", caption)
+    figure = canvas(11.5, 3.8, "How much guidance adds, step by step", caption)
     axis = figure.subplots()
     shown = {method: steps for method, steps in norms.items() if any(steps)}
     tints = colormaps["viridis"](np.linspace(0, 0.9, max(len(shown), 2)))
@@ -168,5 +164,6 @@ def _norms(norms: Mapping[str, Sequence[float]], where: str) -> Figure:
         axis.plot(range(1, len(steps) + 1), steps, f"-{MARKS[i % len(MARKS)]}", markersize=3, linewidth=1.2,
                   label=method, color=tints[i] if len(shown) > 8 else None)  # fmt: skip
     axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     label(axis, x="evaluation", y="RMS of D − D[base]", grid="y")
     return figure

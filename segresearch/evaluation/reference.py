@@ -16,6 +16,7 @@ from segresearch.config.parse import HELD_OUT, SCENE, scene_numbers
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation import shards
 from segresearch.metrics.features import Extractor
+from segresearch.scenes.scenes import scenes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SCENES = 500  # rendered together
@@ -41,11 +42,8 @@ class Reference:
 
     def batches(self) -> Iterator[Tensor]:
         """uint8 (b, 3, h, w): scenes by the hundred, files one by one in their own size. Raises ConfigError."""
-        if self.scenes:
-            from segresearch.scenes.scenes import scenes
-
-            for i in range(0, len(self.scenes), SCENES):
-                yield scenes(self.scenes[i : i + SCENES]).images
+        for i in range(0, len(self.scenes), SCENES):
+            yield scenes(self.scenes[i : i + SCENES]).images
         for path in self.files:
             try:
                 with Image.open(path) as image:
@@ -79,9 +77,8 @@ def features(images: Reference, extractor: Extractor, out: str | Path) -> Float[
     path = Path(out) / "reference" / f"{extractor.name}-{digest}.safetensors"
     if shards.producers(path).get(FEATURES) == extractor.weights:
         return torch.from_numpy(shards.load(path, FEATURES))
-    parts, name = [], f"reference, {extractor.name}"
-    bar = tqdm(total=len(images), unit="image", desc=name, disable=None, leave=False)
-    with bar:
+    parts = []
+    with tqdm(total=len(images), unit="image", desc=f"reference, {extractor.name}", disable=None, leave=False) as bar:
         for batch in images.batches():
             try:
                 parts.append(extractor.of(batch).float())

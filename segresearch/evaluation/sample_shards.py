@@ -1,15 +1,17 @@
-"""Sample the missing shards of an evaluation and measure them."""
+"""Sample the missing shards of an evaluation and measure them: which part is this process's, by torchrun's environment
+or Slurm's. Workers never talk to each other."""
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -17,22 +19,59 @@ from tqdm import tqdm
 from segresearch import runs
 from segresearch.config.build import build_guidance
 from segresearch.control_images.prepare import controlled_batch
-from segresearch.errors import NotFinite
+from segresearch.errors import ConfigError, NotFinite
 from segresearch.evaluation import shards
 from segresearch.evaluation.image_metrics import ImageMetric, Samples, check_size, measure
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
-from segresearch.evaluation.workers import Worker
 from segresearch.sample_images import decode_images, run_sigmas, sample_latents
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL
 
+LAUNCHERS = (  # a step's tasks, not the job's: a batch script that calls the program once is one worker
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
 DECODED = 10  # latents that are decoded together on a CPU, in whose cache small parts stay
 PIXELS = 2**23  # of images decoded together on a GPU, at least one image
 IMAGES, NORMS, COST = OF_SAMPLING = "images", "norms", "cost"  # arrays
 SAMPLING = "sampled"  # their producer
-Advance = Callable[[int], object]  # of a progress bar
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Worker `rank` (from 0) of `world`; `local` is its number on its machine, and that of its GPU."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    def __str__(self) -> str:
+        return f"worker {self.rank + 1} of {self.world}"
+
+    def part(self, items: Sequence[Any]) -> list[Any]:
+        """Every `world`-th of items, from `rank` on."""
+        return list(items[self.rank :: self.world])
+
+    def device(self, device: str) -> str:
+        """ "auto" as the GPU of this worker where there are several workers; anything else as it is."""
+        if device != "auto" or self.world == 1:
+            return device
+        return f"cuda:{self.local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
+def worker(environ: Mapping[str, str] = os.environ) -> Worker:
+    """This process among the workers. ConfigError where the variables make no sense."""
+    for names in LAUNCHERS:
+        if names[0] in environ and names[1] in environ:
+            values = {name: environ.get(name, "0") for name in names}
+            rank, world, _ = values.values()
+            if not all(map(str.isdecimal, values.values())) or int(rank) >= int(world):
+                listed = ", ".join(f"{name}={value}" for name, value in values.items())
+                raise ConfigError(f"{listed}: the rank must be a whole number below the number of workers")
+            return Worker(*map(int, values.values()))
+    return Worker()
 
 
 @dataclass
@@ -63,9 +102,8 @@ def missing_arrays(spec: EvaluationSpec, metrics: Sequence[ImageMetric], rows: r
     """The arrays that the shards of a range lack, by method; methods that lack none are left out."""
     missing = {}
     for method in spec.methods:
-        required = required_arrays(spec, metrics, method, rows)
-        present = shards.producers(spec.shard(method, rows))
-        missing[method] = {name for name, producer in required.items() if present.get(name) != producer}
+        present = shards.producers(spec.shard(method, rows)).items()
+        missing[method] = {name for name, _ in required_arrays(spec, metrics, method, rows).items() - present}
     return {method: names for method, names in missing.items() if names}
 
 
@@ -77,28 +115,27 @@ def sample_shards(
     load: called when the first image is to be sampled. Then every method is built and every metric tried on a blank
     image, so that what cannot work fails early.
     """
-    config = spec.config
 
     @cache
     def loaded() -> "SDXL":
         sdxl = load()
-        sdxl.latent_shape(config.size)
-        check_size(metrics, config.size or sdxl.default_size)
+        sdxl.latent_shape(spec.config.size)
+        check_size(metrics, spec.config.size or sdxl.default_size)
         for guidance in spec.methods.values():
             build_guidance(guidance, sdxl.denoiser)
         return sdxl
 
     own = worker.part(spec.ranges)
-    todo = [(rows, missing) for rows in own if (missing := missing_arrays(spec, metrics, rows))]
-    count = sum(len(rows) * len(missing) for rows, missing in todo)
+    todo = {rows: len(missing) for rows in own if (missing := missing_arrays(spec, metrics, rows))}
+    count = sum(len(rows) * methods for rows, methods in todo.items())
     progress = Progress(existing=sum(map(len, own)) * len(spec.methods) - count)
     with tqdm(total=count, unit="image", disable=None, leave=False, smoothing=0.05) as bar:
-        for rows, _ in todo:
-            _sample_range(spec, metrics, rows, loaded, bar, progress)
+        for rows in todo:
+            _write_shards(spec, metrics, rows, loaded, bar, progress)
     return progress
 
 
-def _sample_range(
+def _write_shards(
     spec: EvaluationSpec, metrics: Sequence[ImageMetric], rows: range, loaded: Callable[[], "SDXL"], bar: Any,
     progress: Progress,
 ) -> None:  # fmt: skip
@@ -107,7 +144,7 @@ def _sample_range(
     controls: list[Any] = []  # of each batch; the methods share them
     relative = {metric.array for metric in metrics if metric.baseline}
 
-    def images_of(method: str, names: set[str], advance: Advance) -> tuple[Tensor, dict[str, np.ndarray]]:
+    def images_of(method: str, names: set[str], advance: Callable[[int], object]) -> tuple[Tensor, dict[str, Any]]:
         """From the shard where it holds them and lacks no array of sampling, else sampled, to the same bits."""
         path = spec.shard(method, rows)
         if shards.producers(path).get(IMAGES) == SAMPLING and not names.intersection(OF_SAMPLING):
@@ -134,12 +171,13 @@ def _sample_range(
         present = shards.producers(path)
         kept = {name: Array(shards.load(path, name), present[name]) for name in present.keys() - names}
         sampled = {name: Array(arrays[name], SAMPLING) for name in names.intersection(OF_SAMPLING)}
-        shards.write(path, kept | measured | sampled, shards.versions(path) if IMAGES in kept else runs.versions())
+        versions = shards.header(path)["versions"] if IMAGES in kept else runs.versions()
+        shards.write(path, kept | measured | sampled, versions)
         progress.sampled += len(rows)
 
 
 def sample_range(
-    spec: EvaluationSpec, method: str, rows: range, sdxl: "SDXL", controls: list[Any], advance: Advance
+    spec: EvaluationSpec, method: str, rows: range, sdxl: "SDXL", controls: list[Any], advance: Callable[[int], object]
 ) -> tuple[UInt8[Tensor, "b 3 h w"], dict[str, np.ndarray]]:
     """Images of `rows`, in batches that start with the range, and the arrays NORMS (where all images were evaluated
     equally often) and COST (see `required_arrays`). Raises NotFinite.
@@ -151,10 +189,10 @@ def sample_range(
     batches = [rows[i : i + step] for i in range(0, len(rows), step)]
     size = config.size or sdxl.default_size
     if config.controls and not controls:
-        images_of = [[spec.controls[i] for i in batch] for batch in batches]
         sigmas = run_sigmas(sdxl, config)
+        images_of = [[spec.controls[i] for i in batch] for batch in batches]
         controls += [controlled_batch(sdxl, config.controls, images, size, sigmas) for images in images_of]
-    norms: list[list[Float[Tensor, " b"]]] = []
+    norms: list[list[Tensor]] = []  # of each batch and evaluation (b,)
 
     def note_norm(guided: Tensor, unguided: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """The last post-processor: notes the root mean square of what guidance adds, and changes nothing."""

@@ -8,7 +8,7 @@ there. Two processes that write the same shard do no harm: both write the same b
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,50 +38,32 @@ class Damaged(Ended):
         super().__init__(4, f"{message}; remove the file, and the same command writes it again")
 
 
-def ranges(count: int, size: int) -> tuple[range, ...]:
-    """0 to `count` in ranges of `size`; the last may be shorter."""
-    return tuple(range(start, min(start + size, count)) for start in range(0, count, size))
+def header(path: Path) -> dict[str, Any]:
+    """arrays: of each its sha256 and its producer. versions: of the code that sampled the images, by package.
 
-
-def file_name(rows: range) -> str:
-    """Of the shard of a range of images."""
-    return f"{rows.start:07d}-{rows.stop:07d}.safetensors"
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """Raises Damaged, OSError."""
+    Raises Damaged, OSError; contents are read by `load` and `verify` alone.
+    """
     try:
         with safe_open(path, "numpy") as file:  # refuses a file that is cut short
-            header = json.loads(file.metadata()[HEADER])
-            if header["sha256"] == runs.digest(header["arrays"]) and header["arrays"].keys() == set(file.keys()):
-                return header
+            entry = json.loads(file.metadata()[HEADER])
+            if entry["sha256"] == runs.digest(entry["arrays"]) and entry["arrays"].keys() == set(file.keys()):
+                return entry
     except (SafetensorError, ValueError, KeyError, TypeError):
         pass
     raise Damaged(f"{path}: damaged")
 
 
 def producers(path: Path) -> dict[str, str]:
-    """The producer of each array in a shard; {} where it is missing or cut short (`verify` reads the contents)."""
+    """The producer of each array in a shard; {} where it is missing or cut short."""
     try:
-        return {key: entry["producer"] for key, entry in _header(path)["arrays"].items()}
+        return {key: entry["producer"] for key, entry in header(path)["arrays"].items()}
     except (OSError, Damaged):
         return {}
 
 
-def checksums(path: Path, keys: Iterable[str]) -> list[str]:
-    """Of some arrays of a shard, as its header has them. Raises Damaged, OSError."""
-    entries = _header(path)["arrays"]
-    return [entries[key]["sha256"] for key in keys]
-
-
-def versions(path: Path) -> dict[str, str]:
-    """Versions of the code that sampled the images of a shard, by package. Raises Damaged, OSError."""
-    return _header(path)["versions"]
-
-
 def load(path: Path, key: str) -> np.ndarray:
     """One array, its checksum compared. Raises Damaged, OSError."""
-    (checksum,) = checksums(path, [key])
+    checksum = header(path)["arrays"][key]["sha256"]
     with safe_open(path, "numpy") as file:
         value = file.get_tensor(key)
     if _sha256(value) != checksum:
@@ -94,7 +76,7 @@ def verify(path: Path) -> str | None:
     if not path.is_file():
         return f"{path}: missing"
     try:
-        for key in _header(path)["arrays"]:
+        for key in header(path)["arrays"]:
             load(path, key)
     except OSError as error:
         return f"{path}: {error.strerror or error}"
@@ -107,8 +89,8 @@ def write(path: Path, arrays: Mapping[str, Array], versions: Mapping[str, str] |
     """Write a shard atomically, replacing an older one. OSError leaves the older one as it was."""
     values = {key: np.ascontiguousarray(array.value) for key, array in arrays.items()}
     entries = {key: {"sha256": _sha256(values[key]), "producer": array.producer} for key, array in arrays.items()}
-    header = {"arrays": entries, "sha256": runs.digest(entries), "versions": dict(versions or {})}
-    data = save(values, {HEADER: json.dumps(header, sort_keys=True)})
+    described = {"arrays": entries, "sha256": runs.digest(entries), "versions": dict(versions or {})}
+    data = save(values, {HEADER: json.dumps(described, sort_keys=True)})
     with runs.replacing(path) as temporary:
         try:
             with temporary.open("wb") as file:
@@ -122,9 +104,8 @@ def write(path: Path, arrays: Mapping[str, Array], versions: Mapping[str, str] |
 
 def sweep(folder: Path) -> None:
     """Remove the temporary files of processes of this machine that are gone."""
-    for path in folder.glob(".*.tmp"):
-        if runs.abandoned(path):
-            path.unlink(missing_ok=True)
+    for path in filter(runs.abandoned, folder.glob(".*.tmp")):
+        path.unlink(missing_ok=True)
 
 
 def _sha256(value: np.ndarray) -> str:

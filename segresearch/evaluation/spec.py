@@ -9,11 +9,11 @@ from typing import Any
 
 from segresearch import runs
 from segresearch.config import EvaluateConfig, GuidanceConfig
-from segresearch.config.expand import checked_control, describe, methods, slug
-from segresearch.config.parse import HELD_OUT, SCENE, control_images, read_prompts, scene_numbers
+from segresearch.config.expand import control_rows, describe, methods, slug
+from segresearch.config.parse import HELD_OUT, SCENE, read_prompts, scene_numbers
 from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError
-from segresearch.evaluation import paper_numbers, shards
+from segresearch.evaluation import paper_numbers
 from segresearch.records import sampling_identity
 
 VERSION = 3  # of what shards hold
@@ -45,41 +45,51 @@ class EvaluationSpec:
 
     @property
     def ranges(self) -> tuple[range, ...]:
-        """Ranges of images, a shard of each method for each range."""
-        return shards.ranges(self.config.images, self.config.shard)
+        """Ranges of images, a shard of each method for each range; the last may be shorter."""
+        count, size = self.config.images, self.config.shard
+        return tuple(range(start, min(start + size, count)) for start in range(0, count, size))
 
     def texts(self, rows: range) -> list[str]:
         """The prompts of some images."""
         return [self.prompts[i % len(self.prompts)] for i in rows]
 
     def shard(self, method: str, rows: range) -> Path:
-        return self.folders[method] / shards.file_name(rows)
+        return self.folders[method] / f"{rows.start:07d}-{rows.stop:07d}.safetensors"
 
     def shards(self) -> list[Path]:
         """Every shard of the run, in the order in which they are aggregated."""
         return [self.shard(method, rows) for method in self.methods for rows in self.ranges]
 
+    def facts(self, run: str, reference_images: int) -> dict[str, Any]:
+        """What metrics.jsonl and W&B say of a run beside its numbers. run: the name of its folder."""
+        config = self.config
+        names = {"model": config.model.name, "sampler": config.sampler.name, "schedule": config.schedule.name}
+        return {"experiment": config.name, "run": run, **names, "steps": config.steps, "reference": config.reference,
+                "reference_images": reference_images}  # fmt: skip
+
+    def describe(self, reference_images: int) -> str:
+        """The run in one line."""
+        config = self.config
+        real = f", against {reference_images} real ones" if reference_images else ""
+        return (f"{config.model.name}, {config.sampler.name}, {config.steps} steps, {config.schedule.name} schedule; "
+                f"N = {config.images} images a method{real}")  # fmt: skip
+
 
 def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:
     """Expand the config. Raises ConfigError for methods that are alike, prompts that cannot be read, a table of the
     paper whose prompts do not match."""
-    by_name = methods(config.compare, config.guidance)
+    by_name = methods((*config.compare, config.guidance))
     prompts = read_prompts(config.prompts, "prompts", config.images)
     scenes: tuple[int, ...] = ()
     if isinstance(config.prompts, str):
         scenes = tuple(HELD_OUT + n for n in scene_numbers(config.prompts, config.images, "prompts") or ())
     if config.keep is not None and config.keep < config.n_examples:
         raise ConfigError(f"keep: {config.keep} images kept are fewer than n_examples, {config.n_examples}; lower it")
-    for key in ("features", "distances"):
-        names = getattr(config, key)
+    for key, names in {"features": config.features, "distances": config.distances}.items():
         if len(set(names)) < len(names):
             raise ConfigError(f"{key}: {list(names)} names one twice")
     paper = paper_numbers.table_for(config.paper, config.name, by_name, prompts)
-    columns = []
-    for key, control in config.controls.items():
-        checked_control(control, f"controls.{key}")
-        columns.append(control_images(control.image, config.images, f"controls.{key}.image"))
-    return EvaluationSpec(config, by_name, prompts, scenes, tuple(zip(*columns, strict=True)), paper)
+    return EvaluationSpec(config, by_name, prompts, scenes, control_rows(config.controls, config.images), paper)
 
 
 def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:
@@ -109,9 +119,9 @@ def run_identity(spec: EvaluationSpec, reference: str) -> dict[str, Any]:
 
     reference: the identity of the real images.
     """
-    asked = {key: getattr(spec.config, key) for key in OF_RESULTS}
+    settings = {key: getattr(spec.config, key) for key in OF_RESULTS}
     named = [[method, folder.name] for method, folder in spec.folders.items()]
-    return {"methods": named, "reference": reference, "paper": spec.paper, **asked}
+    return {"methods": named, "reference": reference, "paper": spec.paper, **settings}
 
 
 def _open_ended(text: str | tuple[str, ...]) -> bool:

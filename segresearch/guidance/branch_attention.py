@@ -37,9 +37,9 @@ class BranchAttention:
             return self.attend(q, k, v, Site(site.name, site.grid, names, self.sigma))
         out = [v[:0]] * len(self.after)
         for perturbations, blocks in self.groups[site.name].items():
-            own_q, own_k, own_v = (_blocks(z, blocks, self.rows) for z in (q, k, v))  # (m · self.rows, h, n, d)
-            here = Site(site.name, site.grid, tuple(self.after[block] for block in blocks), self.sigma)
-            parts = through(perturbations, self.attend)(own_q, own_k, own_v, here).split(self.rows)
+            group_q, group_k, group_v = (_blocks(z, blocks, self.rows) for z in (q, k, v))  # (m · self.rows, h, n, d)
+            group_site = Site(site.name, site.grid, tuple(self.after[block] for block in blocks), self.sigma)
+            parts = compose(perturbations, self.attend)(group_q, group_k, group_v, group_site).split(self.rows)
             for block, part in zip(blocks, parts, strict=True):
                 out[block] = part
         return torch.cat(out)
@@ -52,13 +52,13 @@ def _blocks(z: Tensor, blocks: Sequence[int], rows: int) -> Tensor:
     return torch.cat([z[i * rows : (i + 1) * rows] for i in blocks])
 
 
-def through(perturbations: Sequence[Perturbation], attend: Attend) -> Attend:
+def compose(perturbations: Sequence[Perturbation], attend: Attend) -> Attend:
     """`attend` under the perturbations; each is handed what came before it."""
     for perturbation in perturbations:
-        attend = partial(under, perturbation, attend)
+        attend = partial(perturbed_attention, perturbation, attend)
     return attend
 
 
-def under(perturbation: Perturbation, attend: Attend, q: Heads, k: Heads, v: Heads, site: Site) -> Heads:
+def perturbed_attention(perturbation: Perturbation, attend: Attend, q: Heads, k: Heads, v: Heads, site: Site) -> Heads:
     """The perturbation's output, checked."""
     return checked_out(perturbation(q, k, v, site, attend), v, perturbation, site)

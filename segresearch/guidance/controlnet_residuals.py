@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.errors import InputError
+from segresearch.guidance.postprocess import Latents, Sigma
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet
 from segresearch.models.unet import ControlResiduals
@@ -33,8 +33,8 @@ def active(control: Any) -> tuple[ActiveControlNet, ...]:
 
 def residuals(
     denoiser: Any,
-    x: Float[Tensor, "rows c h w"],
-    sigma: Float[Tensor, " rows"],
+    x: Latents,
+    sigma: Sigma,
     conditionings: Sequence[str],
     joined: Callable[[Sequence[str], int], Cond],
     base: str,
@@ -61,18 +61,19 @@ def residuals(
             continue
         n = len(names)
         hint = net.hint if net.rows == 1 else net.hint.repeat(n, 1, 1, 1)  # (b, c, h, w) -> (n·b, c, h, w)
-        own = denoiser.residuals(x.repeat(n, 1, 1, 1), sigma.repeat(n), joined(names, len(x)), net.net, hint, net.guess)
+        cond = joined(names, len(x))
+        residual = denoiser.residuals(x.repeat(n, 1, 1, 1), sigma.repeat(n), cond, net.net, hint, net.guess)
         if set(scales) != {1.0}:
-            factor = per_row(scales * n, own.mid)
-            own = own.each(lambda r, factor=factor: r * factor)
+            factor = per_row(scales * n, residual.mid)
+            residual = residual.each(lambda r, factor=factor: r * factor)
         if n < len(conditionings):
             zeros = [name != base for name in conditionings]
-            own = own.each(lambda r, zeros=zeros: torch.cat([torch.zeros_like(r) if z else r for z in zeros]))
-        total = own if total is None else total + own
+            residual = residual.each(lambda r, zeros=zeros: torch.cat([torch.zeros_like(r) if z else r for z in zeros]))
+        total = residual if total is None else total + residual
     return total
 
 
-def per_row(scales: Sequence[float], like: Float[Tensor, "rows c h w"]) -> float | Tensor:
+def per_row(scales: Sequence[float], like: Latents) -> float | Tensor:
     """A factor for each row: a number where they are all one, so that nothing moves to the device."""
     if len(set(scales)) == 1:
         return scales[0]

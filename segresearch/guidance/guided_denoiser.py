@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.guidance.branch_attention import BranchAttention
 from segresearch.guidance.controlnet_residuals import active, per_row, residuals
 from segresearch.guidance.perturbations import Perturbation
-from segresearch.guidance.postprocess import Post, rescale
+from segresearch.guidance.postprocess import Latents, Post, Sigma, rescale
 from segresearch.guidance.row_layout import Layout, Perturbed, layout, row_index
 from segresearch.guidance.sites import check_heads, select_sites
 from segresearch.guidance.terms import Branch, Term
@@ -24,6 +23,8 @@ from segresearch.models.attention import Attend, Fork, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet
 
+Conds = Mapping[str, Cond]
+Control = Sequence[ActiveControlNet] | None
 # attributes of the plain denoiser, which the guided one has too
 SCHEDULE = ("unet", "sigmas", "sigma_min", "sigma_max", "sigma_to_t", "t_to_sigma", "steps_offset")
 
@@ -32,7 +33,7 @@ class GuidedDenoiser:
     """model(x, sigma, conds=...) -> D = D[base] + Σ s(σ)·(D[pos] − D[neg]), then rescale, then the post-processors.
 
     Args:
-        denoiser: the plain one, `denoiser(x, sigma, cond=, attend=, control=, fork=) -> denoised`; owns the network.
+        denoiser: the plain one, `denoiser(x, sigma, cond=, attend=, residuals=, fork=) -> denoised`; owns the network.
         terms: by any names of yours; {} is the plain prediction.
         base: the conditioning that the terms are added to.
         rescale: φ of `postprocess.rescale`, 0 is off. As in the official code it acts in eps space, against D[base],
@@ -66,19 +67,14 @@ class GuidedDenoiser:
                 raise InputError(f"terms[{name!r}] is {term!r}; a term is cfg(...), perturbed(...) or Term(...)")
         if not 0 <= rescale <= 1:
             raise InputError(f"rescale must be in [0, 1], got {rescale!r}")
-        self.denoiser = denoiser
-        self.terms = dict(terms)
-        self.base = Branch(base)
-        self.rescale = rescale
-        self.post = tuple(post)
-        self.attend = attend
-        self.fork = fork
+        self.denoiser, self.terms, self.base = denoiser, dict(terms), Branch(base)
+        self.rescale, self.post, self.attend, self.fork = rescale, tuple(post), attend, fork
         self._heads: dict[str, int] = denoiser.unet.site_heads if self.terms else {}  # type: ignore[attr-defined]
         self._perturbed: dict[tuple[Perturbation, ...], Perturbed] = {(): {}}
-        named: dict[str, Branch] = {}
+        by_name: dict[str, Branch] = {}
         for term in self.terms.values():
             for branch in (term.pos, term.neg):
-                other = named.setdefault(branch.name, branch).perturbations
+                other = by_name.setdefault(branch.name, branch).perturbations
                 if other != branch.perturbations:
                     raise InputError(
                         f"two branches are named {branch.name!r}: {other} and {branch.perturbations}; rename one"
@@ -97,13 +93,8 @@ class GuidedDenoiser:
         return list(dict.fromkeys([self.base, *(branch for term in active_terms for branch in (term.pos, term.neg))]))
 
     def __call__(
-        self,
-        x: Float[Tensor, "rows c h w"],
-        sigma: Float[Tensor, " rows"],
-        conds: Mapping[str, Cond],
-        control: Sequence[ActiveControlNet] | None = None,
-        attend: Attend | None = None,
-    ) -> Float[Tensor, "rows c h w"]:
+        self, x: Latents, sigma: Sigma, conds: Conds, control: Control = None, attend: Attend | None = None
+    ) -> Latents:
         """The guided denoised image. `attend`, if given, is the innermost attention of this call only.
 
         conds: by name; each of one row an image, or of one row for all. control: active ControlNets; their sum steers
@@ -134,9 +125,7 @@ class GuidedDenoiser:
             conds[name] = cond.projected(*nets) if same is None else same
         return {**arguments, "conds": Prepared(conds), **({"control": control} if "control" in arguments else {})}
 
-    def layout(
-        self, branches: Sequence[Branch], conds: Mapping[str, Cond], control: Sequence[ActiveControlNet] = ()
-    ) -> Layout:
+    def layout(self, branches: Sequence[Branch], conds: Conds, control: Sequence[ActiveControlNet] = ()) -> Layout:
         """The rows of the forward that gives these branches. InputError for a conditioning that `conds` lacks.
 
         Names of one Cond are one conditioning, unless a ControlNet steers the base's alone.
@@ -153,19 +142,19 @@ class GuidedDenoiser:
 
     def evaluate(
         self,
-        x: Float[Tensor, "rows c h w"],
-        sigma: Float[Tensor, " rows"],
+        x: Latents,
+        sigma: Sigma,
         branches: Sequence[Branch],
-        conds: Mapping[str, Cond],
-        control: Sequence[ActiveControlNet] | None = None,
+        conds: Conds,
+        control: Control = None,
         attend: Attend | None = None,
         values: Sequence[float] | None = None,
-    ) -> dict[Branch, Float[Tensor, "rows c h w"]]:
+    ) -> dict[Branch, Latents]:
         """D of every branch, in one forward. values: sigma.tolist(), where the caller has read it."""
         rows, control = x.shape[0], active(control)
         plan = self.layout(branches, conds, control)
         conds = conds if isinstance(conds, Prepared) else Prepared(conds)
-        steering = residuals(
+        control_residuals = residuals(
             self.denoiser, x, sigma, plan.conditionings, conds.joined, self.base.conditioning, control, values
         )
         fork = None
@@ -173,17 +162,15 @@ class GuidedDenoiser:
             index = row_index(plan.source, rows, x.device)
             if plan.fork is not None:
                 fork = Fork(plan.fork, index)
-            elif steering is not None:
-                steering = steering.each(lambda r: r[index])
+            elif control_residuals is not None:
+                control_residuals = control_residuals.each(lambda r: r[index])
         n = len(plan.inputs)
         denoised = self.denoiser(
             x.repeat(n, 1, 1, 1),  # (b, c, h, w) -> (n·b, c, h, w)
             sigma.repeat(n),
             cond=conds.joined(plan.inputs, rows),
-            attend=BranchAttention(
-                plan.groups, rows, plan.names_before, plan.names, attend or self.attend, sigma
-            ),
-            residuals=steering,
+            attend=BranchAttention(plan.groups, rows, plan.names_before, plan.names, attend or self.attend, sigma),
+            residuals=control_residuals,
             fork=fork,
         )
         parts = dict(zip(plan.branches, denoised.split(rows), strict=True))  # (m·b, c, h, w) -> (b, c, h, w) each
@@ -191,29 +178,29 @@ class GuidedDenoiser:
 
     def combine(
         self,
-        x: Float[Tensor, "rows c h w"],
-        sigma: Float[Tensor, " rows"],
-        denoised: Mapping[Branch, Float[Tensor, "rows c h w"]],
-        extra: Float[Tensor, "rows c h w"] | None = None,
+        x: Latents,
+        sigma: Sigma,
+        denoised: Mapping[Branch, Latents],
+        extra: Latents | None = None,
         values: Sequence[float] | None = None,
-    ) -> Float[Tensor, "rows c h w"]:
+    ) -> Latents:
         """The sum of the terms (and `extra`, one more), rescaled and post-processed. values: as for `evaluate`."""
         plain = guided = denoised[self.base]
         values = sigma.tolist() if values is None else values
-        mixed = [False] * len(values)
+        cfg_active = [False] * len(values)
         for term in self.terms.values():
             scales = [term.scale_at(s) for s in values]
             if term.pos == term.neg or not any(scales):
                 continue
             guided = guided + per_row(scales, plain) * (denoised[term.pos] - denoised[term.neg])
             if term.mixes_conditionings:
-                mixed = [m or bool(s) for m, s in zip(mixed, scales, strict=True)]
+                cfg_active = [active or bool(s) for active, s in zip(cfg_active, scales, strict=True)]
         if extra is not None:
             guided = guided + extra
-        if self.rescale and any(mixed):
+        if self.rescale and any(cfg_active):
             rescaled = rescale(guided, plain, x, self.rescale)
-            if not all(mixed):
-                chosen = torch.tensor(mixed, device=x.device)[:, None, None, None]
+            if not all(cfg_active):
+                chosen = torch.tensor(cfg_active, device=x.device)[:, None, None, None]
                 rescaled = torch.where(chosen, rescaled, guided)
             guided = rescaled
         for post in self.post:

@@ -14,15 +14,12 @@ from torch import Tensor
 from segresearch.errors import InputError
 from segresearch.fields import NonNegative
 
-Post = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Latents = Float[Tensor, "rows c h w"]
+Sigma = Float[Tensor, " rows"]
+Post = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (guided, plain, x, sigma) -> guided
 
 
-def rescale(
-    guided: Float[Tensor, "rows c h w"],
-    plain: Float[Tensor, "rows c h w"],
-    x: Float[Tensor, "rows c h w"],
-    phi: float | int,
-) -> Float[Tensor, "rows c h w"]:
+def rescale(guided: Latents, plain: Latents, x: Latents, phi: float | int) -> Latents:
     """Lin et al., arXiv 2305.08891, Section 3.4: bring the guided prediction's spread back to the plain one's, by φ.
 
     Acts in eps space, ε → φ·ε·std(ε_plain)/std(ε) + (1 − φ)·ε, unbiased std over all axes but the rows. With
@@ -54,13 +51,7 @@ class Projected:
         if not (self.eta >= 0 and self.norm >= 0):
             raise InputError(f"eta and norm must be >= 0, got {self}")
 
-    def __call__(
-        self,
-        guided: Float[Tensor, "rows c h w"],
-        plain: Float[Tensor, "rows c h w"],
-        x: Float[Tensor, "rows c h w"],
-        sigma: Float[Tensor, " rows"],
-    ) -> Float[Tensor, "rows c h w"]:
+    def __call__(self, guided: Latents, plain: Latents, x: Latents, sigma: Sigma) -> Latents:
         """D[base] + Δ⊥ + eta·Δ∥."""
         delta = guided - plain
         delta = delta * (self.norm / _dot(delta, delta).sqrt().clamp_min(1e-30)).clamp_max(1.0)

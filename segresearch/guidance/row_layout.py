@@ -23,7 +23,7 @@ class Layout:
     fork: the site at which the blocks of the conditionings become those of the branches. None: the branches have their
         own blocks from the start.
     groups: at every site where any branch is perturbed, the branches under the same perturbations.
-    computed: for each branch that was wanted, the one of `branches` that is equal to it.
+    computed: for each requested branch, the one of `branches` that is equal to it.
     """
 
     conditionings: tuple[str, ...]
@@ -44,17 +44,15 @@ class Layout:
 
     @property
     def names_before(self) -> tuple[tuple[str, ...], ...]:
-        """For each conditioning the names of all wanted branches on it."""
+        """For each conditioning the names of all requested branches on it."""
         pairs = self.computed.items()
-        return tuple(
-            tuple(str(wanted) for wanted, own in pairs if own.conditioning == name) for name in self.conditionings
-        )
+        return tuple(tuple(str(b) for b, same in pairs if same.conditioning == name) for name in self.conditionings)
 
     @property
     def names(self) -> tuple[tuple[str, ...], ...]:
-        """For each branch the names of the wanted branches that it is computed for."""
+        """For each branch the names of the requested branches that are equal to it."""
         pairs = self.computed.items()
-        return tuple(tuple(str(wanted) for wanted, own in pairs if own == branch) for branch in self.branches)
+        return tuple(tuple(str(b) for b, same in pairs if same == branch) for branch in self.branches)
 
 
 def layout(
@@ -76,11 +74,11 @@ def layout(
     computed = {branch: replace(branch, conditioning=alias[branch.conditioning]) for branch in branches}
     distinct = sorted(dict.fromkeys(computed.values()), key=lambda branch: bool(branch.perturbations))
     conditionings = tuple(dict.fromkeys(branch.conditioning for branch in distinct))
-    at = [perturbed[branch.perturbations] for branch in distinct]
-    groups: dict[str, dict[tuple[Perturbation, ...], list[int]]] = {site: {} for own in at for site in own}
+    by_site = [perturbed[branch.perturbations] for branch in distinct]
+    groups: dict[str, dict[tuple[Perturbation, ...], list[int]]] = {site: {} for sites in by_site for site in sites}
     for site, blocks in groups.items():
-        for number, own in enumerate(at):
-            blocks.setdefault(own.get(site, ()), []).append(number)
+        for number, perturbations in enumerate(by_site):
+            blocks.setdefault(perturbations.get(site, ()), []).append(number)
     shared = len(distinct) > len(conditionings)
     first = next(site for site in sites if site in groups) if fork and shared else None
     return Layout(conditionings, tuple(distinct), first, dict(groups), computed)

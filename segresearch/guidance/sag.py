@@ -1,6 +1,6 @@
 """Self-Attention Guidance (SAG, arXiv 2210.00939): guide away from the image whose salient parts were blurred."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,10 @@ from segresearch.errors import InputError
 from segresearch.guidance.blur import check_blur, fold_taps, gaussian_taps
 from segresearch.guidance.constants import constant
 from segresearch.guidance.controlnet_residuals import per_row
-from segresearch.guidance.guided_denoiser import GuidedDenoiser
+from segresearch.guidance.guided_denoiser import Conds, Control, GuidedDenoiser
+from segresearch.guidance.postprocess import Latents, Sigma
 from segresearch.guidance.terms import ALWAYS, Branch, Interval, Scale, check_scale, scale_at, scale_text
 from segresearch.models.attention import Attend, Heads, Site
-from segresearch.models.conditioning import Cond
-from segresearch.models.controlnet import ActiveControlNet
 
 TAPS = 9  # of the latent blur, whatever its sigma, as in the published code
 
@@ -73,13 +72,8 @@ class SelfAttentionGuidance:
         return self.inner.prepare(arguments)
 
     def __call__(
-        self,
-        x: Float[Tensor, "rows c h w"],
-        sigma: Float[Tensor, " rows"],
-        conds: Mapping[str, Cond],
-        control: Sequence[ActiveControlNet] | None = None,
-        attend: Attend | None = None,
-    ) -> Float[Tensor, "rows c h w"]:
+        self, x: Latents, sigma: Sigma, conds: Conds, control: Control = None, attend: Attend | None = None
+    ) -> Latents:
         """The guided denoised image; arguments and errors as for GuidedDenoiser.
 
         `control` and `attend` serve both forwards, each with ControlNets of its own x. In the second one the site's
@@ -90,7 +84,6 @@ class SelfAttentionGuidance:
         if not any(scales):
             return self.inner(x, sigma, conds, control, attend)
         sigma = sigma.view_as(sigma)  # a tensor object of this call's own, see Site.sigma
-        needed = [self.inner.branches(s) for s in sorted(set(values))]
         bases = {self._base(s) for s in values}
         if len(bases) > 1:
             raise InputError("SAG: rows of this batch are on both sides of the interval of the CFG term; name a base")
@@ -108,19 +101,17 @@ class SelfAttentionGuidance:
             return innermost(q, k, v, site)
 
         innermost = attend or self.inner.attend
-        branches = list(dict.fromkeys([base, *(b for some in needed for b in some)]))
+        branches = list(dict.fromkeys([base, *(b for s in sorted(set(values)) for b in self.inner.branches(s))]))
         denoised = self.inner.evaluate(x, sigma, branches, conds, control, masking, values)
         plain = denoised[base]
         degraded = self.degrade(plain, masks[0])
         noised = degraded + (x - plain)  # x − D = σ·ε
-        renamed = partial(under_name, innermost, f"{base}~sag")
-        again = self.inner.evaluate(noised, sigma, [base], conds, control, renamed, values)[base]
-        extra = per_row(scales, plain) * (degraded - again)
+        named_attend = partial(under_name, innermost, f"{base}~sag")
+        second = self.inner.evaluate(noised, sigma, [base], conds, control, named_attend, values)[base]
+        extra = per_row(scales, plain) * (degraded - second)
         return self.inner.combine(x, sigma, denoised, extra, values)
 
-    def degrade(
-        self, plain: Float[Tensor, "rows c h w"], mask: Bool[Tensor, "rows mask_h mask_w"]
-    ) -> Float[Tensor, "rows c h w"]:
+    def degrade(self, plain: Latents, mask: Bool[Tensor, "rows mask_h mask_w"]) -> Latents:
         """`plain` blurred where the mask is set; the mask may be of any coarser grid."""
         if self.blur_sigma == 0:
             return plain

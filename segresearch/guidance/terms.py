@@ -17,20 +17,20 @@ from segresearch.sampling.intervals import ALWAYS, Interval, check_interval
 Scale = float | int | Callable[[float], float]  # a number, or s(σ)
 
 
-def check_scale(scale: Scale, interval: Sequence[float | int], what: str) -> None:
+def check_scale(scale: Scale, interval: Sequence[float | int], owner: str) -> None:
     """ValueError for a scale that is not finite or an interval that is not 0 ≤ low ≤ high."""
     if not callable(scale) and not (isinstance(scale, float | int) and math.isfinite(scale)):
-        raise InputError(f"the scale of {what} must be finite, got {scale!r}")
-    check_interval(interval, what)
+        raise InputError(f"the scale of {owner} must be finite, got {scale!r}")
+    check_interval(interval, owner)
 
 
-def scale_at(scale: Scale, interval: Interval, sigma: float, what: str) -> float:
+def scale_at(scale: Scale, interval: Interval, sigma: float, owner: str) -> float:
     """s(σ), and 0 outside the interval. ValueError if the schedule gives no finite number."""
     if not interval[0] <= sigma <= interval[1]:
         return 0.0
     value = float(scale(sigma) if callable(scale) else scale)
     if not math.isfinite(value):
-        raise InputError(f"the scale of {what} is {value} at sigma {sigma:g}")
+        raise InputError(f"the scale of {owner} is {value} at sigma {sigma:g}")
     return value
 
 
@@ -179,8 +179,8 @@ def perturbed(
         interval: (low, high) of σ in which the term acts.
     """
     several = perturbation if isinstance(perturbation, Sequence) else [perturbation]
-    placed = tuple(_place(p, where, heads) for p in several)
-    return Term(Branch(base), Branch(base, placed, name), scale, _interval(interval))
+    bound = tuple(_bind(p, where, heads) for p in several)
+    return Term(Branch(base), Branch(base, bound, name), scale, _interval(interval))
 
 
 def _interval(interval: Sequence[float | int]) -> Interval:
@@ -188,7 +188,7 @@ def _interval(interval: Sequence[float | int]) -> Interval:
     return (interval[0], interval[1])
 
 
-def _place(p: Perturbation, where: Where | None, heads: Sequence[int] | None) -> Perturbation:
+def _bind(p: Perturbation, where: Where | None, heads: Sequence[int] | None) -> Perturbation:
     if not isinstance(p, SEG | PAG | At):
         if hasattr(p, "where") and where is None and heads is None:
             return p

@@ -15,15 +15,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from segresearch import pretrained
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.errors import InputError, PackageError
-from segresearch.metrics import weight_files
 from segresearch.metrics.mini_vision import load_vision, unit_range
-from segresearch.metrics.weight_files import Asset, Device
 from segresearch.models.compute import arithmetic
+from segresearch.pretrained import Asset, Device
 from segresearch.threads import one_thread
 
 TORCH_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -32,7 +31,6 @@ DINOV2 = "facebook/dinov2-large"  # ViT-L/14, 1024 features (arXiv 2304.07193)
 CLIP_336 = "openai/clip-vit-large-patch14-336"  # 768 features (arXiv 2103.00020)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-DINOV2_SIDE = 224
 
 
 @dataclass(frozen=True)
@@ -58,111 +56,88 @@ class Extractor:
 
 
 def normalized_squares(
-    images: UInt8[Tensor, "b 3 h w"],
-    side: int,
-    normal: tuple[tuple[float, ...], tuple[float, ...]],
-    dtype: torch.dtype = torch.float32,
-    crop: bool = False,
+    images: UInt8[Tensor, "b 3 h w"], side: int, normal: tuple[tuple[float, ...], tuple[float, ...]], crop: bool = False
 ) -> Float[Tensor, "b 3 side side"]:
     """Bicubic with antialiasing to a square, as Pillow does it; less the mean and over the deviation of `normal`.
-
     crop: the middle square of the image, rounded to whole numbers afterwards (CMMD); else all of it, squeezed to a
-    square and not rounded (FD-DINOv2).
-    """
+    square and not rounded (FD-DINOv2)."""
     if crop:
         h, w = images.shape[2:]
         least = min(h, w)
         images = images[:, :, (h - least) // 2 :, (w - least) // 2 :][:, :, :least, :least]
-    x = images.to(torch.promote_types(dtype, torch.float32))  # half precisions would round the pixels
+    x = images.float()
     if x.shape[2:] != (side, side):
         x = F.interpolate(x, (side, side), mode="bicubic", antialias=True)  # (b, 3, h, w) -> (b, 3, side, side)
         x = (x.round() if crop else x).clamp(0, 255)
     mean, std = torch.tensor(normal, dtype=x.dtype, device=x.device)[:, :, None, None]  # (2, 3) -> 2 of (3, 1, 1)
-    return ((x / 255 - mean) / std).to(dtype)
+    return (x / 255 - mean) / std
 
 
 def load_extractor(
-    name: str, path: str | Path | None = None, sha256: str | None = None,
-    device: Device = "cpu", dtype: torch.dtype = torch.float32,
-) -> Extractor:  # fmt: skip
+    name: str, path: str | Path | None = None, sha256: str | None = None, device: Device = "cpu"
+) -> Extractor:
     """A network of EXTRACTORS, with weights from `path` or from the local cache; nothing is fetched.
 
     path: the weight file of "inception"; a folder or hub id with config.json and weights for "dinov2" and "clip"; a
-    model folder with vision/ for "mini". sha256: of the weights, where not the published one is meant.
-    Raises InputError for an unknown name, CheckpointError for weights that are missing or not the ones meant,
-    PackageError where "inception" lacks torch-fidelity.
+    model folder with vision/ for "mini". sha256: of the weights, where not the published one is meant. InputError for
+    an unknown name, CheckpointError for weights that are missing or others, PackageError without torch-fidelity.
     """
     if name not in EXTRACTORS:
         raise InputError(f"features {name!r}: choose one of {', '.join(EXTRACTORS)}")
-    return EXTRACTORS[name](path, sha256, torch.device(device), dtype)
+    return EXTRACTORS[name](path, sha256, torch.device(device))
 
 
-def _inception(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
-    """TensorFlow's network of December 2015, by torch-fidelity.
-
-    It differs from torchvision's: average pools leave the border out of their count, the last block pools by maximum,
-    and images are resized as TensorFlow 1 did it (corners of pixels at whole numbers, no antialiasing).
-    """
+def _inception(path: str | Path | None, sha256: str | None, device: torch.device) -> Extractor:
+    """TensorFlow's network of December 2015, by torch-fidelity. Not torchvision's: average pools leave the border out
+    of their count, the last block pools by maximum, and images are resized as TensorFlow 1 did it (corners of pixels at
+    whole numbers, no antialiasing)."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as resize
     except ImportError as error:
-        raise PackageError(f"features of inception need torch-fidelity: {weight_files.INSTALL}") from error
-    weights, digest = weight_files.load_tensors(INCEPTION, path, sha256)
+        raise PackageError(f"features of inception need torch-fidelity: {pretrained.INSTALL}") from error
+    weights, digest = pretrained.load_tensors(INCEPTION, path, sha256)
     file = io.BytesIO()  # torch-fidelity opens a path by the reader that runs a pickle's code, so it gets these tensors
     torch.save(weights, file)
     file.seek(0)
-    with weight_files.fitting("inception"), torch.random.fork_rng(devices=[]):
+    with pretrained.fitting("inception"), torch.random.fork_rng(devices=[]):
         module = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=file)
-    parts = [part for name, part in module.named_children() if name != "fc"]  # its own forward returns fp32 alone
-    layers = weight_files.frozen(nn.Sequential(*parts), device, dtype)
-
-    def network(images: Tensor) -> Tensor:
-        x = images.to(torch.promote_types(dtype, torch.float32))  # half precisions would round the places of pixels
-        x = (resize(x, (299, 299), align_corners=False) - 128) / 128  # (b, 3, h, w) -> (b, 3, 299, 299)
-        return layers(x.to(dtype)).flatten(1)  # -> (b, 2048, 1, 1) -> (b, 2048)
-
-    return Extractor("inception", module.fc.in_features, digest, network, device)
+    module = pretrained.frozen(module, device)
+    return Extractor("inception", module.fc.in_features, digest, lambda images: module(images)[0], device)
 
 
-def _dinov2(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
+def _dinov2(path: str | Path | None, sha256: str | None, device: torch.device) -> Extractor:
     from transformers import Dinov2Model  # imports for seconds, so only where it is used
 
-    folder, digest = weight_files.hub_weights(path or DINOV2, sha256)
-    model = weight_files.frozen(pretrained.load_model(Dinov2Model, folder), device, dtype)
+    folder, digest = pretrained.hub_weights(path or DINOV2, sha256)
+    model = pretrained.load_model(Dinov2Model, folder, device)
 
     def network(images: Tensor) -> Tensor:
-        pixels = normalized_squares(images, DINOV2_SIDE, IMAGENET, dtype)
+        pixels = normalized_squares(images, 224, IMAGENET)
         return model(pixel_values=pixels).last_hidden_state[:, 0]  # (b, tokens, dim) -> (b, dim), the class token
 
     return Extractor("dinov2", model.config.hidden_size, digest, network, device)
 
 
-def _clip(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
+def _clip(path: str | Path | None, sha256: str | None, device: torch.device) -> Extractor:
     from transformers import AutoConfig, CLIPVisionModelWithProjection
 
-    folder, digest = weight_files.hub_weights(path or CLIP_336, sha256)
+    folder, digest = pretrained.hub_weights(path or CLIP_336, sha256)
     with pretrained.reading(folder, "no config.json of CLIP"):
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     width = config.projection_dim  # a whole CLIP has it beside its towers, a vision tower among its own sizes
-    loaded = pretrained.load_model(CLIPVisionModelWithProjection, folder, projection_dim=width)
-    model = weight_files.frozen(loaded, device, dtype)
+    model = pretrained.load_model(CLIPVisionModelWithProjection, folder, device, projection_dim=width)
 
     def network(images: Tensor) -> Tensor:
-        pixels = normalized_squares(images, model.config.image_size, OPENAI, dtype, crop=True)
+        pixels = normalized_squares(images, model.config.image_size, OPENAI, crop=True)
         return F.normalize(model(pixel_values=pixels).image_embeds, dim=-1)
 
     return Extractor("clip", width, digest, network, device)
 
 
-def _mini(path: str | Path | None, sha256: str | None, device: torch.device, dtype: torch.dtype) -> Extractor:
-    vision = weight_files.frozen(load_vision(path or "mini"), device, dtype).vision
-    digest = weight_files.digest(resolve_model(path or "mini") / "vision" / "model.safetensors", sha256)
-
-    @one_thread
-    def network(images: Tensor) -> Tensor:
-        return vision(unit_range(images).to(dtype))
-
+def _mini(path: str | Path | None, sha256: str | None, device: torch.device) -> Extractor:
+    vision = pretrained.frozen(load_vision(path or "mini"), device).vision
+    digest = pretrained.digest(resolve_model(path or "mini") / "vision" / "model.safetensors", sha256)
+    network = one_thread(lambda images: vision(unit_range(images)))
     return Extractor("mini", vision.head.out_features, digest, network, device)
 
 

@@ -3,7 +3,6 @@
     d² = |μ₁ − μ₂|² + tr S₁ + tr S₂ − 2 tr (S₁^½ S₂ S₁^½)^½
 
 in fp64, by eigenvalues of symmetric matrices (no `sqrtm`, whose result may be complex for singular covariances).
-
 The estimate is biased upwards by about const / N (arXiv 1911.07023), so distances compare only at equal N, and N is a
 part of every result. `extrapolated` removes the first order of it: 2·d²(N) − mean of d² over two halves. Errors are
 standard errors of a bootstrap over images at fixed N, with the reference as given. Resampling repeats images and so
@@ -13,6 +12,7 @@ same indices, so the spread of the difference of two methods' `resamples` is the
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -34,24 +34,25 @@ class Gaussian:
     def dim(self) -> int:
         return len(self.mean)
 
+    @cached_property
+    def root(self) -> Float[Tensor, "dim dim"]:
+        """The symmetric square root of the covariance. Eigenvalues below 0 are rounding and count as 0."""
+        values, vectors = torch.linalg.eigh(self.cov)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
 
 @dataclass(frozen=True)
 class Frechet:
-    """A Fréchet distance (squared, as FID is) and what it rests on.
-
-    mean_part: |μ₁ − μ₂|²; the rest is of the covariances. n, n_reference: how many feature vectors of `dim` numbers on
-    either side. extrapolated: with the first order in 1/n removed (nan where a half has too few). error: bootstrap
-    standard error (nan without bootstrap). resamples: the resampled distances.
-    """
+    """A Fréchet distance (squared, as FID is) of n feature vectors of `dim` numbers to n_reference."""
 
     distance: float
-    mean_part: float
+    mean_part: float  # |μ₁ − μ₂|²; the rest is of the covariances
     n: int
     n_reference: int
     dim: int
-    extrapolated: float = math.nan
-    error: float = math.nan
-    resamples: tuple[float, ...] = ()
+    extrapolated: float  # with the first order in 1/n removed; nan where a half has too few
+    error: float  # bootstrap standard error; nan without bootstrap
+    resamples: tuple[float, ...]
 
     def __str__(self) -> str:
         error = "" if math.isnan(self.error) else f" ± {self.error:.3g}"
@@ -60,17 +61,14 @@ class Frechet:
 
 def _check_rank(count: int, dim: int, force: bool) -> None:
     if count < 2 or (count <= dim and not force):
-        raise InputError(
-            f"{count} images for {dim} features: the covariance needs at least {dim + 1} to be of full rank; "
-            "take more images, or force=True for a distance that is biased far upwards"
-        )
+        need = f"the covariance needs at least {dim + 1} to be of full rank"
+        hint = "take more images, or force=True for a distance that is biased far upwards"
+        raise InputError(f"{count} images for {dim} features: {need}; {hint}")
 
 
 def gaussian(features: Float[Tensor, "n dim"], force: bool = False) -> Gaussian:
-    """The Gaussian of features, on the CPU.
-
-    Raises InputError for values that are not finite, below dim + 1 vectors unless forced, and always below two.
-    """
+    """The Gaussian of features, on the CPU. InputError for values that are not finite, for dim vectors or fewer unless
+    forced, and always below two."""
     if not features.isfinite().all():
         raise InputError("features hold values that are not finite: the images they come from are broken")
     n, dim = features.shape
@@ -81,18 +79,11 @@ def gaussian(features: Float[Tensor, "n dim"], force: bool = False) -> Gaussian:
     return Gaussian(mean, x.T @ x / (n - 1), n)
 
 
-def root(cov: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
-    """The symmetric square root of a covariance. Eigenvalues below 0 are rounding and count as 0."""
-    values, vectors = torch.linalg.eigh(cov)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-
-
-def distance_parts(a: Gaussian, b: Gaussian, b_root: Float[Tensor, "dim dim"] | None = None) -> tuple[float, float]:
-    """(|μ₁ − μ₂|², the part of the covariances) of d² between two Gaussians; b_root: root(b.cov), where it is known."""
+def distance_parts(a: Gaussian, b: Gaussian) -> tuple[float, float]:
+    """(|μ₁ − μ₂|², the part of the covariances) of d² between two Gaussians."""
     if a.dim != b.dim:
         raise InputError(f"Gaussians of {a.dim} and {b.dim} features cannot be compared")
-    half = root(b.cov) if b_root is None else b_root
-    product = half @ a.cov @ half
+    product = b.root @ a.cov @ b.root
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     mean_part = (a.mean - b.mean).square().sum()
     return mean_part.item(), (a.cov.trace() + b.cov.trace() - 2 * cross).clamp(min=0).item()
@@ -107,24 +98,18 @@ def bootstrap_indices(n: int, n_bootstrap: int, seed: int = 0) -> Int[Tensor, "n
 def frechet_distance(
     features: Float[Tensor, "n dim"], reference: Gaussian, n_bootstrap: int = 0, seed: int = 0, force: bool = False
 ) -> Frechet:
-    """Fréchet distance of features to a reference, N stated.
-
-    n_bootstrap: how many resamples `error` is taken from. force: allow n below dim + 1.
-    Raises InputError for too few images, a dimension other than the reference's, or values that are not finite.
-    """
+    """Fréchet distance of features to a reference. n_bootstrap: how many resamples `error` is taken from. force: allow
+    n below dim + 1. InputError for too few images, features of another number, or values that are not finite."""
     _check_rank(reference.count, reference.dim, force)
-    half = root(reference.cov)
     x = features.detach().to("cpu", torch.float64)
     n = len(x)
-    mean_part, cov_part = distance_parts(gaussian(x, force), reference, half)
+    mean_part, cov_part = distance_parts(gaussian(x, force), reference)
     whole = mean_part + cov_part
 
     def distance(rows: Tensor) -> float:
-        return sum(distance_parts(gaussian(rows, force=True), reference, half))
+        return sum(distance_parts(gaussian(rows, force=True), reference))
 
-    extrapolated = math.nan
-    if n // 2 > reference.dim:
-        extrapolated = 2 * whole - (distance(x[0::2]) + distance(x[1::2])) / 2
+    halves = (distance(x[0::2]) + distance(x[1::2])) / 2 if n // 2 > reference.dim else math.nan
     resamples = tuple(distance(x[rows]) for rows in bootstrap_indices(n, n_bootstrap, seed))
     error = torch.tensor(resamples, dtype=torch.float64).std().item() if n_bootstrap > 1 else math.nan
-    return Frechet(whole, mean_part, n, reference.count, reference.dim, extrapolated, error, resamples)
+    return Frechet(whole, mean_part, n, reference.count, reference.dim, 2 * whole - halves, error, resamples)

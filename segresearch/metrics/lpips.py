@@ -1,8 +1,8 @@
 """LPIPS v0.1 (arXiv 1801.03924): distance of images in the features of VGG-16 or AlexNet, by the package lpips.
 
 At each of five layers the channels of every place are scaled to unit length. Squared differences are weighted by
-channel (weights fitted to human judgements), averaged over places, and summed over layers. The trunk is torchvision's
-ImageNet network; the channel weights come with the package.
+channel (heads, fitted to human judgements), averaged over places, and summed over layers. The trunk is torchvision's
+ImageNet network; the heads come with the package.
 """
 
 import re
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from segresearch.errors import InputError, PackageError
 from segresearch.metrics.mini_vision import unit_range
-from segresearch.metrics.weight_files import INSTALL, Asset, Device, fitting, frozen, load_tensors
+from segresearch.pretrained import INSTALL, Asset, Device, fitting, frozen, load_tensors
 
 TORCHVISION = "https://download.pytorch.org/models/"
 PUBLISHED = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/"
@@ -32,14 +32,11 @@ SMALLEST = {"vgg": 16, "alex": 31}  # pixels of the shorter side
 
 def load_lpips(
     net: str = "vgg", trunk: str | Path | None = None, heads: str | Path | None = None,
-    sha256: tuple[str | None, str | None] = (None, None), device: Device = "cpu", dtype: torch.dtype = torch.float32,
+    sha256: tuple[str | None, str | None] = (None, None), device: Device = "cpu",
 ) -> nn.Module:  # fmt: skip
     """lpips.LPIPS with weights of local files (.pth or .safetensors), else of torch.hub's cache (trunk) and of the
-    package (heads).
-
-    net: "vgg" or "alex". sha256: of trunk and heads, where not the published ones are meant. Nothing is fetched:
-    CheckpointError names the file that is missing and its address. PackageError without the package lpips.
-    """
+    package (heads). net: "vgg" or "alex". sha256: of trunk and heads, where not the published ones are meant.
+    CheckpointError names a file that is missing and its address. PackageError without the package lpips."""
     if net not in TRUNKS:
         raise InputError(f"LPIPS net={net!r}: choose one of {', '.join(TRUNKS)}")
     try:
@@ -59,7 +56,7 @@ def load_lpips(
         known = {key: weights[name] for key, name in names.items() if name in weights}  # the network has heads twice
         unknown = {name: value for name, value in weights.items() if name not in names.values()}
         network.load_state_dict(known | unknown, assign=True)
-    return frozen(network, device, dtype)
+    return frozen(network, device)
 
 
 @torch.inference_mode()
@@ -67,15 +64,12 @@ def lpips_distances(
     network: nn.Module, a: UInt8[Tensor, "n 3 h w"], b: UInt8[Tensor, "m 3 y x"], batch: int = 16
 ) -> Float[Tensor, " n"]:
     """LPIPS of uint8 images of any size, pair by pair, `batch` at a time, on the CPU. network: of `load_lpips`.
-
-    Raises InputError for images of two shapes, or smaller than the network can see.
-    """
+    InputError for images of two shapes, or smaller than the network can see."""
     if a.shape != b.shape:
         raise InputError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared one by one")
     kind, (h, w) = str(network.pnet_type), a.shape[2:]
     if min(h, w) < SMALLEST[kind]:
         raise InputError(f"images of {h}×{w}: LPIPS with {kind} needs sides of {SMALLEST[kind]} pixels")
-    weight = next(network.parameters())
-    pairs = zip(a.split(batch), b.split(batch), strict=True)
-    parts = [network(*(unit_range(z.to(weight.device)).to(weight.dtype) for z in pair)) for pair in pairs]
-    return torch.cat(parts).flatten().cpu()  # (n, 1, 1, 1) -> (n,)
+    device = next(network.parameters()).device
+    pairs = zip(a.split(batch), b.split(batch))
+    return torch.cat([network(*(unit_range(z.to(device)) for z in pair)) for pair in pairs]).flatten().cpu()

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.errors import CheckpointError, InputError
-from segresearch.metrics.weight_files import fitting, frozen
+from segresearch.pretrained import fitting, frozen
 from segresearch.threads import one_thread
 
-SIDE = 64  # pixels
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -26,17 +25,14 @@ class Vision(nn.Module):
     def __init__(self, width: int = 32, features: int = 256):
         super().__init__()
         widths = (width, 2 * width, 4 * width, 6 * width)
-        pairs = zip((3, *widths), widths)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairs)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip((3, *widths), widths))
         self.norms = nn.ModuleList(nn.GroupNorm(8, w) for w in widths)
         self.residuals = nn.ModuleList(nn.Conv2d(w, w, 3, padding=1) for w in widths[1:])
         self.head = nn.Linear(16 * widths[-1], features)
 
     def stages(self, images: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
-        """The feature maps of the four stages, at half, a quarter, an eighth and a sixteenth of the pixels.
-
-        images: in [−1, 1]. InputError for sides that are not multiples of 16.
-        """
+        """The feature maps of images in [−1, 1] at 1/2, 1/4, 1/8 and 1/16 of their size. InputError for sides that are
+        not multiples of 16."""
         h, w = images.shape[2:]
         if h % 16 or w % 16:
             raise InputError(f"images of {h}×{w}: sides must be multiples of 16")
@@ -49,10 +45,9 @@ class Vision(nn.Module):
         return maps
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b features"]:
-        """Features of images in [−1, 1]. InputError for another size."""
-        h, w = images.shape[2:]
-        if (h, w) != (SIDE, SIDE):
-            raise InputError(f"images of {h}×{w}: the features of mini need {SIDE}×{SIDE}")
+        """Features of 64×64 images in [−1, 1]. InputError for another size."""
+        if images.shape[2:] != (64, 64):
+            raise InputError(f"images of {images.shape[2]}×{images.shape[3]}: the features of mini need 64×64")
         return F.silu(self.head(self.stages(images)[-1].flatten(1)))
 
 
@@ -76,18 +71,13 @@ def unit_range(images: Tensor) -> Tensor:
 
 def load_part(path_or_name: str | Path, part: str, build: Callable[..., Module]) -> Module:
     """`build(**config)` with the weights of <model folder>/<part>/{config.json, model.safetensors}, in fp32.
-
-    Raises CheckpointError where the part is missing or does not fit.
-    """
+    CheckpointError where the part is missing or does not fit."""
     folder = resolve_model(path_or_name) / part
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        weights = load_file(folder / "model.safetensors")
+        config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: no readable config.json and model.safetensors ({error}); this model brings no {part} weights, "
-            'use "mini", or export them (experiments/mini)'
-        ) from error
+        problem = f"no readable config.json and model.safetensors ({error}); this model brings no {part} weights"
+        raise CheckpointError(f'{folder}: {problem}, use "mini", or export them (experiments/mini)') from error
     with fitting(folder), torch.device("meta"):  # no random numbers are drawn for what the weights replace
         module = build(**config)
         module.load_state_dict(weights, assign=True)
@@ -107,17 +97,14 @@ def perceptual_distances(
     """Distance in [0, 4] of uint8 images, pair by pair, in the manner of LPIPS (arXiv 1801.03924), on vision's device.
 
     At each stage the channels of every place are scaled to unit length. Squared differences are summed over channels,
-    averaged over places, then over stages. LPIPS weights each channel as human judgements were fitted. There are none
-    of 64×64 scenes, so every channel counts alike: numbers compare with each other, not with those of LPIPS.
+    averaged over places, then over stages. There are no human judgements of 64×64 scenes to weight channels by, so
+    every channel counts alike: numbers compare with each other, not with those of LPIPS.
     """
     if a.shape != b.shape:
         raise InputError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared one by one")
     device, parts = vision.head.weight.device, []
-    for pair in zip(a.split(batch), b.split(batch), strict=True):
-        maps = [vision.stages(unit_range(images.to(device))) for images in pair]
-        stages = [
-            (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(dim=1).mean(dim=(1, 2))  # (b, c, h, w) -> (b,)
-            for x, y in zip(*maps, strict=True)
-        ]
-        parts.append(torch.stack(stages).mean(0))
+    for pair in zip(a.split(batch), b.split(batch)):
+        maps = zip(*(vision.stages(unit_range(images.to(device))) for images in pair))
+        squares = [(F.normalize(x, dim=1) - F.normalize(y, dim=1)).square() for x, y in maps]
+        parts.append(torch.stack([x.sum(dim=1).mean(dim=(1, 2)) for x in squares]).mean(0))  # (b, c, h, w) -> (b,)
     return torch.cat(parts)

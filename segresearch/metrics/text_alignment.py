@@ -1,7 +1,7 @@
 """Text alignment: the cosine of the CLIP embeddings of an image and of its prompt (arXiv 2103.00020).
 
-Papers print it in three scales: the cosine itself (0.271 in Table 2 of SEG, arXiv 2408.00760), 100·max(cos, 0), and
-2.5·max(cos, 0) (CLIPScore, arXiv 2104.08718). Here it is the cosine. The CLIP it is measured by is a part of it.
+Papers print the cosine itself (0.271 in Table 2 of SEG, arXiv 2408.00760), 100·max(cos, 0), or 2.5·max(cos, 0)
+(CLIPScore, arXiv 2104.08718). Here it is the cosine. The CLIP it is measured by is a part of it.
 """
 
 import warnings
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.metrics.mini_vision import VisionTower, unit_range
-from segresearch.metrics.weight_files import Device, frozen, hub_weights
-from segresearch.pretrained import load_model, reading
+from segresearch.pretrained import Device, hub_weights, load_model, reading
 from segresearch.threads import one_thread
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -52,17 +51,13 @@ class Clip:
         return F.normalize(self.model.text_projection(output.pooler_output), dim=-1)
 
 
-def load_clip(
-    path: str | Path = CLIP, sha256: str | None = None, device: Device = "cpu", dtype: torch.dtype = torch.float32
-) -> Clip:
+def load_clip(path: str | Path = CLIP, sha256: str | None = None, device: Device = "cpu") -> Clip:
     """A CLIP of transformers from a local folder, or a hub id that is in the local cache; nothing is fetched.
-
-    Raises CheckpointError where files are missing, or the weights have another SHA-256.
-    """
+    CheckpointError where files are missing, or the weights have another SHA-256."""
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer  # imports for seconds
 
     folder, digest = hub_weights(path, sha256)
-    model = frozen(load_model(CLIPModel, folder), device, dtype)
+    model = load_model(CLIPModel, folder, device)
     with reading(folder, "no tokenizer or image processor of CLIP"):
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         processor = CLIPImageProcessor.from_pretrained(str(folder), local_files_only=True)
@@ -71,10 +66,8 @@ def load_clip(
 
 @dataclass(frozen=True)
 class MiniClip:
-    """The embedded model's second CLIP: its vision tower (`load_vision`) and its `sdxl.text`.
-
-    The first has no projection of its text, as in SDXL, so nothing of it can be compared with an image.
-    """
+    """The embedded model's second CLIP: its vision tower (`load_vision`) and its `sdxl.text`. The first CLIP has no
+    projection of its text, as in SDXL, so no image can be compared with it."""
 
     tower: VisionTower
     text: Any
@@ -99,6 +92,6 @@ def text_alignment(
         raise InputError(f"{len(images)} images and {count} as texts: give a list with one text for each image")
     if not len(texts):
         raise InputError("no images and texts to compare")
-    starts = range(0, len(texts), batch)
-    pairs = [(clip.embed_images(images[i : i + batch]), clip.embed_texts(texts[i : i + batch])) for i in starts]
-    return torch.cat([(image * text).sum(1).cpu() for image, text in pairs])  # (b, dim) -> (b,)
+    parts = [slice(i, i + batch) for i in range(0, len(texts), batch)]
+    products = [clip.embed_images(images[rows]) * clip.embed_texts(texts[rows]) for rows in parts]
+    return torch.cat([product.sum(1).cpu() for product in products])  # (b, dim) -> (b,)

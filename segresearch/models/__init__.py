@@ -18,7 +18,6 @@ __all__ = ["SDXL", "load_sdxl"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "segresearch.models.sdxl" if name == "SDXL" else "segresearch.checkpoints.load"
-    return getattr(import_module(module), name)
+    if name in __all__:
+        return getattr(import_module("segresearch.checkpoints.load"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

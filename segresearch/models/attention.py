@@ -35,16 +35,12 @@ class Site(NamedTuple):
 
 
 Heads = Float[Tensor, "rows heads tokens dim"]
+KeyHeads = Float[Tensor, "rows heads keys dim"]
 TextKeys = Mapping[str, tuple[Tensor, Tensor]]  # keys and values of the text, by the name of the cross-attention
 Attend = Callable[[Tensor, Tensor, Tensor, Site], Tensor]  # (q, k, v, site) -> out, each Heads
 
 
-def sdpa(
-    q: Float[Tensor, "rows heads tokens dim"],
-    k: Float[Tensor, "rows heads keys dim"],
-    v: Float[Tensor, "rows heads keys dim"],
-    site: Site,
-) -> Float[Tensor, "rows heads tokens dim"]:
+def sdpa(q: Heads, k: KeyHeads, v: KeyHeads, site: Site) -> Heads:
     """Plain attention, softmax(q kᵀ / √dim) v over the keys; the site is not used."""
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -89,8 +85,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int, context_channels: int | None = None, *, name: str):
         super().__init__()
-        self.heads = heads
-        self.name = name
+        self.heads, self.name = heads, name
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_channels or channels, channels, bias=False)
         self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
@@ -173,18 +168,10 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Float[Tensor, "rows c h w"], context: Context) -> Float[Tensor, "rows_out c h w"]:
-        grid = (x.shape[2], x.shape[3])
-        residual, x = x, self.norm(x)
-        if not self.linear:
-            x = self.proj_in(x)
-        x = rearrange(x, "b c h w -> b (h w) c")
-        if self.linear:
-            x = self.proj_in(x)
+        (h, w), y = x.shape[2:], self.norm(x)
+        tokens, image = "b c h w -> b (h w) c", "b (h w) c -> b c h w"
+        y = self.proj_in(rearrange(y, tokens)) if self.linear else rearrange(self.proj_in(y), tokens)
         for block in self.transformer_blocks:
-            x = block(x, grid, context)
-        if self.linear:
-            x = self.proj_out(x)
-        x = rearrange(x, "b (h w) c -> b c h w", h=grid[0])
-        if not self.linear:
-            x = self.proj_out(x)
-        return follow(residual, x, context.fork) + x  # in this order: the sum has the memory layout of the residual
+            y = block(y, (h, w), context)
+        y = rearrange(self.proj_out(y), image, h=h) if self.linear else self.proj_out(rearrange(y, image, h=h))
+        return follow(x, y, context.fork) + y  # in this order: the sum has the memory layout of the residual

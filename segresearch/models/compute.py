@@ -1,10 +1,6 @@
-"""How the networks compute, beside what they compute: arithmetic, CUDA graphs, compilation, tiles, offloading.
+"""How the networks compute: arithmetic, CUDA graphs, compilation, tiles, offloading. Light: torch is imported late."""
 
-Light: torch is imported where it is used, so that configs can hold a `Compute`.
-"""
-
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -41,9 +37,8 @@ class Compute:
         for name in ("graph", "compile", "offload"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"compute.{name}={getattr(self, name)!r}: true or false")
-        tile = self.vae_tile
-        if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 64):
-            raise InputError(f"compute.vae_tile={tile!r}: whole pixels from 64 up, or null for whole images")
+        if self.vae_tile is not None and not (type(self.vae_tile) is int and self.vae_tile >= 64):
+            raise InputError(f"compute.vae_tile={self.vae_tile!r}: whole pixels from 64 up, or null for whole images")
 
     def resolved(self, device: "torch.device | str") -> "Compute":
         """What of it acts on this device, with `precision` decided: only a GPU has another arithmetic, and graphs."""
@@ -57,17 +52,15 @@ class Compute:
         return {"device": kind, **asdict(self.resolved(kind))}
 
     def identity(self, device: "torch.device | str") -> dict[str, Any]:
-        """What of it acts on this device and is not the plain way (eager, exact, whole), as {"compute": {...}}.
+        """What of it acts on this device and is not the plain way (eager, exact, whole), as {"compute": {...}}, or {}.
 
-        {} where that is nothing. Where a network lies between its calls changes nothing."""
-        plain = asdict(Compute(precision="exact"))
-        own = {key: value for key, value in asdict(self.resolved(device)).items() if key != "offload"}
-        own = {key: value for key, value in own.items() if value != plain[key]}
+        Where a network lies between its calls (offload) changes no image."""
+        plain = Compute(precision="exact", offload=self.offload)
+        own = {k: v for k, v in asdict(self.resolved(device)).items() if v != getattr(plain, k)}
         return {"compute": own} if own else {}
 
 
 PLAIN = Compute()
-VARIANTS = 64  # of a network that are compiled: shapes, dtypes, sets of branches
 
 
 @contextmanager
@@ -88,65 +81,3 @@ def arithmetic(precision: str, device: "torch.device | str") -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-class Runner:
-    """Calls of a network as `Compute` asks: its arithmetic, compiled, as CUDA graphs.
-
-    Where compilation or a graph is not possible, a warning gives the reason and the call runs without it.
-    """
-
-    def __init__(self, compute: Compute):
-        self.compute = compute
-        self.graphs: Any = None
-        self.networks: dict[Any, Any] = {}  # by the plain one, its compiled form; the plain one again where that fails
-        self.lines: set[str] = set()
-        if compute.graph:
-            from segresearch.models.graphs import Graphs
-
-            self.graphs = Graphs()
-
-    def __call__(self, function: Callable[..., Any], net: Any, x: "torch.Tensor", *args: Any) -> Any:
-        """function(net, x, *args), on the device of x."""
-        with arithmetic(self.compute.resolved(x.device).precision, x.device):
-            if not self.compute.compile:
-                return self._run(function, net, x, *args)
-            import torch
-
-            from segresearch.models.graphs import NotCapturable, structure
-
-            of_one = structure if self.graphs is None else self.graphs.structure  # which keeps that of the text
-            try:
-                for arg in args:  # a new closure at every call, such as a recorder's, would be compiled at every call
-                    of_one(arg)
-            except NotCapturable as state:
-                self._once(f"compute.compile: a call runs uncompiled: {state}")
-                return self._run(function, net, x, *args)
-            if net not in self.networks:
-                self.networks[net] = torch.compile(net, dynamic=False, fullgraph=True)
-            try:
-                with torch._dynamo.config.patch(recompile_limit(), VARIANTS):  # type: ignore[attr-defined]
-                    return self._run(function, self.networks[net], x, *args)
-            except Exception as error:
-                of_the_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-                if not of_the_compiler or self.networks[net] is net:
-                    raise
-                self.networks[net] = net
-                reason = " ".join(str(error).split()[:40])
-                self._once(f"compute.compile: {type(net).__name__} runs uncompiled: {reason}")
-                return self._run(function, net, x, *args)
-
-    def _run(self, function: Callable[..., Any], net: Any, *args: Any) -> Any:
-        return function(net, *args) if self.graphs is None else self.graphs(function, net, *args)
-
-    def _once(self, line: str) -> None:
-        if line not in self.lines:
-            self.lines.add(line)
-            warnings.warn(line, stacklevel=3)
-
-
-def recompile_limit() -> str:
-    """The name of torch's setting of how many variants of a network it compiles; it was renamed."""
-    import torch
-
-    return "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"

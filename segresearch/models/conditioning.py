@@ -11,7 +11,7 @@ from torch import Tensor
 from segresearch.errors import InputError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projection:
     """The part of a forward pass that depends on the conditioning alone: computed once a prompt, not once a step.
 
@@ -56,10 +56,8 @@ class Cond:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Cond":
         """Moved and cast, without projections; time_ids stay float32 at least: bf16 holds no size above 256 exactly."""
-        ids = dtype if dtype == torch.float64 else None
-        return Cond(
-            self.context.to(device, dtype), self.pooled.to(device, dtype), self.time_ids.to(device=device, dtype=ids)
-        )
+        ids = self.time_ids.to(device=device, dtype=dtype if dtype == torch.float64 else None)
+        return Cond(self.context.to(device, dtype), self.pooled.to(device, dtype), ids)
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> "Cond":
         """The chosen rows."""
@@ -100,10 +98,6 @@ class Cond:
                 f"conditionings of different text lengths {sorted(lengths)} cannot share a batch: "
                 "encode them to one length (both prompt and negative through the same `encode`)"
             )
+        context, pooled, ids = map(torch.cat, zip(*((c.context, c.pooled, c.time_ids) for c in conds), strict=True))
         shared = [net for net in conds[0].projections if all(net in c.projections for c in conds)]
-        return Cond(
-            torch.cat([c.context for c in conds]),
-            torch.cat([c.pooled for c in conds]),
-            torch.cat([c.time_ids for c in conds]),
-            {net: Projection.cat([c.projections[net] for c in conds]) for net in shared},
-        )
+        return Cond(context, pooled, ids, {net: Projection.cat([c.projections[net] for c in conds]) for net in shared})

@@ -63,18 +63,14 @@ class ControlNet(Encoder):
         self.controlnet_mid_block = zeroed(nn.Conv2d(widths[-1], widths[-1], 1))
 
     def embed_image(self, image: Float[Tensor, "rows 3 image_h image_w"]) -> Float[Tensor, "rows c h w"]:
-        """The hint that a control image gives, at latent size: once an image, not once a step.
+        """The hint of a control image, RGB in [0, 1] at the size of the sampled image: once an image, not once a step.
 
-        image: in [0, 1], RGB, at the size of the sampled image in pixels. ValueError unless both sides are multiples of
-        `config.image_factor`.
+        InputError unless both sides are multiples of `config.image_factor`.
         """
-        height, width = image.shape[2:]
-        factor = self.config.image_factor
+        (height, width), factor = image.shape[2:], self.config.image_factor
         if height % factor or width % factor or not height or not width:
-            raise InputError(
-                f"controlnet: the control image is {height}×{width} pixels; its sides must be positive multiples of "
-                f"{factor}"
-            )
+            sides = f"its sides must be positive multiples of {factor}"
+            raise InputError(f"controlnet: the control image is {height}×{width} pixels; {sides}")
         if self.config.controlnet_conditioning_channel_order == "bgr":
             image = image.flip(1)
         return self.controlnet_cond_embedding(image.to(self.conv_in.weight))
@@ -102,26 +98,23 @@ class ControlNet(Encoder):
             raise InputError(f"controlnet: {hint.shape[0]} rows of hint for {x.shape[0]} rows of x")
         context = self.context(t, cond, sdpa, None)
         mid, skips = self.encode(x, context, hint.to(context.emb.dtype))
-        down = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
-        residuals = ControlResiduals(tuple(down), self.controlnet_mid_block(mid))
-        return weighted(residuals, torch.logspace(-1, 0, len(down) + 1).tolist()) if guess else residuals
-
-
-def weighted(residuals: ControlResiduals, weights: Sequence[float]) -> ControlResiduals:
-    """Each residual times its own weight, the mid block's last."""
-    *down, mid = weights
-    return ControlResiduals(tuple(r * w for r, w in zip(residuals.down, down, strict=True)), residuals.mid * mid)
+        convs = (*self.controlnet_down_blocks, self.controlnet_mid_block)
+        residuals = [conv(skip) for conv, skip in zip(convs, (*skips, mid), strict=True)]
+        if guess:
+            weights = torch.logspace(-1, 0, len(residuals)).tolist()
+            residuals = [residual * weight for residual, weight in zip(residuals, weights, strict=True)]
+        return ControlResiduals(tuple(residuals[:-1]), residuals[-1])
 
 
 @dataclass(frozen=True)
 class ActiveControlNet:
     """One ControlNet in use: residuals `scale` · net(x, t, cond, hint) where σ is inside the interval.
 
-    hint: of `net.embed_image`, a row for each image or one for all. scale: of the residuals. interval: (low, high) in
-    σ, both included (`sampling.step_interval` makes one from fractions of the steps). guess: the residuals go to the
-    rows of the base conditioning only, none to the others such as "uncond", and are weighted by depth from 0.1 to 1.
+    hint: of `net.embed_image`, a row for each image or one for all. interval: (low, high) in σ, both included
+    (`sampling.step_interval` makes one from fractions of the steps). guess: the residuals go to the rows of the base
+    conditioning only, none to the others such as "uncond", and are weighted by depth from 0.1 to 1.
 
-    Raises ValueError for a scale that is not finite or an interval that is not 0 ≤ low ≤ high.
+    InputError for a scale that is not finite or an interval that is not 0 ≤ low ≤ high.
     """
 
     net: ControlNet
@@ -158,16 +151,14 @@ def controlled(
     """A ControlNet with its control image: RGB in [0, 1] at the image's size, a row for each image or one for all.
 
     The image is embedded here, once, in the net's dtype and on its device. Other arguments: of ActiveControlNet.
-    Raises ValueError for an image that is not RGB in [0, 1] or whose sides do not fit, and as ActiveControlNet does.
+    InputError for an image that is not RGB in [0, 1] or whose sides do not fit, and as ActiveControlNet does.
     """
-    if not isinstance(image, Tensor):
-        kind = type(image).__name__
-        raise InputError(f"a control image is a tensor of RGB in [0, 1], (rows, 3, h, w); got a {kind}")
-    if image.ndim != 4 or image.shape[1] != 3 or not image.numel() or not image.is_floating_point():
-        raise InputError(f"a control image is RGB in [0, 1], (rows, 3, h, w); got {tuple(image.shape)} {image.dtype}")
+    tensor = isinstance(image, Tensor)
+    if not (tensor and image.ndim == 4 and image.shape[1] == 3 and image.numel() and image.is_floating_point()):
+        kind = f"{tuple(image.shape)} {image.dtype}" if tensor else f"a {type(image).__name__}"
+        raise InputError(f"a control image is a tensor of RGB in [0, 1], (rows, 3, h, w); got {kind}")
     low, high = image.min().item(), image.max().item()
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise InputError(f"a control image is RGB in [0, 1]; these values reach from {low:g} to {high:g}")
-    check_interval(interval, "a ControlNet")
     with torch.no_grad():
-        return ActiveControlNet(net, net.embed_image(image), scale, (interval[0], interval[1]), guess)
+        return ActiveControlNet(net, net.embed_image(image), scale, tuple(interval), guess)  # type: ignore[arg-type]

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from segresearch.errors import InputError
 from segresearch.models.attention import Attend, Fork, sdpa
-from segresearch.models.compute import PLAIN, Compute, Runner
-from segresearch.models.conditioning import Cond, Projection
+from segresearch.models.calls import Runner
+from segresearch.models.compute import PLAIN, Compute
+from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.unet import ControlResiduals, UNet
 from segresearch.sampling import k_diffusion
 
 PREDICTIONS = ("epsilon", "v_prediction")
+POWERS = {"scaled_linear": 2, "linear": 1}  # beta_schedule -> p, where β^(1/p) is linear in t
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Float[Tensor, " steps"]:
@@ -26,35 +28,24 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Float[Tensor, " steps"]:
     nothing at zero signal. Raises ValueError, naming key and value, for a schedule that is not supported.
     """
     start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
-    steps, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "scaled_linear")
-    if not (isinstance(start, float | int) and isinstance(end, float | int) and isinstance(steps, int) and steps > 1):
-        raise InputError(
-            f"scheduler config: beta_start={start!r}, beta_end={end!r} and num_train_timesteps={steps!r} must be "
-            "numbers, with at least 2 timesteps"
-        )
-    if not isinstance(config.get("steps_offset", 1), int):
-        raise InputError(f"scheduler config: steps_offset={config['steps_offset']!r} must be an integer")
-    if config.get("trained_betas") is not None:
-        raise InputError(
-            "scheduler config: trained_betas is not supported, only beta_start, beta_end and beta_schedule"
-        )
-    if not 0 < start <= end < 1:
-        raise InputError(f"scheduler config: beta_start={start}, beta_end={end} must satisfy 0 < start <= end < 1")
-    if schedule == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    elif schedule == "linear":
-        betas = torch.linspace(start, end, steps, dtype=torch.float64)
-    else:
-        raise InputError(
-            f"scheduler config: beta_schedule={schedule!r} is not supported, only 'scaled_linear' and 'linear'"
-        )
+    steps, offset = config.get("num_train_timesteps", 1000), config.get("steps_offset", 1)
+    schedule = config.get("beta_schedule", "scaled_linear")
+    if not (isinstance(steps, int) and isinstance(offset, int) and steps > 1):
+        numbers = f"num_train_timesteps={steps!r} and steps_offset={offset!r}"
+        raise InputError(f"scheduler config: {numbers} must be integers, with at least 2 timesteps")
+    if not (isinstance(start, float | int) and isinstance(end, float | int) and 0 < start <= end < 1):
+        raise InputError(f"scheduler config: beta_start={start!r}, beta_end={end!r}: numbers, 0 < start <= end < 1")
+    if schedule not in POWERS or config.get("trained_betas") is not None:
+        kind = f"beta_schedule={schedule!r}" if schedule not in POWERS else "trained_betas"
+        raise InputError(f"scheduler config: {kind} is not supported, only beta_schedule {' and '.join(POWERS)}")
+    power = POWERS[schedule]
+    betas = torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float64) ** power
     alphas = torch.cumprod(1 - betas, dim=0)
     if config.get("rescale_betas_zero_snr"):
         if config.get("prediction_type", "epsilon") != "v_prediction":
             raise InputError(
                 "scheduler config: rescale_betas_zero_snr=true makes the largest sigma infinite, where an "
-                "eps-prediction says nothing: set prediction_type to v_prediction if the model was trained so, else "
-                "rescale_betas_zero_snr to false"
+                "eps-prediction says nothing: set it to false, or prediction_type to v_prediction if trained so"
             )
         roots = alphas.sqrt()
         alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
@@ -87,9 +78,7 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
             raise InputError("alphas_cumprod must lie strictly between 0 and 1: at 0 sigma is infinite, at 1 it is 0")
         super().__init__(unet, alphas_cumprod.double(), quantize=False)
         self.sigmas: Tensor = self.sigmas.float()
-        self.log_sigmas = (
-            self.sigmas.double().log()
-        )  # of the rounded sigmas, so that each of them gives its integer t exactly
+        self.log_sigmas = self.sigmas.double().log()  # of the rounded sigmas: each gives its integer t exactly
         self.alphas = alphas_cumprod.double()
         self.prediction = prediction
         self.steps_offset = steps_offset
@@ -115,9 +104,7 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         low = exact.floor().long()
         high, weight = exact.ceil().long(), exact.frac()
         log_sigma = (1 - weight) * self.log_sigmas[low] + weight * self.log_sigmas[high]
-        return log_sigma.exp().to(
-            torch.promote_types(t.dtype, torch.float32) if t.is_floating_point() else torch.float32
-        )
+        return log_sigma.exp().to(torch.promote_types(t.dtype, torch.float32))
 
     def forward(
         self,
@@ -132,22 +119,19 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         return self.run(self._denoised, self.unet, x, sigma, cond.for_network(self.unet), attend, residuals, fork)
 
     def _denoised(
-        self,
-        net: Any,
-        x: Float[Tensor, "rows c h w"],
-        sigma: Float[Tensor, " rows"],
-        cond: Cond | Projection,
-        attend: Attend,
-        residuals: ControlResiduals | None,
-        fork: Fork | None,
-    ) -> Float[Tensor, "rows_out c h w"]:
-        out = self._network(net, x, sigma, cond=cond, attend=attend, residuals=residuals, fork=fork)
+        self, net: Any, x: Tensor, sigma: Tensor, cond: Any, attend: Attend, residuals: Any, fork: Fork | None
+    ) -> Tensor:
+        out = self._network(net, x, sigma, cond=cond, attend=attend, residuals=residuals, fork=fork).to(x.dtype)
         if fork is not None:
             x, sigma = x[fork.index], sigma[fork.index]  # rows -> rows_out
         sigma = sigma[:, None, None, None]
         if self.prediction == "epsilon":
             return x - sigma * out
         return x / (sigma**2 + 1) - sigma / (sigma**2 + 1).sqrt() * out
+
+    def _network(self, net: Any, x: Tensor, sigma: Tensor, *args: Any, **extra: Any) -> Any:
+        """The network's own output."""
+        return net(x / (sigma[:, None, None, None] ** 2 + 1).sqrt(), self.sigma_to_t(sigma), *args, **extra)
 
     def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of calls, with the keys, values and embedding of `cond` computed now; `sample` calls this."""
@@ -164,23 +148,12 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         guess: bool = False,
     ) -> ControlResiduals:
         """What a ControlNet adds at noise level sigma, for `forward`; arguments and errors as of `ControlNet`."""
-        return self.run(self._residuals, net, x, sigma, cond.for_network(net), hint, guess)
-
-    def _residuals(
-        self, net: Any, x: Tensor, sigma: Tensor, cond: Cond | Projection, hint: Tensor, guess: bool
-    ) -> ControlResiduals:
-        return net(self._scaled(x, sigma), self.sigma_to_t(sigma), cond, hint, guess)
-
-    def _scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return x / (sigma[:, None, None, None] ** 2 + 1).sqrt()
-
-    def _network(self, net: Any, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
-        """The network's own prediction, in the dtype of x."""
-        return net(self._scaled(x, sigma), self.sigma_to_t(sigma), **extra).to(x.dtype)
+        return self.run(self._network, net, x, sigma, cond.for_network(net), hint, guess)
 
     def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **extra: Any) -> Float[Tensor, " rows"]:
         """Mean squared error of the network's own prediction (eps or v) at input + sigma · noise, one value a row."""
         s = sigma[:, None, None, None]
+        x = input + noise * s
         target = noise if self.prediction == "epsilon" else (noise - s * input) / (s**2 + 1).sqrt()
-        out = self._network(self.inner_model, input + noise * s, sigma, **extra)
+        out = self._network(self.inner_model, x, sigma, **extra).to(x.dtype)
         return (out - target).pow(2).flatten(1).mean(1)

@@ -20,10 +20,7 @@ class Resnet(nn.Module):
         self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
 
     def forward(
-        self,
-        x: Float[Tensor, "rows c h w"],
-        emb: Float[Tensor, "rows_e e"] | None = None,
-        fork: Fork | None = None,
+        self, x: Float[Tensor, "rows c h w"], emb: Float[Tensor, "rows_e e"] | None = None, fork: Fork | None = None
     ) -> Float[Tensor, "rows d h w"]:
         y = self.conv1(F.silu(self.norm1(x)))  # c -> d
         if self.time_emb_proj is not None:
@@ -46,11 +43,13 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour to `size`, then a 3×3 convolution."""
+    """Nearest-neighbour to `size`, by default twice the grid, then a 3×3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "rows c h w"], size: tuple[int, int]) -> Float[Tensor, "rows c h2 w2"]:
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+    def forward(
+        self, x: Float[Tensor, "rows c h w"], size: tuple[int, int] | None = None
+    ) -> Float[Tensor, "rows c h2 w2"]:
+        return self.conv(F.interpolate(x, size=size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))

@@ -6,60 +6,38 @@ FIXED_CONTROLNET): with another value the weights belong to another architecture
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from segresearch.errors import InputError
 
 CROSSED_MID, PLAIN_MID = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
 
-FIXED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",),
-    "addition_embed_type": ("text_time",),
-    "class_embed_type": (None,),
-    "downsample_padding": (1,),
-    "encoder_hid_dim": (None,),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "mid_block_scale_factor": (1, 1.0),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "resnet_time_scale_shift": ("default",),
-}
-FIXED_UNET: dict[str, tuple[Any, ...]] = {
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "dual_cross_attention": (False,),
-    "mid_block_only_cross_attention": (None, False),
-    "mid_block_type": (CROSSED_MID,),
-    "resnet_out_scale_factor": (1, 1.0),
-    "resnet_skip_time_act": (False,),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-}
-FIXED_CONTROLNET: dict[str, tuple[Any, ...]] = {
-    "_class_name": ("ControlNetModel",),
-    "conditioning_channels": (3,),
-    "controlnet_conditioning_channel_order": ("rgb", "bgr"),
-    "encoder_hid_dim_type": (None,),
-    "global_pool_conditions": (False,),
-    "mid_block_type": (CROSSED_MID, PLAIN_MID),
-    "num_control_type": (None,),  # of a union of ControlNets
-}
+Allowed = Mapping[str, tuple[Any, ...]]
+FIXED: Allowed = {
+    "act_fn": ("silu",), "addition_embed_type": ("text_time",), "class_embed_type": (None,), "downsample_padding": (1,),
+    "encoder_hid_dim": (None,), "flip_sin_to_cos": (True,), "freq_shift": (0,), "mid_block_scale_factor": (1,),
+    "num_class_embeds": (None,), "only_cross_attention": (False,), "resnet_time_scale_shift": ("default",),
+}  # fmt: skip
+FIXED_UNET: Allowed = {
+    "attention_type": ("default",), "center_input_sample": (False,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,), "dual_cross_attention": (False,), "mid_block_only_cross_attention": (None, False),
+    "mid_block_type": (CROSSED_MID,), "resnet_out_scale_factor": (1,), "resnet_skip_time_act": (False,),
+    "reverse_transformer_layers_per_block": (None,), "time_cond_proj_dim": (None,), "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,), "time_embedding_type": ("positional",), "timestep_post_act": (None,),
+}  # fmt: skip
+FIXED_CONTROLNET: Allowed = {  # num_control_type: of a union of ControlNets
+    "_class_name": ("ControlNetModel",), "conditioning_channels": (3,), "encoder_hid_dim_type": (None,),
+    "controlnet_conditioning_channel_order": ("rgb", "bgr"), "global_pool_conditions": (False,),
+    "mid_block_type": (CROSSED_MID, PLAIN_MID), "num_control_type": (None,),
+}  # fmt: skip
 
 
-def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], network: str) -> None:
+def check_fixed(config: Mapping[str, Any], fixed: Allowed, network: str) -> None:
     """InputError, with key and value, for a key of `config` whose value is not among those in `fixed`."""
     for key, allowed in fixed.items():
         if key in config and config[key] not in allowed:
             hint = " (SDXL's has text_time)" if key == "addition_embed_type" else ""
-            only = " or ".join(map(repr, dict.fromkeys(allowed)))
+            only = " or ".join(map(repr, allowed))
             raise InputError(f"{network} config: {key}={config[key]!r} is not supported, only {only}{hint}")
 
 
@@ -86,6 +64,7 @@ def block_types(config: Mapping[str, Any], kind: str, default: tuple[str, ...], 
 class EncoderConfig:
     """Sizes of the encoding half, which UNet and ControlNet share; the defaults are SDXL base."""
 
+    network: ClassVar[str] = "unet"  # in messages
     in_channels: int = 4
     down_block_types: tuple[str, ...] = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
     mid_block_type: str = CROSSED_MID
@@ -100,60 +79,43 @@ class EncoderConfig:
     norm_eps: float = 1e-5
     use_linear_projection: bool = True
 
-    @staticmethod
-    def sizes(config: Mapping[str, Any], network: str) -> dict[str, Any]:
-        """The fields of this class in the config.json of a UNet or a ControlNet (`network`, for the messages).
-
-        Raises InputError, with key and value, for anything that is not SDXL-shaped.
-        """
+    @classmethod
+    def sizes(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of this class in a config.json. InputError, with key and value, for what is not SDXL-shaped."""
+        network = cls.network
         check_fixed(config, FIXED, network)
         if "addition_embed_type" not in config:
-            raise InputError(
-                f"{network} config: addition_embed_type is missing: not of SDXL, whose networks have text_time"
-            )
-        widths = config.get("block_out_channels", EncoderConfig.block_out_channels)
+            raise InputError(f"{network} config: addition_embed_type is missing, where SDXL's networks have text_time")
+        values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        for name in ("in_channels", "out_channels", "sample_size", "addition_time_embed_dim", "norm_num_groups"):
+            if name in values:
+                (values[name],) = counts(values[name], 1, name, network)
+        widths = values.get("block_out_channels", cls.block_out_channels)
         n = len(widths) if isinstance(widths, list | tuple) else 1
-
-        def per_block(key: str, default: Any, name: str | None = None, least: int = 1) -> tuple[int, ...]:
-            return counts(config.get(key, default), n, name or key, network, least)
-
-        contexts = set(per_block("cross_attention_dim", EncoderConfig.cross_attention_dim))
-        if len(contexts) > 1:
-            raise InputError(
-                f"{network} config: cross_attention_dim={config['cross_attention_dim']!r} must be one width"
-            )
-        values = {f.name: config[f.name] for f in fields(EncoderConfig) if f.name in config and f.name != "heads"}
-        for name in ("in_channels", "addition_time_embed_dim", "norm_num_groups"):
-            counts(values.get(name, 1), 1, name, network)
         # diffusers keeps the number of heads under `attention_head_dim`, unless num_attention_heads is set
         heads = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
+        contexts = counts(values.get("cross_attention_dim", cls.cross_attention_dim), n, "cross_attention_dim", network)
+        if len(set(contexts)) > 1:
+            raise InputError(f"{network} config: cross_attention_dim={list(contexts)} must be one width")
         return values | {
-            "down_block_types": block_types(config, "Down", EncoderConfig.down_block_types, network),
+            "down_block_types": block_types(config, "Down", cls.down_block_types, network),
             "block_out_channels": counts(widths, n, "block_out_channels", network),
-            "layers_per_block": per_block("layers_per_block", 2),
-            "transformer_layers_per_block": per_block("transformer_layers_per_block", 1, least=0),
-            "heads": per_block(heads, EncoderConfig.heads, f"{heads} (the number of heads)"),
-            "cross_attention_dim": contexts.pop(),
+            "layers_per_block": counts(values.get("layers_per_block", 2), n, "layers_per_block", network),
+            "transformer_layers_per_block": counts(
+                values.get("transformer_layers_per_block", 1), n, "transformer_layers_per_block", network, least=0
+            ),
+            "heads": counts(config.get(heads, cls.heads), n, f"{heads} (the number of heads)", network),
+            "cross_attention_dim": contexts[0],
         }
 
-    @property
-    def network(self) -> str:
-        """The network's name in messages."""
-        return "unet"
-
     def __post_init__(self) -> None:
-        n = len(self.block_out_channels)
-        if len(self.down_block_types) != n:
-            raise InputError(
-                f"{self.network} config: {n} block_out_channels and {len(self.down_block_types)} down_block_types must "
-                "be as many"
-            )
+        n, types = len(self.block_out_channels), len(self.down_block_types)
+        if types != n:
+            raise InputError(f"{self.network} config: {n} block_out_channels and {types} down_block_types differ")
         for width, heads in zip(self.block_out_channels, self.heads, strict=True):
             if width % heads or width % self.norm_num_groups:
-                raise InputError(
-                    f"{self.network} config: width {width} must be a multiple of its heads {heads} and of "
-                    f"norm_num_groups {self.norm_num_groups}"
-                )
+                factors = f"its heads {heads} and of norm_num_groups {self.norm_num_groups}"
+                raise InputError(f"{self.network} config: width {width} must be a multiple of {factors}")
         if self.pooled_dim < 1:
             raise InputError(
                 f"{self.network} config: projection_class_embeddings_input_dim="
@@ -165,11 +127,6 @@ class EncoderConfig:
     def pooled_dim(self) -> int:
         """Width of the pooled text embedding: the added embedding's input without the six size embeddings."""
         return self.projection_class_embeddings_input_dim - 6 * self.addition_time_embed_dim
-
-    @property
-    def downsampling(self) -> int:
-        """Latent pixels per pixel of the lowest grid, along each axis."""
-        return 2 ** (len(self.block_out_channels) - 1)
 
     @property
     def skip_widths(self) -> tuple[int, ...]:
@@ -190,20 +147,15 @@ class UNetConfig(EncoderConfig):
     @staticmethod
     def from_dict(config: Mapping[str, Any]) -> "UNetConfig":
         """From a diffusers `unet/config.json`. InputError, with key and value, for what is not an SDXL-shaped UNet."""
-        values = EncoderConfig.sizes(config, "unet")
+        values = UNetConfig.sizes(config)
         check_fixed(config, FIXED_UNET, "unet")
-        for name in ("out_channels", "sample_size"):
-            if name in config:
-                (values[name],) = counts(config[name], 1, name, "unet")
-        return UNetConfig(**values, up_block_types=block_types(config, "Up", UNetConfig.up_block_types, "unet"))
+        return UNetConfig(**values | {"up_block_types": block_types(config, "Up", UNetConfig.up_block_types, "unet")})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.up_block_types) != len(self.block_out_channels):
-            raise InputError(
-                f"unet config: {len(self.block_out_channels)} block_out_channels and {len(self.up_block_types)} "
-                "up_block_types must be as many"
-            )
+        n, types = len(self.block_out_channels), len(self.up_block_types)
+        if types != n:
+            raise InputError(f"unet config: {n} block_out_channels and {types} up_block_types differ")
 
 
 @dataclass(frozen=True)
@@ -213,6 +165,7 @@ class ControlNetConfig(EncoderConfig):
     conditioning_embedding_out_channels: widths of the image's embedding; between two of them it halves the image.
     """
 
+    network: ClassVar[str] = "controlnet"
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
     controlnet_conditioning_channel_order: str = "rgb"
 
@@ -220,17 +173,10 @@ class ControlNetConfig(EncoderConfig):
     def from_dict(config: Mapping[str, Any]) -> "ControlNetConfig":
         """From the config.json of a diffusers ControlNetModel. InputError, with key and value, for another network."""
         check_fixed(config, FIXED_CONTROLNET, "controlnet")
-        values = EncoderConfig.sizes(config, "controlnet")
-        name = "conditioning_embedding_out_channels"
-        widths = config.get(name, ControlNetConfig.conditioning_embedding_out_channels)
+        values, name = ControlNetConfig.sizes(config), "conditioning_embedding_out_channels"
+        widths = values.get(name, ControlNetConfig.conditioning_embedding_out_channels)
         n = len(widths) if isinstance(widths, list | tuple) and widths else 1
-        values[name] = counts(widths, n, name, "controlnet")
-        order = str(config.get("controlnet_conditioning_channel_order", "rgb"))
-        return ControlNetConfig(**values, controlnet_conditioning_channel_order=order)
-
-    @property
-    def network(self) -> str:
-        return "controlnet"
+        return ControlNetConfig(**values | {name: counts(widths, n, name, "controlnet")})
 
     @property
     def image_factor(self) -> int:

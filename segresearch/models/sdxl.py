@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.errors import InputError
+from segresearch.models.calls import on_device
 from segresearch.models.compute import PLAIN, Compute, arithmetic
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.denoiser import Denoiser
-from segresearch.models.offload import on_device
 from segresearch.models.text import TextEncoders
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE
@@ -43,47 +43,31 @@ class SDXL:
         return self.unet.conv_in.weight.device
 
     @property
-    def latent_channels(self) -> int:
-        return self.vae.config.latent_channels
-
-    @property
-    def vae_factor(self) -> int:
-        """Image pixels per latent pixel, along each axis."""
-        return self.vae.config.factor
-
-    @property
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was trained at."""
-        side = self.unet.config.sample_size * self.vae_factor
+        side = self.unet.config.sample_size * self.vae.config.factor
         return (side, side)
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(channels, h, w) of the latents of an image of `size` = (height, width) in pixels, default the model's own.
-
-        Raises ValueError if a side is not a positive multiple of the VAE's factor.
-        """
+        InputError for a side that is not a positive multiple of the VAE's factor."""
         if size is not None and not (isinstance(size, tuple | list) and len(size) == 2):
             raise InputError(f"size={size!r}: give (height, width) in pixels")
-        height, width = size or self.default_size
-        factor = self.vae_factor
+        (height, width), factor = size or self.default_size, self.vae.config.factor
         if height < factor or width < factor or height % factor or width % factor:
             raise InputError(f"size={(height, width)}: height and width must be positive multiples of {factor} pixels")
-        return (self.latent_channels, height // factor, width // factor)
+        return (self.vae.config.latent_channels, height // factor, width // factor)
 
     def encode(
-        self,
-        prompts: Sequence[str],
-        negative: str | Sequence[str] | None = None,
-        size: tuple[int, int] | None = None,
-        clip_skip: int | None = None,
-    ) -> dict[str, Cond]:
+        self, prompts: Sequence[str], negative: str | Sequence[str] | None = None,
+        size: tuple[int, int] | None = None, clip_skip: int | None = None,
+    ) -> dict[str, Cond]:  # fmt: skip
         """{"cond": ..., "uncond": ...}, one row a prompt, in the UNet's dtype and on its device.
 
         negative: one text for all rows or one a row; None means zeros where the model says so (SDXL does), else "".
         size: (height, width) in pixels, default `default_size`; both the original and the target size of the image,
-        uncropped. clip_skip: as in diffusers, for the prompts only. A prompt "" is encoded like any other: that is what
-        "unconditional" means. Raises ValueError for an empty list, a bare string, unequal lengths or a size that does
-        not fit.
+        uncropped. clip_skip: as in diffusers, for the prompts only. A prompt "" is encoded like any other. InputError
+        for an empty list, a bare string, unequal lengths or a size that does not fit.
         """
         if isinstance(prompts, str):
             raise InputError(f"prompts must be a list of strings, not the string {prompts!r}: write [{prompts!r}]")
@@ -108,8 +92,7 @@ class SDXL:
         if negative is None and self.zero_negative:
             zeros = Cond(torch.zeros_like(positive.context), torch.zeros_like(positive.pooled), ids)
             return {"cond": positive, "uncond": zeros}
-        texts = [negative or ""] if negative is None or isinstance(negative, str) else negative
-        return {"cond": positive, "uncond": cond(texts)}
+        return {"cond": positive, "uncond": cond([negative or ""] if isinstance(negative, str | None) else negative)}
 
     def decode(self, latents: Float[Tensor, "b l h w"]) -> Float[Tensor, "b c H W"]:
         """Images from scaled latents, not clamped: `vae.decode` on the UNet's device, as `compute` says."""

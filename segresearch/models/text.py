@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from segresearch.errors import InputError
-from segresearch.models.offload import on_device
+from segresearch.models.calls import on_device
 
 TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")  # of SDXL, on the hub
 
@@ -45,18 +45,15 @@ class TextEncoders:
     def tokens(self, texts: Sequence[str], which: int) -> Int[Tensor, "rows text"]:
         """Token ids by tokenizer 0 or 1, padded and cut to `length`; warns of a text that is cut, naming the loss."""
         tokenizer = self.tokenizers[which]
-        every = tokenizer(list(texts), verbose=False).input_ids
-        for ids in every:
+        for ids in tokenizer(list(texts), verbose=False).input_ids:
             if len(ids) > self.length:
                 lost = tokenizer.decode(ids[self.length - 1 : -1])
                 warnings.warn(
                     f"text encoder {which + 1} reads {self.length} tokens, cut off: {lost!r} (of {len(ids)} tokens)",
                     stacklevel=5,  # of whoever calls SDXL.encode
                 )
-        padded = tokenizer(
-            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        )
-        return padded.input_ids
+        pad = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
+        return tokenizer(list(texts), **pad).input_ids
 
     @torch.no_grad()
     def encode(
@@ -66,24 +63,20 @@ class TextEncoders:
         the second.
 
         clip_skip leaves out that many more layers, as diffusers counts (None and 0: the penultimate states); the pooled
-        vector does not depend on it. Computed in the encoders' dtype and where they lie, or on `device` with
-        copies of their weights, one encoder after the other (`on_device`). Raises ValueError for a clip_skip out of
-        range.
+        vector does not depend on it. Computed in the encoders' dtype and where they lie, or on `device` with copies of
+        their weights, one encoder after the other (`on_device`). InputError for a clip_skip out of range.
         """
         skip = clip_skip or 0
         if not 0 <= skip <= self.layers - 1:
-            raise InputError(
-                f"clip_skip={clip_skip}: must lie between 0 and {self.layers - 1} for encoders of {self.layers} layers"
-            )
+            most = f"{self.layers - 1} for encoders of {self.layers} layers"
+            raise InputError(f"clip_skip={clip_skip}: must lie between 0 and {most}")
         states = []
         for which, encoder in enumerate(self.encoders):
             ids = self.tokens(texts, which).to(device or encoder.device)
             run = encoder if device is None else on_device(encoder, device)
             out = run(ids, output_hidden_states=True)
             states.append(out.hidden_states[-(skip + 2)])
-        return torch.cat(
-            states, dim=-1
-        ), out.text_embeds  # (rows, text, d1) and (rows, text, d2) -> (rows, text, d1 + d2)
+        return torch.cat(states, dim=-1), out.text_embeds  # (rows, text, d1 + d2), (rows, pooled)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -38,18 +38,11 @@ class Grid:
     tensor: Float[Tensor, "1 c h w"] | None = None
 
 
+@torch.no_grad()
 def decoded(decoder: Decoder, z: Float[Tensor, "b l h w"], tile: int, factor: int) -> Float[Tensor, "b c H W"]:
     """`decoder(z)`, image by image, in windows of at most tile × tile image pixels. No gradients."""
-    return torch.cat([_decoded(decoder, row, tile, factor) for row in z.split(1)])
-
-
-def encoded(encoder: Encoder, images: Float[Tensor, "b c H W"], tile: int) -> Float[Tensor, "b l2 h w"]:
-    """`encoder(images)`, image by image, in windows of at most tile × tile image pixels. No gradients."""
-    return torch.cat([_encoded(encoder, row, tile) for row in images.split(1)])
-
-
-@torch.no_grad()
-def _decoded(decoder: Decoder, z: Float[Tensor, "1 l h w"], tile: int, factor: int) -> Float[Tensor, "1 c H W"]:
+    if len(z) > 1:
+        return torch.cat([decoded(decoder, row, tile, factor) for row in z.split(1)])
     x = held(decoder.mid_block(decoder.conv_in(z), (tile // factor) ** 2))
     blocks: Any = decoder.up_blocks
     for i, block in enumerate(blocks):
@@ -64,8 +57,11 @@ def _decoded(decoder: Decoder, z: Float[Tensor, "1 l h w"], tile: int, factor: i
 
 
 @torch.no_grad()
-def _encoded(encoder: Encoder, image: Float[Tensor, "1 c H W"], tile: int) -> Float[Tensor, "1 l2 h w"]:
-    x = held(convolved(encoder.conv_in, held(image), tile))
+def encoded(encoder: Encoder, images: Float[Tensor, "b c H W"], tile: int) -> Float[Tensor, "b l2 h w"]:
+    """`encoder(images)`, image by image, in windows of at most tile × tile image pixels. No gradients."""
+    if len(images) > 1:
+        return torch.cat([encoded(encoder, row, tile) for row in images.split(1)])
+    x = held(convolved(encoder.conv_in, held(images), tile))
     blocks: Any = encoder.down_blocks
     for i, block in enumerate(blocks):
         side = max(tile // 2**i, 1)
@@ -85,21 +81,23 @@ def resnet(block: Any, x: Grid, side: int) -> Float[Tensor, "1 d h w"]:
     """The resnet of x. A held x whose width stays is overwritten with the sum."""
     norm1 = affine(block.norm1, x, side)
     keep = x.tensor is not None and block.conv_shortcut is None
-    y, total = Canvas(x.size), Canvas(x.size, x.tensor if keep else None)
+    y: Any = None
+    total: Any = x.tensor if keep else None
     for window in windows(x.size, side):
         wide = around(window, x.size)
         part = x.read(wide)
-        y.write(window, cut(block.conv1(activated(part, norm1)), window, wide))  # c -> d
+        y = written(y, x.size, window, cut(block.conv1(activated(part, norm1)), window, wide))  # c -> d
         if not keep:
             part = cut(part, window, wide)
-            total.write(window, part if block.conv_shortcut is None else block.conv_shortcut(part))
+            part = part if block.conv_shortcut is None else block.conv_shortcut(part)
+            total = written(total, x.size, window, part)
         del part
-    inner = held(y.tensor)
+    inner = held(y)
     norm2 = affine(block.norm2, inner, side)
     for window in windows(x.size, side):
         wide = around(window, x.size)
-        cut(total.tensor, window).add_(cut(block.conv2(activated(inner.read(wide), norm2)), window, wide))
-    return total.tensor
+        cut(total, window).add_(cut(block.conv2(activated(inner.read(wide), norm2)), window, wide))
+    return total
 
 
 def upsampled(block: Any, x: Grid) -> Grid:
@@ -109,7 +107,7 @@ def upsampled(block: Any, x: Grid) -> Grid:
         top, bottom, left, right = window
         low = around((top // 2, (bottom + 1) // 2, left // 2, (right + 1) // 2), x.size)
         part = x.read(low)
-        return cut(block(part, size=(2 * part.shape[2], 2 * part.shape[3])), window, (2 * low[0], 0, 2 * low[2], 0))
+        return cut(block(part), window, (2 * low[0], 0, 2 * low[2], 0))
 
     return Grid((2 * x.size[0], 2 * x.size[1]), read)
 
@@ -139,17 +137,13 @@ def convolved(
 
 
 def affine(norm: nn.GroupNorm, x: Grid, side: int) -> tuple[Float[Tensor, "1 c 1 1"], Float[Tensor, "1 c 1 1"]]:
-    """Scale and shift of each channel that normalize x with the statistics of the whole grid.
-
-    In fp32; in fp64 for an x in fp64.
-    """
+    """Scale and shift of each channel that normalize x with the statistics of the whole grid, in fp32 at least."""
     shares, means, variances = [], [], []
     for window in windows(x.size, side):
         part = x.read(window)
         part = part.to(torch.promote_types(part.dtype, torch.float32))
-        variance, mean = torch.var_mean(
-            rearrange(part, "1 (g c) h w -> g (c h w)", g=norm.num_groups), dim=1, correction=0
-        )
+        groups = rearrange(part, "1 (g c) h w -> g (c h w)", g=norm.num_groups)
+        variance, mean = torch.var_mean(groups, dim=1, correction=0)
         shares.append((window[1] - window[0]) * (window[3] - window[2]) / (x.size[0] * x.size[1]))
         means.append(mean)
         variances.append(variance)
@@ -167,29 +161,21 @@ def activated(x: Float[Tensor, "1 c h w"], norm: tuple[Tensor, Tensor]) -> Float
     return F.silu(torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype), inplace=True)
 
 
-class Canvas:
-    """A grid that is written by windows; without a tensor one is made when the first window is written."""
-
-    def __init__(self, size: tuple[int, int], tensor: Tensor | None = None):
-        self.size, self._tensor = size, tensor
-
-    @property
-    def tensor(self) -> Float[Tensor, "1 c h w"]:
-        assert self._tensor is not None
-        return self._tensor
-
-    def write(self, window: Window, part: Float[Tensor, "1 c rows columns"]) -> None:
-        if self._tensor is None:
-            self._tensor = part.new_empty((*part.shape[:2], *self.size))
-        cut(self._tensor, window).copy_(part)
+def written(
+    x: Float[Tensor, "1 c h w"] | None, size: tuple[int, int], window: Window, part: Float[Tensor, "1 c rows columns"]
+) -> Float[Tensor, "1 c h w"]:
+    """x with `part` in its window; None is a new tensor of that size."""
+    x = part.new_empty((*part.shape[:2], *size)) if x is None else x
+    cut(x, window).copy_(part)
+    return x
 
 
 def filled(read: Callable[[Window], Tensor], size: tuple[int, int], side: int) -> Float[Tensor, "1 c h w"]:
     """All windows of a grid in one tensor."""
-    canvas = Canvas(size)
+    x: Any = None
     for window in windows(size, side):
-        canvas.write(window, read(window))
-    return canvas.tensor
+        x = written(x, size, window, read(window))
+    return x
 
 
 def windows(size: tuple[int, int], side: int) -> Iterator[Window]:

@@ -72,14 +72,9 @@ def resnet(c: EncoderConfig, channels: int, out_channels: int) -> Resnet:
 
 def transformer(c: EncoderConfig, level: int, name: str) -> Transformer:
     """The transformer of one level of resolution; `name` is its place in the checkpoint."""
+    width, heads, depth = c.block_out_channels[level], c.heads[level], c.transformer_layers_per_block[level]
     return Transformer(
-        c.block_out_channels[level],
-        c.heads[level],
-        c.transformer_layers_per_block[level],
-        c.cross_attention_dim,
-        c.norm_num_groups,
-        c.use_linear_projection,
-        name=name,
+        width, heads, depth, c.cross_attention_dim, c.norm_num_groups, c.use_linear_projection, name=name
     )
 
 
@@ -191,8 +186,13 @@ class Encoder(nn.Module):
     def project(self, cond: Cond) -> Projection:
         """What does not depend on x or t: keys and values at every cross-attention, the embedding of sizes and pooled
         text. Raises InputError if cond does not fit this network."""
-        self.check_widths(cond)
         dtype, c = self.conv_in.weight.dtype, self.config
+        width, pooled = cond.context.shape[-1], cond.pooled.shape[-1]
+        if (width, pooled) != (c.cross_attention_dim, c.pooled_dim):
+            raise InputError(
+                f"{c.network}: conditioning is {width} wide (pooled {pooled}), this model takes "
+                f"{c.cross_attention_dim} (pooled {c.pooled_dim}): encode prompts with this model's own text encoders"
+            )
         text = cond.context.to(dtype)
         keys_values = {block.attn2.name: block.attn2.keys_values(text) for block in self.transformer_blocks}
         sizes = sinusoid(cond.time_ids.flatten(), c.addition_time_embed_dim)
@@ -200,9 +200,7 @@ class Encoder(nn.Module):
         added = self.add_embedding(torch.cat([cond.pooled.to(dtype), sizes.to(dtype)], dim=-1))
         return Projection(added, keys_values)
 
-    def context(
-        self, t: Float[Tensor, " rows"], cond: Cond | Projection, attend: Attend, fork: Fork | None
-    ) -> Context:
+    def context(self, t: Float[Tensor, " rows"], cond: Cond | Projection, attend: Attend, fork: Fork | None) -> Context:
         """What the blocks of one forward pass share. cond may be a projection by this network."""
         projection = cond if isinstance(cond, Projection) else self.project(cond)
         time = sinusoid(t, self.config.block_out_channels[0]).to(self.conv_in.weight.dtype)
@@ -222,24 +220,12 @@ class Encoder(nn.Module):
         return self.mid_block(x, context), skips
 
     def check(self, x: Float[Tensor, "rows c h w"], cond: Cond | Projection) -> None:
-        """InputError unless x and cond fit this network and each other."""
+        """InputError unless x fits this network and has the rows of cond."""
         c = self.config
         if cond.rows != x.shape[0]:
             raise InputError(f"{c.network}: {x.shape[0]} rows of x but {cond.rows} rows of conditioning")
         if x.shape[1] != c.in_channels:
             raise InputError(f"{c.network}: x has {x.shape[1]} channels, this model takes {c.in_channels}")
-        if isinstance(cond, Cond):
-            self.check_widths(cond)
-
-    def check_widths(self, cond: Cond) -> None:
-        """InputError unless cond has the widths of this network."""
-        c = self.config
-        text, pooled = cond.context.shape[-1], cond.pooled.shape[-1]
-        if (text, pooled) != (c.cross_attention_dim, c.pooled_dim):
-            raise InputError(
-                f"{c.network}: conditioning is {text} wide (pooled {pooled}), this model takes "
-                f"{c.cross_attention_dim} (pooled {c.pooled_dim}): encode prompts with this model's own text encoders"
-            )
 
 
 class UNet(Encoder):
@@ -284,8 +270,10 @@ class UNet(Encoder):
         Raises InputError if cond or residuals do not fit x, or the fork's site does not exist.
         """
         self.check(x, cond)
-        self.check_residuals(x, residuals)
-        self.check_fork(x, fork)
+        if residuals is not None:
+            self.check_residuals(x, residuals)
+        if fork is not None:
+            self.check_fork(x, fork)
         context = self.context(t, cond, attend, fork)
         x, skips = self.encode(x, context)
         if residuals is not None:
@@ -295,23 +283,17 @@ class UNet(Encoder):
             x = block(x, skips, context)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def check_residuals(self, x: Float[Tensor, "rows c h w"], residuals: ControlResiduals | None) -> None:
+    def check_residuals(self, x: Float[Tensor, "rows c h w"], residuals: ControlResiduals) -> None:
         """InputError unless the residuals are of a ControlNet of this UNet, with the rows of x."""
-        if residuals is None:
-            return
         skips, down, mid = self.config.skip_widths, tuple(r.shape[1] for r in residuals.down), residuals.mid.shape[1]
         if (*down, mid) != (*skips, skips[-1]):
-            raise InputError(
-                f"unet: control has residuals {down} and {mid} wide, this model has skips {skips} and {skips[-1]} "
-                "wide: the ControlNet belongs to another model"
-            )
+            widths = f"residuals {down} and {mid} wide, this model has skips {skips} and {skips[-1]} wide"
+            raise InputError(f"unet: control has {widths}: the ControlNet belongs to another model")
         if {r.shape[0] for r in (*residuals.down, residuals.mid)} != {x.shape[0]}:
             raise InputError(f"unet: {x.shape[0]} rows of x but {residuals.mid.shape[0]} rows of control")
 
-    def check_fork(self, x: Float[Tensor, "rows c h w"], fork: Fork | None) -> None:
+    def check_fork(self, x: Float[Tensor, "rows c h w"], fork: Fork) -> None:
         """InputError unless the fork is at a site of this UNet and adds rows."""
-        if fork is None:
-            return
         if fork.site not in self.sites:
             raise InputError(f"unet: fork at unknown site {fork.site!r}; sites are {', '.join(self.sites)}")
         if fork.index.shape[0] <= x.shape[0]:

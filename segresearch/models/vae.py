@@ -1,7 +1,7 @@
 """SDXL's autoencoder, written out, with the key names of a diffusers checkpoint."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from segresearch.errors import InputError
 from segresearch.models import tiles
 from segresearch.models.layers import Downsample, Resnet, Upsample
+from segresearch.models.network_configs import check_fixed
 
 _EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes, in the terms of a diffusers config.json; the defaults are SDXL's.
-
-    scaling_factor gives latents unit scale.
-    """
+    """Sizes, in the terms of a diffusers config.json; the defaults are SDXL's. Scaled latents have unit scale."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -39,27 +37,19 @@ class VAEConfig:
     @staticmethod
     def from_dict(config: Mapping[str, Any]) -> "VAEConfig":
         """From a diffusers `vae/config.json`. Raises ValueError, naming key and value, for another architecture."""
-        for key, allowed in (
-            ("act_fn", ("silu",)),
-            ("latents_mean", (None,)),
-            ("latents_std", (None,)),
-        ):
-            if config.get(key, allowed[0]) not in allowed:
-                raise InputError(f"vae config: {key}={config[key]!r} is not supported, only {allowed[0]!r}")
+        check_fixed(config, {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}, "vae")
         for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if set(config.get(key, [known])) != {known}:
                 raise InputError(f"vae config: {key}={config[key]!r} is not supported, only {known}")
-        own = VAEConfig.__dataclass_fields__
-        pairs = ((k, v) for k, v in config.items() if k in own and v is not None)
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in pairs}
-        return VAEConfig(**values)
+        values = ((f.name, config.get(f.name)) for f in fields(VAEConfig))
+        own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values if v is not None}
+        return VAEConfig(**own)
 
     def __post_init__(self) -> None:
+        groups = self.norm_num_groups
         for width in self.block_out_channels:
-            if width % self.norm_num_groups:
-                raise InputError(
-                    f"vae config: width {width} is not a multiple of norm_num_groups {self.norm_num_groups}"
-                )
+            if width % groups:
+                raise InputError(f"vae config: width {width} is not a multiple of norm_num_groups {groups}")
 
     @property
     def factor(self) -> int:
@@ -98,32 +88,27 @@ class Mid(nn.Module):
         return self.resnets[1](x)
 
 
-class EncoderBlock(nn.Module):
-    def __init__(self, channels: int, width: int, layers: int, groups: int, last: bool):
+class Block(nn.Module):
+    """Resnets, then half the grid ("down") or twice the grid ("up"); the last block of a half keeps it ("")."""
+
+    def __init__(self, channels: int, width: int, layers: int, groups: int, resample: str):
         super().__init__()
         self.resnets = nn.ModuleList(Resnet(width if i else channels, width, groups, _EPS) for i in range(layers))
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(width, symmetric=False)])
+        self.downsamplers = nn.ModuleList([Downsample(width, symmetric=False)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample(width)] if resample == "up" else [])
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
-        for resnet in self.resnets:
-            x = resnet(x)
-        for downsample in self.downsamplers:
-            x = downsample(x)
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = layer(x)
         return x
 
 
-class DecoderBlock(nn.Module):
-    def __init__(self, channels: int, width: int, layers: int, groups: int, last: bool):
-        super().__init__()
-        self.resnets = nn.ModuleList(Resnet(width if i else channels, width, groups, _EPS) for i in range(layers))
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(width)])
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
-        for resnet in self.resnets:
-            x = resnet(x)
-        for upsample in self.upsamplers:
-            x = upsample(x, size=(2 * x.shape[2], 2 * x.shape[3]))
-        return x
+def blocks(widths: Sequence[int], layers: int, groups: int, resample: str) -> nn.ModuleList:
+    """A block for each of the widths, in the order of a forward pass."""
+    return nn.ModuleList(
+        Block(widths[max(i - 1, 0)], width, layers, groups, resample if i < len(widths) - 1 else "")
+        for i, width in enumerate(widths)
+    )
 
 
 class Encoder(nn.Module):
@@ -131,10 +116,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths, g = c.block_out_channels, c.norm_num_groups
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            EncoderBlock(widths[max(i - 1, 0)], width, c.layers_per_block, g, last=i == len(widths) - 1)
-            for i, width in enumerate(widths)
-        )
+        self.down_blocks = blocks(widths, c.layers_per_block, g, "down")
         self.mid_block = Mid(widths[-1], g, c.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(g, widths[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
@@ -152,10 +134,7 @@ class Decoder(nn.Module):
         widths, g = c.block_out_channels[::-1], c.norm_num_groups
         self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
         self.mid_block = Mid(widths[0], g, c.mid_block_add_attention)
-        self.up_blocks = nn.ModuleList(
-            DecoderBlock(widths[max(i - 1, 0)], width, c.layers_per_block + 1, g, last=i == len(widths) - 1)
-            for i, width in enumerate(widths)
-        )
+        self.up_blocks = blocks(widths, c.layers_per_block + 1, g, "up")
         self.conv_norm_out = nn.GroupNorm(g, widths[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
 
@@ -167,23 +146,14 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Images in [−1, 1] to latents of unit scale and back.
-
-    It computes in the weights' dtype and returns fp32 (fp64 stays fp64).
-    """
+    """Images in [−1, 1] to latents of unit scale and back, computed in the weights' dtype, returned in fp32 or fp64."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        c = config
         self.config = config
-        self.encoder = Encoder(c)
-        self.decoder = Decoder(c)
-        self.quant_conv = (
-            nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1) if c.use_quant_conv else nn.Identity()
-        )
-        self.post_quant_conv = (
-            nn.Conv2d(c.latent_channels, c.latent_channels, 1) if c.use_post_quant_conv else nn.Identity()
-        )
+        self.encoder, self.decoder, n = Encoder(config), Decoder(config), config.latent_channels
+        self.quant_conv = nn.Conv2d(2 * n, 2 * n, 1) if config.use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(n, n, 1) if config.use_post_quant_conv else nn.Identity()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,22 +168,15 @@ class VAE(nn.Module):
         """
         f = self.config.factor
         if images.shape[2] % f or images.shape[3] % f:
-            raise InputError(
-                f"vae: image sides {tuple(images.shape[2:])} must be multiples of {f}: crop or pad the image"
-            )
-        x = images.to(self.dtype)
-        if tile is None or self._whole(images, 1, tile):
-            y = self.encoder(x)
-        else:
-            y = tiles.encoded(self.encoder, x, tile)
+            sides = tuple(images.shape[2:])
+            raise InputError(f"vae: image sides {sides} must be multiples of {f}: crop or pad the image")
+        x, tile = images.to(self.dtype), self._tile(images, 1, tile)
+        y = self.encoder(x) if tile is None else tiles.encoded(self.encoder, x, tile)
         mean, logvar = self.quant_conv(y).chunk(2, dim=1)  # (b, 2l, h, w) -> 2 × l
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode(self, images: Float[Tensor, "b c H W"], tile: int | None = None) -> Float[Tensor, "b l h w"]:
-        """Scaled latents: (mean − shift) · scaling_factor, with no sampling, so that an image has one latent.
-
-        tile: as of `decode`.
-        """
+        """Scaled latents: (mean − shift) · scaling_factor, without sampling. tile: as of `decode`."""
         mean, _ = self.moments(images, tile)
         mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
         return (mean - self.config.shift_factor) * self.config.scaling_factor
@@ -226,25 +189,21 @@ class VAE(nn.Module):
         None computes whole images. Both give the same image to rounding. Raises ValueError for a tile smaller than
         a latent pixel, and for latents that want a gradient, which windows do not have.
         """
-        if latents.shape[1] != self.config.latent_channels:
-            raise InputError(
-                f"vae: latents of {latents.shape[1]} channels, this model's have {self.config.latent_channels}"
-            )
-        z = latents / self.config.scaling_factor + self.config.shift_factor
-        z = self.post_quant_conv(z.to(self.dtype))
-        if tile is None or self._whole(latents, self.config.factor, tile):
-            images = self.decoder(z)
-        else:
-            images = tiles.decoded(self.decoder, z, tile, self.config.factor)
+        c, channels = self.config, latents.shape[1]
+        if channels != c.latent_channels:
+            raise InputError(f"vae: latents of {channels} channels, this model's have {c.latent_channels}")
+        z = self.post_quant_conv((latents / c.scaling_factor + c.shift_factor).to(self.dtype))
+        tile = self._tile(latents, c.factor, tile)
+        images = self.decoder(z) if tile is None else tiles.decoded(self.decoder, z, tile, c.factor)
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
-    def _whole(self, x: Float[Tensor, "b c h w"], scale: int, tile: int) -> bool:
-        """Whether an image of x, with `scale` image pixels for each of x, lies within a tile."""
-        if not isinstance(tile, int) or tile < self.config.factor:
-            least = self.config.factor
+    def _tile(self, x: Float[Tensor, "b c h w"], scale: int, tile: int | None) -> int | None:
+        """`tile`, or None where an image of x, with `scale` image pixels for each of x, lies within it."""
+        least = self.config.factor
+        if tile is not None and (not isinstance(tile, int) or tile < least):
             raise InputError(f"vae: tile={tile!r} must be a whole number of image pixels, at least {least}")
-        if max(x.shape[2:]) * scale <= tile:
-            return True
+        if tile is None or max(x.shape[2:]) * scale <= tile:
+            return None
         if x.requires_grad and torch.is_grad_enabled():
             raise InputError(f"vae: no gradients through tiles of {tile} pixels: tile=None keeps them")
-        return False
+        return tile

@@ -15,11 +15,11 @@ NEVER: Interval = (math.inf, math.inf)
 INTO = 0.25  # of the way, in log σ, from a sigma towards the next higher one
 
 
-def check_interval(interval: Sequence[float | int], what: str) -> None:
+def check_interval(interval: Sequence[float | int], owner: str) -> None:
     """ValueError unless `interval` is (low, high) with 0 ≤ low ≤ high."""
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1]:
         raise InputError(
-            f"the interval of {what} must be (low, high) in sigma, 0 <= low <= high, got {tuple(interval)}"
+            f"the interval of {owner} must be (low, high) in sigma, 0 <= low <= high, got {tuple(interval)}"
         )
 
 

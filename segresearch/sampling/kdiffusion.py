@@ -1,4 +1,4 @@
-"""The only door to k-diffusion.
+"""The only import of k-diffusion.
 
 segresearch calls k-diffusion's samplers and denoisers: its modules `sampling` and `external`, and `utils` that both
 import. `k_diffusion/__init__.py` would import its training and evaluation too, and with them clip-anytorch, clean-fid,
@@ -6,7 +6,7 @@ kornia and jsonmerge; `clip` fails where setuptools no longer ships `pkg_resourc
 being executed, and the three modules are imported below a private package object of the same path. They import torch,
 torchvision, torchdiffeq, torchsde, scipy, pillow and tqdm.
 
-What is wrapped is known by its content, not by a version: 0.0.16 to 0.1.1.post1 have these two modules byte for byte.
+The two modules are checked by content, not by version: 0.0.16 to 0.1.1.post1 have these two modules byte for byte.
 """
 
 import functools

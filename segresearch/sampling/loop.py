@@ -12,6 +12,7 @@ Deviations from calling k-diffusion directly, each for a reason:
   is the denoised image whatever the sampler, so a single step of these, or of the two above, runs as euler.
 """
 
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +20,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from segresearch.errors import InputError
 from segresearch.sampling import schedules
-from segresearch.sampling.batching import checked_rows, one_row
 from segresearch.sampling.kdiffusion import k_diffusion
 from segresearch.sampling.noise import brownian_noise, image_key, noise_keys, white_noise
 from segresearch.sampling.schedules import checked_sigmas, choose, start_scale
@@ -162,6 +162,45 @@ def limited(model: Any) -> Callable[..., Tensor]:
         return denoised
 
     return call
+
+
+def row_count(value: Any) -> int | None:
+    """Rows of a tensor with axes or of an object that says so (`rows`); None for anything else."""
+    if isinstance(value, Tensor):
+        return len(value) if value.ndim else None
+    rows = getattr(value, "rows", None)
+    return rows if isinstance(rows, int) else None
+
+
+def checked_rows(name: str, value: Any, images: int) -> None:
+    """ValueError, with its position in `value`, where something in it has rows that are neither one nor `images`."""
+    rows = row_count(value)
+    if rows is not None and rows not in (1, images):
+        raise InputError(f"{name} has {rows} rows for {images} images of noise; give one row per image, or one for all")
+    if rows is None and isinstance(value, Mapping):
+        for key, item in value.items():
+            checked_rows(f"{name}[{key!r}]", item, images)
+
+
+def one_row(value: Any, index: int, images: int) -> Any:
+    """`value` for image `index` alone: everything in it that has a row per image is cut to that row.
+
+    Descends into mappings, lists, tuples and dataclasses; what has another count of rows, or none, stays as it is.
+    """
+    if isinstance(value, nn.Module):
+        return value
+    rows = row_count(value)
+    if rows is not None:
+        return value[index : index + 1] if rows == images else value
+    if isinstance(value, Mapping):
+        return {key: one_row(item, index, images) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        items = [one_row(item, index, images) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (field.name for field in dataclasses.fields(value) if field.init)
+        return dataclasses.replace(value, **{name: one_row(getattr(value, name), index, images) for name in fields})
+    return value
 
 
 def checked_options(sampler: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,13 +19,13 @@ ALIGN_YOUR_STEPS = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.2
 RHO = {"karras": 7.0, "polyexponential": 1.0}  # k-diffusion's defaults
 
 
-def choose(name: str, choices: Sequence[str], what: str) -> str:
+def choose(name: str, choices: Sequence[str], noun: str) -> str:
     """`name` itself where it is one of `choices`, else a ValueError that lists them and names the nearest."""
     if name in choices:
         return name
     near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise InputError(f"unknown {what} {name!r}: {hint}choose one of {', '.join(choices)}")
+    raise InputError(f"unknown {noun} {name!r}: {hint}choose one of {', '.join(choices)}")
 
 
 def sigmas(
