@@ -1,8 +1,6 @@
-"""Published weights of other networks than SDXL's: located, checked by their SHA-256, read. Nothing is fetched.
-
-A file is taken from the given path, else from the cache that its publisher's own tools fill. The checksum is the given
-one, else the published one. The digest that was read is a part of every result.
-"""
+"""Published weights of other networks than SDXL's: located, checked by their SHA-256, read. Nothing is fetched: a file
+is taken from the given path, else from the cache that its publisher's own tools fill. The checksum is the given one,
+else the published one. The digest that was read is a part of every result."""
 
 import hashlib
 import os

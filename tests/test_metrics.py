@@ -77,9 +77,8 @@ def test_kernel_distances_do_not_depend_on_order_or_on_blocks(monkeypatch):
 
 def test_kid_is_keyed():
     x, y = normal(40, 5), normal(30, 5, seed=1)
-    first, again, other = kid(x, y, 4, 10), kid(x, y, 4, 10), kid(x, y, 4, 10, seed=1)
-    assert first == again != other
-    every = itertools.product((0, 1), range(4), (0, 1))
+    assert kid(x, y, 4, 10) == kid(x, y, 4, 10) != kid(x, y, 5, 10)
+    every = itertools.product(range(4), (0, 1))
     keys = [tuple(subset_indices(40, 10, *key).tolist()) for key in every]
     assert len(set(keys)) == len(keys) and all(len(set(k)) == 10 for k in keys)
 
@@ -217,7 +216,6 @@ def test_the_bootstrap_is_of_the_same_rows_for_every_method():
     moved = Gaussian(reference.mean + 5, reference.cov, reference.count)
     second = frechet_distance(x + 5, moved, n_bootstrap=20)
     assert torch.tensor(first.resamples) - torch.tensor(second.resamples) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(x, reference, n_bootstrap=20, seed=1).error != first.error
     assert first.error == pytest.approx(torch.tensor(first.resamples).std().item(), rel=1e-5)
 
 

@@ -101,7 +101,7 @@ def test_kernel_inception_distance(dtype):
     close(discrepancy(polynomial, x, y)[1], theirs["kernel_inception_distance_mean"], 1e-4)
     x, y = sets(dtype=torch.float64)
     distance, spread = kid(x, y, n_subsets=5, size=40)
-    rows = [(subset_indices(120, 40, 0, i, 0), subset_indices(90, 40, 0, i, 1)) for i in range(5)]
+    rows = [(subset_indices(120, 40, i, 0), subset_indices(90, 40, i, 1)) for i in range(5)]
     values = torch.stack([poly_mmd(x[i], y[j]) for i, j in rows])
     close(distance, values.mean(), 1e-10)
     close(spread, values.std(correction=0), 1e-10)

@@ -73,16 +73,18 @@ def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
     identity |= {key: getattr(config, key) for key in ("guidance", "negative", "where", "heads", "branch", "blur")}
     identity |= {"version": VERSION, "images": images, "measured_steps": config.steps_from_0}
     folder = runs.run_folder(config.out, config.name, identity)
-    recorded, html = folder / "recording", folder / PAGE
+    recorded, html, partial = folder / "recording", folder / PAGE, folder / ".recording"
     if html.is_file() and (recorded.is_dir() or not config.keep):
         return Analysis(folder, html, True, time.perf_counter() - start)
     try:
         sdxl = load_model(config.model, config.device, compute=config.compute) if model is None else model
-        _write(config, sdxl, images, *_capture(config, sdxl, images, recorded), folder)
-        if not config.keep:
-            shutil.rmtree(recorded)
+        _write(config, sdxl, images, *_capture(config, sdxl, images, partial), folder)
+        if config.keep:
+            partial.rename(recorded)  # a recording under its own name is complete
+        else:
+            shutil.rmtree(partial)
     except BaseException:
-        shutil.rmtree(recorded, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         if not any(folder.iterdir()):
             folder.rmdir()
         raise

@@ -150,17 +150,14 @@ def _text_entries(encoder: torch.nn.Module, entries: Mapping[str, Entry]) -> dic
 
 def _vae_key(key: str) -> str:
     """VAE attention names of old diffusers folders as they are called today."""
-    old = re.fullmatch(r"(.+\.mid_block\.attentions\.0)\.(query|key|value|proj_attn)\.(weight|bias)", key)
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    return f"{old[1]}.{names[old[2]]}.{old[3]}" if old else key
+    return re.sub(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda old: names[old[0]], key)
 
 
 def open_controlnets(names: Names, model: Path, variant: str | None) -> dict[str, tuple[ControlNet, Weights]]:
-    """The ControlNets of these names, in their order, still on the meta device, with their weights.
-
-    model: the SDXL, whose own ones lie in its controlnet/. variant: of the weights, where there are such.
-    CheckpointError for what is not a ControlNet of SDXL, or is named twice.
-    """
+    """The ControlNets of these names, in their order, still on the meta device, with their weights. model: the SDXL,
+    whose own ones lie in its controlnet/. variant: of the weights, where there are such. CheckpointError for what is
+    not a ControlNet of SDXL, or is named twice."""
     opened: dict[str, tuple[ControlNet, Weights]] = {}
     for name in map(str, [names] if isinstance(names, str | Path) else names or ()):
         if name in opened:

@@ -39,17 +39,14 @@ def load_sdxl(
     controlnet: one or several, each a name in the folder's own controlnet/, a diffusers ControlNet folder, or a hub id
         in the local cache; `.controlnets` is keyed by these names, in order, each in the UNet's dtype and on its device
     variant: of the weights in a folder, e.g. "fp16"; None takes the plain files, else fp16 if only that is there
-    config: for a single file, a folder with configs of the diffusers layout, all or some (unet/config.json,
-        vae/config.json, text_encoder/config.json, text_encoder_2/config.json, scheduler/scheduler_config.json,
-        model_index.json, tokenizers), where the shapes do not tell the sizes (heads that are not 64 wide)
+    config: for a single file, a folder with configs of the diffusers layout, all or some (unet/config.json, ...,
+        scheduler/scheduler_config.json, model_index.json, tokenizers), where shapes do not tell (heads not 64 wide)
     tokenizer: for a single file, a folder with tokenizer/ and tokenizer_2/, or with one tokenizer for both encoders;
         None takes them from `config` or the local transformers cache
     vae_dtype: None is `dtype`, but float32 for a VAE that overflows in float16 (SDXL's own; config force_upcast)
-    compute: how the model computes; with offload, text encoders and VAE stay on the CPU, and SDXL's own methods bring
-        them to `device` for each call
+    compute: how the model computes; with offload, text encoders and VAE stay on the CPU between calls of SDXL's methods
 
-    Weights are read one tensor at a time, in their dtype here and on their device. Nothing is fetched from a network.
-    Raises CheckpointError, a ValueError of one line, for anything that is not a complete SDXL.
+    Nothing is fetched from a network. CheckpointError, of one line, for anything that is not a complete SDXL.
     """
     for argument, kind in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
         if kind not in DTYPES:

@@ -6,12 +6,11 @@ from pathlib import Path
 from segresearch.errors import CheckpointError
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 def refuse_pickle(path: Path) -> None:
     """CheckpointError for the file name of a pickled checkpoint."""
-    if path.suffix.lower() in PICKLES:
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
         convert = "where you trust its origin, load it once and save its tensors with safetensors.torch.save_file"
         fault = "pickle checkpoints can run code when opened and are refused: convert it to .safetensors"
         raise CheckpointError(f"{path}: {fault} ({convert})")

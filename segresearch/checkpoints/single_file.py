@@ -85,8 +85,7 @@ def open_sdxl_file(path: Path, config: Path | None, tokenizer: Path | None) -> C
     first, second = sizes(CLIP, "text_encoder", clip_config), sizes(OPEN_CLIP, "text_encoder_2", clip_config)
     unet = sizes(UNET, "unet", lambda shapes: unet_config(shapes, second["projection_dim"]))
     networks = build_networks((unet, vae, first, second), path)
-    levels = len(networks[1].config.block_out_channels)
-    maps = (unet_map(networks[0].config), vae_map(levels), clip_map, open_clip_map)
+    maps = (unet_map(networks[0].config), vae_map(len(networks[1].config.block_out_channels)), clip_map, open_clip_map)
     v = metadata.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction", "velocity")
     prediction = "v_prediction" if v or "v_pred" in entries else "epsilon"
     scheduler = {"prediction_type": prediction, "rescale_betas_zero_snr": "ztsnr" in entries}
@@ -133,8 +132,7 @@ def unet_config(shapes: Shapes, pooled: int) -> dict[str, Any]:
         raise InputError(f"{mid} transformer blocks in the middle, {depths[-1]} on the lowest level: not SDXL's shape")
     sizes = shapes["label_emb.0.0.weight"][1]
     return {
-        "in_channels": shapes["input_blocks.0.0.weight"][1],
-        "out_channels": shapes["out.2.weight"][0],
+        "in_channels": shapes["input_blocks.0.0.weight"][1], "out_channels": shapes["out.2.weight"][0],
         "block_out_channels": widths,
         "layers_per_block": [end - start for start, end in zip(starts, ends, strict=True)],
         "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths],
@@ -142,26 +140,23 @@ def unet_config(shapes: Shapes, pooled: int) -> dict[str, Any]:
         "transformer_layers_per_block": [d or 1 for d in depths[:-1]] + [mid],
         "attention_head_dim": [max(width // HEAD_DIM, 1) for width in widths],
         "cross_attention_dim": shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": (sizes - pooled) // 6,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": (sizes - pooled) // 6,
         "projection_class_embeddings_input_dim": sizes,
         "use_linear_projection": len(shapes["middle_block.1.proj_in.weight"]) == 2,
-    }
+    }  # fmt: skip
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
     """A diffusers `vae/config.json` from the shapes below `first_stage_model.`."""
     levels = _span(shapes, r"encoder\.down\.(\d+)\.block\.")
     return {
-        "in_channels": shapes["encoder.conv_in.weight"][1],
-        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "in_channels": shapes["encoder.conv_in.weight"][1], "out_channels": shapes["decoder.conv_out.weight"][0],
         "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)],
         "layers_per_block": _span(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
         "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "use_quant_conv": "quant_conv.weight" in shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+        "use_quant_conv": "quant_conv.weight" in shapes, "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
-    }
+    }  # fmt: skip
 
 
 def clip_config(shapes: Shapes) -> dict[str, Any]:
@@ -172,16 +167,14 @@ def clip_config(shapes: Shapes) -> dict[str, Any]:
     layers, mlp = ("transformer.resblocks", "c_fc") if open_clip else ("text_model.encoder.layers", "fc1")
     vocabulary, width = shapes[f"{embeddings}token_embedding.weight"]
     config = {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
+        "vocab_size": vocabulary, "hidden_size": width,
         "intermediate_size": shapes[f"{layers}.0.mlp.{mlp}.weight"][0],
         "num_hidden_layers": _span(shapes, rf"{layers}\.(\d+)\."),
         "num_attention_heads": max(width // HEAD_DIM, 1),
         "max_position_embeddings": shapes[positions][0],
         "hidden_act": "gelu" if open_clip else "quick_gelu",
-        "bos_token_id": 0,
-        "eos_token_id": 2,  # SDXL's configs say 2: the end of a text is its highest token id
-    }
+        "bos_token_id": 0, "eos_token_id": 2,  # SDXL's configs say 2: the end of a text is its highest token id
+    }  # fmt: skip
     return config | ({"projection_dim": shapes["text_projection"][1]} if open_clip else {})
 
 
@@ -205,10 +198,13 @@ _OPEN_CLIP = {
 }  # fmt: skip
 
 
-def _renamed(key: str, names: Mapping[str, str]) -> tuple[str, str]:
-    """The original name of the longest module that `key` begins with, and what follows it."""
-    module = max((name for name in names if key.startswith(f"{name}.")), key=len, default="")
-    return (f"{names[module]}.", key[len(module) + 1 :]) if module else ("", key)
+def _renamed(key: str, *tables: Mapping[str, str]) -> str:
+    """`key` with the longest module that it begins with renamed by a table, and what follows it by the next table."""
+    original = ""
+    for names in tables:
+        if module := max((name for name in names if key.startswith(f"{name}.")), key=len, default=""):
+            original, key = f"{original}{names[module]}.", key[len(module) + 1 :]
+    return original + key
 
 
 def unet_map(config: UNetConfig) -> Callable[[str], Source]:
@@ -225,12 +221,7 @@ def unet_map(config: UNetConfig) -> Callable[[str], Source]:
         slot = 2 if config.up_block_types[level] == "CrossAttnUpBlock2D" else 1
         names[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{up + layers}.{slot}"
         up += layers + 1
-
-    def source(key: str) -> Source:
-        block, rest = _renamed(key, names)
-        return Source(UNET + block + "".join(_renamed(rest, _RESNET)))
-
-    return source
+    return lambda key: Source(UNET + _renamed(key, names, _RESNET))
 
 
 def vae_map(levels: int) -> Callable[[str], Source]:
@@ -244,7 +235,7 @@ def vae_map(levels: int) -> Callable[[str], Source]:
             block = f"{half}.{way}.{level if way == 'down' else levels - 1 - level}"
             names[f"{half}.{way}_blocks.{level}.resnets"] = f"{block}.block"
             names[f"{half}.{way}_blocks.{level}.{way}samplers.0"] = f"{block}.{way}sample"
-    return lambda key: Source(VAE + "".join(_renamed(key, names)).replace("conv_shortcut", "nin_shortcut"))
+    return lambda key: Source(VAE + _renamed(key, names).replace("conv_shortcut", "nin_shortcut"))
 
 
 def clip_map(key: str) -> Source:

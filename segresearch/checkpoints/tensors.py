@@ -1,8 +1,5 @@
-"""Reading safetensors into modules that were built on the meta device: strictly, and with little memory.
-
-Each tensor is copied from the mapped file into its parameter, in the caller's dtype and on the caller's device. Pages
-of a mapped file count as the process's memory, so a file is opened anew after every MAPPED bytes.
-"""
+"""Reading safetensors into modules that were built on the meta device: strictly, and with little memory. Pages of a
+mapped file count as the process's memory, so a file is opened anew after every MAPPED bytes."""
 
 import json
 import re
@@ -46,11 +43,6 @@ class Source(NamedTuple):
     third: int | None = None
     transpose: bool = False
 
-    def shape(self, stored: Shape) -> Shape:
-        if self.third is not None and stored and stored[0] % 3 == 0:
-            stored = (stored[0] // 3, *stored[1:])
-        return stored[::-1] if self.transpose else stored
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -92,10 +84,8 @@ def _mapped(path: Path) -> Any:
 
 def open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of one safetensors file, and its metadata; no weights are read. CheckpointError for a file that is
-    missing, empty, a pickle, a git-lfs pointer, truncated or something else."""
+    empty, a pickle, a git-lfs pointer, truncated or something else."""
     refuse_pickle(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
     file = _mapped(path)
     slices = {key: file.get_slice(key) for key in file.keys()}
     if not slices:
@@ -141,11 +131,9 @@ def unexpected(keys: Iterable[str]) -> str:
 
 
 def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Fill a module that lies on the meta device with stored weights, frozen and in eval mode.
-
-    Every parameter must have its tensor and every tensor its use, except bookkeeping such as position_ids; 1×1
-    convolutions and linear layers may stand for each other. Else CheckpointError, before anything is read.
-    """
+    """Fill a module that lies on the meta device with stored weights, frozen and in eval mode. CheckpointError, before
+    anything is read, unless every parameter has its tensor and every tensor its use, except bookkeeping such as
+    position_ids; 1×1 convolutions and linear layers may stand for each other."""
     shapes = {key: tuple(parameter.shape) for key, parameter in module.state_dict().items()}
     sources = {key: weights.source(key) for key in shapes}
     _refuse_misfit(shapes, sources, weights)
@@ -161,9 +149,8 @@ def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.
         left -= stored.nbytes
         stored = (stored.T if source.transpose else stored).reshape(shapes[key])
         tensors[key] = torch.empty(shapes[key], dtype=dtype, device=device).copy_(stored)
-    module.requires_grad_(False)
     module.load_state_dict(tensors, strict=True, assign=True)
-    module.eval()
+    module.eval().requires_grad_(False)
 
 
 def _refuse_misfit(shapes: Mapping[str, Shape], sources: Mapping[str, Source], weights: Weights) -> None:
@@ -173,8 +160,11 @@ def _refuse_misfit(shapes: Mapping[str, Shape], sources: Mapping[str, Source], w
         file = next((entry.file for entry in entries.values()), "nothing")
         raise CheckpointError(f"{weights.name}: {fault} in {file}: not the weights of this config")
     for key, shape in shapes.items():
-        entry, fault = entries[sources[key].key], ""
-        stored = sources[key].shape(entry.shape)
+        source, fault = sources[key], ""
+        entry = entries[source.key]
+        stored = entry.shape[::-1] if source.transpose else entry.shape
+        if source.third is not None and stored and stored[0] % 3 == 0:
+            stored = (stored[0] // 3, *stored[1:])
         if stored != shape and stored + (1, 1) != shape and stored != shape + (1, 1):
             fault = f"has shape {entry.shape}, expected {shape} for {key}: config and weights are of different models"
         elif entry.dtype not in DTYPES:

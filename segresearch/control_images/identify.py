@@ -15,8 +15,6 @@ from segresearch.control_images.read import open_image
 from segresearch.errors import CheckpointError, ConfigError, InputError
 from segresearch.runs import fingerprint, plain
 
-SCENE_SIZE = (64, 64)  # at which a scene's map is identified
-
 
 @dataclass(frozen=True)
 class IdentifiedControl:
@@ -41,9 +39,8 @@ class IdentifiedControl:
 
 
 def identify_control(control: ControlConfig, images: Sequence[str], model: Path, key: str) -> IdentifiedControl:
-    """`control` with its control images `images`, checked; no network is loaded for it. model: the model's folder or
-    file. key: the control's full key, for messages. CheckpointError for a ControlNet or a depth estimator that is
-    missing, ConfigError for a file that is no image."""
+    """`control` and its images, checked; no network is loaded. key: of the config, for messages. CheckpointError for a
+    ControlNet or a depth estimator that is missing, ConfigError for a file that is no image."""
     files = list(dict.fromkeys(image for image in images if not image.startswith(SCENE)))
     scenes = list(dict.fromkeys(image for image in images if image.startswith(SCENE)))
     digests, depth_model = {}, None
@@ -52,7 +49,7 @@ def identify_control(control: ControlConfig, images: Sequence[str], model: Path,
     with _naming(f"{key}.image"):
         for file in files:
             open_image(file)
-            digests[file] = _digest(Path(file).expanduser().read_bytes())
+            digests[file] = hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()[:12]
     if files and control.preprocess == "depth":
         from segresearch.control_images.prepare import located_depth
 
@@ -61,8 +58,8 @@ def identify_control(control: ControlConfig, images: Sequence[str], model: Path,
     if scenes:
         from segresearch.control_images.prepare import scene_maps
 
-        maps = scene_maps(scenes, control.preprocess, SCENE_SIZE).mul(255).round().byte().cpu().numpy()
-        digests |= {scene: _digest(one.tobytes()) for scene, one in zip(scenes, maps)}
+        maps = scene_maps(scenes, control.preprocess, (64, 64)).mul(255).round().byte().cpu().numpy()
+        digests |= {scene: hashlib.sha256(one.tobytes()).hexdigest()[:12] for scene, one in zip(scenes, maps)}
     return IdentifiedControl(control, net, digests, depth_model)
 
 
@@ -84,10 +81,6 @@ def control_records(controls: Mapping[str, IdentifiedControl], images: Sequence[
         settings[name] = plain(dataclasses.replace(identified.control, image=image))
         contents[name] = identified.contents(image)
     return {"controls": settings, "contents": contents} if settings else {}
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
 
 
 @contextlib.contextmanager

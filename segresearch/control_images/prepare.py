@@ -23,7 +23,6 @@ from segresearch.records import read_record, save_png
 from segresearch.sampling import step_interval
 from segresearch.scenes.scenes import depth_image, edge_image, scenes
 
-NEAREST = 0.01  # m: metric estimates below it are taken for it
 METRIC = ("glpn", "zoedepth", "depth_pro", "prompt_depth_anything")  # these predict distances, others their inverse
 
 
@@ -31,13 +30,13 @@ def to_tensor(image: Image.Image) -> Float[Tensor, "1 3 h w"]:
     """An RGB image, or a map of mode "F", as a control image in [0, 1]."""
     if image.mode == "F":
         return torch.from_numpy(np.array(image)).clamp(0, 1).repeat(1, 3, 1, 1)  # (h, w) -> (1, 3, h, w)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+    values = torch.from_numpy(np.array(image.convert("RGB")))
+    return values.permute(2, 0, 1)[None].float() / 255  # (h, w, 3) -> (1, 3, h, w)
 
 
 def canny(image: Image.Image, low: float | int = 100, high: float | int = 200) -> Float[Tensor, "1 3 h w"]:
-    """Edges of the colour image, white (1) on black (0). low, high: hysteresis thresholds on the gradient (3×3 Sobel,
-    the strongest of the three colours), 100 and 200 as SDXL's canny ControlNets are commonly used. InputError unless
-    0 <= low <= high."""
+    """Edges of the colour image, white on black. low, high: hysteresis thresholds on the gradient (3×3 Sobel, the
+    strongest colour); 100 and 200 are common with SDXL's canny ControlNets. InputError unless 0 <= low <= high."""
     if not 0 <= low <= high:
         raise InputError(f"canny thresholds must be 0 <= low <= high, got low={low:g}, high={high:g}")
     import cv2
@@ -67,18 +66,15 @@ def _depth_estimator(folder: Path) -> tuple[Any, Any, bool]:
 
 
 def depth(image: Image.Image, model: str | Path, size: tuple[int, int] | None = None) -> Float[Tensor, "1 3 h w"]:
-    """Inverse depth, scaled for each image to 0 (farthest) ... 1 (nearest); 0 throughout where it is flat.
-
-    model: a folder or a cached hub id of transformers' AutoModelForDepthEstimation; metric depth is inverted. The
-    estimate is of the whole image; then it is cut and resized as `fit` does to size = (height, width), None: the
-    image's own. Runs on the CPU. CheckpointError for no such model, or one that cannot be loaded.
-    """
+    """Inverse depth, scaled for each image to 0 (farthest) ... 1 (nearest); 0 throughout where it is flat. Estimated of
+    the whole image on the CPU, then cut as `fit` does to size = (height, width), None: the image's own. model: a folder
+    or a cached hub id of AutoModelForDepthEstimation. CheckpointError for no such model, or one that does not load."""
     processor, network, metric = _depth_estimator(located_depth(model))
     with torch.no_grad():
         inputs = processor(images=image.convert("RGB"), return_tensors="pt")
         estimate = network(**inputs).predicted_depth[0].float()  # (h', w')
     if metric:
-        estimate = estimate.clamp(min=NEAREST).reciprocal()
+        estimate = estimate.clamp(min=0.01).reciprocal()  # m; nearer estimates are taken for 1 cm
     if not estimate.isfinite().all():
         raise InputError(f"depth model {model}: its estimate is not finite")
     low, high = estimate.min(), estimate.max()
@@ -114,9 +110,8 @@ def controlled_batch(
     sdxl: Any, controls: Mapping[str, ControlConfig], images: Sequence[tuple[str, ...]],
     size: tuple[int, int], sigmas: Float[Tensor, "sigmas"],
 ) -> list[ActiveControlNet]:  # fmt: skip
-    """The active ControlNets of a batch. images: the control images of each row, one for each control. sigmas: of the
-    run's schedule; `start` and `end` are fractions of its steps. ConfigError for a ControlNet that `sdxl` was loaded
-    without, or that does not fit the size."""
+    """The active ControlNets of a batch. images: of each row, one for each control. sigmas: of the run's schedule, as
+    `start` and `end` are fractions of its steps. ConfigError for a ControlNet that is not loaded or does not fit."""
     active = []
     for k, (name, control) in enumerate(controls.items()):
         if control.net not in sdxl.controlnets:

@@ -8,17 +8,14 @@ from PIL import Image, ImageOps
 
 from segresearch.errors import InputError
 
-DEEP = ("F", "I")  # modes of grey with more than 8 bits begin so
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+DEEP = ("F", "I")  # modes of grey with more than 8 bits begin so
 
 
 def open_image(path: str | Path, behind: str = "white") -> Image.Image:
-    """The first image in a file as 8-bit RGB, turned as its EXIF says; transparent parts show the colour `behind`.
-
-    Grey (1, 8, 16 bit or float in [0, 1]), palette, CMYK and other colour spaces are converted. InputError with the
-    file's name for a file that is missing, a folder, of another format, truncated, or larger than Pillow's limit
-    against decompression bombs, for integers beyond 16 bits and for floats outside [0, 1].
-    """
+    """The first image in a file, of any mode, as 8-bit RGB, turned as its EXIF says; transparent parts show `behind`.
+    InputError with the file's name for what is missing, a folder, of another format, truncated, or larger than Pillow's
+    limit against decompression bombs, for integers beyond 16 bits and for floats outside [0, 1]."""
     image = _upright(Path(path).expanduser())
     if image.mode.startswith(DEEP):
         image = Image.fromarray(np.rint(255 * np.asarray(_scaled(image, path))).astype(np.uint8))

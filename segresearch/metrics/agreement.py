@@ -1,8 +1,5 @@
-"""How far an image agrees with its scene: what it holds, by a small attribute classifier, and where its edges lie.
-
-The classifier of the embedded model predicts the number of objects, and for every (shape, colour), every shape and
-every colour whether there is such an object. It reads 64×64 images and was trained on rendered scenes.
-"""
+"""How far an image agrees with its scene: what it holds, by the attribute classifier of the embedded model, and where
+its edges lie."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,8 +41,8 @@ def scene_attributes(indices: Sequence[int] | range, seed: int = 0) -> Attribute
 
 
 class AttributeClassifier(nn.Module):
-    """Convolutions to an 8×8 grid, then evidence for every attribute at every place; an image has the largest. The
-    count alone comes from sums over places. The names of its layers are those of the weight file."""
+    """What 64×64 images hold. Convolutions to an 8×8 grid, then evidence for every attribute at every place; an image
+    has the largest. The count alone comes from sums over places. The names of layers are those of the weight file."""
 
     def __init__(self, width: int = 24):
         super().__init__()
@@ -89,9 +86,8 @@ def classify(classifier: AttributeClassifier, images: UInt8[Tensor, "b 3 64 64"]
 
 @one_thread
 def agreement(predicted: Attributes, expected: Attributes) -> dict[str, Float[Tensor, " b"]]:
-    """How far the attributes of each image agree with the expected ones, each number in [0, 1]. count: the number of
-    objects is right. colors, shapes: no colour (shape) of an object is missing or added. objects: share of the expected
-    (shape, colour) that are there. exact: number and all (shape, colour) right."""
+    """Of each image, numbers in [0, 1]. count: the number of objects is right. colors, shapes: no colour (shape) is
+    missing or added. objects: share of the expected (shape, colour) that are there. exact: count and pairs right."""
     count = predicted.count == expected.count
     pairs = expected.pairs.flatten(1)
     objects = (predicted.pairs.flatten(1) & pairs).sum(1) / pairs.sum(1).clamp(min=1)

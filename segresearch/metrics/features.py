@@ -58,9 +58,8 @@ class Extractor:
 def normalized_squares(
     images: UInt8[Tensor, "b 3 h w"], side: int, normal: tuple[tuple[float, ...], tuple[float, ...]], crop: bool = False
 ) -> Float[Tensor, "b 3 side side"]:
-    """Bicubic with antialiasing to a square, as Pillow does it; less the mean and over the deviation of `normal`.
-    crop: the middle square of the image, rounded to whole numbers afterwards (CMMD); else all of it, squeezed to a
-    square and not rounded (FD-DINOv2)."""
+    """Bicubic with antialiasing to a square, as Pillow does it; less the mean and over the deviation of `normal`. crop:
+    the middle square, rounded to whole numbers afterwards (CMMD); else all of it, squeezed, not rounded (FD-DINOv2)."""
     if crop:
         h, w = images.shape[2:]
         least = min(h, w)
@@ -77,11 +76,9 @@ def load_extractor(
     name: str, path: str | Path | None = None, sha256: str | None = None, device: Device = "cpu"
 ) -> Extractor:
     """A network of EXTRACTORS, with weights from `path` or from the local cache; nothing is fetched.
-
     path: the weight file of "inception"; a folder or hub id with config.json and weights for "dinov2" and "clip"; a
     model folder with vision/ for "mini". sha256: of the weights, where not the published one is meant. InputError for
-    an unknown name, CheckpointError for weights that are missing or others, PackageError without torch-fidelity.
-    """
+    an unknown name, CheckpointError for weights that are missing or others, PackageError without torch-fidelity."""
     if name not in EXTRACTORS:
         raise InputError(f"features {name!r}: choose one of {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name](path, sha256, torch.device(device))
@@ -110,12 +107,10 @@ def _dinov2(path: str | Path | None, sha256: str | None, device: torch.device) -
 
     folder, digest = pretrained.hub_weights(path or DINOV2, sha256)
     model = pretrained.load_model(Dinov2Model, folder, device)
-
-    def network(images: Tensor) -> Tensor:
-        pixels = normalized_squares(images, 224, IMAGENET)
-        return model(pixel_values=pixels).last_hidden_state[:, 0]  # (b, tokens, dim) -> (b, dim), the class token
-
-    return Extractor("dinov2", model.config.hidden_size, digest, network, device)
+    return Extractor(
+        "dinov2", model.config.hidden_size, digest, device=device,  # (b, tokens, dim) -> (b, dim), the class token
+        network=lambda images: model(pixel_values=normalized_squares(images, 224, IMAGENET)).last_hidden_state[:, 0],
+    )  # fmt: skip
 
 
 def _clip(path: str | Path | None, sha256: str | None, device: torch.device) -> Extractor:

@@ -5,9 +5,9 @@
 in fp64, by eigenvalues of symmetric matrices (no `sqrtm`, whose result may be complex for singular covariances).
 The estimate is biased upwards by about const / N (arXiv 1911.07023), so distances compare only at equal N, and N is a
 part of every result. `extrapolated` removes the first order of it: 2·d²(N) − mean of d² over two halves. Errors are
-standard errors of a bootstrap over images at fixed N, with the reference as given. Resampling repeats images and so
-adds a bias of its own: resampled distances serve for their spread, never for their mean. Methods are resampled by the
-same indices, so the spread of the difference of two methods' `resamples` is the paired error of their difference.
+standard errors of a bootstrap over images at fixed N, with the reference as given. Resampled distances are biased
+further: they serve for their spread, never for their mean. Methods are resampled by the same indices, so the spread of
+the difference of two methods' `resamples` is the paired error of their difference.
 """
 
 import math
@@ -85,18 +85,17 @@ def distance_parts(a: Gaussian, b: Gaussian) -> tuple[float, float]:
         raise InputError(f"Gaussians of {a.dim} and {b.dim} features cannot be compared")
     product = b.root @ a.cov @ b.root
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    mean_part = (a.mean - b.mean).square().sum()
-    return mean_part.item(), (a.cov.trace() + b.cov.trace() - 2 * cross).clamp(min=0).item()
+    return (a.mean - b.mean).square().sum().item(), (a.cov.trace() + b.cov.trace() - 2 * cross).clamp(min=0).item()
 
 
-def bootstrap_indices(n: int, n_bootstrap: int, seed: int = 0) -> Int[Tensor, "n_bootstrap n"]:
-    """Rows of each resample, keyed by the seed: the same for every method with n images, so that errors are paired."""
-    return torch.randint(n, (n_bootstrap, n), generator=torch.Generator().manual_seed(seed))
+def bootstrap_indices(n: int, n_bootstrap: int) -> Int[Tensor, "n_bootstrap n"]:
+    """Rows of each resample: the same for every method with n images, so that errors are paired."""
+    return torch.randint(n, (n_bootstrap, n), generator=torch.Generator().manual_seed(0))
 
 
 @one_thread_for(few_features)
 def frechet_distance(
-    features: Float[Tensor, "n dim"], reference: Gaussian, n_bootstrap: int = 0, seed: int = 0, force: bool = False
+    features: Float[Tensor, "n dim"], reference: Gaussian, n_bootstrap: int = 0, force: bool = False
 ) -> Frechet:
     """Fréchet distance of features to a reference. n_bootstrap: how many resamples `error` is taken from. force: allow
     n below dim + 1. InputError for too few images, features of another number, or values that are not finite."""
@@ -110,6 +109,6 @@ def frechet_distance(
         return sum(distance_parts(gaussian(rows, force=True), reference))
 
     halves = (distance(x[0::2]) + distance(x[1::2])) / 2 if n // 2 > reference.dim else math.nan
-    resamples = tuple(distance(x[rows]) for rows in bootstrap_indices(n, n_bootstrap, seed))
+    resamples = tuple(distance(x[rows]) for rows in bootstrap_indices(n, n_bootstrap))
     error = torch.tensor(resamples, dtype=torch.float64).std().item() if n_bootstrap > 1 else math.nan
     return Frechet(whole, mean_part, n, reference.count, reference.dim, 2 * whole - halves, error, resamples)

@@ -1,9 +1,7 @@
 """LPIPS v0.1 (arXiv 1801.03924): distance of images in the features of VGG-16 or AlexNet, by the package lpips.
-
 At each of five layers the channels of every place are scaled to unit length. Squared differences are weighted by
 channel (heads, fitted to human judgements), averaged over places, and summed over layers. The trunk is torchvision's
-ImageNet network; the heads come with the package.
-"""
+ImageNet network; the heads come with the package."""
 
 import re
 import warnings

@@ -95,11 +95,8 @@ def perceptual_distances(
     vision: Vision, a: UInt8[Tensor, "n 3 h w"], b: UInt8[Tensor, "m 3 y x"], batch: int = 200
 ) -> Float[Tensor, " n"]:
     """Distance in [0, 4] of uint8 images, pair by pair, in the manner of LPIPS (arXiv 1801.03924), on vision's device.
-
     At each stage the channels of every place are scaled to unit length. Squared differences are summed over channels,
-    averaged over places, then over stages. There are no human judgements of 64×64 scenes to weight channels by, so
-    every channel counts alike: numbers compare with each other, not with those of LPIPS.
-    """
+    averaged over places, then over stages. Every channel counts alike, so numbers compare with each other alone."""
     if a.shape != b.shape:
         raise InputError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared one by one")
     device, parts = vision.head.weight.device, []

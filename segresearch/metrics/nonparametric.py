@@ -13,12 +13,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.threads import few_features, one_thread_for
 
+Features = Float[Tensor, "n dim"]
+Reference = Float[Tensor, "m other"]
 Kernel = Callable[[Tensor, Tensor], Tensor]
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD, as published
 BLOCK = 2048  # rows and columns of a kernel matrix that are held at once
@@ -63,9 +65,7 @@ def _kernel_sums(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[float, float]:
     return total.item(), diagonal.item()
 
 
-def discrepancy(
-    kernel: Kernel, features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"]
-) -> tuple[float, float]:
+def discrepancy(kernel: Kernel, features: Features, reference: Reference) -> tuple[float, float]:
     """(biased, unbiased) MMD² over all pairs, in memory that does not grow with them. InputError for fewer than two."""
     x, y = checked_sets(features, reference)
     n, m = len(x), len(y)
@@ -75,23 +75,17 @@ def discrepancy(
     return xx / n**2 + yy / m**2 - cross, unbiased
 
 
-def subset_indices(n: int, size: int, seed: int, index: int, side: int) -> Tensor:
-    """`size` different ones of n, keyed by seed, subset and side, so that every method with n images has the same."""
-    generator = torch.Generator().manual_seed((seed * 2 + side) * 1_000_003 + index)
+def subset_indices(n: int, size: int, index: int, side: int) -> Int[Tensor, " size"]:
+    """`size` different ones of n, keyed by subset and side, so that every method with n images has the same."""
+    generator = torch.Generator().manual_seed(side * 1_000_003 + index)
     return torch.randperm(n, generator=generator)[:size]
 
 
 @one_thread_for(few_features)
-def kid(
-    features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"],
-    n_subsets: int = 100, size: int = 1000, seed: int = 0,
-) -> tuple[float, float]:  # fmt: skip
+def kid(features: Features, reference: Reference, n_subsets: int = 100, size: int = 1000) -> tuple[float, float]:
     """Kernel inception distance (arXiv 1801.01401): the mean of the unbiased MMD² of subsets under the polynomial
-    kernel, and its standard deviation (of one subset, not of the mean).
-
-    Published with 100 subsets of 1000; not scaled here (papers often print it times 100 or 1000).
-    InputError for subsets larger than either side, or of fewer than two.
-    """
+    kernel, and its standard deviation (of one subset, not of the mean). Published with 100 subsets of 1000; not scaled
+    here (papers often print it times 100 or 1000). InputError for subsets larger than a side, or of fewer than two."""
     if n_subsets < 1 or size < 2:
         raise InputError(f"n_subsets={n_subsets}, size={size}: at least 1 subset of 2 images is needed")
     x, y = checked_sets(features, reference)
@@ -100,14 +94,14 @@ def kid(
         raise InputError(f"size={size}: subsets cannot be larger than the {n} images or the {m} of the reference")
     values = []
     for i in range(n_subsets):
-        subsets = (z[subset_indices(len(z), size, seed, i, side).to(z.device)] for side, z in enumerate((x, y)))
+        subsets = (z[subset_indices(len(z), size, i, side).to(z.device)] for side, z in enumerate((x, y)))
         values.append(discrepancy(polynomial, *subsets)[1])
     distances = torch.tensor(values, dtype=torch.float64)
     return distances.mean().item(), distances.std(correction=0).item()
 
 
 @one_thread_for(few_features)
-def cmmd(features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"]) -> tuple[float, float]:
+def cmmd(features: Features, reference: Reference) -> tuple[float, float]:
     """(biased, unbiased) CLIP maximum mean discrepancy times 1000 (arXiv 2401.09603) of CLIP embeddings, which are
     scaled to unit length here. The published figure is the biased one."""
     unit = (F.normalize(z.detach().double(), dim=1) for z in (features, reference))
@@ -134,9 +128,7 @@ def covered(x: Float[Tensor, "n dim"], centres: Float[Tensor, "m dim"], radii: F
 
 
 @one_thread_for(few_features)
-def precision_recall(
-    features: Float[Tensor, "n dim"], reference: Float[Tensor, "m other"], neighbour: int = 3
-) -> tuple[float, float]:
+def precision_recall(features: Features, reference: Reference, neighbour: int = 3) -> tuple[float, float]:
     """(precision, recall) of generated features against a reference; neighbour: k. InputError for as few images as
     `neighbour`, for values that are not finite or features of another number."""
     x, y = checked_sets(features, reference, least=0)

@@ -1,8 +1,5 @@
-"""Text alignment: the cosine of the CLIP embeddings of an image and of its prompt (arXiv 2103.00020).
-
-Papers print the cosine itself (0.271 in Table 2 of SEG, arXiv 2408.00760), 100·max(cos, 0), or 2.5·max(cos, 0)
-(CLIPScore, arXiv 2104.08718). Here it is the cosine. The CLIP it is measured by is a part of it.
-"""
+"""Text alignment: the cosine of the CLIP embeddings of an image and of its prompt (arXiv 2103.00020), as in Table 2 of
+SEG (arXiv 2408.00760). Other papers print 100·max(cos, 0) or 2.5·max(cos, 0) (CLIPScore, arXiv 2104.08718)."""
 
 import warnings
 from collections.abc import Sequence
@@ -32,14 +29,12 @@ class Clip:
     tokenizer: Any
     processor: Any
 
-    @torch.inference_mode()
     def embed_images(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b dim"]:
         """Unit embeddings. The model's own processor resizes images and cuts them to the middle square."""
         inputs = self.processor(images=list(images.cpu()), input_data_format="channels_first", return_tensors="pt")
         output = self.model.vision_model(pixel_values=inputs["pixel_values"].to(next(self.model.parameters())))
         return F.normalize(self.model.visual_projection(output.pooler_output), dim=-1)
 
-    @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b dim"]:
         """Unit embeddings. Texts longer than the model reads (77 tokens) are cut, with a warning."""
         limit = self.model.config.text_config.max_position_embeddings
@@ -73,16 +68,15 @@ class MiniClip:
     text: Any
 
     @one_thread
-    @torch.inference_mode()
     def embed_images(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b dim"]:
         return self.tower.embed(unit_range(images.to(self.tower.vision.head.weight.device)))
 
     @one_thread
-    @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b dim"]:
         return F.normalize(self.text.encode(list(texts))[1].to(self.tower.vision.head.weight), dim=-1)
 
 
+@torch.inference_mode()
 def text_alignment(
     clip: Clip | MiniClip, images: UInt8[Tensor, "n 3 h w"], texts: Sequence[str], batch: int = 64
 ) -> Float[Tensor, " n"]:

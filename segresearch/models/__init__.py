@@ -1,10 +1,6 @@
 """SDXL's networks, its text conditioning, and the UNet as a k-diffusion denoiser.
 
-    from segresearch.models import load_sdxl
-    sdxl = load_sdxl("mini")
-    conds = sdxl.encode(["a red cube"])
-
-The two names below are imported when they are first used, so that modules here can be imported without torch.
+`SDXL` and `load_sdxl` are imported when they are first used, so that modules here can be imported without torch.
 """
 
 from importlib import import_module

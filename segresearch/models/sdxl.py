@@ -21,21 +21,16 @@ from segresearch.models.vae import VAE
 
 @dataclass(frozen=True)
 class SDXL:
-    """One loaded model. Frozen: an experiment that wants another behaviour passes another argument.
-
-    name: the path or name it was loaded by. zero_negative: no negative prompt means zeros (SDXL), else the encoding of
-    "". controlnets: keyed by the names passed to `load_sdxl`, in order. compute: of the denoiser, and of the methods
-    here; `vae.decode` and `vae.encode` themselves compute where and as the VAE is.
-    """
+    """One loaded model. Frozen: an experiment that wants another behaviour passes another argument."""
 
     unet: UNet
     vae: VAE
     text: TextEncoders
     denoiser: Denoiser = field(repr=False)
-    name: str = "sdxl"
-    zero_negative: bool = True
-    controlnets: Mapping[str, ControlNet] = field(default_factory=dict)
-    compute: Compute = PLAIN
+    name: str = "sdxl"  # the path or name it was loaded by
+    zero_negative: bool = True  # no negative prompt means zeros (SDXL), else the encoding of ""
+    controlnets: Mapping[str, ControlNet] = field(default_factory=dict)  # by the names passed to `load_sdxl`, in order
+    compute: Compute = PLAIN  # of the denoiser and of the methods here; `vae.decode` itself computes as the VAE is
 
     @property
     def device(self) -> torch.device:
@@ -63,12 +58,9 @@ class SDXL:
         size: tuple[int, int] | None = None, clip_skip: int | None = None,
     ) -> dict[str, Cond]:  # fmt: skip
         """{"cond": ..., "uncond": ...}, one row a prompt, in the UNet's dtype and on its device.
-
-        negative: one text for all rows or one a row; None means zeros where the model says so (SDXL does), else "".
-        size: (height, width) in pixels, default `default_size`; both the original and the target size of the image,
-        uncropped. clip_skip: as in diffusers, for the prompts only. A prompt "" is encoded like any other. InputError
-        for an empty list, a bare string, unequal lengths or a size that does not fit.
-        """
+        negative: one text for all rows or one a row; None: see `zero_negative`. size: (height, width) in pixels, both
+        the original and the target size of the image, uncropped; None: `default_size`. clip_skip: as in diffusers, for
+        the prompts only. InputError for an empty list, a bare string, unequal lengths or a size that does not fit."""
         if isinstance(prompts, str):
             raise InputError(f"prompts must be a list of strings, not the string {prompts!r}: write [{prompts!r}]")
         if not prompts:

@@ -93,28 +93,26 @@ def sample(
     x = noise.to(device, dtype) * start_scale(sigmas, schedule)
     sigmas = sigmas.to(device, dtype)
     keys = noise_keys(noise, seeds, "steps")
-    arguments = prepared(model, extra if conds is None else {"conds": conds, **extra})
+    arguments = extra if conds is None else {"conds": conds, **extra}
     churn = options.get("s_churn", 0) > 0
     separate = len(x) > 1 and (churn or sampler == "dpm_adaptive")
     groups = [slice(i, i + 1) for i in range(len(x))] if separate else [slice(0, len(x))]
 
     devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), Bar(sampler, len(x), sigmas, progress) as bar:
+    bar = tqdm(
+        total=len(x), desc=sampler, unit="image", leave=False, disable=None if progress else True,  # None: by terminal
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}",
+    )  # fmt: skip
+    with torch.no_grad(), torch.random.fork_rng(devices), bar:
+        arguments = getattr(model, "prepare", dict)(arguments)  # work that is the same at every step, done once
         parts = []
         for rows in groups:
             if churn:
                 global_generator(device).manual_seed(image_key(keys[rows.start], "churn"))
             own = one_row(arguments, rows.start, len(x)) if separate else arguments
-            report = reporter(callback, bar, rows)
+            report = reporter(callback, bar, sigmas, rows)
             parts.append(integrate(model, x[rows], sampler, sigmas, keys[rows], options, own, report))
         return torch.cat(parts)
-
-
-@torch.no_grad()
-def prepared(model: Any, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`arguments` through the model's own `prepare`, if it has one: work that is the same at every step, done once."""
-    prepare = getattr(model, "prepare", None)
-    return arguments if prepare is None else prepare(arguments)
 
 
 def integrate(
@@ -232,40 +230,20 @@ def global_generator(device: torch.device) -> torch.Generator:
     return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
-def reporter(callback: Callback | None, bar: "Bar", rows: slice) -> Callback | None:
-    """What k-diffusion calls at each step: the bar, and the caller's `callback` with `rows` and a running `i`."""
-    if callback is None and bar.silent:
+def reporter(
+    callback: Callback | None, bar: Any, sigmas: Float[Tensor, " sigmas"], rows: slice
+) -> Callback | None:
+    """The callback of k-diffusion: the caller's, with `rows` and a running `i`, and the bar, in parts of an image: the
+    part of the sigmas that are passed. None where neither is wanted."""
+    if callback is None and bar.disable:
         return None
-
     count = itertools.count()
 
     def report(info: dict[str, Any]) -> None:
         if callback is not None:
             callback({**info, "i": next(count), "rows": rows})
-        bar.advance(rows, info["sigma"])
+        if not bar.disable:
+            passed = int((sigmas[:-1] >= float(info["sigma"]) * (1 - 1e-6)).sum()) / (len(sigmas) - 1)
+            bar.update(max(0.0, rows.start + passed * (rows.stop - rows.start) - bar.n))
 
     return report
-
-
-class Bar:
-    """A progress bar in images; a part of an image is the part of the schedule's sigmas that it has passed."""
-
-    def __init__(self, sampler: str, images: int, sigmas: Float[Tensor, " sigmas"], progress: bool):
-        self.sigmas = sigmas[:-1]
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}"
-        disable = None if progress else True  # None: quiet unless on a terminal
-        self.tqdm = tqdm(total=images, desc=sampler, unit="image", bar_format=layout, disable=disable, leave=False)
-        self.silent = self.tqdm.disable
-
-    def advance(self, rows: slice, sigma: Tensor) -> None:
-        """Move to where image `rows.stop` stands at `sigma`."""
-        if not self.silent:
-            passed = int((self.sigmas >= float(sigma) * (1 - 1e-6)).sum()) / len(self.sigmas)
-            position = rows.start + passed * (rows.stop - rows.start)
-            self.tqdm.update(max(0.0, position - self.tqdm.n))
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.tqdm.close()
