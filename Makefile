@@ -1,12 +1,12 @@
-# make demo    pictures from the embedded model: plain, SAG, PAG and SEG side by side; prints where they are
+# make demo    images of the embedded model: unguided, SAG, PAG and SEG side by side; prints where they are
 # make test    all tests but those that need a GPU
-# make test-gpu    those: the CPU's pictures against the GPU's, the scripts, CUDA graphs, SDXL at its full size
-# make reproduce   the paper's tables 1 and 2 and figures 6 and 12 on the embedded model: 1,000 pictures a setting, in runs/
+# make test-gpu    the tests that need a GPU: images of CPU and GPU, the scripts, CUDA graphs, SDXL at full size
+# make reproduce   tables 1, 2 and figures 6, 12 of the paper on the embedded model, 1,000 images per method; in runs/
 # make check   ruff and mypy
-# make clean   away with caches, builds and the environment; runs/ stays
+# make clean   removes caches, builds and the environment; runs/ stays
 #
-# Each sets up what it needs: .venv with the versions of constraints.txt, once, and again when these files change.
-# The newest Python from 3.11 on is looked for; `make demo PYTHON=/path/to/python` names one.
+# Each installs .venv with the versions of constraints.txt, and again when that file or pyproject.toml changes.
+# It takes the newest Python from 3.11 on; `make demo PYTHON=/path/to/python` names one.
 
 VENV := .venv
 WORKERS := 2

@@ -1,4 +1,4 @@
-"""A W&B workspace or report of an experiment, as code: panels over the runs that `wandb_log.log_evaluation` writes.
+"""A W&B workspace or report of an experiment, as code: panels over the runs that `outputs.log_evaluation` writes.
 
 Built without a server: `spec` is what would be sent. Sending it needs an account. wandb-workspaces is an extra.
 """
@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from segresearch.errors import ConfigError
 from segresearch.evaluation.compare_runs import overview
-from segresearch.evaluation.frame import METRICS, Metric
-from segresearch.wandb_log import GUIDANCE, IMAGES, SIDE_BY_SIDE, TABLE
+from segresearch.evaluation.frame import METRICS
+from segresearch.wandb_log import GALLERY, GUIDANCE, SIDE_BY_SIDE, TABLE
 
 EXTRA = "wandb-workspaces is not installed; pip install 'segresearch[dashboards]' brings it"
 ABOUT = (
@@ -35,11 +35,10 @@ def build(
         import wandb_workspaces.workspaces as workspace
     except ImportError as error:
         raise ConfigError(EXTRA) from error
-    experiment = f"Config('experiment') = '{name}'"
-    parts = _parts(report, [METRICS[key] for key in metrics])
+    experiment, parts = f"Config('experiment') = '{name}'", _parts(report, metrics)
     if kind == "workspace":
         sections = []
-        for title, _, panels in parts:
+        for title, (_, panels) in parts.items():
             grid = workspace.SectionLayoutSettings(columns=min(2, len(panels)), rows=-(-len(panels) // 2))
             sections.append(workspace.Section(name=title, panels=panels, is_open=True, layout_settings=grid))
         return workspace.Workspace(
@@ -48,7 +47,7 @@ def build(
             settings=workspace.WorkspaceSettings(max_runs=100),
         )  # fmt: skip
     blocks: list[Any] = [report.P(ABOUT.format(name))]
-    for title, job, panels in parts:
+    for title, (job, panels) in parts.items():
         runs = report.Runset(name=name, filters=f"{experiment} and JobType = '{job}'")
         blocks += [report.H2(title), report.PanelGrid(runsets=[runs], panels=panels)]
     return report.Report(
@@ -57,10 +56,11 @@ def build(
     )  # fmt: skip
 
 
-def _parts(report: Any, metrics: list[Metric]) -> list[tuple[str, str, list[Any]]]:
-    """Titles, the kind of the W&B runs, and the panels; none without panels."""
-    frechet = [metric for metric in metrics if metric.kind == "fd"]
-    bars = [*frechet, *(metric for metric in metrics if metric.kind in ("saturation", "contrast"))]
+def _parts(report: Any, names: tuple[str, ...]) -> dict[str, tuple[str, list[Any]]]:
+    """By title the kind of the W&B runs, and the panels; none without panels."""
+    metrics = [METRICS[name] for name in names]
+    frechet, distances = ([m for m in metrics if m.kind == kind] for kind in ("fd", "distance"))
+    bars = [m.name for m in metrics if m.kind in ("fd", "saturation", "contrast")]
     blur = [
         report.ScatterPlot(title=f"{fd.head} against the blur of SEG, σ/(1 + σ)", x=report.Config("blur"),
                            y=report.SummaryMetric(fd.name), range_x=(0.0, 1.0))
@@ -69,23 +69,22 @@ def _parts(report: Any, metrics: list[Metric]) -> list[tuple[str, str, list[Any]
     pareto = [
         report.ScatterPlot(title=f"{fd.head} against {distance.head} to the baseline: lower left is better",
                            x=report.SummaryMetric(distance.name), y=report.SummaryMetric(fd.name))
-        for fd in frechet for distance in metrics if distance.kind == "distance"
+        for fd in frechet for distance in distances
     ]  # fmt: skip
-    parts = [
-        ("Fréchet distance against σ", "method", blur),
-        ("Quality against distance", "method", pareto),
-        ("Values by method", "method", [report.BarPlot(title=m.name, metrics=[m.name]) for m in bars]),
-        ("Size of the guidance, by evaluation", "method",
-         [report.LinePlot(title="RMS of what guidance adds", x="evaluation", y=[GUIDANCE])]),
-        ("Images", "method", [report.MediaBrowser(title="The same seeds", media_keys=[IMAGES], num_columns=4)]),
-        ("Tables", "evaluation", [report.WeavePanelSummaryTable(table_name=key) for key in (TABLE, SIDE_BY_SIDE)]),
-    ]  # fmt: skip
-    for title, _, panels in parts:
+    guidance = report.LinePlot(title="RMS of what guidance adds", x="evaluation", y=[GUIDANCE])
+    gallery = report.MediaBrowser(title="The same seeds", media_keys=[GALLERY], num_columns=4)
+    parts = {
+        "Fréchet distance against σ": ("method", blur), "Quality against distance": ("method", pareto),
+        "Values by method": ("method", [report.BarPlot(title=bar, metrics=[bar]) for bar in bars]),
+        "Size of the guidance, by evaluation": ("method", [guidance]), "Images": ("method", [gallery]),
+        "Tables": ("evaluation", [report.WeavePanelSummaryTable(table_name=key) for key in (TABLE, SIDE_BY_SIDE)]),
+    }  # fmt: skip
+    for title, (_, panels) in parts.items():
         width, height = (24, 12) if title == "Tables" else (12, 9)
         for i, panel in enumerate(panels):
             row, column = divmod(i, 24 // width)
             panel.layout = report.Layout(x=width * column, y=height * row, w=width, h=height)
-    return [part for part in parts if part[2]]
+    return {title: part for title, part in parts.items() if part[1]}
 
 
 def spec(board: Any) -> dict[str, Any]:
@@ -100,13 +99,11 @@ def publish(board: Any) -> str:
 
     try:
         api = wandb.Api(timeout=30)
+        board.entity = board.entity or api.default_entity
+        board.save()
     except wandb.errors.UsageError as error:
         hint = "run `wandb login`, or set WANDB_API_KEY; without --publish it is built and printed"
         raise ConfigError(f"publishing needs a W&B account: {hint}") from error
-    try:
-        if not board.entity:
-            board.entity = api.default_entity
-        board.save()
     except Exception as error:  # of many kinds, by network and server
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"W&B did not take it: {reason[:200]}") from error

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 class Cell(NamedTuple):
     """Of a table. kind: CSS classes ("first" in a row's first cell draws a line above the row). strong: a bold line
-    above `text`. rows: how many it spans. image: a PNG, shown at width × height pixels; `text` describes it."""
+    above `text`. rows: how many it spans."""
 
     text: str = ""
     kind: str = ""
@@ -20,9 +20,6 @@ class Cell(NamedTuple):
     href: str = ""
     rows: int = 1
     style: str = ""
-    image: bytes | None = None
-    width: int = 0
-    height: int = 0
 
 
 def embedded(png: Path | bytes) -> str:

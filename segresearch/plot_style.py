@@ -19,8 +19,8 @@ CHARACTERS = 15.5  # of a caption's line, an inch
 def canvas(width: float, height: float, title: str, caption: str) -> Figure:
     """An empty figure (inches) with its title above and its caption below, and room for axes between."""
     lines = textwrap.wrap(caption, int((width - 0.4) * CHARACTERS))
-    head, foot = 0.42, 0.2 + 0.165 * len(lines)
-    total = height + head + foot
+    foot = 0.2 + 0.165 * len(lines)
+    total = 0.42 + height + foot
     figure = Figure(figsize=(width, total), dpi=130, layout="constrained", facecolor="white")
     figure.text(0.2 / width, 1 - 0.14 / total, title, ha="left", va="top", fontsize=12, weight="bold", color=INK)
     figure.text(0.2 / width, 0.1 / total, "\n".join(lines), ha="left", va="bottom", fontsize=8.5, color=QUIET)
@@ -30,8 +30,7 @@ def canvas(width: float, height: float, title: str, caption: str) -> Figure:
 
 
 def label(axis: Any, title: str = "", x: str = "", y: str = "", grid: str = "") -> None:
-    """Title and axis names in the plots' sizes and colours, without the upper and right border. grid: "x", "y", "both"
-    or none."""
+    """Title and axis names in the plots' sizes and colours, no upper and right border. grid: "x", "y" or "both"."""
     axis.set_title(title, fontsize=9.5, color=INK, loc="left")
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)

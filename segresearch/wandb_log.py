@@ -13,20 +13,14 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
-from segresearch.runs import code_version, digest, plain
-
-if TYPE_CHECKING:
-    from segresearch.config import GuidanceConfig
-    from segresearch.evaluation.aggregate import Result
-    from segresearch.evaluation.page import Example
-    from segresearch.evaluation.spec import EvaluationSpec
+from segresearch.runs import digest, plain
 
 LIMITS = {"offline": 60.0, "online": 600.0}  # seconds for a call
 PER_RUN = 5.0  # and for every W&B run more
 GUIDANCE = "guidance_rms"  # of a method: the size of its guidance, by evaluation of the model
-IMAGES, TABLE, SIDE_BY_SIDE = "images", "table", "side by side"
+GALLERY, TABLE, SIDE_BY_SIDE = "images", "table", "side by side"
 
 
 @dataclass(frozen=True)
@@ -138,66 +132,6 @@ def _write(config: WandbConfig, folder: Path, content: Sequence[tuple[str, Wandb
             summary[name] = shown if len(shown) > 1 else shown[0]
         logged.log(summary)
         logged.finish()
-
-
-def log_evaluation(
-    spec: "EvaluationSpec", result: "Result", examples: "Callable[[], Mapping[str, Sequence[Example]]]", folder: Path
-) -> bool:
-    """`log` of a finished evaluation: the experiment is a group; each method, and the whole, is a W&B run in it.
-
-    examples: of each method the images of the first seeds, and their records.
-    """
-    config = spec.config
-    common = {**spec.facts(folder.name, result.reference_images), "images": config.images, "code": code_version()}
-    rows: dict[str, dict[str, Any]] = {method: {} for method in spec.methods}
-    for row in result.frame.rows:
-        rows[row.method] |= {row.metric: row.value, f"{row.metric}-error": row.error}
-
-    def runs(temporary: Path) -> list[WandbRun]:
-        from segresearch.config.expand import slug
-        from segresearch.records import save_png
-
-        files: dict[str, list[Path]] = {}
-        for method, shown in examples().items():
-            files[method] = [temporary / slug(method) / f"seed{i}.png" for i in range(len(shown))]
-            for path, (image, record) in zip(files[method], shown):
-                save_png(image, path, record)
-        samples = [{"seed": i, "prompt": text} for i, text in enumerate(spec.texts(range(len(shown))))]
-        captions = [f"seed {i}" + (f": {text}" if text else "") for i, text in map(dict.values, samples)]
-        of_methods = [
-            WandbRun(
-                method, config.name, "method", {**common, **facts(method, spec.methods[method])}, values,
-                {GUIDANCE: result.norms[method]} if result.norms.get(method) else {},
-                {"image table": [{**s, "image": path} for s, path in zip(samples, files[method])]},
-                {IMAGES: list(zip(files[method], captions))},
-            )
-            for method, values in rows.items()
-        ]  # fmt: skip
-        side_by_side = [{**s, **dict(zip(files, paths))} for s, paths in zip(samples, zip(*files.values()))]
-        tables = {TABLE: [{"method": method, **row} for method, row in rows.items()], SIDE_BY_SIDE: side_by_side}
-        plots = {path.stem: [(path, "")] for path in sorted((folder / "figures").glob("*.png"))}
-        settings, whole = {**common, "all": plain(config)}, f"{config.name} {folder.name}"
-        return [*of_methods, WandbRun(whole, config.name, "evaluation", settings, tables=tables, images=plots)]
-
-    return log(config.wandb, Path(config.out), [folder.name, common, rows], runs)
-
-
-def facts(method: str, guidance: "GuidanceConfig") -> dict[str, Any]:
-    """What plots and filters of W&B are about. blur: σ/(1 + σ), which puts σ from 0 to ∞ on an axis from 0 to 1."""
-    from segresearch.evaluation.plots import kind
-
-    settings: dict[str, Any] = {"method": method, "kind": kind(guidance), "guidance": plain(guidance)}
-    for term in guidance.terms.values():
-        if term.kind == "cfg":
-            settings["cfg"] = plain(term.weight)
-            continue
-        settings["scale"] = plain(term.scale)
-        if not isinstance(term.perturbation, tuple) and term.perturbation.kind == "seg":
-            sigma = term.perturbation.sigma
-            settings |= {"sigma": plain(sigma), "blur": 1.0 if sigma == float("inf") else sigma / (1 + sigma)}
-    if guidance.sag is not None:
-        settings["scale"] = plain(guidance.sag.scale)
-    return settings
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir, typed
 from segresearch.config.compose import written_config
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation import shards
+from segresearch.evaluation.aggregate import features, reference
 from segresearch.evaluation.evaluate import evaluate
-from segresearch.evaluation.reference import features, reference
 from segresearch.evaluation.sample_shards import Worker
 from segresearch.models import load_sdxl
 
@@ -55,7 +55,7 @@ def sketched():
     with pytest.MonkeyPatch.context() as patch:
         loading = run.image_metrics
         patch.setattr(run, "image_metrics", image_metrics)
-        patch.setattr(run.plots, "draw", draw)
+        patch.setattr(run.outputs.plots, "draw", draw)
         yield
 
 
@@ -192,7 +192,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(config, base, whole, model, mon
         elif moment == "a rename":
             patch.setattr(os, "replace", stopping(os.replace, 4))
         else:
-            patch.setattr(run, "save", stopping(run.save, 1))
+            patch.setattr(run.outputs, "save", stopping(run.outputs.save, 1))
         with pytest.raises(KeyboardInterrupt):
             evaluate(config, model, Worker())
     (left,) = (p for p in (os.scandir(os.path.join(config.out, "study"))) if p.is_dir())
@@ -388,7 +388,7 @@ def test_reference_pictures_come_from_a_folder_too(config, tmp_path):
 
 def test_processes_as_torchrun_starts_them_make_the_same_shards(config, base, whole, model, tmp_path):
     """Two at once, by the script, from the config.yaml that a run leaves."""
-    (tmp_path / "mine.yaml").write_text(written_config(config, run.OF_A_CALL))
+    (tmp_path / "mine.yaml").write_text(written_config(config, run.outputs.OF_A_CALL))
     script = conf_dir().parent / "experiments" / "evaluate.py"
     call = [sys.executable, str(script), "--config-dir", str(tmp_path), "--config-name", "mine", f"out={config.out}"]
     places = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONWARNINGS": "ignore"} for rank in range(2)]

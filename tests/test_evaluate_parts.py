@@ -20,11 +20,10 @@ from segresearch.config.parse import from_coco, from_text
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers, plots, shards
 from segresearch.evaluation.aggregate import Result
-from segresearch.evaluation.frame import METRICS, Frame, Value
+from segresearch.evaluation.frame import METRICS, Frame, Value, latex, markdown, table, to_jsonl
 from segresearch.evaluation.sample_shards import Worker, worker
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import evaluation_spec, with_folders
-from segresearch.evaluation.table import latex, markdown, table, to_jsonl
 from segresearch.pages import to_csv
 
 

@@ -96,7 +96,7 @@ def test_images_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, mo
         made.subplots().plot([1, 2])
         return {"quality": made}
 
-    monkeypatch.setattr(run.plots, "draw", draw)
+    monkeypatch.setattr(run.outputs.plots, "draw", draw)
     given = {
         "model": {"name": "tiny", "path": str(folder)}, "sampler": {"name": "euler"}, "schedule": {"name": "leading"},
         "compare": [{}, {"label": "SEG", "terms": {"seg": SEG}}], "prompts": ["red", ""], "controls": {"canny": CANNY},
@@ -108,7 +108,7 @@ def test_images_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, mo
     config = typed(EvaluateConfig, given)
     whole = evaluate(config, load_sdxl(folder, controlnet=["canny"]), Worker())
     shown = re.findall(
-        r'alt="([^"]*, seed \d)" src="data:image/png;base64,([^"]*)"', (whole.folder / run.PAGE).read_text()
+        r'alt="([^"]*, seed \d)" src="data:image/png;base64,([^"]*)"', (whole.folder / run.outputs.PAGE).read_text()
     )
     assert len(shown) == 6
     (tmp_path / "saved.png").write_bytes(base64.b64decode(dict(shown)["SEG, seed 2"]))

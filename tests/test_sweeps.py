@@ -122,7 +122,7 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
         made.subplots().plot([1, 2])
         return {"quality": made}
 
-    monkeypatch.setattr(run.plots, "draw", draw)
+    monkeypatch.setattr(run.outputs.plots, "draw", draw)
     load, model, loaded = run.image_metrics, load_sdxl(folder), []
     monkeypatch.setattr(run, "image_metrics", lambda *a: loaded[0] if loaded else loaded.append(load(*a)) or loaded[0])
     monkeypatch.setattr(run, "load_model", lambda *_: model)

@@ -26,7 +26,7 @@ def drawn(monkeypatch):
         made.subplots().plot([1, 2])
         return {"quality": made}
 
-    monkeypatch.setattr(run.plots, "draw", draw)
+    monkeypatch.setattr(run.outputs.plots, "draw", draw)
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,101 @@
-"""From the shards of a run to a tidy frame, in fp64, in a fixed order: the same bytes every time."""
+"""From the shards of a run and from real images to a tidy frame, in fp64, in a fixed order: the same bytes every time.
+Features of real images (procedural scenes, or a folder of files) are computed once, and kept beside the runs."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
+from segresearch import runs
+from segresearch.config.parse import HELD_OUT, SCENE, scene_numbers
+from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation import paper_numbers, shards
 from segresearch.evaluation.frame import Frame, Value
-from segresearch.evaluation.image_metrics import ImageMetric
 from segresearch.evaluation.sample_shards import COST, NORMS
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.metrics.features import Extractor
 from segresearch.metrics.frechet import Frechet, frechet_distance, gaussian
 from segresearch.metrics.nonparametric import cmmd, kid, precision_recall
+from segresearch.scenes.scenes import scenes
 
 MOST = 10_000  # images on either side for precision and recall, whose work grows with their product
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SCENES = 500  # rendered together
+FEATURES = "features"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images: indices of scenes, or files by name. text: the config's name for them."""
+
+    text: str
+    scenes: tuple[int, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.scenes or self.files)
+
+    def identity(self) -> str:
+        """A digest of what the images are; of files their names and sizes, not their bytes."""
+        folder = Path(self.text).expanduser()
+        files = [[str(path.relative_to(folder)), path.stat().st_size] for path in self.files]
+        return runs.digest(["scenes", *self.scenes] if self.scenes else files)
+
+    def batches(self) -> Iterator[Tensor]:
+        """uint8 (b, 3, h, w): scenes by the hundred, files one by one in their own size. Raises ConfigError."""
+        for i in range(0, len(self.scenes), SCENES):
+            yield scenes(self.scenes[i : i + SCENES]).images
+        for path in self.files:
+            try:
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+            except (OSError, SyntaxError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or "not an image that can be read"
+                raise ConfigError(f"reference: {path}: {reason}") from error
+            yield torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w)
+
+
+def reference(text: str) -> Reference:
+    """The images of "scene:100000-109999" or of a folder. ConfigError: neither, or fewer than two."""
+    if text.startswith(SCENE):
+        images = Reference(text, tuple(HELD_OUT + n for n in scene_numbers(text, 0, "reference") or ()))
+    else:
+        folder = Path(text).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f'reference: {text}: no such folder; give one of real images, or "scene:100000-109999"')
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not files:
+            raise ConfigError(f"reference: {text}: no images in it ({', '.join(SUFFIXES)})")
+        images = Reference(text, files=tuple(files))
+    if len(images) < 2:
+        raise ConfigError(f"reference: {text}: one image; a distance needs many")
+    return images
+
+
+def features(images: Reference, extractor: Extractor, out: str | Path) -> Float[Tensor, "n dim"]:
+    """Of each image, from <out>/reference where they are kept, else computed and kept there. Raises ConfigError."""
+    digest = runs.digest([extractor.name, extractor.weights, images.identity()])
+    path = Path(out) / "reference" / f"{extractor.name}-{digest}.safetensors"
+    if shards.producers(path).get(FEATURES) == extractor.weights:
+        return torch.from_numpy(shards.load(path, FEATURES))
+    parts = []
+    with tqdm(total=len(images), unit="image", desc=f"reference, {extractor.name}", disable=None, leave=False) as bar:
+        for batch in images.batches():
+            try:
+                parts.append(extractor.of(batch).float())
+            except InputError as error:
+                raise ConfigError(f"reference: {images.text}: {error}") from error
+            bar.update(len(batch))
+    values = torch.cat(parts)
+    shards.write(path, {FEATURES: shards.Array(values.numpy(), extractor.weights)})
+    return values
 
 
 @dataclass(frozen=True)
@@ -35,17 +112,18 @@ def rounded(value: float) -> float | None:
     return None if math.isnan(value) else float(f"{value:.7g}")
 
 
-def aggregate(spec: EvaluationSpec, metrics: Sequence[ImageMetric], features: Callable[[Extractor], Tensor]) -> Result:
-    """Every metric of every method. features: of the real images. Raises Damaged, OSError."""
+def aggregate(spec: EvaluationSpec, images: Reference) -> Result:
+    """Every metric of every method; images: the real ones. Raises ConfigError, Damaged, OSError."""
     config, rows, norms = spec.config, [], {}
-    reference = {metric.name: features(metric.extractor) for metric in metrics if metric.extractor is not None}
-    fitted = {name: gaussian(real, config.force) for name, real in reference.items()}
+    extractors = {metric.name: metric.extractor for metric in spec.metrics if metric.extractor is not None}
+    real = {name: features(images, extractor, config.out) for name, extractor in extractors.items()}
+    fitted = {name: gaussian(x, config.force) for name, x in real.items()}
     baselines: dict[str, Frechet] = {}
     costs = {method: float(shards.load(spec.shard(method, spec.ranges[0]), COST)[0]) for method in spec.methods}
     for method, guidance in spec.methods.items():
         rows += [Value(method, "n", config.images), Value(method, "operations", costs[method])]
         numbers: dict[str, tuple[float, ...]] = {"cost": (costs[method] / costs[spec.baseline],)}
-        for metric in metrics:
+        for metric in spec.metrics:
             if metric.baseline and method == spec.baseline:
                 rows.append(Value(method, metric.name, None))
                 continue
@@ -54,7 +132,7 @@ def aggregate(spec: EvaluationSpec, metrics: Sequence[ImageMetric], features: Ca
                 x = torch.from_numpy(values)
                 distance = frechet_distance(x, fitted[metric.name], config.n_bootstrap, force=config.force)
                 pair, net = (distance, baselines.setdefault(metric.name, distance)), metric.extractor.name
-                kinds = set_numbers(x, reference[metric.name], *pair, config.n_subsets, net == "clip")
+                kinds = set_numbers(x, real[metric.name], *pair, config.n_subsets, net == "clip")
                 numbers |= {f"{kind}-{net}": number for kind, number in kinds.items()}
             elif metric.columns:
                 means = values.mean(0, dtype=np.float64)  # (n, columns) -> (columns,)
@@ -66,7 +144,7 @@ def aggregate(spec: EvaluationSpec, metrics: Sequence[ImageMetric], features: Ca
         rows += [Value(method, f"paper-{c}", v) for c, v in paper_numbers.numbers(spec.paper, guidance).items()]
         if NORMS in shards.producers(spec.shard(method, spec.ranges[0])):
             norms[method] = tuple(float(f"{step:.7g}") for step in _joined(spec, method, NORMS).mean(0, np.float64))
-    return Result(Frame(tuple(rows)), norms, min(map(len, reference.values()), default=0))
+    return Result(Frame(tuple(rows)), norms, len(images) if real else 0)
 
 
 def set_numbers(

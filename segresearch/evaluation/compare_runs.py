@@ -12,8 +12,7 @@ import yaml
 from segresearch import runs
 from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError
-from segresearch.evaluation.frame import Frame
-from segresearch.evaluation.table import markdown, table
+from segresearch.evaluation.frame import Frame, markdown, table
 from segresearch.pages import Cell, render, to_csv
 
 RESULTS = "results.json"
@@ -40,27 +39,27 @@ class Overview:
     differing: tuple[str, ...]
     unfinished: tuple[str, ...]
 
-    def _leads(self) -> list[dict[str, str | None]]:
-        return [{"run": run.folder, **{k: _short(run.settings.get(k)) for k in self.differing}} for run in self.runs]
-
-    def _table(self) -> list[list[Cell]]:
-        """The run, which leads to its page; what differs; the method; its values."""
-        leads = [{key: Cell(text or "–") for key, text in lead.items()} for lead in self._leads()]
+    def table(self) -> list[list[Cell]]:
+        """The head, then a row a method: the run, which leads to its page; what differs; the method; its values."""
+        leads = [{"run": Cell(run.folder, href=f"{run.folder}/index.html")} for run in self.runs]
         for run, lead in zip(self.runs, leads, strict=True):
-            lead["run"] = Cell(run.folder, href=f"{run.folder}/index.html")
+            lead |= {key: Cell(_short(run.settings.get(key)) or "–") for key in self.differing}
         return table(*(run.frame for run in self.runs), leads=leads)
 
     def markdown(self) -> str:
-        return markdown(*self._table()) + "".join(f"\n{note}\n" for note in self.notes())
+        return markdown(*self.table()) + "".join(f"\n{note}\n" for note in self.notes())
 
     def csv(self) -> str:
         """A row a value: the run, what differs, method, metric, value, error."""
-        pairs = zip(self._leads(), self.runs, strict=True)
-        return to_csv([{**lead, **row} for lead, run in pairs for row in run.frame.plain()])
+        rows = []
+        for run in self.runs:
+            lead = {"run": run.folder, **{key: _short(run.settings.get(key)) for key in self.differing}}
+            rows += [{**lead, **row} for row in run.frame.plain()]
+        return to_csv(rows)
 
     def page(self) -> str:
-        """One HTML file; a run's name leads to its own page."""
-        head, *rows = self._table()
+        """One HTML file."""
+        head, *rows = self.table()
         return render(f"{self.name}: {len(self.runs)} runs", self.notes(), head=head, rows=rows)
 
     def notes(self) -> list[str]:
@@ -111,12 +110,11 @@ def write(overview: Overview, out: str | Path = "runs") -> list[Path]:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Settings by dotted key, such as guidance.terms.seg.scale."""
-    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-        value = dict(enumerate(value))
+    if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+        value = dict(enumerate(value)) or value
     if not isinstance(value, Mapping) or not value:
-        return {prefix: value}
-    nested = [_flat(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items()]
-    return {key: item for settings in nested for key, item in settings.items()}
+        return {prefix.removesuffix("."): value}
+    return {key: item for name in value for key, item in _flat(value[name], f"{prefix}{name}.").items()}
 
 
 def _short(value: Any) -> str | None:

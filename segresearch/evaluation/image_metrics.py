@@ -70,10 +70,9 @@ def image_metrics(spec: EvaluationSpec, device: str = "cpu") -> tuple[ImageMetri
     Raises ConfigError for an unknown network, CheckpointError for weights that are missing.
     """
     config = spec.config
-    for group, keys in (("weights", config.weights), ("checksums", config.checksums)):
-        if unknown := [key for key in keys if key not in WEIGHTS]:
-            hint = f"{nearest(unknown[0], WEIGHTS)} ({', '.join(WEIGHTS)})"
-            raise ConfigError(f"{group}.{unknown[0]}: no such network{hint}")
+    for name in (*(f"weights.{key}" for key in config.weights), *(f"checksums.{key}" for key in config.checksums)):
+        if (key := name.partition(".")[2]) not in WEIGHTS:
+            raise ConfigError(f"{name}: no such network{nearest(key, WEIGHTS)} ({', '.join(WEIGHTS)})")
     metrics = [_features(name, spec, device) for name in config.features]
     if len(spec.methods) > 1:
         metrics += [_distance(name, spec, device) for name in config.distances]
@@ -93,8 +92,8 @@ def check_size(metrics: Sequence[ImageMetric], size: tuple[int, int]) -> None:
         try:
             metric.measure(Samples(blank, blank, ["blank"], range(1)))
         except InputError as error:
-            hint = "leave it out, or choose another"
-            raise ConfigError(f"{metric.name} cannot be measured here: {error}; {hint}") from error
+            message = f"{metric.name} cannot be measured here: {error}; leave it out, or choose another"
+            raise ConfigError(message) from error
 
 
 def measure(metrics: Sequence[ImageMetric], samples: Samples, names: Collection[str]) -> dict[str, Array]:

@@ -7,7 +7,7 @@ the same seed; SAG by DDIM, the others by Euler.
 import math
 from collections.abc import Mapping, Sequence
 
-from segresearch.config import GuidanceConfig
+from segresearch.config import GuidanceConfig, PerturbedTerm
 from segresearch.errors import ConfigError
 
 Key = str | float  # "vanilla", "SAG", "PAG", or SEG's sigma
@@ -32,29 +32,24 @@ TABLES: dict[str, dict[Key, dict[str, float]]] = {
 
 
 def key(guidance: GuidanceConfig) -> Key | None:
-    """Which line of a table a method is; None for none: two methods at once, blurred keys, an interval in sigma, other
-    sites than the mid block's, some of the heads, symmetric ends, a post-processor."""
+    """Which line of a table a method is; None for none: two methods at once, SEG or PAG with any other setting than the
+    paper's, an interval in sigma, a post-processor."""
+    from segresearch.guidance import PAG, SEG
+
     terms = list(guidance.terms.values())
-    if guidance.rescale or guidance.apg is not None:
-        return None
-    if guidance.sag is not None:
-        return "SAG" if not terms else None
-    if not terms:
-        return "vanilla"
-    term = terms[0]
-    if len(terms) > 1 or term.kind == "cfg" or term.interval is not None:
-        return None
-    kind = term.perturbation
-    if isinstance(kind, tuple) or kind.kind == "custom" or kind.where != "mid" or kind.heads is not None:
-        return None
-    if kind.kind == "pag":
-        return "PAG" if kind.tau == 1 else None
-    return (kind.sigma or "vanilla") if kind.on == "q" and kind.boundary == "reflect" else None
+    match terms, guidance.sag:
+        case _ if guidance.rescale or guidance.apg is not None:
+            return None
+        case [], sag:
+            return "vanilla" if sag is None else "SAG"
+        case [PerturbedTerm(perturbation=PAG() as pag, interval=None)], None if pag == PAG():
+            return "PAG"
+        case [PerturbedTerm(perturbation=SEG() as seg, interval=None)], None if seg == SEG(seg.sigma):
+            return seg.sigma or "vanilla"
+    return None
 
 
-def table_for(
-    paper: str, name: str, methods: Mapping[str, GuidanceConfig], prompts: Sequence[str]
-) -> str | None:
+def table_for(paper: str, name: str, methods: Mapping[str, GuidanceConfig], prompts: Sequence[str]) -> str | None:
     """Which table of the paper to compare with, if any: `paper`, or with "auto" the one that the run is named after.
 
     ConfigError if its methods or prompts do not match.

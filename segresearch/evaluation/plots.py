@@ -80,18 +80,15 @@ def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
     if ranked:
         for mark, line in zip(MARKS * len(values), dict.fromkeys(line for line, _ in families.values())):
             some = sorted((m for m in families if families[m][0] == line), key=lambda m: families[m][1])
-            left.errorbar([sigmas.index(families[m][1]) for m in some], [values[m] for m in some],
-                          [errors[m] for m in some], fmt=f"-{mark}", markersize=4, linewidth=1.4, label=line,
-                          capsize=2)  # fmt: skip
+            x, y, error = zip(*((sigmas.index(families[m][1]), values[m], errors[m]) for m in some))
+            left.errorbar(x, y, error, fmt=f"-{mark}", markersize=4, linewidth=1.4, label=line, capsize=2)
         for m in (m for m in values if m not in families):
             left.axhline(values[m], color=colors[m], linestyle="--", linewidth=1.1, label=m)
         left.set_xticks(range(len(sigmas)), [name_sigma(s) for s in sigmas])
         left.legend(fontsize=7.5, frameon=False)
         label(left, x="blur σ (tokens)", y=name, grid="y")
     else:
-        left.barh(range(len(values)), values.values(), xerr=list(errors.values()), color=list(colors.values()),
-                  height=0.7, ecolor=INK)  # fmt: skip
-        left.set_yticks(range(len(values)), list(values))
+        left.barh([*values], values.values(), xerr=[*errors.values()], color=[*colors.values()], height=0.7, ecolor=INK)
         left.axvline(0, color=INK, linewidth=0.8)
         left.invert_yaxis()
         label(left, x=name)
@@ -110,22 +107,19 @@ def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
 def _name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
     """A name beside every (x, y): inward, so that it stays inside, and above a name it would lie on."""
     axes.autoscale_view()
-    middle = axes.transAxes.transform((0.6, 0.5))[0]
     scale = 72 / axes.figure.dpi  # points a pixel
-    taken: list[tuple[float, float, float]] = []
-    pixels = {name: axes.transData.transform(point) for name, point in points.items()}
-    for name in sorted(pixels, key=lambda name: pixels[name][1]):
-        x, y = pixels[name]
-        side = 1 if x < middle else -1
-        width = 4.2 * len(name)  # points, about
-        start = x * scale + (5 if side > 0 else -5 - width)
-        height = y * scale + 4
-        for begin, end, other in sorted(taken, key=lambda t: t[2]):
+    middle, _ = axes.transAxes.transform((0.6, 0.5)) * scale
+    taken: list[tuple[float, float, float]] = []  # height, start and end of the names, in points
+    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+        x, y = axes.transData.transform(point) * scale
+        side, width = (1 if x < middle else -1), 4.2 * len(name)
+        start, height = x + 5 * side - (width if side < 0 else 0), y + 4
+        for other, begin, end in sorted(taken):
             if begin < start + width and start < end and abs(height - other) < 9:
                 height = other + 9
-        taken.append((start, start + width, height))
-        axes.annotate(name, points[name], (5 * side, height - y * scale), textcoords="offset points", fontsize=7.5,
-                      color=INK, ha="left" if side > 0 else "right")  # fmt: skip
+        taken.append((height, start, start + width))
+        axes.annotate(name, point, (5 * side, height - y), textcoords="offset points", fontsize=7.5, color=INK,
+                      ha="left" if side > 0 else "right")  # fmt: skip
 
 
 def _colour(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
@@ -134,15 +128,15 @@ def _colour(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
         "the mean red, green and blue less those of the baseline. Too strong a guidance shows here first."
     )
     rows = np.arange(len(frame.methods))
-    values = {key: np.array([frame[m, key].value for m in frame.methods], float)
-              for key in ("saturation", "contrast", "red", "green", "blue")}  # fmt: skip
     figure = canvas(11.5, max(2.6, 0.3 * len(rows)), "Saturation, contrast and colour", caption)
     *left, right = figure.subplots(1, 3, sharey=True)
+    colors = [COLORS[kind(spec.methods[m])] for m in frame.methods]
     for axis, key in zip(left, ("saturation", "contrast")):
-        axis.barh(rows, values[key], color=[COLORS[kind(spec.methods[m])] for m in frame.methods], height=0.7)
+        axis.barh(rows, [frame[m, key].value for m in frame.methods], color=colors, height=0.7)
         label(axis, x=key)
     for channel, color, shift in (("red", "#c0392b", -0.25), ("green", "#2e7d4f", 0.0), ("blue", "#1f5fa8", 0.25)):
-        right.barh(rows + shift, values[channel] - values[channel][0], color=color, height=0.24)
+        values = np.array([frame[m, channel].value for m in frame.methods], float)
+        right.barh(rows + shift, values - values[0], color=color, height=0.24)
     right.axvline(0, color=INK, linewidth=0.8)
     right.locator_params(axis="x", nbins=4)
     label(right, x="colour − that of the baseline")

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from segresearch import runs
 from segresearch.config.build import build_guidance
 from segresearch.control_images.prepare import controlled_batch
-from segresearch.errors import ConfigError, NotFinite
+from segresearch.errors import ConfigError, Ended, NotFinite
 from segresearch.evaluation import shards
-from segresearch.evaluation.image_metrics import ImageMetric, Samples, check_size, measure
+from segresearch.evaluation.image_metrics import Samples, check_size, measure
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.sample_images import decode_images, run_sigmas, sample_latents
@@ -63,15 +63,14 @@ class Worker:
 
 def worker(environ: Mapping[str, str] = os.environ) -> Worker:
     """This process among the workers. ConfigError where the variables make no sense."""
-    for names in LAUNCHERS:
-        if names[0] in environ and names[1] in environ:
-            values = {name: environ.get(name, "0") for name in names}
-            rank, world, _ = values.values()
-            if not all(map(str.isdecimal, values.values())) or int(rank) >= int(world):
-                listed = ", ".join(f"{name}={value}" for name, value in values.items())
-                raise ConfigError(f"{listed}: the rank must be a whole number below the number of workers")
-            return Worker(*map(int, values.values()))
-    return Worker()
+    names = next((names for names in LAUNCHERS if environ.keys() >= set(names[:2])), None)
+    if names is None:
+        return Worker()
+    values = [environ.get(name, "0") for name in names]
+    if not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[1]):
+        listed = ", ".join(f"{name}={value}" for name, value in zip(names, values))
+        raise ConfigError(f"{listed}: the rank must be a whole number below the number of workers")
+    return Worker(*map(int, values))
 
 
 @dataclass
@@ -83,7 +82,7 @@ class Progress:
     failures: list[str] = field(default_factory=list)
 
 
-def required_arrays(spec: EvaluationSpec, metrics: Sequence[ImageMetric], method: str, rows: range) -> dict[str, str]:
+def required_arrays(spec: EvaluationSpec, method: str, rows: range) -> dict[str, str]:
     """What the shard of a method and a range must hold: the producer of each array.
 
     images: uint8 (n, 3, h, w), of the shards up to `keep`. norms: (n, evaluations), root mean square of what guidance
@@ -94,22 +93,36 @@ def required_arrays(spec: EvaluationSpec, metrics: Sequence[ImageMetric], method
     steady = config.sampler.name != "dpm_adaptive" and not config.sampler.options.get("s_churn")
     kept = config.keep is None or rows.start < config.keep
     names = [name for name, held in ((IMAGES, kept), (NORMS, steady), (COST, rows.start == 0)) if held]
-    measured = [metric for metric in metrics if not (metric.baseline and method == spec.baseline)]
+    measured = [metric for metric in spec.metrics if not (metric.baseline and method == spec.baseline)]
     return dict.fromkeys(names, SAMPLING) | {metric.array: metric.producer for metric in measured}
 
 
-def missing_arrays(spec: EvaluationSpec, metrics: Sequence[ImageMetric], rows: range) -> dict[str, set[str]]:
+def missing_arrays(spec: EvaluationSpec, rows: range) -> dict[str, set[str]]:
     """The arrays that the shards of a range lack, by method; methods that lack none are left out."""
     missing = {}
     for method in spec.methods:
-        present = shards.producers(spec.shard(method, rows)).items()
-        missing[method] = {name for name, _ in required_arrays(spec, metrics, method, rows).items() - present}
+        lacking = required_arrays(spec, method, rows).items() - shards.producers(spec.shard(method, rows)).items()
+        missing[method] = {name for name, _ in lacking}
     return {method: names for method, names in missing.items() if names}
 
 
-def sample_shards(
-    spec: EvaluationSpec, metrics: Sequence[ImageMetric], worker: Worker, load: Callable[[], "SDXL"]
-) -> Progress:
+def incomplete(spec: EvaluationSpec, progress: Progress, worker: Worker) -> str:
+    """Which shards are left to other workers, "" for none. Ended(4) where no worker is left to write them."""
+    missing, failed = sum(len(missing_arrays(spec, rows)) for rows in spec.ranges), ""
+    if progress.failures:
+        hint = "try model.dtype=float32 or lower scales"
+        failed = f"{missing} shards could not be written: {progress.failures[0]}; {hint}"
+        if worker.world == 1 or missing == len(progress.failures):
+            raise Ended(4, failed)
+    if not missing:
+        return ""
+    message = f"{missing} of {len(spec.shards())} shards are missing"
+    if worker.world == 1:
+        raise Ended(4, f"{message}; the same command without stage= writes them")
+    return f"{worker} has written its part; {message}, which others write" + (f"; {failed}" if failed else "")
+
+
+def sample_shards(spec: EvaluationSpec, worker: Worker, load: Callable[[], "SDXL"]) -> Progress:
     """Write every shard of this worker's ranges that lacks an array. Images that are stored are not sampled again.
 
     load: called when the first image is to be sampled. Then every method is built and every metric tried on a blank
@@ -120,29 +133,26 @@ def sample_shards(
     def loaded() -> "SDXL":
         sdxl = load()
         sdxl.latent_shape(spec.config.size)
-        check_size(metrics, spec.config.size or sdxl.default_size)
+        check_size(spec.metrics, spec.config.size or sdxl.default_size)
         for guidance in spec.methods.values():
             build_guidance(guidance, sdxl.denoiser)
         return sdxl
 
     own = worker.part(spec.ranges)
-    todo = {rows: len(missing) for rows in own if (missing := missing_arrays(spec, metrics, rows))}
+    todo = {rows: len(missing) for rows in own if (missing := missing_arrays(spec, rows))}
     count = sum(len(rows) * methods for rows, methods in todo.items())
     progress = Progress(existing=sum(map(len, own)) * len(spec.methods) - count)
     with tqdm(total=count, unit="image", disable=None, leave=False, smoothing=0.05) as bar:
         for rows in todo:
-            _write_shards(spec, metrics, rows, loaded, bar, progress)
+            _write_shards(spec, rows, loaded, bar, progress)
     return progress
 
 
-def _write_shards(
-    spec: EvaluationSpec, metrics: Sequence[ImageMetric], rows: range, loaded: Callable[[], "SDXL"], bar: Any,
-    progress: Progress,
-) -> None:  # fmt: skip
+def _write_shards(spec: EvaluationSpec, rows: range, load: Callable[[], "SDXL"], bar: Any, progress: Progress) -> None:
     """Write the arrays that the shards of a range lack, the baseline's first: distances need its images."""
     baseline: Tensor | None = None
     controls: list[Any] = []  # of each batch; the methods share them
-    relative = {metric.array for metric in metrics if metric.baseline}
+    relative = {metric.array for metric in spec.metrics if metric.baseline}
 
     def images_of(method: str, names: set[str], advance: Callable[[int], object]) -> tuple[Tensor, dict[str, Any]]:
         """From the shard where it holds them and lacks no array of sampling, else sampled, to the same bits."""
@@ -150,9 +160,9 @@ def _write_shards(
         if shards.producers(path).get(IMAGES) == SAMPLING and not names.intersection(OF_SAMPLING):
             advance(len(rows))
             return torch.from_numpy(shards.load(path, IMAGES)), {}
-        return sample_range(spec, method, rows, loaded(), controls, advance)
+        return sample_range(spec, method, rows, load(), controls, advance)
 
-    for method, names in missing_arrays(spec, metrics, rows).items():  # another worker may have written some by now
+    for method, names in missing_arrays(spec, rows).items():  # another worker may have written some by now
         path = spec.shard(method, rows)
         bar.set_description(method)
         try:
@@ -161,7 +171,7 @@ def _write_shards(
             images, arrays = images_of(method, names, bar.update)
             baseline = images if method == spec.baseline else baseline
             samples = Samples(images, images if baseline is None else baseline, spec.texts(rows), rows)
-            measured = measure(metrics, samples, names)
+            measured = measure(spec.metrics, samples, names)
         except NotFinite as error:
             progress.failures.append(f"{method}, {path.stem}: {error}")
             if method == spec.baseline:
@@ -182,16 +192,16 @@ def sample_range(
     """Images of `rows`, in batches that start with the range, and the arrays NORMS (where all images were evaluated
     equally often) and COST (see `required_arrays`). Raises NotFinite.
 
-    controls: the active ControlNets of each batch; filled where it is empty. advance: called with the size of each
-    batch that is done.
+    controls: the active ControlNets of each batch, filled where it is empty. advance: called with the size of a batch
+    that is done.
     """
     config, step = spec.config, int(spec.config.batch_size)
     batches = [rows[i : i + step] for i in range(0, len(rows), step)]
     size = config.size or sdxl.default_size
     if config.controls and not controls:
         sigmas = run_sigmas(sdxl, config)
-        images_of = [[spec.controls[i] for i in batch] for batch in batches]
-        controls += [controlled_batch(sdxl, config.controls, images, size, sigmas) for images in images_of]
+        for batch in batches:
+            controls.append(controlled_batch(sdxl, config.controls, [spec.controls[i] for i in batch], size, sigmas))
     norms: list[list[Tensor]] = []  # of each batch and evaluation (b,)
 
     def note_norm(guided: Tensor, unguided: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
@@ -204,15 +214,14 @@ def sample_range(
     for batch, control in zip(batches, controls or [()] * len(batches), strict=True):
         norms.append([])
         conds = sdxl.encode(spec.texts(batch), negative=config.negative, size=config.size)
-        counter = FlopCounterMode(display=False) if batch.start == 0 else None
-        with counter or contextlib.nullcontext():
+        with FlopCounterMode(display=False) if batch.start == 0 else contextlib.nullcontext() as counter:
             latents = sample_latents(sdxl, model, batch, conds, config, control)
         if counter is not None:
             arrays[COST] = np.array([counter.get_total_flops() / len(batch)])
         decoded = DECODED if latents.device.type == "cpu" else max(1, PIXELS // math.prod(size))
         images.append(decode_images(sdxl, latents, decoded).cpu())
         advance(len(batch))
-    evaluations = len(norms[0])
-    if evaluations and all([*map(len, steps)] == [len(b)] * evaluations for steps, b in zip(norms, batches)):
+    count = len(norms[0])
+    if count and all([len(norm) for norm in steps] == [len(batch)] * count for steps, batch in zip(norms, batches)):
         arrays[NORMS] = torch.cat([torch.stack(steps, dim=1) for steps in norms]).float().cpu().numpy()  # (b, steps)
     return torch.cat(images), arrays

@@ -9,9 +9,8 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,8 +22,7 @@ from segresearch.errors import Ended
 HEADER = "shard"  # one key, since safetensors keeps no order of several
 
 
-@dataclass(frozen=True)
-class Array:
+class Array(NamedTuple):
     """An array and its producer: a name, or a digest of the weights that it was computed with."""
 
     value: np.ndarray
@@ -78,17 +76,15 @@ def verify(path: Path) -> str | None:
     try:
         for key in header(path)["arrays"]:
             load(path, key)
-    except OSError as error:
-        return f"{path}: {error.strerror or error}"
-    except Damaged as error:
-        return str(error)
+    except (OSError, Damaged) as error:
+        return str(error) if isinstance(error, Damaged) else f"{path}: {error.strerror or error}"
     return None
 
 
 def write(path: Path, arrays: Mapping[str, Array], versions: Mapping[str, str] | None = None) -> None:
     """Write a shard atomically, replacing an older one. OSError leaves the older one as it was."""
-    values = {key: np.ascontiguousarray(array.value) for key, array in arrays.items()}
-    entries = {key: {"sha256": _sha256(values[key]), "producer": array.producer} for key, array in arrays.items()}
+    values = {key: np.ascontiguousarray(value) for key, (value, _) in arrays.items()}
+    entries = {key: {"sha256": _sha256(values[key]), "producer": producer} for key, (_, producer) in arrays.items()}
     described = {"arrays": entries, "sha256": runs.digest(entries), "versions": dict(versions or {})}
     data = save(values, {HEADER: json.dumps(described, sort_keys=True)})
     with runs.replacing(path) as temporary:

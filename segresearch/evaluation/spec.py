@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from segresearch import runs
 from segresearch.config import EvaluateConfig, GuidanceConfig
@@ -15,6 +15,9 @@ from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers
 from segresearch.records import sampling_identity
+
+if TYPE_CHECKING:
+    from segresearch.evaluation.image_metrics import ImageMetric
 
 VERSION = 3  # of what shards hold
 OF_RESULTS = ("images", "features", "distances", "text_alignment", "n_bootstrap", "n_subsets", "force")  # not of shards
@@ -27,7 +30,7 @@ class EvaluationSpec:
     methods: guidance by name; the first is the baseline. prompts: image i has prompts[i], repeating in turn. scenes:
     the procedural scenes whose captions the prompts are, or (). controls: of image i its control images, one for each
     of the config's controls. paper: the table of the paper to compare with. folders: of the shards of each method, {}
-    until `with_folders`.
+    until `with_folders`. metrics: of each image, () until `image_metrics` has loaded their networks.
     """
 
     config: EvaluateConfig
@@ -37,6 +40,7 @@ class EvaluationSpec:
     controls: tuple[tuple[str, ...], ...] = ()
     paper: str | None = None
     folders: Mapping[str, Path] = field(default_factory=dict)
+    metrics: tuple["ImageMetric", ...] = ()
 
     @property
     def baseline(self) -> str:

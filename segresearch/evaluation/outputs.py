@@ -1,0 +1,149 @@
+"""What a finished evaluation leaves: tables, plots, the page with its images in one HTML file, W&B runs."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from segresearch import runs
+from segresearch.checkpoints.resolve import resolve_model
+from segresearch.config import GuidanceConfig
+from segresearch.config.compose import written_config
+from segresearch.config.expand import slug
+from segresearch.control_images.identify import control_records, identify_controls
+from segresearch.evaluation import plots, shards
+from segresearch.evaluation.aggregate import Result
+from segresearch.evaluation.frame import latex, markdown, table, to_jsonl
+from segresearch.evaluation.sample_shards import IMAGES
+from segresearch.evaluation.spec import EvaluationSpec
+from segresearch.pages import render, to_csv
+from segresearch.plot_style import save
+from segresearch.records import figure_record, image_record, png, run_record, save_png
+from segresearch.wandb_log import GALLERY, GUIDANCE, SIDE_BY_SIDE, TABLE, WandbRun, log
+
+PAGE = "index.html"
+OF_A_CALL = {"out": "runs", "device": "auto", "stage": "all", "wandb": {"mode": "off"}}  # not of the run
+TALLEST = 256  # pixels that an image of the page is high
+SMALLEST = 96  # a smaller one is shown larger
+Example = tuple[Image.Image, dict[str, Any]]  # an image, and the record by which `segresearch.reproduce` repeats it
+
+
+def write(spec: EvaluationSpec, result: Result, folder: Path) -> list[str]:
+    """Tables, plots and the page; their names in the folder."""
+    config, lines = spec.config, table(result.frame)
+    texts = {
+        "config.yaml": written_config(config, OF_A_CALL), "table.md": markdown(*lines),
+        "table.tex": latex(*lines), "metrics.csv": to_csv(result.frame.plain()),
+        "metrics.jsonl": to_jsonl(result.frame, spec.facts(folder.name, result.reference_images)),
+    }  # fmt: skip
+    for name, text in texts.items():
+        runs.write(folder / name, text)
+    figures = plots.draw(spec, result)
+    paths = {name: folder / "figures" / f"{name}.png" for name in figures}
+    for name, figure in figures.items():
+        save(figure, paths[name], figure_record(name, "evaluate", config, OF_A_CALL))
+    runs.write(folder / PAGE, page(spec, result, list(paths.values()), folder.name))
+    return [*texts, *(str(path.relative_to(folder)) for path in paths.values()), PAGE]
+
+
+def examples(spec: EvaluationSpec, run: str) -> dict[str, list[Example]]:
+    """Of each method the images of the first seeds. run: the name of the run's folder."""
+    config, model = spec.config, resolve_model(spec.config.model.path)
+    shared = run_record(config, runs.fingerprint(model), run)
+    seeds = range(min(config.n_examples, config.images))
+    control_images = [spec.controls[i] if spec.controls else () for i in seeds]
+    identified = identify_controls(config.controls, control_images, model)
+    controls, texts = [control_records(identified, row) for row in control_images], spec.texts(seeds)
+    shown: dict[str, list[Example]] = {method: [] for method in spec.methods}
+    for method, guidance in spec.methods.items():
+        for path, rows in ((spec.shard(method, rows), rows) for rows in spec.ranges if rows.start in seeds):
+            sampled = {**shared, **shards.header(path)["versions"]}
+            for i, pixels in zip(seeds[rows.start : rows.stop], shards.load(path, IMAGES)):
+                image = {"prompt": texts[i], "negative": config.negative, "seed": i, **controls[i]}
+                record = image_record(sampled, method, guidance, **image)
+                shown[method].append((Image.fromarray(pixels.transpose(1, 2, 0).copy()), record))
+    return shown
+
+
+def page(spec: EvaluationSpec, result: Result, figures: list[Path], run: str) -> str:
+    """The whole page. figures: PNG files. run: the name of the run's folder."""
+    config, frame, shown = spec.config, result.frame, examples(spec, run)
+    paper = f"{spec.paper} of arXiv 2408.00760, on {config.model.name}" if spec.paper else ""
+    title = paper if config.name == spec.paper else ": ".join(filter(None, (config.name, paper)))
+    return render(
+        title, [spec.describe(result.reference_images)], "evaluation", spec=spec, run=run, code=runs.code_version(),
+        quality=table(frame, groups=("quality", "paper")), content=table(frame, groups=("content",)), plots=figures,
+        methods=list(shown), rows=[[_shown(*image) for image in row] for row in zip(*shown.values(), strict=True)],
+        sampled_by=sampled_by(spec),
+    )  # fmt: skip
+
+
+def sampled_by(spec: EvaluationSpec) -> str:
+    """The versions of the code that sampled the images; a line on stderr where they are not the current ones."""
+    versions = [shards.header(path)["versions"] for path in spec.shards()]
+    texts = [", ".join(f"{name} {version}" for name, version in some.items()) for some in [runs.versions(), *versions]]
+    sampled = "; ".join(sorted(set(texts[1:])))
+    if sampled != texts[0]:
+        hint = "not all images are of this code and torch; a new `out` samples them all again"
+        print(f"{hint}: {sampled}", file=sys.stderr)
+    return sampled
+
+
+def _shown(image: Image.Image, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A small image is enlarged by a whole factor on the page, a large one is sent smaller."""
+    if image.height > TALLEST:
+        size = max(1, round(image.width * TALLEST / image.height)), TALLEST
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    factor = max(1, SMALLEST // image.height)
+    return {**record, "png": png(image, record), "width": image.width * factor, "height": image.height * factor}
+
+
+def log_evaluation(spec: EvaluationSpec, result: Result, folder: Path) -> bool:
+    """In W&B the experiment is a group; each method, and the whole, is a run in it. See `wandb_log.log`."""
+    config = spec.config
+    common = {**spec.facts(folder.name, result.reference_images), "images": config.images, "code": runs.code_version()}
+    rows: dict[str, dict[str, Any]] = {method: {} for method in spec.methods}
+    for row in result.frame.rows:
+        rows[row.method] |= {row.metric: row.value, f"{row.metric}-error": row.error}
+
+    def wandb_runs(temporary: Path) -> list[WandbRun]:
+        shown = examples(spec, folder.name)
+        seeds, texts = range(min(map(len, shown.values()))), spec.texts(range(config.n_examples))
+        files = {method: [temporary / slug(method) / f"seed{i}.png" for i in seeds] for method in shown}
+        for method, some in shown.items():
+            for path, (image, record) in zip(files[method], some, strict=True):
+                save_png(image, path, record)
+        samples = [{"seed": i, "prompt": texts[i]} for i in seeds]
+        captions = [f"seed {i}" + (f": {texts[i]}" if texts[i] else "") for i in seeds]
+        of_methods = [
+            WandbRun(
+                method, config.name, "method", {**common, **facts(method, spec.methods[method])}, values,
+                {GUIDANCE: result.norms[method]} if result.norms.get(method) else {},
+                {"image table": [{**s, "image": path} for s, path in zip(samples, files[method])]},
+                {GALLERY: list(zip(files[method], captions))},
+            )
+            for method, values in rows.items()
+        ]  # fmt: skip
+        side_by_side = [{**s, **dict(zip(files, paths))} for s, paths in zip(samples, zip(*files.values()))]
+        tables = {TABLE: [{"method": method, **row} for method, row in rows.items()], SIDE_BY_SIDE: side_by_side}
+        figures = {path.stem: [(path, "")] for path in sorted((folder / "figures").glob("*.png"))}
+        settings, whole = {**common, "all": runs.plain(config)}, f"{config.name} {folder.name}"
+        return [*of_methods, WandbRun(whole, config.name, "evaluation", settings, tables=tables, images=figures)]
+
+    return log(config.wandb, Path(config.out), [folder.name, common, rows], wandb_runs)
+
+
+def facts(method: str, guidance: GuidanceConfig) -> dict[str, Any]:
+    """What plots and filters of W&B are about. blur: σ/(1 + σ), which puts σ from 0 to ∞ on an axis from 0 to 1."""
+    settings: dict[str, Any] = {"method": method, "kind": plots.kind(guidance), "guidance": guidance}
+    for term in guidance.terms.values():
+        if term.kind == "cfg":
+            settings["cfg"] = term.weight
+            continue
+        settings["scale"] = term.scale
+        if not isinstance(term.perturbation, tuple) and term.perturbation.kind == "seg":
+            sigma = term.perturbation.sigma
+            settings |= {"sigma": sigma, "blur": 1.0 if sigma == float("inf") else sigma / (1 + sigma)}
+    return runs.plain(settings if guidance.sag is None else {**settings, "scale": guidance.sag.scale})
