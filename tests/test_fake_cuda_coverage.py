@@ -26,7 +26,6 @@ COVERED = {
     "models.denoiser": "models",
     "models.calls": "models", "models.tiles": "models", "models.text": "models",
     "models.unet": "guidance", "models.vae": "models",
-    "guidance.constants": "guidance", "guidance.branch_attention": "guidance",
     "guidance.blur": "guidance", "guidance.controlnet_residuals": "models",
     "guidance.guided_denoiser": "guidance", "guidance.row_layout": "guidance",
     "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",

@@ -12,9 +12,8 @@ from guidance_models import CONFIG, control_image, control_net, denoiser, noisy
 from torch.utils.flop_counter import FlopCounterMode
 
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
-from segresearch.guidance.branch_attention import BranchAttention
 from segresearch.guidance.perturbations import head_mask
-from segresearch.guidance.row_layout import row_index
+from segresearch.guidance.row_layout import BranchAttention, row_index
 from segresearch.models.attention import Context, Fork, Site, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import controlled
