@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import inspect
 import json
 import math
 import os
@@ -285,9 +286,10 @@ def test_a_full_disk_and_a_locked_folder_are_one_line_and_leave_no_half(config, 
 def test_pictures_that_are_not_finite_spoil_their_shard_alone(config, model, monkeypatch):
     sampled = sample_images.sample
 
-    def broken(guided, noise, **keywords):
-        found = sampled(guided, noise, **keywords)
-        return found * float("nan") if list(keywords["seeds"]) == [1] and guided.terms else found
+    def broken(guided, *arguments, **keywords):
+        found = sampled(guided, *arguments, **keywords)
+        seeds = inspect.signature(sampled).bind(guided, *arguments, **keywords).arguments["seeds"]
+        return found * float("nan") if list(seeds) == [1] and guided.terms else found
 
     monkeypatch.setattr(sample_images, "sample", broken)
     with pytest.raises(cli.Ended, match=r"1 shards could not be written: SEG, 0000001-0000002: .*\[1\]") as caught:
