@@ -58,9 +58,7 @@ class GuidedDenoiser:
         fork: bool = True,
     ):
         if isinstance(denoiser, GuidedDenoiser) or isinstance(getattr(denoiser, "inner", None), GuidedDenoiser):
-            raise InputError(
-                "a GuidedDenoiser takes the plain denoiser, not a guided one; put all terms into one GuidedDenoiser"
-            )
+            raise InputError("a GuidedDenoiser takes the plain denoiser, not a guided one; put all terms into one")
         for name, term in terms.items():
             if not isinstance(term, Term):
                 raise InputError(f"terms[{name!r}] is {term!r}; a term is cfg(...), perturbed(...) or Term(...)")
@@ -75,9 +73,8 @@ class GuidedDenoiser:
             for branch in (term.pos, term.neg):
                 other = by_name.setdefault(branch.name, branch).perturbations
                 if other != branch.perturbations:
-                    raise InputError(
-                        f"two branches are named {branch.name!r}: {other} and {branch.perturbations}; rename one"
-                    )
+                    both = f"{other} and {branch.perturbations}"
+                    raise InputError(f"two branches are named {branch.name!r}: {both}; rename one")
                 if branch.perturbations not in self._perturbed:
                     self._perturbed[branch.perturbations] = perturbed_sites(branch.perturbations, self._heads)
 

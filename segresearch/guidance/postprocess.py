@@ -26,12 +26,8 @@ def rescale(guided: Latents, plain: Latents, x: Latents, phi: float | int) -> La
     ε = (x − D)/σ the σ cancels, so it is not an argument.
     """
     noise, reference = x - guided, x - plain  # σ·ε
-    ratio = _std(reference) / _std(noise).clamp_min(1e-30)
-    return x - noise * (phi * ratio + (1 - phi))
-
-
-def _std(z: Tensor) -> Tensor:
-    return z.std(dim=(1, 2, 3), keepdim=True)
+    spread, target = (z.std(dim=(1, 2, 3), keepdim=True) for z in (noise, reference))  # (b, 1, 1, 1)
+    return x - noise * (phi * (target / spread.clamp_min(1e-30)) + (1 - phi))
 
 
 @dataclass(frozen=True)

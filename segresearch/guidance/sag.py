@@ -1,8 +1,7 @@
 """Self-Attention Guidance (SAG, arXiv 2210.00939): guide away from the image whose salient parts were blurred."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +55,7 @@ class SelfAttentionGuidance:
         if not threshold >= 0:
             raise InputError(f"SAG threshold must be >= 0, got {threshold!r}")
         self.inner = inner if isinstance(inner, GuidedDenoiser) else GuidedDenoiser(inner, {})
-        self.denoiser = self.inner.denoiser
+        self.denoiser, self.prepare = self.inner.denoiser, self.inner.prepare
         mid = [site for site in self.inner.unet.site_heads if site.startswith("mid_block.")]
         if not mid:
             raise InputError("SAG reads the first mid-block self-attention, and this model has none")
@@ -65,10 +64,6 @@ class SelfAttentionGuidance:
         self.blur_sigma, self.threshold = blur_sigma, threshold
 
     __getattr__ = GuidedDenoiser.__getattr__  # the schedule of `self.denoiser`
-
-    def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """As `GuidedDenoiser.prepare`."""
-        return self.inner.prepare(arguments)
 
     def __call__(
         self, x: Latents, sigma: Sigma, conds: Conds, control: Control = None, attend: Attend | None = None

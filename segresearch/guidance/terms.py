@@ -72,9 +72,8 @@ class Branch:
             try:
                 hash(p)
             except TypeError as error:
-                raise InputError(
-                    f"branch {self}: {p!r} cannot be hashed ({error}); make it a function or a frozen dataclass"
-                ) from error
+                hint = "make it a function or a frozen dataclass"
+                raise InputError(f"branch {self}: {p!r} cannot be hashed ({error}); {hint}") from error
 
     def __str__(self) -> str:
         return f"{self.conditioning}~{self.name}" if self.name else self.conditioning

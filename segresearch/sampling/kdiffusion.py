@@ -44,9 +44,8 @@ def k_diffusion() -> ModuleType:
     folders = list(spec.submodule_search_locations)
     for file, sha256 in CONTENT.items():
         if _sha256(Path(folders[0], file)) != sha256:
-            raise PackageError(
-                f"k-diffusion {_version()} has another {file} than {VERSION}, which segresearch wraps; {INSTALL}"
-            )
+            other = f"k-diffusion {_version()} has another {file} than {VERSION}, which segresearch wraps"
+            raise PackageError(f"{other}; {INSTALL}")
 
     private = importlib.machinery.ModuleSpec(PRIVATE, None, is_package=True)
     private.submodule_search_locations = folders

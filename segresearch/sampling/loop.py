@@ -230,9 +230,7 @@ def global_generator(device: torch.device) -> torch.Generator:
     return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
-def reporter(
-    callback: Callback | None, bar: Any, sigmas: Float[Tensor, " sigmas"], rows: slice
-) -> Callback | None:
+def reporter(callback: Callback | None, bar: Any, sigmas: Float[Tensor, " sigmas"], rows: slice) -> Callback | None:
     """The callback of k-diffusion: the caller's, with `rows` and a running `i`, and the bar, in parts of an image: the
     part of the sigmas that are passed. None where neither is wanted."""
     if callback is None and bar.disable:
