@@ -185,8 +185,7 @@ def save_control_images(run: Run, size: tuple[int, int]) -> None:
 
 def save_grid(run: Run) -> Path:
     """grid.png: a block a panel, rows are seeds (and prompts), columns methods; kept if it is this grid already."""
-    config, path, limit = run.config, run.folder / "grid.png", run.config.grid.rows
-    blocks = []
+    config, path, limit, blocks = run.config, run.folder / "grid.png", run.config.grid.rows, []
     for files in run.panels:
         heads = [f"control: {name}" if len(files.controls) > 1 else "control" for name in files.controls]
         cells = list(zip(*files.controls.values(), *files.images.values(), strict=True))[:limit]

@@ -37,10 +37,11 @@ def sample_latents(
 ) -> Latents:  # fmt: skip
     """Latents from the noise of each seed; conds: of `SDXL.encode`. Raises NotFinite, which names the seeds."""
     schedule = config.schedule.name if config.schedule.rho is None else run_sigmas(sdxl, config)
+    noise = initial_noise(seeds, sdxl.latent_shape(config.size))
     with sdxl.arithmetic():
         latents = sample(
-            model, initial_noise(seeds, sdxl.latent_shape(config.size)), config.sampler.name, schedule, config.steps,
-            conds, seeds, options=config.sampler.options, control=control, attend=attend,
+            model, noise, sampler=config.sampler.name, schedule=schedule, steps=config.steps, conds=conds, seeds=seeds,
+            options=config.sampler.options, control=control, attend=attend,
         )  # fmt: skip
     finite = latents.isfinite().flatten(1).all(1).tolist()  # (rows, channels, h, w) -> (rows)
     if failed := [seed for seed, row_is_finite in zip(seeds, finite, strict=True) if not row_is_finite]:

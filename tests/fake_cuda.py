@@ -209,12 +209,6 @@ def fake_cuda() -> Iterator[FakeCuda]:
             forget()
 
 
-@pytest.fixture
-def gpu() -> Iterator[FakeCuda]:
-    with fake_cuda() as mode:
-        yield mode
-
-
 on_the_cpu = unset_fake_temporarily  # a `with` block in which tensors are real ones again
 
 

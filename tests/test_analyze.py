@@ -2,18 +2,17 @@
 
 import csv
 import dataclasses
-import importlib.util
 import itertools
 import math
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from make_models import write_folder
+from helpers import composed, script
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -25,21 +24,10 @@ from segresearch.analysis.recorder import Entry, Recording
 from segresearch.config import AnalyzeConfig, conf_dir, settings, typed
 from segresearch.errors import ConfigError
 from segresearch.guidance import blur_matrix
-from segresearch.models import load_sdxl
 from segresearch.pages import to_csv
 
 SCRIPT = conf_dir().parent / "experiments" / "analyze.py"
 SEG = {"kind": "perturbed", "scale": 1, "perturbation": {"kind": "seg", "sigma": 1}}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load_sdxl(folder)
 
 
 @pytest.fixture(scope="module")
@@ -198,13 +186,10 @@ def test_what_the_model_cannot_do_is_one_line_and_leaves_nothing(changes, words,
 
 
 def test_settings_compose_and_slips_are_said():
-    def composed(*overrides: str) -> AnalyzeConfig:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return settings(compose("analyze", overrides=list(overrides)), AnalyzeConfig)
-
-    config = composed()
+    composed_here = partial(composed, name="analyze", kind=AnalyzeConfig)
+    config = composed_here()
     assert config.blur.sigmas[-1] == math.inf and config.prompts[0] == "" and config.wandb.mode == "off"
-    assert composed("guidance=seg_cfg", "branch='cond~seg'", "model=sdxl", "where=[mid,up.0]").branch == "cond~seg"
+    assert composed_here("guidance=seg_cfg", "branch='cond~seg'", "model=sdxl", "where=[mid,up.0]").branch == "cond~seg"
     for override, words in (
         ("measured_steps=[25]", "measured_steps: there is no step 25"),
         ("measured_steps=[]", "measured_steps: empty"),
@@ -214,17 +199,14 @@ def test_settings_compose_and_slips_are_said():
         ("seeds=a", "seed"),
     ):
         with pytest.raises(ConfigError, match=words):
-            analyze(composed(override))
+            analyze(composed_here(override))
 
 
 def test_the_script_is_quick_to_help_and_says_slips_in_one_line(monkeypatch, capsys, tmp_path):
-    spec = importlib.util.spec_from_file_location("analyze_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.setattr(sys, "argv", ["analyze.py", "blr.sigmas=[1]"])
     with pytest.raises(SystemExit) as caught:
-        script.main()
+        script("analyze").main()
     said = capsys.readouterr()
     assert caught.value.code == 2 and said.out == "" and "did you mean blur?" in said.err and said.err.count("\n") == 1
     light = (

@@ -1,26 +1,14 @@
 """Folders with one broken file: each ends in one line that names the place."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from make_models import write_folder
 
 from segresearch.errors import CheckpointError
 from segresearch.models import load_sdxl
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("made") / "sdxl")
-
-
-@pytest.fixture
-def folder(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "sdxl")
 
 
 def change(folder, part, name, **values):
@@ -29,10 +17,10 @@ def change(folder, part, name, **values):
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer.json"])
-def test_pointers_among_the_configs(folder, name):
-    (folder / name).write_text(LFS)
+def test_pointers_among_the_configs(copied_folder, name):
+    (copied_folder / name).write_text(LFS)
     with pytest.raises(CheckpointError, match=f"{name} is a git-lfs pointer") as caught:
-        load_sdxl(folder)
+        load_sdxl(copied_folder)
     assert "\n" not in str(caught.value)
 
 
@@ -52,29 +40,29 @@ def test_pointers_among_the_configs(folder, name):
         ("scheduler", "scheduler_config.json", {"prediction_type": "sample"}),
     ],
 )
-def test_values_that_no_model_has(folder, part, name, values):
-    change(folder, part, name, **values)
-    with pytest.raises(CheckpointError, match=str(folder)) as caught:
-        load_sdxl(folder)
+def test_values_that_no_model_has(copied_folder, part, name, values):
+    change(copied_folder, part, name, **values)
+    with pytest.raises(CheckpointError, match=str(copied_folder)) as caught:
+        load_sdxl(copied_folder)
     assert "\n" not in str(caught.value)
 
 
-def test_one_text_width_may_be_given_for_each_block(folder):
-    width = json.loads((folder / "unet" / "config.json").read_text())["cross_attention_dim"]
-    levels = len(json.loads((folder / "unet" / "config.json").read_text())["block_out_channels"])
-    change(folder, "unet", "config.json", cross_attention_dim=[width] * levels)
-    assert load_sdxl(folder).unet.config.cross_attention_dim == width
+def test_one_text_width_may_be_given_for_each_block(copied_folder):
+    width = json.loads((copied_folder / "unet" / "config.json").read_text())["cross_attention_dim"]
+    levels = len(json.loads((copied_folder / "unet" / "config.json").read_text())["block_out_channels"])
+    change(copied_folder, "unet", "config.json", cross_attention_dim=[width] * levels)
+    assert load_sdxl(copied_folder).unet.config.cross_attention_dim == width
 
 
-def test_arguments_that_no_machine_takes(made):
+def test_arguments_that_no_machine_takes(folder):
     with pytest.raises(ValueError, match="dtype=torch.int8"):
-        load_sdxl(made, dtype=torch.int8)
+        load_sdxl(folder, dtype=torch.int8)
     with pytest.raises(ValueError, match="device='meta'"):
-        load_sdxl(made, device="meta")
+        load_sdxl(folder, device="meta")
 
 
-def test_prompts_and_sizes_that_are_none(made):
-    sdxl = load_sdxl(made)
+def test_prompts_and_sizes_that_are_none(folder):
+    sdxl = load_sdxl(folder)
     with pytest.raises(ValueError, match=r"size=\(9, 8\)"):
         sdxl.encode(["a"], size=(9, 8))
     with pytest.raises(ValueError, match="channels"):

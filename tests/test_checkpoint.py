@@ -253,10 +253,12 @@ def test_files_that_are_no_weights_are_named(tmp_path, match, content):
     refused(match, tmp_path / "x.safetensors")
 
 
-def test_truncated_files(made, tmp_path):
+def test_truncated_and_longer_files(made, tmp_path):
     for size in (40, 10_000, made[2].stat().st_size - 1):
         (tmp_path / "cut.safetensors").write_bytes(made[2].read_bytes()[:size])
         refused("is truncated", tmp_path / "cut.safetensors")
+    (tmp_path / "long.safetensors").write_bytes(made[2].read_bytes() + b"\0")  # safetensors itself refuses it
+    refused("longer than its header says", tmp_path / "long.safetensors")
 
 
 def test_paths_that_do_not_lead_to_a_model(made, tmp_path):

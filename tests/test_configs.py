@@ -1,7 +1,6 @@
 """Every config composes, fits its types and is built on a tiny denoiser; every slip is one clear line."""
 
 import argparse
-import importlib.util
 import math
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import sys
 import pytest
 import torch
 from guidance_models import denoiser, noisy
+from helpers import composed, script
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
@@ -20,7 +20,6 @@ from segresearch.config import (
     GenerateConfig,
     GuidanceConfig,
     conf_dir,
-    settings,
     typed,
 )
 from segresearch.config.build import build_guidance, resolved
@@ -38,11 +37,6 @@ SCRIPT = CONF.parent / "experiments" / "generate.py"
 
 def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-def composed(*overrides: str) -> GenerateConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return settings(compose("generate", overrides=list(overrides)))
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))
@@ -218,13 +212,10 @@ def test_types_are_strict_and_say_so():
     ],
 )  # fmt: skip
 def test_a_slip_on_the_command_line_is_one_line_and_code_2(argument, words, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.setattr(sys, "argv", ["generate.py", argument])
     with pytest.raises(SystemExit) as caught:
-        script.main()
+        script("generate").main()
     said = capsys.readouterr()
     assert caught.value.code == 2 and said.out == ""
     assert words in said.err and said.err.startswith("error: ") and said.err.count("\n") == 1

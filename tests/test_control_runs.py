@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_models import make_controlnet, make_pipeline
+from helpers import composed
 from omegaconf import OmegaConf
 from PIL import Image
-from test_configs import composed
 
 from segresearch import cli, records
 from segresearch.config import GenerateConfig, settings, typed
@@ -26,28 +25,17 @@ DEPTH = {"net": "depth", "image": "scene:0-", "preprocess": "depth", "scale": 0.
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model with two ControlNets of its own."""
-    place = tmp_path_factory.mktemp("model") / "tiny"
-    pipeline = make_pipeline(place)
-    pipeline.save_pretrained(place)
-    for seed, name in enumerate(("canny", "depth")):
-        make_controlnet(pipeline, seed).save_pretrained(place / "controlnet" / name)
-    return place
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load_sdxl(folder, controlnet=["canny", "depth"])
+def model(controlled_folder):
+    return load_sdxl(controlled_folder, controlnet=["canny", "depth"])
 
 
 @pytest.fixture
-def config(folder, tmp_path):
+def config(controlled_folder, tmp_path):
     def made(**changes) -> GenerateConfig:
         given = {
-            "model": {"name": "tiny", "path": str(folder)}, "sampler": {"name": "euler"}, "seeds": "0-1", "steps": 2,
-            "schedule": {"name": "leading"}, "guidance": {"terms": {"seg": SEG}}, "controls": {"canny": CANNY},
-            "device": "cpu", "out": str(tmp_path / "runs"), "batch_size": 3,
+            "model": {"name": "tiny", "path": str(controlled_folder)}, "sampler": {"name": "euler"}, "seeds": "0-1",
+            "steps": 2, "schedule": {"name": "leading"}, "guidance": {"terms": {"seg": SEG}},
+            "controls": {"canny": CANNY}, "device": "cpu", "out": str(tmp_path / "runs"), "batch_size": 3,
         }  # fmt: skip
         return typed(GenerateConfig, {**given, **changes})
 
@@ -131,7 +119,7 @@ def test_sizes_that_are_not_square_and_a_sampler_that_cuts_rows(config, model):
     assert sorted(p.name for p in (run.folder / "controls").iterdir()) == ["a", "b"] and run.sampled == 2
 
 
-def test_the_identity_is_of_what_the_control_image_shows(config, photo, tmp_path, folder):
+def test_the_identity_is_of_what_the_control_image_shows(config, photo, tmp_path, controlled_folder):
     def place(**changes) -> str:
         asked = config(seeds="0", controls={"canny": {**CANNY, "image": str(photo), **changes}})
         return expand(asked).folder.name
@@ -147,7 +135,7 @@ def test_the_identity_is_of_what_the_control_image_shows(config, photo, tmp_path
     assert place(image="scene:1") == place(image="scene:1-") == place(image="scene:1", low=50)
     Image.new("RGB", (30, 20)).save(photo)
     assert place() != base
-    assert place(image=str(moved), net=str(folder / "controlnet" / "canny")) == base
+    assert place(image=str(moved), net=str(controlled_folder / "controlnet" / "canny")) == base
 
 
 def test_guess_mode_is_for_the_conditional_branch(config, model):
@@ -200,9 +188,9 @@ def test_what_cannot_be_is_one_line_before_an_image_is_made(config, model, chang
     assert not list(Path(config().out).rglob("*.png"))
 
 
-def test_a_model_loaded_without_the_controlnet_is_refused(config, folder):
+def test_a_model_loaded_without_the_controlnet_is_refused(config, controlled_folder):
     with pytest.raises(ConfigError, match="loaded without 'canny'"):
-        generate(config(), load_sdxl(folder, controlnet="depth"))
+        generate(config(), load_sdxl(controlled_folder, controlnet="depth"))
 
 
 def test_types_of_controls_are_strict():

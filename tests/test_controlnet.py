@@ -1,7 +1,6 @@
 """ControlNets: against diffusers' network and pipelines, under every guidance, and where nothing may be computed."""
 
 import math
-from dataclasses import fields
 from functools import lru_cache
 from itertools import pairwise
 
@@ -14,15 +13,14 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     UNet2DConditionModel,
 )
-from guidance_models import CONFIG, denoiser, noisy
+from diffusers_unets import THREE_LEVELS, TWO_LEVELS, WIDE_STEP, inputs
+from guidance_models import control_image, control_net, denoiser, noisy
 from make_models import make_controlnet, make_pipeline
-from test_unet import THREE_LEVELS, TWO_LEVELS, WIDE_STEP, inputs
 
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.models import load_sdxl
 from segresearch.models.controlnet import ControlNet, ControlNetConfig, controlled
 from segresearch.models.denoiser import Denoiser
-from segresearch.models.network_configs import EncoderConfig
 from segresearch.models.unet import ControlResiduals, UNetConfig
 from segresearch.sampling import ALWAYS, initial_noise, sample, sigmas, step_interval
 
@@ -125,35 +123,6 @@ def test_other_architectures_are_refused_by_name(change, match):
 # --- under guidance ---------------------------------------------------------------------------------
 
 
-class Counted(ControlNet):
-    """Notes the rows of every forward."""
-
-    def forward(self, x, t, cond, hint, guess=False):
-        self.rows_seen = [*getattr(self, "rows_seen", []), len(x)]
-        return super().forward(x, t, cond, hint, guess)
-
-
-SHARED = {f.name: getattr(CONFIG, f.name) for f in fields(EncoderConfig)}
-SIZES = ControlNetConfig(
-    **SHARED | {"conditioning_embedding_out_channels": (4, 6), "transformer_layers_per_block": (1, 1, 1)}
-)
-
-
-def net(seed=0, zero=False) -> Counted:
-    with torch.random.fork_rng():
-        torch.manual_seed(50 + seed)
-        made = Counted(SIZES).double().eval().requires_grad_(False)
-        if not zero:
-            for layer in (*made.controlnet_down_blocks, made.controlnet_mid_block):
-                layer.weight.normal_(0, 0.2)
-            made.controlnet_cond_embedding.conv_out.weight.normal_(0, 0.2)
-    return made
-
-
-def picture(rows=2, h=4, w=8, seed=9) -> torch.Tensor:
-    return torch.rand(rows, 3, 2 * h, 2 * w, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 class Steered(Denoiser):
     """Residuals computed within every evaluation, for each of its rows: what the shared ones must equal."""
 
@@ -192,9 +161,9 @@ GUIDANCES = {
 def test_shared_residuals_equal_those_of_every_row(terms, sag):
     x, sigma, conds = noisy(2, 4, 8)
     control = [
-        controlled(net(0), picture(2), scale=0.7),
-        controlled(net(1), picture(1, seed=8), scale=-0.4, interval=(2.0, 4.0)),
-        controlled(net(2), picture(2, seed=7), interval=(4.0, math.inf)),
+        controlled(control_net(0), control_image(2), scale=0.7),
+        controlled(control_net(1), control_image(1, seed=8), scale=-0.4, interval=(2.0, 4.0)),
+        controlled(control_net(2), control_image(2, seed=7), interval=(4.0, math.inf)),
     ]
 
     def guided(inner, fork=True):
@@ -223,8 +192,8 @@ def test_forwards_of_a_step():
         (both, False, True, False, [4, 2]),
         (both, True, True, True, [2]),  # SAG's second forward is then of the negative branch, which has none of a guess
     ):
-        one, other = net(0), net(1)
-        control = [controlled(one, picture(), guess=guess), controlled(other, picture(1), guess=guess)]
+        one, other = control_net(0), control_net(1)
+        control = [controlled(one, control_image(), guess=guess), controlled(other, control_image(1), guess=guess)]
         model = GuidedDenoiser(denoiser(), terms, fork=fork)
         model = SelfAttentionGuidance(model) if sag else model
         model(x, sigma, conds=conds, control=control)
@@ -237,11 +206,11 @@ def test_nothing_is_computed_where_nothing_acts():
     model = GuidedDenoiser(denoiser(), {"cfg": cfg(5.0), "seg": SEG_TERM})
     plain = model(x, sigma, conds=conds)
     for options in ({"scale": 0.0}, {"interval": (0.0, 2.9)}, {"interval": (3.1, math.inf)}):
-        quiet = net()
-        assert torch.equal(model(x, sigma, conds=conds, control=[controlled(quiet, picture(), **options)]), plain)
+        quiet = control_net()
+        assert torch.equal(model(x, sigma, conds=conds, control=[controlled(quiet, control_image(), **options)]), plain)
         assert not hasattr(quiet, "rows_seen")
-    zero = net(zero=True)
-    assert torch.equal(model(x, sigma, conds=conds, control=[controlled(zero, picture())]), plain)
+    zero = control_net(zero=True)
+    assert torch.equal(model(x, sigma, conds=conds, control=[controlled(zero, control_image())]), plain)
     assert zero.rows_seen == [4]
 
 
@@ -249,7 +218,7 @@ def test_nothing_is_computed_where_nothing_acts():
 def test_rows_on_both_sides_of_an_interval():
     x, _, conds = noisy(2, 4, 8)
     sigma = torch.tensor([3.0, 1.0], dtype=x.dtype)
-    control = [controlled(net(), picture(), scale=0.5, interval=(2.0, 4.0))]
+    control = [controlled(control_net(), control_image(), scale=0.5, interval=(2.0, 4.0))]
     model = GuidedDenoiser(denoiser(), {"cfg": cfg(3.0), "seg": SEG_TERM})
     both = model(x, sigma, conds=conds, control=control)
     for i, own in enumerate(([control[0][[0]]], None)):
@@ -263,7 +232,7 @@ def test_pictures_do_not_depend_on_the_batch(options):
     _, _, conds = noisy(3, 4, 8)
     noise = initial_noise([1, 2, 3], (4, 4, 8)).double()
     model = GuidedDenoiser(denoiser(), {"cfg": cfg(3.0), "seg": SEG_TERM})
-    nets = net(0), net(1)
+    nets = control_net(0), control_net(1)
 
     def run(rows, own, shared):
         control = [controlled(nets[0], own[rows]), controlled(nets[1], shared, scale=0.5)]
@@ -271,7 +240,7 @@ def test_pictures_do_not_depend_on_the_batch(options):
         return sample(model, noise[rows], steps=2, conds=own_conds, control=control, seeds=[5, 6, 7][rows],
                       options=options)  # fmt: skip
 
-    images, shared = picture(3), picture(1, seed=4)
+    images, shared = control_image(3), control_image(1, seed=4)
     together = run(slice(0, 3), images, shared)
     repeated = run(slice(0, 3), images, shared.repeat(3, 1, 1, 1))  # one hint row serves every image
     torch.testing.assert_close(together, repeated, rtol=0, atol=1e-10)
@@ -282,33 +251,33 @@ def test_pictures_do_not_depend_on_the_batch(options):
 @torch.no_grad()
 def test_wrong_inputs_are_named():
     x, sigma, conds = noisy(3, 4, 8)
-    one, model = net(), GuidedDenoiser(denoiser(), {})
+    one, model = control_net(), GuidedDenoiser(denoiser(), {})
     with pytest.raises(ValueError, match="8×12 pixels, the image 8×16"):
-        model(x, sigma, conds=conds, control=[controlled(one, picture(1, 4, 6))])
+        model(x, sigma, conds=conds, control=[controlled(one, control_image(1, 4, 6))])
     with pytest.raises(ValueError, match="2 control images for 3 images; it needs 3 or 1"):
-        model(x, sigma, conds=conds, control=[controlled(one, picture(2))])
+        model(x, sigma, conds=conds, control=[controlled(one, control_image(2))])
     for image, match in (
-        (picture()[..., 1:], "8×15 pixels; its sides must be positive multiples of 2"),
-        (picture()[:, :1], r"RGB in \[0, 1\], \(rows, 3, h, w\); got \(2, 1, 8, 16\)"),
-        (picture() * 255, r"reach from [\d.]+ to 25\d"),
-        (picture() * 2 - 1, "reach from -"),
-        (picture() * math.nan, "reach from nan"),
+        (control_image()[..., 1:], "8×15 pixels; its sides must be positive multiples of 2"),
+        (control_image()[:, :1], r"RGB in \[0, 1\], \(rows, 3, h, w\); got \(2, 1, 8, 16\)"),
+        (control_image() * 255, r"reach from [\d.]+ to 25\d"),
+        (control_image() * 2 - 1, "reach from -"),
+        (control_image() * math.nan, "reach from nan"),
     ):
         with pytest.raises(ValueError, match=match):
             controlled(one, image)
     with pytest.raises(ValueError, match="scale of a ControlNet must be finite, got inf"):
-        controlled(one, picture(), scale=math.inf)
+        controlled(one, control_image(), scale=math.inf)
     with pytest.raises(ValueError, match=r"interval of a ControlNet .* got \(3.0, 2.0\)"):
-        controlled(one, picture(), interval=(3.0, 2.0))
+        controlled(one, control_image(), interval=(3.0, 2.0))
     _, ours = pair("two levels", torch.float64)
     with pytest.raises(ValueError, match="the ControlNet belongs to another model"):
-        model(x, sigma, conds=conds, control=[controlled(ours, picture(1))])
+        model(x, sigma, conds=conds, control=[controlled(ours, control_image(1))])
 
 
 @torch.no_grad()
 def test_control_is_any_iterable_of_what_controlled_makes():
     x, sigma, conds = noisy(2, 4, 8)
-    model, one = GuidedDenoiser(denoiser(), {}), controlled(net(), picture(1))
+    model, one = GuidedDenoiser(denoiser(), {}), controlled(control_net(), control_image(1))
     asked = {"conds": conds}
     listed = model(x, sigma, **model.prepare(asked | {"control": [one]}))
     prepared = model.prepare(asked | {"control": (c for c in [one])})
@@ -316,7 +285,8 @@ def test_control_is_any_iterable_of_what_controlled_makes():
         torch.testing.assert_close(model(x, sigma, **prepared), listed, rtol=0, atol=0)
     plain = model(x, sigma, **model.prepare(asked | {"control": None}))
     assert (plain - listed).abs().max() > 1e-6
-    for wrong, match in ((one, r"write control=\[controlled"), ([one, net()], "got a Counted in it"), (3, "int")):
+    two = [one, control_net()]
+    for wrong, match in ((one, r"write control=\[controlled"), (two, "got a Counted in it"), (3, "int")):
         with pytest.raises(ValueError, match=match):
             model.prepare(asked | {"control": wrong})
 
@@ -386,7 +356,7 @@ PICTURES = {
 def test_pictures_of_diffusers_pipelines(model, case):
     pipeline, nets, sdxl = model
     used, guess, weight, pag = case["control"], case.get("guess", False), case.get("weight", 1.0), case.get("pag")
-    images = {name: picture(case.get("images", 2), seed=i).float() for i, name in enumerate(used)}
+    images = {name: control_image(case.get("images", 2), seed=i).float() for i, name in enumerate(used)}
     noise = initial_noise([3, 4], (4, HEIGHT // 2, WIDTH // 2))
 
     kind = StableDiffusionXLControlNetPipeline if pag is None else StableDiffusionXLControlNetPAGPipeline

@@ -1,12 +1,12 @@
 """Dashboards are built without a server, show what an experiment has, and are published only with an account."""
 
 import builtins
-import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
+from helpers import script
 
 from segresearch import dashboard
 from segresearch.config import conf_dir
@@ -61,22 +61,9 @@ def test_what_an_experiment_lacks_has_no_panel(offline):
     assert "Scatter Plot" not in kinds and {"Bar Chart", "Media Browser"} <= kinds
 
 
-def called(monkeypatch, capsys, *arguments):
-    spec_ = importlib.util.spec_from_file_location("script", SCRIPT)
-    script = importlib.util.module_from_spec(spec_)
-    spec_.loader.exec_module(script)
-    monkeypatch.setattr(sys, "argv", ["dashboard.py", *map(str, arguments)])
-    code = 0
-    try:
-        script.main()
-    except SystemExit as end:
-        code = end.code
-    return code, capsys.readouterr()
-
-
-def test_the_script_prints_saves_and_says_what_publishing_needs(offline, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    code, said = called(monkeypatch, capsys, "table1")
+def test_the_script_prints_saves_and_says_what_publishing_needs(offline, call, tmp_path, monkeypatch):
+    main = script("dashboard").main
+    code, said = call(main, "table1")
     assert code == 2 and "table1: no runs of it in runs" in said.err and said.err.count("\n") == 1
     (tmp_path / "runs/table1/one").mkdir(parents=True)
     (tmp_path / "runs/table1/one/config.yaml").write_text("steps: 2\n")
@@ -84,11 +71,11 @@ def test_the_script_prints_saves_and_says_what_publishing_needs(offline, tmp_pat
     rows = [{"method": "SEG", "metric": metric, "value": value, "error": None} for metric, value in values.items()]
     (tmp_path / "runs/table1/one/results.json").write_text(json.dumps({"metrics": rows}))
     assert metrics_of("table1") == ("n", "fd-mini", "distance-mini")
-    code, said = called(monkeypatch, capsys, "table1")
+    code, said = call(main, "table1")
     assert code == 0 and len(panels(json.loads(said.out))) >= 5 and said.err == ""
-    code, said = called(monkeypatch, capsys, "table1", "--kind", "report", "--save", tmp_path / "report.json")
+    code, said = call(main, "table1", "--kind", "report", "--save", tmp_path / "report.json")
     assert code == 0 and said.out == "" and panels(json.loads((tmp_path / "report.json").read_text()))
-    code, said = called(monkeypatch, capsys, "table1", "--publish")
+    code, said = call(main, "table1", "--publish")
     assert code == 2 and said.err.count("\n") == 1 and "publishing needs a W&B account: run `wandb login`" in said.err
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import importlib.util
 import inspect
 import json
 import math
@@ -16,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from make_models import write_folder
-from matplotlib.figure import Figure
+from helpers import contents, one_figure, script
 
 from segresearch import cli, runs, sample_images
 from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir, typed
@@ -27,7 +25,6 @@ from segresearch.evaluation import shards
 from segresearch.evaluation.aggregate import features, reference
 from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.sample_shards import Worker
-from segresearch.models import load_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
@@ -48,26 +45,11 @@ def sketched():
             loaded[key] = loading(spec, device)
         return loaded[key]
 
-    def draw(*_):
-        made = Figure(figsize=(1, 1))
-        made.subplots().plot([1, 2])
-        return {"quality": made}
-
     with pytest.MonkeyPatch.context() as patch:
         loading = run.image_metrics
         patch.setattr(run, "image_metrics", image_metrics)
-        patch.setattr(run.outputs.plots, "draw", draw)
+        patch.setattr(run.outputs.plots, "draw", one_figure)
         yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load_sdxl(folder)
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +85,11 @@ def config(base, tmp_path):
     return dataclasses.replace(base, out=str(tmp_path / "runs"))
 
 
-def contents(config) -> dict[str, bytes]:
-    """Every file below `out`."""
-    folder = Path(config.out)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whole, monkeypatch):
     frame = whole.result.frame
     assert (whole.sampled, whole.existing) == (6, 0) and frame.methods == ("vanilla", "SEG")
     names = {"index.html", "table.md", "metrics.csv", "table.tex", "metrics.jsonl", "config.yaml", "results.json"}
-    found, everything = contents(dataclasses.replace(base, out=str(whole.folder))), contents(base)
+    found, everything = contents(whole.folder), contents(base.out)
     assert names <= set(found) and "figures/quality.png" in found
     assert len([n for n in everything if n.endswith(".safetensors")]) == METHODS * COUNT + 1  # and the reference
     assert frame["vanilla", "distance-mini"].value is None and frame["SEG", "distance-mini"].value > 0
@@ -133,7 +109,8 @@ def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whol
     monkeypatch.setattr(run, "load_model", None)
     monkeypatch.setattr(run, "aggregate", None)
     again = evaluate(base, part=Worker())
-    assert (again.sampled, again.existing) == (0, 6) and again.result == whole.result and contents(base) == everything
+    assert (again.sampled, again.existing) == (0, 6) and again.result == whole.result
+    assert contents(base.out) == everything
 
 
 def test_the_cost_of_a_picture_is_that_of_its_rows(config, model):
@@ -170,7 +147,7 @@ def test_the_same_bytes_whatever_the_workers(config, base, whole, model, parts):
         early = evaluate(config, model, Worker(rank, world))
         assert early.result is None and "others write" in early.message
     last = evaluate(config, model, Worker(*parts[-1]))
-    assert last.result == whole.result and contents(config) == contents(base)
+    assert last.result == whole.result and contents(config.out) == contents(base.out)
 
 
 @pytest.mark.parametrize("moment", ["a write", "a rename", "the reduction"])
@@ -203,7 +180,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(config, base, whole, model, mon
         half.parent.mkdir()
         half.write_bytes(b"half")
     resumed = evaluate(config, model, Worker())
-    assert resumed.result == whole.result and contents(config) == contents(base)
+    assert resumed.result == whole.result and contents(config.out) == contents(base.out)
     assert moment == "the reduction" or 0 < resumed.existing < 6
 
 
@@ -223,7 +200,7 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
             evaluate(dataclasses.replace(config, stage="reduce"), model, Worker())
         assert cli.explained(caught.value)[0] == 4
         mended = evaluate(config, model, Worker())
-        assert (mended.sampled, mended.existing) == (1, 5) and contents(config) == contents(base)
+        assert (mended.sampled, mended.existing) == (1, 5) and contents(config.out) == contents(base.out)
     path.write_bytes(path.read_bytes()[:-1] + b"\x7e")  # sizes say nothing
     (folder / "results.json").unlink()
     for stage in ("verify", "reduce"):
@@ -233,7 +210,7 @@ def test_damage_is_found_said_and_mended(config, base, whole, model):
     path.unlink()
     evaluate(config, model, Worker())
     assert "all 6 shards are whole" in str(evaluate(dataclasses.replace(config, stage="verify")))
-    assert contents(config) == contents(base)
+    assert contents(config.out) == contents(base.out)
 
 
 def test_more_pictures_and_other_metrics_keep_what_is_there(config, base, whole, model, monkeypatch):
@@ -245,16 +222,16 @@ def test_more_pictures_and_other_metrics_keep_what_is_there(config, base, whole,
     monkeypatch.setattr(sample_images, "sample", lambda *a, **k: drawn.append(len(a[1])) or sampled(*a, **k))
     more = evaluate(config, model, Worker())
     assert sum(drawn) == METHODS and more.result == whole.result  # the third picture alone is sampled
-    assert contents(config) == contents(base)
+    assert contents(config.out) == contents(base.out)
 
 
 def test_runs_that_measure_something_else_have_folders_of_their_own_and_share_pictures(config, model):
     one = evaluate(config, model, Worker())
-    kept = contents(dataclasses.replace(config, out=str(one.folder)))
+    kept = contents(one.folder)
     for change in ({"n_bootstrap": 3}, {"images": 2}, {"reference": "scene:100000-100004"}, {"text_alignment": "none"}):
         other = evaluate(dataclasses.replace(config, **change), model, Worker())
         assert other.sampled == 0 and other.folder != one.folder and (other.folder / "index.html").is_file()
-    assert contents(dataclasses.replace(config, out=str(one.folder))) == kept
+    assert contents(one.folder) == kept
 
 
 def test_pictures_of_another_version_are_used_and_said(config, model, capsys):
@@ -399,7 +376,7 @@ def test_processes_as_torchrun_starts_them_make_the_same_shards(config, base, wh
     ended = [(*process.communicate(), process.returncode) for process in started]
     assert [code for *_, code in ended] == [0, 0] and any("all 6 shards exist" in out for out, *_ in ended), ended
     done = evaluate(config, model, Worker())
-    assert done.sampled == 0 and contents(config) == contents(base)
+    assert done.sampled == 0 and contents(config.out) == contents(base.out)
 
 
 ARGUMENTS = [
@@ -419,14 +396,11 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize(("argument", "code", "words"), ARGUMENTS)
 def test_a_slip_on_the_command_line_is_one_line_with_its_code(argument, code, words, monkeypatch, capsys, tmp_path):
-    spec = importlib.util.spec_from_file_location("script", conf_dir().parent / "experiments" / "evaluate.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", argument])
     with pytest.raises(SystemExit) as caught:
-        script.main()
+        script("evaluate").main()
     said = capsys.readouterr()
     assert caught.value.code == code and said.out == "" and not list(tmp_path.iterdir())
     assert words in said.err and said.err.startswith("error: ") and said.err.count("\n") == 1

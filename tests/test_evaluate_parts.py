@@ -11,10 +11,10 @@ import socket
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
+from helpers import composed
 
 from segresearch.checkpoints.resolve import resolve_model
-from segresearch.config import EvaluateConfig, conf_dir, settings
+from segresearch.config import EvaluateConfig
 from segresearch.config.build import resolved
 from segresearch.config.expand import from_coco, from_text
 from segresearch.errors import ConfigError
@@ -27,9 +27,8 @@ from segresearch.evaluation.spec import evaluation_spec, with_folders
 from segresearch.pages import to_csv
 
 
-def composed(*overrides: str) -> EvaluateConfig:
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return settings(compose("evaluate", overrides=list(overrides)), kind=EvaluateConfig)
+def evaluation(*overrides: str) -> EvaluateConfig:
+    return composed(*overrides, name="evaluate", kind=EvaluateConfig)
 
 
 def test_prompts_come_from_a_text_file_and_the_wrong_line_is_named(tmp_path):
@@ -66,7 +65,7 @@ def test_captions_come_from_a_coco_file_each_image_once_before_any_twice(tmp_pat
 
 
 def test_ranges_hold_each_image_once():
-    spec = evaluation_spec(composed("images=5", "shard=2", "features=[]"))
+    spec = evaluation_spec(evaluation("images=5", "shard=2", "features=[]"))
     assert [list(rows) for rows in spec.ranges] == [[0, 1], [2, 3], [4]]
 
 
@@ -116,7 +115,7 @@ def test_a_byte_that_changes_anywhere_in_a_shard_is_damage(byte, tmp_path):
 @pytest.mark.parametrize(("name", "count"), [("table1", 5), ("table2", 6), ("fig6", 13), ("fig12", 10)])
 @pytest.mark.parametrize("model", ["mini", "sdxl"])
 def test_every_experiment_is_a_table_of_its_methods(name, count, model):
-    spec = evaluation_spec(composed(f"experiment={name}", f"model={model}", "images=12"))
+    spec = evaluation_spec(evaluation(f"experiment={name}", f"model={model}", "images=12"))
     assert len(spec.methods) == count and spec.paper == (name if name in paper_numbers.TABLES else None)
     assert not spec.methods[spec.baseline].terms and spec.methods[spec.baseline].sag is None
     if spec.paper:
@@ -128,13 +127,12 @@ def test_every_experiment_is_a_table_of_its_methods(name, count, model):
 
 def test_experiments_are_pictures_too():
     """generate.py takes the same files, and of them what it knows."""
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = settings(compose("generate", overrides=["experiment=table2"]))
+    config = composed("experiment=table2")
     assert config.pairing == "zip" and config.compare[1].terms["seg"].perturbation.sigma == 1
 
 
 def folders(*overrides: str) -> dict[str, str]:
-    spec = evaluation_spec(resolved(composed(*overrides)))
+    spec = evaluation_spec(resolved(evaluation(*overrides)))
     return {method: folder.name for method, folder in with_folders(spec, resolve_model("mini")).folders.items()}
 
 
@@ -232,7 +230,7 @@ def test_figures_are_drawn_of_bars_and_of_lines_over_sigma():
 
     seg = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
     guided = typed(dict[str, GuidanceConfig], {"vanilla": {}, "SEG 2 σ=∞": {"terms": {"seg": seg}}})
-    config = composed("images=300", "compare=[]", "guidance=none")
+    config = evaluation("images=300", "compare=[]", "guidance=none")
     spec = dataclasses.replace(evaluation_spec(config), methods=guided)
     norms = {"vanilla": (0.0, 0.0), "SEG 2 σ=∞": (0.5, 0.25)}
     found = plots.draw(spec, Result(FRAME, norms, 9))

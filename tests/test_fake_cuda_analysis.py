@@ -8,7 +8,6 @@ from fake_cuda import (
     DTYPES,
     check_same,
     fake_denoiser,
-    gpu,  # noqa: F401  a fixture
     on_the_cpu,
     real_inputs,
     sent,
@@ -43,7 +42,7 @@ def same_on_both(function, *args, dtype=torch.float32, device="cuda"):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_recorder(gpu, dtype):  # noqa: F811
+def test_recorder(gpu, dtype):
     """What is kept is copied to the CPU, by design: a recording is larger than a GPU has room for."""
     terms = {"cfg": cfg(3.0), "seg": perturbed("seg", SEG(1.0), 2.0)}
     guided, sag = GuidedDenoiser(fake_denoiser(dtype), terms), SelfAttentionGuidance(fake_denoiser(dtype))
@@ -58,7 +57,7 @@ def test_recorder(gpu, dtype):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("axis", statistics.AXES)
-def test_statistics(gpu, monkeypatch, axis, dtype):  # noqa: F811
+def test_statistics(gpu, monkeypatch, axis, dtype):
     for name in ("BLOCK", "WIDE"):
         monkeypatch.setattr(statistics, name, 40)
     q, k = pair(dtype)
@@ -73,13 +72,13 @@ def test_statistics(gpu, monkeypatch, axis, dtype):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_curvature(gpu, dtype):  # noqa: F811
+def test_curvature(gpu, dtype):
     q, k = pair(dtype)
     for blur in BLURS[:2] if dtype != torch.float32 else (*BLURS[:3], *BLURS[-2:]):
         same_on_both(lambda q, k: energy.curvature(q, k, "queries", blur), q, k, dtype=dtype)  # noqa: B023
 
 
-def test_curvature_of_columns(gpu):  # noqa: F811
+def test_curvature_of_columns(gpu):
     with on_the_cpu():
         a = statistics.columns(*pair(), "queries", torch.arange(2)).flatten(0, 2)
     blur = BLURS[1]
@@ -91,7 +90,7 @@ def test_curvature_of_columns(gpu):  # noqa: F811
         same_on_both(lambda a: function(a, blur), a)  # noqa: B023
 
 
-def test_the_operator_lies_on_the_cpu_and_acts_where_x_lies(gpu):  # noqa: F811
+def test_the_operator_lies_on_the_cpu_and_acts_where_x_lies(gpu):
     """By design: the factors are small fp64 matrices of a grid, whose determinants are numbers of the host."""
     with on_the_cpu():
         x = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
@@ -104,7 +103,7 @@ def test_the_operator_lies_on_the_cpu_and_acts_where_x_lies(gpu):  # noqa: F811
     assert blur_operator.log_spectrum(4, 1.0, "exact").device.type == "cpu"
 
 
-def test_energies(gpu):  # noqa: F811
+def test_energies(gpu):
     q, k = pair()
     for axis in statistics.AXES:
         same_on_both(lambda q, k: energy.energies(q, k, axis), q, k)  # noqa: B023
@@ -112,7 +111,7 @@ def test_energies(gpu):  # noqa: F811
         same_on_both(lambda z, patterns: function(z, patterns, 0.5), q, k)  # noqa: B023
 
 
-def test_landscapes(gpu):  # noqa: F811
+def test_landscapes(gpu):
     with on_the_cpu():
         a = statistics.columns(*pair(), "queries", torch.arange(3))[0, 0]
         reach = torch.linspace(-1, 1, 3)
@@ -121,7 +120,7 @@ def test_landscapes(gpu):  # noqa: F811
 
 
 @pytest.mark.parametrize("blur", BLURS[1:3] + BLURS[4:5], ids=str)
-def test_claims(gpu, blur):  # noqa: F811
+def test_claims(gpu, blur):
     q, k = pair()
     for axis in statistics.AXES:
         results = same_on_both(lambda q, k: claims.check_claims(q, k, axis, blur), q, k)  # noqa: B023
@@ -132,7 +131,7 @@ def test_claims(gpu, blur):  # noqa: F811
     assert isinstance(results[0].fraction, float)
 
 
-def test_regimes(gpu):  # noqa: F811
+def test_regimes(gpu):
     q, k = pair()
     same_on_both(lambda q, k: claims.limits(q, k, GRID, (0.5, 2.0), "exact"), q, k)
     with on_the_cpu():
@@ -144,7 +143,7 @@ def test_regimes(gpu):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_table(gpu, dtype):  # noqa: F811
+def test_table(gpu, dtype):
     """Of a recording whose q and k lie on the device: the same rows and the same claims."""
     site = "mid_block.attentions.0.transformer_blocks.0.attn1"
 

@@ -1,5 +1,6 @@
 """Guidance on a GPU that is not there: every config and perturbation, SAG, post-processors; devices, values, reads."""
 
+import dataclasses
 import math
 from functools import lru_cache
 
@@ -11,7 +12,6 @@ from fake_cuda import (
     check_same,
     fake_cuda,
     fake_denoiser,
-    gpu,  # noqa: F401  a fixture
     on_the_cpu,
     real_denoiser,
     real_inputs,
@@ -30,6 +30,7 @@ from segresearch.guidance import (
     Ramp,
     SelfAttentionGuidance,
     cfg,
+    perturbations,
     perturbed,
 )
 from segresearch.guidance.blur import BOUNDARIES, blur
@@ -80,7 +81,7 @@ def both(build, dtype: torch.dtype = torch.float32, rows: int = 2, sigma: float 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "guidance").glob("*.yaml")))
-def test_every_config(gpu, name, dtype):  # noqa: F811
+def test_every_config(gpu, name, dtype):
     with on_the_cpu():
         made = config(name)
     found, expected = both(lambda denoiser: build_guidance(made, denoiser), dtype)
@@ -109,7 +110,7 @@ PERTURBATIONS = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_perturbation(gpu, dtype):  # noqa: F811
+def test_every_perturbation(gpu, dtype):
     real = heads_of(dtype)
     fake = sent(real)
     assert {type(p) for p in PERTURBATIONS} == {SEG, PAG, At}
@@ -122,26 +123,26 @@ def test_every_perturbation(gpu, dtype):  # noqa: F811
 
 
 @pytest.mark.parametrize("perturbation", [At(from_the_cpu), At(from_the_cpu, heads=[0])], ids=str)
-def test_a_perturbation_that_builds_on_the_cpu_fails(gpu, perturbation):  # noqa: F811
+def test_a_perturbation_that_builds_on_the_cpu_fails(gpu, perturbation):
     model = GuidedDenoiser(fake_denoiser(), {"own": perturbed("own", perturbation, 1.0)})
     with pytest.raises(RuntimeError, match="same device"):
         step(model)
 
 
-def test_an_index_on_the_cpu_fails(gpu):  # noqa: F811
+def test_an_index_on_the_cpu_fails(gpu):
     with pytest.raises(RuntimeError, match="an index on the cpu"):
         torch.zeros(3, device="cuda")[torch.tensor([0, 1])]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sag(gpu, dtype):  # noqa: F811
+def test_sag(gpu, dtype):
     terms = {"cfg": cfg(3.0), "seg": perturbed("seg", SEG(1.0), 2.0)}
     found, expected = both(lambda d: SelfAttentionGuidance(GuidedDenoiser(d, terms, rescale=0.7), 0.75), dtype)
     check_same(found, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
     assert gpu.reads == ["tolist"]
 
 
-def test_parts_of_sag(gpu):  # noqa: F811
+def test_parts_of_sag(gpu):
     model = SelfAttentionGuidance(fake_denoiser(), blur_sigma=0.0)
     with on_the_cpu():
         q, k, _ = heads_of(torch.bfloat16)
@@ -164,7 +165,7 @@ POSTS = [Projected(), Projected(0.5, 3.0), lambda guided, plain, x, sigma: resca
 
 
 @pytest.mark.parametrize("fork", [True, False])
-def test_terms_together(gpu, fork):  # noqa: F811
+def test_terms_together(gpu, fork):
     terms = {
         "cfg": cfg(Ramp(3.0, 1.0), interval=(1.0, 9.0)),
         "seg": perturbed("seg", [SEG(1.0), PAG(where=-1, tau=0.5)], 2.0),
@@ -174,7 +175,7 @@ def test_terms_together(gpu, fork):  # noqa: F811
     check_same(found, expected)
 
 
-def test_rows_on_both_sides_of_an_interval(gpu):  # noqa: F811
+def test_rows_on_both_sides_of_an_interval(gpu):
     terms = {"cfg": cfg(3.0, interval=(2.0, 9.0)), "seg": perturbed("seg", SEG(), lambda sigma: sigma)}
     model = GuidedDenoiser(fake_denoiser(), terms, rescale=0.7)
     found = step(model, sigma=[3.0, 1.0])
@@ -186,7 +187,7 @@ def test_rows_on_both_sides_of_an_interval(gpu):  # noqa: F811
     assert step(again, sigma=[3.0, 1.0]).device.type == "cuda"  # a factor for each row
 
 
-def test_merged_and_prepared_conditionings(gpu):  # noqa: F811
+def test_merged_and_prepared_conditionings(gpu):
     model = GuidedDenoiser(fake_denoiser(), {"cfg": cfg(3.0), "seg": perturbed("seg", SEG(), 2.0)})
     x, sigma, conds = sent(real_inputs())
     same = {"cond": conds["cond"], "uncond": conds["cond"][:]}
@@ -203,7 +204,7 @@ def test_merged_and_prepared_conditionings(gpu):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_blur(gpu, dtype):  # noqa: F811
+def test_blur(gpu, dtype):
     q = heads_of(dtype)[0]
     for boundary in BOUNDARIES:
         with on_the_cpu():
@@ -215,7 +216,7 @@ def test_blur(gpu, dtype):  # noqa: F811
         assert not gpu.sends  # the matrices lie there already
 
 
-def test_a_step_reads_and_sends_nothing(gpu):  # noqa: F811
+def test_a_step_reads_and_sends_nothing(gpu):
     """Given the value of sigma, no step brings a value to the host; from the second on nothing is sent there either."""
     terms = {"cfg": cfg(3.0), "seg": perturbed("seg", SEG(1.0, heads=[1]), 2.0), "pag": perturbed("pag", PAG(), 1.0)}
     model = GuidedDenoiser(fake_denoiser(), terms, rescale=0.7, post=[Projected(0.5, 3.0)])
@@ -238,3 +239,8 @@ def test_caches_leave_nothing_behind():
         blur(torch.ones(1, 1, 12, 2, device="cuda"), (3, 4), 1.0)
         blur(torch.ones(1, 1, 12, 2), (3, 4), 1.0)
     assert type(blur(torch.ones(1, 1, 12, 2), (3, 4), 1.0)) is torch.Tensor
+
+
+def test_every_perturbation_is_in_the_table():
+    classes = [c for c in vars(perturbations).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+    assert {c for c in classes if "where" in c.__dataclass_fields__} == {type(p) for p in PERTURBATIONS}

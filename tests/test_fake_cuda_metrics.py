@@ -9,7 +9,6 @@ import torch
 from fake_cuda import (
     DTYPES,
     check_same,
-    gpu,  # noqa: F401  a fixture
     moved,
     on_the_cpu,
     sent,
@@ -60,7 +59,7 @@ VIT = {**SMALL, "image_size": 28, "patch_size": 14, "projection_dim": 6}
 
 
 @pytest.fixture
-def extractors(monkeypatch, tmp_path, gpu):  # noqa: F811
+def extractors(monkeypatch, tmp_path, gpu):
     """load_extractor with weights that are random, and small where a config says how large."""
     networks = {
         Dinov2Model: real(Dinov2Model, Dinov2Config(**SMALL, image_size=28, patch_size=14)),
@@ -114,7 +113,7 @@ def test_inception(extractors, monkeypatch):
 
 
 @pytest.mark.parametrize("net", ["alex", "vgg"])
-def test_lpips(gpu, net):  # noqa: F811
+def test_lpips(gpu, net):
     a, b = pictures(1, 32), pictures(1, 32, seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torchvision, on an argument that lpips gives it
@@ -126,7 +125,7 @@ def test_lpips(gpu, net):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_text_alignment(gpu, dtype):  # noqa: F811
+def test_text_alignment(gpu, dtype):
     """The model's own image processor works on the CPU, by design; its pixels and tokens are then sent."""
     text = {**SMALL, "vocab_size": 721, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 2}
     model = real(CLIPModel, CLIPConfig(text_config=text, vision_config=VIT, projection_dim=6))
@@ -144,7 +143,7 @@ def test_text_alignment(gpu, dtype):  # noqa: F811
     assert clip.embed_images(images).device.type == clip.embed_texts(texts[:1]).device.type == "cuda"
 
 
-def test_networks_of_mini(gpu):  # noqa: F811
+def test_networks_of_mini(gpu):
     """Pictures are sent to where the network lies, the results stay there."""
     tower, classifier, images = real(VisionTower), real(AttributeClassifier), pictures()
     with on_the_cpu():
@@ -173,7 +172,7 @@ def test_networks_of_mini(gpu):  # noqa: F811
     check_same(agreement(ours, type(theirs)(*sent([theirs.count, theirs.shapes, theirs.colors, theirs.pairs]))), scores)
 
 
-def test_edges_and_look(gpu):  # noqa: F811
+def test_edges_and_look(gpu):
     images = pictures(2, 16)
     with on_the_cpu():
         edges = torch.arange(512).reshape(2, 16, 16) % 5 == 0
@@ -191,7 +190,7 @@ def sets():
         return torch.randn(40, 4, generator=generator), torch.randn(30, 4, generator=generator) * 0.9 + 0.2
 
 
-def test_frechet_is_of_the_cpu(gpu):  # noqa: F811
+def test_frechet_is_of_the_cpu(gpu):
     """By design: eigenvalues in fp64 of a few matrices. Features of the device are brought over at once, explicitly."""
     x, y = sets()
     with on_the_cpu():
@@ -204,7 +203,7 @@ def test_frechet_is_of_the_cpu(gpu):  # noqa: F811
     assert found.resamples == pytest.approx(expected.resamples) and math.isfinite(found.extrapolated)
 
 
-def test_kernels_and_neighbours(gpu):  # noqa: F811
+def test_kernels_and_neighbours(gpu):
     """Where the features lie; only the sums are read."""
     x, y = sets()
 

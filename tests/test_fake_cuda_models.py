@@ -12,7 +12,6 @@ from fake_cuda import (
     LEVELS,
     check_same,
     fake_denoiser,
-    gpu,  # noqa: F401  a fixture
     moved,
     on_the_cpu,
     real_denoiser,
@@ -52,7 +51,7 @@ def random(module: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("dtype, prediction", [*((d, "epsilon") for d in DTYPES), (torch.float32, "v_prediction")])
-def test_denoiser(gpu, dtype, prediction):  # noqa: F811
+def test_denoiser(gpu, dtype, prediction):
     x, sigma, conds = real_inputs(dtype=dtype)
     fake, real = fake_denoiser(dtype, prediction, LEVELS), real_denoiser(dtype, prediction, LEVELS)
     with on_the_cpu():
@@ -66,7 +65,7 @@ def test_denoiser(gpu, dtype, prediction):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))
-def test_times_and_levels(gpu, dtype):  # noqa: F811
+def test_times_and_levels(gpu, dtype):
     with on_the_cpu():
         sigma, t = torch.tensor([0.05, 1.0, 14.0], dtype=dtype), torch.tensor([0.0, 10.5, 999.0])
         real = real_denoiser()
@@ -81,7 +80,7 @@ def test_times_and_levels(gpu, dtype):  # noqa: F811
     assert fake.sigmas.device.type == fake.log_sigmas.device.type == fake.alphas.device.type == "cuda"
 
 
-def test_schedules_of_training_are_made_on_the_cpu(gpu):  # noqa: F811
+def test_schedules_of_training_are_made_on_the_cpu(gpu):
     """By design: the numbers of a config, in fp64; `load_sdxl` sends them to the device before the denoiser is made."""
     for config in ({}, {"beta_schedule": "linear"}):
         assert alphas_cumprod(config).device.type == "cpu"
@@ -89,7 +88,7 @@ def test_schedules_of_training_are_made_on_the_cpu(gpu):  # noqa: F811
     assert Denoiser(fake_denoiser().unet, alphas_cumprod(snr).to("cuda"), "v_prediction").sigmas.device.type == "cuda"
 
 
-def test_conditionings(gpu):  # noqa: F811
+def test_conditionings(gpu):
     real = real_inputs()[2]
     cond, other = sent(real).values()
     net = fake_denoiser().unet
@@ -125,7 +124,7 @@ def picture(rows: int = 2):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_controlnets(gpu, dtype):  # noqa: F811
+def test_controlnets(gpu, dtype):
     """Two at once, one with a picture for all and of another channel order, under every kind of guidance."""
     terms = {"cfg": cfg(3.0), "seg": perturbed("seg", SEG(1.0), 2.0)}
 
@@ -148,7 +147,7 @@ def test_controlnets(gpu, dtype):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype, fork", [*((d, True) for d in DTYPES), (torch.float32, False)])
-def test_guess_mode(gpu, dtype, fork):  # noqa: F811
+def test_guess_mode(gpu, dtype, fork):
     terms = {"cfg": cfg(3.0), "seg": perturbed("seg", SEG(1.0), 2.0)}
     _, net = nets(dtype)
     x, sigma, conds = sent(real_inputs(dtype=dtype))
@@ -160,7 +159,7 @@ def test_guess_mode(gpu, dtype, fork):  # noqa: F811
     assert not gpu.reads and {z.device.type for z in denoised.values()} == {"cuda"}
 
 
-def test_scales_of_rows_on_both_sides_of_an_interval(gpu):  # noqa: F811
+def test_scales_of_rows_on_both_sides_of_an_interval(gpu):
     real, fake = nets(torch.float32)
     x, _, conds = real_inputs()
 
@@ -180,7 +179,7 @@ def test_scales_of_rows_on_both_sides_of_an_interval(gpu):  # noqa: F811
     check_same([*found.down, found.mid], [*expected.down, expected.mid])
 
 
-def test_a_control_image_lies_where_its_net_does(gpu):  # noqa: F811
+def test_a_control_image_lies_where_its_net_does(gpu):
     """A picture of the CPU is sent by `embed_image`; its range is looked at before, where it lies."""
     _, net = nets(torch.bfloat16)
     gpu.reads.clear()
@@ -201,7 +200,7 @@ def vaes(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_vae_both_ways(gpu, dtype):  # noqa: F811
+def test_vae_both_ways(gpu, dtype):
     real, fake = vaes(dtype)
     images = picture()
     with on_the_cpu():
@@ -216,7 +215,7 @@ def test_vae_both_ways(gpu, dtype):  # noqa: F811
     assert not gpu.reads and found[0].dtype == found[-1].dtype == torch.float32
 
 
-def test_vae_of_the_cpu_computes_on_the_device(gpu):  # noqa: F811
+def test_vae_of_the_cpu_computes_on_the_device(gpu):
     """Offloaded: its weights are sent at each call, and stay where they are."""
     real, _ = vaes(torch.float32)
     with on_the_cpu():
@@ -242,7 +241,7 @@ def encoders():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_texts(encoders, gpu, dtype):  # noqa: F811
+def test_texts(encoders, gpu, dtype):
     tokenizers, networks = encoders
     vae, vae_there = vaes(dtype)
     with on_the_cpu():

@@ -4,7 +4,6 @@ import pytest
 import torch
 from fake_cuda import (
     check_same,
-    gpu,  # noqa: F401  a fixture
     on_the_cpu,
 )
 from safetensors import safe_open
@@ -48,7 +47,7 @@ def pictures(sdxl):
     return latents, images, sdxl.vae.encode(images.clamp(-1, 1))
 
 
-def test_a_picture_of_mini(gpu, monkeypatch):  # noqa: F811
+def test_a_picture_of_mini(gpu, monkeypatch):
     with on_the_cpu():
         expected = pictures(load_sdxl("mini"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -59,7 +58,7 @@ def test_a_picture_of_mini(gpu, monkeypatch):  # noqa: F811
     check_same(pictures(sdxl), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_weights_are_sent_to_the_device_in_its_dtype(gpu):  # noqa: F811
+def test_weights_are_sent_to_the_device_in_its_dtype(gpu):
     net, weights = open_controlnets("canny", resolve_model("mini"), None)["canny"]
     fill(net, weights, torch.bfloat16, "cuda")
     assert {(z.device.type, z.dtype) for z in net.parameters()} == {("cuda", torch.bfloat16)}

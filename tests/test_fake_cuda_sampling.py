@@ -6,7 +6,6 @@ from fake_cuda import (
     DTYPES,
     check_same,
     fake_denoiser,
-    gpu,  # noqa: F401  a fixture
     on_the_cpu,
     real_denoiser,
     real_inputs,
@@ -36,7 +35,7 @@ class Shrink:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules(gpu, schedule):  # noqa: F811
+def test_schedules(gpu, schedule):
     """Worked out on the CPU in fp64, by design, then sent to the denoiser's device as a whole."""
     with on_the_cpu():
         expected = sigmas(real_denoiser(), schedule, 5)
@@ -48,7 +47,7 @@ def test_schedules(gpu, schedule):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_noise(gpu, dtype):  # noqa: F811
+def test_noise(gpu, dtype):
     """Drawn on the CPU, by design, so that a seed is the same picture on every device; then sent to x."""
     with on_the_cpu():
         x, levels = initial_noise([1, 2], (4, 2, 3)).to(dtype), torch.tensor([3.0, 1.0, 0.0])
@@ -62,7 +61,7 @@ def test_noise(gpu, dtype):  # noqa: F811
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler(gpu, sampler):  # noqa: F811
+def test_every_sampler(gpu, sampler):
     options = {"rtol": 0.5, "atol": 0.5} if sampler == "dpm_adaptive" else {}
     with on_the_cpu():
         noise, gain = initial_noise([1, 2], (4, 2, 3)), torch.full((2, 1, 1, 1), 0.5)
@@ -79,7 +78,7 @@ def test_every_sampler(gpu, sampler):  # noqa: F811
     assert {*ANCESTRAL, *SDE} <= set(SAMPLERS)
 
 
-def test_churn_draws_from_the_generator_of_the_device(gpu):  # noqa: F811
+def test_churn_draws_from_the_generator_of_the_device(gpu):
     assert global_generator(torch.device("cuda", 0)) is torch.cuda.default_generators[0]
     noise = initial_noise([1, 2], (4, 2, 3))
     gain = torch.ones(2, 1, 1, 1, device="cuda")
@@ -87,14 +86,14 @@ def test_churn_draws_from_the_generator_of_the_device(gpu):  # noqa: F811
     assert found.device.type == "cuda" and found.shape == noise.shape
 
 
-def test_levels_and_noise_of_the_cpu_are_sent(gpu):  # noqa: F811
+def test_levels_and_noise_of_the_cpu_are_sent(gpu):
     model = Shrink(fake_denoiser())
     gain = torch.ones(1, 1, 1, 1, device="cuda")
     for levels in ([3.0, 1.0, 0.0], torch.tensor([3.0, 1.0, 0.0]), torch.tensor([3.0, 1.0, 0.0], device="cuda")):
         assert sample(model, initial_noise([1], (4, 2, 3)), schedule=levels, gain=gain).device.type == "cuda"
 
 
-def test_a_guided_picture(gpu):  # noqa: F811
+def test_a_guided_picture(gpu):
     """Two steps of the real network: a read of sigma a step, and those of the loop."""
 
     def run(denoiser, conds):

@@ -7,25 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_models import write_folder
+from helpers import contents
 from omegaconf import OmegaConf
 from PIL import Image
 
 from segresearch import cli, records
 from segresearch.config import GenerateConfig, settings, typed
 from segresearch.generate import generate
-from segresearch.models import load_sdxl
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load_sdxl(folder)
-
 
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
 
@@ -46,10 +34,6 @@ def config(folder, tmp_path):
         "out": str(tmp_path / "runs"),
     }
     return typed(GenerateConfig, given)
-
-
-def contents(run) -> dict[str, bytes]:
-    return {str(path.relative_to(run.folder)): path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
 
 
 def test_twice_does_nothing_twice_and_does_not_load_the_model(config, model, monkeypatch):
@@ -129,10 +113,10 @@ def test_a_stopped_run_resumes_to_the_same_bytes(config, model, tmp_path, monkey
     monkeypatch.setattr("segresearch.generate.save_png", save)
     resumed = generate(config, model)
     assert (resumed.sampled, resumed.existing) == (4, 4)
-    assert contents(resumed) == contents(whole)
+    assert contents(resumed.folder) == contents(whole.folder)
     damaged = next((resumed.folder / "images").rglob("*.png"))
     damaged.write_bytes(damaged.read_bytes()[:-30])
-    assert generate(config, model).sampled == 1 and contents(resumed) == contents(whole)
+    assert generate(config, model).sampled == 1 and contents(resumed.folder) == contents(whole.folder)
 
 
 def test_the_identity_is_of_what_images_depend_on(config, model, folder, tmp_path):

@@ -8,7 +8,6 @@ from diffusers import (
     StableDiffusionXLPAGPipeline,
     StableDiffusionXLPipeline,
 )
-from make_models import write_folder
 
 from segresearch.checkpoints.resolve import MINI
 from segresearch.guidance import PAG, GuidedDenoiser, cfg, perturbed
@@ -37,11 +36,6 @@ def ours(sdxl, noise, height, width, *, weight=1.0, pag=None, steps=4):
         terms["pag"] = perturbed("pag", PAG(where="mid"), scale=pag)
     conds = sdxl.encode(PROMPTS, size=(height, width))
     return sample(GuidedDenoiser(sdxl.denoiser, terms), noise, steps=steps, conds=conds)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("model") / "sdxl")
 
 
 METHODS = [{}, {"weight": 4.0}, {"pag": 2.0}, {"weight": 4.0, "pag": 2.0}]

@@ -8,15 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from guidance_models import CONFIG, denoiser, noisy
-from test_controlnet import net as control_net
-from test_controlnet import picture
+from guidance_models import CONFIG, control_image, control_net, denoiser, noisy
 from torch.utils.flop_counter import FlopCounterMode
 
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
-from segresearch.guidance.branch_attention import BranchAttention
 from segresearch.guidance.perturbations import head_mask
-from segresearch.guidance.row_layout import row_index
+from segresearch.guidance.row_layout import BranchAttention, row_index
 from segresearch.models.attention import Context, Fork, Site, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import controlled
@@ -38,7 +35,7 @@ def close(a, b):
 
 def steering(rows: int):
     net = control_net()
-    return net, controlled(net, picture(rows, 8, 12))
+    return net, controlled(net, control_image(rows, 8, 12))
 
 
 def text_flops(net) -> int:

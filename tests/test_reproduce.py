@@ -1,19 +1,17 @@
 """Every kind of PNG is made again from what it carries; what cannot be is one line with its exit code."""
 
 import base64
-import importlib.util
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
-from make_models import make_controlnet, make_pipeline
+from helpers import one_figure, script
 from matplotlib.figure import Figure
 from PIL import Image
 
 from segresearch import records
-from segresearch.config import EvaluateConfig, GenerateConfig, conf_dir, typed
+from segresearch.config import EvaluateConfig, GenerateConfig, typed
 from segresearch.errors import ConfigError
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.evaluate import evaluate
@@ -30,19 +28,10 @@ CANNY = {"net": "canny", "image": "scene:0-", "preprocess": "canny"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("model") / "tiny"
-    pipeline = make_pipeline(place)
-    pipeline.save_pretrained(place)
-    make_controlnet(pipeline, 0).save_pretrained(place / "controlnet" / "canny")
-    return place
-
-
-@pytest.fixture(scope="module")
-def done(folder, tmp_path_factory):
+def done(controlled_folder, tmp_path_factory):
     """A run under control, with CFG, SEG, SAG and prompts, in two panels."""
     given = {
-        "model": {"name": "tiny", "path": str(folder)}, "sampler": {"name": "euler_ancestral"}, "steps": 2,
+        "model": {"name": "tiny", "path": str(controlled_folder)}, "sampler": {"name": "euler_ancestral"}, "steps": 2,
         "schedule": {"name": "karras", "rho": 5}, "negative": "blue", "seeds": "0-1", "batch_size": 3, "device": "cpu",
         "out": str(tmp_path_factory.mktemp("runs")), "prompts": ["", "red"],
         "panels": [
@@ -77,28 +66,24 @@ def test_an_image_is_made_again(image, done, tmp_path):
     assert reproduce(path, device="cpu").largest >= 0x30
 
 
-def test_other_weights_other_code_and_another_place_are_said(done, folder, tmp_path):
+def test_other_weights_other_code_and_another_place_are_said(done, controlled_folder, tmp_path):
     path = tmp_path / "old.png"
     source = done.folder / FILES[2]
     record = records.read_record(source)
     record["model"] |= {"fingerprint": "0" * 12, "path": "gone"}
     record["code"] = "0.0.1"
     records.save_png(Image.open(source), path, record)
-    again = reproduce(path, str(folder), "cpu")
+    again = reproduce(path, str(controlled_folder), "cpu")
     assert again.largest <= 1
     assert again.notes[0].startswith("other weights: 000000000000 when it was made, ")
     assert again.notes[1].startswith("other version of segresearch: 0.0.1 when it was made, ")
 
 
-def test_images_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, monkeypatch):
-    def draw(*_):
-        made = Figure(figsize=(1, 1))
-        made.subplots().plot([1, 2])
-        return {"quality": made}
-
-    monkeypatch.setattr(run.outputs.plots, "draw", draw)
+def test_images_and_figures_of_an_evaluation_are_made_again(controlled_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.outputs.plots, "draw", one_figure)
     given = {
-        "model": {"name": "tiny", "path": str(folder)}, "sampler": {"name": "euler"}, "schedule": {"name": "leading"},
+        "model": {"name": "tiny", "path": str(controlled_folder)},
+        "sampler": {"name": "euler"}, "schedule": {"name": "leading"},
         "compare": [{}, {"label": "SEG", "terms": {"seg": SEG}}], "prompts": ["red", ""], "controls": {"canny": CANNY},
         "images": 3, "steps": 2, "size": [64, 64], "batch_size": 2, "shard": 2, "n_examples": 3,
         "text_alignment": "none",
@@ -106,7 +91,7 @@ def test_images_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, mo
         "force": True, "device": "cpu", "out": str(tmp_path / "runs"),
     }  # fmt: skip
     config = typed(EvaluateConfig, given)
-    whole = evaluate(config, load_sdxl(folder, controlnet=["canny"]), Worker())
+    whole = evaluate(config, load_sdxl(controlled_folder, controlnet=["canny"]), Worker())
     shown = re.findall(
         r'alt="([^"]*, seed \d)" src="data:image/png;base64,([^"]*)"', (whole.folder / run.outputs.PAGE).read_text()
     )
@@ -124,26 +109,10 @@ def test_images_and_figures_of_an_evaluation_are_made_again(folder, tmp_path, mo
     assert reproduce(figure, device="cpu", out=tmp_path / "runs").largest == 0
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("script", conf_dir().parent / "experiments" / "reproduce.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def called(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, arguments)])
-    try:
-        script().main()
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-def test_the_script_says_the_difference_and_its_code(done, tmp_path, monkeypatch, capsys):
-    image = done.folder / FILES[0]
-    assert called(monkeypatch, image, "--device", "cpu", "--save", tmp_path / "again.png") == 0
-    assert re.fullmatch(r"largest pixel difference: [01] of 255 \(.*\)\n", capsys.readouterr().out)
+def test_the_script_says_the_difference_and_its_code(done, call, tmp_path):
+    image, main = done.folder / FILES[0], script("reproduce").main
+    code, said = call(main, image, "--device", "cpu", "--save", tmp_path / "again.png")
+    assert code == 0 and re.fullmatch(r"largest pixel difference: [01] of 255 \(.*\)\n", said.out)
     assert records.read_record(tmp_path / "again.png") == records.read_record(image)
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     Image.open(image).save(tmp_path / "stripped.png")
@@ -161,7 +130,7 @@ def test_the_script_says_the_difference_and_its_code(done, tmp_path, monkeypatch
     records.save_png(Image.new("RGB", (16, 16)), tmp_path / "net.png", net)
     other = records.read_record(image)
     records.save_png(Image.new("RGB", (15, 16)), tmp_path / "other.png", other)
-    for name, code, words in (
+    for name, expected, words in (
         ("none.png", 2, "no such file"),
         ("plain.png", 2, "no record in it"),
         ("stripped.png", 2, "no record in it"),
@@ -173,8 +142,8 @@ def test_the_script_says_the_difference_and_its_code(done, tmp_path, monkeypatch
         ("gone.png", 3, "gone: no such file or folder"),
         ("net.png", 3, "hf download nobody/net"),
     ):
-        assert called(monkeypatch, tmp_path / name, "--device", "cpu") == code, name
-        said = capsys.readouterr()
+        code, said = call(main, tmp_path / name, "--device", "cpu")
+        assert code == expected, name
         assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1 and words in said.err
 
 

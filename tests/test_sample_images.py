@@ -2,21 +2,14 @@
 
 import pytest
 import torch
-from make_models import write_folder
 
 from segresearch.config.schema import GenerateConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from segresearch.errors import Ended, NotFinite
 from segresearch.guidance import GuidedDenoiser, cfg
-from segresearch.models import load_sdxl
 from segresearch.sample_images import decode_images, sample_images, sample_latents, to_uint8
 from segresearch.sampling import initial_noise, sample, sigmas
 
 SEEDS, PROMPTS = [3, 5, 8], ["red", "", "blue"]
-
-
-@pytest.fixture(scope="module")
-def sdxl(tmp_path_factory):
-    return load_sdxl(write_folder(tmp_path_factory.mktemp("model") / "tiny"))
 
 
 def config(schedule="leading", rho=None, size=None) -> GenerateConfig:
@@ -25,18 +18,18 @@ def config(schedule="leading", rho=None, size=None) -> GenerateConfig:
 
 
 @pytest.mark.parametrize(("schedule", "rho", "size"), [("leading", None, (16, 24)), ("karras", 5.0, None)])
-def test_it_is_its_steps_by_hand(sdxl, schedule, rho, size):
-    settings, model = config(schedule, rho, size), GuidedDenoiser(sdxl.denoiser, {"cfg": cfg(3.0)})
-    images = sample_images(sdxl, model, SEEDS, PROMPTS, settings, negative="green")
+def test_it_is_its_steps_by_hand(model, schedule, rho, size):
+    settings, guided = config(schedule, rho, size), GuidedDenoiser(model.denoiser, {"cfg": cfg(3.0)})
+    images = sample_images(model, guided, SEEDS, PROMPTS, settings, negative="green")
     latents = sample(
-        model, initial_noise(SEEDS, sdxl.latent_shape(size)), "euler_ancestral",
-        schedule if rho is None else sigmas(sdxl.denoiser, schedule, 2, rho), steps=2,
-        conds=sdxl.encode(PROMPTS, "green", size), seeds=SEEDS, options={"eta": 0.5},
+        guided, initial_noise(SEEDS, model.latent_shape(size)), "euler_ancestral",
+        schedule if rho is None else sigmas(model.denoiser, schedule, 2, rho), steps=2,
+        conds=model.encode(PROMPTS, "green", size), seeds=SEEDS, options={"eta": 0.5},
     )  # fmt: skip
-    assert images.dtype == torch.uint8 and torch.equal(images, to_uint8(sdxl.decode(latents)))
-    parts = decode_images(sdxl, latents, rows=2)
+    assert images.dtype == torch.uint8 and torch.equal(images, to_uint8(model.decode(latents)))
+    parts = decode_images(model, latents, rows=2)
     assert (parts.int() - images.int()).abs().max() <= 1
-    alone = sample_images(sdxl, model, SEEDS[1:2], PROMPTS[1:2], settings, negative="green")
+    alone = sample_images(model, guided, SEEDS[1:2], PROMPTS[1:2], settings, negative="green")
     assert (alone[0].int() - images[1].int()).abs().max() <= 1
 
 
@@ -45,11 +38,11 @@ def test_8_bits_are_rounded_and_clamped():
     assert to_uint8(values).tolist() == [0, 0, 128, 255, 255, 255]
 
 
-def test_latents_that_are_not_finite_are_named_by_their_seeds(sdxl):
+def test_latents_that_are_not_finite_are_named_by_their_seeds(model):
     def broken(guided, plain, x, sigma):
         return torch.cat([guided[:1], guided[1:2] * float("nan"), guided[2:]])
 
-    model = GuidedDenoiser(sdxl.denoiser, {"cfg": cfg(3.0)}, post=[broken])
+    guided = GuidedDenoiser(model.denoiser, {"cfg": cfg(3.0)}, post=[broken])
     with pytest.raises(NotFinite, match=r"the latents of seeds \[5\] are not finite") as caught:
-        sample_latents(sdxl, model, SEEDS, sdxl.encode(PROMPTS), config())
+        sample_latents(model, guided, SEEDS, model.encode(PROMPTS), config())
     assert isinstance(caught.value, Ended) and caught.value.code == 4

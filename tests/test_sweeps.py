@@ -2,16 +2,13 @@
 runs."""
 
 import csv
-import importlib.util
 import io
 import json
 import re
-import sys
 
 import pytest
+from helpers import one_figure, script
 from hydra import compose, initialize_config_dir
-from make_models import write_folder
-from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from segresearch import cli, sample_images
@@ -20,36 +17,10 @@ from segresearch.config.build import refuse_foreign
 from segresearch.errors import CheckpointError, ConfigError
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.compare_runs import overview
-from segresearch.models import load_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
 CONF = conf_dir()
 EXPERIMENTS = CONF.parent / "experiments"
-
-
-def main_of(name: str):
-    spec = importlib.util.spec_from_file_location("script", EXPERIMENTS / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script.main
-
-
-@pytest.fixture
-def call(monkeypatch, tmp_path, capfd):
-    """Runs a main with arguments in an empty folder: its exit code, and what it printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def called(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        return code, capfd.readouterr()
-
-    return called
 
 
 def failing(faults):
@@ -111,19 +82,9 @@ def test_an_interrupt_ends_the_whole_sweep(call):
     assert code == 130 and seen == [1, 2]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
-def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkeypatch, tmp_path):
-    def draw(*_):
-        made = Figure(figsize=(1, 1))
-        made.subplots().plot([1, 2])
-        return {"quality": made}
-
-    monkeypatch.setattr(run.outputs.plots, "draw", draw)
-    load, model, loaded = run.image_metrics, load_sdxl(folder), []
+def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, model, monkeypatch, tmp_path):
+    monkeypatch.setattr(run.outputs.plots, "draw", one_figure)
+    load, loaded = run.image_metrics, []
     monkeypatch.setattr(run, "image_metrics", lambda *a: loaded[0] if loaded else loaded.append(load(*a)) or loaded[0])
     monkeypatch.setattr(run, "load_model", lambda *_: model)
     scale = "guidance.terms.seg.scale"
@@ -141,13 +102,13 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, monkey
         return found * float("nan") if len(made) == 5 else found  # pictures of the third job
 
     monkeypatch.setattr(sample_images, "sample", counted)
-    code, said = call(main_of("evaluate"), *sweep)
+    code, said = call(script("evaluate").main, *sweep)
     assert code == 4 and said.out.count("page: ") == 3 and said.err.count("error: job 3 ") == 1, said
     monkeypatch.setattr(sample_images, "sample", lambda *a, **k: made.append("again") or sampled(*a, **k))
-    code, said = call(main_of("evaluate"), *sweep)
+    code, said = call(script("evaluate").main, *sweep)
     assert code == 0 and said.out.count("page: ") == 4 and 0 < made.count("again") <= 2
 
-    code, said = call(main_of("overview"), "evaluate")
+    code, said = call(script("overview").main, "evaluate")
     assert code == 0 and said.err == ""
     found = overview("evaluate", tmp_path / "runs")
     assert set(found.differing) == {scale, "steps"}
@@ -181,7 +142,7 @@ def test_the_overview_of_runs_that_lack_results_and_of_none(tmp_path, call):
     found = overview("mine", tmp_path / "runs")
     assert found.differing == ("steps",) and "equal N" in found.notes()[0] and "a&lt;b" in found.page()
     for name, words in (("min", "did you mean mine?"), ("nothing", "no runs of it in runs (there are mine)")):
-        code, said = call(main_of("overview"), name)
+        code, said = call(script("overview").main, name)
         assert code == 2 and words in said.err and said.err.count("\n") == 1
 
 
@@ -201,7 +162,7 @@ def test_the_overview_of_runs_that_lack_results_and_of_none(tmp_path, call):
     ],
 )
 def test_what_hydra_cannot_do_is_one_line_before_any_job(arguments, words, call):
-    code, said = call(main_of("evaluate"), *arguments)
+    code, said = call(script("evaluate").main, *arguments)
     assert code == 2 and said.out == "" and words in said.err, said
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
 

@@ -3,16 +3,14 @@
 import dataclasses
 
 import pytest
-from make_models import write_folder
-from matplotlib.figure import Figure
-from test_wandb_log import read
+from helpers import contents, one_figure
+from wandb_files import read
 
 from segresearch import records, wandb_log
 from segresearch.config import EvaluateConfig, typed
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.sample_shards import Worker
-from segresearch.models import load_sdxl
 from segresearch.wandb_log import WandbConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
@@ -21,22 +19,7 @@ SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma":
 
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch):
-    def draw(*_):
-        made = Figure(figsize=(1, 1))
-        made.subplots().plot([1, 2])
-        return {"quality": made}
-
-    monkeypatch.setattr(run.outputs.plots, "draw", draw)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load_sdxl(folder)
+    monkeypatch.setattr(run.outputs.plots, "draw", one_figure)
 
 
 @pytest.fixture
@@ -50,10 +33,6 @@ def config(folder, tmp_path):
         "force": True, "device": "cpu", "out": str(tmp_path / "runs"), "wandb": {"mode": "offline"},
     }  # fmt: skip
     return typed(EvaluateConfig, given)
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_an_evaluation_is_a_group_with_a_run_a_method_and_is_logged_once(config, model, tmp_path):

@@ -79,6 +79,7 @@ def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
     try:
         sdxl = load_model(config.model, config.device, compute=config.compute) if model is None else model
         _write(config, sdxl, images, *_capture(config, sdxl, images, partial), folder)
+        shutil.rmtree(recorded, ignore_errors=True)  # of a run whose page was deleted
         if config.keep:
             partial.rename(recorded)  # a recording under its own name is complete
         else:

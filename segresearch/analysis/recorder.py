@@ -1,4 +1,4 @@
-"""Recording what the softmax saw: q and k per branch, site, head and sigma, under the perturbation.
+"""Recording what the softmax saw: q and k (v on request) per branch, site, head and sigma, under the perturbation.
 
     recorder = Recorder(sdxl.unet.site_heads, where="mid", steps=[0, 12, 24])
     sample(model, noise, conds=conds, attend=recorder.attend([{"prompt": "a red cube", "seed": 0}]))
@@ -60,6 +60,13 @@ class Entry:
         """The keys that the softmax saw."""
         return self.load()["k"]
 
+    @property
+    def v(self) -> Heads:
+        """The values. InputError where they were not recorded."""
+        if "v" not in (tensors := self.load()):
+            raise InputError("the values were not recorded; record with Recorder(..., values=True)")
+        return tensors["v"]
+
 
 class Recording(tuple[Entry, ...]):
     """Entries in the order they were made; `select` narrows them."""
@@ -100,7 +107,7 @@ class Recording(tuple[Entry, ...]):
 
 @dataclass
 class Recorder:
-    """Keeps q and k in memory or, with `folder`, in one safetensors file a call and an index.
+    """Keeps q and k (v too with `values`) in memory or, with `folder`, in one safetensors file a call and an index.
 
     Raises ValueError for a selector without a match, a head that does not exist, a folder that holds a recording.
     """
@@ -110,7 +117,8 @@ class Recorder:
     heads: Sequence[int] | None = None  # those kept; None is all
     steps: Sequence[int] | None = None  # the evaluations kept, counted from 0 in each run; None is all
     branches: Sequence[str] | None = None  # those kept; None is all
-    folder: Path | None = None  # where to stream to; it must not hold a recording yet
+    values: bool = False  # whether v is kept too
+    folder: str | Path | None = None  # where to stream to; it must not hold a recording yet
     limit: int = 1 << 30  # bytes that may be held in memory; not read with `folder`
     bytes: int = field(default=0, init=False)
     entries: list[Entry] = field(default_factory=list, init=False)
@@ -120,6 +128,7 @@ class Recorder:
         for site, count in self.sites.items():
             check_heads(self.heads, count, site)
         if self.folder is not None:
+            self.folder = Path(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             if (self.folder / INDEX).exists():
                 raise InputError(f"{self.folder} holds a recording already; name another folder, or remove it")
@@ -148,7 +157,8 @@ class Recorder:
             if site.name in self.sites and (self.steps is None or step in self.steps):
                 shared = {"site": site.name, "grid": site.grid, "step": step, "sigma": tuple(site.sigma.tolist()),
                           "images": labels}  # fmt: skip
-                parts = (z.split(len(labels)) for z in (q, k))  # (m·b, ...) -> m × (b, ...)
+                tensors = (q, k, v) if self.values else (q, k)
+                parts = (z.split(len(labels)) for z in tensors)  # (m·b, ...) -> m × (b, ...)
                 for names, *part in zip(site.branches, *parts, strict=True):
                     if self.branches is None or set(names) & set(self.branches):
                         self._keep({**shared, "branches": names}, *part)
@@ -156,9 +166,9 @@ class Recorder:
 
         return record
 
-    def _keep(self, facts: dict[str, Any], q: Tensor, k: Tensor) -> None:
-        heads = list(range(q.shape[1]) if self.heads is None else self.heads)
-        kept = {name: z.detach()[:, heads].cpu().contiguous() for name, z in (("q", q), ("k", k))}  # copies
+    def _keep(self, facts: dict[str, Any], *tensors: Tensor) -> None:
+        heads = list(range(tensors[0].shape[1]) if self.heads is None else self.heads)
+        kept = {name: z.detach()[:, heads].cpu().contiguous() for name, z in zip("qkv", tensors)}  # copies
         size = sum(z.nbytes for z in kept.values())
         if self.folder is None and self.bytes + size > self.limit:
             raise InputError(
@@ -170,12 +180,12 @@ class Recorder:
         if self.folder is None:
             self.entries.append(Entry(**facts, load=lambda: kept))
             return
-        facts["file"] = f"{len(self.entries):06d}.safetensors"
-        with replacing(self.folder / facts["file"]) as temporary:
+        folder, facts["file"] = Path(self.folder), f"{len(self.entries):06d}.safetensors"
+        with replacing(folder / facts["file"]) as temporary:
             save_file(kept, temporary)
-        with (self.folder / INDEX).open("a", encoding="utf-8") as index:
+        with (folder / INDEX).open("a", encoding="utf-8") as index:
             index.write(json.dumps(plain(facts), ensure_ascii=False) + "\n")
-        self.entries.append(_entry(plain(facts), self.folder))
+        self.entries.append(_entry(plain(facts), folder))
 
 
 def _entry(facts: Mapping[str, Any], folder: Path) -> Entry:

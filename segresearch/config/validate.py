@@ -104,8 +104,7 @@ def _fields(kind: Any, value: Any) -> Any:
         if key not in fields:
             raise ConfigError(f"{key}: {unknown(str(key), fields)}")
     for key, field in fields.items():
-        required = field.default is field.default_factory
-        if value.get(key, "???" if required else None) == "???":
+        if value.get(key, "???" if field.default is field.default_factory else None) == "???":  # without a default
             value[key] = Missing(key)
     return value
 

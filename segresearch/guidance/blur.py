@@ -5,16 +5,35 @@ convolution, the analysis reads the same factors, and a boundary is one rule for
 """
 
 import math
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.errors import InputError
-from segresearch.guidance.constants import constant
 
 BOUNDARIES = ("reflect", "symmetric", "circular", "exact")
 INFINITE = 9999.0  # a sigma above this means infinity, as in the official code; 9999 itself is finite
+
+
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator for a function of hashable values that gives a small tensor: it is made once for each set of values.
+
+    All are kept, for a CUDA graph may read them; `cache_clear()` drops them. Such a tensor serves gradients too,
+    wherever it was first made. torch.compile sees the function without its cache. So what makes the tensor must run on
+    the device, without a copy from the CPU, wherever a perturbation calls it: a CUDA graph could not hold that copy.
+    """
+    cached = cache(torch.inference_mode(False)(function))
+
+    @wraps(function)
+    def call(*values: Any) -> Any:
+        return function(*values) if torch.compiler.is_compiling() else cached(*values)
+
+    call.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return call
 
 
 def check_blur(sigma: float | int, boundary: str) -> None:
@@ -57,12 +76,12 @@ def fold_taps(taps: Float[Tensor, " size"], n: int, boundary: str) -> Float[Tens
 
 @constant
 def _matrix(n: int, sigma: float | int, boundary: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # in fp64, so on the CPU, for some devices have none; compiled code makes it where it is used
+    # in fp64, so on the CPU, for some devices have none; compiled code makes it where it is used (never that of 0 or ∞)
     where = device if torch.compiler.is_compiling() else CPU
     if sigma == 0:
-        matrix = torch.eye(n, dtype=torch.float64, device=where)
+        matrix = torch.eye(n, dtype=torch.float64)
     elif sigma > INFINITE:
-        matrix = torch.full((n, n), 1 / n, dtype=torch.float64, device=where)
+        matrix = torch.full((n, n), 1 / n, dtype=torch.float64)
     elif boundary == "exact":
         # The whole Gaussian: beyond 9σ a tap is under 3e-18 of the largest. First sum it over the period 2n of the
         # symmetric extension, so that memory stays n × 2n whatever sigma is, then fold.

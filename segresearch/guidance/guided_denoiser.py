@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from segresearch.errors import InputError
-from segresearch.guidance.branch_attention import BranchAttention
 from segresearch.guidance.controlnet_residuals import active, per_row, residuals
 from segresearch.guidance.perturbations import Perturbation
 from segresearch.guidance.postprocess import Latents, Post, Sigma, rescale
-from segresearch.guidance.row_layout import Layout, Perturbed, layout, row_index
+from segresearch.guidance.row_layout import BranchAttention, Layout, Perturbed, layout, row_index
 from segresearch.guidance.sites import check_heads, select_sites
 from segresearch.guidance.terms import Branch, Term
 from segresearch.models.attention import Attend, Fork, sdpa
@@ -169,7 +168,7 @@ class GuidedDenoiser:
             x.repeat(n, 1, 1, 1),  # (b, c, h, w) -> (n·b, c, h, w)
             sigma.repeat(n),
             cond=conds.joined(plan.inputs, rows),
-            attend=BranchAttention(plan.groups, rows, plan.names_before, plan.names, attend or self.attend, sigma),
+            attend=BranchAttention(plan.groups, rows, *plan.names, attend or self.attend, sigma),
             residuals=control_residuals,
             fork=fork,
         )

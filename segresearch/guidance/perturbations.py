@@ -15,8 +15,7 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.fields import Boundary, Fraction, NonNegative, Whole, one_of
-from segresearch.guidance.blur import blur, check_blur
-from segresearch.guidance.constants import constant
+from segresearch.guidance.blur import blur, check_blur, constant
 from segresearch.guidance.sites import Where, check_heads
 from segresearch.models.attention import Attend, Heads, Site
 

@@ -1,18 +1,21 @@
-"""The rows of one forward pass: which branches share rows, and where the pass forks into a block of rows a branch."""
+"""The rows of one forward: which branches share rows, where it forks into a block for each branch, their attention."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from segresearch.guidance.constants import constant
-from segresearch.guidance.perturbations import Perturbation
+from segresearch.guidance.blur import constant
+from segresearch.guidance.perturbations import Perturbation, checked_out
 from segresearch.guidance.terms import Branch
+from segresearch.models.attention import Attend, Heads, Site
 
 Perturbed = Mapping[str, tuple[Perturbation, ...]]  # the perturbations of one branch, by site
 Groups = Mapping[tuple[Perturbation, ...], Sequence[int]]  # numbers of the blocks under the same perturbations
+Names = tuple[tuple[str, ...], ...]  # the branches that each block of rows belongs to
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,11 @@ class Layout:
         return tuple(self.conditionings.index(branch.conditioning) for branch in self.branches)
 
     @property
-    def names_before(self) -> tuple[tuple[str, ...], ...]:
-        """For each conditioning the names of all requested branches on it."""
+    def names(self) -> tuple[Names, Names]:
+        """The requested branches on each conditioning, and those that are equal to each branch."""
         pairs = self.computed.items()
-        return tuple(tuple(str(b) for b, same in pairs if same.conditioning == name) for name in self.conditionings)
-
-    @property
-    def names(self) -> tuple[tuple[str, ...], ...]:
-        """For each branch the names of the requested branches that are equal to it."""
-        pairs = self.computed.items()
-        return tuple(tuple(str(b) for b, same in pairs if same == branch) for branch in self.branches)
+        before = (tuple(str(b) for b, same in pairs if same.conditioning == name) for name in self.conditionings)
+        return tuple(before), tuple(tuple(str(b) for b, same in pairs if same == branch) for branch in self.branches)
 
 
 def layout(
@@ -88,3 +86,52 @@ def layout(
 def row_index(blocks: tuple[int, ...], rows: int, device: torch.device) -> Int[Tensor, " rows_out"]:
     """Row numbers of these blocks of `rows` rows, one block after another; made once, not once a step."""
     return torch.tensor([block * rows + row for block in blocks for row in range(rows)], device=device)
+
+
+@dataclass(frozen=True)
+class BranchAttention:
+    """An `attend` for a batch of equal blocks of rows; at each site, blocks under the same perturbations go together.
+
+    groups: the sites where any block is perturbed (`Layout`). rows: of one block.
+    before, after: branches of each block before the fork and after it. sigma: of the rows of one block.
+    attend: the innermost attention, which all perturbations end in. Its site holds the branches of its rows and sigma.
+    """
+
+    groups: Mapping[str, Groups]
+    rows: int
+    before: Names
+    after: Names
+    attend: Attend
+    sigma: Float[Tensor, " rows"] | None = None
+
+    def __call__(self, q: Heads, k: Heads, v: Heads, site: Site) -> Heads:
+        if site.name not in self.groups:
+            names = self.after if len(v) == len(self.after) * self.rows else self.before
+            return self.attend(q, k, v, Site(site.name, site.grid, names, self.sigma))
+        out = [v[:0]] * len(self.after)
+        for perturbations, blocks in self.groups[site.name].items():
+            group_q, group_k, group_v = (_blocks(z, blocks, self.rows) for z in (q, k, v))  # (m · self.rows, h, n, d)
+            group_site = Site(site.name, site.grid, tuple(self.after[block] for block in blocks), self.sigma)
+            parts = compose(perturbations, self.attend)(group_q, group_k, group_v, group_site).split(self.rows)
+            for block, part in zip(blocks, parts, strict=True):
+                out[block] = part
+        return torch.cat(out)
+
+
+def _blocks(z: Tensor, blocks: Sequence[int], rows: int) -> Tensor:
+    """The blocks of `rows` rows with these numbers, one after another; a view if they are neighbours."""
+    if blocks[-1] - blocks[0] == len(blocks) - 1:
+        return z[blocks[0] * rows : (blocks[-1] + 1) * rows]
+    return torch.cat([z[i * rows : (i + 1) * rows] for i in blocks])
+
+
+def compose(perturbations: Sequence[Perturbation], attend: Attend) -> Attend:
+    """`attend` under the perturbations; each is handed what came before it."""
+    for perturbation in perturbations:
+        attend = partial(perturbed_attention, perturbation, attend)
+    return attend
+
+
+def perturbed_attention(perturbation: Perturbation, attend: Attend, q: Heads, k: Heads, v: Heads, site: Site) -> Heads:
+    """The perturbation's output, checked."""
+    return checked_out(perturbation(q, k, v, site, attend), v, perturbation, site)

@@ -10,8 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from segresearch.errors import InputError
-from segresearch.guidance.blur import check_blur, fold_taps, gaussian_taps
-from segresearch.guidance.constants import constant
+from segresearch.guidance.blur import check_blur, constant, fold_taps, gaussian_taps
 from segresearch.guidance.controlnet_residuals import per_row
 from segresearch.guidance.guided_denoiser import Conds, Control, GuidedDenoiser
 from segresearch.guidance.postprocess import Latents, Sigma

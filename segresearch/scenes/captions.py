@@ -27,6 +27,7 @@ _OPENINGS = ("a scene with", "a picture of", "an image of", "a render of", "ther
 _OTHER = ("a above an and are at away behind beside big checkered closer far floor four from front further ground "
           "image in is it large left little medium near next objects of on one picture render right scene shapes sky "
           "small than the there things three tiled to two under with , :").split()
+_Named = tuple["Thing", str]  # an object, and its adjectives and noun
 
 
 class Thing(NamedTuple):
@@ -39,9 +40,6 @@ class Thing(NamedTuple):
     x: float
     distance: float
     radius: float
-
-
-_Named = tuple[Thing, str]  # an object, and its adjectives and noun
 
 
 def relations(a: Thing, b: Thing) -> list[str]:

@@ -1,0 +1,37 @@
+"""What several tests of runs call: composed settings, a script's module, the files of a run, a figure."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
+
+from segresearch.config import GenerateConfig, conf_dir, settings
+
+
+def composed(*overrides: str, name: str = "generate", kind: Any = GenerateConfig) -> Any:
+    """The settings of conf/`name`.yaml with `overrides`, as the schema `kind`."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return settings(compose(name, overrides=list(overrides)), kind)
+
+
+def script(name: str) -> ModuleType:
+    """The module of experiments/`name`.py."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", conf_dir().parent / "experiments" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def contents(folder: str | Path) -> dict[str, bytes]:
+    """Every file below `folder`, by its path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def one_figure(*_: Any) -> dict[str, Figure]:
+    """In place of the figures of an evaluation, which take most of its time."""
+    figure = Figure(figsize=(1, 1))
+    figure.subplots().plot([1, 2])
+    return {"quality": figure}
