@@ -41,9 +41,11 @@ class Overview:
 
     def table(self) -> list[list[Cell]]:
         """The head, then a row a method: the run, which leads to its page; what differs; the method; its values."""
-        leads = [{"run": Cell(run.folder, href=f"{run.folder}/index.html")} for run in self.runs]
-        for run, lead in zip(self.runs, leads, strict=True):
-            lead |= {key: Cell(_short(run.settings.get(key)) or "–") for key in self.differing}
+        leads = [
+            {"run": Cell(run.folder, href=f"{run.folder}/index.html"),
+             **{key: Cell(_short(run.settings.get(key)) or "–") for key in self.differing}}
+            for run in self.runs
+        ]  # fmt: skip
         return table(*(run.frame for run in self.runs), leads=leads)
 
     def markdown(self) -> str:
@@ -51,11 +53,11 @@ class Overview:
 
     def csv(self) -> str:
         """A row a value: the run, what differs, method, metric, value, error."""
-        rows = []
-        for run in self.runs:
-            lead = {"run": run.folder, **{key: _short(run.settings.get(key)) for key in self.differing}}
-            rows += [{**lead, **row} for row in run.frame.plain()]
-        return to_csv(rows)
+        return to_csv([
+            {"run": run.folder, **{key: _short(run.settings.get(key)) for key in self.differing}, **row}
+            for run in self.runs
+            for row in run.frame.plain()
+        ])  # fmt: skip
 
     def page(self) -> str:
         """One HTML file."""
@@ -102,10 +104,10 @@ def overview(name: str, out: str | Path = "runs") -> Overview:
 def write(overview: Overview, out: str | Path = "runs") -> list[Path]:
     """overview.md, .csv and .html beside the runs; their paths."""
     texts = {"md": overview.markdown(), "csv": overview.csv(), "html": overview.page()}
-    paths = {kind: Path(out) / overview.name / f"overview.{kind}" for kind in texts}
-    for kind, text in texts.items():
-        runs.write(paths[kind], text)
-    return list(paths.values())
+    files = {Path(out) / overview.name / f"overview.{kind}": text for kind, text in texts.items()}
+    for path, text in files.items():
+        runs.write(path, text)
+    return list(files)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -117,12 +119,12 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: item for name in value for key, item in _flat(value[name], f"{prefix}{name}.").items()}
 
 
-def _short(value: Any) -> str | None:
-    """A setting as a cell shows it: numbers as they were written, long lists by their length."""
-    text = str(value)
+def _short(value: Any) -> str:
+    """A setting as a cell shows it: numbers as they were written, long lists by their length, "" for none."""
+    text = "" if value is None else str(value)
     if isinstance(value, list) and len(text) > LONG:
         return f"{len(value)} items ({runs.digest(value)[:4]})"
-    return None if value is None else text if len(text) <= LONG else f"{text[: LONG - 1]}…"
+    return text if len(text) <= LONG else f"{text[: LONG - 1]}…"
 
 
 def _order(value: Any) -> tuple[float, str]:
