@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -19,12 +19,12 @@ from segresearch.config.build import build_guidance, device_kind, load_model, re
 from segresearch.config.compose import written_config
 from segresearch.config.expand import Panel, panels, slug
 from segresearch.control_images.identify import control_records, identify_controls
-from segresearch.control_images.prepare import controlled_batch, save_control_image
 from segresearch.errors import NotFinite
 from segresearch.image_grid import Block, cell_height, draw_grid, image_size
-from segresearch.models import SDXL
 from segresearch.records import config_record, image_record, read_record, run_record, sampling_identity, save_png
-from segresearch.sample_images import run_sigmas, sample_images
+
+if TYPE_CHECKING:
+    from segresearch.models import SDXL
 
 GRID_VERSION = 1
 OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto"}  # not of the run
@@ -68,7 +68,7 @@ class Run:
     panels: list[PanelFiles]
 
 
-def generate(config: GenerateConfig, model: SDXL | None = None) -> RunResult:
+def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
     """Sample the missing images of the run that `config` describes, then draw its grid.
 
     model: already loaded; None loads `config.model` if anything is missing. InputError for settings that do not fit
@@ -132,8 +132,11 @@ def expand(config: GenerateConfig) -> Run:
     return Run(replace(config, **whole), identity, folder, expanded)
 
 
-def sample_missing(run: Run, missing: set[Path], model: SDXL | None) -> float:
+def sample_missing(run: Run, missing: set[Path], model: "SDXL | None") -> float:
     """Sample and save `missing`, in batches that do not depend on which images exist. Returns the seconds."""
+    from segresearch.control_images.prepare import controlled_batch
+    from segresearch.sample_images import run_sigmas, sample_images
+
     config, saved, batch_size = run.config, 0, int(run.config.batch_size)
     nets = list(dict.fromkeys(control.net for files in run.panels for control in files.panel.controls.values()))
     sdxl = load_model(config.model, config.device, nets, config.compute) if model is None else model
@@ -148,7 +151,7 @@ def sample_missing(run: Run, missing: set[Path], model: SDXL | None) -> float:
     start = time.perf_counter()
     runs.write(run.folder / "config.yaml", written_config(config, OF_A_CALL))
     try:
-        with sdxl.arithmetic(), tqdm(total=len(missing), unit="image", disable=None, leave=False) as bar:
+        with tqdm(total=len(missing), unit="image", disable=None, leave=False) as bar:
             for panel, method, images, guided in columns:
                 bar.set_description(method)
                 for i in range(0, len(images), batch_size):
@@ -176,6 +179,8 @@ def save_control_images(run: Run, size: tuple[int, int]) -> None:
     for files in run.panels:
         records = next(iter(files.images.values())).values()
         for name, paths in files.controls.items():
+            from segresearch.control_images.prepare import save_control_image
+
             for path, image in zip(paths, records, strict=True):
                 settings = image["controls"][name]
                 record = {"run": run.folder.name, "control": name, "image": settings["image"], "seed": image["seed"],

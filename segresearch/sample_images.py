@@ -1,7 +1,7 @@
 """The one way from seeds and prompts to images: `sample_images`, and its halves for callers that look on between."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -9,16 +9,18 @@ from torch import Tensor
 
 from segresearch.config.schema import RunConfig
 from segresearch.errors import NotFinite
-from segresearch.models import SDXL
 from segresearch.models.attention import Attend
 from segresearch.models.controlnet import ActiveControlNet
 from segresearch.sampling import initial_noise, sample, sigmas
+
+if TYPE_CHECKING:
+    from segresearch.models import SDXL
 
 Latents = Float[Tensor, "rows channels h w"]
 
 
 def sample_images(
-    sdxl: SDXL, model: Any, seeds: Sequence[int], prompts: Sequence[str], config: RunConfig,
+    sdxl: "SDXL", model: Any, seeds: Sequence[int], prompts: Sequence[str], config: RunConfig,
     negative: str | None = None, control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
 ) -> UInt8[Tensor, "rows 3 h w"]:  # fmt: skip
     """One image for each seed and its prompt, on the model's device.
@@ -32,7 +34,7 @@ def sample_images(
 
 @torch.no_grad()
 def sample_latents(
-    sdxl: SDXL, model: Any, seeds: Sequence[int], conds: Mapping[str, Any], config: RunConfig,
+    sdxl: "SDXL", model: Any, seeds: Sequence[int], conds: Mapping[str, Any], config: RunConfig,
     control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
 ) -> Latents:  # fmt: skip
     """Latents from the noise of each seed; conds: of `SDXL.encode`. Raises NotFinite, which names the seeds."""
@@ -50,7 +52,7 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode_images(sdxl: SDXL, latents: Latents, rows: int | None = None) -> UInt8[Tensor, "rows 3 H W"]:
+def decode_images(sdxl: "SDXL", latents: Latents, rows: int | None = None) -> UInt8[Tensor, "rows 3 H W"]:
     """8-bit images, decoded `rows` latents at a time (None: all at once)."""
     return torch.cat([to_uint8(sdxl.decode(part)) for part in latents.split(rows or len(latents))])
 
@@ -60,6 +62,6 @@ def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def run_sigmas(sdxl: SDXL, config: RunConfig) -> Float[Tensor, "sigmas"]:
+def run_sigmas(sdxl: "SDXL", config: RunConfig) -> Float[Tensor, "sigmas"]:
     """The sigmas of a run's schedule, with its rho; the last is 0."""
     return sigmas(sdxl.denoiser, config.schedule.name, config.steps, config.schedule.rho)

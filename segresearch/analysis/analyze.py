@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,12 +31,14 @@ from segresearch.config.compose import written_config
 from segresearch.config.expand import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
 from segresearch.guidance import SelfAttentionGuidance
-from segresearch.models import SDXL
 from segresearch.pages import Cell, render, to_csv
 from segresearch.plot_style import name_sigma, save
 from segresearch.records import figure_record, sampling_identity
 from segresearch.sample_images import sample_images
 from segresearch.wandb_log import WandbRun, log
+
+if TYPE_CHECKING:
+    from segresearch.models import SDXL
 
 Claims = Sequence[ClaimSummary]
 Pixels = UInt8[np.ndarray, "images h w 3"]
@@ -60,7 +62,7 @@ class Analysis:
         return f"{done}\npage: {self.page}"
 
 
-def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
+def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
     """Sample the images of `config` and measure their attention, unless its folder is complete.
 
     model: already loaded; None loads `config.model`. Raises InputError for settings that do not fit the model, OSError
@@ -92,7 +94,7 @@ def analyze(config: AnalyzeConfig, model: SDXL | None = None) -> Analysis:
     return Analysis(folder, html, False, time.perf_counter() - start)
 
 
-def _capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) -> tuple[Recording, Pixels]:
+def _capture(config: AnalyzeConfig, sdxl: "SDXL", images: Images, folder: Path) -> tuple[Recording, Pixels]:
     """Sample `images`: q and k of `config.branch`, streamed to `folder`, and the pixels.
 
     Raises InputError for a branch, a site, a head or a size that does not exist.
@@ -117,7 +119,7 @@ def _capture(config: AnalyzeConfig, sdxl: SDXL, images: Images, folder: Path) ->
     return recorder.recording, torch.cat(pixels).permute(0, 2, 3, 1).cpu().numpy()  # (n, 3, h, w) -> (n, h, w, 3)
 
 
-def _write(config: AnalyzeConfig, sdxl: SDXL, images: Images, recording: Recording, pixels: Pixels, to: Path) -> None:
+def _write(config: AnalyzeConfig, sdxl: "SDXL", images: Images, recording: Recording, pixels: Pixels, to: Path) -> None:
     """Measure a recording; its table, claims, figures and page go to a folder."""
     device = sdxl.device if sdxl.device.type == "cuda" else torch.device("cpu")  # both have fp64
     sites = tuple(sdxl.unet.site_heads)

@@ -120,7 +120,8 @@ def controlled_batch(
         batch = torch.cat([control_image(control, row[k], size) for row in images])
         interval = step_interval(sigmas, control.start, control.end)
         try:
-            active.append(controlled(sdxl.controlnets[control.net], batch, control.scale, interval, control.guess))
+            with sdxl.arithmetic():
+                active.append(controlled(sdxl.controlnets[control.net], batch, control.scale, interval, control.guess))
         except InputError as error:
             raise ConfigError(f"controls.{name}: {error}") from error
     return active
