@@ -12,10 +12,9 @@ import yaml
 from segresearch import runs
 from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError
-from segresearch.evaluation.frame import Frame, markdown, table
+from segresearch.evaluation.frame import RESULTS, Frame, markdown, table
 from segresearch.pages import Cell, render, to_csv
 
-RESULTS = "results.json"
 NOT_COMPARED = ("hydra", "defaults", "out", "device", "stage", "wandb", "n_examples", "name")
 LONG = 40  # characters of a setting that a cell shows
 

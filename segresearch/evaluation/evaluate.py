@@ -27,7 +27,7 @@ from segresearch.config.build import load_model, resolved, usable_device
 from segresearch.errors import ConfigError, Ended
 from segresearch.evaluation import outputs, shards
 from segresearch.evaluation.aggregate import Reference, Result, aggregate, reference
-from segresearch.evaluation.frame import Frame
+from segresearch.evaluation.frame import RESULTS, Frame
 from segresearch.evaluation.image_metrics import image_metrics
 from segresearch.evaluation.sample_shards import Progress, Worker, incomplete, required_arrays, sample_shards, worker
 from segresearch.evaluation.spec import EvaluationSpec, evaluation_spec, run_identity, with_folders
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from segresearch.models import SDXL
 
 VERSION = 3  # of the results
-RESULTS = "results.json"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ LATEX = str.maketrans({
     "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
 })  # fmt: skip
+RESULTS = "results.json"
 GROUPS = ("quality", "content", "paper")
 Lines = list[list[Cell]]
 
@@ -70,11 +71,14 @@ class Frame:
 
     rows: tuple[Value, ...]
 
+    def __post_init__(self) -> None:
+        if unlisted := {row.metric for row in self.rows} - METRICS.keys():
+            raise KeyError(f"{', '.join(sorted(unlisted))}: not in METRICS")
+
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Any]]) -> "Frame":
         """From the rows of a file. Raises KeyError or TypeError for other rows."""
-        values = tuple(Value(**row) for row in rows)
-        return cls(tuple(value for value in values if METRICS[value.metric]))
+        return cls(tuple(Value(**row) for row in rows))
 
     def plain(self) -> list[dict[str, Any]]:
         """Rows as JSON and CSV take them."""
