@@ -28,7 +28,7 @@ from yaml import MarkedYAMLError
 
 from segresearch.config.compose import conf_dir
 from segresearch.config.validate import RENAMED, nearest, unknown
-from segresearch.errors import CheckpointError, Ended, InputError, PackageError
+from segresearch.errors import CheckpointError, Ended, InputError, PackageError, one_line
 
 FULL = "HYDRA_FULL_ERROR"
 DISK = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some room, then the same command resumes")
@@ -111,7 +111,7 @@ def one_line_errors(full: bool = False) -> Iterator[None]:
 
 def explained(error: BaseException) -> tuple[int | None, str]:
     """The exit code of an error that one line explains (None: a defect), and its message on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in text for word in NO_MEMORY):
         first = str(error).partition("\n")[0][:160] or text
         return 5, f"out of memory: {first}; lower batch_size, or take a smaller model.dtype"

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from segresearch.errors import ConfigError
+from segresearch.errors import ConfigError, one_line
 from segresearch.evaluation.compare_runs import overview
 from segresearch.evaluation.frame import METRICS
 from segresearch.wandb_log import GALLERY, GUIDANCE, SIDE_BY_SIDE, TABLE
@@ -81,9 +81,8 @@ def _parts(report: Any, names: tuple[str, ...]) -> dict[str, tuple[str, list[Any
     }  # fmt: skip
     for title, (_, panels) in parts.items():
         width, height = (24, 12) if title == "Tables" else (12, 9)
-        for i, panel in enumerate(panels):
-            row, column = divmod(i, 24 // width)
-            panel.layout = report.Layout(x=width * column, y=height * row, w=width, h=height)
+        for i, panel in enumerate(panels):  # from left to right, on a grid 24 wide
+            panel.layout = report.Layout(x=width * i % 24, y=width * i // 24 * height, w=width, h=height)
     return {title: part for title, part in parts.items() if part[1]}
 
 
@@ -105,6 +104,5 @@ def publish(board: Any) -> str:
         hint = "run `wandb login`, or set WANDB_API_KEY; without --publish it is built and printed"
         raise ConfigError(f"publishing needs a W&B account: {hint}") from error
     except Exception as error:  # of many kinds, by network and server
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"W&B did not take it: {reason[:200]}") from error
+        raise ConfigError(f"W&B did not take it: {one_line(error)[:200]}") from error
     return str(board.url)

@@ -34,3 +34,8 @@ class NotFinite(Ended):
 
 class PackageError(ImportError):
     """A package that is missing, or of a version that does not do."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

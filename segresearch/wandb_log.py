@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from segresearch.errors import one_line
 from segresearch.runs import digest, plain
 
 LIMITS = {"offline": 60.0, "online": 600.0}  # seconds for a call
@@ -66,14 +67,10 @@ def log(
             logged.parent.mkdir(parents=True, exist_ok=True)
             logged.touch()
     except Exception as error:  # trouble of the log, of whatever kind, is not the run's
-        message = _line(error)
+        message = one_line(error)
     if message:
         print(f"wandb: {message[:200]}; the run itself is complete in {folder}", file=sys.stderr)
     return not message
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _in_process(arguments: tuple[WandbConfig, Path, Any], limit: float, temporary: Path) -> str:
@@ -139,5 +136,5 @@ if __name__ == "__main__":
         _write(*pickle.loads(Path(sys.argv[1]).read_bytes()))
         outcome = ""
     except BaseException as error:
-        outcome = _line(error)
+        outcome = one_line(error)
     Path(sys.argv[2]).write_text(outcome)
