@@ -1,6 +1,5 @@
 """How every plot looks: a title, axes with units, and a caption in the image. pyplot's global state is not touched."""
 
-import json
 import math
 import textwrap
 from collections.abc import Mapping
@@ -10,8 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from segresearch.image_grid import INK, QUIET, RULE
-from segresearch.records import KEY
-from segresearch.runs import plain, replacing
+from segresearch.records import KEY, encoded
+from segresearch.runs import replacing
 
 CHARACTERS = 15.5  # of a caption's line, an inch
 
@@ -42,7 +41,7 @@ def label(axis: Any, title: str = "", x: str = "", y: str = "", grid: str = "") 
 
 def save(figure: Figure, path: Path, settings: Mapping[str, Any] | None = None) -> None:
     """Write `figure` to `path` as PNG, atomically, with `settings` in its text chunk as images have theirs."""
-    record = {} if settings is None else {KEY: json.dumps(plain(settings), ensure_ascii=False, sort_keys=True)}
+    record = {} if settings is None else {KEY: encoded(settings)}
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": "segresearch", **record})
 

@@ -52,10 +52,15 @@ def figure_record(figure: str, script: str, config: RunConfig, of_a_call: Iterab
     return {"figure": figure, "code": runs.code_version(), script: settings, "compute": compute}
 
 
+def encoded(record: Mapping[str, Any]) -> str:
+    """The text of a record, in the chunk KEY."""
+    return json.dumps(runs.plain(record), ensure_ascii=False, sort_keys=True)
+
+
 def png(image: Image.Image, record: Mapping[str, Any]) -> bytes:
     """`image` as a PNG that carries `record`; the same input gives the same bytes."""
     info, stream = PngImagePlugin.PngInfo(), io.BytesIO()
-    info.add_itxt(KEY, json.dumps(runs.plain(record), ensure_ascii=False, sort_keys=True))
+    info.add_itxt(KEY, encoded(record))
     image.save(stream, format="PNG", pnginfo=info)
     return stream.getvalue()
 

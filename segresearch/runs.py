@@ -104,12 +104,12 @@ def fingerprint(path: str | Path) -> str:
     return total.hexdigest()[:12]
 
 
-@cache
 def versions() -> dict[str, str]:
     """Versions of segresearch ("code") and torch."""
     return {"code": code_version(), "torch": version("torch")}
 
 
+@cache
 def code_version() -> str:
     """The package's version, and in a git checkout the commit, with "+changed" if tracked files differ from it."""
     root = Path(__file__).resolve().parent.parent
