@@ -99,13 +99,12 @@ def check_size(metrics: Sequence[ImageMetric], size: tuple[int, int]) -> None:
 def measure(metrics: Sequence[ImageMetric], samples: Samples, names: Collection[str]) -> dict[str, Array]:
     """The arrays of these names, measured in fp32 products whatever sampling uses. Raises NotFinite."""
     arrays = {}
-    for metric in metrics:
-        if metric.array in names:
-            with arithmetic("exact", "cuda"):
-                values = metric.measure(samples).float().cpu()
-            if not values.isfinite().all():
-                raise NotFinite(f"{metric.name} is not finite")
-            arrays[metric.array] = Array(values.numpy(), metric.producer)
+    for metric in (metric for metric in metrics if metric.array in names):
+        with arithmetic("exact", "cuda"):
+            values = metric.measure(samples).float().cpu()
+        if not values.isfinite().all():
+            raise NotFinite(f"{metric.name} is not finite")
+        arrays[metric.array] = Array(values.numpy(), metric.producer)
     return arrays
 
 

@@ -9,20 +9,6 @@ from segresearch.guidance.sites import select_sites
 from segresearch.guidance.terms import Branch, Ramp, Term, cfg, perturbed
 
 __all__ = [
-    "PAG",
-    "SEG",
-    "At",
-    "Branch",
-    "GuidedDenoiser",
-    "Perturbation",
-    "Projected",
-    "Ramp",
-    "SelfAttentionGuidance",
-    "Term",
-    "blur",
-    "blur_matrix",
-    "cfg",
-    "perturbed",
-    "rescale",
-    "select_sites",
-]
+    "PAG", "SEG", "At", "Branch", "GuidedDenoiser", "Perturbation", "Projected", "Ramp", "SelfAttentionGuidance",
+    "Term", "blur", "blur_matrix", "cfg", "perturbed", "rescale", "select_sites",
+]  # fmt: skip

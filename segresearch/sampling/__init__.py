@@ -1,4 +1,4 @@
-"""Samplers, noise schedules and per-image noise: the only door to k-diffusion.
+"""Samplers, noise schedules and per-image noise: the only import of k-diffusion.
 
     noise = initial_noise(seeds, (4, 128, 128))
     x0 = sample(model, noise, sampler="euler", schedule="leading", steps=25, conds=conds)
@@ -14,6 +14,5 @@ step_window = step_interval  # its older name
 
 __all__ = [
     "ALWAYS", "SAMPLERS", "SCHEDULES", "image_key", "initial_noise", "k_diffusion", "sample", "sigmas", "start_scale",
-    "step_interval",
-    "step_window",
+    "step_interval", "step_window",
 ]  # fmt: skip
