@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from segresearch.errors import InputError
-from segresearch.guidance.postprocess import Latents, Sigma
+from segresearch.guidance.step import Latents, Sigma
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet
 from segresearch.models.unet import ControlResiduals

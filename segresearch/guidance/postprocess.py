@@ -1,22 +1,15 @@
 """What may be done to a guided prediction after the terms are summed.
 
-A post-processor is a call `(guided, plain, x, sigma) -> guided`, on denoised images; `plain` is D[base].
-Unlike the sum of terms these do not commute with the change between eps, denoised and v, so each says where it acts.
+A post-processor is a call `(guided, step) -> guided`, on denoised images (`guidance.step`). Unlike the sum of terms these
+do not commute with the change between eps, denoised and v, so each says where it acts.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-
-from jaxtyping import Float
-from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.fields import NonNegative
-
-Latents = Float[Tensor, "rows c h w"]
-Sigma = Float[Tensor, " rows"]
-Post = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (guided, plain, x, sigma) -> guided
+from segresearch.guidance.step import Latents, Step, along, norm
 
 
 def rescale(guided: Latents, plain: Latents, x: Latents, phi: float | int) -> Latents:
@@ -47,13 +40,8 @@ class Projected:
         if not (self.eta >= 0 and self.norm >= 0):
             raise InputError(f"eta and norm must be >= 0, got {self}")
 
-    def __call__(self, guided: Latents, plain: Latents, x: Latents, sigma: Sigma) -> Latents:
+    def __call__(self, guided: Latents, step: Step) -> Latents:
         """D[base] + Δ⊥ + eta·Δ∥."""
-        delta = guided - plain
-        delta = delta * (self.norm / _dot(delta, delta).sqrt().clamp_min(1e-30)).clamp_max(1.0)
-        along = _dot(delta, plain) / _dot(plain, plain).clamp_min(1e-30) * plain
-        return plain + delta - (1 - self.eta) * along
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dim=(1, 2, 3), keepdim=True)
+        delta = guided - step.plain
+        delta = delta * (self.norm / norm(delta).clamp_min(1e-30)).clamp_max(1.0)
+        return step.plain + delta - (1 - self.eta) * along(delta, step.plain)

@@ -11,7 +11,7 @@ from torch import Tensor
 from segresearch.guidance.blur import constant
 from segresearch.guidance.perturbations import Perturbation, checked_out
 from segresearch.guidance.terms import Branch
-from segresearch.models.attention import Attend, Heads, Site
+from segresearch.models.attention import Attend, Heads, KeyHeads, Site
 
 Perturbed = Mapping[str, tuple[Perturbation, ...]]  # the perturbations of one branch, by site
 Groups = Mapping[tuple[Perturbation, ...], Sequence[int]]  # numbers of the blocks under the same perturbations
@@ -104,14 +104,14 @@ class BranchAttention:
     attend: Attend
     sigma: Float[Tensor, " rows"] | None = None
 
-    def __call__(self, q: Heads, k: Heads, v: Heads, site: Site) -> Heads:
+    def __call__(self, q: Heads, k: KeyHeads, v: KeyHeads, site: Site) -> Heads:
         if site.name not in self.groups:
             names = self.after if len(v) == len(self.after) * self.rows else self.before
-            return self.attend(q, k, v, Site(site.name, site.grid, names, self.sigma))
+            return self.attend(q, k, v, site._replace(branches=names, sigma=self.sigma))
         out = [v[:0]] * len(self.after)
         for perturbations, blocks in self.groups[site.name].items():
             group_q, group_k, group_v = (_blocks(z, blocks, self.rows) for z in (q, k, v))  # (m · self.rows, h, n, d)
-            group_site = Site(site.name, site.grid, tuple(self.after[block] for block in blocks), self.sigma)
+            group_site = site._replace(branches=tuple(self.after[block] for block in blocks), sigma=self.sigma)
             parts = compose(perturbations, self.attend)(group_q, group_k, group_v, group_site).split(self.rows)
             for block, part in zip(blocks, parts, strict=True):
                 out[block] = part
@@ -132,6 +132,6 @@ def compose(perturbations: Sequence[Perturbation], attend: Attend) -> Attend:
     return attend
 
 
-def perturbed_attention(perturbation: Perturbation, attend: Attend, q: Heads, k: Heads, v: Heads, site: Site) -> Heads:
+def perturbed_attention(perturbation: Perturbation, attend: Attend, q: Heads, k: KeyHeads, v: KeyHeads, site: Site) -> Heads:
     """The perturbation's output, checked."""
     return checked_out(perturbation(q, k, v, site, attend), v, perturbation, site)

@@ -12,9 +12,9 @@ from segresearch.errors import InputError
 from segresearch.guidance.blur import check_blur, constant, fold_taps, gaussian_taps
 from segresearch.guidance.controlnet_residuals import per_row
 from segresearch.guidance.guided_denoiser import Conds, Control, GuidedDenoiser
-from segresearch.guidance.postprocess import Latents, Sigma
+from segresearch.guidance.step import Latents, Sigma
 from segresearch.guidance.terms import ALWAYS, Branch, Interval, Scale, check_scale, scale_at, scale_text
-from segresearch.models.attention import Attend, Heads, Site
+from segresearch.models.attention import Attend, Heads, KeyHeads, Site
 
 TAPS = 9  # of the latent blur, whatever its sigma, as in the published code
 
@@ -84,7 +84,7 @@ class SelfAttentionGuidance:
         base, rows = bases.pop(), x.shape[0]
         masks: list[Bool[Tensor, "rows mask_h mask_w"]] = []
 
-        def masking(q: Heads, k: Heads, v: Heads, site: Site) -> Heads:
+        def masking(q: Heads, k: KeyHeads, v: KeyHeads, site: Site) -> Heads:
             """The innermost attention, which measures that of the base on its way."""
             if site.name == self.site:
                 for i, names in enumerate(site.branches):
@@ -132,9 +132,9 @@ class SelfAttentionGuidance:
         return "\n".join([f"{first} + {term}", sag + where, *rest, f"  and {own}1 row per image in a second forward"])
 
 
-def under_name(attend: Attend, name: str, q: Heads, k: Heads, v: Heads, site: Site) -> Heads:
+def under_name(attend: Attend, name: str, q: Heads, k: KeyHeads, v: KeyHeads, site: Site) -> Heads:
     """`attend` at a site whose rows belong to the branch of this name."""
-    return attend(q, k, v, Site(site.name, site.grid, ((name,),), site.sigma))
+    return attend(q, k, v, site._replace(branches=((name,),)))
 
 
 @constant

@@ -1,7 +1,8 @@
 """Guidance as a sum of terms over branches: D = D[base] + Σ s(σ) · (D[pos] − D[neg]).
 
-A branch is one evaluation of the network: a conditioning, and perturbations of the self-attention. s is always the
-factor on the difference, so CFG's weight w enters as s = w − 1 (docs/guidance.md translates other conventions).
+A branch is one evaluation of the network: a conditioning, and perturbations of what the network computes. s is always
+the factor on the difference, so CFG's weight w enters as s = w − 1 (docs/guidance.md translates other conventions).
+The shape of a term puts another difference in place of D[pos] − D[neg].
 """
 
 import math
@@ -12,9 +13,11 @@ from segresearch.errors import InputError
 from segresearch.fields import NonNegative, Number
 from segresearch.guidance.perturbations import PAG, SEG, At, Perturbation
 from segresearch.guidance.sites import Where
+from segresearch.guidance.step import Shape
 from segresearch.sampling.intervals import ALWAYS, Interval, check_interval
+from segresearch.sampling.memory import Past, Run
 
-Scale = float | int | Callable[[float], float]  # a number, or s(σ)
+Scale = float | int | Callable[[float], float]  # a number, or s(σ); `in_run(sigma, run)`, if it has that, comes first
 
 
 def check_scale(scale: Scale, interval: Sequence[float | int], owner: str) -> None:
@@ -24,14 +27,20 @@ def check_scale(scale: Scale, interval: Sequence[float | int], owner: str) -> No
     check_interval(interval, owner)
 
 
-def scale_at(scale: Scale, interval: Interval, sigma: float, owner: str) -> float:
+def scale_at(scale: Scale, interval: Interval, sigma: float, owner: str, run: Run | None = None) -> float:
     """s(σ), and 0 outside the interval. ValueError if the schedule gives no finite number."""
     if not interval[0] <= sigma <= interval[1]:
         return 0.0
-    value = float(scale(sigma) if callable(scale) else scale)
+    value = _value(scale, sigma, run)
     if not math.isfinite(value):
         raise InputError(f"the scale of {owner} is {value} at sigma {sigma:g}")
     return value
+
+
+def _value(scale: Scale, sigma: float, run: Run | None) -> float:
+    if not callable(scale):
+        return float(scale)
+    return float(scale.in_run(sigma, run) if hasattr(scale, "in_run") else scale(sigma))
 
 
 def scale_text(scale: Scale, interval: Interval, factor: str) -> str:
@@ -106,10 +115,13 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Term:
-    """s(σ) · (D[pos] − D[neg]).
+    """s(σ) · (D[pos] − D[neg]), or s(σ) · shape(D[pos], D[neg], step).
 
     scale: a finite number, or a call from σ (float) to one. Where it is 0, the term's branches are not evaluated.
     interval: (low, high) in σ, both ends included; outside it the scale is 0.
+    shape: what takes the place of the difference (`guidance.step`). A sum of differences is the same in eps, denoised
+        and v space; a shape is not, so each names its space. Further conditionings that it reads are its
+        `conditionings`, a tuple of names.
 
     Raises ValueError for a scale that is not finite or an interval that is not 0 ≤ low ≤ high.
     """
@@ -118,13 +130,26 @@ class Term:
     neg: Branch
     scale: Scale
     interval: Interval = ALWAYS
+    shape: Shape | None = None
 
     def __post_init__(self) -> None:
         check_scale(self.scale, self.interval, str(self))
 
-    def scale_at(self, sigma: float) -> float:
+    def scale_at(self, sigma: float, run: Run | None = None) -> float:
         """s(σ), 0 outside the interval. Raises ValueError if the schedule gives no finite number."""
-        return scale_at(self.scale, self.interval, sigma, str(self))
+        return scale_at(self.scale, self.interval, sigma, str(self), run)
+
+    def acts(self, sigma: float, run: Run | None = None, owner: str = "") -> bool:
+        """Whether the term adds something at σ. A shape with `stopped(past)` may end it for the rest of a run."""
+        if (self.pos == self.neg and self.shape is None) or not self.scale_at(sigma, run):
+            return False
+        stopped = getattr(self.shape, "stopped", None)
+        return stopped is None or not stopped(Past(run, owner, sigma))
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """Those that it reads."""
+        return (self.pos, self.neg, *map(Branch, getattr(self.shape, "conditionings", ())))
 
     @property
     def mixes_conditionings(self) -> bool:
@@ -132,17 +157,26 @@ class Term:
         return self.pos.conditioning != self.neg.conditioning and not self.pos.name and not self.neg.name
 
     def __str__(self) -> str:
-        return scale_text(self.scale, self.interval, f"(D[{self.pos}] − D[{self.neg}])")
+        difference = f"(D[{self.pos}] − D[{self.neg}])" if self.pos != self.neg else f"(D[{self.pos}])"
+        shape = "" if self.shape is None else getattr(self.shape, "__name__", None) or repr(self.shape)
+        return scale_text(self.scale, self.interval, f"{shape}{difference}")
 
 
-def cfg(weight: Scale, interval: Sequence[float | int] = ALWAYS, pos: str = "cond", neg: str = "uncond") -> Term:
+def cfg(
+    weight: Scale,
+    interval: Sequence[float | int] = ALWAYS,
+    pos: str = "cond",
+    neg: str = "uncond",
+    shape: Shape | None = None,
+) -> Term:
     """Classifier-free guidance (arXiv 2207.12598) in the usual weight w: D[uncond] + w·(D[cond] − D[uncond]).
 
-    As a term on D[cond] its scale is w − 1, so at w = 1 `neg` is not evaluated. A callable gives w(σ).
+    As a term on D[cond] its scale is w − 1, so at w = 1 `neg` is not evaluated. A callable gives w(σ). shape: as of
+    `Term`.
     """
     check_scale(weight, ALWAYS, "cfg")
     scale = _LessOne(weight) if callable(weight) else weight - 1
-    return Term(Branch(pos), Branch(neg), scale, _interval(interval))
+    return Term(Branch(pos), Branch(neg), scale, _interval(interval), shape)
 
 
 @dataclass(frozen=True)
@@ -151,6 +185,9 @@ class _LessOne:
 
     def __call__(self, sigma: float) -> float:
         return self.weight(sigma) - 1
+
+    def in_run(self, sigma: float, run: Run | None) -> float:
+        return _value(self.weight, sigma, run) - 1
 
     def __str__(self) -> str:
         return f"({_schedule(self.weight)} − 1)"
@@ -164,6 +201,7 @@ def perturbed(
     where: Where | None = None,
     heads: Sequence[int] | None = None,
     interval: Sequence[float | int] = ALWAYS,
+    shape: Shape | None = None,
 ) -> Term:
     """Guidance away from a perturbed branch: s·(D[base] − D[base~name]).
 
@@ -175,11 +213,11 @@ def perturbed(
         base: the conditioning that is perturbed. "cond" is the official code's choice, "uncond" the paper's eq. (10).
         where, heads: sites and heads of the perturbation; None keeps its own. A plain function has none of its own
             and gets where="mid" and every head. Given several perturbations, these apply to each.
-        interval: (low, high) of σ in which the term acts.
+        interval: (low, high) of σ in which the term acts. shape: as of `Term`.
     """
     several = perturbation if isinstance(perturbation, Sequence) else [perturbation]
     bound = tuple(_bind(p, where, heads) for p in several)
-    return Term(Branch(base), Branch(base, bound, name), scale, _interval(interval))
+    return Term(Branch(base), Branch(base, bound, name), scale, _interval(interval), shape)
 
 
 def _interval(interval: Sequence[float | int]) -> Interval:

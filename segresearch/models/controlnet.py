@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segresearch.errors import InputError
-from segresearch.models.attention import sdpa
 from segresearch.models.conditioning import Cond, Projection
 from segresearch.models.network_configs import ControlNetConfig
 from segresearch.models.unet import ControlResiduals, Encoder
@@ -96,7 +95,7 @@ class ControlNet(Encoder):
             raise InputError(f"controlnet: the control image is {h}×{w} pixels, the image {height}×{width}")
         if hint.shape[0] not in (1, x.shape[0]):
             raise InputError(f"controlnet: {hint.shape[0]} rows of hint for {x.shape[0]} rows of x")
-        context = self.context(t, cond, sdpa, None)
+        context = self.context(t, cond)
         mid, skips = self.encode(x, context, hint.to(context.emb.dtype))
         convs = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         residuals = [conv(skip) for conv, skip in zip(convs, (*skips, mid), strict=True)]

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segresearch.errors import InputError
-from segresearch.models.attention import Attend, Fork, sdpa
+from segresearch.models.attention import Attend, Fork, Wrap, plain, sdpa
 from segresearch.models.calls import Runner
 from segresearch.models.compute import PLAIN, Compute
 from segresearch.models.conditioning import Cond
@@ -112,16 +112,19 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         sigma: Float[Tensor, " rows"],
         cond: Cond,
         attend: Attend = sdpa,
+        wrap: Wrap = plain,
         residuals: ControlResiduals | None = None,
         fork: Fork | None = None,
     ) -> Float[Tensor, "rows_out c h w"]:
         """Denoised x at noise level sigma; with a fork it has the rows of `fork.index`, x and sigma copied along."""
-        return self.run(self._denoised, self.unet, x, sigma, cond.for_network(self.unet), attend, residuals, fork)
+        return self.run(self._denoised, self.unet, x, sigma, cond.for_network(self.unet), attend, wrap, residuals, fork)
 
     def _denoised(
-        self, net: Any, x: Tensor, sigma: Tensor, cond: Any, attend: Attend, residuals: Any, fork: Fork | None
-    ) -> Tensor:
-        out = self._network(net, x, sigma, cond=cond, attend=attend, residuals=residuals, fork=fork).to(x.dtype)
+        self, net: Any, x: Tensor, sigma: Tensor, cond: Any, attend: Attend, wrap: Wrap, residuals: Any,
+        fork: Fork | None,
+    ) -> Tensor:  # fmt: skip
+        out = self._network(net, x, sigma, cond=cond, attend=attend, wrap=wrap, residuals=residuals, fork=fork)
+        out = out.to(x.dtype)
         if fork is not None:
             x, sigma = x[fork.index], sigma[fork.index]  # rows -> rows_out
         sigma = sigma[:, None, None, None]
@@ -133,7 +136,7 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         """The network's own output."""
         return net(x / (sigma[:, None, None, None] ** 2 + 1).sqrt(), self.sigma_to_t(sigma), *args, **extra)
 
-    def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def prepare(self, arguments: Mapping[str, Any], run: Any = None) -> dict[str, Any]:
         """The arguments of calls, with the keys, values and embedding of `cond` computed now; `sample` calls this."""
         cond = arguments.get("cond")
         return dict(arguments) if cond is None else {**arguments, "cond": cond.projected(self.unet)}

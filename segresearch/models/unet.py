@@ -4,7 +4,8 @@
                                        └────────── skips ──────┘
 
 The timestep, the pooled text and the image sizes become one embedding, which every resnet adds. The text enters by
-cross-attention. Self-attention is the caller's `attend`. At a `fork` the rows become more rows (see `attention.Fork`).
+cross-attention. Attention is the caller's `attend`, blocks go through the caller's `wrap` (see `attention`). At a `fork`
+the rows become more rows.
 Which configs are accepted: `models.network_configs`.
 """
 
@@ -20,7 +21,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segresearch.errors import InputError
-from segresearch.models.attention import Attend, Context, Fork, Transformer, TransformerBlock, follow, sdpa
+from segresearch.models.attention import (
+    KINDS, Attend, Context, Fork, Site, Transformer, TransformerBlock, Wrap, follow, plain, sdpa,
+)  # fmt: skip
 from segresearch.models.conditioning import Cond, Projection
 from segresearch.models.layers import Downsample, Resnet, Upsample
 from segresearch.models.network_configs import CROSSED_MID, EncoderConfig, UNetConfig
@@ -200,11 +203,18 @@ class Encoder(nn.Module):
         added = self.add_embedding(torch.cat([cond.pooled.to(dtype), sizes.to(dtype)], dim=-1))
         return Projection(added, keys_values)
 
-    def context(self, t: Float[Tensor, " rows"], cond: Cond | Projection, attend: Attend, fork: Fork | None) -> Context:
+    def context(
+        self, t: Float[Tensor, " rows"], cond: Cond | Projection,
+        attend: Attend = sdpa, wrap: Wrap = plain, fork: Fork | None = None,
+    ) -> Context:  # fmt: skip
         """What the blocks of one forward pass share. cond may be a projection by this network."""
         projection = cond if isinstance(cond, Projection) else self.project(cond)
-        time = sinusoid(t, self.config.block_out_channels[0]).to(self.conv_in.weight.dtype)
-        return Context(self.time_embedding(time) + projection.added, projection.text, attend, fork)
+        time = wrap(self.embed_time, t, Site("time_embedding", (1, 1), "embedding"))
+        return Context(time + projection.added, projection.text, attend, wrap, fork)
+
+    def embed_time(self, t: Float[Tensor, " rows"]) -> Float[Tensor, "rows e"]:
+        """The embedding of the timestep alone."""
+        return self.time_embedding(sinusoid(t, self.config.block_out_channels[0]).to(self.conv_in.weight.dtype))
 
     def encode(
         self, x: Float[Tensor, "rows c h w"], context: Context, hint: Float[Tensor, "hint_rows d h w"] | None = None
@@ -254,19 +264,35 @@ class UNet(Encoder):
         """Number of heads at every self-attention site, in the order of a forward pass."""
         return {block.attn1.name: block.attn1.heads for block in self.transformer_blocks}
 
+    @property
+    def sites_by_kind(self) -> dict[str, dict[str, int]]:
+        """Names of the sites of every kind (`attention.KINDS`), each in the order of a forward pass, with the number of
+        heads (0 where there are none)."""
+        blocks = self.transformer_blocks
+        cross, ff = {b.attn2.name: b.attn2.heads for b in blocks}, {f"{b.name}.ff": 0 for b in blocks}
+        return dict(zip(KINDS, ({"time_embedding": 0}, {b.name: 0 for b in blocks}, self.site_heads, cross, ff), strict=True))
+
+    @property
+    def all_sites(self) -> tuple[str, ...]:
+        """Names of the sites of every kind, in the order of a forward pass."""
+        time, *rest = self.sites_by_kind.values()
+        return (*time, *(name for names in zip(*rest, strict=True) for name in names))
+
     def forward(
         self,
         x: Float[Tensor, "rows c h w"],
         t: Float[Tensor, " rows"],
         cond: Cond | Projection,
         attend: Attend = sdpa,
+        wrap: Wrap = plain,
         residuals: ControlResiduals | None = None,
         fork: Fork | None = None,
     ) -> Float[Tensor, "rows_out d h w"]:
         """The network's output (eps or v) for model input x at timestep t, in the network's dtype.
 
-        cond: the conditioning, or what `project` made of it. attend: every self-attention. residuals: of ControlNets,
-        added to the skips and the mid block's output. fork: rows_out is then len(fork.index), else rows.
+        cond: the conditioning, or what `project` made of it. attend: every self- and cross-attention. wrap: every
+        transformer block, feed-forward and the embedding of t. residuals: of ControlNets, added to the skips and the
+        mid block's output. fork: rows_out is then len(fork.index), else rows.
         Raises InputError if cond or residuals do not fit x, or the fork's site does not exist.
         """
         self.check(x, cond)
@@ -274,7 +300,7 @@ class UNet(Encoder):
             self.check_residuals(x, residuals)
         if fork is not None:
             self.check_fork(x, fork)
-        context = self.context(t, cond, attend, fork)
+        context = self.context(t, cond, attend, wrap, fork)
         x, skips = self.encode(x, context)
         if residuals is not None:
             x = x + follow(residuals.mid.to(x.dtype), x, fork)
@@ -294,7 +320,8 @@ class UNet(Encoder):
 
     def check_fork(self, x: Float[Tensor, "rows c h w"], fork: Fork) -> None:
         """InputError unless the fork is at a site of this UNet and adds rows."""
-        if fork.site not in self.sites:
-            raise InputError(f"unet: fork at unknown site {fork.site!r}; sites are {', '.join(self.sites)}")
+        sites = self.all_sites[1:]  # at the embedding of t there are no rows yet
+        if fork.site not in sites:
+            raise InputError(f"unet: fork at unknown site {fork.site!r}; sites are {', '.join(sites)}")
         if fork.index.shape[0] <= x.shape[0]:
             raise InputError(f"unet: a fork must add rows, not turn {x.shape[0]} into {fork.index.shape[0]}")
