@@ -30,7 +30,7 @@ def checked_out(out: Any, v: Heads, perturbation: Any, site: Site) -> Heads:
     return out
 
 
-def _freeze(perturbation: Any) -> None:
+def freeze(perturbation: Any) -> None:
     """Lists (of a config file, say) become tuples, so that equal perturbations compare and hash equal."""
     where, heads = perturbation.where, perturbation.heads
     if isinstance(where, bool) or not isinstance(where, str | int | Sequence):
@@ -57,7 +57,7 @@ def head_mask(heads: tuple[int, ...], count: int, site: str, device: torch.devic
     return mask[None, :, None, None]
 
 
-def _on_heads(heads: Sequence[int] | None, out: Tensor, plain: Tensor, site: Site) -> Tensor:
+def on_heads(heads: Sequence[int] | None, out: Tensor, plain: Tensor, site: Site) -> Tensor:
     """`out` on these heads, `plain` on the others; None is all."""
     if heads is None:
         return out
@@ -89,7 +89,7 @@ class SEG:
         check_blur(self.sigma, self.boundary)
         if self.on not in ("q", "k", "qk"):
             raise InputError(f'SEG blurs on="q", "k" or "qk", got {self.on!r}')
-        _freeze(self)
+        freeze(self)
 
     def __call__(self, q: Heads, k: Heads, v: Heads, site: Site, attend: Attend) -> Heads:
         """Attention of the blurred queries and/or keys on the site's grid."""
@@ -99,7 +99,7 @@ class SEG:
         if which not in self.on:
             return z
         smooth = blur(z, site.grid, self.sigma, self.boundary)
-        return _on_heads(self.heads, smooth, z, site)
+        return on_heads(self.heads, smooth, z, site)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class PAG:
     def __post_init__(self) -> None:
         if not 0 <= self.tau <= 1:
             raise InputError(f"PAG tau must be in [0, 1], got {self.tau!r}")
-        _freeze(self)
+        freeze(self)
 
     def __call__(self, q: Heads, k: Heads, v: Heads, site: Site, attend: Attend) -> Heads:
         """(1 − τ)·attend(q, k, v) + τ·v."""
@@ -131,7 +131,7 @@ class PAG:
         if self.tau == 0:
             return plain
         out = v if self.tau == 1 else torch.lerp(plain, v, self.tau)
-        return _on_heads(self.heads, out, plain, site)
+        return on_heads(self.heads, out, plain, site)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class At:
     def __post_init__(self) -> None:
         if not callable(self.function) or isinstance(self.function, type):
             raise InputError(f"a perturbation is a call (q, k, v, site, attend) -> out, got {self.function!r}")
-        _freeze(self)
+        freeze(self)
 
     def __call__(self, q: Heads, k: Heads, v: Heads, site: Site, attend: Attend) -> Heads:
         """The function's output, on the chosen heads."""
@@ -157,7 +157,7 @@ class At:
             return checked_out(self.function(q, k, v, site, attend), v, self, site)
         plain = attend(q, k, v, site)  # first, should the function work in place
         out = checked_out(self.function(q, k, v, site, attend), v, self, site)
-        return _on_heads(self.heads, out, plain, site)
+        return on_heads(self.heads, out, plain, site)
 
     def __repr__(self) -> str:
         name = getattr(self.function, "__name__", None) or repr(self.function)
