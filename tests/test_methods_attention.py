@@ -8,7 +8,6 @@ import torch
 from torchvision.transforms.functional import gaussian_blur
 
 from segresearch.errors import InputError
-from segresearch.guidance import PAG, SEG
 from segresearch.guidance.methods.asag import ASAG
 from segresearch.guidance.methods.emag import EMAG
 from segresearch.guidance.methods.erg import ERG
@@ -17,6 +16,7 @@ from segresearch.guidance.methods.nag import NAG
 from segresearch.guidance.methods.pladis import PLADIS
 from segresearch.guidance.methods.soft_pag import PATHS, TARGETS, SoftPAG
 from segresearch.guidance.methods.temperature import AttentionTemperature
+from segresearch.guidance.perturbations import PAG, SEG
 from segresearch.models.attention import Site, sdpa
 from segresearch.sampling.memory import Past, Run
 
@@ -32,6 +32,11 @@ def heads(rows=2, count=4, tokens=15, dim=8, keys=None, dtype=torch.float64, sca
     sizes = (tokens, keys or tokens, keys or tokens)
     q, k, v = (torch.randn(rows, count, n, dim, generator=g, dtype=torch.float64) for n in sizes)
     return [z.to(dtype) for z in (scale * q, scale * k, v)]
+
+
+def map_of(q, k, site, perturbation):
+    """The map that a perturbation leaves, read off by values of the identity: `dim` must be `tokens`."""
+    return perturbation(q, k, torch.eye(q.shape[2], dtype=q.dtype).expand_as(q), site, sdpa)
 
 
 def scores(q, k):
@@ -63,12 +68,12 @@ def target(q, k, name, temperature=2.0):
 
 
 def path_of(a, b, tau, name):
-    """Paths between two maps; the logarithm of a zero is that of a mass of 1e-6, as in the authors' code."""
+    """Paths between two maps; where one has zeros both are kept from 0, as in the authors' code."""
     if name == "linear":
         return (1 - tau) * a + tau * b
     if name == "log_linear":
         full = b if (b > 0).all() else b * (1 - 1e-6 * (b.shape[-1] - 1)) + 1e-6
-        return ((1 - tau) * a.log() + tau * full.log()).softmax(-1)
+        return ((1 - tau) * (a.clamp_min(1e-12) if full is not b else a).log() + tau * full.log()).softmax(-1)
     if name == "chord":
         mixed = ((1 - tau) * a.sqrt() + tau * b.sqrt()) ** 2
         return mixed / mixed.sum(-1, keepdim=True)
@@ -84,7 +89,6 @@ def test_soft_pag_is_the_path_to_its_target(name, path, tau):
     dense, end = scores(q, k).softmax(-1), target(q, k, name)
     expected = {0.0: dense, 1.0: end}.get(tau)
     expected = path_of(dense, end, tau, path) if expected is None else expected
-    # the slerp keeps angles above 4e-4; in log_linear entries of the map below 1e-12 count as that
     close(SoftPAG(tau, name, path)(q, k, v, SITE, sdpa), expected @ v, atol=1e-7)
     half = SoftPAG(tau, name, path, heads=[1, 3])(q, k, v, SITE, sdpa)
     close(half[:, 1::2], (expected @ v)[:, 1::2], atol=1e-7)
@@ -155,9 +159,8 @@ def test_asag_is_sinkhorn_of_the_scores_with_a_cost(cost):
 
 
 def test_asag_is_doubly_stochastic_in_the_limit_and_softmax_at_none():
-    q, k, v = heads()
-    one = torch.eye(15, dtype=q.dtype).expand(2, 4, 15, 15)  # values that read off the map
-    plan = ASAG(1.0, iterations=3000)(q / 2, k / 2, one, SITE, sdpa)
+    q, k, v = heads(dim=15)
+    plan = map_of(q / 2, k / 2, SITE, ASAG(1.0, iterations=3000))
     for axis in (-1, -2):
         close(plan.sum(axis), torch.ones_like(plan.sum(axis)), atol=1e-6)
     close(ASAG(0.0, iterations=0)(q, k, v, SITE, never), sdpa(q, k, v, SITE))
@@ -166,10 +169,9 @@ def test_asag_is_doubly_stochastic_in_the_limit_and_softmax_at_none():
 
 def test_asag_lowers_likeness():
     """What the cost is for: the mean cosine under the map falls with it."""
-    q, k, _ = heads()
+    q, k, _ = heads(dim=15)
     cosine = torch.nn.functional.cosine_similarity(q[:, :, :, None], k[:, :, None], dim=-1)
-    one = torch.eye(15, dtype=q.dtype).expand(2, 4, 15, 15)
-    costs = [(ASAG(cost)(q, k, one, SITE, sdpa) * cosine).sum().item() for cost in (0.0, 1.0, 2.0, 5.0)]
+    costs = [(map_of(q, k, SITE, ASAG(cost)) * cosine).sum().item() for cost in (0.0, 1.0, 2.0, 5.0)]
     assert costs == sorted(costs, reverse=True)
 
 
@@ -215,22 +217,18 @@ def test_blurred_map_is_the_blur_of_the_map_as_an_image(sigma, taps, grid):
     assert torch.equal(BlurredMap(heads=[0])(q, k, v, SITE, sdpa)[:, 1:], sdpa(q, k, v, SITE)[:, 1:])
 
 
-def left(q, k, site, perturbation):
-    """The map, read off by values of the identity."""
-    n = q.shape[2]
-    return perturbation(q, k, torch.eye(n, dtype=q.dtype).expand(*q.shape[:2], n, n), site, sdpa)
-
-
 def test_dropped_map_drops_and_renormalizes():
-    q, k, _ = heads()
+    q, k, _ = heads(dim=15)
     dense, diagonal = scores(q, k).softmax(-1), torch.eye(15, dtype=torch.bool)
-    dropout = left(q, k, KEYED, DroppedMap(0.6, keep_diagonal=False, renormalize=False))
+    dropout = map_of(q, k, KEYED, DroppedMap(0.6, keep_diagonal=False, renormalize=False))
     gone = dropout == 0
     close(dropout, dense.masked_fill(gone, 0.0))  # what is left is as it was
     assert abs(gone.double().mean().item() - 0.6) < 0.05
-    masked = left(q, k, KEYED, DroppedMap(0.6))
-    close(masked, scores(q, k).masked_fill(gone & ~diagonal, -math.inf).softmax(-1))  # the same draw, before the softmax
-    anywhere = left(q, k, KEYED, DroppedMap(0.6, keep_diagonal=False))
+    masked = map_of(q, k, KEYED, DroppedMap(0.6))
+    close(
+        masked, scores(q, k).masked_fill(gone & ~diagonal, -math.inf).softmax(-1)
+    )  # the same draw, before the softmax
+    anywhere = map_of(q, k, KEYED, DroppedMap(0.6, keep_diagonal=False))
     close(anywhere, scores(q, k).masked_fill(gone, -math.inf).softmax(-1).nan_to_num(0.0))
 
 
@@ -244,8 +242,8 @@ def test_dropped_map_limits():
 
 
 def test_noisy_map_adds_unit_noise_to_the_map():
-    q, k, v = heads()
-    noise = (left(q, k, KEYED, NoisyMap(0.3)) - scores(q, k).softmax(-1)) / 0.3
+    q, k, v = heads(dim=15)
+    noise = (map_of(q, k, KEYED, NoisyMap(0.3)) - scores(q, k).softmax(-1)) / 0.3
     assert abs(noise.mean().item()) < 0.1 and abs(noise.std().item() - 1) < 0.1
     close(NoisyMap(0.3)(q, k, v, KEYED, sdpa), (scores(q, k).softmax(-1) + 0.3 * noise) @ v)
     assert torch.equal(NoisyMap(0.0)(q, k, v, KEYED, sdpa), sdpa(q, k, v, SITE))

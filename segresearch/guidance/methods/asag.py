@@ -19,9 +19,9 @@ class ASAG:
     Map = Sinkhorn(Q Kᵀ/√d − λ·cos(q_i, k_j)), per head: exp of it, then columns and rows brought to sum to one,
     `iterations` times, rows last. So the pairs most alike lose most, and every token is attended to alike in sum.
 
-    Unchecked: the paper could not be read, and there is no code of the author. Formula and signs are those of a summary,
-    which gives neither λ (1 here) nor the sites ("mid" here), and 5 to 10 iterations (5 here). By it λ falls over the
-    run, in a way not told; here it is constant. It stands beside CFG: D[c] + s·(D[c] − D[c~asag]).
+    Unchecked: the paper could not be read, and there is no code of the author. Formula and signs are those of a
+    summary, which gives neither λ (1 here) nor the sites ("mid" here), and 5 to 10 iterations (5 here). By it λ falls
+    over the run, in a way not told; here it is constant. It stands beside CFG: D[c] + s·(D[c] − D[c~asag]).
 
     iterations: 0 is softmax over the keys; then cost 0 is plain attention. The map is this class's own, whatever
     perturbation comes before it at the site. Raises InputError for a negative or infinite cost or iterations below 0.

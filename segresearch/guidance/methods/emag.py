@@ -20,8 +20,8 @@ class EMAG:
     Published (SD3, 28 steps): beta 0.988, strength λ = 1, scale 1.5 to 1.75 beside CFG 7: D[c] + s·(D[c] − D[c~emag]).
 
     Deviations: the authors start E some steps before its use, keep it in fp16, and perturb at each step the one layer
-    of blocks 6 to 8 whose queries differ most from E. Here E starts with the term, is fp32, and all of `where` act ("mid",
-    this project's choice for SDXL). A second evaluation at a level (heun's) starts from the state before that level.
+    of blocks 6 to 8 whose queries differ most from E. Here E starts with the term, is fp32, and all of `where` act
+    ("mid", this project's choice for SDXL). A second evaluation at a level (heun's) starts from the state before it.
 
     Raises InputError for beta or strength outside [0, 1].
     """
