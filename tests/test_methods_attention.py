@@ -5,6 +5,7 @@ import math
 import entmax
 import pytest
 import torch
+from fake_cuda import check_same, fake_cuda, sent
 from torchvision.transforms.functional import gaussian_blur
 
 from segresearch.errors import InputError
@@ -347,6 +348,23 @@ def test_logits_of_a_half_precision_may_be_large(perturbation):
     q, k, v = heads(keys=15, dtype=torch.float16, scale=30.0)
     site = KEYED._replace(texts={"uncond": tuple(z.half() for z in TEXTS)})
     assert torch.isfinite(perturbation(q, k, v, site, sdpa)).all()
+
+
+@pytest.mark.parametrize("perturbation", [*SELF, NAG(), PLADIS()], ids=repr)
+def test_all_is_on_the_device_and_nothing_is_read(perturbation):
+    cross = getattr(perturbation, "site_kind", "self") == "cross"
+    values = heads(keys=6 if cross else None, dtype=torch.float32)
+    texts = tuple(z.float() for z in TEXTS)
+    site = KEYED._replace(texts={"uncond": texts})
+    expected = perturbation(*values, site, sdpa)
+    with fake_cuda() as mode:
+        moved, there = sent(values), sent(texts)
+        site = SITE._replace(keys=sent(KEYED.keys), sigma=sent(KEYED.sigma), texts={"uncond": there})
+        perturbation(*moved, site, sdpa)  # constants are sent once
+        mode.reads, mode.sends = [], []
+        out = perturbation(*moved, site, sdpa)
+        assert mode.reads == mode.sends == []
+        check_same(out, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_equal_values_compare_and_hash_equal():
