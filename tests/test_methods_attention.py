@@ -205,6 +205,13 @@ def test_emag_limits():
     assert torch.equal(EMAG(beta=0.0)(-q, k, v, second, sdpa), sdpa(-q, k, v, SITE))
 
 
+def test_scales_of_emag_and_nag_convert():
+    u, c, weak, w, theirs = 1.0, 2.0, 1.5, 7.0, 1.5
+    mixed = weak + theirs * (c - weak)
+    assert u + w * (mixed - u) == pytest.approx(c + (w - 1) * (c - u) + w * (theirs - 1) * (c - weak))
+    assert c * theirs - u * (theirs - 1) == c + (theirs - 1) * (c - u)  # nag_scale: the paper's scale plus 1
+
+
 # --- ablations of PAG ---------------------------------------------------------------------------------
 
 

@@ -17,11 +17,14 @@ class EMAG:
     """EMAG in its query form (EMAG-Q), arXiv 2512.17303: attention of a moving average of the queries over the steps.
 
     E ← β·E + (1 − β)·Q at each step, then Q ← λ·E + (1 − λ)·Q. E starts as the first query, so the first step is plain.
-    Published (SD3, 28 steps): beta 0.988, strength λ = 1, scale 1.5 to 1.75 beside CFG 7: D[c] + s·(D[c] − D[c~emag]).
+    Published (SD3, 28 steps): beta 0.988, strength λ = 1, emag_scale w_e 1.5 beside CFG of weight 7. The authors put
+    c′ = c̃ + w_e·(c − c̃) for c into CFG of weight w. So the scale of D[c] − D[c~emag] is w·(w_e − 1), or w_e − 1
+    without CFG.
 
-    Deviations: the authors start E some steps before its use, keep it in fp16, and perturb at each step the one layer
-    of blocks 6 to 8 whose queries differ most from E. Here E starts with the term, is fp32, and all of `where` act
-    ("mid", this project's choice for SDXL). A second evaluation at a level (heun's) starts from the state before it.
+    Deviations: the authors use E from 20 to 80 % of the steps only (here in the interval of the term, where E starts
+    too), keep it in fp16, and perturb at each step the one layer of blocks 6 to 8 whose queries differ most from E.
+    Here it is fp32, and all of `where` act ("mid", this project's choice for SDXL). A second evaluation at a level
+    (heun's) starts from the state before that level. The code was read, not the paper.
 
     Raises InputError for beta or strength outside [0, 1].
     """
