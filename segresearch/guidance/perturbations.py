@@ -42,7 +42,7 @@ def checked_out(out: Any, shape: Sequence[int], perturbation: Any, site: Site) -
     return out
 
 
-def _freeze(perturbation: Any) -> None:
+def freeze(perturbation: Any) -> None:
     """Lists (of a config file, say) become tuples, so that equal perturbations compare and hash equal."""
     where, heads = perturbation.where, perturbation.heads
     if isinstance(where, bool) or not isinstance(where, str | int | Sequence):
@@ -69,7 +69,7 @@ def head_mask(heads: tuple[int, ...], count: int, site: str, device: torch.devic
     return mask[None, :, None, None]
 
 
-def _on_heads(heads: Sequence[int] | None, out: Tensor, plain: Tensor, site: Site) -> Tensor:
+def on_heads(heads: Sequence[int] | None, out: Tensor, plain: Tensor, site: Site) -> Tensor:
     """`out` on these heads, `plain` on the others; None is all."""
     if heads is None:
         return out
@@ -101,7 +101,7 @@ class SEG:
         check_blur(self.sigma, self.boundary)
         if self.on not in ("q", "k", "qk"):
             raise InputError(f'SEG blurs on="q", "k" or "qk", got {self.on!r}')
-        _freeze(self)
+        freeze(self)
 
     def __call__(self, q: Heads, k: Heads, v: Heads, site: Site, attend: Attend) -> Heads:
         """Attention of the blurred queries and/or keys on the site's grid."""
@@ -111,7 +111,7 @@ class SEG:
         if which not in self.on:
             return z
         smooth = blur(z, site.grid, self.sigma, self.boundary)
-        return _on_heads(self.heads, smooth, z, site)
+        return on_heads(self.heads, smooth, z, site)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class PAG:
     def __post_init__(self) -> None:
         if not 0 <= self.tau <= 1:
             raise InputError(f"PAG tau must be in [0, 1], got {self.tau!r}")
-        _freeze(self)
+        freeze(self)
 
     def __call__(self, q: Heads, k: Heads, v: Heads, site: Site, attend: Attend) -> Heads:
         """(1 − τ)·attend(q, k, v) + τ·v."""
@@ -143,7 +143,7 @@ class PAG:
         if self.tau == 0:
             return plain
         out = v if self.tau == 1 else torch.lerp(plain, v, self.tau)
-        return _on_heads(self.heads, out, plain, site)
+        return on_heads(self.heads, out, plain, site)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class At:
             raise InputError(f"a perturbation is a call (q, k, v, site, attend) -> out, got {self.function!r}")
         if self.site_kind not in KINDS:
             raise InputError(f"site_kind={self.site_kind!r}: sites are of the kinds {', '.join(KINDS)}")
-        _freeze(self)
+        freeze(self)
 
     def __call__(self, *arguments: Any) -> Tensor:
         """The function's output, on the chosen heads."""
@@ -178,7 +178,7 @@ class At:
             return checked_out(self.function(*arguments), shape, self, site)
         plain = attend(q, k, v, site)  # first, should the function work in place
         out = checked_out(self.function(*arguments), shape, self, site)
-        return _on_heads(self.heads, out, plain, site)
+        return on_heads(self.heads, out, plain, site)
 
     def __repr__(self) -> str:
         name = getattr(self.function, "__name__", None) or repr(self.function)
