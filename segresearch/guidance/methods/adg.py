@@ -15,8 +15,9 @@ from segresearch.guidance.step import Latents, Step, along, dot, norm
 class ADG:
     """ADG, arXiv 2506.11039, in denoised space: D = cos θ′·D[pos] + (sin θ′/sin θ)·e, each image one vector.
 
-    θ is the angle between D[pos] and D[neg], θ′ = s·θ within ±max_angle (s = w − 1), and e the part of D[pos] orthogonal
-    to D[neg]. Its norm is at most √2·‖D[pos]‖. Written for D[pos] as base. Published: max_angle 60°, w 2 to 15, on SD3.
+    θ is the angle between D[pos] and D[neg], θ′ = s·θ within ±max_angle (s = w − 1), and e the part of D[pos] that is
+    orthogonal to D[neg]. The norm of D is at most √2·‖D[pos]‖. Written for D[pos] as base. Published: max_angle 60°,
+    w 2 to 15, on SD3.
 
     max_angle: in degrees, up to 90.
 

@@ -20,8 +20,9 @@ class APG:
     Published for SDXL: η 0, r 15, β −0.5, weight 15. `Projected` has the same projection without β, on the whole sum of
     the terms and along D[base].
 
-    Other conventions: the paper adds (w − 1)·Δ′ to D[cond], as `cfg(w, shape=APG())` does. ComfyUI adds w·Δ′ to D[cond]:
-    `cfg(w + 1)`. diffusers adds w·Δ′ to the *unconditional* raw output: another result wherever Δ′ ≠ Δ.
+    Other conventions: the paper adds (w − 1)·Δ′ to D[cond], as `cfg(w, shape=APG())` does. ComfyUI adds w·Δ′ to
+    D[cond], which is `cfg(w + 1)`. diffusers adds w·Δ′ to the *unconditional* raw output: in denoised space that is a
+    term of scale w on base "uncond", and an eps model's raw output is another space.
 
     Raises InputError for a negative eta or norm, or a momentum outside (−1, 1).
     """

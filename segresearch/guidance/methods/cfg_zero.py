@@ -22,8 +22,8 @@ class CFGZero:
         an eps model's first step is a good one (ε ≈ x/σ), and x would keep the noise of σ₀ where the next level's is
         expected. The first levels of a run are counted, so it needs a run.
 
-    Other conventions: diffusers' guider is this formula on raw outputs (an eps model's are ε: the same). ComfyUI takes α
-    from x − D and applies it to D, which is another formula: it differs by (w − 1)·(α − 1)·x.
+    Other conventions: diffusers' guider is this formula on raw outputs (an eps model's are ε: the same). ComfyUI takes
+    α from x − D and applies it to D, which is another formula: it differs by (w − 1)·(α − 1)·x.
 
     Raises InputError for negative zero_steps, and without a run where they are not 0.
     """

@@ -5,31 +5,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.fields import Number
-from segresearch.guidance.blur import constant, fold_taps
+from segresearch.guidance.frequencies import grown, halved
 from segresearch.guidance.step import Latents, Step
-
-
-@constant
-def _binomial(n: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "{n} {n}"]:
-    distance = (torch.arange(5, dtype=dtype, device=device) - 2).abs()
-    return fold_taps((12 - 3 * distance - distance**2) / 32, n, "reflect")  # 1 4 6 4 1, over 16
-
-
-def smooth(z: Latents) -> Latents:
-    """The 5 × 5 binomial filter, mirrored about the end samples."""
-    h, w = z.shape[2:]
-    return _binomial(h, z.dtype, z.device) @ z @ _binomial(w, z.dtype, z.device).mT
-
-
-def grown(z: Latents, size: Sequence[int]) -> Latents:
-    """The next finer level, of this size: bilinear, then smoothed."""
-    return smooth(F.interpolate(z, size=tuple(size), mode="bilinear"))
 
 
 @dataclass(frozen=True)
@@ -60,10 +40,9 @@ class FDG:
         delta = pos - neg
         levels = [delta.to(torch.promote_types(delta.dtype, torch.float32))]
         for _ in self.gains[1:]:
-            h, w = levels[-1].shape[2:]
-            if min(h, w) < 2:
+            if min(levels[-1].shape[2:]) < 2:
                 raise InputError(f"FDG: {tuple(delta.shape[2:])} is too small for {len(self.gains)} levels")
-            levels.append(F.interpolate(smooth(levels[-1]), size=(h // 2, w // 2), mode="bilinear"))
+            levels.append(halved(levels[-1]))
         out = self.gains[-1] * levels[-1]
         for gain, fine, coarse in zip(self.gains[-2::-1], levels[-2::-1], levels[:0:-1], strict=True):
             out = grown(out, fine.shape[2:]) + gain * (fine - grown(coarse, fine.shape[2:]))

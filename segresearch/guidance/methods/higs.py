@@ -5,33 +5,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.fields import Fraction, NonNegative
-from segresearch.guidance.blur import constant
+from segresearch.guidance.frequencies import high_pass
 from segresearch.guidance.step import Latents, Step, along
-
-SHARPNESS = 50.0  # of the edge of the filter
-
-
-@constant
-def cosines(n: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "{n} {n}"]:
-    """The orthonormal DCT-II as a matrix, a row for each frequency."""
-    k = torch.arange(n, dtype=dtype, device=device)
-    matrix = (math.pi / n * (k + 0.5) * k[:, None]).cos() * math.sqrt(2 / n)
-    return torch.where(k[:, None] == 0, matrix * math.sqrt(0.5), matrix)
-
-
-def high_pass(z: Latents, cutoff: float | int) -> Latents:
-    """iDCT(H·DCT(z)), H = sigmoid(50·(R − cutoff)), R the length of the frequency (u/h, v/w)."""
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    h, w = z.shape[2:]
-    down, across = (cosines(n, z.dtype, z.device) for n in (h, w))
-    u, v = (torch.arange(n, dtype=z.dtype, device=z.device) / n for n in (h, w))
-    gain = (SHARPNESS * ((u[:, None] ** 2 + v**2).sqrt() - cutoff)).sigmoid()
-    return down.mT @ (gain * (down @ z @ across.mT)) @ across
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from segresearch.guidance.step import Latents, Step
 
 @dataclass(frozen=True)
 class SGPrev:
-    """SG-prev of Self-Guidance, arXiv 2412.05827: Δ = D[pos] − D[pos] at the level before; 0 at the first. No extra row.
+    """SG-prev of Self-Guidance, arXiv 2412.05827: Δ = D[pos] − D[pos] at the level before; 0 at the first level.
 
-    The noisier prediction takes the place of Self-Guidance's D[pos] at t + δ. `neg` is not read: a term of this shape
-    has neg = pos. In denoised space, as the difference of the two predictions of the clean image [the paper's repository
-    differs by model and was not read]. Published: s 3, and only for t < 500 (σ < 1.62 for SDXL): the interval of the
-    term. The first level in the interval only records. Meant for first-order ODE samplers.
+    The noisier prediction takes the place of Self-Guidance's D[pos] at t + δ, without an extra row. `neg` is not read:
+    a term of this shape has neg = pos. Here it is the difference of two predictions of the clean image, in denoised
+    space [the space of the authors' code was not checked]. Published: s 3, and only for t < 500, which is σ < 1.62 for
+    SDXL and goes into the interval of the term. The first level of the interval only records. Meant for ODE samplers of
+    first order.
     """
 
     kind: Literal["sg_prev"] = field(default="sg_prev", kw_only=True, repr=False)

@@ -20,8 +20,8 @@ class SMC:
     Published: λ 5, k 0.2, flow models only. k moves D by σ·w·k in each value, so it must be far smaller for an eps
     model; conf/guidance/smc.yaml takes 0.01, a third party's value for SDXL [not in the paper].
 
-    pamparamm's node takes the unit form (a misprint of the paper's first version) in denoised space, keeps e in place of
-    ê, and has λ 6, k 0.1: `switch="unit"` has its direction, but no value of k converts at all σ.
+    pamparamm's node takes the unit form (a misprint of the paper's first version) in denoised space, keeps e in place
+    of ê, and has λ 6, k 0.1: `switch="unit"` has its direction, but no value of k converts at all σ.
 
     Raises InputError for a negative or infinite surface or gain, or an unknown switch.
     """

@@ -12,9 +12,9 @@ from segresearch.guidance.step import Latents, Step, along, dot
 class TCFG:
     """TCFG, arXiv 2503.18137: ε_neg is projected on the first right singular vector of the two rows [ε_pos; ε_neg].
 
-    ε′ = ε_neg′ + w·(ε_pos − ε_neg′), in eps space; written for D[pos] as base. The singular vector is a·ε_pos + b·ε_neg,
-    where (a, b) is the leading eigenvector of the 2 × 2 Gram matrix: an angle, in closed form. Any other σ-dependent
-    factor on ε cancels. Published: SDXL at w = 5; no further parameter.
+    ε′ = ε_neg′ + w·(ε_pos − ε_neg′), in eps space; written for D[pos] as base. The singular vector is
+    a·ε_pos + b·ε_neg, where (a, b) is the leading eigenvector of the 2 × 2 Gram matrix: an angle, in closed form.
+    Published: SDXL at w = 5; no further parameter.
 
     diffusers' guider is the same formula on raw outputs (of an eps model the same), and so is ComfyUI's node.
     """

@@ -43,5 +43,5 @@ class Threshold:
 
     def __call__(self, guided: Latents, step: Step) -> Latents:
         """D′."""
-        limit = quantile(guided.abs().flatten(1), self.percentile)[..., None, None].clamp_min(self.bound)  # (b, 1, 1, 1)
+        limit = quantile(guided.abs().flatten(1), self.percentile).clamp_min(self.bound)[..., None, None]
         return guided.clamp(-limit, limit) * (self.bound / limit)

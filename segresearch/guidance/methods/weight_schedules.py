@@ -1,13 +1,24 @@
 """Named schedules of a weight over the noise level."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from segresearch.errors import InputError
 from segresearch.fields import NonNegative, Number, one_of
 
-SHAPES = ("constant", "linear", "invlinear", "cosine", "sine", "power", "exponential", "beta", "triangle")
+SHARES: dict[str, Callable[[float, float], float]] = {  # of the way from low to high, at progress p
+    "constant": lambda p, exponent: 1.0,
+    "linear": lambda p, exponent: p,
+    "invlinear": lambda p, exponent: 1 - p,
+    "cosine": lambda p, exponent: (1 - math.cos(math.pi * p)) / 2,
+    "sine": lambda p, exponent: (1 + math.cos(math.pi * p)) / 2,
+    "power": lambda p, exponent: p**exponent,
+    "beta": lambda p, exponent: 4 * p * (1 - p),
+    "triangle": lambda p, exponent: 1 - abs(2 * p - 1),
+}
+SHAPES = (*SHARES, "exponential")
 
 
 @dataclass(frozen=True)
@@ -17,18 +28,12 @@ class Schedule:
     The progress p is linear in log σ. The papers take steps or t; their curves over steps agree with these only where a
     schedule spaces its levels evenly in log σ. Outside of the range p is 0 or 1.
 
-    | shape | share of the way from low to high | source |
-    |---|---|---|
-    | constant | 1 | |
-    | linear, invlinear | p, 1 − p | arXiv 2404.13040 |
-    | cosine, sine | (1 − cos πp)/2, (1 + cos πp)/2 | arXiv 2404.13040 |
-    | power | p^exponent | |
-    | exponential | low·(high/low)^p | C²FG, arXiv 2603.08155: ω·e^(λ(1−t)) is low = ω, high = ω·e^λ |
-    | beta | 4p(1 − p), Beta(2, 2) over its peak | β-CFG without its norm, arXiv 2502.10574 |
-    | triangle | 1 − abs(2p − 1) | TV-CFG, arXiv 2509.22007: low 1, high 2w − 1 |
+    linear, invlinear, cosine, sine: arXiv 2404.13040, which keeps the mean at w: low 1, high 2w − 1 (low 0, high 2w in
+    another reading); its clamp at 4 for SDXL is not here. exponential, low·(high/low)^p: C²FG, arXiv 2603.08155,
+    ω·e^(λ(1−t)) with low = ω, high = ω·e^λ. beta: β-CFG (arXiv 2502.10574) with Beta(2, 2) over its peak, without its
+    norm. triangle: TV-CFG (arXiv 2509.22007), low 1, high 2w − 1. [Formulas by third parties.]
 
-    2404.13040 keeps the mean at w: low 1, high 2w − 1 (or low 0, high 2w, by another reading of its eq. 4); its clamp of
-    4 for SDXL is not here. Values are in the unit of their place: a weight w in `cfg`, a scale s elsewhere.
+    Values are in the unit of their place: a weight w in `cfg`, a scale s elsewhere.
 
     Raises InputError for an unknown shape, a range that is not 0 < sigma_min < sigma_max < ∞, weights that are not
     finite, a negative exponent, and for "exponential" weights that are not positive.
@@ -56,17 +61,7 @@ class Schedule:
         p = math.log(self.sigma_max / held) / math.log(self.sigma_max / self.sigma_min)
         if self.shape == "exponential":
             return self.low * (self.high / self.low) ** p
-        share = {
-            "constant": 1.0,
-            "linear": p,
-            "invlinear": 1 - p,
-            "cosine": (1 - math.cos(math.pi * p)) / 2,
-            "sine": (1 + math.cos(math.pi * p)) / 2,
-            "power": p**self.exponent,
-            "beta": 4 * p * (1 - p),
-            "triangle": 1 - abs(2 * p - 1),
-        }[self.shape]
-        return self.low + (self.high - self.low) * share
+        return self.low + (self.high - self.low) * SHARES[self.shape](p, self.exponent)
 
     def __str__(self) -> str:
         return f"({self.shape} {self.low:g} … {self.high:g})"
