@@ -42,7 +42,7 @@ from segresearch.guidance.terms import cfg
 from segresearch.sampling.memory import Past, Run
 
 W = 5.0
-LEVELS = (10.0, 4.0, 2.0, 1.0, 0.0)
+SIGMAS = (10.0, 4.0, 2.0, 1.0, 0.0)
 SHAPES_OF_TERMS = (
     APG(norm=3.0), CFGZero(), TCFG(), FDG(), MamboG(), ADG(), Mimic(mimic=2.0, percentile=0.9), SMC(gain=0.05),
     SMC(switch="unit"), PerpNeg(), AdaptiveStop(cosine=0.5), SGPrev(),
@@ -72,8 +72,8 @@ def step_of(d: dict[str, torch.Tensor], sigma: float = 2.0, scale: float = W - 1
     return Step(x, sigmas, d, "cond", scale, Past(run, "method", sigma))
 
 
-def run_of(sampler: str = "euler", levels: tuple[float, ...] | None = LEVELS) -> Run:
-    return Run(torch.arange(3), sampler, levels)
+def run_of(sampler: str = "euler", sigmas: tuple[float, ...] | None = SIGMAS) -> Run:
+    return Run(torch.arange(3), sampler, sigmas)
 
 
 def guided(shape, d, step: Step) -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_apg_is_diffusers_guider_with_its_base():
     guider._step = 0
     guider.prepare_inputs({})  # makes the buffer
     run = run_of()
-    for i, sigma in enumerate(LEVELS[:3]):
+    for i, sigma in enumerate(SIGMAS[:3]):
         d = {name: z + 0.1 * i * latents(10 + i) for name, z in branches().items()}
         d["uncond"] = d["uncond"] + 0.2 * latents(20 + i)
         expected = guider.forward(d["cond"], d["uncond"]).pred  # u + w·Δ′
@@ -124,7 +124,8 @@ def test_cfg_zero_and_tcfg_are_diffusers_guiders_in_eps(size):
     u = c + 0.3 * latents(2, 3, *size)
     zero = ClassifierFreeZeroStarGuidance(W, zero_init_steps=0)
     zero._step = 0
-    torch.testing.assert_close(in_eps(CFGZero(), c, u, W), zero.forward(c, u).pred, atol=1e-5, rtol=1e-5)  # its α is fp32
+    expected = zero.forward(c, u).pred  # its α is in fp32
+    torch.testing.assert_close(in_eps(CFGZero(), c, u, W), expected, atol=1e-5, rtol=1e-5)
     for near in (0.3, 1e-2, 5.0):  # also where the unconditional one is the longer of the two, or almost the same
         u = c + near * latents(2, 3, *size)
         expected = TangentialClassifierFreeGuidance(W).forward(c.float(), u.float()).pred.double()
@@ -201,7 +202,7 @@ def test_mimic_formula():
 @pytest.mark.parametrize("switch", ["sign", "unit"])
 def test_smc_formula(switch):
     run, kept = run_of(), None
-    for i, sigma in enumerate(LEVELS[:3]):
+    for i, sigma in enumerate(SIGMAS[:3]):
         d = {name: z + 0.3 * latents(10 + i + len(name)) for name, z in branches().items()}
         step = step_of(d, sigma, run=run)
         c, u = step.eps(d["cond"]), step.eps(d["uncond"])
@@ -280,7 +281,7 @@ def test_tsr_formula_and_eps_scaling(sigma):
 
 def test_momentum_formula_and_its_euler_step():
     run, mean = run_of(), None
-    for i, sigma in enumerate(LEVELS[:-1]):
+    for i, sigma in enumerate(SIGMAS[:-1]):
         d = branches() | {"cond": latents(1) + 0.3 * latents(10 + i)}
         step = step_of(d, sigma, run=run)
         v = step.eps(d["cond"])
@@ -294,7 +295,7 @@ def test_momentum_formula_and_its_euler_step():
 
 def test_higs_formula():
     run, mean = run_of(), torch.zeros(())
-    for i, sigma in enumerate(LEVELS[:-1]):
+    for i, sigma in enumerate(SIGMAS[:-1]):
         d = branches() | {"cond": latents(1) + 0.3 * latents(10 + i)}
         out = HiGS(eta=0.25)(d["cond"], step_of(d, sigma, run=run))
         t = sigma / (1 + sigma)
@@ -350,12 +351,12 @@ def test_adaptive_stop_ends_images_one_by_one_and_then_the_term():
         far,
     ]
     moved = []
-    for sigma, u in zip(LEVELS, uncond, strict=False):
+    for sigma, u in zip(SIGMAS, uncond, strict=False):
         d = {"cond": latents(1), "uncond": u}
         step = step_of(d, sigma, run=run)
         assert shape.stopped(step.past) == (sigma == 1.0)
         delta = shape(d["cond"], u, step)
-        assert torch.equal(shape(d["cond"], u, step), delta)  # a second evaluation at a level
+        assert torch.equal(shape(d["cond"], u, step), delta)  # a second evaluation at a sigma
         difference = d["cond"] - u
         moved.append([torch.equal(a, b) and bool(b.any()) for a, b in zip(delta, difference, strict=True)])
     assert moved == [[True] * 3, [True, True, False], [True, False, False], [False] * 3]
@@ -369,13 +370,13 @@ def test_adaptive_stop_reads_the_cosine_of_eps():
     c, u = (step.eps(d[name]).flatten(1) for name in ("cond", "uncond"))
     cosine = torch.nn.functional.cosine_similarity(c, u)
     AdaptiveStop(cosine=float(cosine.sort().values[1]) - 1e-9)(d["cond"], d["uncond"], step)
-    state = step.past.run.states["method"][10.0]
+    state = Past(step.past.run, "method", 4.0).read()
     assert torch.equal(state.flatten(), cosine >= cosine.sort().values[1])
 
 
 def test_sg_prev_is_the_change_of_the_prediction():
     run, before = run_of(), None
-    for sigma in LEVELS[:-1]:
+    for sigma in SIGMAS[:-1]:
         now = latents(1) / (1 + sigma)
         step = step_of({"cond": now}, sigma, run=run)
         delta = SGPrev()(now, now, step)
@@ -384,7 +385,7 @@ def test_sg_prev_is_the_change_of_the_prediction():
 
 
 @pytest.mark.parametrize("method", [APG(norm=3.0), SMC(gain=0.05), SGPrev(), Momentum(), HiGS(), AdaptiveStop(0.9)])
-def test_a_second_evaluation_at_a_level_starts_from_the_same_state(method):
+def test_a_second_evaluation_at_a_sigma_starts_from_the_same_state(method):
     def outputs(evaluations):
         run, outs = run_of(), []
         for sigma in evaluations:
@@ -393,9 +394,9 @@ def test_a_second_evaluation_at_a_level_starts_from_the_same_state(method):
             outs.append(method(d["cond"], step) if method in POSTS else guided(method, d, step))
         return outs
 
-    once = outputs(LEVELS[:-1])
+    once = outputs(SIGMAS[:-1])
     heun = outputs([10.0, 4.0, 4.0, 2.0, 2.0, 1.0, 1.0])
-    between = outputs([10.0, 7.0, 4.0, 3.0, 2.0, 1.5, 1.0])  # what is written between levels is dropped
+    between = outputs([10.0, 7.0, 4.0, 3.0, 2.0, 1.5, 1.0])  # what is written between two sigmas is dropped
     for i, expected in enumerate(once):
         torch.testing.assert_close(heun[2 * i], expected)
         torch.testing.assert_close(between[2 * i], expected)
@@ -436,14 +437,14 @@ def test_a_scale_of_zero_is_the_plain_prediction(shape):
     assert torch.equal(guided(shape, d, step_of(d, scale=0.0, run=run_of())), d["cond"])
 
 
-def test_cfg_zero_holds_the_first_levels_still():
+def test_cfg_zero_holds_the_first_steps_still():
     shape = CFGZero(zero_steps=2)
-    for sigma in LEVELS[:-1]:
+    for sigma in SIGMAS[:-1]:
         d = branches()
         step = step_of(d, sigma, run=run_of())
         expected = step.x if sigma >= 4.0 else guided(CFGZero(), d, step)
         torch.testing.assert_close(guided(shape, d, step), expected)
-    with pytest.raises(InputError, match="counts the levels of a run"):
+    with pytest.raises(InputError, match="counts the sigmas of a run"):
         guided(shape, branches(), step_of(branches()))
 
 
@@ -490,7 +491,7 @@ def test_sums_of_large_half_precision_images_do_not_overflow():
 
 def test_cfgpp_is_an_euler_step_of_its_published_form():
     x, d = latents(7), branches()
-    for sigma, after in zip(LEVELS, LEVELS[1:], strict=False):
+    for sigma, after in zip(SIGMAS, SIGMAS[1:], strict=False):
         term = cfg(PlusPlus(0.6))
         s = term.scale_at(sigma, run_of())
         D = d["cond"] + s * (d["cond"] - d["uncond"])
@@ -506,10 +507,10 @@ def test_cfgpp_names_what_it_cannot_do():
         PlusPlus()(4.0)
     with pytest.raises(InputError, match="this run is heun"):
         PlusPlus().in_run(4.0, run_of("heun"))
-    with pytest.raises(InputError, match="needs euler without s_churn"):
+    with pytest.raises(InputError, match="sigma 5 is not of the schedule"):
         PlusPlus().in_run(5.0, run_of())
     with pytest.raises(InputError):
-        PlusPlus().in_run(4.0, run_of(levels=None))
+        PlusPlus().in_run(4.0, run_of(sigmas=None))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -13,12 +13,12 @@ from segresearch.sampling.memory import Past
 class AdaptiveStop:
     """Adaptive Guidance, arXiv 2312.12487: once cos(ε_pos, ε_neg) exceeds `cosine`, an image has no guidance any more.
 
-    The level at which it does still has its guidance (both branches were evaluated); from the next on Δ = 0. Images of
+    The step at which it does still has its guidance (both branches were evaluated); from the next on Δ = 0. Images of
     a batch stop one by one, and when all have stopped, `neg` is no longer evaluated. It needs a run: without one it
     never stops.
 
     cosine: published 0.991, of ε in models of the paper's own. space: "eps", or "denoised" for D. With SDXL the cosine
-        of ε starts above 0.9999 (ε is mostly the noise in x), so "eps" stops at the first level; in denoised space
+        of ε starts above 0.9999 (ε is mostly the noise in x), so "eps" stops at the first step; in denoised space
         0.991 stops early and 0.999 at about 40 % of 50 steps [a third party's measurement].
 
     Raises InputError for a cosine outside [0, 1] or an unknown space.
@@ -41,6 +41,6 @@ class AdaptiveStop:
         return pos - neg if stopped is None else (pos - neg).masked_fill(stopped, 0.0)
 
     def stopped(self, past: Past) -> bool:
-        """Whether every image has stopped at a level before this one."""
+        """Whether every image has stopped at a sigma before this one."""
         stopped = past.read()
         return stopped is not None and bool(stopped.all())

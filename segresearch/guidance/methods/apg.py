@@ -14,7 +14,7 @@ from segresearch.guidance.step import norm as l2_norm
 class APG:
     """APG, arXiv 2410.02416, in denoised space: Δ loses its part along D[pos] and is held to a norm.
 
-    m ← Δ + β·m over the levels of a run, m′ = min(1, r/‖m‖)·m, and Δ′ = m′⊥ + η·m′∥, with ∥ along D[pos].
+    m ← Δ + β·m over the sigmas of a run, m′ = min(1, r/‖m‖)·m, and Δ′ = m′⊥ + η·m′∥, with ∥ along D[pos].
 
     eta: η. norm: r, an L2 norm over an image; inf is no limit. momentum: β; 0 keeps no state.
     Published for SDXL: η 0, r 15, β −0.5, weight 15. `Projected` has the same projection without β, on the whole sum of

@@ -18,9 +18,9 @@ class CFGZero:
     and acts on ε; in denoised space Δ′ = α·(x − D[neg]) − (x − D[pos]), where σ cancels. It is written for D[pos] as
     base. Published: flow models; for SDXL no numbers.
 
-    zero_steps: levels at which the ODE does not move (D = x, for all other terms being off). Published: 1. Here 0, for
-        an eps model's first step is a good one (ε ≈ x/σ), and x would keep the noise of σ₀ where the next level's is
-        expected. The first levels of a run are counted, so it needs a run.
+    zero_steps: sigmas at which the ODE does not move (D = x, for all other terms being off). Published: 1. Here 0, for
+        an eps model's first step is a good one (ε ≈ x/σ), and x would keep the noise of σ₀ where that of σ₁ is
+        expected. The first sigmas of a run are counted, so it needs a run.
 
     Other conventions: diffusers' guider is this formula on raw outputs (an eps model's are ε: the same). ComfyUI takes
     α from x − D and applies it to D, which is another formula: it differs by (w − 1)·(α − 1)·x.
@@ -42,7 +42,7 @@ class CFGZero:
         if not self.zero_steps:
             return delta
         if step.past.run is None:
-            raise InputError("zero_steps of CFG-Zero* counts the levels of a run, and there is none: call `sample`")
-        levels = step.past.run.levels("CFG-Zero*")
-        last = levels[min(self.zero_steps, len(levels)) - 1]
+            raise InputError("zero_steps of CFG-Zero* counts the sigmas of a run, and there is none: call `sample`")
+        sigmas = step.past.run.levels("CFG-Zero*")
+        last = sigmas[min(self.zero_steps, len(sigmas)) - 1]
         return torch.where(step.noise_level >= last, step.reaching(step.x), delta)

@@ -16,7 +16,7 @@ from segresearch.guidance.step import Latents, Step, along
 class HiGS:
     """HiGS, arXiv 2509.22300: D′ = D + w(t)·high_pass(D − g), in denoised space, g the running mean of earlier D.
 
-    g ← α·D + (1 − α)·g from g = 0; the first level only records. The part of D − g along D is multiplied by `eta`.
+    g ← α·D + (1 − α)·g from g = 0; the first sigma only records. The part of D − g along D is multiplied by `eta`.
     w(t) = weight·√((t − t_min)/(t_max − t_min)) for t_min < t ≤ t_max, else 0; here t = σ/(1 + σ), the noise level of
     the flow path with the same signal-to-noise ratio.
 

@@ -1,4 +1,4 @@
-"""Momentum Guidance: away from the mean of the velocities of earlier levels."""
+"""Momentum Guidance: away from the mean of the velocities at earlier sigmas."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from segresearch.guidance.step import Latents, Step
 
 @dataclass(frozen=True)
 class Momentum:
-    """Momentum Guidance, arXiv 2602.20360: v′ = v + α·(v − m), m ← (1 − β)·v + β·m, m = v at the first level.
+    """Momentum Guidance, arXiv 2602.20360: v′ = v + α·(v − m), m ← (1 − β)·v + β·m, m = v at the first σ.
 
     v is the velocity of the sampling ODE. With the sign of the paper's time (towards the image) v = (D − x)/σ here, so
     D′ = D + α·σ·(v − m). m takes the v before the change.

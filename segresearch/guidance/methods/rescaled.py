@@ -18,7 +18,7 @@ class Rescale:
 
     phi: φ, published 0.7. space: "v" (the paper's, whose model predicts v; ComfyUI's RescaleCFG at an eps or v model)
     or "eps" (diffusers' `guidance_rescale` at an eps model, and `rescale` of GuidedDenoiser). Against D[base], at every
-    level, whatever the terms are; `rescale` of GuidedDenoiser acts only where CFG is on.
+    σ, whatever the terms are; `rescale` of GuidedDenoiser acts only where CFG is on.
 
     Raises InputError for phi outside [0, 1] or an unknown space.
     """

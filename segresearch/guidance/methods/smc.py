@@ -13,7 +13,7 @@ from segresearch.guidance.step import Latents, Step, norm
 class SMC:
     """SMC-CFG, arXiv 2603.03281: e = v_pos − v_neg is held to a sliding surface, v = v_neg + w·ê.
 
-    ê = e − k·sign((e − ê₋) + λ·ê₋), where ê₋ is that of the level before (e at the first). v is the velocity of the
+    ê = e − k·sign((e − ê₋) + λ·ê₋), where ê₋ is that of the σ before (e at the first). v is the velocity of the
     sampling ODE, here ε = (x − D)/σ. Written for D[pos] as base.
 
     surface: λ. gain: k, in units of ε. switch: "sign", of each value (the paper), or "unit", s/‖s‖ over an image.

@@ -26,7 +26,7 @@ class Schedule:
     """A weight between `low` and `high` that is a function of σ alone: with p = 0 at sigma_max and 1 at sigma_min.
 
     The progress p is linear in log σ. The papers take steps or t; their curves over steps agree with these only where a
-    schedule spaces its levels evenly in log σ. Outside of the range p is 0 or 1.
+    schedule spaces its sigmas evenly in log σ. Outside of the range p is 0 or 1.
 
     linear, invlinear, cosine, sine: arXiv 2404.13040, which keeps the mean at w: low 1, high 2w − 1 (low 0, high 2w in
     another reading); its clamp at 4 for SDXL is not here. exponential, low·(high/low)^p: C²FG, arXiv 2603.08155,
