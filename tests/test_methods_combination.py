@@ -14,8 +14,10 @@ from diffusers.guiders import (
     FrequencyDecoupledGuidance,
     TangentialClassifierFreeGuidance,
 )
+from guidance_models import denoiser, noisy
 
 from segresearch.errors import InputError
+from segresearch.guidance import GuidedDenoiser
 from segresearch.guidance.frequencies import high_pass
 from segresearch.guidance.methods.adaptive_stop import AdaptiveStop
 from segresearch.guidance.methods.adg import ADG
@@ -36,10 +38,14 @@ from segresearch.guidance.methods.tcfg import TCFG
 from segresearch.guidance.methods.thresholding import Threshold, quantile
 from segresearch.guidance.methods.tsr import TSR
 from segresearch.guidance.methods.weight_schedules import SHAPES, Schedule
+from segresearch.guidance.methods.zigzag import ZSampling
 from segresearch.guidance.postprocess import Projected, rescale
 from segresearch.guidance.step import Step
 from segresearch.guidance.terms import cfg
+from segresearch.sampling import sample
 from segresearch.sampling.memory import Past, Run
+from segresearch.sampling.schedules import sigmas as schedule_sigmas
+from segresearch.sampling.schedules import start_scale
 
 W = 5.0
 SIGMAS = (10.0, 4.0, 2.0, 1.0, 0.0)
@@ -569,3 +575,75 @@ def test_schedules_of_their_papers():
 def test_values_that_make_no_sense_are_refused(make):
     with pytest.raises(InputError):
         make()
+
+
+# through the guided denoiser and a sampler
+
+
+def tiny(terms, **options) -> GuidedDenoiser:
+    return GuidedDenoiser(denoiser(), terms, **options)
+
+
+def sampled(model, conds, steps: int = 4, sampler: str = "euler", rows: int = 2) -> torch.Tensor:
+    noise = torch.cat([latents(5, rows, 8, 12)])
+    return sample(model, noise, sampler, "leading", steps, conds=conds, seeds=list(range(rows)))
+
+
+@pytest.mark.parametrize("method", [*SHAPES_OF_TERMS, *POSTS], ids=repr)
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_every_combination_samples_and_an_image_does_not_depend_on_its_batch(method, sampler):
+    conds = noisy(2)[2] | {"negative": noisy(2)[2]["uncond"]}
+    neg = "cond" if isinstance(method, SGPrev) else "uncond"
+    shape, post = (None, [method]) if method in POSTS else (method, [])
+    model = tiny({"cfg": cfg(W, neg=neg, shape=shape)}, post=post)
+    both = sampled(model, conds, 3, sampler)
+    one = sampled(model, {name: cond[:1] for name, cond in conds.items()}, 3, sampler, 1)
+    assert both.isfinite().all()
+    torch.testing.assert_close(one, both[:1], atol=1e-6, rtol=1e-6)
+    assert not torch.equal(both, sampled(tiny({"cfg": cfg(W)}), conds, 3, sampler))
+
+
+def test_cfgpp_sampled_is_its_published_loop():
+    _, _, conds = noisy(2)
+    out = sampled(tiny({"cfg": cfg(PlusPlus(0.6))}), conds)
+    sigmas = schedule_sigmas(denoiser(), "leading", 4).double()
+    x = latents(5, 2, 8, 12) * start_scale(sigmas, "leading")
+    for now, after in zip(sigmas, sigmas[1:], strict=False):
+        c, u = (denoiser()(x, now.expand(2), cond=conds[name]) for name in ("cond", "uncond"))
+        x = u + 0.6 * (c - u) + (x - u) * after / now
+    torch.testing.assert_close(out, x, atol=1e-6, rtol=1e-6)
+    with pytest.raises(InputError, match="this run is heun"):
+        sampled(tiny({"cfg": cfg(PlusPlus())}), conds, sampler="heun")
+
+
+@pytest.mark.parametrize(
+    "terms", [{}, {"cfg": cfg(W)}, {"cfg": cfg(W, shape=APG(norm=3.0))}], ids=["plain", "cfg", "apg"]
+)
+def test_z_sampling_on_euler_is_the_zigzag_written_out(terms):
+    _, _, conds = noisy(2)
+    out = sampled(ZSampling(tiny(terms)), conds)
+    sigmas = schedule_sigmas(denoiser(), "leading", 4).double()
+    run = Run(torch.arange(2), "euler", tuple(sigmas.tolist()))
+    inner, base = tiny(terms), "uncond" if terms else "cond"
+    x = latents(5, 2, 8, 12) * start_scale(sigmas, "leading")
+    for now, after in zip(sigmas, sigmas[1:], strict=False):
+
+        def forward(z, now=now, after=after):
+            return z + (after - now) * (z - inner(z, now.expand(2), conds, run=run)) / now
+
+        if after > 0:
+            lower = forward(x)
+            x = lower + (now - after) * (lower - denoiser()(lower, after.expand(2), cond=conds[base])) / after
+        x = forward(x)
+    torch.testing.assert_close(out, x, atol=1e-6, rtol=1e-6)
+
+
+def test_z_sampling_names_what_it_needs():
+    x, sigma, conds = noisy(2)
+    model = ZSampling(tiny({}))
+    with pytest.raises(InputError, match="only a run knows"):
+        model(x, sigma, conds)
+    with pytest.raises(InputError, match="not of the schedule"):
+        sampled(model, conds, sampler="dpm_2")
+    torch.testing.assert_close(sampled(ZSampling(tiny({}), interval=(99.0, 99.0)), conds), sampled(tiny({}), conds))
+    assert "zigzag" in repr(model)
