@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.func import functional_call
 
@@ -37,22 +36,27 @@ class ERGText:
 
     def encode(self, sdxl: SDXL, prompts: Sequence[str], negative: Any = None, size: Any = None) -> Cond:
         """The prompts under temperature."""
-        first, other = (Tempered(encoder, self.tau) for encoder in sdxl.text.encoders)
-        text = TextEncoders(sdxl.text.tokenizers, (first, other))  # type: ignore[arg-type]
+        text = TemperedEncoders(sdxl.text.tokenizers, sdxl.text.encoders, self.tau)
         return replace(sdxl, text=text).encode(prompts, size=size)["cond"]
+
+
+@dataclass(frozen=True)
+class TemperedEncoders(TextEncoders):
+    """Text encoders under temperature."""
+
+    tau: float | int = 1.0
+
+    def network(self, which: int) -> nn.Module:
+        """Encoder 0 or 1 with τ times the logits."""
+        return Tempered(self.encoders[which], self.tau)
 
 
 class Tempered(nn.Module):
     """A text encoder that computes with τ times the queries. It owns nothing: the weights are the encoder's."""
 
-    def __init__(self, encoder: nn.Module, tau: float):
+    def __init__(self, encoder: nn.Module, tau: float | int):
         super().__init__()
-        self.encoder, self.tau, self.config = encoder, tau, encoder.config
-
-    @property
-    def device(self) -> torch.device:
-        """Of the encoder."""
-        return self.encoder.device  # type: ignore[return-value]
+        self.encoder, self.tau = encoder, tau
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder's output."""

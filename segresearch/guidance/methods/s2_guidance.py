@@ -43,5 +43,5 @@ class S2:
 
     def __call__(self, h: Float[Tensor, "rows tokens c"], site: Site, call: Call) -> Float[Tensor, "rows tokens c"]:
         """The block's output, or h for the images that skip it."""
-        skipped = keyed(chosen, h, site, "s2", self.share, shared=self.shared)  # (rows,)
+        skipped = keyed(chosen, h, site, "s2", float(self.share), shared=self.shared)  # (rows,)
         return torch.where(skipped[:, None, None], h, call(h))
