@@ -1,7 +1,7 @@
 """What may be done to a guided prediction after the terms are summed.
 
-A post-processor is a call `(guided, step) -> guided`, on denoised images (`guidance.step`). Unlike the sum of terms these
-do not commute with the change between eps, denoised and v, so each says where it acts.
+A post-processor is a call `(guided, step) -> guided`, on denoised images (`guidance.step`). Unlike the sum of terms
+these do not commute with the change between eps, denoised and v, so each says where it acts.
 """
 
 import math
