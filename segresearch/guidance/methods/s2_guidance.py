@@ -9,7 +9,8 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.fields import Flag, Fraction
-from segresearch.guidance.methods.call_perturbations import freeze_where, keyed
+from segresearch.guidance.methods.keyed import keyed
+from segresearch.guidance.perturbations import freeze
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Call, Site
 from segresearch.sampling.draws import chosen
@@ -39,7 +40,7 @@ class S2:
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise InputError(f"S2 share must be in [0, 1], got {self.share!r}")
-        freeze_where(self)
+        freeze(self)
 
     def __call__(self, h: Float[Tensor, "rows tokens c"], site: Site, call: Call) -> Float[Tensor, "rows tokens c"]:
         """The block's output, or h for the images that skip it."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.fields import NonNegative
-from segresearch.guidance.methods.call_perturbations import freeze_where
+from segresearch.guidance.perturbations import freeze
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Call, Site
 
@@ -35,7 +35,7 @@ class SelfGuidance:
     def __post_init__(self) -> None:
         if not (self.delta >= 0 and self.last >= 0):
             raise InputError(f"SelfGuidance delta and last must be >= 0, got {self}")
-        freeze_where(self)
+        freeze(self)
 
     def __call__(self, h: Float[Tensor, " rows"], site: Site, call: Call) -> Float[Tensor, "rows e"]:
         """The embedding of t + delta."""

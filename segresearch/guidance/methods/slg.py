@@ -9,7 +9,7 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.fields import one_of
-from segresearch.guidance.methods.call_perturbations import freeze_where
+from segresearch.guidance.perturbations import freeze
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Call, Site
 
@@ -39,7 +39,7 @@ class SLG:
         if isinstance(self.layers, str) or not self.layers or not set(self.layers) <= set(LAYERS):
             raise InputError(f"SLG layers must be a list of any of {', '.join(LAYERS)}, got {self.layers!r}")
         object.__setattr__(self, "layers", tuple(self.layers))
-        freeze_where(self)
+        freeze(self)
 
     def __call__(self, h: Float[Tensor, "rows tokens c"], site: Site, call: Call) -> Float[Tensor, "rows tokens c"]:
         """The block's output without the layers."""

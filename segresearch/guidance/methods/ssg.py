@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.fields import within
-from segresearch.guidance.methods.call_perturbations import freeze_where
+from segresearch.guidance.perturbations import freeze
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Call, Site
 
@@ -38,7 +38,7 @@ class SSG:
         for name in ("tokens", "channels"):
             if not 0 <= getattr(self, name) <= 0.5:
                 raise InputError(f"SSG {name} must be in [0, 0.5], got {getattr(self, name)!r}")
-        freeze_where(self)
+        freeze(self)
 
     def __call__(self, h: Float[Tensor, "rows tokens c"], site: Site, call: Call) -> Float[Tensor, "rows tokens c"]:
         """The block's output for exchanged tokens and channels."""

@@ -48,10 +48,11 @@ class SWG(Windows):
     """Sliding Window Guidance, arXiv 2411.10257: the weak branch sees crops of x and joins them by averaging.
 
     D = D[c] + s·(D[c] − D[c~swg]), the same in every space. Published: 2×2 crops of 5/8 of the side, which overlap by
-    0.4 (EDM2, 64² latents); the port for ComfyUI takes crops of 768 px, overlap 256, s 5 and σ > 5.42 on SDXL, and its crops differ from these. The crops keep
-    the conditioning as it is, with the sizes of the whole image (SDXL's time_ids); a crop's own would be another
-    choice. In the official code a last crop that does not reach the edge leaves 0/0 there, here it always reaches it.
-    One crop of the whole image is the plain branch. Cost: per_side²·crop² of a plain branch (1.56), without a fork.
+    0.4 (EDM2, 64² latents); the port for ComfyUI takes crops of 768 px, overlap 256, s 5 and σ > 5.42 on SDXL, and its
+    crops differ from these. The crops keep the conditioning as it is, with the sizes of the whole image (SDXL's
+    time_ids); a crop's own would be another choice. In the official code a last crop that does not reach the edge
+    leaves 0/0 there, here it always reaches it. One crop of the whole image is the plain branch. Cost: per_side²·crop²
+    of a plain branch (1.56), without a fork.
     """
 
     kind: Literal["swg"] = field(default="swg", kw_only=True, repr=False)

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.fields import Flag
-from segresearch.guidance.methods.call_perturbations import freeze_where, keyed
+from segresearch.guidance.methods.keyed import keyed
+from segresearch.guidance.perturbations import freeze
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Call, Site
 from segresearch.sampling.draws import permutation
@@ -32,7 +33,7 @@ class TPG:
     shared: Flag = False
 
     def __post_init__(self) -> None:
-        freeze_where(self)
+        freeze(self)
 
     def __call__(self, h: Float[Tensor, "rows tokens c"], site: Site, call: Call) -> Float[Tensor, "rows tokens c"]:
         """The block's output for permuted tokens."""

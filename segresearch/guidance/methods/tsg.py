@@ -9,7 +9,8 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.fields import NonNegative
-from segresearch.guidance.methods.call_perturbations import freeze_where, keyed
+from segresearch.guidance.methods.keyed import keyed
+from segresearch.guidance.perturbations import freeze
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Call, Site
 from segresearch.sampling.draws import normal
@@ -38,7 +39,7 @@ class TSG:
     def __post_init__(self) -> None:
         if not (self.strength >= 0 and self.alpha >= 0):
             raise InputError(f"TSG strength and alpha must be >= 0, got {self}")
-        freeze_where(self)
+        freeze(self)
 
     def __call__(self, h: Float[Tensor, " rows"], site: Site, call: Call) -> Float[Tensor, "rows e"]:
         """The embedding of t with noise."""

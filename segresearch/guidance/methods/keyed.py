@@ -1,22 +1,12 @@
-"""What perturbations of blocks, feed-forwards and the embedding of t have in common: places, keyed draws."""
+"""Random choices at a site, which an image has in every branch and batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from segresearch.errors import InputError
 from segresearch.models.attention import Site
-
-
-def freeze_where(perturbation: Any) -> None:
-    """A list of selectors (of a config file, say) becomes a tuple, so that equal ones compare and hash equal."""
-    where = perturbation.where
-    if isinstance(where, bool) or not isinstance(where, str | int | Sequence):
-        raise InputError(f"where={where!r}: a selector is a text, an index or a list of these")
-    if not isinstance(where, str | int):
-        object.__setattr__(perturbation, "where", tuple(where))
 
 
 def keyed(draw: Callable[..., Tensor], h: Tensor, site: Site, what: str, *args: Any, shared: bool = False) -> Tensor:
