@@ -44,7 +44,7 @@ def checked_out(out: Any, shape: Sequence[int], perturbation: Any, site: Site) -
 
 def freeze(perturbation: Any) -> None:
     """Lists (of a config file, say) become tuples, so that equal perturbations compare and hash equal."""
-    where, heads = perturbation.where, perturbation.heads
+    where, heads = perturbation.where, getattr(perturbation, "heads", None)
     if isinstance(where, bool) or not isinstance(where, str | int | Sequence):
         raise InputError(f"where={where!r}: a selector is a text, an index or a list of these")
     if not isinstance(where, str | int):
