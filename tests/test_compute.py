@@ -101,8 +101,7 @@ def test_a_call_is_rebuilt_around_other_tensors():
     again = rebuilt(call, lambda tensor: copies.append(tensor.clone()) or copies[-1])
     assert structure(again).key == own.key
     assert all(a is b for a, b in zip(structure(again).tensors, copies, strict=True))
-    x, sigma, cond, attend, control, fork = again
-    x0 = denoiser()(x, sigma, cond, attend, control, fork)
+    x0 = denoiser()(*again)
     torch.testing.assert_close(x0, denoiser()(*call[:2], *call[2:]), rtol=0, atol=0)
 
 

@@ -131,7 +131,7 @@ class Steered(Denoiser):
         super().__init__(inner.unet, 1 / (1 + inner.sigmas.double() ** 2))
         self.controls = control
 
-    def forward(self, x, sigma, cond, attend=None, residuals=None, fork=None):
+    def forward(self, x, sigma, cond, attend=None, wrap=None, residuals=None, fork=None):
         assert residuals is None
         total = None
         for one in self.controls:
@@ -142,7 +142,7 @@ class Steered(Denoiser):
             if total is not None:
                 own = ControlResiduals(tuple(a + b for a, b in zip(own.down, total.down)), own.mid + total.mid)
             total = own
-        return super().forward(x, sigma, cond, attend, total, fork)
+        return super().forward(x, sigma, cond, attend, wrap, total, fork)
 
 
 SEG_TERM, PAG_TERM = perturbed("seg", SEG(), 3.0), perturbed("pag", PAG(where="up"), 1.0)

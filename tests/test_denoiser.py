@@ -192,12 +192,12 @@ def test_a_fork_equals_separate_forwards(unet, inputs):
     denoiser = Denoiser(unet, schedule())
     sigma, index = torch.tensor([0.05, 2.0, 14.0]), torch.tensor([0, 1, 2, 2, 0])
     plain = denoiser(x, sigma, cond=cond)
-    identity = lambda q, k, v, site: v if "mid" in site.name else sdpa(q, k, v, site)  # noqa: E731
+    identity = lambda q, k, v, site: v if "mid" in site.name and site.kind == "self" else sdpa(q, k, v, site)  # noqa: E731
     perturbed = denoiser(x, sigma, cond=cond, attend=identity)
 
     def attend(q, k, v, site):
         out = sdpa(q, k, v, site)
-        if "mid" in site.name:
+        if "mid" in site.name and site.kind == "self":
             out = torch.cat([out[:3], v[3:]])
         return out
 

@@ -161,7 +161,7 @@ def test_parts_of_sag(gpu):
     assert not gpu.sends  # its matrices are there already
 
 
-POSTS = [Projected(), Projected(0.5, 3.0), lambda guided, plain, x, sigma: rescale(guided, plain, x, 0.5)]
+POSTS = [Projected(), Projected(0.5, 3.0), lambda guided, step: rescale(guided, step.plain, step.x, 0.5)]
 
 
 @pytest.mark.parametrize("fork", [True, False])

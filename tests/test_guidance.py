@@ -22,6 +22,7 @@ from segresearch.guidance import (
     perturbed,
     rescale,
 )
+from segresearch.guidance.step import Step
 from segresearch.models.attention import Site, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
@@ -35,14 +36,15 @@ class Scalars:
     """A denoiser whose answer is one number: cond 2, uncond 1, and whatever the attention makes of it."""
 
     class unet:
-        site_heads = {MID: 1}
+        all_sites = (MID,)
+        sites_by_kind = {"self": {MID: 1}}
 
     sigmas = "the inner sigmas"
 
     def __init__(self):
         self.calls = []
 
-    def __call__(self, x, sigma, cond, attend=sdpa, residuals=None, fork=None):
+    def __call__(self, x, sigma, cond, attend=sdpa, wrap=None, residuals=None, fork=None):
         value = cond.pooled[:, :1, None, None]  # (rows, 1, 1, 1)
         self.calls.append((x.shape[0], fork))
         if fork is not None:
@@ -152,7 +154,7 @@ def test_one_forward_equals_separate_forwards(terms):
             call = sdpa
             for p in branch.perturbations:
                 wanted = [p.where] if isinstance(p.where, str | int) else p.where
-                if any(inside(w, site.name) for w in wanted):
+                if site.kind == "self" and any(inside(w, site.name) for w in wanted):
                     call = partial(lambda p, earlier, *qkvs: p(*qkvs, earlier), p, call)
             return call(q, k, v, site)
 
@@ -214,7 +216,8 @@ def test_innermost_attention_sees_what_the_softmax_sees():
     seen = []
 
     def record(q, k, v, site):
-        seen.append((site.name, q.shape[0], bool((q == q[:, :, :1]).all())))
+        if site.kind == "self":
+            seen.append((site.name, q.shape[0], bool((q == q[:, :, :1]).all())))
         return sdpa(q, k, v, site)
 
     model = GuidedDenoiser(denoiser(), {"cfg": cfg(5.0), "seg": perturbed("seg", SEG(where="mid.0.1"), 3.0)})
@@ -246,19 +249,19 @@ def test_rescale_and_projection():
     g = torch.Generator().manual_seed(3)
     x, plain, guided = (torch.randn(2, 4, 3, 5, generator=g, dtype=torch.float64) for _ in range(3))
     sigma = torch.tensor([2.0, 0.5], dtype=torch.float64)
-    s = sigma[:, None, None, None]
+    s, step = sigma[:, None, None, None], Step(x, sigma, {"cond": plain})
     eps, eps_c = (x - guided) / s, (x - plain) / s
     for i in range(2):
         whole = eps[i] * eps_c[i].std() / eps[i].std()
         expected = x[i] - sigma[i] * (0.7 * whole + 0.3 * eps[i])
         torch.testing.assert_close(rescale(guided, plain, x, 0.7)[i], expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(rescale(guided, plain, x, 0.0), guided, rtol=0, atol=1e-14)
-    torch.testing.assert_close(Projected(1.0)(guided, plain, x, sigma), guided, rtol=0, atol=1e-12)
-    delta = Projected(0.0)(guided, plain, x, sigma) - plain
+    torch.testing.assert_close(Projected(1.0)(guided, step), guided, rtol=0, atol=1e-12)
+    delta = Projected(0.0)(guided, step) - plain
     assert (delta * plain).sum((1, 2, 3)).abs().max() < 1e-12
-    short = Projected(1.0, norm=0.5)(guided, plain, x, sigma) - plain
+    short = Projected(1.0, norm=0.5)(guided, step) - plain
     torch.testing.assert_close(short.flatten(1).norm(dim=1), torch.full((2,), 0.5, dtype=torch.float64))
-    assert torch.equal(Projected(norm=0.0)(guided, plain, x, sigma), plain)
+    assert torch.equal(Projected(norm=0.0)(guided, step), plain)
 
 
 @torch.no_grad()

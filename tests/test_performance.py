@@ -109,7 +109,7 @@ def test_sampling_projects_the_texts_once_whatever_the_steps(options, monkeypatc
     model = GuidedDenoiser(inner, {"cfg": cfg(4.0), "seg": perturbed("seg", SEG(math.inf), 2.0)})
     x = sample(model, noise, "euler", steps=3, conds=conds, control=[control], options=options)
     assert len(projected) == 4  # two texts, two networks
-    monkeypatch.setattr(GuidedDenoiser, "prepare", lambda self, arguments: arguments)
+    monkeypatch.setattr(GuidedDenoiser, "prepare", lambda self, arguments, run: arguments)
     close(x, sample(model, noise, "euler", steps=3, conds=conds, control=[control], options=options))
     assert len(projected) >= 4 + 2 * 3
 

@@ -39,7 +39,7 @@ def test_8_bits_are_rounded_and_clamped():
 
 
 def test_latents_that_are_not_finite_are_named_by_their_seeds(model):
-    def broken(guided, plain, x, sigma):
+    def broken(guided, step):
         return torch.cat([guided[:1], guided[1:2] * float("nan"), guided[2:]])
 
     guided = GuidedDenoiser(model.denoiser, {"cfg": cfg(3.0)}, post=[broken])

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers_unets import THREE_LEVELS, TWO_LEVELS, WIDE_STEP, inputs
 
-from segresearch.models.attention import Fork, sdpa
+from segresearch.models.attention import KINDS, Fork, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.unet import ControlResiduals, UNet, UNetConfig
 
@@ -64,15 +64,20 @@ def test_fork_equals_separate_forwards_at_every_site():
         out = sdpa(q, k, v, site)
         return torch.cat([out[:2], 0.5 * out[2:]]) if q.shape[0] == 5 else out
 
-    for i, site in enumerate(ours.sites):
-        later = set(ours.sites[i:])
+    def wrapped(call, h, site):
+        out = call(h)
+        return torch.cat([out[:2], 0.5 * out[2:]]) if h.shape[0] == 5 else out
+
+    plain = ours(x, t, cond)
+    for i, site in enumerate(ours.all_sites[1:], 1):
+        later = set(ours.all_sites[i:])
         halved = ours(
-            x, t, cond, attend=lambda q, k, v, s, later=later: sdpa(q, k, v, s) * (0.5 if s.name in later else 1)
-        )
-        expected = torch.cat([ours(x, t, cond), halved[index[2:]]])
-        torch.testing.assert_close(
-            ours(x, t, cond, attend=scaled, fork=Fork(site, index)), expected, rtol=0, atol=1e-10
-        )
+            x, t, cond,
+            attend=lambda q, k, v, s, later=later: sdpa(q, k, v, s) * (0.5 if s.name in later else 1),
+            wrap=lambda call, h, s, later=later: call(h) * (0.5 if s.name in later else 1),
+        )  # fmt: skip
+        forked = ours(x, t, cond, attend=scaled, wrap=wrapped, fork=Fork(site, index))
+        torch.testing.assert_close(forked, torch.cat([plain, halved[index[2:]]]), rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
@@ -83,12 +88,18 @@ def test_sites_are_met_in_order_with_their_grid():
 
     def spy(q, k, v, site):
         assert q.shape[2] == site.grid[0] * site.grid[1]
-        assert q.shape[1] == ours.site_heads[site.name]
+        assert q.shape[1] == ours.sites_by_kind[site.kind][site.name]
         met.append(site)
         return sdpa(q, k, v, site)
 
-    ours(x, t, cond, attend=spy)
-    assert tuple(s.name for s in met) == ours.sites
+    def wrapped(call, h, site):
+        met.append(site)
+        return call(h)
+
+    ours(x, t, cond, attend=spy, wrap=wrapped)
+    assert tuple(s.name for s in met) == ours.all_sites
+    assert tuple(s.name for s in met if s.kind == "self") == ours.sites
+    assert {k: [s.name for s in met if s.kind == k] for k in KINDS} == {k: [*s] for k, s in ours.sites_by_kind.items()}
     assert {s.name: s.grid for s in met}["mid_block.attentions.0.transformer_blocks.1.attn1"] == (3, 4)
     assert set(ours.sites) <= {name.removesuffix(".to_q.weight") for name in ours.state_dict()}
 

@@ -2,6 +2,8 @@
 
 python -m experiments.mini.encode tokens     # <shard>.npy: uint16 (variants, scenes, 48), by the first tokenizer
 python -m experiments.mini.encode latents    # <shard>.npy: fp16 (scenes, 4, 16, 16), scaled latents of the trained VAE
+
+--model takes the VAE of a finished model in place of that in <runs>/vae.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from experiments.mini.common import save_array
 from experiments.mini.render import SHARD, shard_path
 from experiments.mini.tokenizer import load_tokenizer, tokenize
 from experiments.mini.train_vae import load_vae
+from segresearch.models import load_sdxl
 from segresearch.scenes.scenes import captions
 
 
@@ -33,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("tokens", "latents"))
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of scenes/, tokenizers/, vae/")
+    parser.add_argument("--model", help="of the VAE, a diffusers folder or mini, instead of <runs>/vae")
     parser.add_argument("--shards", type=int, default=40)
     parser.add_argument("--variants", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the scenes")
@@ -43,7 +47,9 @@ def main() -> None:
     out = args.runs / args.kind
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(args.runs / "tokenizers" / "tokenizer") if args.kind == "tokens" else None
-    vae = load_vae(args.runs / "vae" / "vae.pt")[0] if args.kind == "latents" else None
+    vae = None
+    if args.kind == "latents":
+        vae = load_sdxl(args.model).vae if args.model else load_vae(args.runs / "vae" / "vae.pt")[0]
     k, n = map(int, args.part.split("/"))
     for shard in range(k, args.shards, n):
         path = shard_path(out, shard)

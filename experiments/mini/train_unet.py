@@ -2,19 +2,24 @@
 
     torchrun --standalone --nproc-per-node 2 -m experiments.mini.train_unet --steps 6000
 
+--model takes the text encoders of a finished model in place of those in <runs>/clip. --width and --depth make a smaller
+UNet of the same kind, such as the weak one of autoguidance (README.md).
+
 Text is dropped for the fraction --drop of the rows. Half of these get zeros (SDXL's negative conditioning), half the
 CLIP encoding of "". The loss is weighted by min(SNR, 5) / SNR (arXiv 2303.09556). Each worker runs single-threaded on
 its share of the batch, and the gradients are averaged. On a busy machine this is faster than threads, which wait for
 each other at every operation.
 
-Writes <out>/checkpoint.pt, loss.jsonl and unet.pt ({"step", "weights"}: the averaged weights).
+Writes <out>/checkpoint.pt, loss.jsonl and unet.pt ({"step", "weights", "config"}: the averaged weights).
 """
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,7 +31,8 @@ from experiments.mini.common import Plan, batch_indices, generator, rank, save_s
 from experiments.mini.encode import load_shards
 from experiments.mini.render import SHARD
 from experiments.mini.tokenizer import LENGTH, second
-from experiments.mini.train_clip import BEGIN_ID, END_ID, TwoCLIPs, load_clips
+from experiments.mini.train_clip import BEGIN_ID, END_ID, load_clips
+from segresearch.models import load_sdxl
 from segresearch.models.attention import Site, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.unet import UNet, UNetConfig
@@ -56,6 +62,28 @@ CONFIG: dict[str, Any] = {
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
     "use_linear_projection": True,
 }
+
+
+def config_of(width: int, depth: int) -> dict[str, Any]:
+    """mini's config with `width` channels at the highest resolution (mini: 64) and `depth` transformer blocks in each
+    attention (mini: 4). The size of a head and of a group of the norms stays."""
+    return {
+        **CONFIG,
+        "attention_head_dim": [width // 32, width // 16],
+        "block_out_channels": [width, 2 * width],
+        "norm_num_groups": width // 4,
+        "transformer_layers_per_block": [1, depth],
+    }
+
+
+def text_encoders(runs: Path, model: str | None) -> Any:
+    """`text_encoder` and `text_encoder_2`: the trained ones in <runs>/clip, or those of a finished model."""
+    if model is None:
+        return load_clips(runs / "clip" / "clip.pt")[0]
+    first, other = load_sdxl(model).text.encoders
+    return SimpleNamespace(text_encoder=first, text_encoder_2=other)
+
+
 SIZE_IDS = (64.0, 64.0, 0.0, 0.0, 64.0, 64.0)
 
 
@@ -73,7 +101,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
 
 
 @torch.no_grad()
-def conditioning(clips: TwoCLIPs, tokens: Tensor, zero: Tensor) -> Cond:
+def conditioning(clips: Any, tokens: Tensor, zero: Tensor) -> Cond:
     """SDXL's conditioning of tokens (rows, 48): penultimate states of both encoders, pooled text of the second.
 
     Rows where `zero` is true get zeros for both.
@@ -109,12 +137,14 @@ def run(args: argparse.Namespace) -> None:
     count, device = args.images, torch.device(args.device)
     latents = load_shards(args.runs / "latents", count, axis=0)
     tokens = load_shards(args.runs / "tokens", count, axis=1)
-    clips, _ = load_clips(args.runs / "clip" / "clip.pt")
-    clips.requires_grad_(False).to(device)
+    clips = text_encoders(args.runs, args.model)
+    for encoder in (clips.text_encoder, clips.text_encoder_2):
+        encoder.requires_grad_(False).to(device)
+    config = config_of(args.width, args.depth)
     empty = torch.tensor([BEGIN_ID] + [END_ID] * (LENGTH - 1))
     alphas = alphas_cumprod().to(device)
     torch.manual_seed(args.seed)  # the initial weights, the same in every worker
-    unet = UNet(UNetConfig.from_dict(CONFIG))
+    unet = UNet(UNetConfig.from_dict(config))
     if args.weights:
         unet.load_state_dict(torch.load(args.weights, weights_only=True)["weights"])
     unet.to(device)
@@ -136,13 +166,13 @@ def run(args: argparse.Namespace) -> None:
         return diffusion_loss(call, clean, cond, t, noise, alphas, args.gamma), {}
 
     def keep(step: int, weights: Mapping[str, Tensor]) -> None:
-        packed = {"step": step, "weights": dict(weights)}
+        packed = {"step": step, "weights": dict(weights), "config": json.dumps(config)}
         save_state(args.out / "unet.pt", packed)
 
     plan = Plan(
         args.steps, peak=args.peak, warmup=200, hold=args.hold, decay=0.9995, stop=args.stop, save_every=args.save_every
     )
-    metadata = {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}
+    metadata = {"config": config, **{k: str(v) for k, v in vars(args).items()}}
     train(args.out, unet, loss_of, plan, metadata, keep)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -153,6 +183,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of latents/, tokens/, clip/")
     parser.add_argument("--out", type=Path, default=Path("runs/mini/unet"))
     parser.add_argument("--weights", type=Path, help="a unet.pt to start from, instead of random weights")
+    parser.add_argument("--model", help="of the text encoders, a diffusers folder or mini, instead of <runs>/clip")
+    parser.add_argument("--width", type=int, default=CONFIG["block_out_channels"][0])
+    parser.add_argument("--depth", type=int, default=CONFIG["transformer_layers_per_block"][-1])
     parser.add_argument("--images", type=int, default=32 * SHARD)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=48, help="of all workers together")

@@ -1,38 +1,61 @@
 """The guided denoiser: every branch that the active terms need, in one batched forward, with k-diffusion's contract.
 
-x (b, 4, h, w) ─► [ before the fork: a block of b rows for each conditioning, computed once ]
-               ─► [ from the first perturbed site on: a block of b rows for each branch, each with its own attention ]
+x (b, 4, h, w) ─► [ before the fork: a part of b rows for each conditioning, computed once ]
+               ─► [ from the first perturbed site on: a part of b rows for each branch, perturbed in its own way ]
                ─► D[branch] ─► D = D[base] + Σ s(σ)·(D[pos] − D[neg]) ─► post-processors
+
+Branches on other inputs (a view) or of another network have a forward of their own, of the same form.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.guidance.controlnet_residuals import active, per_row, residuals
-from segresearch.guidance.perturbations import Perturbation
-from segresearch.guidance.postprocess import Latents, Post, Sigma, rescale
-from segresearch.guidance.row_layout import BranchAttention, Layout, Perturbed, layout, row_index
+from segresearch.guidance.perturbations import Perturbation, site_kind
+from segresearch.guidance.postprocess import rescale
+from segresearch.guidance.row_layout import (
+    BranchAttention,
+    BranchCalls,
+    Layout,
+    Perturbed,
+    layout,
+    row_index,
+    used_run,
+)  # fmt: skip
 from segresearch.guidance.sites import check_heads, select_sites
+from segresearch.guidance.step import Latents, Post, Sigma, Step
 from segresearch.guidance.terms import Branch, Term
-from segresearch.models.attention import Attend, Fork, sdpa
+from segresearch.models.attention import Attend, Fork, plain, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet
+from segresearch.sampling.memory import Past, Run
 
 Conds = Mapping[str, Cond]
 Control = Sequence[ActiveControlNet] | None
+MakeCond = Callable[[Conds, Sigma | None, Any], Cond]  # (conds, sigma, keys) -> cond; with static=True, once a run
 # attributes of the plain denoiser, which the guided one has too
 SCHEDULE = ("unet", "sigmas", "sigma_min", "sigma_max", "sigma_to_t", "t_to_sigma", "steps_offset")
+
+
+class Pass(NamedTuple):
+    """What the branches of one forward have in common: their network, by name, and their view of x."""
+
+    network: str = ""
+    view: Any = None
 
 
 class GuidedDenoiser:
     """model(x, sigma, conds=...) -> D = D[base] + Σ s(σ)·(D[pos] − D[neg]), then rescale, then the post-processors.
 
     Args:
-        denoiser: the plain one, `denoiser(x, sigma, cond=, attend=, residuals=, fork=) -> denoised`; owns the network.
+        denoiser: the plain one, `denoiser(x, sigma, cond=, attend=, wrap=, residuals=, fork=) -> denoised`; owns the
+            network.
         terms: by any names of yours; {} is the plain prediction.
         base: the conditioning that the terms are added to.
         rescale: φ of `postprocess.rescale`, 0 is off. As in the official code it acts in eps space, against D[base],
@@ -40,11 +63,17 @@ class GuidedDenoiser:
         post: post-processors, in order, after rescale.
         attend: the innermost attention, which every perturbation ends in.
         fork: compute rows that are still equal once. Exact either way; False is there to prove it.
+        every: perturbations of every branch on a conditioning, by its name; "*" is all of them.
+        conditionings: conditionings that are made from others, by name, at every evaluation or, where they are
+            `static`, once a run; each a call (conds, sigma, keys) -> Cond. One of an existing name takes its place.
+            Those made from texts have `encode(sdxl, prompts, negative, size)` instead, and `conds` must hold the result.
+        networks: denoisers of further networks, by the names that `Weak` uses.
 
-    It holds no state: a call that raises leaves nothing behind. `sigmas`, `sigma_min` and the like are the denoiser's.
+    It holds no state: a call that raises leaves nothing behind, and what methods remember is in the `Run` of a
+    `sample`. `sigmas`, `sigma_min` and the like are the denoiser's.
 
     Raises ValueError for a selector that matches no site, a head that does not exist, one branch name for two contents,
-    a rescale outside [0, 1].
+    a network that is not there, a rescale outside [0, 1].
     """
 
     def __init__(
@@ -56,6 +85,9 @@ class GuidedDenoiser:
         post: Sequence[Post] = (),
         attend: Attend = sdpa,
         fork: bool = True,
+        every: Mapping[str, Sequence[Perturbation]] | None = None,
+        conditionings: Mapping[str, MakeCond] | None = None,
+        networks: Mapping[str, Callable[..., Tensor]] | None = None,
     ):
         if isinstance(denoiser, GuidedDenoiser) or isinstance(getattr(denoiser, "inner", None), GuidedDenoiser):
             raise InputError("a GuidedDenoiser takes the plain denoiser, not a guided one; put all terms into one")
@@ -66,75 +98,134 @@ class GuidedDenoiser:
             raise InputError(f"rescale must be in [0, 1], got {rescale!r}")
         self.denoiser, self.terms, self.base = denoiser, dict(terms), Branch(base)
         self.rescale, self.post, self.attend, self.fork = rescale, tuple(post), attend, fork
-        self._heads: dict[str, int] = denoiser.unet.site_heads if self.terms else {}  # type: ignore[attr-defined]
+        self.every = {name: tuple(perturbations) for name, perturbations in (every or {}).items()}
+        self.conditionings, self.networks = dict(conditionings or {}), {"": denoiser, **(networks or {})}
+        self._sites: dict[str, tuple[dict[str, dict[str, int]], tuple[str, ...]]] = {}
         self._perturbed: dict[tuple[Perturbation, ...], Perturbed] = {(): {}}
         by_name: dict[str, Branch] = {}
-        for term in self.terms.values():
-            for branch in (term.pos, term.neg):
-                other = by_name.setdefault(branch.name, branch).perturbations
-                if other != branch.perturbations:
-                    both = f"{other} and {branch.perturbations}"
-                    raise InputError(f"two branches are named {branch.name!r}: {both}; rename one")
-                if branch.perturbations not in self._perturbed:
-                    self._perturbed[branch.perturbations] = perturbed_sites(branch.perturbations, self._heads)
+        for branch in [self.base, *(branch for term in self.terms.values() for branch in term.branches)]:
+            other = by_name.setdefault(branch.name, branch).perturbations
+            if other != branch.perturbations:
+                both = f"{other} and {branch.perturbations}"
+                raise InputError(f"two branches are named {branch.name!r}: {both}; rename one")
+            self.perturbed(self.complete(branch))
 
     def __getattr__(self, name: str) -> Any:
         if name in SCHEDULE:
             return getattr(self.denoiser, name)
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
-    def branches(self, sigma: float) -> list[Branch]:
+    def complete(self, branch: Branch) -> Branch:
+        """The branch with the perturbations of every branch on its conditioning, which come first."""
+        every = (*self.every.get("*", ()), *self.every.get(branch.conditioning, ()))
+        if not every:
+            return branch
+        return replace(branch, perturbations=(*every, *branch.perturbations), name=branch.name or "every")
+
+    def pass_of(self, branch: Branch) -> Pass:
+        """The forward that a complete branch is computed in. InputError for a network that is not there."""
+        names = [p.network for p in branch.perturbations if site_kind(p) == "network"]  # type: ignore[attr-defined]
+        views = [p for p in branch.perturbations if site_kind(p) == "view"]
+        if names and names[-1] not in self.networks:
+            known = ", ".join(map(repr, [*self.networks][1:])) or "none"
+            raise InputError(f"branch {branch}: no network {names[-1]!r} in `networks`; there are {known}")
+        if len(views) > 1 or len(names) > 1:
+            raise InputError(f"branch {branch}: two views or two networks of one branch")
+        return Pass(*names[:1], *views[:1]) if names else Pass("", *views[:1])
+
+    def sites(self, network: str) -> tuple[dict[str, dict[str, int]], tuple[str, ...]]:
+        """Of a network the sites of every kind with their heads, and all of them in the order of a forward pass."""
+        if network not in self._sites:
+            unet = self.networks[network].unet  # type: ignore[attr-defined]
+            self._sites[network] = unet.sites_by_kind, unet.all_sites
+        return self._sites[network]
+
+    def perturbed(self, branch: Branch) -> Perturbed:
+        """The perturbations of a complete branch, by site."""
+        if branch.perturbations not in self._perturbed:
+            kinds, _ = self.sites(self.pass_of(branch).network)
+            self._perturbed[branch.perturbations] = perturbed_sites(branch.perturbations, kinds)
+        return self._perturbed[branch.perturbations]
+
+    def branches(self, sigma: float, run: Run | None = None) -> list[Branch]:
         """The branches that are evaluated at this sigma, each once, base first."""
-        active_terms = [term for term in self.terms.values() if term.pos != term.neg and term.scale_at(sigma)]
-        return list(dict.fromkeys([self.base, *(branch for term in active_terms for branch in (term.pos, term.neg))]))
+        active_terms = [term for name, term in self.terms.items() if term.acts(sigma, run, name)]
+        return list(dict.fromkeys([self.base, *(branch for term in active_terms for branch in term.branches)]))
 
     def __call__(
-        self, x: Latents, sigma: Sigma, conds: Conds, control: Control = None, attend: Attend | None = None
+        self,
+        x: Latents,
+        sigma: Sigma,
+        conds: Conds,
+        control: Control = None,
+        attend: Attend | None = None,
+        run: Run | None = None,
     ) -> Latents:
         """The guided denoised image. `attend`, if given, is the innermost attention of this call only.
 
         conds: by name; each of one row an image, or of one row for all. control: active ControlNets; their sum steers
         every branch, or with `guess` those of the base's conditioning. sigma may differ between rows: scales are taken
         per row, and a branch that any row needs is evaluated for all. attend sees the branches and sigma of its rows
-        (`models.attention.Site`); a recorder is such a function (`segresearch.analysis.recorder`).
+        (`models.attention.Site`); a recorder is such a function (`segresearch.analysis.recorder`). run: of `sample`;
+        without one random choices have one key for all images, and nothing is remembered.
 
         Raises InputError for a conditioning that `conds` lacks, or with a wrong number of rows, and for control images
         that do not fit x.
         """
         values = sigma.tolist()  # the one time that sigma is read: on a GPU each waits for all that came before
         sigma = sigma.view_as(sigma)  # a tensor object of this call's own, see Site.sigma
-        branches = list(dict.fromkeys(b for s in sorted(set(values)) for b in self.branches(s)))
-        denoised = self.evaluate(x, sigma, branches, conds, control, attend, values)
-        return self.combine(x, sigma, denoised, values=values)
+        branches = list(dict.fromkeys(b for s in sorted(set(values)) for b in self.branches(s, run)))
+        denoised = self.evaluate(x, sigma, branches, conds, control, attend, values, run)
+        return self.combine(x, sigma, denoised, values=values, run=run)
 
-    def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def prepare(self, arguments: Mapping[str, Any], run: Run | None = None) -> dict[str, Any]:
         """The arguments of calls, with all that is the same at every step computed now; `sample` calls this.
 
         These are the keys, values and embedding of each conditioning for every network (`Cond.projected`).
         Conditionings of equal values become one object, whose rows are then computed once. Results do not change.
         """
         control = active(arguments.get("control"))
-        nets = [self.unet, *(one.net for one in control)]
+        nets = [*self.unets, *(one.net for one in control)]
         conds: dict[str, Cond] = {}
-        for name, cond in (arguments.get("conds") or {}).items():
+        for name, cond in self.made(arguments.get("conds") or {}, static=True).items():
             same = next((other for other in conds.values() if other.equals(cond)), None)
             conds[name] = cond.projected(*nets) if same is None else same
-        return {**arguments, "conds": Prepared(conds), **({"control": control} if "control" in arguments else {})}
+        more = ({"control": control} if "control" in arguments else {}) | ({} if run is None else {"run": run})
+        return {**arguments, "conds": Prepared(conds), **more}
+
+    @property
+    def unets(self) -> list[Any]:
+        """The networks of all denoisers."""
+        return [denoiser.unet for denoiser in self.networks.values()]  # type: ignore[attr-defined]
+
+    def made(self, conds: Conds, static: bool, sigma: Sigma | None = None, keys: Any = None) -> dict[str, Cond]:
+        """`conds` and those that are made from them: once a run (static), or at every evaluation."""
+        makers = {
+            name: make
+            for name, make in self.conditionings.items()
+            if callable(make) and getattr(make, "static", False) == static
+        }
+        return {**conds, **{name: make(conds, sigma, keys) for name, make in makers.items()}}
 
     def layout(self, branches: Sequence[Branch], conds: Conds, control: Sequence[ActiveControlNet] = ()) -> Layout:
         """The rows of the forward that gives these branches. InputError for a conditioning that `conds` lacks.
 
         Names of one Cond are one conditioning, unless a ControlNet steers the base's alone.
         """
-        missing = [branch.conditioning for branch in branches if branch.conditioning not in conds]
-        if missing:
-            names = ", ".join(map(repr, conds)) or "none"
-            raise InputError(f"conds lacks {missing[0]!r}, which the guidance needs; given: {names}")
-        conditionings = dict.fromkeys(branch.conditioning for branch in branches)
         first: dict[Any, str] = {}
         guess = any(net.guess for net in control)
-        alias = {name: name if guess else first.setdefault(id(conds[name]), name) for name in conditionings}
-        return layout(branches, self._perturbed, tuple(self._heads), alias, self.fork)
+        computed = {}
+        for branch in branches:
+            whole, name = self.complete(branch), branch.conditioning
+            needed = (name, *(n for p in whole.perturbations for n in getattr(p, "conditionings", ())))
+            if missing := [n for n in needed if n not in conds]:
+                names = ", ".join(map(repr, conds)) or "none"
+                raise InputError(f"conds lacks {missing[0]!r}, which the guidance needs; given: {names}")
+            alias = name if guess else first.setdefault(id(conds[name]), name)
+            computed[branch] = replace(whole, conditioning=alias)
+        perturbed = {branch.perturbations: self.perturbed(branch) for branch in computed.values()}
+        network = self.pass_of(next(iter(computed.values()))).network
+        return layout(computed, perturbed, self.sites(network)[1] if any(perturbed) else (), self.fork)
 
     def evaluate(
         self,
@@ -145,32 +236,79 @@ class GuidedDenoiser:
         control: Control = None,
         attend: Attend | None = None,
         values: Sequence[float] | None = None,
+        run: Run | None = None,
     ) -> dict[Branch, Latents]:
-        """D of every branch, in one forward. values: sigma.tolist(), where the caller has read it."""
-        rows, control = x.shape[0], active(control)
+        """D of every branch, in one forward for each view and network. values: sigma.tolist(), where the caller has
+        read it."""
+        keys = torch.zeros_like(sigma, dtype=torch.int64) if run is None else run.keys
+        prepared = conds if isinstance(conds, Prepared) else Prepared(self.made(conds, static=True))
+        if any(callable(make) and not getattr(make, "static", False) for make in self.conditionings.values()):
+            prepared = Prepared(self.made(prepared, False, sigma, keys))
+        passes: dict[Pass, list[Branch]] = {}
+        for branch in branches:
+            passes.setdefault(self.pass_of(self.complete(branch)), []).append(branch)
+        denoised: dict[Branch, Latents] = {}
+        for one, of_it in passes.items():
+            denoised |= self.forward(one, x, sigma, of_it, prepared, active(control), attend, values, run, keys)
+        return {branch: denoised[branch] for branch in branches}
+
+    def forward(
+        self,
+        one: Pass,
+        x: Latents,
+        sigma: Sigma,
+        branches: Sequence[Branch],
+        conds: "Prepared",
+        control: Sequence[ActiveControlNet],
+        attend: Attend | None,
+        values: Sequence[float] | None,
+        run: Run | None,
+        keys: Int[Tensor, " rows"],
+    ) -> dict[Branch, Latents]:
+        """D of the branches of one pass."""
+        rows, like, denoiser = x.shape[0], x, self.networks[one.network]
+        if one.view is not None:
+            x = one.view.split(x)  # (b, c, h, w) -> (v·b, c, h', w')
+            control = [replace(net, hint=one.view.split(net.hint.expand(rows, -1, -1, -1))) for net in control]
+        views = len(x) // rows
         plan = self.layout(branches, conds, control)
-        conds = conds if isinstance(conds, Prepared) else Prepared(conds)
         control_residuals = residuals(
-            self.denoiser, x, sigma, plan.conditionings, conds.joined, self.base.conditioning, control, values
-        )
+            denoiser, x, sigma.repeat(views), plan.conditionings,
+            lambda names, _: conds.joined(names, rows, views), self.base.conditioning, control,
+            None if values is None else [*values] * views,
+        )  # fmt: skip
+        parts = tuple(number * views + i for number in plan.source for i in range(views))
         fork = None
         if len(plan.branches) > len(plan.conditionings):
-            index = row_index(plan.source, rows, x.device)
+            index = row_index(parts, rows, x.device)
             if plan.fork is not None:
                 fork = Fork(plan.fork, index)
             elif control_residuals is not None:
                 control_residuals = control_residuals.each(lambda r: r[index])
         n = len(plan.inputs)
-        denoised = self.denoiser(
-            x.repeat(n, 1, 1, 1),  # (b, c, h, w) -> (n·b, c, h, w)
-            sigma.repeat(n),
-            cond=conds.joined(plan.inputs, rows),
-            attend=BranchAttention(plan.groups, rows, *plan.names, attend or self.attend, sigma),
+        before, after = (tuple(name for name in names for _ in range(views)) for names in plan.names)
+        perturbations = [p for branch in plan.branches for p in branch.perturbations]
+        needed = dict.fromkeys(n for p in perturbations for n in getattr(p, "conditionings", ()))
+        texts = {name: conds[name].projected_by(denoiser.unet) for name in needed}  # type: ignore[attr-defined]
+        groups = {
+            site: {p: [i * views + j for i in of for j in range(views)] for p, of in at.items()}
+            for site, at in plan.groups.items()
+        }
+        past = used_run(perturbations, run, values[0] if values else 0.0)
+        attention = BranchAttention(groups, rows, before, after, attend or self.attend, sigma, keys, texts, past)
+        denoised = denoiser(
+            x.repeat(n, 1, 1, 1),  # (v·b, c, h, w) -> (n·v·b, c, h, w)
+            sigma.repeat(n * views),
+            cond=conds.joined(plan.inputs, rows, views),
+            attend=attention,
+            wrap=BranchCalls(attention) if groups else plain,
             residuals=control_residuals,
             fork=fork,
         )
-        parts = dict(zip(plan.branches, denoised.split(rows), strict=True))  # (m·b, c, h, w) -> (b, c, h, w) each
-        return {branch: parts[plan.computed[branch]] for branch in branches}
+        split = dict(zip(plan.branches, denoised.split(rows * views), strict=True))  # -> (v·b, c, h, w) each
+        if one.view is not None:
+            split = {branch: one.view.join(part, like) for branch, part in split.items()}
+        return {branch: split[plan.computed[branch]] for branch in branches}
 
     def combine(
         self,
@@ -179,16 +317,24 @@ class GuidedDenoiser:
         denoised: Mapping[Branch, Latents],
         extra: Latents | None = None,
         values: Sequence[float] | None = None,
+        run: Run | None = None,
     ) -> Latents:
         """The sum of the terms (and `extra`, one more), rescaled and post-processed. values: as for `evaluate`."""
-        plain = guided = denoised[self.base]
+        guided = plain = denoised[self.base]
         values = sigma.tolist() if values is None else values
+        by_name = {str(branch): d for branch, d in denoised.items()}
+        step = Step(x, sigma, by_name, str(self.base), keys=None if run is None else run.keys)
         cfg_active = [False] * len(values)
-        for term in self.terms.values():
-            scales = [term.scale_at(s) for s in values]
-            if term.pos == term.neg or not any(scales):
+        for name, term in self.terms.items():
+            if not any(term.acts(s, run, name) for s in set(values)):
                 continue
-            guided = guided + per_row(scales, plain) * (denoised[term.pos] - denoised[term.neg])
+            scales = [term.scale_at(s, run) for s in values]
+            scale, pos, neg = per_row(scales, plain), denoised[term.pos], denoised[term.neg]
+            if term.shape is None:
+                delta = pos - neg
+            else:
+                delta = term.shape(pos, neg, replace(step, scale=scale, past=Past(run, name, values[0])))
+            guided = guided + scale * delta
             if term.mixes_conditionings:
                 cfg_active = [active or bool(s) for active, s in zip(cfg_active, scales, strict=True)]
         if extra is not None:
@@ -199,36 +345,59 @@ class GuidedDenoiser:
                 chosen = torch.tensor(cfg_active, device=x.device)[:, None, None, None]
                 rescaled = torch.where(chosen, rescaled, guided)
             guided = rescaled
-        for post in self.post:
-            guided = post(guided, plain, x, sigma)
+        for number, post in enumerate(self.post):
+            guided = post(guided, replace(step, past=Past(run, f"{number}: {post!r}", values[0])))
         return guided
 
     def __repr__(self) -> str:
         lines = ["D = " + " + ".join([f"D[{self.base}]", *map(str, self.terms.values())]).replace("+ -", "− ")]
-        branches = [branch for term in self.terms.values() for branch in (term.pos, term.neg) if branch.perturbations]
-        for branch in dict.fromkeys(branches):
-            sites, names = len(self._perturbed[branch.perturbations]), ", then ".join(map(repr, branch.perturbations))
-            lines.append(f"  {branch}: {names} at {sites} of {len(self._heads)} sites")
+        branches = [self.base, *(branch for term in self.terms.values() for branch in term.branches)]
+        for name, perturbations in self.every.items():
+            lines.append(f"  every branch on {name}: {', then '.join(map(repr, perturbations))}")
+        lines += [f"  {branch}: {self.places(branch)}" for branch in dict.fromkeys(branches) if branch.perturbations]
+        lines += [f"  {name}: made by {make!r}" for name, make in self.conditionings.items()]
         if self.rescale:
             lines.append(f"  rescale {self.rescale:g}: in eps, against D[{self.base}], where conditionings are mixed")
         lines += [f"  then {post!r}" for post in self.post]
-        terms = [t for t in self.terms.values() if t.pos != t.neg and (callable(t.scale) or t.scale)]
-        branches = list(dict.fromkeys([self.base, *(b for t in terms for b in (t.pos, t.neg))]))
-        alias = {branch.conditioning: branch.conditioning for branch in branches}
-        plan = layout(branches, self._perturbed, tuple(self._heads), alias, self.fork)
-        forked = f" -> {len(plan.branches)} from {plan.fork}" if plan.fork else ""
-        return "\n".join([*lines, f"  rows per image: {len(plan.inputs)}{forked}"])
+        active_terms = [t for t in self.terms.values() if t.pos != t.neg or t.shape is not None]
+        active_terms = [t for t in active_terms if callable(t.scale) or t.scale]
+        passes: dict[Pass, dict[Branch, Branch]] = {}
+        for branch in [self.base, *(b for t in active_terms for b in t.branches)]:
+            passes.setdefault(self.pass_of(self.complete(branch)), {})[branch] = self.complete(branch)
+        rows = []
+        for one, computed in passes.items():
+            perturbed = {branch.perturbations: self.perturbed(branch) for branch in computed.values()}
+            plan = layout(computed, perturbed, self.sites(one.network)[1] if any(perturbed) else (), self.fork)
+            forked = f" -> {len(plan.branches)} from {plan.fork}" if plan.fork else ""
+            own = f" in a forward of {one.network or 'its own'}" if one != Pass() else ""
+            rows.append(f"{len(plan.inputs)}{forked}{own}" + (f", each {one.view!r}" if one.view is not None else ""))
+        return "\n".join([*lines, f"  rows per image: {', and '.join(rows)}"])
+
+    def places(self, branch: Branch) -> str:
+        """What is done to a branch, and at how many sites."""
+        by_kind: dict[str, list[Perturbation]] = {}
+        for perturbation in branch.perturbations:
+            by_kind.setdefault(site_kind(perturbation), []).append(perturbation)
+        kinds, texts = self.sites(self.pass_of(self.complete(branch)).network)[0], []
+        for kind, perturbations in by_kind.items():
+            text = ", then ".join(map(repr, perturbations))
+            if kind in kinds:
+                noun = "sites" if kind == "self" else f"{kind} sites"
+                text += f" at {len(perturbed_sites(perturbations, kinds))} of {len(kinds[kind])} {noun}"
+            texts.append(text)
+        return "; ".join(texts)
 
 
-def perturbed_sites(perturbations: Sequence[Perturbation], heads: Mapping[str, int]) -> Perturbed:
-    """Site name -> the perturbations there, in their order. heads: of every site, by its name.
+def perturbed_sites(perturbations: Sequence[Perturbation], kinds: Mapping[str, Mapping[str, int]]) -> Perturbed:
+    """Site name -> the perturbations there, in their order. kinds: of every kind the sites, with their heads.
 
     Raises InputError for a selector that matches no site, or a head that a site does not have.
     """
     sites: dict[str, tuple[Perturbation, ...]] = {}
     for perturbation in perturbations:
-        for site in select_sites(perturbation.where, tuple(heads)):  # type: ignore[attr-defined]
-            check_heads(getattr(perturbation, "heads", None), heads[site], site)
+        kind = site_kind(perturbation)
+        for site in select_sites(perturbation.where, tuple(kinds[kind]), kind) if kind in kinds else ():  # type: ignore[attr-defined]
+            check_heads(getattr(perturbation, "heads", None), kinds[kind][site], site)
             sites[site] = (*sites.get(site, ()), perturbation)
     return sites
 
@@ -241,7 +410,7 @@ class Prepared(Mapping[str, Cond]):
 
     def __init__(self, conds: Mapping[str, Cond]):
         self._conds = dict(conds)
-        self.joins: dict[tuple[tuple[str, ...], int], Cond] = {}
+        self.joins: dict[tuple[tuple[str, ...], int, int], Cond] = {}
 
     def __getitem__(self, name: str) -> Cond:
         return self._conds[name]
@@ -252,11 +421,11 @@ class Prepared(Mapping[str, Cond]):
     def __len__(self) -> int:
         return len(self._conds)
 
-    def joined(self, names: Sequence[str], rows: int) -> Cond:
-        """`rows` rows of each of these conditionings, one after another."""
-        key = (tuple(names), rows)
+    def joined(self, names: Sequence[str], rows: int, times: int = 1) -> Cond:
+        """`rows` rows of each of these conditionings, each `times` times, one after another."""
+        key = (tuple(names), rows, times)
         if key not in self.joins:
-            self.joins[key] = Cond.cat([_rows(name, self[name], rows) for name in names])
+            self.joins[key] = Cond.cat([_rows(name, self[name], rows) for name in names for _ in range(times)])
         return self.joins[key]
 
 

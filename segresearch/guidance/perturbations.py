@@ -1,7 +1,13 @@
-"""Attention perturbations: calls `(q, k, v, site, attend) -> out` that know nothing of CFG, branches or batches.
+"""Perturbations of what the network computes; they know nothing of CFG, branches or batches.
 
-`attend` is the attention one may use: the plain one or, where several perturbations meet on a site, the one before it.
-Any function of that signature is a perturbation; `At` says where a plain function acts, SEG and PAG know it themselves.
+Of attention (site_kind "self", which is meant where there is none, or "cross"): `(q, k, v, site, attend) -> out`.
+Of a transformer block, a feed-forward or the embedding of t ("block", "ff", "embedding"): `(h, site, call) -> h`.
+Of the whole network: "view", a branch on parts of x, by `split(z) -> parts` and `join(denoised parts, x) -> denoised`
+(methods/swg.py); "network", a branch of another network, by its name `network` (methods/weak.py).
+
+`attend` and `call` are what one may use: the plain one or, where several perturbations meet on a site, the one before
+it. A perturbation with `remembers = True` finds at `site.past` what it kept there; one with `conditionings = (names)`
+finds their keys and values at `site.texts`. `At` says where a plain function acts, SEG and PAG know it themselves.
 """
 
 import math
@@ -17,22 +23,28 @@ from segresearch.errors import InputError
 from segresearch.fields import Boundary, Fraction, NonNegative, Whole, one_of
 from segresearch.guidance.blur import blur, check_blur, constant
 from segresearch.guidance.sites import Where, check_heads
-from segresearch.models.attention import Attend, Heads, Site
+from segresearch.models.attention import KINDS, Attend, Heads, Site
 
-Perturbation = Callable[[Tensor, Tensor, Tensor, Site, Attend], Tensor]  # (q, k, v, site, attend) -> out, each Heads
+Perturbation = Callable[..., Tensor]  # (q, k, v, site, attend) -> out, each Heads; or (h, site, call) -> h
+WHOLE = ("view", "network")  # the kinds of perturbations that have no sites
 
 
-def checked_out(out: Any, v: Heads, perturbation: Any, site: Site) -> Heads:
-    """`out`, a tensor of v's shape; for anything else an InputError with the perturbation and the site."""
-    shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-    if shape != tuple(v.shape):
-        raise InputError(f"{perturbation!r} gave {shape} at {site.name}, expected {tuple(v.shape)}")
+def site_kind(perturbation: Any) -> str:
+    """What a perturbation perturbs: a kind of sites (`attention.KINDS`), or one of WHOLE."""
+    return getattr(perturbation, "site_kind", "self")
+
+
+def checked_out(out: Any, shape: Sequence[int], perturbation: Any, site: Site) -> Tensor:
+    """`out`, a tensor of this shape; for anything else an InputError with the perturbation and the site."""
+    actual = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if actual != tuple(shape):
+        raise InputError(f"{perturbation!r} gave {actual} at {site.name}, expected {tuple(shape)}")
     return out
 
 
-def _freeze(perturbation: Any) -> None:
+def freeze(perturbation: Any) -> None:
     """Lists (of a config file, say) become tuples, so that equal perturbations compare and hash equal."""
-    where, heads = perturbation.where, perturbation.heads
+    where, heads = perturbation.where, getattr(perturbation, "heads", None)
     if isinstance(where, bool) or not isinstance(where, str | int | Sequence):
         raise InputError(f"where={where!r}: a selector is a text, an index or a list of these")
     if not isinstance(where, str | int):
@@ -57,7 +69,7 @@ def head_mask(heads: tuple[int, ...], count: int, site: str, device: torch.devic
     return mask[None, :, None, None]
 
 
-def _on_heads(heads: Sequence[int] | None, out: Tensor, plain: Tensor, site: Site) -> Tensor:
+def on_heads(heads: Sequence[int] | None, out: Tensor, plain: Tensor, site: Site) -> Tensor:
     """`out` on these heads, `plain` on the others; None is all."""
     if heads is None:
         return out
@@ -89,7 +101,7 @@ class SEG:
         check_blur(self.sigma, self.boundary)
         if self.on not in ("q", "k", "qk"):
             raise InputError(f'SEG blurs on="q", "k" or "qk", got {self.on!r}')
-        _freeze(self)
+        freeze(self)
 
     def __call__(self, q: Heads, k: Heads, v: Heads, site: Site, attend: Attend) -> Heads:
         """Attention of the blurred queries and/or keys on the site's grid."""
@@ -99,7 +111,7 @@ class SEG:
         if which not in self.on:
             return z
         smooth = blur(z, site.grid, self.sigma, self.boundary)
-        return _on_heads(self.heads, smooth, z, site)
+        return on_heads(self.heads, smooth, z, site)
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,7 @@ class PAG:
     def __post_init__(self) -> None:
         if not 0 <= self.tau <= 1:
             raise InputError(f"PAG tau must be in [0, 1], got {self.tau!r}")
-        _freeze(self)
+        freeze(self)
 
     def __call__(self, q: Heads, k: Heads, v: Heads, site: Site, attend: Attend) -> Heads:
         """(1 − τ)·attend(q, k, v) + τ·v."""
@@ -131,33 +143,42 @@ class PAG:
         if self.tau == 0:
             return plain
         out = v if self.tau == 1 else torch.lerp(plain, v, self.tau)
-        return _on_heads(self.heads, out, plain, site)
+        return on_heads(self.heads, out, plain, site)
 
 
 @dataclass(frozen=True)
 class At:
     """A plain function as a perturbation at sites and heads.
 
-    function: any `(q, k, v, site, attend) -> out`; it always sees every head.
+    function: `(q, k, v, site, attend) -> out`, which always sees every head; or `(h, site, call) -> h` for the kinds
+        "block", "ff" and "embedding".
     where: sites. heads: only these heads take the function's output, the others plain attention (one further `attend`).
+    site_kind: the kind of the sites, one of `attention.KINDS`.
     """
 
     function: Perturbation
     where: Where = "mid"
     heads: Sequence[int] | None = None
+    site_kind: str = "self"
 
     def __post_init__(self) -> None:
         if not callable(self.function) or isinstance(self.function, type):
             raise InputError(f"a perturbation is a call (q, k, v, site, attend) -> out, got {self.function!r}")
-        _freeze(self)
+        if self.site_kind not in KINDS:
+            raise InputError(f"site_kind={self.site_kind!r}: sites are of the kinds {', '.join(KINDS)}")
+        freeze(self)
 
-    def __call__(self, q: Heads, k: Heads, v: Heads, site: Site, attend: Attend) -> Heads:
+    def __call__(self, *arguments: Any) -> Tensor:
         """The function's output, on the chosen heads."""
+        if len(arguments) == 3:
+            return self.function(*arguments)  # (h, site, call)
+        q, k, v, site, attend = arguments
+        shape = (*q.shape[:3], v.shape[3])
         if self.heads is None:
-            return checked_out(self.function(q, k, v, site, attend), v, self, site)
+            return checked_out(self.function(*arguments), shape, self, site)
         plain = attend(q, k, v, site)  # first, should the function work in place
-        out = checked_out(self.function(q, k, v, site, attend), v, self, site)
-        return _on_heads(self.heads, out, plain, site)
+        out = checked_out(self.function(*arguments), shape, self, site)
+        return on_heads(self.heads, out, plain, site)
 
     def __repr__(self) -> str:
         name = getattr(self.function, "__name__", None) or repr(self.function)

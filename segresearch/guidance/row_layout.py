@@ -1,8 +1,10 @@
-"""The rows of one forward: which branches share rows, where it forks into a block for each branch, their attention."""
+"""The rows of one forward: which branches share rows, where it forks into a part for each branch, and what each part
+does at the sites that a branch is perturbed at."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,20 +13,22 @@ from torch import Tensor
 from segresearch.guidance.blur import constant
 from segresearch.guidance.perturbations import Perturbation, checked_out
 from segresearch.guidance.terms import Branch
-from segresearch.models.attention import Attend, Heads, KeyHeads, Site
+from segresearch.models.attention import EMBEDDING, Attend, Call, Heads, KeyHeads, Part, Site
+from segresearch.models.conditioning import Projection
+from segresearch.sampling.memory import Past, Run
 
 Perturbed = Mapping[str, tuple[Perturbation, ...]]  # the perturbations of one branch, by site
-Groups = Mapping[tuple[Perturbation, ...], Sequence[int]]  # numbers of the blocks under the same perturbations
-Names = tuple[tuple[str, ...], ...]  # the branches that each block of rows belongs to
+Groups = Mapping[tuple[Perturbation, ...], Sequence[int]]  # numbers of the parts under the same perturbations
+Names = tuple[tuple[str, ...], ...]  # the branches that each part of the rows belongs to
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Blocks of equally many rows: one for each distinct conditioning up to the fork, one for each branch after it.
+    """Parts of equally many rows: one for each distinct conditioning up to the fork, one for each branch after it.
 
     conditionings: the distinct ones. branches: the distinct ones, unperturbed first.
-    fork: the site at which the blocks of the conditionings become those of the branches. None: the branches have their
-        own blocks from the start.
+    fork: the site at which the parts of the conditionings become those of the branches. None: the branches have their
+        own parts from the start.
     groups: at every site where any branch is perturbed, the branches under the same perturbations.
     computed: for each requested branch, the one of `branches` that is equal to it.
     """
@@ -37,7 +41,7 @@ class Layout:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The conditioning of each block that enters the network."""
+        """The conditioning of each part that enters the network."""
         return tuple(branch.conditioning for branch in self.branches) if self.fork is None else self.conditionings
 
     @property
@@ -54,47 +58,46 @@ class Layout:
 
 
 def layout(
-    branches: Sequence[Branch],
+    computed: Mapping[Branch, Branch],
     perturbed: Mapping[tuple[Perturbation, ...], Perturbed],
     sites: Sequence[str],
-    alias: Mapping[str, str],
     fork: bool = True,
 ) -> Layout:
-    """The fewest rows that give every one of `branches`.
+    """The fewest rows that give every branch.
 
+    computed: each branch with all its perturbations, on the first of the conditionings that are equal to its own.
     perturbed: for each tuple of perturbations that occurs, these by site. sites: all, in the order of a forward pass.
-    alias: for each conditioning the name of the first one that is equal to it. fork: False gives every branch its own
-    rows from the start.
+    fork: False gives every branch its own rows from the start.
 
     Branches on one conditioning have equal rows up to the first perturbed site, which is where the pass forks. Where
-    no two branches share a conditioning nothing forks.
+    no two branches share a conditioning, or the embedding of t is perturbed, nothing forks.
     """
-    computed = {branch: replace(branch, conditioning=alias[branch.conditioning]) for branch in branches}
     distinct = sorted(dict.fromkeys(computed.values()), key=lambda branch: bool(branch.perturbations))
     conditionings = tuple(dict.fromkeys(branch.conditioning for branch in distinct))
     by_site = [perturbed[branch.perturbations] for branch in distinct]
     groups: dict[str, dict[tuple[Perturbation, ...], list[int]]] = {site: {} for sites in by_site for site in sites}
-    for site, blocks in groups.items():
+    for site, parts in groups.items():
         for number, perturbations in enumerate(by_site):
-            blocks.setdefault(perturbations.get(site, ()), []).append(number)
+            parts.setdefault(perturbations.get(site, ()), []).append(number)
     shared = len(distinct) > len(conditionings)
-    first = next(site for site in sites if site in groups) if fork and shared else None
-    return Layout(conditionings, tuple(distinct), first, dict(groups), computed)
+    first = next(site for site in sites if site in groups) if fork and shared else EMBEDDING
+    return Layout(conditionings, tuple(distinct), None if first == EMBEDDING else first, groups, computed)
 
 
 @constant
-def row_index(blocks: tuple[int, ...], rows: int, device: torch.device) -> Int[Tensor, " rows_out"]:
-    """Row numbers of these blocks of `rows` rows, one block after another; made once, not once a step."""
-    return torch.tensor([block * rows + row for block in blocks for row in range(rows)], device=device)
+def row_index(parts: tuple[int, ...], rows: int, device: torch.device) -> Int[Tensor, " rows_out"]:
+    """Row numbers of these parts of `rows` rows, one part after another; made once, not once a step."""
+    return torch.tensor([part * rows + row for part in parts for row in range(rows)], device=device)
 
 
 @dataclass(frozen=True)
 class BranchAttention:
-    """An `attend` for a batch of equal blocks of rows; at each site, blocks under the same perturbations go together.
+    """An `attend` for a batch of equal parts of rows; at each site, parts under the same perturbations go together.
 
-    groups: the sites where any block is perturbed (`Layout`). rows: of one block.
-    before, after: branches of each block before the fork and after it. sigma: of the rows of one block.
+    groups: the sites where any part is perturbed (`Layout`). rows: of one part.
+    before, after: branches of each part before the fork and after it. sigma, keys: of the rows of one part.
     attend: the innermost attention, which all perturbations end in. Its site holds the branches of its rows and sigma.
+    texts: the conditionings that a perturbation of the cross-attention asks for. past: where one remembers something.
     """
 
     groups: Mapping[str, Groups]
@@ -103,35 +106,102 @@ class BranchAttention:
     after: Names
     attend: Attend
     sigma: Float[Tensor, " rows"] | None = None
+    keys: Int[Tensor, " rows"] | None = None
+    texts: Mapping[str, Projection] = field(default_factory=dict)
+    past: Past | None = None
 
     def __call__(self, q: Heads, k: KeyHeads, v: KeyHeads, site: Site) -> Heads:
         if site.name not in self.groups:
-            names = self.after if len(v) == len(self.after) * self.rows else self.before
-            return self.attend(q, k, v, site._replace(branches=names, sigma=self.sigma))
-        out = [v[:0]] * len(self.after)
-        for perturbations, blocks in self.groups[site.name].items():
-            group_q, group_k, group_v = (_blocks(z, blocks, self.rows) for z in (q, k, v))  # (m · self.rows, h, n, d)
-            group_site = site._replace(branches=tuple(self.after[block] for block in blocks), sigma=self.sigma)
-            parts = compose(perturbations, self.attend)(group_q, group_k, group_v, group_site).split(self.rows)
-            for block, part in zip(blocks, parts, strict=True):
-                out[block] = part
+            names = self.after if len(q) == len(self.after) * self.rows else self.before
+            return self.attend(q, k, v, site._replace(branches=names, sigma=self.sigma, keys=self.keys))
+        out = [q[:0]] * len(self.after)
+        for perturbations, parts in self.groups[site.name].items():
+            group_q, group_k, group_v = (_rows(z, parts, self.rows) for z in (q, k, v))  # (m · self.rows, h, n, d)
+            attend = compose(perturbations, self.attend, self.past)
+            for part, rows in zip(parts, attend(group_q, group_k, group_v, self.site(site, parts)).split(self.rows)):
+                out[part] = rows
+        return torch.cat(out)
+
+    def site(self, site: Site, parts: Sequence[int]) -> Site:
+        """The site of a call with these parts."""
+        texts = {name: one.text[site.name] for name, one in self.texts.items()} if site.kind == "cross" else {}
+        names = tuple(self.after[part] for part in parts)
+        return site._replace(branches=names, sigma=self.sigma, keys=self.keys, texts=texts)
+
+    def within(self, block: str, parts: Sequence[int]) -> "BranchAttention":
+        """The attention in a block, of a batch of these parts alone."""
+        groups = {}
+        for site in (f"{block}.attn1", f"{block}.attn2", f"{block}.ff"):
+            if site in self.groups:
+                numbers = {p: [parts.index(i) for i in of if i in parts] for p, of in self.groups[site].items()}
+                groups[site] = {p: of for p, of in numbers.items() if of}
+        after = tuple(self.after[part] for part in parts)
+        return BranchAttention(
+            groups, self.rows, after, after, self.attend, self.sigma, self.keys, self.texts, self.past
+        )
+
+
+@dataclass(frozen=True)
+class BranchCalls:
+    """A `wrap` for the same batch: at each site, parts under the same perturbations are one call."""
+
+    attention: BranchAttention
+
+    def __call__(self, call: Call, h: Float[Tensor, "rows *shape"], site: Site) -> Float[Tensor, "rows_out *out"]:
+        a = self.attention
+        if site.name not in a.groups:
+            return call(h)
+        out: list[Tensor] = [h[:0]] * len(a.after)
+        for perturbations, parts in a.groups[site.name].items():
+            own: Call = call
+            if site.kind == "block" and len(parts) < len(a.after):
+                within = a.within(site.name, parts)
+                own = partial(call, part=Part(row_index(tuple(parts), a.rows, h.device), within, BranchCalls(within)))
+            for perturbation in perturbations:
+                own = partial(perturbed_call, perturbation, own, remembering(perturbation, a.site(site, parts), a.past))
+            for part, rows in zip(parts, own(_rows(h, parts, a.rows)).split(a.rows)):
+                out[part] = rows
         return torch.cat(out)
 
 
-def _blocks(z: Tensor, blocks: Sequence[int], rows: int) -> Tensor:
-    """The blocks of `rows` rows with these numbers, one after another; a view if they are neighbours."""
-    if blocks[-1] - blocks[0] == len(blocks) - 1:
-        return z[blocks[0] * rows : (blocks[-1] + 1) * rows]
-    return torch.cat([z[i * rows : (i + 1) * rows] for i in blocks])
+def _rows(z: Tensor, parts: Sequence[int], rows: int) -> Tensor:
+    """The parts of `rows` rows with these numbers, one after another; a view if they are neighbours."""
+    if parts[-1] - parts[0] == len(parts) - 1:
+        return z[parts[0] * rows : (parts[-1] + 1) * rows]
+    return torch.cat([z[i * rows : (i + 1) * rows] for i in parts])
 
 
-def compose(perturbations: Sequence[Perturbation], attend: Attend) -> Attend:
+def compose(perturbations: Sequence[Perturbation], attend: Attend, past: Past | None = None) -> Attend:
     """`attend` under the perturbations; each is handed what came before it."""
     for perturbation in perturbations:
-        attend = partial(perturbed_attention, perturbation, attend)
+        attend = partial(perturbed_attention, perturbation, attend, past)
     return attend
 
 
-def perturbed_attention(perturbation: Perturbation, attend: Attend, q: Heads, k: KeyHeads, v: KeyHeads, site: Site) -> Heads:
+def perturbed_attention(
+    perturbation: Perturbation, attend: Attend, past: Past | None, q: Heads, k: KeyHeads, v: KeyHeads, site: Site
+) -> Heads:
     """The perturbation's output, checked."""
-    return checked_out(perturbation(q, k, v, site, attend), v, perturbation, site)
+    out = perturbation(q, k, v, remembering(perturbation, site, past), attend)
+    return checked_out(out, (*q.shape[:3], v.shape[3]), perturbation, site)
+
+
+def perturbed_call(
+    perturbation: Any, call: Call, site: Site, h: Float[Tensor, "rows *shape"], **options: Any
+) -> Float[Tensor, "rows *out"]:
+    """A call under the perturbation, checked. options: of the call of a block (`without`)."""
+    out = perturbation(h, site, partial(call, **options) if options else call)
+    width = getattr(out, "shape", ())[1:] if site.kind == "embedding" else h.shape[1:]
+    return checked_out(out, (len(h), *width), perturbation, site)
+
+
+def remembering(perturbation: Perturbation, site: Site, past: Past | None) -> Site:
+    """The site with what the perturbation remembers there of these branches."""
+    if past is None:
+        return site
+    return site._replace(past=Past(past.run, (perturbation, site.name, site.branches), past.sigma))
+
+
+def used_run(perturbations: Sequence[Perturbation], run: Run | None, sigma: float) -> Past | None:
+    """The past that these perturbations need: none where none of them remembers anything."""
+    return Past(run, "", sigma) if any(getattr(p, "remembers", False) for p in perturbations) else None

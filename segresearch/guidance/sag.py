@@ -15,6 +15,7 @@ from segresearch.guidance.guided_denoiser import Conds, Control, GuidedDenoiser
 from segresearch.guidance.step import Latents, Sigma
 from segresearch.guidance.terms import ALWAYS, Branch, Interval, Scale, check_scale, scale_at, scale_text
 from segresearch.models.attention import Attend, Heads, KeyHeads, Site
+from segresearch.sampling.memory import Run
 
 TAPS = 9  # of the latent blur, whatever its sigma, as in the published code
 
@@ -66,8 +67,9 @@ class SelfAttentionGuidance:
     __getattr__ = GuidedDenoiser.__getattr__  # the schedule of `self.denoiser`
 
     def __call__(
-        self, x: Latents, sigma: Sigma, conds: Conds, control: Control = None, attend: Attend | None = None
-    ) -> Latents:
+        self, x: Latents, sigma: Sigma, conds: Conds, control: Control = None, attend: Attend | None = None,
+        run: Run | None = None,
+    ) -> Latents:  # fmt: skip
         """The guided denoised image; arguments and errors as for GuidedDenoiser.
 
         `control` and `attend` serve both forwards, each with ControlNets of its own x. In the second one the site's
@@ -76,7 +78,7 @@ class SelfAttentionGuidance:
         values = sigma.tolist()
         scales = [scale_at(self.scale, self.interval, s, "SAG") for s in values]
         if not any(scales):
-            return self.inner(x, sigma, conds, control, attend)
+            return self.inner(x, sigma, conds, control, attend, run)
         sigma = sigma.view_as(sigma)  # a tensor object of this call's own, see Site.sigma
         bases = {self._base(s) for s in values}
         if len(bases) > 1:
@@ -95,15 +97,15 @@ class SelfAttentionGuidance:
             return innermost(q, k, v, site)
 
         innermost = attend or self.inner.attend
-        branches = list(dict.fromkeys([base, *(b for s in sorted(set(values)) for b in self.inner.branches(s))]))
-        denoised = self.inner.evaluate(x, sigma, branches, conds, control, masking, values)
+        branches = list(dict.fromkeys([base, *(b for s in sorted(set(values)) for b in self.inner.branches(s, run))]))
+        denoised = self.inner.evaluate(x, sigma, branches, conds, control, masking, values, run)
         plain = denoised[base]
         degraded = self.degrade(plain, masks[0])
         noised = degraded + (x - plain)  # x − D = σ·ε
         named_attend = partial(under_name, innermost, f"{base}~sag")
-        second = self.inner.evaluate(noised, sigma, [base], conds, control, named_attend, values)[base]
+        second = self.inner.evaluate(noised, sigma, [base], conds, control, named_attend, values, run)[base]
         extra = per_row(scales, plain) * (degraded - second)
-        return self.inner.combine(x, sigma, denoised, extra, values)
+        return self.inner.combine(x, sigma, denoised, extra, values, run)
 
     def degrade(self, plain: Latents, mask: Bool[Tensor, "rows mask_h mask_w"]) -> Latents:
         """`plain` blurred where the mask is set; the mask may be of any coarser grid."""

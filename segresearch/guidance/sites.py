@@ -1,4 +1,4 @@
-"""Which self-attention sites a perturbation acts on.
+"""Which sites a perturbation acts on: self-attention, or the sites of its own kind.
 
 A selector `where` is one of
 
@@ -21,6 +21,8 @@ from segresearch.errors import InputError
 from segresearch.fields import Whole
 
 Where = str | Whole | Sequence[str | Whole]
+NOUNS = {"self": "self-attention site", "cross": "cross-attention site", "block": "transformer block",
+         "ff": "feed-forward", "embedding": "embedding"}  # fmt: skip
 
 
 def _matches(where: str | int, sites: Sequence[str]) -> list[str]:
@@ -34,8 +36,8 @@ def _matches(where: str | int, sites: Sequence[str]) -> list[str]:
     return [site for site in sites if fnmatchcase(site, where)]
 
 
-def select_sites(where: Where, sites: Sequence[str]) -> tuple[str, ...]:
-    """The sites that `where` (see the module) names, in the order of `sites`.
+def select_sites(where: Where, sites: Sequence[str], kind: str = "self") -> tuple[str, ...]:
+    """The sites that `where` (see the module) names, in the order of `sites`, all of one `kind` (`attention.KINDS`).
 
     Raises ValueError, listing real site names, if any part of `where` matches nothing.
     """
@@ -45,7 +47,7 @@ def select_sites(where: Where, sites: Sequence[str]) -> tuple[str, ...]:
         matches = _matches(part, sites)
         if not matches:
             raise InputError(
-                f"where={where!r}: {part!r} matches no self-attention site of this model; use a group (down, mid, up), "
+                f"where={where!r}: {part!r} matches no {NOUNS[kind]} of this model; use a group (down, mid, up), "
                 f'a block ("up.0.2"), an index or a glob over: {_listing(sites)}'
             )
         chosen.update(matches)

@@ -7,11 +7,12 @@ The shape of a term puts another difference in place of D[pos] − D[neg].
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Literal
 
 from segresearch.errors import InputError
 from segresearch.fields import NonNegative, Number
-from segresearch.guidance.perturbations import PAG, SEG, At, Perturbation
+from segresearch.guidance.perturbations import WHOLE, At, Perturbation, site_kind
 from segresearch.guidance.sites import Where
 from segresearch.guidance.step import Shape
 from segresearch.sampling.intervals import ALWAYS, Interval, check_interval
@@ -76,7 +77,7 @@ class Branch:
         if bool(self.perturbations) != bool(self.name):
             raise InputError(f"a branch has perturbations and a name, or neither: {self.perturbations}, {self.name!r}")
         for p in self.perturbations:
-            if not (callable(p) and hasattr(p, "where")) or isinstance(p, type):
+            if site_kind(p) not in WHOLE and not (callable(p) and hasattr(p, "where")) or isinstance(p, type):
                 raise InputError(f'branch {self}: {p!r} has no place; give one: At(function, where="mid")')
             try:
                 hash(p)
@@ -95,6 +96,7 @@ class Ramp:
     Raises ValueError unless sigma_start > sigma_stop > 0 and both scales are finite.
     """
 
+    kind: Literal["ramp"] = field(default="ramp", kw_only=True, repr=False)
     start: Number
     stop: Number
     sigma_start: NonNegative = 14.614642
@@ -226,8 +228,11 @@ def _interval(interval: Sequence[float | int]) -> Interval:
 
 
 def _bind(p: Perturbation, where: Where | None, heads: Sequence[int] | None) -> Perturbation:
-    if not isinstance(p, SEG | PAG | At):
-        if hasattr(p, "where") and where is None and heads is None:
-            return p
-        p = At(p, getattr(p, "where", "mid"))
-    return replace(p, where=p.where if where is None else where, heads=p.heads if heads is None else heads)
+    if not hasattr(p, "where") and site_kind(p) not in WHOLE:
+        p = At(p)
+    changes = {name: value for name, value in (("where", where), ("heads", heads)) if value is not None}
+    if not changes:
+        return p
+    if not is_dataclass(p) or not changes.keys() <= {field.name for field in fields(p)}:
+        raise InputError(f"{p!r} takes no {' and no '.join(changes)}; name its place where it is made")
+    return replace(p, **changes)  # type: ignore[type-var]

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from segresearch.sampling.memory import NOTHING, Past
 
-
 KINDS = ("embedding", "block", "self", "cross", "ff")  # of sites, in the order in which a forward pass meets them
+
+EMBEDDING = "time_embedding"  # the site of that kind
 
 
 class Site(NamedTuple):

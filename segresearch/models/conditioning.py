@@ -79,6 +79,10 @@ class Cond:
         """The cached keys and values for `net`, or the conditioning itself."""
         return self.projections.get(net, self)
 
+    def projected_by(self, net: Any) -> Projection:
+        """The keys and values for `net`, cached or computed now."""
+        return self.projections.get(net) or net.project(self)
+
     def equals(self, other: "Cond") -> bool:
         """Whether the two hold the same values."""
         mine, its = ((c.context, c.pooled, c.time_ids) for c in (self, other))

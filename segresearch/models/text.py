@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from segresearch.errors import InputError
@@ -55,6 +55,10 @@ class TextEncoders:
         pad = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
         return tokenizer(list(texts), **pad).input_ids
 
+    def network(self, which: int) -> nn.Module:
+        """What reads the tokens of tokenizer 0 or 1: encoder 0 or 1, or in a subclass something of its kind."""
+        return self.encoders[which]
+
     @torch.no_grad()
     def encode(
         self, texts: Sequence[str], clip_skip: int | None = None, device: torch.device | str | None = None
@@ -73,7 +77,8 @@ class TextEncoders:
         states = []
         for which, encoder in enumerate(self.encoders):
             ids = self.tokens(texts, which).to(device or encoder.device)
-            run = encoder if device is None else on_device(encoder, device)
+            network = self.network(which)
+            run = network if device is None else on_device(network, device)
             out = run(ids, output_hidden_states=True)
             states.append(out.hidden_states[-(skip + 2)])
         return torch.cat(states, dim=-1), out.text_embeds  # (rows, text, d1 + d2), (rows, pooled)

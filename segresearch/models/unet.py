@@ -4,9 +4,8 @@
                                        └────────── skips ──────┘
 
 The timestep, the pooled text and the image sizes become one embedding, which every resnet adds. The text enters by
-cross-attention. Attention is the caller's `attend`, blocks go through the caller's `wrap` (see `attention`). At a `fork`
-the rows become more rows.
-Which configs are accepted: `models.network_configs`.
+cross-attention. Attention is the caller's `attend`, blocks go through the caller's `wrap` (see `attention`). At a
+`fork` the rows become more rows. Which configs are accepted: `models.network_configs`.
 """
 
 import math
@@ -22,7 +21,17 @@ from torch import Tensor, nn
 
 from segresearch.errors import InputError
 from segresearch.models.attention import (
-    KINDS, Attend, Context, Fork, Site, Transformer, TransformerBlock, Wrap, follow, plain, sdpa,
+    EMBEDDING,
+    Attend,
+    Context,
+    Fork,
+    Site,
+    Transformer,
+    TransformerBlock,
+    Wrap,
+    follow,
+    plain,
+    sdpa,
 )  # fmt: skip
 from segresearch.models.conditioning import Cond, Projection
 from segresearch.models.layers import Downsample, Resnet, Upsample
@@ -209,7 +218,7 @@ class Encoder(nn.Module):
     ) -> Context:  # fmt: skip
         """What the blocks of one forward pass share. cond may be a projection by this network."""
         projection = cond if isinstance(cond, Projection) else self.project(cond)
-        time = wrap(self.embed_time, t, Site("time_embedding", (1, 1), "embedding"))
+        time = wrap(self.embed_time, t, Site(EMBEDDING, (1, 1), "embedding"))
         return Context(time + projection.added, projection.text, attend, wrap, fork)
 
     def embed_time(self, t: Float[Tensor, " rows"]) -> Float[Tensor, "rows e"]:
@@ -269,8 +278,13 @@ class UNet(Encoder):
         """Names of the sites of every kind (`attention.KINDS`), each in the order of a forward pass, with the number of
         heads (0 where there are none)."""
         blocks = self.transformer_blocks
-        cross, ff = {b.attn2.name: b.attn2.heads for b in blocks}, {f"{b.name}.ff": 0 for b in blocks}
-        return dict(zip(KINDS, ({"time_embedding": 0}, {b.name: 0 for b in blocks}, self.site_heads, cross, ff), strict=True))
+        return {
+            "embedding": {EMBEDDING: 0},
+            "block": {block.name: 0 for block in blocks},
+            "self": self.site_heads,
+            "cross": {block.attn2.name: block.attn2.heads for block in blocks},
+            "ff": {f"{block.name}.ff": 0 for block in blocks},
+        }
 
     @property
     def all_sites(self) -> tuple[str, ...]:

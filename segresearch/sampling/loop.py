@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from segresearch.errors import InputError
 from segresearch.sampling import schedules
 from segresearch.sampling.kdiffusion import k_diffusion
+from segresearch.sampling.memory import Run
 from segresearch.sampling.noise import brownian_noise, image_key, noise_keys, white_noise
 from segresearch.sampling.schedules import checked_sigmas, choose, start_scale
 
@@ -60,7 +61,7 @@ def sample(
 
     model: k-diffusion's contract, model(x, sigma, **extra) -> denoised, with `.sigmas`, `.sigma_min`, `.sigma_max`,
         `.steps_offset`. `conds`, unless None, and everything in `extra` are handed to each call by name, after
-        `model.prepare`, if there is one, has seen them.
+        `model.prepare(arguments, run)`, if there is one, has seen them and the `Run` that these evaluations are.
     sampler, schedule, steps: names in SAMPLERS and SCHEDULES; `schedule` may be the sigmas themselves (strictly falling
         to 0, noise starts at sigmas[0]), and `steps` is then not read. dpm_fast spends `steps` evaluations between the
         schedule's ends; dpm_adaptive as many as its tolerance needs.
@@ -104,7 +105,10 @@ def sample(
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}",
     )  # fmt: skip
     with torch.no_grad(), torch.random.fork_rng(devices), bar:
-        arguments = getattr(model, "prepare", dict)(arguments)  # work that is the same at every step, done once
+        if hasattr(model, "prepare"):  # work that is the same at every step, done once
+            own_sigmas = churn or sampler in END_TO_END
+            run = Run(torch.tensor(keys, device=device), sampler, None if own_sigmas else tuple(sigmas.tolist()))
+            arguments = model.prepare(arguments, run)
         parts = []
         for rows in groups:
             if churn:
