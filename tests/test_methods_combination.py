@@ -375,7 +375,7 @@ def test_adaptive_stop_reads_the_cosine_of_eps():
     step = step_of(d, 10.0, run=run_of())
     c, u = (step.eps(d[name]).flatten(1) for name in ("cond", "uncond"))
     cosine = torch.nn.functional.cosine_similarity(c, u)
-    AdaptiveStop(cosine=float(cosine.sort().values[1]) - 1e-9)(d["cond"], d["uncond"], step)
+    AdaptiveStop(cosine=float(cosine.sort().values[1]) - 1e-9, space="eps")(d["cond"], d["uncond"], step)
     state = Past(step.past.run, "method", 4.0).read()
     assert torch.equal(state.flatten(), cosine >= cosine.sort().values[1])
 

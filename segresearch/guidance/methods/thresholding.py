@@ -26,9 +26,9 @@ class Threshold:
     """Imagen, arXiv 2205.11487, Section 2.3, in denoised space: D′ = clip(D, −t, t)·bound/t, t = max(bound, quantile).
 
     percentile: of |D| over an image, 0.995. bound: the largest value of an image, 1 in pixels. Latents have no such
-    bound, so there is no published value for SDXL; conf/guidance/threshold.yaml takes 3, three standard deviations of
-    the latents it was made for. diffusers' `dynamic_thresholding_ratio` is `percentile`; its `sample_max_value` holds t
-    down and is not here.
+    bound, so there is no published value for SDXL; conf/guidance/threshold.yaml takes 4, about the largest value of
+    mini's latents without guidance. diffusers' `dynamic_thresholding_ratio` is `percentile`; its `sample_max_value`
+    holds t down and is not here.
 
     Raises InputError for a percentile outside [0, 1] or a bound that is not positive and finite.
     """

@@ -16,13 +16,13 @@ from segresearch.sampling.memory import Run
 class ZSampling:
     """Zigzag diffusion sampling, arXiv 2412.10891, as the D with which an Euler step from σ to σ′ is the zigzag's.
 
-    x′ = D + r·(x − D) with r = σ′/σ is the guided step, x″ = D_b + (x′ − D_b)/r with D_b = D[base](x′, σ′) its inversion,
-    and D″ = D(x″, σ) guides the step that counts: D_eff = D″ + (x″ − x)·r/(1 − r). There is no zigzag at the last step.
+    x′ = D + r·(x − D), r = σ′/σ, is the guided step, x″ = D_b + (x′ − D_b)/r with D_b = D[base](x′, σ′) its inversion,
+    and D″ = D(x″, σ) the prediction of the step that counts: D_eff = D″ + (x″ − x)·r/(1 − r). The last step is plain.
 
-    base: the conditioning of the inversion. None: the negative one where CFG is on (the published inversion guidance 0),
-        else the inner's base. interval: (low, high) in σ where it acts. Published for SDXL: guidance 5.5, every step of
-        50 but the last. The cost is two guided forwards and one row an image more.
-    The authors' code evaluates the inversion at σ, not at the σ′ of x′ [methods by a third party's reading].
+    base: the conditioning of the inversion. None: the negative one where CFG is on (the published inversion guidance
+        0), else the inner's base. interval: (low, high) in σ where it acts. Published for SDXL: guidance 5.5, every
+        step of 50 but the last. It costs a second guided forward, and one of one row an image. The authors' code
+        evaluates the inversion at σ, not at the σ′ of x′ [by a third party's reading].
 
     Raises InputError without a run, or at a σ that is not of its schedule.
     """
