@@ -21,7 +21,15 @@ from segresearch.config.expand import Panel, panels, slug
 from segresearch.control_images.identify import control_records, identify_controls
 from segresearch.errors import NotFinite
 from segresearch.image_grid import Block, cell_height, draw_grid, image_size
-from segresearch.records import config_record, image_record, read_record, run_record, sampling_identity, save_png
+from segresearch.records import (
+    config_record,
+    image_record,
+    read_record,
+    run_record,
+    sampling_identity,
+    save_png,
+    with_networks,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL
@@ -98,7 +106,11 @@ def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
 
 def expand(config: GenerateConfig) -> Run:
     """The run of `config`; its folder is created. ConfigError and CheckpointError for files that are missing."""
-    plan, weights = panels(config), resolve_model(config.model.path)
+    weights = resolve_model(config.model.path)
+    plan = [
+        replace(panel, methods={name: with_networks(g, weights) for name, g in panel.methods.items()})
+        for panel in panels(config)
+    ]
     fingerprint = runs.fingerprint(weights)
     identified = [identify_controls(panel.controls, [row.images for row in panel.rows], weights) for panel in plan]
     entries = []  # of each panel what its images depend on
@@ -142,7 +154,7 @@ def sample_missing(run: Run, missing: set[Path], model: "SDXL | None") -> float:
     sdxl = load_model(config.model, config.device, nets, config.compute) if model is None else model
     sdxl.latent_shape(config.size)  # what does not fit the model fails here, before the first image
     columns = [
-        (files.panel, method, list(images.items()), build_guidance(files.panel.methods[method], sdxl.denoiser))
+        (files.panel, method, list(images.items()), build_guidance(files.panel.methods[method], sdxl))
         for files in run.panels
         for method, images in files.images.items()
     ]

@@ -1,5 +1,6 @@
 """The record of an image: what decides it, as JSON in the text chunk "segresearch" of its PNG. Light: no torch."""
 
+import dataclasses
 import io
 import json
 from collections.abc import Iterable, Mapping
@@ -9,8 +10,10 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from segresearch import runs
+from segresearch.checkpoints.resolve import resolve_network
 from segresearch.config.build import device_kind
 from segresearch.config.schema import GuidanceConfig, RunConfig
+from segresearch.errors import ConfigError
 
 KEY = "segresearch"
 END = b"IEND\xaeB`\x82"  # of a whole PNG
@@ -24,6 +27,20 @@ def sampling_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     model = {"fingerprint": fingerprint, "dtype": config.model.dtype, "vae_dtype": config.model.vae_dtype}
     settings = {key: getattr(config, key) for key in ("sampler", "schedule", "steps", "size")}
     return {"model": model, **settings, **config.compute.identity(device_kind(config.device))}
+
+
+def with_networks(guidance: GuidanceConfig, model: Path) -> GuidanceConfig:
+    """`guidance` with the fingerprints of its further networks, on which images depend. model: its folder or file.
+    ConfigError for weights other than those that a fingerprint names."""
+    networks = {}
+    for key, network in guidance.networks.items():
+        path = resolve_network(network.path, model)
+        fingerprint = runs.fingerprint(path)
+        if network.fingerprint not in (None, fingerprint):
+            text = f"{path} has weights {fingerprint}, not {network.fingerprint}"
+            raise ConfigError(f"guidance.networks.{key}: {text}; leave `fingerprint` out to take them")
+        networks[key] = dataclasses.replace(network, fingerprint=fingerprint)
+    return dataclasses.replace(guidance, networks=networks) if networks else guidance
 
 
 def run_record(config: RunConfig, fingerprint: str, run: str) -> dict[str, Any]:

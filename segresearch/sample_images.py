@@ -28,8 +28,19 @@ def sample_images(
     model: a guided denoiser of `sdxl`. config: of which sampler, schedule, steps and size are read. negative: as in
     `SDXL.encode`. attend: the innermost attention. Raises NotFinite, and what `SDXL.encode` and `sample` raise.
     """
-    conds = sdxl.encode(prompts, negative=negative, size=config.size)
+    conds = encode_conds(sdxl, model, prompts, negative, config.size)
     return decode_images(sdxl, sample_latents(sdxl, model, seeds, conds, config, control, attend))
+
+
+def encode_conds(
+    sdxl: "SDXL", model: Any, prompts: Sequence[str], negative: str | None = None, size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """All conditionings that a guided denoiser needs: cond, uncond, and those that it makes from texts."""
+    conds = sdxl.encode(prompts, negative=negative, size=size)
+    makers = getattr(model, "inner", model).conditionings
+    return conds | {
+        name: make.encode(sdxl, prompts, negative, size) for name, make in makers.items() if hasattr(make, "encode")
+    }
 
 
 @torch.no_grad()
@@ -37,7 +48,7 @@ def sample_latents(
     sdxl: "SDXL", model: Any, seeds: Sequence[int], conds: Mapping[str, Any], config: RunConfig,
     control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
 ) -> Latents:  # fmt: skip
-    """Latents from the noise of each seed; conds: of `SDXL.encode`. Raises NotFinite, which names the seeds."""
+    """Latents from the noise of each seed; conds: of `encode_conds`. Raises NotFinite, which names the seeds."""
     schedule = config.schedule.name if config.schedule.rho is None else run_sigmas(sdxl, config)
     noise = initial_noise(seeds, sdxl.latent_shape(config.size))
     with sdxl.arithmetic():

@@ -30,10 +30,9 @@ from segresearch.config.build import build_guidance, load_model, resolved
 from segresearch.config.compose import written_config
 from segresearch.config.expand import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
-from segresearch.guidance import SelfAttentionGuidance
 from segresearch.pages import Cell, render, to_csv
 from segresearch.plot_style import name_sigma, save
-from segresearch.records import figure_record, sampling_identity
+from segresearch.records import figure_record, sampling_identity, with_networks
 from segresearch.sample_images import sample_images
 from segresearch.wandb_log import WandbRun, log
 
@@ -73,6 +72,7 @@ def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
     images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
     identity = sampling_identity(config, runs.fingerprint(resolve_model(config.model.path)))
     identity |= {key: getattr(config, key) for key in ("guidance", "negative", "where", "heads", "branch", "blur")}
+    identity["guidance"] = with_networks(config.guidance, resolve_model(config.model.path))
     identity |= {"version": VERSION, "images": images, "measured_steps": config.steps_from_0}
     folder = runs.run_folder(config.out, config.name, identity)
     recorded, html, partial = folder / "recording", folder / PAGE, folder / ".recording"
@@ -99,9 +99,9 @@ def _capture(config: AnalyzeConfig, sdxl: "SDXL", images: Images, folder: Path) 
 
     Raises InputError for a branch, a site, a head or a size that does not exist.
     """
-    guided = build_guidance(config.guidance, sdxl.denoiser)
-    inner = guided.inner if isinstance(guided, SelfAttentionGuidance) else guided
-    names = dict.fromkeys(map(str, [inner.base, *(b for t in inner.terms.values() for b in (t.pos, t.neg))]))
+    guided = build_guidance(config.guidance, sdxl)
+    inner = getattr(guided, "inner", guided)
+    names = dict.fromkeys(map(str, [inner.base, *(b for t in inner.terms.values() for b in t.branches)]))
     if config.branch not in names:
         raise ConfigError(f"branch: no branch {config.branch!r} under this guidance; there are {', '.join(names)}")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped

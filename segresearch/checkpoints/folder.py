@@ -154,6 +154,16 @@ def _vae_key(key: str) -> str:
     return re.sub(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda old: names[old[0]], key)
 
 
+def open_unet(folder: Path) -> tuple[UNet, Weights]:
+    """A UNet alone, still on the meta device, with its weights. CheckpointError for a folder of another network."""
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") != "UNet2DConditionModel":
+        raise CheckpointError(f"{folder} is a {config.get('_class_name') or 'folder of no known network'}, not a UNet")
+    with building(folder):
+        unet = UNet(UNetConfig.from_dict(config))
+    return unet, Weights(f"unet {folder.name}", open_folder(folder, STEM))
+
+
 def open_controlnets(names: Names, model: Path, variant: str | None) -> dict[str, tuple[ControlNet, Weights]]:
     """The ControlNets of these names, in their order, still on the meta device, with their weights. model: the SDXL,
     whose own ones lie in its controlnet/. variant: of the weights, where there are such. CheckpointError for what is

@@ -1,13 +1,14 @@
 """load_sdxl: from a path or a name to a ready SDXL, whatever the layout on disk."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CLIPTextConfig
 
-from segresearch.checkpoints.folder import Names, open_controlnets, open_sdxl_folder
-from segresearch.checkpoints.resolve import resolve_model
+from segresearch.checkpoints.folder import Names, open_controlnets, open_sdxl_folder, open_unet
+from segresearch.checkpoints.resolve import resolve_model, resolve_network
 from segresearch.checkpoints.single_file import open_sdxl_file
 from segresearch.checkpoints.tensors import fill
 from segresearch.errors import CheckpointError, InputError
@@ -93,6 +94,27 @@ def load_sdxl(
         for module in (vae, first, second):
             pin(module)
     return SDXL(unet, vae, text, denoiser, str(path_or_name), checkpoint.zero_negative, controlnets, compute)
+
+
+@lru_cache(maxsize=4)
+def load_network(name: str, model: str, dtype: torch.dtype, device: torch.device, denoiser: Denoiser) -> Denoiser:
+    """A further network as a denoiser that may stand beside `denoiser`: a UNet's folder, with the schedule and the
+    prediction of `denoiser`, or the denoiser of a whole SDXL. model: the path or name of the SDXL that has `denoiser`.
+
+    CheckpointError for a network of another text width, which cannot read the same conditionings.
+    """
+    path = resolve_network(name, resolve_model(model))
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        unet, weights = open_unet(path)
+        fill(unet, weights, dtype, device)
+        other = Denoiser(unet, denoiser.alphas, denoiser.prediction, denoiser.steps_offset, denoiser.run.compute)
+    else:
+        other = load_sdxl(path, dtype, device, compute=denoiser.run.compute).denoiser
+    widths = [(net.unet.config.cross_attention_dim, net.unet.config.pooled_dim) for net in (denoiser, other)]
+    if widths[0] != widths[1]:
+        text = f"its text is {widths[1]} wide, that of the model {widths[0]}"
+        raise CheckpointError(f"{path}: {text}: it belongs to other text encoders")
+    return other
 
 
 def refuse_mixture(unet: UNetConfig, vae: VAEConfig, first: CLIPTextConfig, second: CLIPTextConfig) -> None:

@@ -55,6 +55,14 @@ def resolve_controlnet(name: str, model: Path) -> Path:
     raise CheckpointError(f"unknown controlnet {name!r}: {has}; or give a diffusers folder or a hub id")
 
 
+def resolve_network(name: str, model: Path) -> Path:
+    """The folder of a UNet in the model's folder, by its name, or any UNet's folder or whole model, by its path."""
+    for path in (model / name, Path(name).expanduser()):
+        if (path / "config.json").is_file():
+            return path
+    return resolve_model(name)
+
+
 def cached_folder(name: str, file: str, kind: str = "", more: str = "") -> Path | None:
     """The folder of a hub id in the local cache, which has `file`; None for what is no hub id, else CheckpointError."""
     from huggingface_hub import constants, try_to_load_from_cache

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from segresearch.config.schema import GuidanceConfig, ModelConfig, PerturbationConfig, RunConfig
+from segresearch.config.schema import CustomConfig, GuidanceConfig, ModelConfig, PerturbationConfig, RunConfig
 from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError
 from segresearch.models.compute import PLAIN, Compute
@@ -77,43 +77,83 @@ def load_model(
     )  # fmt: skip
 
 
-def build_guidance(config: GuidanceConfig, denoiser: Any, post: Sequence[Callable[..., Any]] = ()) -> Any:
-    """`config` around `denoiser`: a GuidedDenoiser, in a SelfAttentionGuidance if it has `sag`; `post` comes last.
+def build_guidance(config: GuidanceConfig, model: Any, post: Sequence[Callable[..., Any]] = ()) -> Any:
+    """`config` around the denoiser of `model`, an SDXL, or around a plain denoiser where there are no further networks:
+    a GuidedDenoiser, in a SelfAttentionGuidance or a ZSampling if it has these; `post` comes last.
     InputError for what the types cannot see: no such site or head, no such function."""
-    from segresearch.guidance import GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
+    from segresearch.guidance import Branch, GuidedDenoiser, SelfAttentionGuidance, Term, cfg, perturbed
+    from segresearch.guidance.methods.zigzag import ZSampling
 
-    terms = {}
+    terms, every = {}, {}
     for name, term in config.terms.items():
-        interval = term.interval or EVERYWHERE
+        at, interval = f"guidance.terms.{name}", term.interval or EVERYWHERE
+        shape = build_custom(term.shape, f"{at}.shape", "pos, neg, step")
         if term.kind == "cfg":
-            terms[name] = cfg(term.weight, interval=interval)
-            continue
-        several = term.perturbation if isinstance(term.perturbation, tuple) else (term.perturbation,)
-        built = [build_perturbation(p, f"guidance.terms.{name}.perturbation") for p in several]
-        terms[name] = perturbed(name, built, term.scale, base=term.base, interval=interval)
-    model = GuidedDenoiser(denoiser, terms, rescale=config.rescale, post=[*filter(None, [config.apg]), *post])
+            terms[name] = cfg(term.weight, interval, term.pos, term.neg, shape)
+        elif term.kind == "difference":
+            terms[name] = Term(Branch(term.pos), Branch(term.neg), term.scale, interval, shape)
+        else:
+            several = term.perturbation if isinstance(term.perturbation, tuple) else (term.perturbation,)
+            built = [build_perturbation(p, f"{at}.perturbation") for p in several]
+            terms[name] = perturbed(name, built, term.scale, base=term.base, interval=interval, shape=shape)
+    for name, entry in config.every.items():
+        own = build_perturbation(entry.perturbation, f"guidance.every.{name}.perturbation")
+        every[entry.on] = (*every.get(entry.on, ()), own)
+    made = {
+        name: build_custom(maker, f"guidance.conditionings.{name}", "conds, sigma, keys")
+        for name, maker in config.conditionings.items()
+    }
+    own_post = [build_custom(p, f"guidance.post.{name}", "guided, step") for name, p in config.post.items()]
+    guided = GuidedDenoiser(
+        getattr(model, "denoiser", model), terms, config.base, config.rescale,
+        [*filter(None, [config.apg]), *own_post, *post],
+        every=every, conditionings=made, networks=build_networks(config, model),
+    )  # fmt: skip
+    if config.zigzag is not None:
+        return ZSampling(guided, config.zigzag.base, config.zigzag.interval or EVERYWHERE)
     if (sag := config.sag) is None:
-        return model
+        return guided
     interval = sag.interval or EVERYWHERE
-    return SelfAttentionGuidance(model, sag.scale, sag.blur_sigma, sag.threshold, base=sag.base, interval=interval)
+    return SelfAttentionGuidance(guided, sag.scale, sag.blur_sigma, sag.threshold, base=sag.base, interval=interval)
+
+
+def build_networks(config: GuidanceConfig, sdxl: Any) -> dict[str, Any]:
+    """The further networks of a method as denoisers, in the dtype of the model and on its device."""
+    if not config.networks:
+        return {}
+    from segresearch.checkpoints.load import load_network
+
+    weight = sdxl.unet.conv_in.weight
+    return {
+        name: load_network(network.path, sdxl.name, weight.dtype, weight.device, sdxl.denoiser)
+        for name, network in config.networks.items()
+    }
 
 
 def build_perturbation(config: PerturbationConfig, at: str = "perturbation") -> Callable[..., Any]:
-    """SEG and PAG as they are; of a CustomConfig the function or class behind `target`, with its place."""
+    """A perturbation as it is; of a CustomConfig the function or class behind `target`, with its place."""
     from segresearch.guidance import At
 
     if config.kind != "custom":
         return config
+    attention = config.site_kind in ("self", "cross")
+    function = build_custom(config, at, "q, k, v, site, attend" if attention else "h, site, call")
+    return At(function, where=config.where, heads=config.heads, site_kind=config.site_kind)
+
+
+def build_custom(config: Any, at: str, signature: str) -> Any:
+    """A method as it is; of a CustomConfig the function or class behind `target`, which must take these arguments."""
+    if not isinstance(config, CustomConfig):
+        return config
     function = imported(config.target, at)
     try:
         if isinstance(function, type):
-            function = function(**config.options)
-        else:
-            function = functools.partial(function, **config.options) if config.options else function
-            inspect.signature(function).bind(*"qkvsa")  # q, k, v, site, attend
+            return function(**config.options)
+        function = functools.partial(function, **config.options) if config.options else function
+        inspect.signature(function).bind(*signature.split(", "))
     except TypeError as error:
-        raise ConfigError(f"{at}: {config.target} cannot be called as (q, k, v, site, attend): {error}") from error
-    return At(function, where=config.where, heads=config.heads)
+        raise ConfigError(f"{at}: {config.target} cannot be called as ({signature}): {error}") from error
+    return function
 
 
 def imported(target: str, at: str) -> Callable[..., Any]:

@@ -45,8 +45,5 @@ def kind_of(value: Any, default: str = "") -> str:
 
 def one_of_kinds(kinds: Mapping[str, str], *others: Any, default: str = "") -> Any:
     """The type of a value of any of these kinds; others: further tagged types. default: the kind of a value without."""
-    members = [Annotated[Any, of_guidance(path), Tag(kind)] for kind, path in kinds.items()]
-    union: Any = members[0]
-    for member in (*members[1:], *others):
-        union = union | member
-    return Annotated[union, Discriminator(lambda value: kind_of(value, default))]
+    members = [*(Annotated[Any, of_guidance(path), Tag(kind)] for kind, path in kinds.items()), *others]
+    return Annotated[tuple(members), Discriminator(lambda value: kind_of(value, default))]

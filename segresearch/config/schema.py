@@ -1,26 +1,26 @@
 """The schema of the configs: what Hydra composes from conf/ must fit these dataclasses. Light: no torch.
 
-SEG, PAG, Ramp and Projected are those of segresearch.guidance; they are imported when a value of theirs is validated.
+The methods (SEG, APG, ...) are the dataclasses of segresearch.guidance, by their kinds (`config.kinds`); they are
+imported when a value of theirs is validated.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
-from segresearch.config.validate import Record, of_guidance
+from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
+from segresearch.config.validate import Record, nearest, of_guidance
 from segresearch.errors import ConfigError
 from segresearch.fields import Boundary, Count, Flag, Fraction, NonNegative, Number, Whole, within
 from segresearch.models.compute import Compute
 from segresearch.wandb_log import WandbConfig
 
 if TYPE_CHECKING:
-    from segresearch.guidance import PAG, SEG, Projected, Ramp
+    from segresearch.guidance import Projected
 else:
-    Ramp, Projected = (Annotated[Any, of_guidance(name)] for name in ("Ramp", "Projected"))
-    SEG, PAG = (Annotated[Any, of_guidance(name), Tag(name.lower())] for name in ("SEG", "PAG"))
+    Projected = Annotated[Any, of_guidance("postprocess.Projected")]
 
 SCENE = "scene:"  # the prefix of procedural scenes, among names of files
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -28,11 +28,8 @@ Where = str | Whole | tuple[str | Whole, ...]  # self-attention sites: a group, 
 Heads = tuple[Whole, ...] | None  # None: all
 Seeds = Whole | str | tuple[Whole | str, ...]
 Prompts = str | tuple[str, ...]
-Scale = Number | Ramp
 Interval = tuple[Number, Number] | None  # (low, high) in sigma; None: everywhere
-Base = Literal["cond", "uncond"]
 Option = Annotated[Flag | Whole | Number | str, Field(union_mode="left_to_right")]
-by_kind = Discriminator(lambda v: str(v.get("kind", "") if isinstance(v, Mapping) else getattr(v, "kind", "")))
 
 
 @dataclass(frozen=True)
@@ -49,30 +46,49 @@ class ModelConfig(Record):
     batch_size: Count = 8
     batch_size_cuda: Count | None = None
     scales: dict[str, Number] = field(default_factory=dict)
+    sites: dict[str, Where] = field(default_factory=dict)
+    networks: dict[str, str] = field(default_factory=dict)
     controlnets: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class CustomConfig(Record):
-    """Any function (q, k, v, site, attend) -> out, imported from `target`; `options` are further keywords."""
+    """Any function or class, imported from `target`; `options` are further keywords, or the arguments of the class.
+
+    As a perturbation it is (q, k, v, site, attend) -> out, or (h, site, call) -> h where `site_kind` is "block", "ff"
+    or "embedding". Elsewhere it is what a shape, a post-processor or a conditioning is (docs/guidance.md), and where,
+    heads and site_kind are not read.
+    """
 
     kind: Literal["custom"]
     target: str
     where: Where = "mid"
     heads: Heads = None
+    site_kind: Literal["self", "cross", "block", "ff", "embedding"] = "self"
     options: dict[str, Any] = field(default_factory=dict)
 
 
-PerturbationConfig = Annotated[SEG | PAG | Annotated[CustomConfig, Tag("custom")], by_kind]
+if TYPE_CHECKING:
+    PerturbationConfig = ShapeConfig = PostConfig = ConditioningConfig = Scale = Any
+else:
+    Custom = Annotated[CustomConfig, Tag("custom")]
+    PerturbationConfig = one_of_kinds(PERTURBATIONS, Custom)
+    ShapeConfig, PostConfig = one_of_kinds(SHAPES, Custom), one_of_kinds(POSTS, Custom)
+    ConditioningConfig = one_of_kinds(CONDITIONINGS, Custom)
+    Scale = Number | one_of_kinds(SCALES, default="ramp")
 
 
 @dataclass(frozen=True)
 class CFGTerm(Record):
-    """Classifier-free guidance of weight w: (w − 1)·(D[cond] − D[uncond]); 1 is no guidance."""
+    """Classifier-free guidance of weight w: (w − 1)·(D[pos] − D[neg]); 1 is no guidance. shape: in place of D[pos] −
+    D[neg]."""
 
     kind: Literal["cfg"]
     weight: Scale
     interval: Interval = None
+    pos: str = "cond"
+    neg: str = "uncond"
+    shape: ShapeConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +98,21 @@ class PerturbedTerm(Record):
     kind: Literal["perturbed"]
     perturbation: PerturbationConfig | tuple[PerturbationConfig, ...]
     scale: Scale
-    base: Base = "cond"
+    base: str = "cond"
     interval: Interval = None
+    shape: ShapeConfig | None = None
+
+
+@dataclass(frozen=True)
+class DifferenceTerm(Record):
+    """scale·(D[pos] − D[neg]) of two conditionings, in the unit of the difference."""
+
+    kind: Literal["difference"]
+    pos: str
+    neg: str
+    scale: Scale
+    interval: Interval = None
+    shape: ShapeConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -93,22 +122,76 @@ class SAGConfig(Record):
     scale: Scale
     blur_sigma: NonNegative = 1.0
     threshold: NonNegative = 1.0
-    base: Base | None = None
+    base: str | None = None
     interval: Interval = None
 
 
-TermConfig = Annotated[Annotated[CFGTerm, Tag("cfg")] | Annotated[PerturbedTerm, Tag("perturbed")], by_kind]
+@dataclass(frozen=True)
+class ZSamplingConfig(Record):
+    """Z-sampling around the sum of the terms; fields as of `ZSampling`."""
+
+    interval: Interval = None
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class EveryConfig(Record):
+    """A perturbation of every branch on a conditioning; "*" is all of them."""
+
+    perturbation: PerturbationConfig
+    on: str = "*"
+
+
+@dataclass(frozen=True)
+class NetworkConfig(Record):
+    """A further network: the folder of a UNet, by its path or by its name in the model's folder, or an SDXL as in
+    `model.path`. fingerprint: of its weights, which a run fills in; other weights are then refused."""
+
+    path: str
+    fingerprint: str | None = None
+
+
+TERMS = {"cfg": CFGTerm, "perturbed": PerturbedTerm, "difference": DifferenceTerm}
+if TYPE_CHECKING:
+    TermConfig = CFGTerm | PerturbedTerm | DifferenceTerm
+else:
+    TermConfig = one_of_kinds({}, *(Annotated[kind, Tag(name)] for name, kind in TERMS.items()))
 
 
 @dataclass(frozen=True)
 class GuidanceConfig(Record):
-    """A method: a sum of terms, rescale and APG after it, SAG around it. No term at all is the vanilla model."""
+    """A method: a sum of terms, post-processors after it, SAG or Z-sampling around it. No term at all is the vanilla
+    model. rescale: φ in eps space, apg: on the whole guidance; both come before `post`.
+
+    base: the conditioning that the terms are added to. every: perturbations of all branches. conditionings: those that
+    are made from others or from texts, beside cond and uncond. networks: for perturbations of kind weak.
+    """
 
     label: str | None = None
+    base: str = "cond"
     terms: dict[str, TermConfig] = field(default_factory=dict)
+    every: dict[str, EveryConfig] = field(default_factory=dict)
+    conditionings: dict[str, ConditioningConfig] = field(default_factory=dict)
+    networks: dict[str, NetworkConfig] = field(default_factory=dict)
     rescale: Fraction = 0.0
     apg: Projected | None = None
+    post: dict[str, PostConfig] = field(default_factory=dict)
     sag: SAGConfig | None = None
+    zigzag: ZSamplingConfig | None = None
+
+    def __post_init__(self) -> None:
+        known = ("cond", "uncond", *self.conditionings)
+        places = {"base": self.base} | {f"every.{key}.on": e.on for key, e in self.every.items() if e.on != "*"}
+        for key, term in self.terms.items():
+            names = ("base",) if isinstance(term, PerturbedTerm) else ("pos", "neg")
+            places |= {f"terms.{key}.{name}": getattr(term, name) for name in names}
+        if self.sag is not None and self.sag.base is not None:
+            places["sag.base"] = self.sag.base
+        for place, name in places.items():
+            if name not in known:
+                raise ConfigError(f"{place}: {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
+        if self.sag is not None and self.zigzag is not None:
+            raise ConfigError("zigzag: Z-sampling and SAG cannot both be around one method")
 
 
 @dataclass(frozen=True)

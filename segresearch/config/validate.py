@@ -6,6 +6,7 @@ The line has the full key, the value, what was possible, and a "did you mean". L
 import dataclasses
 import difflib
 import functools
+import importlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -79,15 +80,16 @@ class Record:
         return BeforeValidator(lambda value: _fields(source, value)).__get_pydantic_core_schema__(source, handler)
 
 
-def of_guidance(name: str) -> PlainValidator:
-    """The check of a dataclass of segresearch.guidance, which is imported, and torch with it, once a value is there."""
+def of_guidance(path: str) -> PlainValidator:
+    """The check of a dataclass of segresearch.guidance ("module.Class"), which is imported, and torch with it, once a
+    value is there."""
+    module, _, name = path.rpartition(".")
 
     def check(value: Any, info: Any) -> Any:
         if info.context == LIGHT:
             return value
-        import segresearch.guidance
-
-        return _adapter(Annotated[getattr(segresearch.guidance, name), Record]).validate_python(value)
+        kind = getattr(importlib.import_module(f"segresearch.guidance.{module}"), name)
+        return _adapter(Annotated[kind, Record]).validate_python(value)
 
     return PlainValidator(check)
 

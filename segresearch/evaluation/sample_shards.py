@@ -24,7 +24,7 @@ from segresearch.evaluation import shards
 from segresearch.evaluation.image_metrics import Samples, check_size, measure
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
-from segresearch.sample_images import decode_images, run_sigmas, sample_latents
+from segresearch.sample_images import decode_images, encode_conds, run_sigmas, sample_latents
 
 if TYPE_CHECKING:
     from segresearch.models import SDXL
@@ -135,7 +135,7 @@ def sample_shards(spec: EvaluationSpec, worker: Worker, load: Callable[[], "SDXL
         sdxl.latent_shape(spec.config.size)
         check_size(spec.metrics, spec.config.size or sdxl.default_size)
         for guidance in spec.methods.values():
-            build_guidance(guidance, sdxl.denoiser)
+            build_guidance(guidance, sdxl)
         return sdxl
 
     own = worker.part(spec.ranges)
@@ -204,16 +204,16 @@ def sample_range(
             controls.append(controlled_batch(sdxl, config.controls, [spec.controls[i] for i in batch], size, sigmas))
     norms: list[list[Tensor]] = []  # of each batch and evaluation (b,)
 
-    def note_norm(guided: Tensor, unguided: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    def note_norm(guided: Tensor, at: Any) -> Tensor:
         """The last post-processor: notes the root mean square of what guidance adds, and changes nothing."""
-        norms[-1].append((guided - unguided).square().mean((1, 2, 3)).sqrt())  # (b, c, h, w) -> (b,)
+        norms[-1].append((guided - at.plain).square().mean((1, 2, 3)).sqrt())  # (b, c, h, w) -> (b,)
         return guided
 
-    model = build_guidance(spec.methods[method], sdxl.denoiser, [note_norm])
+    model = build_guidance(spec.methods[method], sdxl, [note_norm])
     images, arrays = [], {}
     for batch, control in zip(batches, controls or [()] * len(batches), strict=True):
         norms.append([])
-        conds = sdxl.encode(spec.texts(batch), negative=config.negative, size=config.size)
+        conds = encode_conds(sdxl, model, spec.texts(batch), config.negative, config.size)
         with FlopCounterMode(display=False) if batch.start == 0 else contextlib.nullcontext() as counter:
             latents = sample_latents(sdxl, model, batch, conds, config, control)
         if counter is not None:

@@ -13,7 +13,7 @@ from segresearch.config.schema import SCENE, EvaluateConfig, GuidanceConfig
 from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers
-from segresearch.records import sampling_identity
+from segresearch.records import sampling_identity, with_networks
 
 if TYPE_CHECKING:
     from segresearch.evaluation.image_metrics import ImageMetric
@@ -110,7 +110,7 @@ def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:
     }  # fmt: skip
     folders = {}
     for method, guidance in spec.methods.items():
-        unnamed = dataclasses.replace(guidance, label=None)
+        unnamed = dataclasses.replace(with_networks(guidance, model), label=None)
         digest = runs.digest({**common, "guidance": unnamed})
         folders[method] = Path(config.out) / "shards" / f"{slug(describe(unnamed))}-{digest}"
     return dataclasses.replace(spec, folders=folders)

@@ -66,6 +66,7 @@ class GuidedDenoiser:
         every: perturbations of every branch on a conditioning, by its name; "*" is all of them.
         conditionings: conditionings that are made from others, by name, at every evaluation or, where they are
             `static`, once a run; each a call (conds, sigma, keys) -> Cond. One of an existing name takes its place.
+            Those made from texts have `encode(sdxl, prompts, negative, size)` instead, and `conds` must hold the result.
         networks: denoisers of further networks, by the names that `Weak` uses.
 
     It holds no state: a call that raises leaves nothing behind, and what methods remember is in the `Run` of a
@@ -199,7 +200,11 @@ class GuidedDenoiser:
 
     def made(self, conds: Conds, static: bool, sigma: Sigma | None = None, keys: Any = None) -> dict[str, Cond]:
         """`conds` and those that are made from them: once a run (static), or at every evaluation."""
-        makers = {n: make for n, make in self.conditionings.items() if getattr(make, "static", False) == static}
+        makers = {
+            name: make
+            for name, make in self.conditionings.items()
+            if callable(make) and getattr(make, "static", False) == static
+        }
         return {**conds, **{name: make(conds, sigma, keys) for name, make in makers.items()}}
 
     def layout(self, branches: Sequence[Branch], conds: Conds, control: Sequence[ActiveControlNet] = ()) -> Layout:
@@ -237,7 +242,7 @@ class GuidedDenoiser:
         read it."""
         keys = torch.zeros_like(sigma, dtype=torch.int64) if run is None else run.keys
         prepared = conds if isinstance(conds, Prepared) else Prepared(self.made(conds, static=True))
-        if any(not getattr(make, "static", False) for make in self.conditionings.values()):
+        if any(callable(make) and not getattr(make, "static", False) for make in self.conditionings.values()):
             prepared = Prepared(self.made(prepared, False, sigma, keys))
         passes: dict[Pass, list[Branch]] = {}
         for branch in branches:

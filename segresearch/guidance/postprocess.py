@@ -5,7 +5,8 @@ these do not commute with the change between eps, denoised and v, so each says w
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from segresearch.errors import InputError
 from segresearch.fields import NonNegative
@@ -33,6 +34,7 @@ class Projected:
     Raises ValueError for a negative or NaN eta or norm.
     """
 
+    kind: Literal["projected"] = field(default="projected", kw_only=True, repr=False)
     eta: NonNegative = 0.0
     norm: NonNegative = math.inf
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -44,14 +45,22 @@ class Step:
         """ε = (x − D)/σ: what an eps-prediction would be. The inverse is D = x − σ·ε."""
         return (self.x - denoised) / self.noise_level
 
+    def reaching(self, guided: Latents) -> Latents:
+        """The Δ with D[base] + s·Δ = `guided`, for a shape that is defined by its result; 0 where s is 0."""
+        delta = guided - self.plain
+        if isinstance(self.scale, Tensor):
+            return torch.where(self.scale == 0, 0.0, delta / self.scale)
+        return delta / self.scale if self.scale else torch.zeros_like(delta)
+
 
 Shape = Callable[[Tensor, Tensor, Step], Tensor]  # (D[pos], D[neg], step) -> Δ′ in place of D[pos] − D[neg]
 Post = Callable[[Tensor, Step], Tensor]  # (guided, step) -> guided
 
 
 def dot(a: Latents, b: Latents) -> Float[Tensor, "rows 1 1 1"]:
-    """⟨a, b⟩ of each image."""
-    return (a * b).sum(dim=(1, 2, 3), keepdim=True)
+    """⟨a, b⟩ of each image; half precisions are multiplied and summed in fp32."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) * b.to(wide)).sum(dim=(1, 2, 3), keepdim=True)
 
 
 def norm(a: Latents) -> Float[Tensor, "rows 1 1 1"]:

@@ -8,6 +8,7 @@ The shape of a term puts another difference in place of D[pos] − D[neg].
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Literal
 
 from segresearch.errors import InputError
 from segresearch.fields import NonNegative, Number
@@ -95,6 +96,7 @@ class Ramp:
     Raises ValueError unless sigma_start > sigma_stop > 0 and both scales are finite.
     """
 
+    kind: Literal["ramp"] = field(default="ramp", kw_only=True, repr=False)
     start: Number
     stop: Number
     sigma_start: NonNegative = 14.614642
