@@ -84,7 +84,8 @@ def build_guidance(config: GuidanceConfig, model: Any, post: Sequence[Callable[.
     from segresearch.guidance import Branch, GuidedDenoiser, SelfAttentionGuidance, Term, cfg, perturbed
     from segresearch.guidance.methods.zigzag import ZSampling
 
-    terms, every = {}, {}
+    terms: dict[str, Any] = {}
+    every: dict[str, tuple[Any, ...]] = {}
     for name, term in config.terms.items():
         at, interval = f"guidance.terms.{name}", term.interval or EVERYWHERE
         shape = build_custom(term.shape, f"{at}.shape", "pos, neg, step")
@@ -98,7 +99,7 @@ def build_guidance(config: GuidanceConfig, model: Any, post: Sequence[Callable[.
             terms[name] = perturbed(name, built, term.scale, base=term.base, interval=interval, shape=shape)
     for name, entry in config.every.items():
         own = build_perturbation(entry.perturbation, f"guidance.every.{name}.perturbation")
-        every[entry.on] = (*every.get(entry.on, ()), own)
+        every[entry.conditioning] = (*every.get(entry.conditioning, ()), own)
     made = {
         name: build_custom(maker, f"guidance.conditionings.{name}", "conds, sigma, keys")
         for name, maker in config.conditionings.items()

@@ -16,6 +16,12 @@ from segresearch.config.schema import SCENE, ControlConfig, GenerateConfig, Guid
 from segresearch.errors import ConfigError
 
 HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training
+TITLES = {  # of methods whose name is not their kind in capitals
+    "soft_pag": "SoftPAG", "temperature": "temperature", "blurred_map": "blurred map", "s2": "S²", "weak": "AG",
+    "cfg_zero": "CFG-Zero*", "mambo": "MAMBO-G", "mimic": "mimic", "threshold": "threshold", "momentum": "momentum",
+    "higs": "HiGS", "cfg++": "CFG++", "schedule": "schedule", "perp_neg": "Perp-Neg", "rescale": "rescale",
+    "sg_prev": "SG-prev", "smc": "SMC", "swg_mask": "mask", "projected": "projected",
+}  # fmt: skip
 COCO = {"id": (int, "a whole number"), "image_id": (int, "a whole number"), "caption": (str, "text")}  # an annotation
 
 
@@ -87,23 +93,45 @@ def methods(compare: Sequence[GuidanceConfig], at: str = "") -> dict[str, Guidan
 def describe(guidance: GuidanceConfig) -> str:
     """A short name of a method: "CFG 5 + SEG σ=∞", "SAG 0.75", "vanilla"."""
     words = [_describe_term(name, term) for name, term in guidance.terms.items()]
+    words += [title(entry.perturbation, name) for name, entry in guidance.every.items()]
+    words += [title(post, name) for name, post in guidance.post.items()]
+    words += [title(maker, name) for name, maker in guidance.conditionings.items() if name in ("cond", "uncond")][:1]
+    words += ["rescale"] * bool(guidance.rescale) + ["APG on all"] * (guidance.apg is not None)
     if guidance.sag is not None:
         words.append(f"SAG {_number(guidance.sag.scale)}")
-    return " + ".join(words) or "vanilla"
+    return " + ".join(words + ["Z-sampling"] * (guidance.zigzag is not None)) or "vanilla"
+
+
+def title(method: Any, name: str) -> str:
+    """The name of a method by its kind; `name` for a custom one."""
+    kind = str(getattr(method, "kind", name))
+    if kind == "custom":
+        return name
+    return TITLES.get(kind, kind.replace("_", " ") if "_" in kind else kind.upper())
 
 
 def _number(scale: Any) -> str:
-    return f"{scale:g}" if isinstance(scale, float | int) else f"{scale.start:g}→{scale.stop:g}"
+    if isinstance(scale, float | int):
+        return f"{scale:g}"
+    if getattr(scale, "kind", "ramp") == "ramp":
+        return f"{scale.start:g}→{scale.stop:g}"
+    return title(scale, "") + (f" {scale.strength:g}" if hasattr(scale, "strength") else "")
 
 
 def _describe_term(name: str, term: TermConfig) -> str:
+    shape = "" if term.shape is None else f" ({title(term.shape, 'custom')})"
     if term.kind == "cfg":
-        return f"CFG {_number(term.weight)}"
-    p, scale = term.perturbation, _number(term.scale)
+        noun = "CFG" if (term.pos, term.neg) == ("cond", "uncond") else name.upper()
+        return f"{noun} {_number(term.weight)}{shape}"
+    if term.kind == "difference":
+        return f"{name} {_number(term.scale)}{shape}"
+    p, scale = term.perturbation, _number(term.scale) + shape
     if isinstance(p, tuple) or p.kind == "custom":
         return f"{name} {scale}"
     if p.kind == "pag":
         return f"PAG {scale}" + (f" τ={p.tau:g}" if p.tau != 1 else "")
+    if p.kind != "seg":
+        return f"{title(p, name)} {scale}"
     sigma = "∞" if p.sigma == math.inf else format(p.sigma, "g")
     return f"SEG {scale} σ={sigma}" + ("" if p.on == "q" else f" ({p.on})")
 

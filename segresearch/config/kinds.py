@@ -1,6 +1,8 @@
 """The kinds of guidance methods that a config can name, and where their classes are. Light: no torch."""
 
 from collections.abc import Mapping
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
@@ -46,4 +48,4 @@ def kind_of(value: Any, default: str = "") -> str:
 def one_of_kinds(kinds: Mapping[str, str], *others: Any, default: str = "") -> Any:
     """The type of a value of any of these kinds; others: further tagged types. default: the kind of a value without."""
     members = [*(Annotated[Any, of_guidance(path), Tag(kind)] for kind, path in kinds.items()), *others]
-    return Annotated[tuple(members), Discriminator(lambda value: kind_of(value, default))]
+    return Annotated[reduce(or_, members), Discriminator(lambda value: kind_of(value, default))]

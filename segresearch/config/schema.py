@@ -6,7 +6,7 @@ imported when a value of theirs is validated.
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
@@ -69,7 +69,11 @@ class CustomConfig(Record):
 
 
 if TYPE_CHECKING:
-    PerturbationConfig = ShapeConfig = PostConfig = ConditioningConfig = Scale = Any
+    PerturbationConfig: TypeAlias = Any
+    ShapeConfig: TypeAlias = Any
+    PostConfig: TypeAlias = Any
+    ConditioningConfig: TypeAlias = Any
+    Scale: TypeAlias = Any
 else:
     Custom = Annotated[CustomConfig, Tag("custom")]
     PerturbationConfig = one_of_kinds(PERTURBATIONS, Custom)
@@ -139,7 +143,7 @@ class EveryConfig(Record):
     """A perturbation of every branch on a conditioning; "*" is all of them."""
 
     perturbation: PerturbationConfig
-    on: str = "*"
+    conditioning: str = "*"
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,11 @@ class GuidanceConfig(Record):
 
     def __post_init__(self) -> None:
         known = ("cond", "uncond", *self.conditionings)
-        places = {"base": self.base} | {f"every.{key}.on": e.on for key, e in self.every.items() if e.on != "*"}
+        places = {"base": self.base} | {
+            f"every.{key}.conditioning": entry.conditioning
+            for key, entry in self.every.items()
+            if entry.conditioning != "*"
+        }
         for key, term in self.terms.items():
             names = ("base",) if isinstance(term, PerturbedTerm) else ("pos", "neg")
             places |= {f"terms.{key}.{name}": getattr(term, name) for name in names}

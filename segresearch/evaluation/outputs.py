@@ -143,7 +143,7 @@ def facts(method: str, guidance: GuidanceConfig) -> dict[str, Any]:
             settings["cfg"] = term.weight
             continue
         settings["scale"] = term.scale
-        if not isinstance(term.perturbation, tuple) and term.perturbation.kind == "seg":
+        if isinstance(term, PerturbedTerm) and getattr(term.perturbation, "kind", "") == "seg":
             sigma = term.perturbation.sigma
             settings |= {"sigma": sigma, "blur": 1.0 if sigma == float("inf") else sigma / (1 + sigma)}
     return runs.plain(settings if guidance.sag is None else {**settings, "scale": guidance.sag.scale})

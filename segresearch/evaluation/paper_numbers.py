@@ -38,13 +38,13 @@ def key(guidance: GuidanceConfig) -> Key | None:
 
     terms = list(guidance.terms.values())
     match terms, guidance.sag:
-        case _ if guidance.rescale or guidance.apg is not None:
+        case _ if GuidanceConfig(label=guidance.label, terms=guidance.terms, sag=guidance.sag) != guidance:
             return None
         case [], sag:
             return "vanilla" if sag is None else "SAG"
-        case [PerturbedTerm(perturbation=PAG() as pag, interval=None)], None if pag == PAG():
+        case [PerturbedTerm(perturbation=PAG() as pag, interval=None, shape=None)], None if pag == PAG():
             return "PAG"
-        case [PerturbedTerm(perturbation=SEG() as seg, interval=None)], None if seg == SEG(seg.sigma):
+        case [PerturbedTerm(perturbation=SEG() as seg, interval=None, shape=None)], None if seg == SEG(seg.sigma):
             return seg.sigma or "vanilla"
     return None
 

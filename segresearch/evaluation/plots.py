@@ -13,7 +13,7 @@ from segresearch.config.schema import CFGTerm, GuidanceConfig, PerturbedTerm
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import Frame
 from segresearch.evaluation.spec import EvaluationSpec
-from segresearch.guidance import PAG, SEG, Ramp
+from segresearch.guidance import PAG, SEG
 from segresearch.image_grid import INK, QUIET
 from segresearch.plot_style import canvas, label, name_sigma
 
@@ -30,6 +30,8 @@ def kind(guidance: GuidanceConfig) -> str:
         return "SAG"
     if perturbations:
         return "PAG" if isinstance(perturbations[0], PAG) else "other"
+    if guidance.every or guidance.post or guidance.conditionings or any(t.shape for t in guidance.terms.values()):
+        return "other"
     return "CFG" if guidance.terms else "vanilla"
 
 
@@ -40,11 +42,11 @@ def family(guidance: GuidanceConfig) -> tuple[str, float] | None:
     if len(pairs) != 1:
         return None
     ((scale, seg),) = pairs
-    words = [] if isinstance(scale, Ramp) else [f"s = {scale:g}"]
+    words = [f"s = {scale:g}"] if isinstance(scale, float | int) else []
     words += [] if seg.on == "q" else [f"blur of {seg.on}"]
     words += [] if seg.where == "mid" else [str(seg.where)]
     weights = [term.weight for term in guidance.terms.values() if isinstance(term, CFGTerm)]
-    return "SEG " + ", ".join(words + [f"CFG {w:g}" for w in weights if not isinstance(w, Ramp)]), seg.sigma
+    return "SEG " + ", ".join(words + [f"CFG {w:g}" for w in weights if isinstance(w, float | int)]), seg.sigma
 
 
 def draw(spec: EvaluationSpec, result: Result) -> dict[str, Figure]:
