@@ -11,7 +11,7 @@ finds their keys and values at `site.texts`. `At` says where a plain function ac
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -25,7 +25,7 @@ from segresearch.guidance.blur import blur, check_blur, constant
 from segresearch.guidance.sites import Where, check_heads
 from segresearch.models.attention import KINDS, Attend, Heads, Site
 
-Perturbation = Hashable  # (q, k, v, site, attend) -> out, each Heads; (h, site, call) -> h; or a view or a network
+Perturbation = Any  # (q, k, v, site, attend) -> out, each Heads; (h, site, call) -> h; or of one of the kinds in WHOLE
 WHOLE = ("view", "network")  # the kinds of perturbations that have no sites
 
 

@@ -229,7 +229,7 @@ def _interval(interval: Sequence[float | int]) -> Interval:
 
 def _bind(p: Perturbation, where: Where | None, heads: Sequence[int] | None) -> Perturbation:
     if not hasattr(p, "where") and site_kind(p) not in WHOLE:
-        p = At(p)  # type: ignore[arg-type]
+        p = At(p)
     changes = {name: value for name, value in (("where", where), ("heads", heads)) if value is not None}
     if not changes:
         return p
