@@ -9,9 +9,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers_unets import TWO_LEVELS, inputs
-from guidance_models import denoiser, noisy
+from fake_cuda import check_same, fake_cuda, sent
+from guidance_models import CONFIG, denoiser, noisy
 
 from segresearch.errors import InputError
+from segresearch.guidance import GuidedDenoiser, cfg, perturbed, select_sites
 from segresearch.guidance.methods.cads import CADS, time
 from segresearch.guidance.methods.cdg import CDG
 from segresearch.guidance.methods.erg_text import ERGText
@@ -31,8 +33,10 @@ from segresearch.guidance.step import Step
 from segresearch.models import load_sdxl
 from segresearch.models.attention import Site
 from segresearch.models.conditioning import Cond
+from segresearch.models.denoiser import Denoiser, alphas_cumprod
 from segresearch.models.unet import UNet, UNetConfig
-from segresearch.sampling import draws
+from segresearch.sampling import draws, initial_noise, sample
+from segresearch.sampling.memory import Run
 
 KEYS = torch.tensor([11, -5, 7])
 BLOCK = Site("mid_block.attentions.0.transformer_blocks.1", (8, 12), "block")
@@ -478,3 +482,137 @@ def test_equal_methods_compare_and_hash_equal():
     with pytest.raises(FrozenInstanceError):
         TPG().shared = True
     assert repr(SWG()) == "SWG(crop=0.625, per_side=2)" and repr(Weak()) == "Weak(network='weak')"
+
+
+# --- in the guided denoiser ----------------------------------------------------------------------------------
+
+
+def guided(perturbation, **options) -> GuidedDenoiser:
+    return GuidedDenoiser(denoiser(), {"cfg": cfg(3.0), "m": perturbed("m", perturbation, 2.0)}, **options)
+
+
+IN_UNET = [
+    TPG("down.2"),
+    SSG("up.0"),
+    SLG(["mid", "up"]),
+    SLG("down.0", layers=["attn1"]),
+    S2(share=0.5),
+    TSG(),
+    SelfGuidance(),
+]
+ALL = [*IN_UNET, SWG()]
+
+
+@pytest.mark.parametrize("method", ALL, ids=lambda m: m.kind)
+@torch.no_grad()
+def test_the_fork_is_exact_and_an_image_does_not_depend_on_its_batch(method):
+    x, sigma, conds = noisy(3)
+    run = Run(KEYS, sigmas=(3.0, 0.0))
+    model = guided(method)
+    out = model(x, sigma, conds, run=run)
+    assert (out - GuidedDenoiser(denoiser(), {"cfg": cfg(3.0)})(x, sigma, conds)).abs().max() > 1e-3
+    torch.testing.assert_close(out, guided(method, fork=False)(x, sigma, conds, run=run), rtol=0, atol=1e-10)
+    one = Run(KEYS[1:2], sigmas=(3.0, 0.0))
+    alone = model(x[1:2], sigma[1:2], {name: cond[[1]] for name, cond in conds.items()}, run=one)
+    torch.testing.assert_close(out[1:2], alone, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", IN_UNET, ids=lambda m: m.kind)
+@torch.no_grad()
+def test_a_branch_is_the_call_of_the_network_under_the_perturbation(method):
+    x, sigma, conds = noisy(3)
+    net = denoiser()
+    chosen = select_sites(method.where, tuple(net.unet.sites_by_kind[method.site_kind]), method.site_kind)
+
+    def wrap(call, h, site):
+        return method(h, site._replace(keys=KEYS, sigma=sigma), call) if site.name in chosen else call(h)
+
+    c, u, weak = net(x, sigma, conds["cond"]), net(x, sigma, conds["uncond"]), net(x, sigma, conds["cond"], wrap=wrap)
+    out = guided(method)(x, sigma, conds, run=Run(KEYS, sigmas=(3.0, 0.0)))
+    torch.testing.assert_close(out, c + 2 * (c - u) + 2 * (c - weak), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_swg_is_the_network_on_crops():
+    x, sigma, conds = noisy(2, 16, 16)
+    net, view, terms = denoiser(), SWG(), {"m": perturbed("m", SWG(), 2.0)}
+    crops = [net(part, sigma, conds["cond"]) for part in view.split(x).chunk(4)]
+    c, weak = net(x, sigma, conds["cond"]), view.join(torch.cat(crops), x)
+    out = GuidedDenoiser(net, terms)(x, sigma, conds)
+    torch.testing.assert_close(out, c + 2 * (c - weak), rtol=0, atol=1e-10)
+    masked = GuidedDenoiser(net, {"m": replace(terms["m"], shape=Overlap())})(x, sigma, conds)
+    inner = torch.zeros(16, 16, dtype=torch.bool)
+    inner[6:10], inner[:, 6:10] = True, True
+    torch.testing.assert_close(masked, torch.where(inner, out, c), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_autoguidance_has_a_second_network():
+    x, sigma, conds = noisy(2)
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        weak = Denoiser(UNet(CONFIG).double().eval().requires_grad_(False), alphas_cumprod({}))
+    model = GuidedDenoiser(denoiser(), {"m": perturbed("m", Weak("small"), 2.0)}, networks={"small": weak})
+    c = denoiser()(x, sigma, conds["cond"])
+    expected = c + 2 * (c - weak(x, sigma, conds["cond"]))
+    torch.testing.assert_close(model(x, sigma, conds), expected, rtol=0, atol=1e-10)
+    with pytest.raises(InputError, match="no network 'weak' in `networks`; there are 'small'"):
+        GuidedDenoiser(denoiser(), {"m": perturbed("m", Weak(), 2.0)}, networks={"small": weak})
+
+
+@torch.no_grad()
+def test_cads_takes_the_place_of_both_conditionings_and_icg_that_of_none():
+    x, sigma, conds = noisy(3, sigma=9.0)
+    run = Run(KEYS, sigmas=(9.0, 0.0))
+    noise = {name: CADS(of=name) for name in ("cond", "uncond")}
+    c, u = (denoiser()(x, sigma, make(conds, sigma, KEYS)) for make in noise.values())
+    model = GuidedDenoiser(denoiser(), {"cfg": cfg(3.0)}, conditionings=noise)
+    torch.testing.assert_close(model(x, sigma, conds, run=run), u + 3 * (c - u), rtol=0, atol=1e-10)
+    c, u = (denoiser()(x, sigma, cond) for cond in (conds["cond"], ICG()(conds, sigma, KEYS)))
+    model = GuidedDenoiser(denoiser(), {"icg": cfg(3.0, neg="random")}, conditionings={"random": ICG()})
+    torch.testing.assert_close(model(x, sigma, conds, run=run), u + 3 * (c - u), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])
+def test_several_methods_at_once_in_any_sampler(sampler):
+    """Block, embedding, view and conditioning together: finite, and an image does not depend on its batch."""
+    terms = {"cfg": cfg(3.0)} | {m.kind: perturbed(m.kind, m, 0.5) for m in (TPG(), S2(), TSG(), SWG())}
+    model = GuidedDenoiser(denoiser(), terms, conditionings={"cond": CADS(), "uncond": ImageSize(of="uncond")})
+    conds, noise = noisy(2)[2], initial_noise([3, 4], (4, 8, 12)).double()
+    both = sample(model, noise, sampler=sampler, steps=3, conds=conds, seeds=[3, 4])
+    alone = sample(model, noise[1:], sampler=sampler, steps=3, conds={n: c[[1]] for n, c in conds.items()}, seeds=[4])
+    assert both.isfinite().all()
+    torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-8)
+
+
+# --- on a device that is not there ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [*CALLS, TSG(), SelfGuidance()], ids=lambda m: m.kind)
+def test_calls_stay_on_the_device(method):
+    h = torch.tensor([3.0, 400.0, 990.0]) if method.site_kind == "embedding" else tokens(dtype=torch.float32)
+    site, call = (at(TIME), embedded) if method.site_kind == "embedding" else (at(BLOCK), doubled)
+    expected = method(h, site, call)
+    with fake_cuda() as mode:
+        moved, there = sent(h), site._replace(keys=sent(site.keys), sigma=sent(site.sigma))
+        mode.reads, mode.sends = [], []
+        out = method(moved, there, call)
+        assert mode.reads == mode.sends == []
+        check_same(out, expected)
+
+
+@pytest.mark.parametrize("method", [CADS(), ICG(), ImageSize()], ids=lambda m: m.kind)
+def test_conditionings_and_crops_stay_on_the_device(method):
+    cond, sigma, x = made(), torch.full((3,), 9.0), torch.randn(3, 4, 8, 12)
+    expected = method({"cond": cond}, sigma, KEYS)
+    step = Step(x, sigma, {})
+    joined, masked = SWG().join(SWG().split(x), x), Overlap()(x, 0 * x, step)
+    with fake_cuda() as mode:
+        there, s, keys, z = sent((cond, sigma, KEYS, x))
+        method({"cond": there}, s, keys)  # constants are sent once
+        mode.reads, mode.sends = [], []
+        out = method({"cond": there}, s, keys)
+        check_same((out.context, out.pooled, out.time_ids), (expected.context, expected.pooled, expected.time_ids))
+        check_same(SWG().join(SWG().split(z), z), joined)
+        check_same(Overlap()(z, 0 * z, step), masked)
+        assert mode.reads == mode.sends == []

@@ -25,7 +25,7 @@ from segresearch.guidance.blur import blur, check_blur, constant
 from segresearch.guidance.sites import Where, check_heads
 from segresearch.models.attention import KINDS, Attend, Heads, Site
 
-Perturbation = Callable[..., Tensor]  # (q, k, v, site, attend) -> out, each Heads; or (h, site, call) -> h
+Perturbation = Any  # (q, k, v, site, attend) -> out, each Heads; (h, site, call) -> h; or of one of the kinds in WHOLE
 WHOLE = ("view", "network")  # the kinds of perturbations that have no sites
 
 
@@ -156,7 +156,7 @@ class At:
     site_kind: the kind of the sites, one of `attention.KINDS`.
     """
 
-    function: Perturbation
+    function: Callable[..., Tensor]
     where: Where = "mid"
     heads: Sequence[int] | None = None
     site_kind: str = "self"

@@ -179,7 +179,7 @@ def compose(perturbations: Sequence[Perturbation], attend: Attend, past: Past | 
 
 
 def perturbed_attention(
-    perturbation: Perturbation, attend: Attend, past: Past | None, q: Heads, k: KeyHeads, v: KeyHeads, site: Site
+    perturbation: Any, attend: Attend, past: Past | None, q: Heads, k: KeyHeads, v: KeyHeads, site: Site
 ) -> Heads:
     """The perturbation's output, checked."""
     out = perturbation(q, k, v, remembering(perturbation, site, past), attend)

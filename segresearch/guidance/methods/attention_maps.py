@@ -1,4 +1,4 @@
-"""Dense attention maps of one image at a time, the paths between two maps, and what is drawn for them.
+"""Dense attention maps of one image at a time, and the paths between two maps.
 
 A map of n tokens has n² entries for every head (84 MB at SDXL's mid block, 1024 tokens and 20 heads), so only those of
 one image are in memory at once. They are fp32 (fp64 stays fp64) whatever the network's dtype is.
@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from segresearch.models.attention import Heads, KeyHeads, Site
+from segresearch.models.attention import Heads, KeyHeads
 
 Map = Float[Tensor, "rows heads tokens keys"]
 
@@ -76,11 +76,3 @@ def target_map(q: Heads, k: KeyHeads, target: str, temperature: float) -> Map:
     query = target_query(q, target, temperature)
     eye = torch.eye(q.shape[2], dtype=wide(q).dtype, device=q.device)
     return eye.expand(*q.shape[:2], -1, -1) if query is None else attention_map(query, k)
-
-
-def keys_and_sigma(site: Site, z: Tensor) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """Of every row of z, for `sampling.draws`: an image has the same in all its branches. Zeros without a run."""
-    rows, device = z.shape[0], z.device
-    keys = torch.zeros(1, dtype=torch.int64, device=device) if site.keys is None else site.keys
-    sigma = torch.zeros(1, device=device) if site.sigma is None else site.sigma
-    return keys.repeat(rows // keys.shape[0]), sigma.repeat(rows // sigma.shape[0])

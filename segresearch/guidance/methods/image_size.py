@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from segresearch.errors import InputError
 from segresearch.fields import NonNegative
@@ -30,7 +30,7 @@ class ImageSize:
         if not self.factor > 0:
             raise InputError(f"ImageSize factor must be > 0, got {self.factor!r}")
 
-    def __call__(self, conds: Mapping[str, Cond], sigma: None = None, keys: None = None) -> Cond:
+    def __call__(self, conds: Mapping[str, Cond], sigma: Any = None, keys: Any = None) -> Cond:
         """`of` with the original size times factor."""
         cond = conds[self.of]
         ids = cond.time_ids.clone()  # (rows, 6)

@@ -1,25 +1,20 @@
-"""Random choices at a site, which an image has in every branch and batch."""
-
-from collections.abc import Callable
-from typing import Any
+"""What random choices at a site are keyed by."""
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from segresearch.models.attention import Site
 
 
-def keyed(draw: Callable[..., Tensor], h: Tensor, site: Site, what: str, *args: Any, shared: bool = False) -> Tensor:
-    """`draw(keys, sigma, name, *args)` of `sampling.draws` for every row of h, (rows, ...).
+def keys_and_sigma(
+    site: Site, z: Float[Tensor, "rows *shape"], shared: bool = False
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Of every row of z, for `sampling.draws`: an image has the same in all its branches and in every batch.
 
-    The rows of h are equal parts, one for each entry of `site.branches`, and each part holds the same images. An image
-    has one draw, which all parts take. It depends on the image's key, sigma, the site and `what`, not on the batch.
-    shared: key 0 for all images, so that all take one draw. Without a run, keys and sigma are zeros.
+    shared: key 0 for all images, so that they share their draws. Without a run all are zeros.
     """
-    rows = len(h) // max(len(site.branches), 1)
-    keys = site.keys
-    if shared or keys is None:
-        keys = torch.zeros(rows, dtype=torch.int64, device=h.device)
-    sigma = torch.zeros(rows, device=h.device) if site.sigma is None else site.sigma
-    drawn = draw(keys, sigma, f"{site.name}/{what}", *args)
-    return drawn.repeat(len(h) // rows, *[1] * (drawn.ndim - 1))  # (rows of a part, ...) -> (rows, ...)
+    rows, device = z.shape[0], z.device
+    keys = torch.zeros(1, dtype=torch.int64, device=device) if shared or site.keys is None else site.keys
+    sigma = torch.zeros(1, device=device) if site.sigma is None else site.sigma
+    return keys.repeat(rows // keys.shape[0]), sigma.repeat(rows // sigma.shape[0])

@@ -16,7 +16,8 @@ from torch import Tensor
 from segresearch.errors import InputError
 from segresearch.fields import Count, Flag, Fraction, NonNegative, Whole
 from segresearch.guidance.blur import CPU, constant, fold_taps, gaussian_taps
-from segresearch.guidance.methods.attention_maps import attention_map, image_by_image, keys_and_sigma, wide
+from segresearch.guidance.methods.attention_maps import attention_map, image_by_image, wide
+from segresearch.guidance.methods.keyed import keys_and_sigma
 from segresearch.guidance.perturbations import freeze, on_heads
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Attend, Heads, Site

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.fields import Flag, Fraction
-from segresearch.guidance.methods.keyed import keyed
+from segresearch.guidance.methods.keyed import keys_and_sigma
 from segresearch.guidance.perturbations import freeze
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Call, Site
@@ -44,5 +44,5 @@ class S2:
 
     def __call__(self, h: Float[Tensor, "rows tokens c"], site: Site, call: Call) -> Float[Tensor, "rows tokens c"]:
         """The block's output, or h for the images that skip it."""
-        skipped = keyed(chosen, h, site, "s2", float(self.share), shared=self.shared)  # (rows,)
+        skipped = chosen(*keys_and_sigma(site, h, self.shared), f"{site.name}/s2", float(self.share))  # (rows,)
         return torch.where(skipped[:, None, None], h, call(h))

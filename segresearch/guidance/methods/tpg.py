@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.fields import Flag
-from segresearch.guidance.methods.keyed import keyed
+from segresearch.guidance.methods.keyed import keys_and_sigma
 from segresearch.guidance.perturbations import freeze
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Call, Site
@@ -37,5 +37,5 @@ class TPG:
 
     def __call__(self, h: Float[Tensor, "rows tokens c"], site: Site, call: Call) -> Float[Tensor, "rows tokens c"]:
         """The block's output for permuted tokens."""
-        order = keyed(permutation, h, site, "tpg", h.shape[1], shared=self.shared)  # (rows, tokens)
+        order = permutation(*keys_and_sigma(site, h, self.shared), f"{site.name}/tpg", h.shape[1])  # (rows, tokens)
         return call(h.gather(1, order[:, :, None].expand_as(h)))

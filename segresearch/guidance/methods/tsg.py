@@ -9,7 +9,7 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.fields import NonNegative
-from segresearch.guidance.methods.keyed import keyed
+from segresearch.guidance.methods.keyed import keys_and_sigma
 from segresearch.guidance.perturbations import freeze
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Call, Site
@@ -45,5 +45,5 @@ class TSG:
         """The embedding of t with noise."""
         e = call(h)
         wide = e.to(torch.promote_types(e.dtype, torch.float32))
-        noise = keyed(normal, h, site, "tsg", e.shape[1]) * wide.std(dim=1, keepdim=True)
+        noise = normal(*keys_and_sigma(site, h), f"{site.name}/tsg", e.shape[1]) * wide.std(dim=1, keepdim=True)
         return (wide + self.strength * (h[:, None].to(wide.dtype) / 1000) ** self.alpha * noise).to(e.dtype)
