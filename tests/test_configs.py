@@ -68,7 +68,7 @@ def test_every_guidance_composes_and_samples(guidance, sdxl):
     for one in (config.guidance, GuidanceConfig()):
         model = build_guidance(one, sdxl)
         conds = encode_conds(sdxl, model, ["a red cube", "two stars"], size=(48, 64))
-        latents.append(sample(model, noise, steps=5, conds=conds))
+        latents.append(sample(model, noise, steps=8, conds=conds))
     assert latents[0].isfinite().all() and torch.equal(*latents) == (guidance == "none")
     assert describe(config.guidance) != "vanilla" or guidance == "none"
 
@@ -211,7 +211,7 @@ def test_types_are_strict_and_say_so():
         ("guidance.terms.seg.perturbation.sigma=-1", "sigma: -1 is out of range; it must be a number >= 0"),
         ("guidance.terms.seg.perturbation.boundary=reflct", "did you mean reflect?"),
         ("steps=abc", "steps: 'abc' is not a whole number"),
-        ("compare=[pgg]", "compare.0: no guidance 'pgg'; did you mean sgg? (choices: adaptive_stop"),
+        ("compare=[segg]", "compare.0: no guidance 'segg'; did you mean seg? (choices: adaptive_stop"),
         ("seeds=1,4", "a bare comma"),
         ("prompts=[a", "not key=value"),
         ("+own.key=1", "own: no such setting"),
