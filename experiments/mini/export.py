@@ -4,6 +4,8 @@ In addition to the parts of the pipeline: controlnet/<name> for each trained Con
 CLIPs' vision tower) and attributes (the attribute classifier).
 
 python -m experiments.mini.export --out segresearch/weights/mini
+
+Beside them unet_weak, the smaller UNet of autoguidance; with --weak-only nothing else.
 """
 
 import argparse
@@ -105,6 +107,14 @@ def export_attributes(out: Path, classifier_file: Path) -> None:
     write_part(out / "attributes", packed["weights"], json.loads(packed["config"]))
 
 
+def export_weak(out: Path, unet_file: Path) -> int:
+    """Write <out>/unet_weak from a trained unet.pt with its config; the steps of its training."""
+    packed = torch.load(unet_file, weights_only=True)
+    write_weights(out / "unet_weak" / WEIGHTS, packed["weights"])
+    write_json(out / "unet_weak" / "config.json", json.loads(packed["config"]))
+    return packed["step"]
+
+
 def export(out: Path, runs: Path) -> dict[str, Any]:
     """Write the folder from runs/{tokenizers,vae,clip,unet}; without a trained unet, with its initial weights."""
     vae, vae_config = load_vae(runs / "vae" / "vae.pt")
@@ -133,6 +143,9 @@ def export(out: Path, runs: Path) -> dict[str, Any]:
     classifier = runs / "attributes" / "classifier.pt"
     if classifier.exists():
         export_attributes(out, classifier)
+    weak = runs / "unet_weak" / "unet.pt"
+    if weak.exists():
+        export_weak(out, weak)
     write_weights(out / "unet" / WEIGHTS, packed["weights"])
     write_json(out / "unet" / "config.json", UNET_CONFIG)
     write_weights(out / "vae" / WEIGHTS, vae.state_dict())
@@ -147,9 +160,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"))
     parser.add_argument("--out", type=Path, default=Path("segresearch/weights/mini"))
+    parser.add_argument("--weak-only", action="store_true", help="write <runs>/unet_weak alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(json.dumps(export(args.out, args.runs)))
+    if args.weak_only:
+        print(json.dumps({"out": str(args.out), "step": export_weak(args.out, args.runs / "unet_weak" / "unet.pt")}))
+    else:
+        print(json.dumps(export(args.out, args.runs)))
 
 
 if __name__ == "__main__":

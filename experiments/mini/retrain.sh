@@ -1,6 +1,7 @@
 #!/bin/sh
 # Train every part of mini from scratch, as the shipped weights were trained. There are two rounds: the second starts
-# from the weights of the first, on more scenes. Then come the ControlNets, the attribute classifier and the export.
+# from the weights of the first, on more scenes. Then come the weak UNet, the ControlNets, the attribute
+# classifier and the export.
 # Run from the repository's root. The same command resumes a stopped run.
 #
 #     sh experiments/mini/retrain.sh                     # into runs/mini, weights to runs/mini/exported
@@ -59,6 +60,10 @@ unet() { # images, arguments...
     run encode latents --runs "$RUNS" --shards "$LATENTS2"
     unet "$((LATENTS2 * 4096))" --runs "$RUNS" --out "$RUNS/unet" --weights "$FIRST/unet/unet.pt" --steps 2800 \
         --peak 7e-4 --hold 0.3 --seed 1
+
+    # the weak UNet of autoguidance: half the width and half the transformer blocks, fewer images
+    unet "$((SHARDS2 < 12 ? LATENTS2 * 4096 : 49152))" --runs "$RUNS" --out "$RUNS/unet_weak" --width 32 --depth 2 \
+        --steps 3000 --peak 1.5e-3 --hold 0.3
 
     # ControlNets, attribute classifier, export
     for kind in canny depth; do
