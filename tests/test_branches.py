@@ -433,7 +433,7 @@ def test_a_random_choice_does_not_depend_on_the_batch():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: perturbed("t", At(halved, where="middle", site_kind="block"), 1.0), "'middle' matches no transformer b"),
+        (lambda: perturbed("t", At(halved, where="middle", site_kind="block"), 1.0), "'middle' matches no transfo"),
         (lambda: perturbed("t", At(halved, where="left", site_kind="ff"), 1.0), "'left' matches no feed-forward"),
         (lambda: perturbed("t", At(sharper, where=99, site_kind="cross"), 1.0), "99 matches no cross-attention site"),
         (lambda: perturbed("t", At(sharper, heads=[9], site_kind="cross"), 1.0), r"no head 9 at mid_block.*attn2"),

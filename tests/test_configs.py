@@ -22,13 +22,14 @@ from segresearch.config import (
     conf_dir,
     typed,
 )
-from segresearch.config.build import build_guidance, resolved
-from segresearch.config.expand import panels, parse_seeds, read_prompts, slug
+from segresearch.config.build import build_guidance, load_model, resolved
+from segresearch.config.expand import describe, panels, parse_seeds, read_prompts, slug
 from segresearch.config.schema import ModelConfig, PerturbedTerm, SamplerConfig, ScheduleConfig
 from segresearch.config.validate import modern
 from segresearch.errors import ConfigError
 from segresearch.guidance import SEG
-from segresearch.sampling import SAMPLERS, SCHEDULES
+from segresearch.sample_images import encode_conds
+from segresearch.sampling import SAMPLERS, SCHEDULES, initial_noise, sample
 from segresearch.sampling.loop import checked_options
 
 CONF = conf_dir()
@@ -52,14 +53,24 @@ def test_every_experiment_composes_and_instantiates(experiment):
             assert out.shape == x.shape and out.isfinite().all()
 
 
+@pytest.fixture(scope="module")
+def sdxl():
+    return load_model(composed("guidance=none").model)
+
+
 @pytest.mark.parametrize("guidance", names("guidance"))
-def test_every_guidance_composes_and_instantiates(guidance):
+def test_every_guidance_composes_and_samples(guidance, sdxl):
     own = ["guidance.terms.custom.perturbation.target=test_configs.keep_values"] if guidance == "custom" else []
-    config = composed(f"guidance={guidance}", "model=sdxl" if "cfg" in guidance else "model=mini", *own)
-    x, sigma, conds = noisy()
-    out = build_guidance(config.guidance, denoiser())(x, sigma, conds=conds)
-    plain = build_guidance(GuidanceConfig(), denoiser())(x, sigma, conds=conds)
-    assert torch.equal(out, plain) == (guidance == "none")
+    config = composed(f"guidance={guidance}", *own)
+    composed(f"guidance={guidance}", "model=sdxl", "model.networks.weak=weak", *own)
+    noise = initial_noise([0, 1], sdxl.latent_shape((48, 64)))
+    latents = []
+    for one in (config.guidance, GuidanceConfig()):
+        model = build_guidance(one, sdxl)
+        conds = encode_conds(sdxl, model, ["a red cube", "two stars"], size=(48, 64))
+        latents.append(sample(model, noise, steps=8, conds=conds))
+    assert latents[0].isfinite().all() and torch.equal(*latents) == (guidance == "none")
+    assert describe(config.guidance) != "vanilla" or guidance == "none"
 
 
 def keep_values(q, k, v, site, attend):
@@ -170,7 +181,7 @@ def test_types_are_strict_and_say_so():
         (
             GuidanceConfig,
             {"terms": {"a": {"kind": "perturbde"}}},
-            "terms.a.kind: 'perturbde' is not one of cfg, perturbed; did",
+            "terms.a.kind: 'perturbde' is not one of cfg, perturbed, difference; did",
         ),
         (GuidanceConfig, {"terms": {"a": {"scale": 1}}}, "terms.a.kind: missing"),
         (GuidanceConfig, {"terms": {"a": {"kind": "cfg"}}}, "terms.a.weight: missing; it must be a number"),
@@ -200,7 +211,7 @@ def test_types_are_strict_and_say_so():
         ("guidance.terms.seg.perturbation.sigma=-1", "sigma: -1 is out of range; it must be a number >= 0"),
         ("guidance.terms.seg.perturbation.boundary=reflct", "did you mean reflect?"),
         ("steps=abc", "steps: 'abc' is not a whole number"),
-        ("compare=[pga]", "compare.0: no guidance 'pga'; did you mean pag? (choices: cfg"),
+        ("compare=[segg]", "compare.0: no guidance 'segg'; did you mean seg? (choices: adaptive_stop"),
         ("seeds=1,4", "a bare comma"),
         ("prompts=[a", "not key=value"),
         ("+own.key=1", "own: no such setting"),

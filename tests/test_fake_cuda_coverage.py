@@ -13,6 +13,7 @@ from fake_cuda import MODE, fake_cuda, fake_denoiser, real_inputs, sent
 import segresearch
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.guidance.blur import BOUNDARIES, blur, gaussian_taps
+from segresearch.guidance.frequencies import high_pass, smooth
 from segresearch.guidance.sag import TAPS
 
 ROOT = Path(segresearch.__file__).parent
@@ -29,7 +30,7 @@ COVERED = {
     "guidance.blur": "guidance", "guidance.controlnet_residuals": "models",
     "guidance.guided_denoiser": "guidance", "guidance.row_layout": "guidance",
     "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",
-    "guidance.sag": "guidance",
+    "guidance.sag": "guidance", "guidance.step": "combination", "guidance.frequencies": "combination",
     "sampling.loop": "sampling", "sampling.noise": "sampling",
     "sampling.schedules": "sampling", "sampling.intervals": "sampling",
     "analysis.blur_operator": "analysis", "analysis.claims": "analysis",
@@ -149,6 +150,8 @@ def everything() -> None:
         MODE.sends = []
         for boundary in BOUNDARIES:
             blur(z, (6, 8), 1.0, boundary)
+        image = torch.ones(1, 1, 6, 8, device="cuda")
+        smooth(image), high_pass(image, 0.05)
         if MODE.sends:
             raise RuntimeError("not on the same device: compiled code sends a matrix at each call")
 

@@ -131,7 +131,7 @@ def build_networks(config: GuidanceConfig, sdxl: Any) -> dict[str, Any]:
     }
 
 
-def build_perturbation(config: PerturbationConfig, at: str = "perturbation") -> Callable[..., Any]:
+def build_perturbation(config: PerturbationConfig, at: str = "perturbation") -> Any:
     """A perturbation as it is; of a CustomConfig the function or class behind `target`, with its place."""
     from segresearch.guidance import At
 

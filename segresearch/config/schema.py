@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import Field, Tag
 
 from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
-from segresearch.config.validate import Record, nearest, of_guidance
+from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
 from segresearch.fields import Boundary, Count, Flag, Fraction, NonNegative, Number, Whole, within
 from segresearch.models.compute import Compute
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     ConditioningConfig: TypeAlias = Any
     Scale: TypeAlias = Any
 else:
-    Custom = Annotated[CustomConfig, Tag("custom")]
+    Custom = Annotated[Any, of_record(CustomConfig), Tag("custom")]
     PerturbationConfig = one_of_kinds(PERTURBATIONS, Custom)
     ShapeConfig, PostConfig = one_of_kinds(SHAPES, Custom), one_of_kinds(POSTS, Custom)
     ConditioningConfig = one_of_kinds(CONDITIONINGS, Custom)

@@ -94,6 +94,11 @@ def of_guidance(path: str) -> PlainValidator:
     return PlainValidator(check)
 
 
+def of_record(kind: Any) -> PlainValidator:
+    """The check of a dataclass of the schema that occurs in several places: pydantic keeps `Record` at the first."""
+    return PlainValidator(lambda value: _adapter(Annotated[kind, Record]).validate_python(value))
+
+
 def _fields(kind: Any, value: Any) -> Any:
     """The mapping `value`, if its keys are fields of the dataclass `kind`; a required one that it lacks is Missing."""
     if isinstance(value, kind):

@@ -38,7 +38,6 @@ from segresearch.sampling.memory import Past, Run
 
 Conds = Mapping[str, Cond]
 Control = Sequence[ActiveControlNet] | None
-MakeCond = Callable[[Conds, Sigma | None, Any], Cond]  # (conds, sigma, keys) -> cond; with static=True, once a run
 # attributes of the plain denoiser, which the guided one has too
 SCHEDULE = ("unet", "sigmas", "sigma_min", "sigma_max", "sigma_to_t", "t_to_sigma", "steps_offset")
 
@@ -86,7 +85,7 @@ class GuidedDenoiser:
         attend: Attend = sdpa,
         fork: bool = True,
         every: Mapping[str, Sequence[Perturbation]] | None = None,
-        conditionings: Mapping[str, MakeCond] | None = None,
+        conditionings: Mapping[str, Any] | None = None,
         networks: Mapping[str, Callable[..., Tensor]] | None = None,
     ):
         if isinstance(denoiser, GuidedDenoiser) or isinstance(getattr(denoiser, "inner", None), GuidedDenoiser):
