@@ -40,22 +40,23 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+@pytest.fixture(scope="module")
+def sdxl():
+    return load_model(composed("guidance=none").model)
+
+
 @pytest.mark.parametrize("experiment", names("experiment"))
-def test_every_experiment_composes_and_instantiates(experiment):
+def test_every_experiment_composes_and_samples(experiment, sdxl):
     config = composed(f"experiment={experiment}")
     assert config.name == experiment
     plan = panels(config)
     assert plan and all(panel.rows and panel.methods for panel in plan)
-    x, sigma, conds = noisy()
+    noise = initial_noise([0], sdxl.latent_shape((16, 32)))
     for panel in plan:
         for guidance in panel.methods.values():
-            out = build_guidance(guidance, denoiser())(x, sigma, conds=conds)
-            assert out.shape == x.shape and out.isfinite().all()
-
-
-@pytest.fixture(scope="module")
-def sdxl():
-    return load_model(composed("guidance=none").model)
+            model = build_guidance(guidance, sdxl)
+            latents = sample(model, noise, steps=2, conds=encode_conds(sdxl, model, ["a red cube"], size=(16, 32)))
+            assert latents.shape == noise.shape and latents.isfinite().all()
 
 
 @pytest.mark.parametrize("guidance", names("guidance"))

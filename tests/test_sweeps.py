@@ -149,7 +149,7 @@ def test_the_overview_of_runs_that_lack_results_and_of_none(tmp_path, call):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["-m", "guidance=pag,sge"], "guidance: no 'sge'; did you mean s"),
+        (["-m", "guidance=pag,none1"], "guidance: no 'none1'; did you mean none"),
         (["-m", "stesp=1,2"], "stesp: no such setting; did you mean steps?"),
         (["draws=3"], "draws: now called n_bootstrap"),
         (["judges=mini"], "judges: now called metrics"),
@@ -171,7 +171,7 @@ def test_no_config_names_a_target_outside_the_project():
     for path in sorted(CONF.rglob("*.yaml")):
         text = path.read_text()
         assert "_target_" not in text, path
-        for target in re.findall(r"\btarget: *([^\s,}]+)", text):
+        for target in re.findall(r"\bkind: custom, target: *([^\s,}]+)", text):
             assert target.strip("'") == "???" or target.startswith("segresearch."), path
 
 

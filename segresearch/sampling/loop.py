@@ -92,6 +92,7 @@ def sample(
     dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
     device = model.sigmas.device
     x = noise.to(device, dtype) * start_scale(sigmas, schedule)
+    values = tuple(sigmas.to(dtype).tolist())
     sigmas = sigmas.to(device, dtype)
     keys = noise_keys(noise, seeds, "steps")
     arguments = extra if conds is None else {"conds": conds, **extra}
@@ -107,7 +108,7 @@ def sample(
     with torch.no_grad(), torch.random.fork_rng(devices), bar:
         if hasattr(model, "prepare"):  # work that is the same at every step, done once
             own_sigmas = churn or sampler in END_TO_END
-            run = Run(torch.tensor(keys, device=device), sampler, None if own_sigmas else tuple(sigmas.tolist()))
+            run = Run(torch.tensor(keys, device=device), sampler, None if own_sigmas else values)
             arguments = model.prepare(arguments, run)
         parts = []
         for rows in groups:
