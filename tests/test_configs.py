@@ -211,7 +211,7 @@ def test_types_are_strict_and_say_so():
         ("guidance.terms.seg.perturbation.sigma=-1", "sigma: -1 is out of range; it must be a number >= 0"),
         ("guidance.terms.seg.perturbation.boundary=reflct", "did you mean reflect?"),
         ("steps=abc", "steps: 'abc' is not a whole number"),
-        ("compare=[segg]", "compare.0: no guidance 'segg'; did you mean seg? (choices: adaptive_stop"),
+        ("compare=[seeg]", "compare.0: no guidance 'seeg'; did you mean seg? (choices: adaptive_stop"),
         ("seeds=1,4", "a bare comma"),
         ("prompts=[a", "not key=value"),
         ("+own.key=1", "own: no such setting"),

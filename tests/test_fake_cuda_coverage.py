@@ -33,6 +33,7 @@ COVERED = {
     "guidance.sag": "guidance", "guidance.step": "combination", "guidance.frequencies": "combination",
     "sampling.loop": "sampling", "sampling.noise": "sampling",
     "sampling.schedules": "sampling", "sampling.intervals": "sampling",
+    "sampling.draws": "guidance", "sampling.memory": "guidance",
     "analysis.blur_operator": "analysis", "analysis.claims": "analysis",
     "analysis.energy": "analysis", "analysis.logit_statistics": "analysis", "analysis.measurements": "analysis",
     "analysis.recorder": "analysis",
@@ -55,6 +56,7 @@ ALLOWED = {
     "guidance.blur:gaussian_taps": "fp64 on the CPU; cached as a matrix on the device by its users",
     "guidance.blur:fold_taps": "as gaussian_taps",
     "guidance.blur:_matrix": "fp64 on the CPU, sent once a shape",
+    "guidance.methods.icg_text:RandomTokens.tokens": "token ids for text encoders, which send them",
     "models.controlnet:ControlNet.forward": "weights of guess mode, as numbers",
     "models.denoiser:alphas_cumprod": "numbers of a config in fp64; `load_sdxl` sends them",
     "sampling.loop:sample": "levels as given, sent with the noise",
@@ -83,12 +85,12 @@ def modules() -> dict[str, ast.Module]:
     """Every module of the packages that imports torch, parsed."""
     found = {}
     for package in PACKAGES:
-        for path in sorted((ROOT / package).glob("*.py")):
+        for path in sorted((ROOT / package).rglob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             imported = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
             imported += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
             if any(name.partition(".")[0] == "torch" for name in imported) and path.stem != "__init__":
-                found[f"{package}.{path.stem}"] = tree
+                found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = tree
     return found
 
 
@@ -107,7 +109,8 @@ def without_device(tree: ast.AST, inside: str = "") -> list[str]:
 
 
 def test_every_module_with_tensors_has_its_test():
-    lacking = sorted(set(modules()) - set(COVERED) - set(HOST))
+    methods = {module for module in modules() if module.startswith("guidance.methods.")}  # every config runs there
+    lacking = sorted(set(modules()) - methods - set(COVERED) - set(HOST))
     assert not lacking, f"{lacking}: run on the device in tests/test_fake_cuda_*.py, then name the test in COVERED"
     assert not set(COVERED) & set(HOST)
     for module, name in COVERED.items():

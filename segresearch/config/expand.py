@@ -138,7 +138,7 @@ def _describe_term(name: str, term: TermConfig) -> str:
 
 def slug(text: str) -> str:
     """`text` as a file name: "SEG σ=∞" is "seg-sigma-inf"."""
-    spelled = text.lower().replace("σ", "sigma ").replace("τ", "tau ").replace("∞", "inf")
+    spelled = text.lower().replace("σ", "sigma ").replace("τ", "tau ").replace("∞", "inf").replace("++", "pp")
     return re.sub(r"[^a-z0-9.]+", "-", spelled).strip("-.") or "x"
 
 
