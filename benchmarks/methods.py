@@ -2,10 +2,11 @@
 
     python benchmarks/methods.py                      # SDXL at 1024 px, counted on tensors without contents
     python benchmarks/methods.py --px 512 --methods seg tpg
-    python benchmarks/methods.py --write docs/methods.md
+    python benchmarks/methods.py --write docs/guidance.md
 
 One step of one image at a sigma at which the method acts, with a prompt. The weak network of autoguidance counts as one
-of SDXL's size. Only matrix products and convolutions are counted, and keys and values of a text once a run, so not here.
+of SDXL's size. Only matrix products and convolutions are counted. Keys and values of a text are computed once a run and
+not counted, but for conditionings that are made from others.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from segresearch.models.unet import UNet, UNetConfig  # noqa: E402
 from segresearch.sampling.memory import Run  # noqa: E402
 
 SIGMAS = (1.5, 2.5, 6.0)  # of which the first that a method acts at is counted
-START, END = "<!-- methods: cost -->\n", "<!-- end -->\n"
+START, END = "<!-- cost: begin -->\n", "<!-- cost: end -->\n"
 
 
 class Model:
@@ -105,7 +106,7 @@ def built(guidance: GuidanceConfig, denoiser: Denoiser, networks: dict[str, Deno
     import segresearch.config.build as build
 
     own = build.build_networks
-    build.build_networks = lambda config, model: networks
+    build.build_networks = lambda config, sdxl: networks
     try:
         return build_guidance(guidance, Model(denoiser))
     finally:

@@ -178,6 +178,16 @@ def test_other_commands_name_files_and_flags_that_exist():
     assert checked >= 10
 
 
+def test_every_method_is_in_the_tables():
+    files = {path.stem: OmegaConf.load(path) for path in (conf_dir() / "guidance").glob("*.yaml")}
+    own = {stem for stem, file in files.items() if set(file) - {"defaults"}} - {"none", "custom"}
+    lines = re.findall(r"^\|.*\|$", text_of(ROOT / "docs" / "methods.md"), re.M)
+    assert own - {span for line in lines for span in re.findall(r"`(\w+)`", line)} == set()
+    page = text_of(ROOT / "docs" / "guidance.md")
+    (table,) = re.findall(r"<!-- cost: begin -->\n(.*?)<!-- cost: end -->", page, re.S)
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == set(files) - {"custom"}
+
+
 def test_the_glossary_names_what_is_there():
     rows = re.findall(r"^\| [^|]+ \| [^|]+ \| `(\w+)` \| `([^`]+)` \|$", text_of(ROOT / "docs" / "glossary.md"), re.M)
     assert len(rows) > 40

@@ -1,9 +1,13 @@
 """The Python examples of README, docs/guidance.md and docs/theory.md run, and print what the pages say."""
 
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
+
+from segresearch.guidance import GuidedDenoiser
+from segresearch.sampling import initial_noise, sample
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,12 +24,22 @@ def test_example_runs(example):
     assert names["x0"].isfinite().all()
 
 
-def test_guidance_prints_its_formula(capsys):
+def test_guidance_examples_run_one_after_another(capsys):
+    """Each block prints what follows it, and each method that it makes changes the image."""
     page = (ROOT / "docs" / "guidance.md").read_text()
-    example = examples(page)[0]
-    exec(example, {})
-    printed = page[page.index(example) + len(example) :].splitlines()[2:5]  # after the closing fence
-    assert capsys.readouterr().out.splitlines() == [line[4:] for line in printed]
+    names: dict = {}
+    models: list[GuidedDenoiser] = []
+    for example in examples(page):
+        exec(example, names)
+        after = page[page.index(example) + len(example) :].splitlines()[2:]  # after the closing fence
+        printed = takewhile(lambda line: line.startswith("    "), after)
+        assert capsys.readouterr().out.splitlines() == [line[4:] for line in printed]
+        models += [m for m in names.values() if isinstance(m, GuidedDenoiser) and not any(m is old for old in models)]
+    assert len(models) >= 12
+    noise, plain = initial_noise([0], (4, 8, 8)), GuidedDenoiser(names["sdxl"].denoiser, {})
+    unguided, *guided = (sample(m, noise, steps=2, conds=names["conds"]) for m in (plain, *models))
+    for model, x0 in zip(models, guided, strict=True):
+        assert x0.isfinite().all() and (x0 - unguided).abs().max() > 1e-2, model
 
 
 def test_theory_prints_its_numbers(capsys):

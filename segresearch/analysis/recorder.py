@@ -34,7 +34,7 @@ Images = Sequence[Image]
 
 @dataclass(frozen=True)
 class Entry:
-    """One self-attention call of one branch. Its tensors are read from disk at each access.
+    """One attention call of one branch. Its tensors are read from disk at each access.
 
     site, grid: where. branches: whose rows these are; several names where the branches are still equal.
     step: which evaluation of the model in its run, from 0 (the sampling step, for samplers of one evaluation a step).

@@ -1,4 +1,4 @@
-"""Guidance: perturbations of self-attention, terms that combine branches, and the denoisers that evaluate them."""
+"""Guidance: perturbations of a network, terms that combine branches, and the denoisers that evaluate them."""
 
 from segresearch.guidance.blur import blur, blur_matrix
 from segresearch.guidance.guided_denoiser import GuidedDenoiser

@@ -1,1 +1,1 @@
-"""One module a method of guidance: shapes of terms, post-processors, scales, perturbations (docs/guidance.md)."""
+"""One module a method of guidance: shapes of terms, post-processors, scales, perturbations (docs/methods.md)."""
