@@ -34,6 +34,7 @@ from segresearch.sampling.loop import checked_options
 
 CONF = conf_dir()
 SCRIPT = CONF.parent / "experiments" / "generate.py"
+PROMPTS = ["a red cube", "two stars"]
 
 
 def names(group: str) -> list[str]:
@@ -59,19 +60,37 @@ def test_every_experiment_composes_and_samples(experiment, sdxl):
             assert latents.shape == noise.shape and latents.isfinite().all()
 
 
+def latents_of(guidance, sdxl, seeds, prompts, sampler="euler", steps=8, **more):
+    model, size = build_guidance(guidance, sdxl), (32, 48)
+    conds = encode_conds(sdxl, model, prompts, size=size)
+    noise = initial_noise(seeds, sdxl.latent_shape(size))
+    return sample(model, noise, sampler, steps=steps, conds=conds, seeds=seeds, **more)
+
+
+@pytest.fixture(scope="module")
+def vanilla(sdxl):
+    return latents_of(GuidanceConfig(), sdxl, [0, 1], PROMPTS)
+
+
 @pytest.mark.parametrize("guidance", names("guidance"))
-def test_every_guidance_composes_and_samples(guidance, sdxl):
+def test_every_guidance_composes_and_samples(guidance, sdxl, vanilla):
+    """On a non-square image; image 1 is the same alone."""
     own = ["guidance.terms.custom.perturbation.target=test_configs.keep_values"] if guidance == "custom" else []
-    config = composed(f"guidance={guidance}", *own)
+    config = composed(f"guidance={guidance}", *own).guidance
     composed(f"guidance={guidance}", "model=sdxl", "model.networks.weak=weak", *own)
-    noise = initial_noise([0, 1], sdxl.latent_shape((48, 64)))
-    latents = []
-    for one in (config.guidance, GuidanceConfig()):
-        model = build_guidance(one, sdxl)
-        conds = encode_conds(sdxl, model, ["a red cube", "two stars"], size=(48, 64))
-        latents.append(sample(model, noise, steps=8, conds=conds))
-    assert latents[0].isfinite().all() and torch.equal(*latents) == (guidance == "none")
-    assert describe(config.guidance) != "vanilla" or guidance == "none"
+    latents = latents_of(config, sdxl, [0, 1], PROMPTS)
+    assert latents.isfinite().all() and torch.equal(latents, vanilla) == (guidance == "none")
+    torch.testing.assert_close(latents_of(config, sdxl, [1], PROMPTS[1:]), latents[1:], rtol=0, atol=2e-3)
+    assert describe(config) != "vanilla" or guidance == "none"
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2m"])
+@pytest.mark.parametrize("guidance", ["apg", "smc", "adaptive_stop", "momentum", "higs", "sg_prev", "emag"])
+def test_methods_with_memory_under_samplers_of_several_evaluations(guidance, sampler, sdxl):
+    config = composed(f"guidance={guidance}").guidance
+    both = latents_of(config, sdxl, [0, 1], PROMPTS, sampler, 4)
+    assert both.isfinite().all() and torch.equal(both, latents_of(config, sdxl, [0, 1], PROMPTS, sampler, 4))
+    torch.testing.assert_close(latents_of(config, sdxl, [1], PROMPTS[1:], sampler, 4), both[1:], rtol=0, atol=2e-3)
 
 
 def keep_values(q, k, v, site, attend):

@@ -94,7 +94,7 @@ def test_levels_and_noise_of_the_cpu_are_sent(gpu):
 
 
 def test_a_guided_picture(gpu):
-    """Two steps of the real network: a read of sigma a step, and those of the loop."""
+    """Two steps of the real network: a read of sigma a step, one of the schedule, and those of the loop."""
 
     def run(denoiser, conds):
         model = GuidedDenoiser(denoiser, {"cfg": cfg(3.0)}, rescale=0.7)
@@ -106,4 +106,4 @@ def test_a_guided_picture(gpu):
     fake, conds = fake_denoiser(), sent(conds)
     gpu.reads.clear()
     check_same(run(fake, conds), expected, rtol=1e-4, atol=1e-4)
-    assert gpu.reads.count("tolist") == 2 and len(gpu.reads) <= 12, gpu.reads
+    assert gpu.reads.count("tolist") == 3 and len(gpu.reads) <= 12, gpu.reads
