@@ -151,6 +151,11 @@ class GuidedDenoiser:
         active_terms = [term for name, term in self.terms.items() if term.acts(sigma, run, name)]
         return list(dict.fromkeys([self.base, *(branch for term in active_terms for branch in term.branches)]))
 
+    def negative(self, sigma: float, run: Run | None = None) -> Branch:
+        """The negative of classifier-free guidance where that is on, else the base."""
+        mixed = (t for t in self.terms.values() if t.mixes_conditionings and t.scale_at(sigma, run))
+        return next((term.neg for term in mixed), self.base)
+
     def __call__(
         self,
         x: Latents,
