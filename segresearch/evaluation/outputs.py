@@ -144,7 +144,8 @@ def facts(method: str, guidance: GuidanceConfig) -> dict[str, Any]:
             settings["cfg"] = term.weight
             continue
         settings["scale"] = term.scale
-        if isinstance(term, PerturbedTerm) and getattr(term.perturbation, "kind", "") == "seg":
-            sigma = term.perturbation.sigma
+        perturbation = term.perturbation if isinstance(term, PerturbedTerm) else None
+        if getattr(perturbation, "kind", "") == "seg":
+            sigma = perturbation.sigma  # type: ignore[union-attr]
             settings |= {"sigma": sigma, "blur": 1.0 if sigma == float("inf") else sigma / (1 + sigma)}
     return runs.plain(settings if guidance.sag is None else {**settings, "scale": guidance.sag.scale})

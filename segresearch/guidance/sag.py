@@ -80,7 +80,7 @@ class SelfAttentionGuidance:
         if not any(scales):
             return self.inner(x, sigma, conds, control, attend, run)
         sigma = sigma.view_as(sigma)  # a tensor object of this call's own, see Site.sigma
-        bases = {self._base(s) for s in values}
+        bases = {self.inner.negative(s, run) if self.base is None else Branch(self.base) for s in values}
         if len(bases) > 1:
             raise InputError("SAG: rows of this batch are on both sides of the interval of the CFG term; name a base")
         base, rows = bases.pop(), x.shape[0]
@@ -116,12 +116,6 @@ class SelfAttentionGuidance:
         blurred = down @ plain @ across.T
         cover = F.interpolate(mask[:, None].to(plain.dtype), size=(h, w), mode="nearest")  # (b, h', w') -> (b, 1, h, w)
         return torch.where(cover > 0, blurred, plain)
-
-    def _base(self, sigma: float) -> Branch:
-        if self.base is not None:
-            return Branch(self.base)
-        mixed = (t for t in self.inner.terms.values() if t.mixes_conditionings and t.scale_at(sigma))
-        return next((term.neg for term in mixed), self.inner.base)
 
     def __repr__(self) -> str:
         first, *rest = repr(self.inner).split("\n")

@@ -53,7 +53,7 @@ class ZSampling:
         forward = first + ratio * (x - first)
         values = [after] * len(x)
         lower = torch.full_like(sigma, after)
-        base = self._base(now, run)
+        base = self.inner.negative(now, run) if self.base is None else Branch(self.base)
         plain = self.inner.evaluate(forward, lower, [base], conds, control, attend, values, run)[base]
         back = plain + (forward - plain) / ratio
         return guided(back) + (back - x) * (ratio / (1 - ratio))
@@ -66,12 +66,6 @@ class ZSampling:
             raise InputError(f"Z-sampling: sigma {min(values):g} is not of the schedule; take euler or dpmpp_2m")
         now = values.pop()
         return now, sigmas[sigmas.index(now) + 1]
-
-    def _base(self, sigma: float, run: Run | None) -> Branch:
-        if self.base is not None:
-            return Branch(self.base)
-        mixed = (t for t in self.inner.terms.values() if t.mixes_conditionings and t.scale_at(sigma, run))
-        return next((term.neg for term in mixed), self.inner.base)
 
     def __repr__(self) -> str:
         base = self.base or f"the negative where CFG is on, else {self.inner.base}"
