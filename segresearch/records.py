@@ -13,7 +13,7 @@ from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_network
 from segresearch.config.build import device_kind
 from segresearch.config.schema import GuidanceConfig, RunConfig
-from segresearch.errors import ConfigError
+from segresearch.errors import CheckpointError, ConfigError
 
 KEY = "segresearch"
 END = b"IEND\xaeB`\x82"  # of a whole PNG
@@ -34,7 +34,10 @@ def with_networks(guidance: GuidanceConfig, model: Path) -> GuidanceConfig:
     ConfigError for weights other than those that a fingerprint names."""
     networks = {}
     for key, network in guidance.networks.items():
-        path = resolve_network(network.path, model)
+        try:
+            path = resolve_network(network.path, model)
+        except CheckpointError as error:
+            raise CheckpointError(f"guidance.networks.{key}.path: {error}") from error
         fingerprint = runs.fingerprint(path)
         if network.fingerprint not in (None, fingerprint):
             text = f"{path} has weights {fingerprint}, not {network.fingerprint}"
