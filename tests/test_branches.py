@@ -10,7 +10,20 @@ import torch
 from guidance_models import CONFIG, control_image, control_net, denoiser, noisy
 
 from segresearch.analysis.recorder import Recorder
-from segresearch.guidance import SEG, At, Branch, GuidedDenoiser, Term, cfg, perturbed, select_sites
+from segresearch.guidance import (
+    SEG,
+    At,
+    Branch,
+    GuidedDenoiser,
+    SelfAttentionGuidance,
+    Term,
+    cfg,
+    perturbed,
+    select_sites,
+)  # fmt: skip
+from segresearch.guidance.methods.adg import ADG
+from segresearch.guidance.methods.cfgpp import PlusPlus
+from segresearch.guidance.methods.nag import NAG
 from segresearch.models.attention import sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import controlled
@@ -450,3 +463,153 @@ def test_a_wrong_output_of_a_call_is_named():
     wrong = At(lambda h, site, call: h[:, :2], where="mid.0.1", site_kind="block")
     with pytest.raises(ValueError, match=r"gave \(1, 2, 64\) at mid_block.attentions.0.transformer_blocks.1, expected"):
         GuidedDenoiser(denoiser(), {"t": perturbed("t", wrong, 1.0)})(x, sigma, conds)
+
+
+# --- slips, and what depends on who else is there ----------------------------------------------------
+
+
+def test_a_static_conditioning_is_made_once_where_images_run_one_at_a_time():
+    model = GuidedDenoiser(denoiser(), {}, conditionings={"cond": Scaled("cond", 0.5)})
+    noise, _, conds = noisy(2, sigma=1.0)
+    options = {"options": {"s_churn": 5.0}, "steps": 2}
+    both = sample(model, noise, conds=conds, seeds=[1, 2], **options)
+    one = sample(model, noise[1:], conds={n: c[[1]] for n, c in conds.items()}, seeds=[2], **options)
+    close(both[1:], one)
+
+
+def test_a_branch_remembers_whatever_other_branches_come_and_go():
+    """In every branch, with classifier-free guidance at the middle step alone: cond is as it is without uncond."""
+    noise, _, conds = noisy(2, sigma=1.0)
+    middle = schedule(denoiser(), "leading", 3)[1].item()
+    seen = {}
+
+    def record(q, k, v, site):
+        if site.kind == "self" and "mid_block.attentions.0.transformer_blocks.0" in site.name:
+            for names, part in zip(site.branches, q.chunk(len(site.branches))):
+                seen.setdefault(names[0], []).append(part)
+        return sdpa(q, k, v, site)
+
+    calls = []
+    for scale in (1e-30, 0.0):
+        seen.clear()
+        terms = {"cfg": Term(Branch("cond"), Branch("uncond"), scale, (middle * 0.9, middle * 1.1))}
+        sample(GuidedDenoiser(denoiser(), terms, every={"*": [Averaged()]}), noise, steps=3, conds=conds, attend=record)
+        calls.append(list(seen["cond"]))
+    assert len(calls[0]) == len(calls[1]) == 3
+    for a, b in zip(*calls):
+        close(a, b)
+
+
+def test_what_sag_evaluates_again_is_not_remembered():
+    noise, _, conds = noisy(2, sigma=1.0)
+    every = {"*": [Averaged()]}
+    plain = GuidedDenoiser(denoiser(), {}, every=every)
+    sag = SelfAttentionGuidance(GuidedDenoiser(denoiser(), {}, every=every), scale=1e-30, base="cond")
+    close(sample(sag, noise, steps=3, conds=conds), sample(plain, noise, steps=3, conds=conds))
+
+
+def test_sag_takes_the_negative_of_guidance_that_still_acts():
+    small = Term(Branch("cond"), Branch("small"), 1.0)
+    model = GuidedDenoiser(denoiser(), {"size": small}, conditionings={"small": Scaled("cond", 0.5)})
+    assert model.negative(3.0) == Branch("cond")
+    weight = PlusPlus(0.6)  # which needs the run
+    noise, _, conds = noisy(1, sigma=1.0)
+    sag = SelfAttentionGuidance(GuidedDenoiser(denoiser(), {"cfg": cfg(weight)}))
+    assert sample(sag, noise, steps=2, conds=conds).isfinite().all()
+
+
+@dataclass(frozen=True)
+class Placeless:
+    site_kind: ClassVar[str] = "block"
+
+    def __call__(self, h, site, call):
+        return call(h.flip(1))
+
+
+@dataclass(frozen=True)
+class PlacelessMemory:
+    remembers: ClassVar[bool] = True
+
+    def __call__(self, q, k, v, site, attend):
+        return v
+
+
+def test_a_class_without_a_place_keeps_its_kind():
+    x, sigma, conds = noisy(1)
+    a, b = (
+        GuidedDenoiser(denoiser(), {"t": perturbed("t", p, 1.0)})(x, sigma, conds)
+        for p in (Placeless(), At(flipped, site_kind="block"))
+    )
+    assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="give its class a field `where`"):
+        perturbed("t", PlacelessMemory(), 1.0)
+
+
+def scalar(pos, neg, step):
+    return pos[:, :1, :1, :1]
+
+
+@dataclass(frozen=True)
+class Narrow(Halves):
+    def join(self, denoised, like):
+        return denoised[:1]
+
+
+@dataclass(frozen=True)
+class Torn(Halves):
+    def split(self, z):
+        return torch.cat([z, z[:1]])
+
+
+def swapped():
+    return {
+        "a": perturbed("a", [Halves(), Other()], 1.0),
+        "b": perturbed("b", [Other(), Halves()], 1.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: {"every": {"cnod": [SEG()]}}, "conds lacks 'cnod'"),
+        (lambda: {"every": {"cond": SEG()}}, "give a list of perturbations"),
+        (lambda: {"conditionings": {"x": 3}}, r"conditionings\['x'\] is 3"),
+        (lambda: {"conditionings": {"x": Scaled("cnod", 1.0)}}, "conds lacks 'cnod'"),
+        (lambda: {"conditionings": {"x": lambda *_: 5}}, r"conditionings\['x'\].*made int, not a Cond"),
+        (lambda: {"terms": {"t": cfg(2.0, shape=scalar)}}, r"the shape of terms\['t'\] gave \(2, 1, 1, 1\)"),
+        (lambda: {"terms": {"t": perturbed("t", Narrow(), 1.0)}}, r"Narrow\(\).join gave \(1, 4, 8, 6\)"),
+        (lambda: {"terms": {"t": perturbed("t", Torn(), 1.0)}}, r"Torn\(\).split made 3 rows of 2"),
+        (lambda: {"post": [lambda guided, step: guided[:1]]}, r"gave \(1, 4, 8, 12\), expected \(2, 4, 8, 12\)"),
+        (lambda: {"terms": {"cfg": cfg(2.0, pos="uncond", neg="cond", shape=ADG())}}, "needs pos='cond', the base"),
+        (lambda: {"terms": {"t": perturbed("t", At(flipped, heads=[0], site_kind="block"), 1.0)}}, "has no heads"),
+    ],
+)
+def test_slips_end_in_one_line(build, message):
+    x, sigma, conds = noisy(2)
+    with pytest.raises(ValueError, match=message):
+        GuidedDenoiser(denoiser(), **{"terms": {}, **build()})(x, sigma, conds)
+
+
+def test_texts_of_a_wrong_number_of_rows_are_refused():
+    x, sigma, conds = noisy(2)
+    conds["uncond"] = conds["uncond"][[0, 1, 0]]
+    with pytest.raises(ValueError, match=r"conds\['uncond'\] has 3 rows for 2 images"):
+        GuidedDenoiser(denoiser(), {}, every={"*": [NAG()]})(x, sigma, conds)
+
+
+def test_a_view_of_another_network_in_either_order():
+    model = GuidedDenoiser(denoiser(), swapped(), networks={"weak": denoiser()})
+    x, sigma, conds = noisy(2)
+    assert "rows per image" in str(model) and model(x, sigma, conds).isfinite().all()
+
+
+def test_a_changed_conditioning_never_keeps_the_keys_of_the_old_text():
+    x, sigma, conds = noisy(2)
+    inner = denoiser()
+
+    def halved_context(conds, sigma, keys):
+        return replace(conds["cond"], context=conds["cond"].context / 2)  # with the cached projections of cond
+
+    model = GuidedDenoiser(inner, {}, conditionings={"cond": halved_context})
+    expected = inner(x, sigma, cond=replace(conds["cond"], context=conds["cond"].context / 2))
+    close(model(x, sigma, **model.prepare({"conds": conds})), expected)

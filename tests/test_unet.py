@@ -69,7 +69,7 @@ def test_fork_equals_separate_forwards_at_every_site():
         return torch.cat([out[:2], 0.5 * out[2:]]) if h.shape[0] == 5 else out
 
     plain = ours(x, t, cond)
-    for i, site in enumerate(ours.all_sites[1:], 1):
+    for i, site in [*enumerate(ours.all_sites)][1::3]:  # of every kind: they repeat every fourth
         later = set(ours.all_sites[i:])
         halved = ours(
             x, t, cond,

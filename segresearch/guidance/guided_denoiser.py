@@ -25,8 +25,8 @@ from segresearch.guidance.row_layout import (
     Layout,
     Perturbed,
     layout,
+    past_of,
     row_index,
-    used_run,
 )  # fmt: skip
 from segresearch.guidance.sites import check_heads, select_sites
 from segresearch.guidance.step import Latents, Post, Sigma, Step
@@ -84,7 +84,7 @@ class GuidedDenoiser:
         post: Sequence[Post] = (),
         attend: Attend = sdpa,
         fork: bool = True,
-        every: Mapping[str, Sequence[Perturbation]] | None = None,
+        every: Mapping[str, Any] | None = None,
         conditionings: Mapping[str, Any] | None = None,
         networks: Mapping[str, Callable[..., Tensor]] | None = None,
     ):
@@ -97,6 +97,12 @@ class GuidedDenoiser:
             raise InputError(f"rescale must be in [0, 1], got {rescale!r}")
         self.denoiser, self.terms, self.base = denoiser, dict(terms), Branch(base)
         self.rescale, self.post, self.attend, self.fork = rescale, tuple(post), attend, fork
+        for name, perturbations in (every or {}).items():
+            if not isinstance(perturbations, Sequence):
+                raise InputError(f"every[{name!r}] is {perturbations!r}; give a list of perturbations")
+        for name, make in (conditionings or {}).items():
+            if not callable(make) and not hasattr(make, "encode"):
+                raise InputError(f"conditionings[{name!r}] is {make!r}; give a call (conds, sigma, keys) -> Cond")
         self.every = {name: tuple(perturbations) for name, perturbations in (every or {}).items()}
         self.conditionings, self.networks = dict(conditionings or {}), {"": denoiser, **(networks or {})}
         self._sites: dict[str, tuple[dict[str, dict[str, int]], tuple[str, ...]]] = {}
@@ -152,9 +158,11 @@ class GuidedDenoiser:
         return list(dict.fromkeys([self.base, *(branch for term in active_terms for branch in term.branches)]))
 
     def negative(self, sigma: float, run: Run | None = None) -> Branch:
-        """The negative of classifier-free guidance where that is on, else the base."""
-        mixed = (t for t in self.terms.values() if t.mixes_conditionings and t.scale_at(sigma, run))
-        return next((term.neg for term in mixed), self.base)
+        """The negative of classifier-free guidance where that is on, else the base. A conditioning that is made from
+        others is no negative, but for one in the place of uncond."""
+        terms = ((n, t) for n, t in self.terms.items() if t.mixes_conditionings and t.acts(sigma, run, n))
+        given = (t.neg for _, t in terms if t.neg.conditioning not in {*self.conditionings} - {"uncond"})
+        return next(given, self.base)
 
     def __call__(
         self,
@@ -209,7 +217,16 @@ class GuidedDenoiser:
             for name, make in self.conditionings.items()
             if callable(make) and getattr(make, "static", False) == static
         }
-        return {**conds, **{name: make(conds, sigma, keys) for name, make in makers.items()}}
+        for name in (*self.every, *(make.of for make in makers.values() if hasattr(make, "of"))):
+            if name != "*" and name not in conds and name not in self.conditionings:
+                raise InputError(f"conds lacks {name!r}, which the guidance names; given: {', '.join(conds) or 'none'}")
+        made = {name: make(conds, sigma, keys) for name, make in makers.items()}
+        for name, cond in made.items():
+            if not isinstance(cond, Cond):
+                raise InputError(f"conditionings[{name!r}]: {makers[name]!r} made {type(cond).__name__}, not a Cond")
+            if not any(cond is other for other in conds.values()):  # cached keys and values may be those of another text
+                made[name] = replace(cond, projections={})
+        return {**conds, **made}
 
     def layout(self, branches: Sequence[Branch], conds: Conds, control: Sequence[ActiveControlNet] = ()) -> Layout:
         """The rows of the forward that gives these branches. InputError for a conditioning that `conds` lacks.
@@ -245,6 +262,7 @@ class GuidedDenoiser:
         """D of every branch, in one forward for each view and network. values: sigma.tolist(), where the caller has
         read it."""
         keys = torch.zeros_like(sigma, dtype=torch.int64) if run is None else run.keys
+        values = sigma.tolist() if values is None else values
         prepared = conds if isinstance(conds, Prepared) else Prepared(self.made(conds, static=True))
         if any(callable(make) and not getattr(make, "static", False) for make in self.conditionings.values()):
             prepared = Prepared(self.made(prepared, False, sigma, keys))
@@ -265,7 +283,7 @@ class GuidedDenoiser:
         conds: "Prepared",
         control: Sequence[ActiveControlNet],
         attend: Attend | None,
-        values: Sequence[float] | None,
+        values: Sequence[float],
         run: Run | None,
         keys: Int[Tensor, " rows"],
     ) -> dict[Branch, Latents]:
@@ -274,12 +292,14 @@ class GuidedDenoiser:
         if one.view is not None:
             x = one.view.split(x)  # (b, c, h, w) -> (v·b, c, h', w')
             control = [replace(net, hint=one.view.split(net.hint.expand(rows, -1, -1, -1))) for net in control]
+        if len(x) % rows:
+            raise InputError(f"{one.view!r}.split made {len(x)} rows of {rows}: give as many parts of each image")
         views = len(x) // rows
         plan = self.layout(branches, conds, control)
         control_residuals = residuals(
             denoiser, x, sigma.repeat(views), plan.conditionings,
             lambda names, _: conds.joined(names, rows, views), self.base.conditioning, control,
-            None if values is None else [*values] * views,
+            [*values] * views,
         )  # fmt: skip
         parts = tuple(number * views + i for number in plan.source for i in range(views))
         fork = None
@@ -293,12 +313,12 @@ class GuidedDenoiser:
         before, after = (tuple(name for name in names for _ in range(views)) for names in plan.names)
         perturbations = [p for branch in plan.branches for p in branch.perturbations]
         needed = dict.fromkeys(n for p in perturbations for n in getattr(p, "conditionings", ()))
-        texts = {name: conds[name].projected_by(denoiser.unet) for name in needed}  # type: ignore[attr-defined]
+        texts = {name: _rows(name, conds[name], rows).projected_by(denoiser.unet) for name in needed}  # type: ignore[attr-defined]
         groups = {
             site: {p: [i * views + j for i in of for j in range(views)] for p, of in at.items()}
             for site, at in plan.groups.items()
         }
-        past = used_run(perturbations, run, values[0] if values else 0.0)
+        past = past_of(perturbations, run, values[0])
         attention = BranchAttention(groups, rows, before, after, attend or self.attend, sigma, keys, texts, past)
         denoised = denoiser(
             x.repeat(n, 1, 1, 1),  # (v·b, c, h, w) -> (n·v·b, c, h, w)
@@ -312,6 +332,7 @@ class GuidedDenoiser:
         split = dict(zip(plan.branches, denoised.split(rows * views), strict=True))  # -> (v·b, c, h, w) each
         if one.view is not None:
             split = {branch: one.view.join(part, like) for branch, part in split.items()}
+            check_shape(f"{one.view!r}.join", next(iter(split.values())), like)
         return {branch: split[plan.computed[branch]] for branch in branches}
 
     def combine(
@@ -338,6 +359,7 @@ class GuidedDenoiser:
                 delta = pos - neg
             else:
                 delta = term.shape(pos, neg, replace(step, scale=scale, past=Past(run, name, values[0])))
+                check_shape(f"the shape of terms[{name!r}]", delta, x)
             guided = guided + scale * delta
             if term.mixes_conditionings:
                 cfg_active = [active or bool(s) for active, s in zip(cfg_active, scales, strict=True)]
@@ -351,6 +373,7 @@ class GuidedDenoiser:
             guided = rescaled
         for number, post in enumerate(self.post):
             guided = post(guided, replace(step, past=Past(run, f"{number}: {post!r}", values[0])))
+            check_shape(repr(post), guided, x)
         return guided
 
     def __repr__(self) -> str:
@@ -406,6 +429,13 @@ def perturbed_sites(perturbations: Sequence[Perturbation], kinds: Mapping[str, M
     return sites
 
 
+def check_shape(owner: str, value: Any, like: Latents) -> None:
+    """InputError for anything but a tensor of the shape of `like`."""
+    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if shape != tuple(like.shape):
+        raise InputError(f"{owner} gave {shape}, expected {tuple(like.shape)}")
+
+
 class Prepared(Mapping[str, Cond]):
     """Conditionings by name, for a run of calls: what a batch needs of several is joined at its first call.
 
@@ -424,6 +454,10 @@ class Prepared(Mapping[str, Cond]):
 
     def __len__(self) -> int:
         return len(self._conds)
+
+    def with_rows(self, conds: Conds) -> "Prepared":
+        """The same for other rows; `sample` cuts a batch into images by this."""
+        return Prepared(conds)
 
     def joined(self, names: Sequence[str], rows: int, times: int = 1) -> Cond:
         """`rows` rows of each of these conditionings, each `times` times, one after another."""

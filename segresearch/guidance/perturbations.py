@@ -166,6 +166,8 @@ class At:
             raise InputError(f"a perturbation is a call (q, k, v, site, attend) -> out, got {self.function!r}")
         if self.site_kind not in KINDS:
             raise InputError(f"site_kind={self.site_kind!r}: sites are of the kinds {', '.join(KINDS)}")
+        if self.heads is not None and self.site_kind not in ("self", "cross"):
+            raise InputError(f"heads={list(self.heads)}: a site of kind {self.site_kind!r} has no heads")
         freeze(self)
 
     def __call__(self, *arguments: Any) -> Tensor:

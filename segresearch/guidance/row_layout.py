@@ -2,7 +2,7 @@
 does at the sites that a branch is perturbed at."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -80,7 +80,7 @@ def layout(
         for number, perturbations in enumerate(by_site):
             parts.setdefault(perturbations.get(site, ()), []).append(number)
     shared = len(distinct) > len(conditionings)
-    first = next(site for site in sites if site in groups) if fork and shared else EMBEDDING
+    first = next((site for site in sites if site in groups), EMBEDDING) if fork and shared else EMBEDDING
     return Layout(conditionings, tuple(distinct), None if first == EMBEDDING else first, groups, computed)
 
 
@@ -97,7 +97,8 @@ class BranchAttention:
     groups: the sites where any part is perturbed (`Layout`). rows: of one part.
     before, after: branches of each part before the fork and after it. sigma, keys: of the rows of one part.
     attend: the innermost attention, which all perturbations end in. Its site holds the branches of its rows and sigma.
-    texts: the conditionings that a perturbation of the cross-attention asks for. past: where one remembers something.
+    texts: the conditionings that a perturbation of the cross-attention asks for. past: the run and σ, where a
+    perturbation remembers something; its owner is set for each site and branch.
     """
 
     groups: Mapping[str, Groups]
@@ -158,7 +159,7 @@ class BranchCalls:
                 within = a.within(site.name, parts)
                 own = partial(call, part=Part(row_index(tuple(parts), a.rows, h.device), within, BranchCalls(within)))
             for perturbation in perturbations:
-                own = partial(perturbed_call, perturbation, own, remembering(perturbation, a.site(site, parts), a.past))
+                own = partial(perturbed_call, perturbation, own, a.site(site, parts), a.past)
             for part, rows in zip(parts, own(_rows(h, parts, a.rows)).split(a.rows)):
                 out[part] = rows
         return torch.cat(out)
@@ -181,27 +182,40 @@ def compose(perturbations: Sequence[Perturbation], attend: Attend, past: Past | 
 def perturbed_attention(
     perturbation: Any, attend: Attend, past: Past | None, q: Heads, k: KeyHeads, v: KeyHeads, site: Site
 ) -> Heads:
-    """The perturbation's output, checked."""
-    out = perturbation(q, k, v, remembering(perturbation, site, past), attend)
+    """The perturbation's output, checked. One that remembers is called for each branch."""
+    if past is not None and remembers(perturbation):
+        parts = zip(*(z.chunk(len(site.branches)) for z in (q, k, v)), owned(perturbation, site, past), strict=True)
+        out: Any = torch.cat([perturbation(*part, attend) for part in parts])
+    else:
+        out = perturbation(q, k, v, site, attend)
     return checked_out(out, (*q.shape[:3], v.shape[3]), perturbation, site)
 
 
 def perturbed_call(
-    perturbation: Any, call: Call, site: Site, h: Float[Tensor, "rows *shape"], **options: Any
+    perturbation: Any, call: Call, site: Site, past: Past | None, h: Float[Tensor, "rows *shape"], **options: Any
 ) -> Float[Tensor, "rows *out"]:
-    """A call under the perturbation, checked. options: of the call of a block (`without`)."""
+    """A call under the perturbation, checked. options: of the call of a block (`without`). One that remembers finds at
+    `site.past` what it kept for these branches together, since a call of a block is for all its rows."""
+    if past is not None and remembers(perturbation):
+        site = site._replace(past=replace(past, owner=(perturbation, site.name, site.branches)))
     out = perturbation(h, site, partial(call, **options) if options else call)
     width = getattr(out, "shape", ())[1:] if site.kind == "embedding" else h.shape[1:]
     return checked_out(out, (len(h), *width), perturbation, site)
 
 
-def remembering(perturbation: Perturbation, site: Site, past: Past | None) -> Site:
-    """The site with what the perturbation remembers there of these branches."""
-    if past is None:
-        return site
-    return site._replace(past=Past(past.run, (perturbation, site.name, site.branches), past.sigma))
+def remembers(perturbation: Any) -> bool:
+    """Whether it reads and writes `site.past`."""
+    return getattr(perturbation, "remembers", False)
 
 
-def used_run(perturbations: Sequence[Perturbation], run: Run | None, sigma: float) -> Past | None:
-    """The past that these perturbations need: none where none of them remembers anything."""
-    return Past(run, "", sigma) if any(getattr(p, "remembers", False) for p in perturbations) else None
+def owned(perturbation: Any, site: Site, past: Past) -> list[Site]:
+    """The site of each branch alone, with what the perturbation remembers there of it."""
+    return [
+        site._replace(branches=(names,), past=replace(past, owner=(perturbation, site.name, names[0])))
+        for names in site.branches
+    ]
+
+
+def past_of(perturbations: Sequence[Perturbation], run: Run | None, sigma: float) -> Past | None:
+    """The run and σ for these perturbations; None where none of them remembers anything."""
+    return Past(run, "", sigma) if any(map(remembers, perturbations)) else None

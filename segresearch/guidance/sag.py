@@ -1,6 +1,7 @@
 """Self-Attention Guidance (SAG, arXiv 2210.00939): guide away from the image whose salient parts were blurred."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -103,7 +104,8 @@ class SelfAttentionGuidance:
         degraded = self.degrade(plain, masks[0])
         noised = degraded + (x - plain)  # x − D = σ·ε
         named_attend = partial(under_name, innermost, f"{base}~sag")
-        second = self.inner.evaluate(noised, sigma, [base], conds, control, named_attend, values, run)[base]
+        apart = None if run is None else replace(run)  # what is remembered is of x, not of x̃
+        second = self.inner.evaluate(noised, sigma, [base], conds, control, named_attend, values, apart)[base]
         extra = per_row(scales, plain) * (degraded - second)
         return self.inner.combine(x, sigma, denoised, extra, values, run)
 

@@ -7,7 +7,8 @@ A selector `where` is one of
                              up_blocks.0.attentions.2.transformer_blocks.9.attn1, and 0, 3 for
                              mid_block.attentions.0.transformer_blocks.3.attn1
     "*transformer_blocks.3*" a glob over full site names (case matters; a full name matches itself; "*" is every site)
-    7                        the site's number in a forward pass (`unet.sites[7]`; negative counts from the end)
+    7                        the site's number among those of its kind in a forward pass (of self-attention
+                             `unet.sites[7]`; negative counts from the end)
     ["mid", "up.0.0", -1]    a list or tuple: the union
 
 Index numbers are compared as whole numbers, so "down.1" never takes in block 10.

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.sampling.memory import NOTHING, Past
 
 Latents = Float[Tensor, "rows c h w"]
@@ -45,8 +46,13 @@ class Step:
         """ε = (x − D)/σ: what an eps-prediction would be. The inverse is D = x − σ·ε."""
         return (self.x - denoised) / self.noise_level
 
-    def reaching(self, guided: Latents) -> Latents:
-        """The Δ with D[base] + s·Δ = `guided`, for a shape that is defined by its result; 0 where s is 0."""
+    def reaching(self, guided: Latents, pos: Latents) -> Latents:
+        """The Δ with D[base] + s·Δ = `guided`, for a shape that is defined by its result; 0 where s is 0.
+
+        InputError unless `pos` is D[base].
+        """
+        if pos is not self.plain:
+            raise InputError(f"a shape that is defined by its result needs pos={self.base!r}, the base, in its term")
         delta = guided - self.plain
         if isinstance(self.scale, Tensor):
             return torch.where(self.scale == 0, 0.0, delta / self.scale)

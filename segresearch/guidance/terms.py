@@ -229,7 +229,9 @@ def _interval(interval: Sequence[float | int]) -> Interval:
 
 def _bind(p: Perturbation, where: Where | None, heads: Sequence[int] | None) -> Perturbation:
     if not hasattr(p, "where") and site_kind(p) not in WHOLE:
-        p = At(p)
+        if getattr(p, "remembers", False) or getattr(p, "conditionings", ()):
+            raise InputError(f"{p!r} has no place: give its class a field `where`")
+        p = At(p, site_kind=site_kind(p))
     changes = {name: value for name, value in (("where", where), ("heads", heads)) if value is not None}
     if not changes:
         return p

@@ -334,7 +334,7 @@ class UNet(Encoder):
 
     def check_fork(self, x: Float[Tensor, "rows c h w"], fork: Fork) -> None:
         """InputError unless the fork is at a site of this UNet and adds rows."""
-        sites = self.all_sites[1:]  # at the embedding of t there are no rows yet
+        sites = self.all_sites[1:]  # not at the embedding of t: x itself must have the rows then
         if fork.site not in sites:
             raise InputError(f"unet: fork at unknown site {fork.site!r}; sites are {', '.join(sites)}")
         if fork.index.shape[0] <= x.shape[0]:

@@ -196,7 +196,8 @@ def one_row(value: Any, index: int, images: int) -> Any:
     if rows is not None:
         return value[index : index + 1] if rows == images else value
     if isinstance(value, Mapping):
-        return {key: one_row(item, index, images) for key, item in value.items()}
+        mapping = {key: one_row(item, index, images) for key, item in value.items()}
+        return value.with_rows(mapping) if hasattr(value, "with_rows") else mapping
     if isinstance(value, tuple | list):
         items = [one_row(item, index, images) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

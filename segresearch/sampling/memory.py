@@ -31,7 +31,7 @@ class Run:
     sigmas: tuple[float, ...] | None = None
     memory: Memory = field(init=False, default_factory=Memory, repr=False, compare=False)
 
-    def levels(self, owner: str) -> tuple[float, ...]:
+    def schedule(self, owner: str) -> tuple[float, ...]:
         """The schedule's sigmas. InputError where the sampler chooses its own."""
         if self.sigmas is None:
             text = f"{owner} needs the sigmas of the schedule, and {self.sampler} with these options chooses its own"
@@ -61,7 +61,7 @@ class Past:
 
     def write(self, state: Any) -> None:
         """Keep `state` as that of this sigma."""
-        if self.run is None or self.sigma not in self.run.levels(str(self.owner)):
+        if self.run is None or self.sigma not in self.run.schedule(str(self.owner)):
             return
         states = self.run.memory.states.setdefault(self.owner, {})
         states[self.sigma] = state

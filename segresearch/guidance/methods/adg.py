@@ -43,4 +43,4 @@ class ADG:
         turned = (step.scale * angle).clamp(-limit, limit)
         ratio = turned.sin() * norm(pos) / sine.clamp_min(1e-30)
         ratio = torch.where(sine > 1e-3 * norm(pos), ratio, step.scale)
-        return step.reaching(turned.cos() * pos + ratio * across)
+        return step.reaching(turned.cos() * pos + ratio * across, pos)

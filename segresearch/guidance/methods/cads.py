@@ -28,7 +28,8 @@ class CADS:
     on evenly spaced timesteps. CDG's comparison code counts t from 0 up, so its noise grows. The paper's text was not
     at hand. With ψ 1 a conditioning of zeros, SDXL's own for no negative prompt, stays zeros.
 
-    of: the conditioning that is made noisy. tau1, tau2, s, psi: as above. shared: one n for all images of a batch.
+    of: the conditioning that is made noisy. tau1, tau2, s, psi: as above. shared: one n for all images,
+        whatever their seeds.
     """
 
     kind: Literal["cads"] = field(default="cads", kw_only=True, repr=False)

@@ -43,6 +43,6 @@ class CFGZero:
             return delta
         if step.past.run is None:
             raise InputError("zero_steps of CFG-Zero* counts the sigmas of a run, and there is none: call `sample`")
-        sigmas = step.past.run.levels("CFG-Zero*")
+        sigmas = step.past.run.schedule("CFG-Zero*")
         last = sigmas[min(self.zero_steps, len(sigmas)) - 1]
-        return torch.where(step.noise_level >= last, step.reaching(step.x), delta)
+        return torch.where(step.noise_level >= last, step.reaching(step.x, pos), delta)

@@ -42,7 +42,7 @@ class PlusPlus:
             raise InputError("CFG++ depends on the next sigma, which only a run knows: call `sample`")
         if run.sampler != "euler":
             raise InputError(f"CFG++ is exact for sampler euler alone, and this run is {run.sampler}")
-        sigmas = run.levels("CFG++")
+        sigmas = run.schedule("CFG++")
         if sigma not in sigmas[:-1]:
             raise InputError(f"CFG++: sigma {sigma:g} is not of the schedule")
         return self.strength * sigma / (sigma - sigmas[sigmas.index(sigma) + 1])

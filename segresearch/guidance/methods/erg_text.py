@@ -1,5 +1,6 @@
 """The text side of entropy rectifying guidance."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -31,8 +32,8 @@ class ERGText:
     tau: NonNegative = 0.5
 
     def __post_init__(self) -> None:
-        if not self.tau >= 0:
-            raise InputError(f"ERGText tau must be >= 0, got {self.tau!r}")
+        if not 0 <= self.tau < math.inf:
+            raise InputError(f"ERGText tau must be a finite number >= 0, got {self.tau!r}")
 
     def encode(self, sdxl: SDXL, prompts: Sequence[str], negative: Any = None, size: Any = None) -> Cond:
         """The prompts under temperature."""

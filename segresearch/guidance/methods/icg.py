@@ -21,7 +21,7 @@ class ICG:
     vector, each with its own std over an image's values. n is new at each evaluation and keyed by the image. Published
     w: at or a little below CFG's; Stable Diffusion 3 for CFG's 4, there with random text (`ICGText`).
 
-    of: the conditioning whose std and sizes are taken. shared: the same n for all images of a batch.
+    of: the conditioning whose std and sizes are taken. shared: the same n for all images, whatever their seeds.
     """
 
     kind: Literal["icg"] = field(default="icg", kw_only=True, repr=False)

@@ -43,4 +43,4 @@ class Mimic:
         target = low.abs().amax(dim=(2, 3), keepdim=True)
         limit = torch.maximum(target, quantile(centred.abs().flatten(2), self.percentile)[..., None]).clamp_min(1e-30)
         held = mean + centred.clamp(-limit, limit) * (target / limit)
-        return step.reaching(torch.lerp(high.to(held.dtype), held, self.phi))
+        return step.reaching(torch.lerp(high.to(held.dtype), held, self.phi), pos)

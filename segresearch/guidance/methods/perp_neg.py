@@ -41,4 +41,4 @@ class PerpNeg:
         for name in self.conditionings:
             against = step.denoised[name] - neg
             guidance = guidance - self.weight * (against - along(against, delta))
-        return step.reaching(neg + (step.scale + 1) * guidance)
+        return step.reaching(neg + (step.scale + 1) * guidance, pos)

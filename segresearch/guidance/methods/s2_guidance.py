@@ -27,8 +27,8 @@ class S2:
     the term adds nothing. No official code exists; the published values are second-hand, from notes on the paper.
 
     where: the transformer blocks of which some are left out; the default has none of the down path, so never the first
-    block. share: the probability. shared: one subset for all images of a batch; without it the subset is keyed by the
-    image. The blocks are computed for all rows in either case.
+    block. share: the probability. shared: one subset for all images, whatever their seeds; without it the subset is
+    keyed by the image. The blocks are computed for all rows in either case.
     """
 
     kind: Literal["s2"] = field(default="s2", kw_only=True, repr=False)

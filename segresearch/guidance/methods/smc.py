@@ -44,4 +44,4 @@ class SMC:
         direction = distance.sign() if self.switch == "sign" else distance / norm(distance).clamp_min(1e-30)
         error = error - self.gain * direction
         step.past.write(error)
-        return step.reaching(neg - (step.scale + 1) * step.noise_level * error)
+        return step.reaching(neg - (step.scale + 1) * step.noise_level * error, pos)

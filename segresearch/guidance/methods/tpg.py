@@ -23,8 +23,8 @@ class TPG:
     the names here down_blocks.2.attentions.0.transformer_blocks.2 and all after it. The ports for ComfyUI count s in
     the same way.
 
-    where: transformer blocks. shared: one π for all images of a batch, as in the official code. Without it π is keyed
-    by the image, so that a picture does not depend on its batch.
+    where: transformer blocks. shared: one π for all images, whatever their seeds (in the official code, for all
+    of a batch). Without it π is keyed by the image, so that a picture does not depend on its batch.
     """
 
     kind: Literal["tpg"] = field(default="tpg", kw_only=True, repr=False)

@@ -61,7 +61,7 @@ class ZSampling:
     def _steps(self, sigma: Sigma, run: Run | None) -> tuple[float, float]:
         if run is None:
             raise InputError("Z-sampling depends on the next sigma, which only a run knows: call `sample`")
-        sigmas, values = run.levels("Z-sampling"), set(sigma.tolist())
+        sigmas, values = run.schedule("Z-sampling"), set(sigma.tolist())
         if len(values) > 1 or not values <= set(sigmas[:-1]):
             raise InputError(f"Z-sampling: sigma {min(values):g} is not of the schedule; take euler or dpmpp_2m")
         now = values.pop()
