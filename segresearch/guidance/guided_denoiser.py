@@ -224,7 +224,7 @@ class GuidedDenoiser:
         for name, cond in made.items():
             if not isinstance(cond, Cond):
                 raise InputError(f"conditionings[{name!r}]: {makers[name]!r} made {type(cond).__name__}, not a Cond")
-            if not any(cond is other for other in conds.values()):  # cached keys and values may be those of another text
+            if not any(cond is other for other in conds.values()):  # its cached keys may be of another text
                 made[name] = replace(cond, projections={})
         return {**conds, **made}
 
