@@ -28,7 +28,7 @@ COVERED = {
     "models.calls": "models", "models.tiles": "models", "models.text": "models",
     "models.unet": "guidance", "models.vae": "models",
     "guidance.blur": "guidance", "guidance.controlnet_residuals": "models",
-    "guidance.guided_denoiser": "guidance", "guidance.row_layout": "guidance",
+    "guidance.guided_denoiser": "guidance", "guidance.row_layout": "guidance", "guidance.conditionings": "guidance",
     "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",
     "guidance.sag": "guidance", "guidance.step": "combination", "guidance.frequencies": "combination",
     "sampling.loop": "sampling", "sampling.noise": "sampling",

@@ -7,28 +7,31 @@ x (b, 4, h, w) ─► [ before the fork: a part of b rows for each conditioning,
 Branches on other inputs (a view) or of another network have a forward of their own, of the same form.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from segresearch.errors import InputError
+from segresearch.guidance.conditionings import Prepared, made, with_rows
 from segresearch.guidance.controlnet_residuals import active, per_row, residuals
+from segresearch.guidance.formula import formula
 from segresearch.guidance.perturbations import Perturbation, site_kind
 from segresearch.guidance.postprocess import rescale
 from segresearch.guidance.row_layout import (
     BranchAttention,
     BranchCalls,
     Layout,
+    Pass,
     Perturbed,
     layout,
     past_of,
+    perturbed_sites,
     row_index,
 )  # fmt: skip
-from segresearch.guidance.sites import check_heads, select_sites
 from segresearch.guidance.step import Latents, Post, Sigma, Step
 from segresearch.guidance.terms import Branch, Term
 from segresearch.models.attention import Attend, Fork, plain, sdpa
@@ -40,13 +43,6 @@ Conds = Mapping[str, Cond]
 Control = Sequence[ActiveControlNet] | None
 # attributes of the plain denoiser, which the guided one has too
 SCHEDULE = ("unet", "sigmas", "sigma_min", "sigma_max", "sigma_to_t", "t_to_sigma", "steps_offset")
-
-
-class Pass(NamedTuple):
-    """What the branches of one forward have in common: their network, by name, and their view of x."""
-
-    network: str = ""
-    view: Any = None
 
 
 class GuidedDenoiser:
@@ -199,7 +195,7 @@ class GuidedDenoiser:
         control = active(arguments.get("control"))
         nets = [*self.unets, *(one.net for one in control)]
         conds: dict[str, Cond] = {}
-        for name, cond in self.made(arguments.get("conds") or {}, static=True).items():
+        for name, cond in made(self.conditionings, arguments.get("conds") or {}, static=True).items():
             same = next((other for other in conds.values() if other.equals(cond)), None)
             conds[name] = cond.projected(*nets) if same is None else same
         more = ({"control": control} if "control" in arguments else {}) | ({} if run is None else {"run": run})
@@ -210,29 +206,14 @@ class GuidedDenoiser:
         """The networks of all denoisers."""
         return [denoiser.unet for denoiser in self.networks.values()]  # type: ignore[attr-defined]
 
-    def made(self, conds: Conds, static: bool, sigma: Sigma | None = None, keys: Any = None) -> dict[str, Cond]:
-        """`conds` and those that are made from them: once a run (static), or at every evaluation."""
-        makers = {
-            name: make
-            for name, make in self.conditionings.items()
-            if callable(make) and getattr(make, "static", False) == static
-        }
-        for name in (*self.every, *(make.of for make in makers.values() if hasattr(make, "of"))):
-            if name != "*" and name not in conds and name not in self.conditionings:
-                raise InputError(f"conds lacks {name!r}, which the guidance names; given: {', '.join(conds) or 'none'}")
-        made = {name: make(conds, sigma, keys) for name, make in makers.items()}
-        for name, cond in made.items():
-            if not isinstance(cond, Cond):
-                raise InputError(f"conditionings[{name!r}]: {makers[name]!r} made {type(cond).__name__}, not a Cond")
-            if not any(cond is other for other in conds.values()):  # its cached keys may be of another text
-                made[name] = replace(cond, projections={})
-        return {**conds, **made}
-
     def layout(self, branches: Sequence[Branch], conds: Conds, control: Sequence[ActiveControlNet] = ()) -> Layout:
         """The rows of the forward that gives these branches. InputError for a conditioning that `conds` lacks.
 
         Names of one Cond are one conditioning, unless a ControlNet steers the base's alone.
         """
+        for name in self.every:
+            if name != "*" and name not in conds:
+                raise InputError(f"conds lacks {name!r}, which `every` names; given: {', '.join(map(repr, conds))}")
         first: dict[Any, str] = {}
         guess = any(net.guess for net in control)
         computed = {}
@@ -263,9 +244,9 @@ class GuidedDenoiser:
         read it."""
         keys = torch.zeros_like(sigma, dtype=torch.int64) if run is None else run.keys
         values = sigma.tolist() if values is None else values
-        prepared = conds if isinstance(conds, Prepared) else Prepared(self.made(conds, static=True))
+        prepared = conds if isinstance(conds, Prepared) else Prepared(made(self.conditionings, conds, static=True))
         if any(callable(make) and not getattr(make, "static", False) for make in self.conditionings.values()):
-            prepared = Prepared(self.made(prepared, False, sigma, keys))
+            prepared = Prepared(made(self.conditionings, prepared, False, sigma, keys))
         passes: dict[Pass, list[Branch]] = {}
         for branch in branches:
             passes.setdefault(self.pass_of(self.complete(branch)), []).append(branch)
@@ -280,7 +261,7 @@ class GuidedDenoiser:
         x: Latents,
         sigma: Sigma,
         branches: Sequence[Branch],
-        conds: "Prepared",
+        conds: Prepared,
         control: Sequence[ActiveControlNet],
         attend: Attend | None,
         values: Sequence[float],
@@ -313,7 +294,7 @@ class GuidedDenoiser:
         before, after = (tuple(name for name in names for _ in range(views)) for names in plan.names)
         perturbations = [p for branch in plan.branches for p in branch.perturbations]
         needed = dict.fromkeys(n for p in perturbations for n in getattr(p, "conditionings", ()))
-        texts = {name: _rows(name, conds[name], rows).projected_by(denoiser.unet) for name in needed}  # type: ignore[attr-defined]
+        texts = {name: with_rows(name, conds[name], rows).projected_by(denoiser.unet) for name in needed}  # type: ignore[attr-defined]
         groups = {
             site: {p: [i * views + j for i in of for j in range(views)] for p, of in at.items()}
             for site, at in plan.groups.items()
@@ -377,56 +358,7 @@ class GuidedDenoiser:
         return guided
 
     def __repr__(self) -> str:
-        lines = ["D = " + " + ".join([f"D[{self.base}]", *map(str, self.terms.values())]).replace("+ -", "− ")]
-        branches = [self.base, *(branch for term in self.terms.values() for branch in term.branches)]
-        for name, perturbations in self.every.items():
-            lines.append(f"  every branch on {name}: {', then '.join(map(repr, perturbations))}")
-        lines += [f"  {branch}: {self.places(branch)}" for branch in dict.fromkeys(branches) if branch.perturbations]
-        lines += [f"  {name}: made by {make!r}" for name, make in self.conditionings.items()]
-        if self.rescale:
-            lines.append(f"  rescale {self.rescale:g}: in eps, against D[{self.base}], where conditionings are mixed")
-        lines += [f"  then {post!r}" for post in self.post]
-        active_terms = [t for t in self.terms.values() if t.pos != t.neg or t.shape is not None]
-        active_terms = [t for t in active_terms if callable(t.scale) or t.scale]
-        passes: dict[Pass, dict[Branch, Branch]] = {}
-        for branch in [self.base, *(b for t in active_terms for b in t.branches)]:
-            passes.setdefault(self.pass_of(self.complete(branch)), {})[branch] = self.complete(branch)
-        rows = []
-        for one, computed in passes.items():
-            perturbed = {branch.perturbations: self.perturbed(branch) for branch in computed.values()}
-            plan = layout(computed, perturbed, self.sites(one.network)[1] if any(perturbed) else (), self.fork)
-            forked = f" -> {len(plan.branches)} from {plan.fork}" if plan.fork else ""
-            own = f" in a forward of {one.network or 'its own'}" if one != Pass() else ""
-            rows.append(f"{len(plan.inputs)}{forked}{own}" + (f", each {one.view!r}" if one.view is not None else ""))
-        return "\n".join([*lines, f"  rows per image: {', and '.join(rows)}"])
-
-    def places(self, branch: Branch) -> str:
-        """What is done to a branch, and at how many sites."""
-        by_kind: dict[str, list[Perturbation]] = {}
-        for perturbation in branch.perturbations:
-            by_kind.setdefault(site_kind(perturbation), []).append(perturbation)
-        kinds, texts = self.sites(self.pass_of(self.complete(branch)).network)[0], []
-        for kind, perturbations in by_kind.items():
-            text = ", then ".join(map(repr, perturbations))
-            if kind in kinds:
-                noun = "sites" if kind == "self" else f"{kind} sites"
-                text += f" at {len(perturbed_sites(perturbations, kinds))} of {len(kinds[kind])} {noun}"
-            texts.append(text)
-        return "; ".join(texts)
-
-
-def perturbed_sites(perturbations: Sequence[Perturbation], kinds: Mapping[str, Mapping[str, int]]) -> Perturbed:
-    """Site name -> the perturbations there, in their order. kinds: of every kind the sites, with their heads.
-
-    Raises InputError for a selector that matches no site, or a head that a site does not have.
-    """
-    sites: dict[str, tuple[Perturbation, ...]] = {}
-    for perturbation in perturbations:
-        kind = site_kind(perturbation)
-        for site in select_sites(perturbation.where, tuple(kinds[kind]), kind) if kind in kinds else ():  # type: ignore[attr-defined]
-            check_heads(getattr(perturbation, "heads", None), kinds[kind][site], site)
-            sites[site] = (*sites.get(site, ()), perturbation)
-    return sites
+        return formula(self)
 
 
 def check_shape(owner: str, value: Any, like: Latents) -> None:
@@ -434,42 +366,3 @@ def check_shape(owner: str, value: Any, like: Latents) -> None:
     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if shape != tuple(like.shape):
         raise InputError(f"{owner} gave {shape}, expected {tuple(like.shape)}")
-
-
-class Prepared(Mapping[str, Cond]):
-    """Conditionings by name, for a run of calls: what a batch needs of several is joined at its first call.
-
-    It cannot be changed; for other conditionings call `prepare` again.
-    """
-
-    def __init__(self, conds: Mapping[str, Cond]):
-        self._conds = dict(conds)
-        self.joins: dict[tuple[tuple[str, ...], int, int], Cond] = {}
-
-    def __getitem__(self, name: str) -> Cond:
-        return self._conds[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._conds)
-
-    def __len__(self) -> int:
-        return len(self._conds)
-
-    def with_rows(self, conds: Conds) -> "Prepared":
-        """The same for other rows; `sample` cuts a batch into images by this."""
-        return Prepared(conds)
-
-    def joined(self, names: Sequence[str], rows: int, times: int = 1) -> Cond:
-        """`rows` rows of each of these conditionings, each `times` times, one after another."""
-        key = (tuple(names), rows, times)
-        if key not in self.joins:
-            self.joins[key] = Cond.cat([_rows(name, self[name], rows) for name in names for _ in range(times)])
-        return self.joins[key]
-
-
-def _rows(name: str, cond: Cond, rows: int) -> Cond:
-    if cond.rows == rows:
-        return cond
-    if cond.rows == 1:
-        return cond.expand(rows)
-    raise InputError(f"conds[{name!r}] has {cond.rows} rows for {rows} images; it needs {rows} or 1")

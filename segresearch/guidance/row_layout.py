@@ -4,14 +4,15 @@ does at the sites that a branch is perturbed at."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from segresearch.guidance.blur import constant
-from segresearch.guidance.perturbations import Perturbation, checked_out
+from segresearch.guidance.perturbations import Perturbation, checked_out, site_kind
+from segresearch.guidance.sites import check_heads, select_sites
 from segresearch.guidance.terms import Branch
 from segresearch.models.attention import EMBEDDING, Attend, Call, Heads, KeyHeads, Part, Site
 from segresearch.models.conditioning import Projection
@@ -20,6 +21,27 @@ from segresearch.sampling.memory import Past, Run
 Perturbed = Mapping[str, tuple[Perturbation, ...]]  # the perturbations of one branch, by site
 Groups = Mapping[tuple[Perturbation, ...], Sequence[int]]  # numbers of the parts under the same perturbations
 Names = tuple[tuple[str, ...], ...]  # the branches that each part of the rows belongs to
+
+
+class Pass(NamedTuple):
+    """What the branches of one forward have in common: their network, by name, and their view of x."""
+
+    network: str = ""
+    view: Any = None
+
+
+def perturbed_sites(perturbations: Sequence[Perturbation], kinds: Mapping[str, Mapping[str, int]]) -> Perturbed:
+    """Site name -> the perturbations there, in their order. kinds: of every kind the sites, with their heads.
+
+    Raises InputError for a selector that matches no site, or a head that a site does not have.
+    """
+    sites: dict[str, tuple[Perturbation, ...]] = {}
+    for perturbation in perturbations:
+        kind = site_kind(perturbation)
+        for site in select_sites(perturbation.where, tuple(kinds[kind]), kind) if kind in kinds else ():  # type: ignore[attr-defined]
+            check_heads(getattr(perturbation, "heads", None), kinds[kind][site], site)
+            sites[site] = (*sites.get(site, ()), perturbation)
+    return sites
 
 
 @dataclass(frozen=True)
