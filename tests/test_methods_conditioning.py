@@ -464,7 +464,7 @@ def test_made_conditionings_do_not_depend_on_the_batch(method, dtype):
         (lambda: SWG(0.5, 1), "do not cover the image"),
         (lambda: Weak(""), "Weak needs the name of a network"),
         (lambda: CADS(tau1=0.9, tau2=0.6), "CADS needs 0 <= tau1 < tau2"),
-        (lambda: ERGText(-1), "ERGText tau must be >= 0, got -1"),
+        (lambda: ERGText(-1), "ERGText tau must be a finite number >= 0, got -1"),
         (lambda: ImageSize(factor=0), "ImageSize factor must be > 0, got 0"),
     ],
 )

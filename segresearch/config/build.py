@@ -1,5 +1,6 @@
 """From settings to the objects that run: the model and its guidance. Torch is imported when one is made."""
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -7,14 +8,14 @@ import importlib
 import inspect
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from segresearch.config.schema import CustomConfig, GuidanceConfig, ModelConfig, PerturbationConfig, RunConfig
 from segresearch.config.validate import nearest
-from segresearch.errors import ConfigError
+from segresearch.errors import ConfigError, InputError
 from segresearch.models.compute import PLAIN, Compute
 
 if TYPE_CHECKING:
@@ -89,14 +90,15 @@ def build_guidance(config: GuidanceConfig, model: Any, post: Sequence[Callable[.
     for name, term in config.terms.items():
         at, interval = f"guidance.terms.{name}", term.interval or EVERYWHERE
         shape = build_custom(term.shape, f"{at}.shape", "pos, neg, step")
-        if term.kind == "cfg":
-            terms[name] = cfg(term.weight, interval, term.pos, term.neg, shape)
-        elif term.kind == "difference":
-            terms[name] = Term(Branch(term.pos), Branch(term.neg), term.scale, interval, shape)
-        else:
-            several = term.perturbation if isinstance(term.perturbation, tuple) else (term.perturbation,)
-            built = [build_perturbation(p, f"{at}.perturbation") for p in several]
-            terms[name] = perturbed(name, built, term.scale, base=term.base, interval=interval, shape=shape)
+        with naming(at):
+            if term.kind == "cfg":
+                terms[name] = cfg(term.weight, interval, term.pos, term.neg, shape)
+            elif term.kind == "difference":
+                terms[name] = Term(Branch(term.pos), Branch(term.neg), term.scale, interval, shape)
+            else:
+                several = term.perturbation if isinstance(term.perturbation, tuple) else (term.perturbation,)
+                built = [build_perturbation(p, f"{at}.perturbation") for p in several]
+                terms[name] = perturbed(name, built, term.scale, base=term.base, interval=interval, shape=shape)
     for name, entry in config.every.items():
         own = build_perturbation(entry.perturbation, f"guidance.every.{name}.perturbation")
         every[entry.conditioning] = (*every.get(entry.conditioning, ()), own)
@@ -116,6 +118,15 @@ def build_guidance(config: GuidanceConfig, model: Any, post: Sequence[Callable[.
         return guided
     interval = sag.interval or EVERYWHERE
     return SelfAttentionGuidance(guided, sag.scale, sag.blur_sigma, sag.threshold, base=sag.base, interval=interval)
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """An InputError within its block becomes a ConfigError that begins with the key."""
+    try:
+        yield
+    except InputError as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{key}: {error}") from error
 
 
 def build_networks(config: GuidanceConfig, sdxl: Any) -> dict[str, Any]:
@@ -152,8 +163,9 @@ def build_custom(config: Any, at: str, signature: str) -> Any:
             return function(**config.options)
         function = functools.partial(function, **config.options) if config.options else function
         inspect.signature(function).bind(*signature.split(", "))
-    except TypeError as error:
-        raise ConfigError(f"{at}: {config.target} cannot be called as ({signature}): {error}") from error
+    except (TypeError, ValueError) as error:  # of a partial with an option that the function lacks: a ValueError
+        reason = f"its options are {', '.join(config.options)}" if isinstance(error, ValueError) else error
+        raise ConfigError(f"{at}: {config.target} cannot be called as ({signature}): {reason}") from error
     return function
 
 

@@ -121,7 +121,7 @@ def _number(scale: Any) -> str:
 def _describe_term(name: str, term: TermConfig) -> str:
     shape = "" if term.shape is None else f" ({title(term.shape, 'custom')})"
     if term.kind == "cfg":
-        noun = "CFG" if (term.pos, term.neg) == ("cond", "uncond") else name.upper()
+        noun = "CFG" if (term.pos, term.neg) == ("cond", "uncond") else name.replace("_", " ").upper()
         return f"{noun} {_number(term.weight)}{shape}"
     if term.kind == "difference":
         return f"{name} {_number(term.scale)}{shape}"
@@ -138,8 +138,9 @@ def _describe_term(name: str, term: TermConfig) -> str:
 
 def slug(text: str) -> str:
     """`text` as a file name: "SEG σ=∞" is "seg-sigma-inf"."""
-    spelled = text.lower().replace("σ", "sigma ").replace("τ", "tau ").replace("∞", "inf").replace("++", "pp")
-    return re.sub(r"[^a-z0-9.]+", "-", spelled).strip("-.") or "x"
+    for sign, word in (("σ", "sigma "), ("τ", "tau "), ("∞", "inf"), ("++", "pp"), ("²", "2")):
+        text = text.lower().replace(sign, word)
+    return re.sub(r"[^a-z0-9.]+", "-", text).strip("-.") or "x"
 
 
 def parse_seeds(seeds: Any, at: str = "seeds") -> tuple[int, ...]:

@@ -185,21 +185,42 @@ class GuidanceConfig(Record):
 
     def __post_init__(self) -> None:
         known = ("cond", "uncond", *self.conditionings)
-        places = {"base": self.base} | {
-            f"every.{key}.conditioning": entry.conditioning
-            for key, entry in self.every.items()
-            if entry.conditioning != "*"
-        }
-        for key, term in self.terms.items():
-            names = ("base",) if isinstance(term, PerturbedTerm) else ("pos", "neg")
-            places |= {f"terms.{key}.{name}": getattr(term, name) for name in names}
-        if self.sag is not None and self.sag.base is not None:
-            places["sag.base"] = self.sag.base
-        for place, name in places.items():
+        for place, name in self.named_conditionings():
             if name not in known:
                 raise ConfigError(f"{place}: {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
+        for place, perturbation in self.perturbations().items():
+            network = getattr(perturbation, "network", None)
+            if network is not None and network not in self.networks:
+                there = ", ".join(self.networks) or "there are none"
+                raise ConfigError(f"{place}.network: {network!r} is not one of `networks` ({there})")
         if self.sag is not None and self.zigzag is not None:
             raise ConfigError("zigzag: Z-sampling and SAG cannot both be around one method")
+
+    def perturbations(self) -> dict[str, Any]:
+        """All perturbations by their keys."""
+        every = {f"every.{key}.perturbation": entry.perturbation for key, entry in self.every.items()}
+        terms = {key: t.perturbation for key, t in self.terms.items() if isinstance(t, PerturbedTerm)}
+        several = {key: p if isinstance(p, tuple) else (p,) for key, p in terms.items()}
+        numbered = {(key, "" if len(ps) == 1 else f".{i}"): p for key, ps in several.items() for i, p in enumerate(ps)}
+        return every | {f"terms.{key}.perturbation{number}": p for (key, number), p in numbered.items()}
+
+    def named_conditionings(self) -> list[tuple[str, str]]:
+        """Every key that names a conditioning, with the name."""
+        places = [("base", self.base)]
+        for key, term in self.terms.items():
+            names = ("base",) if isinstance(term, PerturbedTerm) else ("pos", "neg")
+            places += [(f"terms.{key}.{name}", getattr(term, name)) for name in names]
+            places += [(f"terms.{key}.shape", name) for name in getattr(term.shape, "conditionings", ())]
+        places += [(f"every.{k}.conditioning", e.conditioning) for k, e in self.every.items() if e.conditioning != "*"]
+        for key, perturbation in self.perturbations().items():
+            places += [(key, name) for name in getattr(perturbation, "conditionings", ())]
+        makers = self.conditionings.items()
+        places += [(f"conditionings.{key}.of", maker.of) for key, maker in makers if hasattr(maker, "of")]
+        if self.sag is not None and self.sag.base is not None:
+            places.append(("sag.base", self.sag.base))
+        if self.zigzag is not None and self.zigzag.base is not None:
+            places.append(("zigzag.base", self.zigzag.base))
+        return places
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,9 @@ class GuidedDenoiser:
             raise InputError(f"rescale must be in [0, 1], got {rescale!r}")
         self.denoiser, self.terms, self.base = denoiser, dict(terms), Branch(base)
         self.rescale, self.post, self.attend, self.fork = rescale, tuple(post), attend, fork
+        for processor in post:
+            if not callable(processor) or isinstance(processor, type):
+                raise InputError(f"a post-processor is a call (guided, step) -> guided, got {processor!r}")
         for name, perturbations in (every or {}).items():
             if not isinstance(perturbations, Sequence):
                 raise InputError(f"every[{name!r}] is {perturbations!r}; give a list of perturbations")
@@ -109,7 +112,10 @@ class GuidedDenoiser:
             if other != branch.perturbations:
                 both = f"{other} and {branch.perturbations}"
                 raise InputError(f"two branches are named {branch.name!r}: {both}; rename one")
-            self.perturbed(self.complete(branch))
+            try:
+                self.perturbed(self.complete(branch))
+            except InputError as error:
+                raise InputError(f"branch {self.complete(branch)}: {error}") from error
 
     def __getattr__(self, name: str) -> Any:
         if name in SCHEDULE:
@@ -129,9 +135,9 @@ class GuidedDenoiser:
         views = [p for p in branch.perturbations if site_kind(p) == "view"]
         if names and names[-1] not in self.networks:
             known = ", ".join(map(repr, [*self.networks][1:])) or "none"
-            raise InputError(f"branch {branch}: no network {names[-1]!r} in `networks`; there are {known}")
+            raise InputError(f"no network {names[-1]!r} in `networks`; there are {known}")
         if len(views) > 1 or len(names) > 1:
-            raise InputError(f"branch {branch}: two views or two networks of one branch")
+            raise InputError("two views or two networks of one branch")
         return Pass(*names[:1], *views[:1]) if names else Pass("", *views[:1])
 
     def sites(self, network: str) -> tuple[dict[str, dict[str, int]], tuple[str, ...]]:
@@ -283,6 +289,11 @@ class GuidedDenoiser:
             [*values] * views,
         )  # fmt: skip
         parts = tuple(number * views + i for number in plan.source for i in range(views))
+        if one.network and control_residuals is not None:
+            widths = [net.config.skip_widths for net in (denoiser.unet, self.unet)]  # type: ignore[attr-defined]
+            if widths[0] != widths[1]:
+                text = f"network {one.network!r} has skips {widths[0]} wide, the ControlNet residuals {widths[1]}"
+                raise InputError(f"{text}: it cannot steer a network of another size")
         fork = None
         if len(plan.branches) > len(plan.conditionings):
             index = row_index(parts, rows, x.device)
@@ -353,7 +364,8 @@ class GuidedDenoiser:
                 rescaled = torch.where(chosen, rescaled, guided)
             guided = rescaled
         for number, post in enumerate(self.post):
-            guided = post(guided, replace(step, past=Past(run, f"{number}: {post!r}", values[0])))
+            owner = f"{post!r} ({number})" if number else repr(post)
+            guided = post(guided, replace(step, past=Past(run, owner, values[0])))
             check_shape(repr(post), guided, x)
         return guided
 

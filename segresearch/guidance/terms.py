@@ -41,7 +41,11 @@ def scale_at(scale: Scale, interval: Interval, sigma: float, owner: str, run: Ru
 def _value(scale: Scale, sigma: float, run: Run | None) -> float:
     if not callable(scale):
         return float(scale)
-    return float(scale.in_run(sigma, run) if hasattr(scale, "in_run") else scale(sigma))
+    value = scale.in_run(sigma, run) if hasattr(scale, "in_run") else scale(sigma)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the scale {_schedule(scale)} gave {value!r} at sigma {sigma:g}, not a number") from error
 
 
 def scale_text(scale: Scale, interval: Interval, factor: str) -> str:
@@ -135,6 +139,8 @@ class Term:
     shape: Shape | None = None
 
     def __post_init__(self) -> None:
+        if self.shape is not None and (not callable(self.shape) or isinstance(self.shape, type)):
+            raise InputError(f"the shape of a term is a call (pos, neg, step) -> delta, got {self.shape!r}")
         check_scale(self.scale, self.interval, str(self))
 
     def scale_at(self, sigma: float, run: Run | None = None) -> float:

@@ -61,7 +61,8 @@ class Past:
 
     def write(self, state: Any) -> None:
         """Keep `state` as that of this sigma."""
-        if self.run is None or self.sigma not in self.run.schedule(str(self.owner)):
+        name = self.owner if isinstance(self.owner, str) else type(self.owner[0]).__name__  # type: ignore[index]
+        if self.run is None or self.sigma not in self.run.schedule(name):
             return
         states = self.run.memory.states.setdefault(self.owner, {})
         states[self.sigma] = state

@@ -12,12 +12,16 @@ from segresearch.models.sdxl import SDXL
 class Prompt:
     """A further text, the same for all images: for composed prompts (arXiv 2206.01714) and Perp-Neg (2304.04968).
 
+    text: None is the negative prompt of the run, or "" where that has none (SDXL's zeros are no text).
+
     A term with it as `pos` adds the text, s·(D[text] − D[uncond]); as `neg` it takes the text away.
     """
 
     kind: Literal["prompt"] = field(default="prompt", kw_only=True, repr=False)
-    text: str = ""
+    text: str | None = ""
 
     def encode(self, sdxl: SDXL, prompts: Sequence[str], negative: Any = None, size: Any = None) -> Cond:
         """The text, one row a prompt."""
-        return sdxl.encode([self.text], size=size)["cond"].expand(len(prompts))
+        texts = (negative or "") if self.text is None else self.text
+        cond = sdxl.encode([texts] if isinstance(texts, str) else texts, size=size)["cond"]
+        return cond.expand(len(prompts)) if cond.rows == 1 else cond

@@ -1,5 +1,6 @@
 """Z-Sampling: a step forward with guidance, back without, and forward again."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from segresearch.guidance.terms import ALWAYS, Branch, Interval
 from segresearch.models.attention import Attend
 from segresearch.sampling.intervals import check_interval
 from segresearch.sampling.memory import Run
+
+BETWEEN = ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde")  # samplers
 
 
 class ZSampling:
@@ -27,12 +30,20 @@ class ZSampling:
     Raises InputError without a run, or at a σ that is not of its schedule.
     """
 
-    def __init__(self, inner: GuidedDenoiser, base: str | None = None, interval: Interval = ALWAYS):
+    def __init__(self, inner: Any, base: str | None = None, interval: Interval = ALWAYS):
         check_interval(interval, "Z-sampling")
-        self.inner, self.base, self.interval = inner, base, interval
-        self.denoiser, self.prepare = inner.denoiser, inner.prepare
+        if hasattr(inner, "inner"):
+            raise InputError(f"Z-sampling is around a GuidedDenoiser or a plain denoiser, not {type(inner).__name__}")
+        self.inner = inner if isinstance(inner, GuidedDenoiser) else GuidedDenoiser(inner, {})
+        self.denoiser, self.base, self.interval = self.inner.denoiser, base, interval
 
     __getattr__ = GuidedDenoiser.__getattr__  # the schedule of `self.denoiser`
+
+    def prepare(self, arguments: Mapping[str, Any], run: Run | None = None) -> dict[str, Any]:
+        """As of GuidedDenoiser. InputError for a sampler that evaluates between the sigmas of the schedule."""
+        if run is not None and run.sampler in BETWEEN:
+            raise InputError(f"Z-sampling: {run.sampler} evaluates between the sigmas; take euler or dpmpp_2m")
+        return self.inner.prepare(arguments, run)
 
     def __call__(
         self,
