@@ -150,6 +150,19 @@ def test_the_same_bytes_whatever_the_workers(config, base, whole, model, parts):
     assert last.result == whole.result and contents(config.out) == contents(base.out)
 
 
+def test_methods_that_remember_and_draw_resume_to_the_same_bytes(config, model):
+    """A shard that is lost is sampled again, alone, with the same images."""
+    tpg = {"kind": "perturbed", "scale": 1.0, "perturbation": {"kind": "tpg", "where": "mid"}}
+    apg = {"kind": "cfg", "weight": 3.0, "shape": {"kind": "apg"}}
+    mixed = {"label": "mixed", "terms": {"tpg": tpg, "cfg": apg}, "post": {"momentum": {"kind": "momentum"}}}
+    config = dataclasses.replace(config, compare=(*config.compare[:1], typed(GuidanceConfig, mixed)))
+    evaluate(config, model, Worker())
+    shards = sorted(Path(config.out, "shards").glob("tpg*/*.safetensors"))
+    before = [path.read_bytes() for path in shards]
+    shards[1].unlink()
+    assert evaluate(config, model, Worker()).sampled == 1 and [path.read_bytes() for path in shards] == before
+
+
 @pytest.mark.parametrize("moment", ["a write", "a rename", "the reduction"])
 def test_a_stopped_run_resumes_to_the_same_bytes(config, base, whole, model, monkeypatch, moment):
     calls = []

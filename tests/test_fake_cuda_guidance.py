@@ -81,7 +81,7 @@ def both(build, dtype: torch.dtype = torch.float32, rows: int = 2, sigma: float 
     return model(*given), expected
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "guidance").glob("*.yaml")))
 def test_every_config(gpu, name, dtype, monkeypatch):
     """One step of a run. Conditionings of texts are stand-ins, and the weak network is the network itself."""
