@@ -77,11 +77,11 @@ def test_every_guidance_composes_for_sdxl():
     assert len(config.compare) == len(methods)
 
 
-def latents_of(guidance, sdxl, seeds, prompts, sampler="euler", steps=6, **more):
+def latents_of(guidance, sdxl, seeds, prompts, sampler="euler", steps=4, **more):
     model, size = build_guidance(guidance, sdxl), (32, 48)
     conds = encode_conds(sdxl, model, prompts, size=size)
     noise = initial_noise(seeds, sdxl.latent_shape(size))
-    return sample(model, noise, sampler, steps=steps, conds=conds, seeds=seeds, **more)
+    return sample(model, noise, sampler, "trailing", steps=steps, conds=conds, seeds=seeds, **more)
 
 
 @pytest.fixture(scope="module")
