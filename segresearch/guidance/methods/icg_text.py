@@ -21,8 +21,8 @@ class ICGText:
 
     The tokens are of equal probability, special ones left out, the same for both encoders. The text encoders run once,
     before the images have their keys. So ŷ is keyed by `seed` and the prompt, and the same at all evaluations, where
-    the paper draws it anew; the paper's own comparison code (of CDG) has one a prompt too. A picture does not depend on
-    its batch, but two pictures of one prompt share ŷ. Formula and w as of `ICG`.
+    the paper draws it anew; the paper's own comparison code (of CDG) has one a prompt too. An image does not depend on
+    its batch, but two images of one prompt share ŷ. Formula and w as of `ICG`.
     """
 
     kind: Literal["icg_text"] = field(default="icg_text", kw_only=True, repr=False)

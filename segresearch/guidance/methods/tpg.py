@@ -24,7 +24,7 @@ class TPG:
     the same way.
 
     where: transformer blocks. shared: one π for all images, whatever their seeds (in the official code, for all
-    of a batch). Without it π is keyed by the image, so that a picture does not depend on its batch.
+    of a batch). Without it π is keyed by the image, so that an image does not depend on its batch.
     """
 
     kind: Literal["tpg"] = field(default="tpg", kw_only=True, repr=False)
