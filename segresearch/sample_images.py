@@ -1,6 +1,9 @@
 """The one way from seeds and prompts to images: `sample_images`, and its halves for callers that look on between."""
 
+import copy
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,8 +67,21 @@ def sample_latents(
 
 @torch.no_grad()
 def decode_images(sdxl: "SDXL", latents: Latents, rows: int | None = None) -> UInt8[Tensor, "rows 3 H W"]:
-    """8-bit images, decoded `rows` latents at a time (None: all at once)."""
-    return torch.cat([to_uint8(sdxl.decode(part)) for part in latents.split(rows or len(latents))])
+    """8-bit images, decoded `rows` latents at a time (None: all at once). Raises NotFinite."""
+    return torch.cat([to_uint8(finite_images(sdxl, part)) for part in latents.split(rows or len(latents))])
+
+
+def finite_images(sdxl: "SDXL", latents: Latents) -> Float[Tensor, "rows 3 H W"]:
+    """Decoded images, not clamped. Where the VAE overflows in a half precision (SDXL's own does in fp16) they are
+    decoded again in fp32, with a warning. Raises NotFinite where that is no help."""
+    images, dtype = sdxl.decode(latents), next(sdxl.vae.parameters()).dtype
+    if not images.isfinite().all() and dtype in (torch.float16, torch.bfloat16):
+        text = f"the VAE gave values that are not finite in {dtype}, so it decodes again in fp32"
+        warnings.warn(f"{text}; load it in fp32 (vae_dtype) to spare this", stacklevel=3)
+        images = replace(sdxl, vae=copy.deepcopy(sdxl.vae).float()).decode(latents)
+    if not images.isfinite().all():
+        raise NotFinite("the VAE decoded latents that are finite to values that are not")
+    return images
 
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

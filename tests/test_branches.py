@@ -577,6 +577,8 @@ def swapped():
         (lambda: {"conditionings": {"x": Scaled("cnod", 1.0)}}, "conds lacks 'cnod'"),
         (lambda: {"conditionings": {"x": lambda *_: 5}}, r"conditionings\['x'\].*made int, not a Cond"),
         (lambda: {"terms": {"t": cfg(2.0, shape=scalar)}}, r"the shape of terms\['t'\] gave \(2, 1, 1, 1\)"),
+        (lambda: {"terms": {"t": cfg(2.0, (200, 800))}}, r"\(200, 800\), and the model's sigmas are 0.02917 to 14.61"),
+        (lambda: {"terms": {"t": cfg(2.0, (0, 0.01))}}, "it would never act"),
         (lambda: {"terms": {"t": perturbed("t", Narrow(), 1.0)}}, r"Narrow\(\).join gave \(1, 4, 8, 6\)"),
         (lambda: {"terms": {"t": perturbed("t", Torn(), 1.0)}}, r"Torn\(\).split made 3 rows of 2"),
         (lambda: {"post": [lambda guided, step: guided[:1]]}, r"gave \(1, 4, 8, 12\), expected \(2, 4, 8, 12\)"),

@@ -1,11 +1,15 @@
 """The one function that samples and decodes: the same as its steps by hand, and an error that names what is broken."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
 from segresearch.config.schema import GenerateConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from segresearch.errors import Ended, NotFinite
 from segresearch.guidance import GuidedDenoiser, cfg
+from segresearch.models.vae import VAE
 from segresearch.sample_images import decode_images, sample_images, sample_latents, to_uint8
 from segresearch.sampling import initial_noise, sample, sigmas
 
@@ -46,3 +50,33 @@ def test_latents_that_are_not_finite_are_named_by_their_seeds(model):
     with pytest.raises(NotFinite, match=r"the latents of seeds \[5\] are not finite") as caught:
         sample_latents(model, guided, SEEDS, model.encode(PROMPTS), config())
     assert isinstance(caught.value, Ended) and caught.value.code == 4
+
+
+class Overflowing(VAE):
+    """A VAE that overflows in fp16, as SDXL's own does."""
+
+    def decode(self, latents, tile=None):
+        images = super().decode(latents, tile)
+        return images * torch.inf if self.dtype == torch.float16 else images
+
+
+class Stuck(VAE):
+    """A VAE that overflows in every precision."""
+
+    def decode(self, latents, tile=None):
+        return torch.full((len(latents), 3, 64, 64), torch.inf)
+
+
+def in_half(model, kind):
+    vae = copy.deepcopy(model.vae).half()
+    vae.__class__ = kind
+    return dataclasses.replace(model, vae=vae)
+
+
+def test_a_vae_that_overflows_in_half_precision_decodes_again_in_fp32(model):
+    latents = torch.randn(2, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="not finite in torch.float16, so it decodes again in fp32"):
+        images = decode_images(in_half(model, Overflowing), latents)
+    assert (images.int() - decode_images(model, latents).int()).abs().max() <= 4  # weights were rounded to fp16
+    with pytest.raises(NotFinite, match="values that are not"), pytest.warns(UserWarning):
+        decode_images(in_half(model, Stuck), latents)

@@ -37,6 +37,7 @@ from segresearch.guidance.terms import Branch, Term
 from segresearch.models.attention import Attend, Fork, plain, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet
+from segresearch.sampling.intervals import check_reach
 from segresearch.sampling.memory import Past, Run
 
 Conds = Mapping[str, Cond]
@@ -89,6 +90,7 @@ class GuidedDenoiser:
         for name, term in terms.items():
             if not isinstance(term, Term):
                 raise InputError(f"terms[{name!r}] is {term!r}; a term is cfg(...), perturbed(...) or Term(...)")
+            check_reach(term.interval, denoiser, f"terms[{name!r}]")
         if not 0 <= rescale <= 1:
             raise InputError(f"rescale must be in [0, 1], got {rescale!r}")
         self.denoiser, self.terms, self.base = denoiser, dict(terms), Branch(base)

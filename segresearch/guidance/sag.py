@@ -16,6 +16,7 @@ from segresearch.guidance.guided_denoiser import Conds, Control, GuidedDenoiser
 from segresearch.guidance.step import Latents, Sigma
 from segresearch.guidance.terms import ALWAYS, Branch, Interval, Scale, check_scale, scale_at, scale_text
 from segresearch.models.attention import Attend, Heads, KeyHeads, Site
+from segresearch.sampling.intervals import check_reach
 from segresearch.sampling.memory import Run
 
 TAPS = 9  # of the latent blur, whatever its sigma, as in the published code
@@ -63,6 +64,7 @@ class SelfAttentionGuidance:
             raise InputError("SAG reads the first mid-block self-attention, and this model has none")
         self.site: str = mid[0]
         self.scale, self.interval, self.base = scale, interval, base
+        check_reach(interval, self.denoiser, "SAG")
         self.blur_sigma, self.threshold = blur_sigma, threshold
 
     __getattr__ = GuidedDenoiser.__getattr__  # the schedule of `self.denoiser`

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,19 @@ def check_interval(interval: Sequence[float | int], owner: str) -> None:
         raise InputError(
             f"the interval of {owner} must be (low, high) in sigma, 0 <= low <= high, got {tuple(interval)}"
         )
+
+
+def check_reach(interval: Interval, denoiser: Any, owner: str) -> None:
+    """InputError for an interval that lies outside of all noise levels of the model, in timesteps for instance.
+
+    NEVER is meant as it is. A denoiser without a schedule is not checked.
+    """
+    low, high = (getattr(denoiser, name, None) for name in ("sigma_min", "sigma_max"))
+    if low is None or high is None or interval == NEVER:
+        return
+    if interval[0] > float(high) or interval[1] < float(low):
+        text = f"the interval of {owner} is {tuple(interval)}, and the model's sigmas are {low:.4g} to {high:.4g}"
+        raise InputError(f"{text}: it would never act. Give it in sigma, not in timesteps")
 
 
 def step_interval(sigmas: Float[Tensor, " sigmas"] | Sequence[float], start: float | int, end: float | int) -> Interval:
