@@ -46,14 +46,9 @@ class ZSampling:
         return self.inner.prepare(arguments, run)
 
     def __call__(
-        self,
-        x: Latents,
-        sigma: Sigma,
-        conds: Conds,
-        control: Control = None,
-        attend: Attend | None = None,
+        self, x: Latents, sigma: Sigma, conds: Conds, control: Control = None, attend: Attend | None = None,
         run: Run | None = None,
-    ) -> Latents:
+    ) -> Latents:  # fmt: skip
         """D_eff; arguments and errors as for GuidedDenoiser."""
         now, after = self._steps(sigma, run)
         guided: Any = lambda z: self.inner(z, sigma, conds, control, attend, run)  # noqa: E731
@@ -62,8 +57,7 @@ class ZSampling:
             return first
         ratio = after / now
         forward = first + ratio * (x - first)
-        values = [after] * len(x)
-        lower = torch.full_like(sigma, after)
+        values, lower = [after] * len(x), torch.full_like(sigma, after)
         base = self.inner.negative(now, run) if self.base is None else Branch(self.base)
         plain = self.inner.evaluate(forward, lower, [base], conds, control, attend, values, run)[base]
         back = plain + (forward - plain) / ratio
