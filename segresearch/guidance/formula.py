@@ -3,7 +3,7 @@
 from typing import Any
 
 from segresearch.guidance.perturbations import Perturbation, site_kind
-from segresearch.guidance.row_layout import Pass, layout, perturbed_sites
+from segresearch.guidance.row_layout import Pass, perturbed_sites
 from segresearch.guidance.terms import Branch
 
 
@@ -18,15 +18,10 @@ def formula(model: Any) -> str:
     if model.rescale:
         lines.append(f"  rescale {model.rescale:g}: in eps, against D[{model.base}], where conditionings are mixed")
     lines += [f"  then {post!r}" for post in model.post]
-    active_terms = [t for t in model.terms.values() if t.pos != t.neg or t.shape is not None]
-    active_terms = [t for t in active_terms if callable(t.scale) or t.scale]
-    passes: dict[Pass, dict[Branch, Branch]] = {}
-    for branch in [model.base, *(b for t in active_terms for b in t.branches)]:
-        passes.setdefault(model.pass_of(model.complete(branch)), {})[branch] = model.complete(branch)
+    terms = [t for t in model.terms.values() if t.adds and (callable(t.scale) or t.scale)]
     rows = []
-    for one, computed in passes.items():
-        perturbed = {branch.perturbations: model.perturbed(branch) for branch in computed.values()}
-        plan = layout(computed, perturbed, model.sites(one.network)[1] if any(perturbed) else (), model.fork)
+    for one, members in model.passes([model.base, *(b for t in terms for b in t.branches)]).items():
+        plan = model.plan({branch: model.complete(branch) for branch in members})
         forked = f" -> {len(plan.branches)} from {plan.fork}" if plan.fork else ""
         own = f" in a forward of {one.network or 'its own'}" if one != Pass() else ""
         rows.append(f"{len(plan.inputs)}{forked}{own}" + (f", each {one.view!r}" if one.view is not None else ""))

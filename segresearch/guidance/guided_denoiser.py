@@ -19,7 +19,7 @@ from segresearch.errors import InputError
 from segresearch.guidance.conditionings import Prepared, made, with_rows
 from segresearch.guidance.controlnet_residuals import active, per_row, residuals
 from segresearch.guidance.formula import formula
-from segresearch.guidance.perturbations import Perturbation, site_kind
+from segresearch.guidance.perturbations import Perturbation, checked_out, site_kind
 from segresearch.guidance.postprocess import rescale
 from segresearch.guidance.row_layout import (
     BranchAttention,
@@ -233,9 +233,20 @@ class GuidedDenoiser:
                 raise InputError(f"conds lacks {missing[0]!r}, which the guidance needs; given: {names}")
             alias = name if guess else first.setdefault(id(conds[name]), name)
             computed[branch] = replace(whole, conditioning=alias)
+        return self.plan(computed)
+
+    def plan(self, computed: Mapping[Branch, Branch]) -> Layout:
+        """The rows of one pass, of branches and the complete branch that each is computed as."""
         perturbed = {branch.perturbations: self.perturbed(branch) for branch in computed.values()}
         network = self.pass_of(next(iter(computed.values()))).network
         return layout(computed, perturbed, self.sites(network)[1] if any(perturbed) else (), self.fork)
+
+    def passes(self, branches: Sequence[Branch]) -> dict[Pass, list[Branch]]:
+        """The branches by the forward that each is computed in."""
+        passes: dict[Pass, list[Branch]] = {}
+        for branch in branches:
+            passes.setdefault(self.pass_of(self.complete(branch)), []).append(branch)
+        return passes
 
     def evaluate(
         self,
@@ -255,11 +266,8 @@ class GuidedDenoiser:
         prepared = conds if isinstance(conds, Prepared) else Prepared(made(self.conditionings, conds, static=True))
         if any(callable(make) and not getattr(make, "static", False) for make in self.conditionings.values()):
             prepared = Prepared(made(self.conditionings, prepared, False, sigma, keys))
-        passes: dict[Pass, list[Branch]] = {}
-        for branch in branches:
-            passes.setdefault(self.pass_of(self.complete(branch)), []).append(branch)
         denoised: dict[Branch, Latents] = {}
-        for one, of_it in passes.items():
+        for one, of_it in self.passes(branches).items():
             denoised |= self.forward(one, x, sigma, of_it, prepared, active(control), attend, values, run, keys)
         return {branch: denoised[branch] for branch in branches}
 
@@ -326,7 +334,7 @@ class GuidedDenoiser:
         split = dict(zip(plan.branches, denoised.split(rows * views), strict=True))  # -> (v·b, c, h, w) each
         if one.view is not None:
             split = {branch: one.view.join(part, like) for branch, part in split.items()}
-            check_shape(f"{one.view!r}.join", next(iter(split.values())), like)
+            checked_out(next(iter(split.values())), like.shape, f"{one.view!r}.join")
         return {branch: split[plan.computed[branch]] for branch in branches}
 
     def combine(
@@ -353,7 +361,7 @@ class GuidedDenoiser:
                 delta = pos - neg
             else:
                 delta = term.shape(pos, neg, replace(step, scale=scale, past=Past(run, name, values[0])))
-                check_shape(f"the shape of terms[{name!r}]", delta, x)
+                checked_out(delta, x.shape, f"the shape of terms[{name!r}]")
             guided = guided + scale * delta
             if term.mixes_conditionings:
                 cfg_active = [active or bool(s) for active, s in zip(cfg_active, scales, strict=True)]
@@ -368,15 +376,8 @@ class GuidedDenoiser:
         for number, post in enumerate(self.post):
             owner = f"{post!r} ({number})" if number else repr(post)
             guided = post(guided, replace(step, past=Past(run, owner, values[0])))
-            check_shape(repr(post), guided, x)
+            checked_out(guided, x.shape, post)
         return guided
 
     def __repr__(self) -> str:
         return formula(self)
-
-
-def check_shape(owner: str, value: Any, like: Latents) -> None:
-    """InputError for anything but a tensor of the shape of `like`."""
-    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    if shape != tuple(like.shape):
-        raise InputError(f"{owner} gave {shape}, expected {tuple(like.shape)}")

@@ -23,7 +23,7 @@ from segresearch.errors import InputError
 from segresearch.fields import Boundary, Fraction, NonNegative, Whole, one_of
 from segresearch.guidance.blur import blur, check_blur, constant
 from segresearch.guidance.sites import Where, check_heads
-from segresearch.models.attention import KINDS, Attend, Heads, Site
+from segresearch.models.attention import KINDS, Attend, Heads, KeyHeads, Site
 
 Perturbation = Any  # (q, k, v, site, attend) -> out, each Heads; (h, site, call) -> h; or of one of the kinds in WHOLE
 WHOLE = ("view", "network")  # the kinds of perturbations that have no sites
@@ -34,11 +34,13 @@ def site_kind(perturbation: Any) -> str:
     return getattr(perturbation, "site_kind", "self")
 
 
-def checked_out(out: Any, shape: Sequence[int], perturbation: Any, site: Site) -> Tensor:
-    """`out`, a tensor of this shape; for anything else an InputError with the perturbation and the site."""
+def checked_out(out: Any, shape: Sequence[int], owner: Any, site: Site | None = None) -> Tensor:
+    """`out`, a tensor of this shape; for anything else an InputError with what made it (an object, or words) and the
+    site."""
     actual = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if actual != tuple(shape):
-        raise InputError(f"{perturbation!r} gave {actual} at {site.name}, expected {tuple(shape)}")
+        name, place = owner if isinstance(owner, str) else repr(owner), f" at {site.name}" if site is not None else ""
+        raise InputError(f"{name} gave {actual}{place}, expected {tuple(shape)}")
     return out
 
 
@@ -74,6 +76,13 @@ def on_heads(heads: Sequence[int] | None, out: Tensor, plain: Tensor, site: Site
     if heads is None:
         return out
     return torch.where(head_mask(tuple(heads), out.shape[1], site.name, out.device), out, plain)
+
+
+def else_plain(
+    heads: Sequence[int] | None, out: Heads, q: Heads, k: KeyHeads, v: KeyHeads, site: Site, attend: Attend
+) -> Heads:
+    """`out` on these heads, `attend` on the others, which is called only where there are others."""
+    return out if heads is None else on_heads(heads, out, attend(q, k, v, site), site)
 
 
 @dataclass(frozen=True)

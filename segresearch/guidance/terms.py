@@ -149,10 +149,15 @@ class Term:
 
     def acts(self, sigma: float, run: Run | None = None, owner: str = "") -> bool:
         """Whether the term adds something at σ. A shape with `stopped(past)` may end it for the rest of a run."""
-        if (self.pos == self.neg and self.shape is None) or not self.scale_at(sigma, run):
+        if not self.adds or not self.scale_at(sigma, run):
             return False
         stopped = getattr(self.shape, "stopped", None)
         return stopped is None or not stopped(Past(run, owner, sigma))
+
+    @property
+    def adds(self) -> bool:
+        """Whether there is something to add, at a scale that is not 0."""
+        return self.pos != self.neg or self.shape is not None
 
     @property
     def branches(self) -> tuple[Branch, ...]:

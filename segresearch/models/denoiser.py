@@ -53,6 +53,13 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Float[Tensor, " steps"]:
     return alphas
 
 
+def interpolated_t(table: Float[Tensor, " steps"], log_sigma: Float[Tensor, " *rows"]) -> Float[Tensor, " *rows"]:
+    """Timestep of each log σ in a rising table of them, linear between its entries and clamped to its ends."""
+    high = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, len(table) - 1)
+    low = high - 1
+    return low + ((log_sigma - table[low]) / (table[high] - table[low])).clamp(0, 1)
+
+
 class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[misc]
     """A UNet under k-diffusion's contract: x is signal + sigma · unit noise, the result is the estimate of the signal.
 
@@ -90,11 +97,7 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
 
     def sigma_to_t(self, sigma: Float[Tensor, " *rows"], quantize: bool | None = None) -> Float[Tensor, " *rows"]:
         """Timestep of each sigma, interpolated linearly in log sigma in float64 and clamped to the schedule's ends."""
-        table = self.log_sigmas
-        log_sigma = sigma.double().log()
-        high = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, len(table) - 1)
-        low = high - 1
-        t = low + ((log_sigma - table[low]) / (table[high] - table[low])).clamp(0, 1)
+        t = interpolated_t(self.log_sigmas, sigma.double().log())
         t = t.round() if quantize else t
         return t.to(torch.promote_types(sigma.dtype, torch.float32))
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from segresearch.errors import InputError
 from segresearch.fields import NonNegative, Whole
 from segresearch.guidance.methods.attention_maps import image_by_image, logits, wide
-from segresearch.guidance.perturbations import freeze, on_heads
+from segresearch.guidance.perturbations import else_plain, freeze
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Attend, Heads, Site
 
@@ -21,7 +21,7 @@ class ASAG:
 
     Unchecked: the paper could not be read, and there is no code of the author. Formula and signs are those of a
     summary, which gives neither λ (1 here) nor the sites ("mid" here), and 5 to 10 iterations (5 here). By it λ falls
-    over the run, in a way not told; here it is constant. It stands beside CFG: D[c] + s·(D[c] − D[c~asag]).
+    over the run, in a way not known; here it is constant. It stands beside CFG: D[c] + s·(D[c] − D[c~asag]).
 
     iterations: 0 is softmax over the keys; then cost 0 is plain attention. The map is this class's own, whatever
     perturbation comes before it at the site. Raises InputError for a negative or infinite cost or iterations below 0.
@@ -41,7 +41,7 @@ class ASAG:
     def __call__(self, q: Heads, k: Heads, v: Heads, site: Site, attend: Attend) -> Heads:
         """The transport plan times v."""
         out = image_by_image(self._transported, q, k, v)
-        return out if self.heads is None else on_heads(self.heads, out, attend(q, k, v, site), site)
+        return else_plain(self.heads, out, q, k, v, site, attend)
 
     def _transported(self, q: Heads, k: Heads, v: Heads) -> Heads:
         cosine = F.normalize(wide(q), dim=-1) @ F.normalize(wide(k), dim=-1).mT

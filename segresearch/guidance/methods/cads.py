@@ -11,9 +11,10 @@ from torch import Tensor
 from segresearch.errors import InputError
 from segresearch.fields import Flag, Fraction, NonNegative
 from segresearch.guidance.blur import constant
+from segresearch.guidance.conditionings import with_rows
 from segresearch.guidance.methods.icg import gaussian, spread
 from segresearch.models.conditioning import Cond
-from segresearch.models.denoiser import alphas_cumprod
+from segresearch.models.denoiser import alphas_cumprod, interpolated_t
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class CADS:
 
     def __call__(self, conds: Mapping[str, Cond], sigma: Tensor, keys: Tensor | None) -> Cond:
         """The noisy conditioning at sigma, one row an image."""
-        cond = conds[self.of] if conds[self.of].rows == len(sigma) else conds[self.of].expand(len(sigma))
+        cond = with_rows(self.of, conds[self.of], len(sigma))
         keys = torch.zeros_like(sigma, dtype=torch.int64) if keys is None or self.shared else keys
         gamma = ((self.tau2 - time(sigma)) / (self.tau2 - self.tau1)).clamp(0, 1)  # (rows,)
         context = self._noisy(cond.context, gamma, sigma, keys, f"cads/{self.of}/context")
@@ -70,7 +71,4 @@ def log_sigmas(device: torch.device) -> Float[Tensor, " steps"]:
 
 def time(sigma: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """timestep/1000 of each sigma on SDXL's schedule, linear in log σ between timesteps."""
-    table, value = log_sigmas(sigma.device), sigma.float().log()
-    high = torch.searchsorted(table, value.contiguous()).clamp(1, len(table) - 1)
-    low = high - 1
-    return (low + ((value - table[low]) / (table[high] - table[low])).clamp(0, 1)) / 1000
+    return interpolated_t(log_sigmas(sigma.device), sigma.float().log()) / 1000

@@ -4,7 +4,7 @@ from typing import Literal
 
 from segresearch.errors import InputError
 from segresearch.fields import Count, NonNegative, Whole
-from segresearch.guidance.perturbations import freeze, on_heads
+from segresearch.guidance.perturbations import else_plain, freeze
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Attend, Heads, Site
 
@@ -41,4 +41,4 @@ class ERG:
         state = q
         for _ in range(self.iterations):
             state = (1 - self.gamma) * state + self.gamma * self.alpha * attend(self.tau * state, k, v, site)
-        return state if self.heads is None else on_heads(self.heads, state, attend(q, k, v, site), site)
+        return else_plain(self.heads, state, q, k, v, site, attend)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.fields import Flag
+from segresearch.guidance.conditionings import with_rows
 from segresearch.models.conditioning import Cond
 from segresearch.sampling.draws import normal
 
@@ -30,7 +31,7 @@ class ICG:
 
     def __call__(self, conds: Mapping[str, Cond], sigma: Tensor, keys: Tensor | None) -> Cond:
         """ŷ, one row an image."""
-        cond = conds[self.of] if conds[self.of].rows == len(sigma) else conds[self.of].expand(len(sigma))
+        cond = with_rows(self.of, conds[self.of], len(sigma))
         keys = torch.zeros_like(sigma, dtype=torch.int64) if keys is None or self.shared else keys
         context, pooled = (
             spread(z) * gaussian(z, sigma, keys, f"icg/{name}")

@@ -18,7 +18,7 @@ from segresearch.fields import Count, Flag, Fraction, NonNegative, Whole
 from segresearch.guidance.blur import CPU, constant, fold_taps, gaussian_taps
 from segresearch.guidance.methods.attention_maps import attention_map, image_by_image, wide
 from segresearch.guidance.methods.keyed import keys_and_sigma
-from segresearch.guidance.perturbations import freeze, on_heads
+from segresearch.guidance.perturbations import else_plain, freeze, on_heads
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Attend, Heads, Site
 from segresearch.sampling.draws import normal, uniform
@@ -56,7 +56,7 @@ class BlurredMap:
             return attend(q, k, v, site)
         b = taps_matrix(v.shape[2], float(self.sigma), self.taps, wide(v).dtype, v.device)
         out = (b @ wide(attend(q, k, (b.mT @ wide(v)).to(v.dtype), site))).to(v.dtype)
-        return out if self.heads is None else on_heads(self.heads, out, attend(q, k, v, site), site)
+        return else_plain(self.heads, out, q, k, v, site, attend)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class DroppedMap:
             return (weights @ wide(v)).to(v.dtype)
 
         out = image_by_image(dropped, q, k, v, *keys_and_sigma(site, q))
-        return out if self.heads is None else on_heads(self.heads, out, attend(q, k, v, site), site)
+        return else_plain(self.heads, out, q, k, v, site, attend)
 
 
 @dataclass(frozen=True)

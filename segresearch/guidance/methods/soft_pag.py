@@ -14,7 +14,7 @@ from segresearch.guidance.methods.attention_maps import (
     target_query,
     wide,
 )
-from segresearch.guidance.perturbations import freeze, on_heads
+from segresearch.guidance.perturbations import else_plain, freeze
 from segresearch.guidance.sites import Where
 from segresearch.models.attention import Attend, Heads, Site
 
@@ -55,7 +55,7 @@ class SoftPAG:
         if self.tau == 0:
             return attend(q, k, v, site)
         out = self._changed(q, k, v, site, attend)
-        return out if self.heads is None else on_heads(self.heads, out, attend(q, k, v, site), site)
+        return else_plain(self.heads, out, q, k, v, site, attend)
 
     def _changed(self, q: Heads, k: Heads, v: Heads, site: Site, attend: Attend) -> Heads:
         query = target_query(q, self.target, self.temperature)
