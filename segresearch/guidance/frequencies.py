@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from segresearch.guidance.blur import constant, fold_taps
-from segresearch.guidance.step import Latents
+from segresearch.guidance.step import Latents, wide
 
 SHARPNESS = 50.0  # of the edge of the filter
 
@@ -48,7 +48,7 @@ def cosines(n: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "
 
 def high_pass(z: Latents, cutoff: float | int) -> Latents:
     """iDCT(H·DCT(z)), H = sigmoid(50·(R − cutoff)), R the length of the frequency (u/h, v/w)."""
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = wide(z)
     h, w = z.shape[2:]
     down, across = (cosines(n, z.dtype, z.device) for n in (h, w))
     u, v = (torch.arange(n, dtype=z.dtype, device=z.device) / n for n in (h, w))

@@ -63,10 +63,14 @@ Shape = Callable[[Tensor, Tensor, Step], Tensor]  # (D[pos], D[neg], step) -> Δ
 Post = Callable[[Tensor, Step], Tensor]  # (guided, step) -> guided
 
 
+def wide(z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """`z` in fp32, or in fp64 where it is that."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
 def dot(a: Latents, b: Latents) -> Float[Tensor, "rows 1 1 1"]:
     """⟨a, b⟩ of each image; half precisions are multiplied and summed in fp32."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return (a.to(wide) * b.to(wide)).sum(dim=(1, 2, 3), keepdim=True)
+    return (wide(a) * wide(b)).sum(dim=(1, 2, 3), keepdim=True)
 
 
 def norm(a: Latents) -> Float[Tensor, "rows 1 1 1"]:

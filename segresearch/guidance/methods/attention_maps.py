@@ -11,14 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segresearch.guidance.step import wide
 from segresearch.models.attention import Heads, KeyHeads
 
 Map = Float[Tensor, "rows heads tokens keys"]
-
-
-def wide(z: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-    """`z` in fp32, or in fp64 where it is that."""
-    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def logits(q: Heads, k: KeyHeads) -> Map:

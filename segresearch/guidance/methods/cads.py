@@ -13,6 +13,7 @@ from segresearch.fields import Flag, Fraction, NonNegative
 from segresearch.guidance.blur import constant
 from segresearch.guidance.conditionings import with_rows
 from segresearch.guidance.methods.icg import gaussian, spread
+from segresearch.guidance.step import wide
 from segresearch.models.conditioning import Cond
 from segresearch.models.denoiser import alphas_cumprod, interpolated_t
 
@@ -54,11 +55,11 @@ class CADS:
         return Cond(context, self._noisy(cond.pooled, gamma, sigma, keys, f"cads/{self.of}/pooled"), cond.time_ids)
 
     def _noisy(self, c: Tensor, gamma: Tensor, sigma: Tensor, keys: Tensor, name: str) -> Tensor:
-        axes, wide = tuple(range(1, c.ndim)), c.to(torch.promote_types(c.dtype, torch.float32))
-        gamma = gamma.to(wide.dtype).view(-1, *[1] * len(axes))
-        y = gamma.sqrt() * wide + self.s * (1 - gamma).sqrt() * gaussian(c, sigma, keys, name)
-        ratio = spread(wide) / spread(y).clamp_min(1e-30)
-        rescaled = (y - y.mean(dim=axes, keepdim=True)) * ratio + wide.mean(dim=axes, keepdim=True)
+        axes, clean = tuple(range(1, c.ndim)), wide(c)
+        gamma = gamma.to(clean.dtype).view(-1, *[1] * len(axes))
+        y = gamma.sqrt() * clean + self.s * (1 - gamma).sqrt() * gaussian(c, sigma, keys, name)
+        ratio = spread(clean) / spread(y).clamp_min(1e-30)
+        rescaled = (y - y.mean(dim=axes, keepdim=True)) * ratio + clean.mean(dim=axes, keepdim=True)
         return torch.where(gamma == 1, c, torch.lerp(y, rescaled, self.psi).to(c.dtype))
 
 

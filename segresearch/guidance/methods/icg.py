@@ -10,6 +10,7 @@ from torch import Tensor
 
 from segresearch.fields import Flag
 from segresearch.guidance.conditionings import with_rows
+from segresearch.guidance.step import wide
 from segresearch.models.conditioning import Cond
 from segresearch.sampling.draws import normal
 
@@ -42,8 +43,7 @@ class ICG:
 
 def spread(z: Float[Tensor, "rows *shape"]) -> Float[Tensor, "rows *ones"]:
     """The standard deviation of each row's values, in fp32 at least."""
-    wide = z.to(torch.promote_types(z.dtype, torch.float32))
-    return wide.std(dim=tuple(range(1, z.ndim)), keepdim=True)
+    return wide(z).std(dim=tuple(range(1, z.ndim)), keepdim=True)
 
 
 def gaussian(z: Float[Tensor, "rows *shape"], sigma: Tensor, keys: Tensor, name: str) -> Float[Tensor, "rows *shape"]:
