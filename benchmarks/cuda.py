@@ -337,22 +337,22 @@ def mini(save: Save, device: str, batches: Sequence[int], steps: int) -> None:
     from networks import terms
 
     from segresearch.guidance import GuidedDenoiser
-    from segresearch.models import load_sdxl
+    from segresearch.models import load_model
     from segresearch.models.compute import Compute
     from segresearch.sampling import initial_noise, sample
 
     results: list[dict[str, Any]] = []
     for dtype in ("float32", "bfloat16"):
         for graph in (False, True):
-            sdxl = load_sdxl("mini", getattr(torch, dtype), device, compute=Compute(graph=graph))
+            sd = load_model("mini", getattr(torch, dtype), device, compute=Compute(graph=graph))
             for batch in batches:
                 rows = Rows(device, lambda _: None)
 
-                def call(batch: int = batch, sdxl: Any = sdxl) -> Any:
-                    model = GuidedDenoiser(sdxl.denoiser, terms("SEG"))
-                    noise, conds = initial_noise(range(batch), sdxl.latent_shape()), sdxl.encode([""] * batch)
+                def call(batch: int = batch, sd: Any = sd) -> Any:
+                    model = GuidedDenoiser(sd.denoiser, terms("SEG"))
+                    noise, conds = initial_noise(range(batch), sd.latent_shape()), sd.encode([""] * batch)
                     x = sample(model, noise, "dpmpp_2m", "karras", steps, conds=conds, seeds=range(batch))
-                    return sdxl.decode(x).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+                    return sd.decode(x).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
                 rows.add("", lambda call=call: call, warm=1)
                 rows.time(2)

@@ -106,7 +106,7 @@ def built(guidance: GuidanceConfig, denoiser: Denoiser, networks: dict[str, Deno
     import segresearch.config.build as build
 
     own = build.build_networks
-    build.build_networks = lambda config, sdxl: networks
+    build.build_networks = lambda config, sd: networks
     try:
         return build_guidance(guidance, Model(denoiser))
     finally:

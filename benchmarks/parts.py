@@ -85,13 +85,13 @@ def matmul_ceiling(dtype: str, device: str, size: int) -> float:
 def start_up(rounds: int) -> dict:
     """Wall seconds of processes from start to end."""
     python, generate = sys.executable, str(ROOT / "experiments" / "generate.py")
-    loading = "from segresearch.models import load_sdxl; load_sdxl('mini')"
+    loading = "from segresearch.models import load_model; load_model('mini')"
     commands = {
         "python -c pass": [python, "-c", "pass"],
         "import segresearch": [python, "-c", "import segresearch"],
         "generate.py --help": [python, generate, "--help"],
         "import torch": [python, "-c", "import torch"],
-        "load_sdxl('mini')": [python, "-c", loading],
+        "load_model('mini')": [python, "-c", loading],
         "import diffusers' SDXL pipeline": [python, "-c", "from diffusers import StableDiffusionXLPipeline"],
     }
 
@@ -109,7 +109,7 @@ def loading(folder: str, dtype: str) -> dict:
     sys.path.insert(0, str(ROOT / "experiments"))
     import full_size
 
-    from segresearch.models import load_sdxl
+    from segresearch.models import load_model
 
     path = Path(folder) / "random_sdxl.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,9 +119,9 @@ def loading(folder: str, dtype: str) -> dict:
     before = resident()
     with Peak() as memory:
         start = time.perf_counter()
-        sdxl = load_sdxl(path, dtype=getattr(torch, dtype), tokenizer=path.parent / "tokens")
+        sd = load_model(path, dtype=getattr(torch, dtype), tokenizer=path.parent / "tokens")
         seconds = time.perf_counter() - start
-    networks = (sdxl.unet, sdxl.vae, *sdxl.text.encoders)
+    networks = (sd.unet, sd.vae, *sd.text.encoders)
     weights = sum(p.nbytes for network in networks for p in network.parameters())
     return {"seconds": seconds, "above": memory.whole - before, "weights": weights, "dtype": dtype}
 
@@ -152,23 +152,23 @@ def decode(px: int, dtype: str, device: str, rounds: int) -> dict:
 
 
 def _mini(device: str = "cpu") -> Any:
-    from segresearch.models import load_sdxl
+    from segresearch.models import load_model
 
-    return load_sdxl("mini", device=device)
+    return load_model("mini", device=device)
 
 
-def _mini_step(sdxl: Any, guidance: dict[str, Any], batch: int, denoiser: Any = None) -> Any:
+def _mini_step(sd: Any, guidance: dict[str, Any], batch: int, denoiser: Any = None) -> Any:
     """A call that takes one step for `batch` images of mini."""
     import torch
 
     from segresearch.guidance import GuidedDenoiser
     from segresearch.sampling import initial_noise
 
-    size = sdxl.default_size
-    model = GuidedDenoiser(denoiser or sdxl.denoiser, guidance)
+    size = sd.default_size
+    model = GuidedDenoiser(denoiser or sd.denoiser, guidance)
     with torch.no_grad():
-        prepared = model.prepare({"conds": sdxl.encode(["a red cube"] * batch, size=size)})
-    x = 3.0 * initial_noise(range(batch), sdxl.latent_shape(size)).to(sdxl.denoiser.sigmas.device)
+        prepared = model.prepare({"conds": sd.encode(["a red cube"] * batch, size=size)})
+    x = 3.0 * initial_noise(range(batch), sd.latent_shape(size)).to(sd.denoiser.sigmas.device)
     sigma = torch.full((batch,), 3.0, device=x.device)
 
     @torch.no_grad()
@@ -183,20 +183,20 @@ def mini_steps(batches: Sequence[int], methods: Sequence[str], rounds: int) -> d
     import torch
     from networks import flops, terms
 
-    sdxl = _mini()
+    sd = _mini()
     results: dict[str, Any] = {"rows": [], "decode": []}
     calls, counted = {}, {}
     for method in methods:
         for batch in batches:
-            call = _mini_step(sdxl, terms(method), batch)
+            call = _mini_step(sd, terms(method), batch)
             calls[f"{method} {batch}"], counted[f"{method} {batch}"] = call, flops(call)
     for name, times in interleaved(calls, rounds).items():
         method, batch = name.rsplit(" ", 1)
         row = {"method": method, "batch": int(batch), "seconds": median(times), "flops": counted[name]}
         results["rows"].append(row)
-    z = torch.randn(max(batches), *sdxl.latent_shape(sdxl.default_size), generator=torch.Generator().manual_seed(0))
+    z = torch.randn(max(batches), *sd.latent_shape(sd.default_size), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ways = {part: (lambda part=part: [sdxl.decode(p) for p in z.split(part)]) for part in (1, 5, 10, len(z))}
+        ways = {part: (lambda part=part: [sd.decode(p) for p in z.split(part)]) for part in (1, 5, 10, len(z))}
         results["decode"] = [
             {"part": part, "images": len(z), "seconds": median(times)}
             for part, times in interleaved(ways, rounds).items()  # type: ignore[arg-type]
@@ -212,15 +212,15 @@ def mini_images(images: int, batch: int, steps: int, method: str = "SEG") -> dic
     from segresearch.guidance import GuidedDenoiser
     from segresearch.sampling import initial_noise, sample
 
-    sdxl = _mini()
-    size, model = sdxl.default_size, GuidedDenoiser(sdxl.denoiser, terms(method))
+    sd = _mini()
+    size, model = sd.default_size, GuidedDenoiser(sd.denoiser, terms(method))
 
     def run(seeds: range) -> None:
-        conds = sdxl.encode(["a red cube"] * len(seeds), size=size)
-        x = sample(model, initial_noise(seeds, sdxl.latent_shape(size)), steps=steps, conds=conds)
+        conds = sd.encode(["a red cube"] * len(seeds), size=size)
+        x = sample(model, initial_noise(seeds, sd.latent_shape(size)), steps=steps, conds=conds)
         with torch.no_grad():
             for part in x.split(10):
-                sdxl.decode(part).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+                sd.decode(part).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
     run(range(2))
     start = time.perf_counter()
@@ -235,10 +235,10 @@ def scaling(rounds: int, batch: int = 8) -> list[dict]:
 
     from segresearch.guidance import SEG, perturbed
 
-    sdxl = _mini()
+    sd = _mini()
     sigmas = (math.inf, 1.0, 2.0, 4.0)
     guidances = [{f"seg{s:g}": perturbed(f"seg{s:g}", SEG(sigma=s), 1.0) for s in sigmas[:n]} for n in range(5)]
-    calls = {str(n): _mini_step(sdxl, guidance, batch) for n, guidance in enumerate(guidances)}
+    calls = {str(n): _mini_step(sd, guidance, batch) for n, guidance in enumerate(guidances)}
     times = interleaved(calls, rounds)
     base = flops(calls["0"])
     return [
@@ -254,11 +254,11 @@ def compiling(rounds: int, batch: int = 8) -> dict:
     from segresearch.models.compute import Compute
     from segresearch.models.denoiser import Denoiser
 
-    sdxl = _mini()
-    compiled = Denoiser(sdxl.unet, sdxl.denoiser.alphas, compute=Compute(compile=True))
+    sd = _mini()
+    compiled = Denoiser(sd.unet, sd.denoiser.alphas, compute=Compute(compile=True))
     calls = {
-        "eager": _mini_step(sdxl, terms("CFG+SEG"), batch),
-        "compiled": _mini_step(sdxl, terms("CFG+SEG"), batch, compiled),
+        "eager": _mini_step(sd, terms("CFG+SEG"), batch),
+        "compiled": _mini_step(sd, terms("CFG+SEG"), batch, compiled),
     }
     start = time.perf_counter()
     first = calls["compiled"]()

@@ -127,7 +127,7 @@ def main() -> None:
     import torch
 
     from segresearch.guidance import SEG, GuidedDenoiser, cfg, perturbed
-    from segresearch.models import load_sdxl
+    from segresearch.models import load_model
     from segresearch.models.compute import Compute
     from segresearch.sampling import initial_noise, sample, sigmas
 
@@ -153,31 +153,31 @@ def main() -> None:
         write(path)
     write_tokenizer(options.folder / "tokens")
     report(f"file of {path.stat().st_size / GIB:.2f} GiB")
-    sdxl = load_sdxl(
+    sd = load_model(
         path, getattr(torch, options.dtype), options.device, tokenizer=options.folder / "tokens",
         vae_dtype=options.vae_dtype and getattr(torch, options.vae_dtype),
         compute=Compute(vae_tile=options.tile, offload=options.offload),
     )  # fmt: skip
-    networks = (sdxl.unet, sdxl.vae, *sdxl.text.encoders)
+    networks = (sd.unet, sd.vae, *sd.text.encoders)
     bytes_ = sum(p.nbytes for network in networks for p in network.parameters())
     counts = [sum(p.numel() for p in network.parameters()) / 1e9 for network in networks]
     print("billions of parameters: " + ", ".join(f"{n:.3f}" for n in counts) + f"; weights {bytes_ / GIB:.2f} GiB")
     report("loaded")
     size = (options.size, options.size)
-    conds = sdxl.encode(["a red cube"], size=size)
+    conds = sd.encode(["a red cube"], size=size)
     report("encoded")
     model = GuidedDenoiser(
-        sdxl.denoiser, {"cfg": cfg(5.0), "seg": perturbed("seg", SEG(sigma=math.inf, where="mid"), scale=3.0)}
+        sd.denoiser, {"cfg": cfg(5.0), "seg": perturbed("seg", SEG(sigma=math.inf, where="mid"), scale=3.0)}
     )
     print(model)
-    schedule = sigmas(sdxl.denoiser, "leading", 25)
+    schedule = sigmas(sd.denoiser, "leading", 25)
     schedule = torch.cat([schedule[: options.steps], schedule[-1:]])
-    noise = initial_noise([0], sdxl.latent_shape(size))
+    noise = initial_noise([0], sd.latent_shape(size))
     with torch.no_grad():
         x = sample(model, noise, "euler", schedule, conds=conds)
         report(f"{options.steps} guided steps at {options.size} px")
         if options.decode:
-            print(f"image {tuple(sdxl.decode(x).shape)}")
+            print(f"image {tuple(sd.decode(x).shape)}")
             report("decoded")
     print(f"latents finite: {bool(x.isfinite().all())}, std {float(x.std()):.3f}")
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import GenerateConfig
-from segresearch.config.build import build_guidance, device_kind, load_model, resolved
+from segresearch.config.build import build_guidance, configured_model, device_kind, resolved
 from segresearch.config.compose import written_config
 from segresearch.config.expand import Panel, panels, slug
 from segresearch.control_images.identify import control_records, identify_controls
@@ -32,7 +32,7 @@ from segresearch.records import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from segresearch.models import SDXL
+    from segresearch.models import StableDiffusion
 
 GRID_VERSION = 1
 OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto"}  # not of the run
@@ -76,7 +76,7 @@ class Run:
     panels: list[PanelFiles]
 
 
-def generate(config: GenerateConfig, model: "SDXL | None" = None) -> RunResult:
+def generate(config: GenerateConfig, model: "StableDiffusion | None" = None) -> RunResult:
     """Sample the missing images of the run that `config` describes, then draw its grid.
 
     model: already loaded; None loads `config.model` if anything is missing. InputError for settings that do not fit
@@ -144,21 +144,21 @@ def expand(config: GenerateConfig) -> Run:
     return Run(replace(config, **whole), identity, folder, expanded)
 
 
-def sample_missing(run: Run, missing: set[Path], model: "SDXL | None") -> float:
+def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None") -> float:
     """Sample and save `missing`, in batches that do not depend on which images exist. Returns the seconds."""
     from segresearch.control_images.prepare import controlled_batch
     from segresearch.sample_images import run_sigmas, sample_images
 
     config, saved, batch_size = run.config, 0, int(run.config.batch_size)
     nets = list(dict.fromkeys(control.net for files in run.panels for control in files.panel.controls.values()))
-    sdxl = load_model(config.model, config.device, nets, config.compute) if model is None else model
-    sdxl.latent_shape(config.size)  # what does not fit the model fails here, before the first image
+    sd = configured_model(config.model, config.device, nets, config.compute) if model is None else model
+    sd.latent_shape(config.size)  # what does not fit the model fails here, before the first image
     columns = [
-        (files.panel, method, list(images.items()), build_guidance(files.panel.methods[method], sdxl))
+        (files.panel, method, list(images.items()), build_guidance(files.panel.methods[method], sd))
         for files in run.panels
         for method, images in files.images.items()
     ]
-    size, sigmas = config.size or sdxl.default_size, run_sigmas(sdxl, config)
+    size, sigmas = config.size or sd.default_size, run_sigmas(sd, config)
     save_control_images(run, size)
     start = time.perf_counter()
     runs.write(run.folder / "config.yaml", written_config(config, OF_A_CALL))
@@ -170,9 +170,9 @@ def sample_missing(run: Run, missing: set[Path], model: "SDXL | None") -> float:
                     rows, batch = panel.rows[i : i + batch_size], images[i : i + batch_size]
                     if missing.isdisjoint(path for path, _ in batch):
                         continue
-                    control = controlled_batch(sdxl, panel.controls, [row.images for row in rows], size, sigmas)
+                    control = controlled_batch(sd, panel.controls, [row.images for row in rows], size, sigmas)
                     seeds, prompts = [row.seed for row in rows], [row.prompt for row in rows]
-                    pixels = sample_images(sdxl, guided, seeds, prompts, config, panel.negative, control)
+                    pixels = sample_images(sd, guided, seeds, prompts, config, panel.negative, control)
                     for (path, record), one in zip(batch, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                         if path in missing:
                             save_png(Image.fromarray(one), path, record)

@@ -122,7 +122,7 @@ def reading(folder: Path, problem: str) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(architecture: Any, folder: Path, device: Device = "cpu", kind: str = "", **options: Any) -> Any:
+def load_pretrained(architecture: Any, folder: Path, device: Device = "cpu", kind: str = "", **options: Any) -> Any:
     """A model of transformers, `frozen`. architecture: its class, or an AutoModel class. kind: its name in messages.
     CheckpointError where weights are missing or have other shapes."""
     kind = kind or architecture.__name__

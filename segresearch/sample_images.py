@@ -17,44 +17,48 @@ from segresearch.models.controlnet import ActiveControlNet
 from segresearch.sampling import initial_noise, sample, sigmas
 
 if TYPE_CHECKING:
-    from segresearch.models import SDXL
+    from segresearch.models import StableDiffusion
 
 Latents = Float[Tensor, "rows channels h w"]
 
 
 def sample_images(
-    sdxl: "SDXL", model: Any, seeds: Sequence[int], prompts: Sequence[str], config: RunConfig,
+    sd: "StableDiffusion", model: Any, seeds: Sequence[int], prompts: Sequence[str], config: RunConfig,
     negative: str | None = None, control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
 ) -> UInt8[Tensor, "rows 3 h w"]:  # fmt: skip
     """One image for each seed and its prompt, on the model's device.
 
-    model: a guided denoiser of `sdxl`. config: of which sampler, schedule, steps and size are read. negative: as in
-    `SDXL.encode`. attend: the innermost attention. Raises NotFinite, and what `SDXL.encode` and `sample` raise.
+    model: a guided denoiser of `sd`. config: of which sampler, schedule, steps and size are read. negative: as in
+    `sd.encode`. attend: the innermost attention. Raises NotFinite, and what `sd.encode` and `sample` raise.
     """
-    conds = encode_conds(sdxl, model, prompts, negative, config.size)
-    return decode_images(sdxl, sample_latents(sdxl, model, seeds, conds, config, control, attend))
+    conds = encode_conds(sd, model, prompts, negative, config.size)
+    return decode_images(sd, sample_latents(sd, model, seeds, conds, config, control, attend))
 
 
 def encode_conds(
-    sdxl: "SDXL", model: Any, prompts: Sequence[str], negative: str | None = None, size: tuple[int, int] | None = None
+    sd: "StableDiffusion",
+    model: Any,
+    prompts: Sequence[str],
+    negative: str | None = None,
+    size: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """All conditionings that a guided denoiser needs: cond, uncond, and those that it makes from texts."""
-    conds = sdxl.encode(prompts, negative=negative, size=size)
+    conds = sd.encode(prompts, negative=negative, size=size)
     makers = getattr(model, "inner", model).conditionings
     return conds | {
-        name: make.encode(sdxl, prompts, negative, size) for name, make in makers.items() if hasattr(make, "encode")
+        name: make.encode(sd, prompts, negative, size) for name, make in makers.items() if hasattr(make, "encode")
     }
 
 
 @torch.no_grad()
 def sample_latents(
-    sdxl: "SDXL", model: Any, seeds: Sequence[int], conds: Mapping[str, Any], config: RunConfig,
+    sd: "StableDiffusion", model: Any, seeds: Sequence[int], conds: Mapping[str, Any], config: RunConfig,
     control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
 ) -> Latents:  # fmt: skip
     """Latents from the noise of each seed; conds: of `encode_conds`. Raises NotFinite, which names the seeds."""
-    schedule = config.schedule.name if config.schedule.rho is None else run_sigmas(sdxl, config)
-    noise = initial_noise(seeds, sdxl.latent_shape(config.size))
-    with sdxl.arithmetic():
+    schedule = config.schedule.name if config.schedule.rho is None else run_sigmas(sd, config)
+    noise = initial_noise(seeds, sd.latent_shape(config.size))
+    with sd.arithmetic():
         latents = sample(
             model, noise, sampler=config.sampler.name, schedule=schedule, steps=config.steps, conds=conds, seeds=seeds,
             options=config.sampler.options, control=control, attend=attend,
@@ -66,19 +70,19 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode_images(sdxl: "SDXL", latents: Latents, rows: int | None = None) -> UInt8[Tensor, "rows 3 H W"]:
+def decode_images(sd: "StableDiffusion", latents: Latents, rows: int | None = None) -> UInt8[Tensor, "rows 3 H W"]:
     """8-bit images, decoded `rows` latents at a time (None: all at once). Raises NotFinite."""
-    return torch.cat([to_uint8(finite_images(sdxl, part)) for part in latents.split(rows or len(latents))])
+    return torch.cat([to_uint8(finite_images(sd, part)) for part in latents.split(rows or len(latents))])
 
 
-def finite_images(sdxl: "SDXL", latents: Latents) -> Float[Tensor, "rows 3 H W"]:
+def finite_images(sd: "StableDiffusion", latents: Latents) -> Float[Tensor, "rows 3 H W"]:
     """Decoded images, not clamped. Where the VAE overflows in a half precision (SDXL's own does in fp16) they are
     decoded again in fp32, with a warning. Raises NotFinite where that is no help."""
-    images, dtype = sdxl.decode(latents), next(sdxl.vae.parameters()).dtype
+    images, dtype = sd.decode(latents), next(sd.vae.parameters()).dtype
     if not images.isfinite().all() and dtype in (torch.float16, torch.bfloat16):
         text = f"the VAE gave values that are not finite in {dtype}, so it decodes again in fp32"
         warnings.warn(f"{text}; load it in fp32 (vae_dtype) to spare this", stacklevel=3)
-        images = replace(sdxl, vae=copy.deepcopy(sdxl.vae).float()).decode(latents)
+        images = replace(sd, vae=copy.deepcopy(sd.vae).float()).decode(latents)
     if not images.isfinite().all():
         raise NotFinite("the VAE decoded latents that are finite to values that are not")
     return images
@@ -89,6 +93,6 @@ def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def run_sigmas(sdxl: "SDXL", config: RunConfig) -> Float[Tensor, "sigmas"]:
+def run_sigmas(sd: "StableDiffusion", config: RunConfig) -> Float[Tensor, "sigmas"]:
     """The sigmas of a run's schedule, with its rho; the last is 0."""
-    return sigmas(sdxl.denoiser, config.schedule.name, config.steps, config.schedule.rho)
+    return sigmas(sd.denoiser, config.schedule.name, config.steps, config.schedule.rho)

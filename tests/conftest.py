@@ -34,9 +34,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(folder):
     """The model of `folder`, loaded."""
-    from segresearch.models import load_sdxl
+    from segresearch.models import load_model
 
-    return load_sdxl(folder)
+    return load_model(folder)
 
 
 @pytest.fixture

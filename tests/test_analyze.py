@@ -139,7 +139,7 @@ def test_the_page_stands_alone_and_figures_are_pictures(run):
 
 
 def test_twice_measures_nothing_twice_and_config_yaml_is_the_run(run, config, monkeypatch):
-    monkeypatch.setattr("segresearch.analysis.analyze.load_model", None)
+    monkeypatch.setattr("segresearch.analysis.analyze.configured_model", None)
     again = analyze(config)
     assert again.reused and again.folder == run.folder and "there already" in str(again)
     given = settings(OmegaConf.create((run.folder / "config.yaml").read_text(encoding="utf-8")), AnalyzeConfig)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from segresearch.errors import CheckpointError
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
@@ -20,7 +20,7 @@ def change(folder, part, name, **values):
 def test_pointers_among_the_configs(copied_folder, name):
     (copied_folder / name).write_text(LFS)
     with pytest.raises(CheckpointError, match=f"{name} is a git-lfs pointer") as caught:
-        load_sdxl(copied_folder)
+        load_model(copied_folder)
     assert "\n" not in str(caught.value)
 
 
@@ -43,7 +43,7 @@ def test_pointers_among_the_configs(copied_folder, name):
 def test_values_that_no_model_has(copied_folder, part, name, values):
     change(copied_folder, part, name, **values)
     with pytest.raises(CheckpointError, match=str(copied_folder)) as caught:
-        load_sdxl(copied_folder)
+        load_model(copied_folder)
     assert "\n" not in str(caught.value)
 
 
@@ -51,19 +51,19 @@ def test_one_text_width_may_be_given_for_each_block(copied_folder):
     width = json.loads((copied_folder / "unet" / "config.json").read_text())["cross_attention_dim"]
     levels = len(json.loads((copied_folder / "unet" / "config.json").read_text())["block_out_channels"])
     change(copied_folder, "unet", "config.json", cross_attention_dim=[width] * levels)
-    assert load_sdxl(copied_folder).unet.config.cross_attention_dim == width
+    assert load_model(copied_folder).unet.config.cross_attention_dim == width
 
 
 def test_arguments_that_no_machine_takes(folder):
     with pytest.raises(ValueError, match="dtype=torch.int8"):
-        load_sdxl(folder, dtype=torch.int8)
+        load_model(folder, dtype=torch.int8)
     with pytest.raises(ValueError, match="device='meta'"):
-        load_sdxl(folder, device="meta")
+        load_model(folder, device="meta")
 
 
 def test_prompts_and_sizes_that_are_none(folder):
-    sdxl = load_sdxl(folder)
+    sd = load_model(folder)
     with pytest.raises(ValueError, match=r"size=\(9, 8\)"):
-        sdxl.encode(["a"], size=(9, 8))
+        sd.encode(["a"], size=(9, 8))
     with pytest.raises(ValueError, match="channels"):
-        sdxl.vae.decode(torch.zeros(1, sdxl.vae.config.latent_channels + 1, 8, 8))
+        sd.vae.decode(torch.zeros(1, sd.vae.config.latent_channels + 1, 8, 8))

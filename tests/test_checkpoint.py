@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from segresearch.checkpoints import single_file
 from segresearch.checkpoints.tensors import Weights, fill, open_file
 from segresearch.errors import CheckpointError
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.models.vae import VAE, VAEConfig
 
@@ -34,8 +34,8 @@ def folder(made, tmp_path):
     return Path(shutil.copytree(made[1], tmp_path / "folder"))
 
 
-def networks(sdxl):
-    return {"unet": sdxl.unet, "vae": sdxl.vae, "first": sdxl.text.encoders[0], "second": sdxl.text.encoders[1]}
+def networks(sd):
+    return {"unet": sd.unet, "vae": sd.vae, "first": sd.text.encoders[0], "second": sd.text.encoders[1]}
 
 
 def assert_same_weights(a, b, exact=True):
@@ -49,9 +49,9 @@ def assert_same_weights(a, b, exact=True):
 
 
 def refused(match, path, **options):
-    """load_sdxl refuses the path with one line that matches."""
+    """load_model refuses the path with one line that matches."""
     with pytest.raises(CheckpointError, match=match) as caught:
-        load_sdxl(path, **options)
+        load_model(path, **options)
     assert "\n" not in str(caught.value)
 
 
@@ -60,27 +60,27 @@ def refused(match, path, **options):
 
 def test_folder_gives_the_outputs_of_diffusers(made):
     pipeline, folder, _ = made
-    sdxl = load_sdxl(folder)
-    cond = sdxl.encode(["a red cube", "a"], size=(16, 24))["cond"]
+    sd = load_model(folder)
+    cond = sd.encode(["a red cube", "a"], size=(16, 24))["cond"]
     x, t = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0)), torch.tensor([961.0, 3.5])
     added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
     with torch.no_grad():
         expected = pipeline.unet(x, t, cond.context, added_cond_kwargs=added).sample
-        torch.testing.assert_close(sdxl.unet(x, t, cond), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sd.unet(x, t, cond), expected, rtol=1e-5, atol=1e-5)
         pixels = pipeline.vae.decode(x / 0.13025).sample
-        torch.testing.assert_close(sdxl.vae.decode(x), pixels, rtol=1e-5, atol=2e-5)
-    assert sdxl.default_size == (16, 16) and sdxl.vae.config.latent_channels == 4 and sdxl.vae.config.factor == 2
+        torch.testing.assert_close(sd.vae.decode(x), pixels, rtol=1e-5, atol=2e-5)
+    assert sd.default_size == (16, 16) and sd.vae.config.latent_channels == 4 and sd.vae.config.factor == 2
 
 
 def test_loaded_networks_are_frozen_and_whole(made):
-    for network in networks(load_sdxl(made[1])).values():
+    for network in networks(load_model(made[1])).values():
         assert not network.training and not any(p.requires_grad for p in network.parameters())
         assert not any(t.is_meta for t in [*network.parameters(), *network.buffers()])
 
 
 def test_file_and_folder_give_equal_tensors(made):
     _, folder, file = made
-    one, other = load_sdxl(file, tokenizer=folder), load_sdxl(folder)
+    one, other = load_model(file, tokenizer=folder), load_model(folder)
     assert_same_weights(one, other)
     for which, prompt in ((0, "a red cube"), (1, "a red cube")):
         assert torch.equal(one.text.tokens([prompt], which), other.text.tokens([prompt], which))
@@ -124,25 +124,25 @@ def test_key_map_at_the_sizes_of_sdxl():
 
 
 def test_shards_and_fp16_variant(made, tmp_path):
-    plain = load_sdxl(made[1])
+    plain = load_model(made[1])
     sharded = write_folder(tmp_path / "sharded", shard="400KB")
     assert (sharded / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
-    assert_same_weights(plain, load_sdxl(sharded))
+    assert_same_weights(plain, load_model(sharded))
     make_pipeline(tmp_path / "half").to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
-    assert_same_weights(plain, load_sdxl(tmp_path / "half"), exact=False)
-    assert_same_weights(plain, load_sdxl(tmp_path / "half", variant="fp16", dtype=torch.float32), exact=False)
+    assert_same_weights(plain, load_model(tmp_path / "half"), exact=False)
+    assert_same_weights(plain, load_model(tmp_path / "half", variant="fp16", dtype=torch.float32), exact=False)
     refused("variant 'bf16'", tmp_path / "half", variant="bf16")
 
 
 def test_dtype_is_the_callers_and_an_overflowing_vae_stays_fp32(made):
-    sdxl = load_sdxl(made[1], dtype=torch.float16)
-    assert sdxl.unet.conv_in.weight.dtype == torch.float16 and sdxl.vae.dtype == torch.float32
-    assert load_sdxl(made[1], dtype=torch.bfloat16).vae.dtype == torch.bfloat16
-    assert load_sdxl(made[1], dtype=torch.float16, vae_dtype=torch.float16).vae.dtype == torch.float16
-    x, t, cond = torch.zeros(1, 4, 8, 8), torch.ones(1), sdxl.encode(["a"])["cond"]
-    assert cond.context.dtype == torch.float16 and sdxl.unet(x, t, cond).dtype == torch.float16
+    sd = load_model(made[1], dtype=torch.float16)
+    assert sd.unet.conv_in.weight.dtype == torch.float16 and sd.vae.dtype == torch.float32
+    assert load_model(made[1], dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+    assert load_model(made[1], dtype=torch.float16, vae_dtype=torch.float16).vae.dtype == torch.float16
+    x, t, cond = torch.zeros(1, 4, 8, 8), torch.ones(1), sd.encode(["a"])["cond"]
+    assert cond.context.dtype == torch.float16 and sd.unet(x, t, cond).dtype == torch.float16
     with pytest.raises(ValueError, match="int8"):
-        load_sdxl(made[1], dtype=torch.int8)
+        load_model(made[1], dtype=torch.int8)
 
 
 def test_text_encoder_keys_of_either_transformers(made, folder):
@@ -150,13 +150,13 @@ def test_text_encoder_keys_of_either_transformers(made, folder):
         path = folder / name / "model.safetensors"
         weights = {k.removeprefix("text_model."): v.clone() for k, v in load_file(path).items()}  # path is written over
         save_file(weights | {"embeddings.position_ids": torch.arange(16)[None]}, path)
-    assert_same_weights(load_sdxl(made[1]), load_sdxl(folder))
+    assert_same_weights(load_model(made[1]), load_model(folder))
     save_file(
         {f"text_model.{k}": v for k, v in weights.items() if k != "text_projection.weight"}
         | {"text_projection.weight": weights["text_projection.weight"]},
         path,
     )
-    assert_same_weights(load_sdxl(made[1]), load_sdxl(folder))
+    assert_same_weights(load_model(made[1]), load_model(folder))
 
 
 def test_old_vae_attention_names(made, folder):
@@ -166,17 +166,17 @@ def test_old_vae_attention_names(made, folder):
             key = key.replace(f"attentions.0.{new}.", f"attentions.0.{was}.")
         old[key] = weight
     save_file(old, path)
-    assert_same_weights(load_sdxl(made[1]), load_sdxl(folder))
+    assert_same_weights(load_model(made[1]), load_model(folder))
 
 
 def test_v_prediction_is_found(made, tmp_path):
     pipeline, folder, file = made
-    assert load_sdxl(folder).denoiser.prediction == load_sdxl(file, tokenizer=folder).denoiser.prediction == "epsilon"
+    assert load_model(folder).denoiser.prediction == load_model(file, tokenizer=folder).denoiser.prediction == "epsilon"
     marked = write_single(tmp_path / "v.safetensors", pipeline, v_pred=torch.zeros(0), ztsnr=torch.zeros(0))
-    denoiser = load_sdxl(marked, tokenizer=folder).denoiser
+    denoiser = load_model(marked, tokenizer=folder).denoiser
     assert denoiser.prediction == "v_prediction" and denoiser.sigma_max == 4096 * (1 - 2.0**-24) ** 0.5
     written = write_folder(tmp_path / "folder", prediction_type="v_prediction")
-    assert load_sdxl(written).denoiser.prediction == "v_prediction"
+    assert load_model(written).denoiser.prediction == "v_prediction"
 
 
 def test_config_folder_overrides_the_rule_for_heads(made, tmp_path):
@@ -184,8 +184,8 @@ def test_config_folder_overrides_the_rule_for_heads(made, tmp_path):
     config = json.loads((folder / "unet" / "config.json").read_text())
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text(json.dumps(config | {"attention_head_dim": [1, 2, 4]}))
-    assert load_sdxl(file, tokenizer=folder, config=tmp_path).unet.config.heads == (1, 2, 4)
-    assert load_sdxl(file, config=folder).unet.config == load_sdxl(folder).unet.config
+    assert load_model(file, tokenizer=folder, config=tmp_path).unet.config.heads == (1, 2, 4)
+    assert load_model(file, config=folder).unet.config == load_model(folder).unet.config
 
 
 def test_hub_id_is_looked_up_in_the_local_cache_only(made, tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ def test_hub_id_is_looked_up_in_the_local_cache_only(made, tmp_path, monkeypatch
     shutil.copytree(made[1], cached / "snapshots" / "abc")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc")
-    assert_same_weights(load_sdxl("someone/tiny-sdxl"), load_sdxl(made[1]))
+    assert_same_weights(load_model("someone/tiny-sdxl"), load_model(made[1]))
     refused("brings no tokenizer.*hf download openai", made[2])
 
 
@@ -272,9 +272,9 @@ def test_paths_that_do_not_lead_to_a_model(made, tmp_path):
         refused("pickle checkpoints.*convert it to .safetensors", tmp_path / name)
     refused("pickle", "missing.ckpt")
     with pytest.raises(ValueError, match="is for a single file"):
-        load_sdxl(made[1], tokenizer=made[1])
+        load_model(made[1], tokenizer=made[1])
     with pytest.raises(ValueError, match="is for a folder"):
-        load_sdxl(made[2], variant="fp16")
+        load_model(made[2], variant="fp16")
 
 
 def edit(path, **changes):

@@ -22,7 +22,7 @@ from segresearch.config import (
     conf_dir,
     typed,
 )
-from segresearch.config.build import build_guidance, load_model, resolved
+from segresearch.config.build import build_guidance, configured_model, resolved
 from segresearch.config.expand import describe, panels, parse_seeds, read_prompts, slug
 from segresearch.config.schema import ModelConfig, PerturbedTerm, SamplerConfig, ScheduleConfig
 from segresearch.config.validate import modern
@@ -44,30 +44,30 @@ def names(group: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def sdxl():
-    return load_model(composed("guidance=none").model)
+def sd():
+    return configured_model(composed("guidance=none").model)
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))
-def test_every_experiment_composes_and_samples(experiment, sdxl):
+def test_every_experiment_composes_and_samples(experiment, sd):
     config = composed(f"experiment={experiment}")
     assert config.name == experiment
     plan = panels(config)
     assert plan and all(panel.rows and panel.methods for panel in plan)
-    noise = initial_noise([0], sdxl.latent_shape((16, 32)))
+    noise = initial_noise([0], sd.latent_shape((16, 32)))
     for panel in plan:
         for guidance in panel.methods.values():
-            model = build_guidance(guidance, sdxl)
-            latents = sample(model, noise, steps=1, conds=encode_conds(sdxl, model, ["a red cube"], size=(16, 32)))
+            model = build_guidance(guidance, sd)
+            latents = sample(model, noise, steps=1, conds=encode_conds(sd, model, ["a red cube"], size=(16, 32)))
             assert latents.shape == noise.shape and latents.isfinite().all()
 
 
 @pytest.fixture(scope="module")
-def steered(sdxl):
+def steered(sd):
     """mini with its ControlNet for edges, and the edges of a scene."""
     scene = scenes([10_000_007])
     image = edge_image(scene.edges)[:, :, :32, 8:56]
-    return load_model(composed("guidance=none").model, controlnets=["canny"]), image
+    return configured_model(composed("guidance=none").model, controlnets=["canny"]), image
 
 
 def test_every_guidance_composes_for_sdxl():
@@ -77,26 +77,26 @@ def test_every_guidance_composes_for_sdxl():
     assert len(config.compare) == len(methods)
 
 
-def latents_of(guidance, sdxl, seeds, prompts, sampler="euler", steps=4, **more):
-    model, size = build_guidance(guidance, sdxl), (32, 48)
-    conds = encode_conds(sdxl, model, prompts, size=size)
-    noise = initial_noise(seeds, sdxl.latent_shape(size))
+def latents_of(guidance, sd, seeds, prompts, sampler="euler", steps=4, **more):
+    model, size = build_guidance(guidance, sd), (32, 48)
+    conds = encode_conds(sd, model, prompts, size=size)
+    noise = initial_noise(seeds, sd.latent_shape(size))
     return sample(model, noise, sampler, "trailing", steps=steps, conds=conds, seeds=seeds, **more)
 
 
 @pytest.fixture(scope="module")
-def vanilla(sdxl):
-    return latents_of(GuidanceConfig(), sdxl, [0, 1], PROMPTS)
+def vanilla(sd):
+    return latents_of(GuidanceConfig(), sd, [0, 1], PROMPTS)
 
 
 @pytest.mark.parametrize("guidance", names("guidance"))
-def test_every_guidance_composes_and_samples(guidance, sdxl, vanilla):
+def test_every_guidance_composes_and_samples(guidance, sd, vanilla):
     """On a non-square image; image 1 is the same alone."""
     own = ["guidance.terms.custom.perturbation.target=test_configs.keep_values"] if guidance == "custom" else []
     config = composed(f"guidance={guidance}", *own).guidance
-    latents = latents_of(config, sdxl, [0, 1], PROMPTS)
+    latents = latents_of(config, sd, [0, 1], PROMPTS)
     assert latents.isfinite().all() and torch.equal(latents, vanilla) == (guidance == "none")
-    torch.testing.assert_close(latents_of(config, sdxl, [1], PROMPTS[1:]), latents[1:], rtol=0, atol=2e-3)
+    torch.testing.assert_close(latents_of(config, sd, [1], PROMPTS[1:]), latents[1:], rtol=0, atol=2e-3)
     assert describe(config) != "vanilla" or guidance == "none"
 
 
@@ -104,13 +104,13 @@ def test_every_guidance_composes_and_samples(guidance, sdxl, vanilla):
     "guidance", ["tpg", "tsg", "swg", "nag", "cads", "icg", "apg", "momentum", "sgg", "zigzag", "sag_cfg"]
 )
 def test_methods_under_a_controlnet(guidance, steered):
-    sdxl, image = steered
+    sd, image = steered
     config = composed(f"guidance={guidance}").guidance
-    control = [controlled(sdxl.controlnets["canny"], image)]
-    both = latents_of(config, sdxl, [0, 1], PROMPTS, steps=3, control=control)
-    alone = latents_of(config, sdxl, [1], PROMPTS[1:], steps=3, control=control)
+    control = [controlled(sd.controlnets["canny"], image)]
+    both = latents_of(config, sd, [0, 1], PROMPTS, steps=3, control=control)
+    alone = latents_of(config, sd, [1], PROMPTS[1:], steps=3, control=control)
     torch.testing.assert_close(alone, both[1:], rtol=0, atol=2e-3)
-    free = latents_of(config, sdxl, [1], PROMPTS[1:], steps=3)
+    free = latents_of(config, sd, [1], PROMPTS[1:], steps=3)
     assert both.isfinite().all() and (alone - free).abs().max() > 0.02
 
 
@@ -119,11 +119,11 @@ def test_methods_under_a_controlnet(guidance, steered):
     [("apg", "heun"), ("smc", "dpm_2"), ("adaptive_stop", "heun"), ("momentum", "dpmpp_2m"), ("higs", "heun"),
      ("sg_prev", "dpm_2"), ("emag", "heun"), ("emag", "dpmpp_2m")],
 )  # fmt: skip
-def test_methods_with_memory_under_samplers_of_several_evaluations(guidance, sampler, sdxl):
+def test_methods_with_memory_under_samplers_of_several_evaluations(guidance, sampler, sd):
     config = composed(f"guidance={guidance}").guidance
-    both = latents_of(config, sdxl, [0, 1], PROMPTS, sampler, 4)
+    both = latents_of(config, sd, [0, 1], PROMPTS, sampler, 4)
     assert both.isfinite().all()
-    torch.testing.assert_close(latents_of(config, sdxl, [1], PROMPTS[1:], sampler, 4), both[1:], rtol=0, atol=2e-3)
+    torch.testing.assert_close(latents_of(config, sd, [1], PROMPTS[1:], sampler, 4), both[1:], rtol=0, atol=2e-3)
 
 
 def keep_values(q, k, v, site, attend):

@@ -15,7 +15,7 @@ from segresearch.config import GenerateConfig, settings, typed
 from segresearch.config.expand import HELD_OUT, control_images, panels
 from segresearch.errors import ConfigError
 from segresearch.generate import expand, generate
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.scenes.scenes import captions
 
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
@@ -26,7 +26,7 @@ DEPTH = {"net": "depth", "image": "scene:0-", "preprocess": "depth", "scale": 0.
 
 @pytest.fixture(scope="module")
 def model(controlled_folder):
-    return load_sdxl(controlled_folder, controlnet=["canny", "depth"])
+    return load_model(controlled_folder, controlnet=["canny", "depth"])
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_run_under_control_is_recorded_shown_and_not_made_twice(config, monkey
     plain = generate(config(compare=[{}], prompts=["", "red"], controls={}))
     assert Image.open(run.grid).width > Image.open(plain.grid).width + 90  # one more column
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
-    monkeypatch.setattr("segresearch.generate.load_model", None)
+    monkeypatch.setattr("segresearch.generate.configured_model", None)
     again = generate(config(compare=[{}], prompts=["", "red"]))
     assert (again.sampled, again.folder) == (0, run.folder)
     (run.folder / shown[0]).unlink()
@@ -190,7 +190,7 @@ def test_what_cannot_be_is_one_line_before_an_image_is_made(config, model, chang
 
 def test_a_model_loaded_without_the_controlnet_is_refused(config, controlled_folder):
     with pytest.raises(ConfigError, match="loaded without 'canny'"):
-        generate(config(), load_sdxl(controlled_folder, controlnet="depth"))
+        generate(config(), load_model(controlled_folder, controlnet="depth"))
 
 
 def test_types_of_controls_are_strict():

@@ -18,7 +18,7 @@ from guidance_models import control_image, control_net, denoiser, noisy
 from make_models import make_controlnet, make_pipeline
 
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.models.controlnet import ControlNet, ControlNetConfig, controlled
 from segresearch.models.denoiser import Denoiser
 from segresearch.models.unet import ControlResiduals, UNetConfig
@@ -333,7 +333,7 @@ def model(tmp_path_factory):
     pipeline.save_pretrained(folder)
     for name, one in nets.items():
         one.save_pretrained(folder / "controlnet" / name)
-    return pipeline, nets, load_sdxl(folder, controlnet=["first", "second"])
+    return pipeline, nets, load_model(folder, controlnet=["first", "second"])
 
 
 FIRST = {"first": {}}
@@ -354,7 +354,7 @@ PICTURES = {
 
 @pytest.mark.parametrize("case", PICTURES.values(), ids=PICTURES)
 def test_pictures_of_diffusers_pipelines(model, case):
-    pipeline, nets, sdxl = model
+    pipeline, nets, sd = model
     used, guess, weight, pag = case["control"], case.get("guess", False), case.get("weight", 1.0), case.get("pag")
     images = {name: control_image(case.get("images", 2), seed=i).float() for i, name in enumerate(used)}
     noise = initial_noise([3, 4], (4, HEIGHT // 2, WIDTH // 2))
@@ -381,14 +381,14 @@ def test_pictures_of_diffusers_pipelines(model, case):
         **({"guess_mode": guess} if pag is None else {"pag_scale": pag}),
     ).images
 
-    levels = sigmas(sdxl.denoiser, "leading", STEPS)
+    levels = sigmas(sd.denoiser, "leading", STEPS)
     control = [
-        controlled(sdxl.controlnets[name], images[name], o["scale"], step_interval(levels, o["start"], o["end"]), guess)
+        controlled(sd.controlnets[name], images[name], o["scale"], step_interval(levels, o["start"], o["end"]), guess)
         for name, o in options.items()
     ]
     terms = {"cfg": cfg(weight)} | ({} if pag is None else {"pag": perturbed("pag", PAG(where="mid"), pag)})
-    conds = sdxl.encode(PROMPTS, size=(HEIGHT, WIDTH))
-    guided = GuidedDenoiser(sdxl.denoiser, terms)
+    conds = sd.encode(PROMPTS, size=(HEIGHT, WIDTH))
+    guided = GuidedDenoiser(sd.denoiser, terms)
     x0 = sample(guided, noise, steps=STEPS, conds=conds, control=control)
     torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-4)
     assert (x0 - sample(guided, noise, steps=STEPS, conds=conds)).abs().max() > 0.05

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from segresearch.checkpoints.folder import open_controlnets
 from segresearch.checkpoints.load import check_fit
 from segresearch.errors import CheckpointError
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.models.controlnet import ControlNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -54,16 +54,16 @@ def assert_loaded(net, expected, exact=True):
 
 
 def test_by_name_and_by_path_in_the_order_asked(made, folder):
-    sdxl = load_sdxl(made[0], controlnet=[folder, "edges"])
-    assert list(sdxl.controlnets) == [str(folder), "edges"]
-    for net in sdxl.controlnets.values():
+    sd = load_model(made[0], controlnet=[folder, "edges"])
+    assert list(sd.controlnets) == [str(folder), "edges"]
+    for net in sd.controlnets.values():
         assert_loaded(net, made[2])
-    assert not load_sdxl(made[0]).controlnets
+    assert not load_model(made[0]).controlnets
 
 
 def test_beside_a_single_file_and_in_its_dtype(made, folder):
-    sdxl = load_sdxl(made[1], tokenizer=made[0], controlnet=str(folder), dtype=torch.bfloat16)
-    (net,) = sdxl.controlnets.values()
+    sd = load_model(made[1], tokenizer=made[0], controlnet=str(folder), dtype=torch.bfloat16)
+    (net,) = sd.controlnets.values()
     assert net.conv_in.weight.dtype == torch.bfloat16
     assert net.embed_image(torch.rand(1, 3, 8, 8)).dtype == torch.bfloat16
     assert_loaded(net, made[2], exact=False)
@@ -127,11 +127,11 @@ def test_what_is_something_else(made, folder):
     refused("a union of ControlNets", folder, made[0])
     save_file({k: v for k, v in weights.items() if k != "controlnet_mid_block.bias"}, folder / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"controlnet depth: 1 missing key \(controlnet_mid_block.bias\)"):
-        load_sdxl(made[0], controlnet=folder)
+        load_model(made[0], controlnet=folder)
 
 
 def test_a_controlnet_of_another_model_is_refused_with_both_values(made, folder):
-    unet = load_sdxl(made[0]).unet.config
+    unet = load_model(made[0]).unet.config
     config = ControlNetConfig.from_dict(json.loads((folder / "config.json").read_text()))
     check_fit("depth", config, unet, 2)
     for change, match in (
@@ -146,4 +146,4 @@ def test_a_controlnet_of_another_model_is_refused_with_both_values(made, folder)
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"cross_attention_dim": 64}))
     with pytest.raises(CheckpointError, match="it was made for another model"):
-        load_sdxl(made[0], controlnet=folder)
+        load_model(made[0], controlnet=folder)

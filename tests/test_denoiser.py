@@ -73,8 +73,8 @@ def schedule(**config):
     ],
 )
 def test_schedule_is_that_of_diffusers(unet, config):
-    sdxl = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    expected = EulerDiscreteScheduler(**(sdxl | config)).alphas_cumprod
+    sd = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    expected = EulerDiscreteScheduler(**(sd | config)).alphas_cumprod
     sigmas = Denoiser(unet, schedule(**config)).sigmas
     torch.testing.assert_close(sigmas, ((1 - expected) / expected).sqrt(), rtol=1e-4, atol=1e-5)
 

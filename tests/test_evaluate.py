@@ -106,7 +106,7 @@ def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whol
     assert kept == [(row.method, row.metric, row.value, row.error) for row in frame.rows]
     page = found["index.html"].decode()
     assert page.count("<img") == 1 + 2 * METHODS and "http" not in page
-    monkeypatch.setattr(run, "load_model", None)
+    monkeypatch.setattr(run, "configured_model", None)
     monkeypatch.setattr(run, "aggregate", None)
     again = evaluate(base, part=Worker())
     assert (again.sampled, again.existing) == (0, 6) and again.result == whole.result

@@ -58,7 +58,7 @@ ALLOWED = {
     "guidance.blur:_matrix": "fp64 on the CPU, sent once a shape",
     "guidance.methods.icg_text:RandomTokens.tokens": "token ids for text encoders, which send them",
     "models.controlnet:ControlNet.forward": "weights of guess mode, as numbers",
-    "models.denoiser:alphas_cumprod": "numbers of a config in fp64; `load_sdxl` sends them",
+    "models.denoiser:alphas_cumprod": "numbers of a config in fp64; `load_model` sends them",
     "sampling.loop:sample": "levels as given, sent with the noise",
     "sampling.noise:initial_noise": GENERATED,
     "sampling.noise:white_noise.draw": GENERATED,

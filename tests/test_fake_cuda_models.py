@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.guidance.controlnet_residuals import residuals
-from segresearch.models import SDXL
+from segresearch.models import StableDiffusion
 from segresearch.models.calls import on_device
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, controlled
@@ -81,7 +81,7 @@ def test_times_and_levels(gpu, dtype):
 
 
 def test_schedules_of_training_are_made_on_the_cpu(gpu):
-    """By design: the numbers of a config, in fp64; `load_sdxl` sends them to the device before the denoiser is made."""
+    """By design: the numbers of a config, in fp64; `load_model` sends them to the device before the denoiser exists."""
     for config in ({}, {"beta_schedule": "linear"}):
         assert alphas_cumprod(config).device.type == "cpu"
     snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
@@ -246,11 +246,11 @@ def test_texts(encoders, gpu, dtype):
     vae, vae_there = vaes(dtype)
     with on_the_cpu():
         networks = tuple(network.to(dtype) for network in networks)
-        real = SDXL(real_denoiser(dtype).unet, vae, TextEncoders(tokenizers, networks), real_denoiser(dtype))
+        real = StableDiffusion(real_denoiser(dtype).unet, vae, TextEncoders(tokenizers, networks), real_denoiser(dtype))
         asked = [{}, {"negative": "a cube"}, {"negative": ["a cube", "red"], "clip_skip": 1, "size": (24, 32)}]
         expected = [real.encode(["a red cube", "cubes"], **more) for more in asked]
     on_gpu = TextEncoders(tokenizers, tuple(map(moved, networks)))
-    fake = SDXL(fake_denoiser(dtype).unet, vae_there, on_gpu, fake_denoiser(dtype))
+    fake = StableDiffusion(fake_denoiser(dtype).unet, vae_there, on_gpu, fake_denoiser(dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = [fake.encode(["a red cube", "cubes"], **more) for more in asked]

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from segresearch.checkpoints.folder import open_controlnets
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.checkpoints.tensors import fill
-from segresearch.config.build import load_model
+from segresearch.config.build import configured_model
 from segresearch.config.schema import ModelConfig
 from segresearch.guidance import SelfAttentionGuidance
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.sampling import initial_noise, sample
 
 
@@ -37,25 +37,25 @@ def files(monkeypatch):
     monkeypatch.setattr("segresearch.checkpoints.tensors.safe_open", File)
 
 
-def pictures(sdxl):
+def pictures(sd):
     """One image of one step, with SAG, and its latents encoded again."""
-    conds = sdxl.encode(["a red cube"], size=(64, 64))
-    model = SelfAttentionGuidance(sdxl.denoiser)
-    noise = initial_noise([0], sdxl.latent_shape((64, 64)))
+    conds = sd.encode(["a red cube"], size=(64, 64))
+    model = SelfAttentionGuidance(sd.denoiser)
+    noise = initial_noise([0], sd.latent_shape((64, 64)))
     latents = sample(model, noise, schedule="trailing", steps=1, conds=conds, seeds=[0])
-    images = sdxl.vae.decode(latents)
-    return latents, images, sdxl.vae.encode(images.clamp(-1, 1))
+    images = sd.vae.decode(latents)
+    return latents, images, sd.vae.encode(images.clamp(-1, 1))
 
 
 def test_a_picture_of_mini(gpu, monkeypatch):
     with on_the_cpu():
-        expected = pictures(load_sdxl("mini"))
+        expected = pictures(load_model("mini"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    sdxl = load_model(ModelConfig("mini", "mini"), "cuda")
-    held = [*sdxl.unet.parameters(), *sdxl.vae.parameters(), *sdxl.denoiser.buffers()]
-    held += [z for encoder in sdxl.text.encoders for z in (*encoder.parameters(), *encoder.buffers())]
+    sd = configured_model(ModelConfig("mini", "mini"), "cuda")
+    held = [*sd.unet.parameters(), *sd.vae.parameters(), *sd.denoiser.buffers()]
+    held += [z for encoder in sd.text.encoders for z in (*encoder.parameters(), *encoder.buffers())]
     assert {z.device.type for z in held} == {"cuda"}
-    check_same(pictures(sdxl), expected, rtol=1e-3, atol=1e-3)
+    check_same(pictures(sd), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_weights_are_sent_to_the_device_in_its_dtype(gpu):

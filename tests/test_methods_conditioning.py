@@ -30,7 +30,7 @@ from segresearch.guidance.methods.tpg import TPG
 from segresearch.guidance.methods.tsg import TSG
 from segresearch.guidance.methods.weak import Weak
 from segresearch.guidance.step import Step
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.models.attention import Site
 from segresearch.models.conditioning import Cond
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
@@ -319,7 +319,7 @@ def test_three_crops_a_side_cover_every_latent():
 
 @pytest.fixture(scope="module")
 def mini():
-    return load_sdxl("mini")
+    return load_model("mini")
 
 
 def test_cdg_replaces_the_words_and_keeps_padding_and_pooled(mini):

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.models.calls import on_device, pin
 from segresearch.models.compute import Compute
 from segresearch.models.vae import VAE, VAEConfig
@@ -17,7 +17,7 @@ CONFIG = VAEConfig(block_out_channels=(16, 32), norm_num_groups=8, layers_per_bl
 
 @pytest.fixture(scope="module")
 def mini():
-    return load_sdxl("mini")
+    return load_model("mini")
 
 
 def homes(module: torch.nn.Module) -> list[int]:
@@ -66,7 +66,7 @@ def test_text_encoders_of_the_cpu_compute_on_cuda():
 
 @torch.no_grad()
 def test_an_offloaded_sdxl_gives_the_same(mini):
-    other = load_sdxl("mini", compute=Compute(vae_tile=64, offload=True))
+    other = load_model("mini", compute=Compute(vae_tile=64, offload=True))
     assert other.compute.offload and mini.compute == Compute() and other.device.type == "cpu"
     for negative in (None, "grey"):
         one, two = (model.encode(["a red circle"], negative=negative) for model in (mini, other))

@@ -11,7 +11,7 @@ from diffusers import (
 
 from segresearch.checkpoints.resolve import MINI
 from segresearch.guidance import PAG, GuidedDenoiser, cfg, perturbed
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.models.controlnet import controlled
 from segresearch.sampling import initial_noise, sample
 from segresearch.scenes.scenes import depth_image, edge_image, scenes
@@ -30,12 +30,12 @@ def theirs(folder, noise, height, width, *, weight=1.0, pag=None, steps=4, outpu
     ).images  # fmt: skip
 
 
-def ours(sdxl, noise, height, width, *, weight=1.0, pag=None, steps=4):
+def ours(sd, noise, height, width, *, weight=1.0, pag=None, steps=4):
     terms = {"cfg": cfg(weight)}
     if pag is not None:
         terms["pag"] = perturbed("pag", PAG(where="mid"), scale=pag)
-    conds = sdxl.encode(PROMPTS, size=(height, width))
-    return sample(GuidedDenoiser(sdxl.denoiser, terms), noise, steps=steps, conds=conds)
+    conds = sd.encode(PROMPTS, size=(height, width))
+    return sample(GuidedDenoiser(sd.denoiser, terms), noise, steps=steps, conds=conds)
 
 
 METHODS = [{}, {"weight": 4.0}, {"pag": 2.0}, {"weight": 4.0, "pag": 2.0}]
@@ -43,21 +43,21 @@ METHODS = [{}, {"weight": 4.0}, {"pag": 2.0}, {"weight": 4.0, "pag": 2.0}]
 
 @pytest.mark.parametrize("method", METHODS)
 def test_euler_loop_of_a_random_model(folder, method):
-    sdxl = load_sdxl(folder)
-    factor, channels = sdxl.vae.config.factor, sdxl.vae.config.latent_channels
+    sd = load_model(folder)
+    factor, channels = sd.vae.config.factor, sd.vae.config.latent_channels
     noise = initial_noise([3, 4], (channels, 8, 12))
     size = (8 * factor, 12 * factor)
     expected = theirs(folder, noise, *size, **method)
-    torch.testing.assert_close(ours(sdxl, noise, *size, **method), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(sd, noise, *size, **method), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_mini_gives_diffusers_pictures(method):
-    sdxl = load_sdxl("mini")
+    sd = load_model("mini")
     noise = initial_noise([3, 4], (4, 16, 16))
     expected = torch.from_numpy(theirs(MINI, noise, 64, 64, **method, output="np")).permute(0, 3, 1, 2)  # in [0, 1]
     with torch.no_grad():
-        pictures = sdxl.vae.decode(ours(sdxl, noise, 64, 64, **method)).clamp(-1, 1) / 2 + 0.5
+        pictures = sd.vae.decode(ours(sd, noise, 64, 64, **method)).clamp(-1, 1) / 2 + 0.5
     assert (pictures - expected).abs().max() <= 2 / 255
 
 
@@ -74,11 +74,11 @@ def test_mini_under_its_controlnets_gives_diffusers_pictures(name, weight):
         PROMPTS, image=image, latents=noise, height=64, width=64, num_inference_steps=4, guidance_scale=weight,
         controlnet_conditioning_scale=1.0, output_type="np",
     ).images  # fmt: skip
-    sdxl = load_sdxl("mini", controlnet=name)
-    guided = GuidedDenoiser(sdxl.denoiser, {"cfg": cfg(weight)})
+    sd = load_model("mini", controlnet=name)
+    guided = GuidedDenoiser(sd.denoiser, {"cfg": cfg(weight)})
     with torch.no_grad():
-        control = [controlled(sdxl.controlnets[name], image)]
-        x0 = sample(guided, noise, steps=4, conds=sdxl.encode(PROMPTS), control=control)
-        pictures = sdxl.vae.decode(x0).clamp(-1, 1) / 2 + 0.5
+        control = [controlled(sd.controlnets[name], image)]
+        x0 = sample(guided, noise, steps=4, conds=sd.encode(PROMPTS), control=control)
+        pictures = sd.vae.decode(x0).clamp(-1, 1) / 2 + 0.5
     apart = (pictures - torch.from_numpy(expected).permute(0, 3, 1, 2)).abs().max()
     assert apart <= 2 / 255

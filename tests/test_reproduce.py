@@ -17,7 +17,7 @@ from segresearch.evaluation import evaluate as run
 from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.sample_shards import Worker
 from segresearch.generate import generate
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.plot_style import save
 from segresearch.reproduce import recorded, reproduce
 
@@ -91,7 +91,7 @@ def test_images_and_figures_of_an_evaluation_are_made_again(controlled_folder, t
         "force": True, "device": "cpu", "out": str(tmp_path / "runs"),
     }  # fmt: skip
     config = typed(EvaluateConfig, given)
-    whole = evaluate(config, load_sdxl(controlled_folder, controlnet=["canny"]), Worker())
+    whole = evaluate(config, load_model(controlled_folder, controlnet=["canny"]), Worker())
     shown = re.findall(
         r'alt="([^"]*, seed \d)" src="data:image/png;base64,([^"]*)"', (whole.folder / run.outputs.PAGE).read_text()
     )

@@ -86,7 +86,7 @@ def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, model,
     monkeypatch.setattr(run.outputs.plots, "draw", one_figure)
     load, loaded = run.image_metrics, []
     monkeypatch.setattr(run, "image_metrics", lambda *a: loaded[0] if loaded else loaded.append(load(*a)) or loaded[0])
-    monkeypatch.setattr(run, "load_model", lambda *_: model)
+    monkeypatch.setattr(run, "configured_model", lambda *_: model)
     scale = "guidance.terms.seg.scale"
     sweep = (
         "-m", f"model.path={folder}", "size=[64,64]", "images=2", "distances=[]", "steps=1,2",

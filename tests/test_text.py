@@ -4,7 +4,7 @@ import pytest
 import torch
 from make_models import LENGTH, make_pipeline
 
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.models.text import TextEncoders
 
 PROMPTS = ["a red cube", "", "Two cubes, left!"]
@@ -16,7 +16,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "folder"
     pipeline = make_pipeline(folder)
     pipeline.save_pretrained(folder)
-    return pipeline, load_sdxl(folder)
+    return pipeline, load_model(folder)
 
 
 def assert_equal_to_diffusers(conds, encoded):
@@ -48,7 +48,7 @@ def test_no_negative_means_zeros_or_the_empty_text(made, tmp_path):
         expected = made[0].encode_prompt(PROMPTS)
     finally:
         made[0].register_to_config(force_zeros_for_empty_prompt=True)
-    conds = load_sdxl(tmp_path).encode(PROMPTS)
+    conds = load_model(tmp_path).encode(PROMPTS)
     assert conds["uncond"].context.any()
     assert_equal_to_diffusers(conds, expected)
 
@@ -61,14 +61,14 @@ def test_the_empty_prompt_is_encoded(made):
 
 
 def test_sizes_become_time_ids(made):
-    sdxl = made[1]
-    assert sdxl.encode(["a"])["cond"].time_ids.tolist() == [[16, 16, 0, 0, 16, 16]]
-    conds = sdxl.encode(["a", "b"], size=(24, 1000))
+    sd = made[1]
+    assert sd.encode(["a"])["cond"].time_ids.tolist() == [[16, 16, 0, 0, 16, 16]]
+    conds = sd.encode(["a", "b"], size=(24, 1000))
     ids = made[0]._get_add_time_ids((24, 1000), (0, 0), (24, 1000), torch.float32, 40)
     assert torch.equal(conds["cond"].time_ids, ids.expand(2, 6)) and torch.equal(
         conds["uncond"].time_ids, ids.expand(2, 6)
     )
-    assert sdxl.latent_shape((24, 1000)) == (4, 12, 500)
+    assert sd.latent_shape((24, 1000)) == (4, 12, 500)
 
 
 def test_rows_do_not_depend_on_their_batch(made):
@@ -100,15 +100,15 @@ def test_tokenizers_pad_as_sdxl_does(made):
 
 
 def test_what_does_not_fit_is_refused(made):
-    sdxl = made[1]
+    sd = made[1]
     for match, call in (
-        ("prompts is empty", lambda: sdxl.encode([])),
-        (r"not the string 'a cube': write \['a cube'\]", lambda: sdxl.encode("a cube")),
-        ("negative has 1 texts for 2 prompts", lambda: sdxl.encode(["a", "b"], negative=["c"])),
-        (r"size=\(16, 15\): .* multiples of 2", lambda: sdxl.encode(["a"], size=(16, 15))),
-        (r"size=\(0, 16\)", lambda: sdxl.encode(["a"], size=(0, 16))),
-        ("clip_skip=3: must lie between 0 and 2", lambda: sdxl.encode(["a"], clip_skip=3)),
-        ("clip_skip=-1", lambda: sdxl.encode(["a"], clip_skip=-1)),
+        ("prompts is empty", lambda: sd.encode([])),
+        (r"not the string 'a cube': write \['a cube'\]", lambda: sd.encode("a cube")),
+        ("negative has 1 texts for 2 prompts", lambda: sd.encode(["a", "b"], negative=["c"])),
+        (r"size=\(16, 15\): .* multiples of 2", lambda: sd.encode(["a"], size=(16, 15))),
+        (r"size=\(0, 16\)", lambda: sd.encode(["a"], size=(0, 16))),
+        ("clip_skip=3: must lie between 0 and 2", lambda: sd.encode(["a"], clip_skip=3)),
+        ("clip_skip=-1", lambda: sd.encode(["a"], clip_skip=-1)),
     ):
         with pytest.raises(ValueError, match=match):
             call()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segresearch.models import load_sdxl, tiles
+from segresearch.models import load_model, tiles
 from segresearch.models.vae import VAE, VAEConfig
 from segresearch.scenes.scenes import scenes
 
@@ -73,7 +73,7 @@ def test_a_picture_within_a_tile_is_whole(monkeypatch):
 
 def test_no_seams_in_real_pictures():
     """Mini's VAE: differences are those of rounding, at the seams as elsewhere; tiles decoded alone differ visibly."""
-    vae = load_sdxl("mini").vae
+    vae = load_model("mini").vae
     pictures = scenes(range(6)).images.float() / 127.5 - 1
     images = torch.cat([torch.cat(list(pictures[:3]), dim=2), torch.cat(list(pictures[3:]), dim=2)], dim=1)[None]
     latents, side = vae.encode(images), images.shape[2] // 2

@@ -23,7 +23,7 @@ from segresearch.config.expand import HELD_OUT
 from segresearch.evaluation.frame import METRICS
 from segresearch.metrics.features import load_extractor
 from segresearch.metrics.frechet import frechet_distance, gaussian
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.sample_images import to_uint8
 from segresearch.scenes.scenes import scenes
 
@@ -83,7 +83,7 @@ def floor(count: int) -> list[str]:
     extractor, held = load_extractor("mini"), scenes(range(HELD_OUT, HELD_OUT + count)).images
     parts = [extractor.of(scenes(REFERENCE[i : i + 500]).images) for i in range(0, len(REFERENCE), 500)]
     real = gaussian(torch.cat(parts))
-    vae = load_sdxl("mini").vae
+    vae = load_model("mini").vae
     with torch.no_grad():
         decoded = torch.cat([vae.decode(vae.encode(part.float() / 127.5 - 1)) for part in held.split(25)])
     through = to_uint8(decoded)

@@ -16,7 +16,7 @@ from experiments.mini.common import save_array
 from experiments.mini.render import SHARD, shard_path
 from experiments.mini.tokenizer import load_tokenizer, tokenize
 from experiments.mini.train_vae import load_vae
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.scenes.scenes import captions
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.runs / "tokenizers" / "tokenizer") if args.kind == "tokens" else None
     vae = None
     if args.kind == "latents":
-        vae = load_sdxl(args.model).vae if args.model else load_vae(args.runs / "vae" / "vae.pt")[0]
+        vae = load_model(args.model).vae if args.model else load_vae(args.runs / "vae" / "vae.pt")[0]
     k, n = map(int, args.part.split("/"))
     for shard in range(k, args.shards, n):
         path = shard_path(out, shard)

@@ -20,8 +20,8 @@ from experiments.mini.train_unet import alphas_cumprod
 from experiments.mini.train_vae import HELD_OUT
 from segresearch.config.schema import GenerateConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from segresearch.guidance import GuidedDenoiser, cfg
-from segresearch.models import load_sdxl
-from segresearch.models.sdxl import SDXL
+from segresearch.models import load_model
+from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.sample_images import sample_images
 from segresearch.scenes.scenes import scenes
 
@@ -38,7 +38,7 @@ def matches(clips: TwoCLIPs, images: Tensor, tokens: Tensor) -> list[float]:
     return [round(sum(h) / len(h), 4) for h in hits]
 
 
-def eps_loss(model: SDXL, latents: Tensor, captions: list[str]) -> float:
+def eps_loss(model: StableDiffusion, latents: Tensor, captions: list[str]) -> float:
     """Unweighted mean squared error of eps in fp32, at one keyed timestep per scene."""
     alphas = alphas_cumprod()
     t = torch.randint(1000, (len(latents),), generator=generator(0, 201))
@@ -55,7 +55,7 @@ def eps_loss(model: SDXL, latents: Tensor, captions: list[str]) -> float:
 
 @torch.no_grad()
 def measure(folder: Path, clip_file: Path, count: int, steps: int, weights: list[float]) -> dict[str, Any]:
-    model, (clips, _) = load_sdxl(str(folder)), load_clips(clip_file)
+    model, (clips, _) = load_model(str(folder)), load_clips(clip_file)
     held = scenes(range(FIRST, FIRST + count))
     images = held.images.float() / 127.5 - 1
     tokens = model.text.tokens(held.captions, 0)

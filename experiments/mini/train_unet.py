@@ -32,7 +32,7 @@ from experiments.mini.encode import load_shards
 from experiments.mini.render import SHARD
 from experiments.mini.tokenizer import LENGTH, second
 from experiments.mini.train_clip import BEGIN_ID, END_ID, load_clips
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.models.attention import Site, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.unet import UNet, UNetConfig
@@ -80,7 +80,7 @@ def text_encoders(runs: Path, model: str | None) -> Any:
     """`text_encoder` and `text_encoder_2`: the trained ones in <runs>/clip, or those of a finished model."""
     if model is None:
         return load_clips(runs / "clip" / "clip.pt")[0]
-    first, other = load_sdxl(model).text.encoders
+    first, other = load_model(model).text.encoders
     return SimpleNamespace(text_encoder=first, text_encoder_2=other)
 
 

@@ -26,11 +26,11 @@ from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.energy import energies, hopfield_energy, hopfield_update
 from segresearch.analysis.recorder import Recorder
 from segresearch.guidance import SEG, GuidedDenoiser, perturbed
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.sample_images import decode_images
 from segresearch.sampling import initial_noise, sample
 
-sdxl = load_sdxl("mini")
+sd = load_model("mini")
 prompt, seed, steps = "a red sphere left of a blue cube", 0, 10
 
 # %% [markdown]
@@ -40,12 +40,12 @@ prompt, seed, steps = "a red sphere left of a blue cube", 0, 10
 # trajectory guided by SEG with an infinite blur.
 
 # %%
-model = GuidedDenoiser(sdxl.denoiser, {"seg": perturbed("seg", SEG(where="mid"), scale=1.0)})
+model = GuidedDenoiser(sd.denoiser, {"seg": perturbed("seg", SEG(where="mid"), scale=1.0)})
 print(model)
-recorder = Recorder(sdxl.unet.site_heads, where="mid", steps=[0, steps // 2, steps - 1])
-noise = initial_noise([seed], sdxl.latent_shape())
+recorder = Recorder(sd.unet.site_heads, where="mid", steps=[0, steps // 2, steps - 1])
+noise = initial_noise([seed], sd.latent_shape())
 latents = sample(
-    model, noise, steps=steps, conds=sdxl.encode([prompt]), attend=recorder.attend([{"prompt": prompt, "seed": seed}])
+    model, noise, steps=steps, conds=sd.encode([prompt]), attend=recorder.attend([{"prompt": prompt, "seed": seed}])
 )
 recording = recorder.recording
 print(len(recording), "calls recorded:", recording.branches, recording.sites)
@@ -92,7 +92,7 @@ energy_plots.landscape(entry, 0, 0, blurs)
 # ## What a query attends to
 
 # %%
-image = decode_images(sdxl, latents)[0].permute(1, 2, 0).numpy()  # (3, h, w) -> (h, w, 3)
+image = decode_images(sd, latents)[0].permute(1, 2, 0).numpy()  # (3, h, w) -> (h, w, 3)
 energy_plots.attention(entry, 0, blurs, image)
 
 # %% [markdown]

@@ -27,17 +27,17 @@ from segresearch.analysis.energy import compare_hessians
 from segresearch.analysis.logit_statistics import columns
 from segresearch.analysis.recorder import Recorder
 from segresearch.guidance import GuidedDenoiser
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.sampling import initial_noise, sample
 
-sdxl = load_sdxl("mini")
+sd = load_model("mini")
 prompts = ["", "a green cone"]
-recorder = Recorder(sdxl.unet.site_heads, where="mid", steps=[0, 4, 7])
+recorder = Recorder(sd.unet.site_heads, where="mid", steps=[0, 4, 7])
 sample(
-    GuidedDenoiser(sdxl.denoiser, {}),
-    initial_noise([0, 1], sdxl.latent_shape()),
+    GuidedDenoiser(sd.denoiser, {}),
+    initial_noise([0, 1], sd.latent_shape()),
     steps=8,
-    conds=sdxl.encode(prompts),
+    conds=sd.encode(prompts),
     attend=recorder.attend([{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(prompts)]),
 )
 entry = energy_plots.example(recorder.recording)
@@ -89,7 +89,7 @@ for sigma in (0.5, 1.0):
 # The table that `analyze.py` writes, of this recording, and the regime map drawn from it.
 
 # %%
-rows, claims = measurements.measure(recorder.recording, [0.5, 1.0, 2.0], ["exact"], sdxl.unet.sites)
+rows, claims = measurements.measure(recorder.recording, [0.5, 1.0, 2.0], ["exact"], sd.unet.sites)
 for claim in claims:
     if claim.claim.startswith("theorem"):
         print(f"{claim.claim} {claim.axis:8} sigma {claim.blur_sigma:g}: holds {claim.share:7.2%}, worst {claim.worst}")

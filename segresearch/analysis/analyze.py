@@ -26,7 +26,7 @@ from segresearch.analysis.measurements import ClaimSummary, Rows, chosen, measur
 from segresearch.analysis.recorder import Images, Recorder, Recording
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import AnalyzeConfig
-from segresearch.config.build import build_guidance, load_model, resolved
+from segresearch.config.build import build_guidance, configured_model, resolved
 from segresearch.config.compose import written_config
 from segresearch.config.expand import parse_seeds, read_prompts
 from segresearch.errors import ConfigError
@@ -37,7 +37,7 @@ from segresearch.sample_images import sample_images
 from segresearch.wandb_log import WandbRun, log
 
 if TYPE_CHECKING:
-    from segresearch.models import SDXL
+    from segresearch.models import StableDiffusion
 
 Claims = Sequence[ClaimSummary]
 Pixels = UInt8[np.ndarray, "images h w 3"]
@@ -61,7 +61,7 @@ class Analysis:
         return f"{done}\npage: {self.page}"
 
 
-def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
+def analyze(config: AnalyzeConfig, model: "StableDiffusion | None" = None) -> Analysis:
     """Sample the images of `config` and measure their attention, unless its folder is complete.
 
     model: already loaded; None loads `config.model`. Raises InputError for settings that do not fit the model, OSError
@@ -79,8 +79,8 @@ def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
     if html.is_file() and (recorded.is_dir() or not config.keep):
         return Analysis(folder, html, True, time.perf_counter() - start)
     try:
-        sdxl = load_model(config.model, config.device, compute=config.compute) if model is None else model
-        _write(config, sdxl, images, *_capture(config, sdxl, images, partial), folder)
+        sd = configured_model(config.model, config.device, compute=config.compute) if model is None else model
+        _write(config, sd, images, *_capture(config, sd, images, partial), folder)
         shutil.rmtree(recorded, ignore_errors=True)  # of a run whose page was deleted
         if config.keep:
             partial.rename(recorded)  # a recording under its own name is complete
@@ -94,24 +94,24 @@ def analyze(config: AnalyzeConfig, model: "SDXL | None" = None) -> Analysis:
     return Analysis(folder, html, False, time.perf_counter() - start)
 
 
-def _capture(config: AnalyzeConfig, sdxl: "SDXL", images: Images, folder: Path) -> tuple[Recording, Pixels]:
+def _capture(config: AnalyzeConfig, sd: "StableDiffusion", images: Images, folder: Path) -> tuple[Recording, Pixels]:
     """Sample `images`: q and k of `config.branch`, streamed to `folder`, and the pixels.
 
     Raises InputError for a branch, a site, a head or a size that does not exist.
     """
-    guided = build_guidance(config.guidance, sdxl)
+    guided = build_guidance(config.guidance, sd)
     inner = getattr(guided, "inner", guided)
     names = dict.fromkeys(map(str, [inner.base, *(b for t in inner.terms.values() for b in t.branches)]))
     if config.branch not in names:
         raise ConfigError(f"branch: no branch {config.branch!r} under this guidance; there are {', '.join(names)}")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     steps, branches = config.steps_from_0, [config.branch]
-    recorder = Recorder(sdxl.unet.site_heads, config.where, config.heads, steps, branches, folder=folder)
+    recorder = Recorder(sd.unet.site_heads, config.where, config.heads, steps, branches, folder=folder)
     pixels, size = [], int(config.batch_size)
     for batch in (images[start : start + size] for start in range(0, len(images), size)):
         seeds, prompts = [image["seed"] for image in batch], [image["prompt"] for image in batch]
         attend = recorder.attend(batch)
-        pixels.append(sample_images(sdxl, guided, seeds, prompts, config, config.negative, attend=attend))
+        pixels.append(sample_images(sd, guided, seeds, prompts, config, config.negative, attend=attend))
     if not recorder.entries:
         raise ConfigError(
             f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.measured_steps}"
@@ -119,10 +119,12 @@ def _capture(config: AnalyzeConfig, sdxl: "SDXL", images: Images, folder: Path) 
     return recorder.recording, torch.cat(pixels).permute(0, 2, 3, 1).cpu().numpy()  # (n, 3, h, w) -> (n, h, w, 3)
 
 
-def _write(config: AnalyzeConfig, sdxl: "SDXL", images: Images, recording: Recording, pixels: Pixels, to: Path) -> None:
+def _write(
+    config: AnalyzeConfig, sd: "StableDiffusion", images: Images, recording: Recording, pixels: Pixels, to: Path
+) -> None:
     """Measure a recording; its table, claims, figures and page go to a folder."""
-    device = sdxl.device if sdxl.device.type == "cuda" else torch.device("cpu")  # both have fp64
-    sites = tuple(sdxl.unet.site_heads)
+    device = sd.device if sd.device.type == "cuda" else torch.device("cpu")  # both have fp64
+    sites = tuple(sd.unet.site_heads)
     rows, claims = measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
     paths = {}
     for name, figure in energy_plots.draw(config, recording, rows, pixels, images).items():

@@ -1,6 +1,6 @@
 """Recording what the softmax saw: q and k (v on request) per branch, site, head and sigma, under the perturbation.
 
-    recorder = Recorder(sdxl.unet.site_heads, where="mid", steps=[0, 12, 24])
+    recorder = Recorder(sd.unet.site_heads, where="mid", steps=[0, 12, 24])
     sample(model, noise, conds=conds, attend=recorder.attend([{"prompt": "a red cube", "seed": 0}]))
     for entry in recorder.recording.select(branch="cond~seg"):
         entry.site, entry.sigma, entry.q, entry.k

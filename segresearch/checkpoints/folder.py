@@ -122,7 +122,7 @@ def build_networks(configs: Sequence[dict[str, Any]], path: Path) -> Networks:
         return *image, text, CLIPTextModelWithProjection(CLIPTextConfig.from_dict(second))
 
 
-def open_sdxl_folder(folder: Path, variant: str | None) -> Checkpoint:
+def open_model_folder(folder: Path, variant: str | None) -> Checkpoint:
     """An SDXL pipeline. variant: of its weights. Raises CheckpointError for anything else."""
     index = read_json(folder / "model_index.json", optional=True)
     refuse_other_folder(folder, index, read_json(folder / "unet" / "config.json", optional=True))

@@ -1,4 +1,4 @@
-"""load_sdxl: from a path or a name to a ready SDXL, whatever the layout on disk."""
+"""load_model: from a path or a name to a ready SDXL, whatever the layout on disk."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -7,23 +7,23 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig
 
-from segresearch.checkpoints.folder import Names, open_controlnets, open_sdxl_folder, open_unet
+from segresearch.checkpoints.folder import Names, open_controlnets, open_model_folder, open_unet
 from segresearch.checkpoints.resolve import resolve_model, resolve_network
-from segresearch.checkpoints.single_file import open_sdxl_file
+from segresearch.checkpoints.single_file import open_model_file
 from segresearch.checkpoints.tensors import fill
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.calls import pin
 from segresearch.models.compute import PLAIN, Compute
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
 from segresearch.models.network_configs import ControlNetConfig, EncoderConfig, UNetConfig
-from segresearch.models.sdxl import SDXL
+from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
 from segresearch.models.vae import VAEConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def load_sdxl(
+def load_model(
     path_or_name: str | Path,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -34,7 +34,7 @@ def load_sdxl(
     tokenizer: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
     compute: Compute = PLAIN,
-) -> SDXL:
+) -> StableDiffusion:
     """An SDXL: a diffusers folder, a .safetensors file in the original layout, "mini", or a hub id in the local cache.
 
     controlnet: one or several, each a name in the folder's own controlnet/, a diffusers ControlNet folder, or a hub id
@@ -62,11 +62,11 @@ def load_sdxl(
         for argument, value in (("config", config), ("tokenizer", tokenizer)):
             if value is not None:
                 raise InputError(f"{argument}={str(value)!r} is for a single file: the folder {path} brings its own")
-        checkpoint = open_sdxl_folder(path, variant)
+        checkpoint = open_model_folder(path, variant)
     else:
         if variant is not None:
             raise InputError(f"variant={variant!r} is for a folder: {path} is a single file")
-        checkpoint = open_sdxl_file(path, Path(config) if config else None, Path(tokenizer) if tokenizer else None)
+        checkpoint = open_model_file(path, Path(config) if config else None, Path(tokenizer) if tokenizer else None)
     opened = open_controlnets(controlnet, path, variant)
     controlnets = {name: net for name, (net, _) in opened.items()}
     unet, vae, first, second = checkpoint.networks
@@ -93,7 +93,7 @@ def load_sdxl(
     if compute.offload and device.type == "cuda":
         for module in (vae, first, second):
             pin(module)
-    return SDXL(unet, vae, text, denoiser, str(path_or_name), checkpoint.zero_negative, controlnets, compute)
+    return StableDiffusion(unet, vae, text, denoiser, str(path_or_name), checkpoint.zero_negative, controlnets, compute)
 
 
 @lru_cache(maxsize=4)
@@ -109,7 +109,7 @@ def load_network(name: str, model: str, dtype: torch.dtype, device: torch.device
         fill(unet, weights, dtype, device)
         other = Denoiser(unet, denoiser.alphas, denoiser.prediction, denoiser.steps_offset, denoiser.run.compute)
     else:
-        other = load_sdxl(path, dtype, device, compute=denoiser.run.compute).denoiser
+        other = load_model(path, dtype, device, compute=denoiser.run.compute).denoiser
     widths = [(net.unet.config.cross_attention_dim, net.unet.config.pooled_dim) for net in (denoiser, other)]
     if widths[0] != widths[1]:
         text = f"its text is {widths[1]} wide, that of the model {widths[0]}"

@@ -59,8 +59,8 @@ def refuse_other_file(keys: Iterable[str], path: Path) -> None:
         raise CheckpointError(f"{path}: the {PARTS[missing[0]]} is missing (no {missing[0]}* keys); {hint}")
 
 
-def open_sdxl_file(path: Path, config: Path | None, tokenizer: Path | None) -> Checkpoint:
-    """An SDXL in the original layout. config, tokenizer: as in `load_sdxl`. CheckpointError for anything else."""
+def open_model_file(path: Path, config: Path | None, tokenizer: Path | None) -> Checkpoint:
+    """An SDXL in the original layout. config, tokenizer: as in `load_model`. CheckpointError for anything else."""
     entries, metadata = open_file(path)
     refuse_other_file(entries, path)
     if config is not None and not config.is_dir():

@@ -19,7 +19,7 @@ from segresearch.errors import ConfigError, InputError
 from segresearch.models.compute import PLAIN, Compute
 
 if TYPE_CHECKING:
-    from segresearch.models import SDXL
+    from segresearch.models import StableDiffusion
 
 Run = TypeVar("Run", bound=RunConfig)
 EVERYWHERE = (0.0, float("inf"))
@@ -39,7 +39,7 @@ def device_kind(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def resolved(config: Run, model: "SDXL | None" = None) -> Run:
+def resolved(config: Run, model: "StableDiffusion | None" = None) -> Run:
     """`config` with a number for batch_size="auto": the model's own for the kind of its device. A `model` that is
     loaded already decides `compute`, and the device where that is "auto"."""
     if model is not None:
@@ -63,16 +63,16 @@ def usable_device(device: str) -> Any:
     return chosen
 
 
-def load_model(
+def configured_model(
     config: ModelConfig, device: str = "auto", controlnets: Sequence[str] = (), compute: Compute = PLAIN
-) -> "SDXL":
-    """The model on `device` ("auto": see `device_kind`), with `controlnets`. ValueError: see `load_sdxl`."""
+) -> "StableDiffusion":
+    """The model on `device` ("auto": see `device_kind`), with `controlnets`. ValueError: see `load_model`."""
     import torch
 
-    from segresearch.models import load_sdxl
+    from segresearch.models import load_model
 
     vae_dtype = config.vae_dtype and getattr(torch, config.vae_dtype)
-    return load_sdxl(
+    return load_model(
         config.path, getattr(torch, config.dtype), usable_device(device), list(controlnets), variant=config.variant,
         config=config.config, tokenizer=config.tokenizer, vae_dtype=vae_dtype, compute=compute,
     )  # fmt: skip
@@ -129,15 +129,15 @@ def naming(key: str) -> Iterator[None]:
         raise error if isinstance(error, ConfigError) else ConfigError(f"{key}: {error}") from error
 
 
-def build_networks(config: GuidanceConfig, sdxl: Any) -> dict[str, Any]:
+def build_networks(config: GuidanceConfig, sd: Any) -> dict[str, Any]:
     """The further networks of a method as denoisers, in the dtype of the model and on its device."""
     if not config.networks:
         return {}
     from segresearch.checkpoints.load import load_network
 
-    weight = sdxl.unet.conv_in.weight
+    weight = sd.unet.conv_in.weight
     return {
-        name: load_network(network.path, sdxl.name, weight.dtype, weight.device, sdxl.denoiser)
+        name: load_network(network.path, sd.name, weight.dtype, weight.device, sd.denoiser)
         for name, network in config.networks.items()
     }
 

@@ -34,7 +34,7 @@ Option = Annotated[Flag | Whole | Number | str, Field(union_mode="left_to_right"
 
 @dataclass(frozen=True)
 class ModelConfig(Record):
-    """The weights (the arguments of `load_sdxl`), and the numbers that suit them: conf/model."""
+    """The weights (the arguments of `load_model`), and the numbers that suit them: conf/model."""
 
     name: str
     path: str

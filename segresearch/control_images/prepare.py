@@ -18,7 +18,7 @@ from segresearch.config.expand import HELD_OUT, SCENE
 from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.errors import CheckpointError, ConfigError, InputError
 from segresearch.models.controlnet import ActiveControlNet, controlled
-from segresearch.pretrained import load_model, model_folder, reading
+from segresearch.pretrained import load_pretrained, model_folder, reading
 from segresearch.records import read_record, save_png
 from segresearch.sampling import step_interval
 from segresearch.scenes.scenes import depth_image, edge_image, scenes
@@ -60,7 +60,7 @@ def _depth_estimator(folder: Path) -> tuple[Any, Any, bool]:
 
     with reading(folder, "not a depth estimator of transformers"):
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    network = load_model(AutoModelForDepthEstimation, folder, kind="depth estimator", use_safetensors=True)
+    network = load_pretrained(AutoModelForDepthEstimation, folder, kind="depth estimator", use_safetensors=True)
     kind = getattr(network.config, "depth_estimation_type", "relative")
     return processor, network, kind == "metric" or network.config.model_type in METRIC
 
@@ -107,21 +107,21 @@ def control_image(control: ControlConfig, image: str, size: tuple[int, int]) -> 
 
 
 def controlled_batch(
-    sdxl: Any, controls: Mapping[str, ControlConfig], images: Sequence[tuple[str, ...]],
+    sd: Any, controls: Mapping[str, ControlConfig], images: Sequence[tuple[str, ...]],
     size: tuple[int, int], sigmas: Float[Tensor, "sigmas"],
 ) -> list[ActiveControlNet]:  # fmt: skip
     """The active ControlNets of a batch. images: of each row, one for each control. sigmas: of the run's schedule, as
     `start` and `end` are fractions of its steps. ConfigError for a ControlNet that is not loaded or does not fit."""
     active = []
     for k, (name, control) in enumerate(controls.items()):
-        if control.net not in sdxl.controlnets:
-            loaded = ", ".join(sdxl.controlnets) or "none"
+        if control.net not in sd.controlnets:
+            loaded = ", ".join(sd.controlnets) or "none"
             raise ConfigError(f"controls.{name}.net: the model was loaded without {control.net!r} (with {loaded})")
         batch = torch.cat([control_image(control, row[k], size) for row in images])
         interval = step_interval(sigmas, control.start, control.end)
         try:
-            with sdxl.arithmetic():
-                active.append(controlled(sdxl.controlnets[control.net], batch, control.scale, interval, control.guess))
+            with sd.arithmetic():
+                active.append(controlled(sd.controlnets[control.net], batch, control.scale, interval, control.guess))
         except InputError as error:
             raise ConfigError(f"controls.{name}: {error}") from error
     return active

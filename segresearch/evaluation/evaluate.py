@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig
-from segresearch.config.build import load_model, resolved, usable_device
+from segresearch.config.build import configured_model, resolved, usable_device
 from segresearch.errors import ConfigError, Ended
 from segresearch.evaluation import outputs, shards
 from segresearch.evaluation.aggregate import Reference, Result, aggregate, reference
@@ -34,7 +34,7 @@ from segresearch.evaluation.spec import EvaluationSpec, evaluation_spec, run_ide
 from segresearch.threads import threads
 
 if TYPE_CHECKING:
-    from segresearch.models import SDXL
+    from segresearch.models import StableDiffusion
 
 VERSION = 3  # of the results
 
@@ -61,7 +61,7 @@ class Evaluation:
         return "\n".join(filter(None, [counts, self.message, page]))
 
 
-def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, part: Worker | None = None) -> Evaluation:
+def evaluate(config: EvaluateConfig, model: "StableDiffusion | None" = None, part: Worker | None = None) -> Evaluation:
     """Sample the missing shards of this worker's part; where all are whole, aggregate them and write the results.
 
     model: already loaded. part: among several workers; None asks the environment. Raises ConfigError for settings that
@@ -81,9 +81,9 @@ def evaluate(config: EvaluateConfig, model: "SDXL | None" = None, part: Worker |
         spec = dataclasses.replace(spec, metrics=image_metrics(spec, device))
         _check_counts(spec, len(real))
 
-        def load() -> "SDXL":
+        def load() -> "StableDiffusion":
             nets = list({control.net: None for control in config.controls.values()})
-            return load_model(config.model, device, nets, config.compute) if model is None else model
+            return configured_model(config.model, device, nets, config.compute) if model is None else model
 
         start = time.perf_counter()
         try:

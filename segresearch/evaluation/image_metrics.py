@@ -20,7 +20,7 @@ from segresearch.metrics.features import Extractor, load_extractor
 from segresearch.metrics.lpips import load_lpips, lpips_distances
 from segresearch.metrics.mini_vision import load_part, load_vision, perceptual_distances, unit_range
 from segresearch.metrics.text_alignment import CLIP, MiniClip, load_clip, text_alignment
-from segresearch.models import load_sdxl
+from segresearch.models import load_model
 from segresearch.models.compute import arithmetic
 from segresearch.runs import digest, fingerprint
 from segresearch.scenes.scenes import scenes
@@ -135,7 +135,7 @@ def _text_alignment(spec: EvaluationSpec, device: str) -> ImageMetric:
         clip = load_clip(weights.get("text_alignment") or CLIP, checksums.get("text_alignment"), device=device)
         return ImageMetric("text_alignment-clip", clip.weights, lambda s: text_alignment(clip, s.images, s.prompts))
     folder = resolve_model(weights.get("mini") or "mini")
-    mini = MiniClip(load_vision(folder).to(device), load_sdxl(folder, device=device).text)
+    mini = MiniClip(load_vision(folder).to(device), load_model(folder, device=device).text)
     producer = digest([fingerprint(folder / part) for part in ("vision", "text_encoder_2")])
     return ImageMetric("text_alignment-mini", producer, lambda s: text_alignment(mini, s.images, s.prompts, batch=250))
 

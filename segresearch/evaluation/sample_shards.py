@@ -27,7 +27,7 @@ from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.sample_images import decode_images, encode_conds, run_sigmas, sample_latents
 
 if TYPE_CHECKING:
-    from segresearch.models import SDXL
+    from segresearch.models import StableDiffusion
 
 LAUNCHERS = (  # a step's tasks, not the job's: a batch script that calls the program once is one worker
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -122,7 +122,7 @@ def incomplete(spec: EvaluationSpec, progress: Progress, worker: Worker) -> str:
     return f"{worker} has written its part; {message}, which others write" + (f"; {failed}" if failed else "")
 
 
-def sample_shards(spec: EvaluationSpec, worker: Worker, load: Callable[[], "SDXL"]) -> Progress:
+def sample_shards(spec: EvaluationSpec, worker: Worker, load: Callable[[], "StableDiffusion"]) -> Progress:
     """Write every shard of this worker's ranges that lacks an array. Images that are stored are not sampled again.
 
     load: called when the first image is to be sampled. Then every method is built and every metric tried on a blank
@@ -130,13 +130,13 @@ def sample_shards(spec: EvaluationSpec, worker: Worker, load: Callable[[], "SDXL
     """
 
     @cache
-    def loaded() -> "SDXL":
-        sdxl = load()
-        sdxl.latent_shape(spec.config.size)
-        check_size(spec.metrics, spec.config.size or sdxl.default_size)
+    def loaded() -> "StableDiffusion":
+        sd = load()
+        sd.latent_shape(spec.config.size)
+        check_size(spec.metrics, spec.config.size or sd.default_size)
         for guidance in spec.methods.values():
-            build_guidance(guidance, sdxl)
-        return sdxl
+            build_guidance(guidance, sd)
+        return sd
 
     own = worker.part(spec.ranges)
     todo = {rows: len(missing) for rows in own if (missing := missing_arrays(spec, rows))}
@@ -148,7 +148,9 @@ def sample_shards(spec: EvaluationSpec, worker: Worker, load: Callable[[], "SDXL
     return progress
 
 
-def _write_shards(spec: EvaluationSpec, rows: range, load: Callable[[], "SDXL"], bar: Any, progress: Progress) -> None:
+def _write_shards(
+    spec: EvaluationSpec, rows: range, load: Callable[[], "StableDiffusion"], bar: Any, progress: Progress
+) -> None:
     """Write the arrays that the shards of a range lack, the baseline's first: distances need its images."""
     baseline: Tensor | None = None
     controls: list[Any] = []  # of each batch; the methods share them
@@ -187,7 +189,12 @@ def _write_shards(spec: EvaluationSpec, rows: range, load: Callable[[], "SDXL"],
 
 
 def sample_range(
-    spec: EvaluationSpec, method: str, rows: range, sdxl: "SDXL", controls: list[Any], advance: Callable[[int], object]
+    spec: EvaluationSpec,
+    method: str,
+    rows: range,
+    sd: "StableDiffusion",
+    controls: list[Any],
+    advance: Callable[[int], object],
 ) -> tuple[UInt8[Tensor, "b 3 h w"], dict[str, np.ndarray]]:
     """Images of `rows`, in batches that start with the range, and the arrays NORMS (where all images were evaluated
     equally often) and COST (see `required_arrays`). Raises NotFinite.
@@ -197,11 +204,11 @@ def sample_range(
     """
     config, step = spec.config, int(spec.config.batch_size)
     batches = [rows[i : i + step] for i in range(0, len(rows), step)]
-    size = config.size or sdxl.default_size
+    size = config.size or sd.default_size
     if config.controls and not controls:
-        sigmas = run_sigmas(sdxl, config)
+        sigmas = run_sigmas(sd, config)
         for batch in batches:
-            controls.append(controlled_batch(sdxl, config.controls, [spec.controls[i] for i in batch], size, sigmas))
+            controls.append(controlled_batch(sd, config.controls, [spec.controls[i] for i in batch], size, sigmas))
     norms: list[list[Tensor]] = []  # of each batch and evaluation (b,)
 
     def note_norm(guided: Tensor, at: Any) -> Tensor:
@@ -209,17 +216,17 @@ def sample_range(
         norms[-1].append((guided - at.plain).square().mean((1, 2, 3)).sqrt())  # (b, c, h, w) -> (b,)
         return guided
 
-    model = build_guidance(spec.methods[method], sdxl, [note_norm])
+    model = build_guidance(spec.methods[method], sd, [note_norm])
     images, arrays = [], {}
     for batch, control in zip(batches, controls or [()] * len(batches), strict=True):
         norms.append([])
-        conds = encode_conds(sdxl, model, spec.texts(batch), config.negative, config.size)
+        conds = encode_conds(sd, model, spec.texts(batch), config.negative, config.size)
         with FlopCounterMode(display=False) if batch.start == 0 else contextlib.nullcontext() as counter:
-            latents = sample_latents(sdxl, model, batch, conds, config, control)
+            latents = sample_latents(sd, model, batch, conds, config, control)
         if counter is not None:
             arrays[COST] = np.array([counter.get_total_flops() / len(batch)])
         decoded = DECODED if latents.device.type == "cpu" else max(1, PIXELS // math.prod(size))
-        images.append(decode_images(sdxl, latents, decoded).cpu())
+        images.append(decode_images(sd, latents, decoded).cpu())
         advance(len(batch))
     count = len(norms[0])
     if count and all([len(norm) for norm in steps] == [len(batch)] * count for steps, batch in zip(norms, batches)):

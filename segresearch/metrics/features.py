@@ -106,7 +106,7 @@ def _dinov2(path: str | Path | None, sha256: str | None, device: torch.device) -
     from transformers import Dinov2Model  # imports for seconds, so only where it is used
 
     folder, digest = pretrained.hub_weights(path or DINOV2, sha256)
-    model = pretrained.load_model(Dinov2Model, folder, device)
+    model = pretrained.load_pretrained(Dinov2Model, folder, device)
     return Extractor(
         "dinov2", model.config.hidden_size, digest, device=device,  # (b, tokens, dim) -> (b, dim), the class token
         network=lambda images: model(pixel_values=normalized_squares(images, 224, IMAGENET)).last_hidden_state[:, 0],
@@ -120,7 +120,7 @@ def _clip(path: str | Path | None, sha256: str | None, device: torch.device) -> 
     with pretrained.reading(folder, "no config.json of CLIP"):
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     width = config.projection_dim  # a whole CLIP has it beside its towers, a vision tower among its own sizes
-    model = pretrained.load_model(CLIPVisionModelWithProjection, folder, device, projection_dim=width)
+    model = pretrained.load_pretrained(CLIPVisionModelWithProjection, folder, device, projection_dim=width)
 
     def network(images: Tensor) -> Tensor:
         pixels = normalized_squares(images, model.config.image_size, OPENAI, crop=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from segresearch.errors import InputError
 from segresearch.metrics.mini_vision import VisionTower, unit_range
-from segresearch.pretrained import Device, hub_weights, load_model, reading
+from segresearch.pretrained import Device, hub_weights, load_pretrained, reading
 from segresearch.threads import one_thread
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -52,7 +52,7 @@ def load_clip(path: str | Path = CLIP, sha256: str | None = None, device: Device
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer  # imports for seconds
 
     folder, digest = hub_weights(path, sha256)
-    model = load_model(CLIPModel, folder, device)
+    model = load_pretrained(CLIPModel, folder, device)
     with reading(folder, "no tokenizer or image processor of CLIP"):
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         processor = CLIPImageProcessor.from_pretrained(str(folder), local_files_only=True)
@@ -61,7 +61,7 @@ def load_clip(path: str | Path = CLIP, sha256: str | None = None, device: Device
 
 @dataclass(frozen=True)
 class MiniClip:
-    """The embedded model's second CLIP: its vision tower (`load_vision`) and its `sdxl.text`. The first CLIP has no
+    """The embedded model's second CLIP: its vision tower (`load_vision`) and its `sd.text`. The first CLIP has no
     projection of its text, as in SDXL, so no image can be compared with it."""
 
     tower: VisionTower

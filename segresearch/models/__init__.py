@@ -1,16 +1,16 @@
 """SDXL's networks, its text conditioning, and the UNet as a k-diffusion denoiser.
 
-`SDXL` and `load_sdxl` are imported when they are first used, so that modules here can be imported without torch.
+`StableDiffusion` and `load_model` are imported when they are first used: modules here need no torch to be imported.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from segresearch.checkpoints.load import load_sdxl
-    from segresearch.models.sdxl import SDXL
+    from segresearch.checkpoints.load import load_model
+    from segresearch.models.stable_diffusion import StableDiffusion
 
-__all__ = ["SDXL", "load_sdxl"]
+__all__ = ["StableDiffusion", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

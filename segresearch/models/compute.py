@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compute:
-    """How a loaded model computes; `load_sdxl(..., compute=Compute(...))`, and `compute.*` of every script.
+    """How a loaded model computes; `load_model(..., compute=Compute(...))`, and `compute.*` of every script.
 
     precision: of fp32 arithmetic. "fast" is torch's own default on a GPU: convolutions round their factors to TF32 (10
         bits of mantissa). "exact" keeps fp32, so that CPU and GPU agree to rounding. "auto" is fast on a GPU and exact

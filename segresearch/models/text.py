@@ -50,7 +50,7 @@ class TextEncoders:
                 lost = tokenizer.decode(ids[self.length - 1 : -1])
                 warnings.warn(
                     f"text encoder {which + 1} reads {self.length} tokens, cut off: {lost!r} (of {len(ids)} tokens)",
-                    stacklevel=5,  # of whoever calls SDXL.encode
+                    stacklevel=5,  # of whoever calls StableDiffusion.encode
                 )
         pad = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
         return tokenizer(list(texts), **pad).input_ids

@@ -21,7 +21,7 @@ from PIL import Image
 
 from segresearch.config import GenerateConfig, conf_dir, settings
 from segresearch.generate import generate
-from segresearch.models import SDXL, load_sdxl
+from segresearch.models import StableDiffusion, load_model
 from segresearch.models.compute import Compute
 
 DEVICE = os.environ.get("SEGRESEARCH_TEST_DEVICE", "cuda")
@@ -43,9 +43,9 @@ def note(name: str, value: Any, **more: Any) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def mini(device: str = DEVICE, dtype: torch.dtype = torch.float32, **compute: Any) -> SDXL:
+def mini(device: str = DEVICE, dtype: torch.dtype = torch.float32, **compute: Any) -> StableDiffusion:
     """mini with its two ControlNets; `compute`: of `Compute`."""
-    return load_sdxl("mini", dtype, device, ["canny", "depth"], compute=Compute(**compute))
+    return load_model("mini", dtype, device, ["canny", "depth"], compute=Compute(**compute))
 
 
 def composed(*overrides: str) -> GenerateConfig:
@@ -54,11 +54,11 @@ def composed(*overrides: str) -> GenerateConfig:
         return settings(compose("generate", overrides=list(overrides)))
 
 
-def pictures(sdxl: SDXL, out: Path, *overrides: str, steps: int = 4) -> np.ndarray:
+def pictures(sd: StableDiffusion, out: Path, *overrides: str, steps: int = 4) -> np.ndarray:
     """The pictures (n, h, w, 3) uint8 that generate.py makes with this model: two prompts, a seed each."""
     prompts = "prompts=[" + ",".join(f'"{p}"' for p in PROMPTS) + "]"
     fixed = (f"out={out}", f"steps={steps}", prompts, "seeds=3-4", "pairing=zip")
-    run = generate(composed(*fixed, *overrides), sdxl)
+    run = generate(composed(*fixed, *overrides), sd)
     return np.stack([np.asarray(Image.open(p).convert("RGB")) for p in sorted((run.folder / "images").rglob("*.png"))])
 
 

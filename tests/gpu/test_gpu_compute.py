@@ -36,23 +36,23 @@ def graphed():
     return mini(precision="exact", graph=True)
 
 
-def captured(sdxl) -> int:
-    return sum(graph is not None for graph in sdxl.denoiser.run.graphs.graphs.values())
+def captured(sd) -> int:
+    return sum(graph is not None for graph in sd.denoiser.run.graphs.graphs.values())
 
 
-def control(sdxl, nets: str) -> dict:
+def control(sd, nets: str) -> dict:
     if not nets:
         return {}
     held = scenes([10_000_004, 10_000_011])
     images = {"canny": edge_image(held.edges), "depth": depth_image(held.depth)}
     names = ["canny"] if nets == "guess" else nets.split(", ")
-    return {"control": [controlled(sdxl.controlnets[n], images[n], 0.7, guess=nets == "guess") for n in names]}
+    return {"control": [controlled(sd.controlnets[n], images[n], 0.7, guess=nets == "guess") for n in names]}
 
 
-def latents(sdxl, guidance: str, nets: str = "", steps: int = 4, **more) -> torch.Tensor:
-    model = build_guidance(composed(f"guidance={guidance}").guidance, sdxl.denoiser)
-    noise = initial_noise(SEEDS, sdxl.latent_shape())
-    given = {"conds": sdxl.encode(PROMPTS), "seeds": SEEDS, **control(sdxl, nets), **more}
+def latents(sd, guidance: str, nets: str = "", steps: int = 4, **more) -> torch.Tensor:
+    model = build_guidance(composed(f"guidance={guidance}").guidance, sd.denoiser)
+    noise = initial_noise(SEEDS, sd.latent_shape())
+    given = {"conds": sd.encode(PROMPTS), "seeds": SEEDS, **control(sd, nets), **more}
     return sample(model, noise, "dpmpp_2m", steps=steps, **given)
 
 
@@ -82,9 +82,9 @@ def test_graphs_under_controlnets(guidance, nets, eager, graphed):
 def test_graphs_with_every_blur_and_without_a_fork(sigma, boundary, eager, graphed):
     terms = {"cfg": cfg(3.0), "seg": perturbed("seg", SEG(sigma, where="*", boundary=boundary), 1.0)}
     noise, found = initial_noise(SEEDS, eager.latent_shape()), {}
-    for name, sdxl, fork in (("eager", eager, True), ("graph", graphed, True), ("unforked", graphed, False)):
-        model = GuidedDenoiser(sdxl.denoiser, terms, fork=fork)
-        found[name] = sample(model, noise, steps=4, conds=sdxl.encode(PROMPTS))
+    for name, sd, fork in (("eager", eager, True), ("graph", graphed, True), ("unforked", graphed, False)):
+        model = GuidedDenoiser(sd.denoiser, terms, fork=fork)
+        found[name] = sample(model, noise, steps=4, conds=sd.encode(PROMPTS))
     check(f"seg {sigma} {boundary}", graphed, found["eager"], found["graph"], 1e-3)
     check(f"seg {sigma} {boundary}, no fork", graphed, found["eager"], found["unforked"], 1e-3)
 
@@ -109,9 +109,9 @@ def test_a_replay_follows_its_arguments(graphed, eager):
 
 def test_a_recording_falls_back_and_is_the_same(eager, graphed):
     labels, found = [{"seed": seed} for seed in SEEDS], {}
-    for name, sdxl in (("eager", eager), ("graph", graphed)):
-        recorder = Recorder(sdxl.unet.site_heads, "mid", None, [0, 2], ["cond", "cond~seg"])
-        x0 = latents(sdxl, "seg", attend=recorder.attend(labels))
+    for name, sd in (("eager", eager), ("graph", graphed)):
+        recorder = Recorder(sd.unet.site_heads, "mid", None, [0, 2], ["cond", "cond~seg"])
+        x0 = latents(sd, "seg", attend=recorder.attend(labels))
         found[name] = (x0, recorder.recording)
     assert len(found["eager"][1]) == len(found["graph"][1]) > 0
     torch.testing.assert_close(found["graph"][0], found["eager"][0], rtol=0, atol=1e-3)
@@ -123,25 +123,25 @@ def test_a_recording_falls_back_and_is_the_same(eager, graphed):
 
 @only_cuda
 def test_a_recording_says_that_it_is_not_captured():
-    sdxl = mini(graph=True)
-    recorder = Recorder(sdxl.unet.site_heads, "mid", None, [0])
+    sd = mini(graph=True)
+    recorder = Recorder(sd.unet.site_heads, "mid", None, [0])
     with pytest.warns(UserWarning, match="without a CUDA graph"):
-        latents(sdxl, "none", attend=recorder.attend([{"seed": s} for s in SEEDS]), steps=1)
+        latents(sd, "none", attend=recorder.attend([{"seed": s} for s in SEEDS]), steps=1)
     assert len(recorder.recording)
 
 
 @only_cuda
 def test_memory_of_graphs_is_bounded_and_freed():
-    sdxl = mini(graph=True)
+    sd = mini(graph=True)
     start = torch.cuda.memory_reserved()
     for rows in range(1, 12):
-        noise = initial_noise(range(rows), sdxl.latent_shape())
-        model = GuidedDenoiser(sdxl.denoiser, {})
-        sample(model, noise, steps=1, conds=sdxl.encode(["a cup"] * rows))
-    kept, most = captured(sdxl), sdxl.denoiser.run.graphs.limit
+        noise = initial_noise(range(rows), sd.latent_shape())
+        model = GuidedDenoiser(sd.denoiser, {})
+        sample(model, noise, steps=1, conds=sd.encode(["a cup"] * rows))
+    kept, most = captured(sd), sd.denoiser.run.graphs.limit
     held = torch.cuda.memory_reserved() - start
     assert 0 < kept <= most
-    sdxl.denoiser.run.graphs.clear()
+    sd.denoiser.run.graphs.clear()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     left = torch.cuda.memory_reserved() - start
@@ -151,9 +151,9 @@ def test_memory_of_graphs_is_bounded_and_freed():
 
 def test_sag_around_a_graphed_denoiser_at_the_edges_of_its_interval(eager, graphed):
     noise, found = initial_noise(SEEDS, eager.latent_shape()), []
-    for sdxl in (eager, graphed):
-        model = SelfAttentionGuidance(sdxl.denoiser, 0.75, interval=(0.5, 5.0))
-        found.append(sample(model, noise, steps=6, conds=sdxl.encode(PROMPTS)))
+    for sd in (eager, graphed):
+        model = SelfAttentionGuidance(sd.denoiser, 0.75, interval=(0.5, 5.0))
+        found.append(sample(model, noise, steps=6, conds=sd.encode(PROMPTS)))
     check("sag in an interval", graphed, *found, 1e-3)
 
 

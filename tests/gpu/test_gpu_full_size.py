@@ -8,7 +8,7 @@ import torch
 from gpu_models import DEVICE, REAL, ROOT, Clock, gpu, note, only_cuda
 
 from segresearch.guidance import SEG, GuidedDenoiser, cfg, perturbed
-from segresearch.models import SDXL, load_sdxl
+from segresearch.models import StableDiffusion, load_model
 from segresearch.models.compute import Compute
 from segresearch.sampling import initial_noise, sample, sigmas
 
@@ -35,31 +35,31 @@ def path(tmp_path_factory):
     file.unlink()
 
 
-def loaded(path, dtype=torch.bfloat16, **compute) -> SDXL:
+def loaded(path, dtype=torch.bfloat16, **compute) -> StableDiffusion:
     with Clock() as clock:
-        sdxl = load_sdxl(path[0], dtype, DEVICE, tokenizer=path[1], compute=Compute(**compute))
+        sd = load_model(path[0], dtype, DEVICE, tokenizer=path[1], compute=Compute(**compute))
     note(f"seconds of loading, {dtype}", round(clock.seconds, 1), compute=compute)
-    return sdxl
+    return sd
 
 
-def steps(sdxl: SDXL, count: int = 2) -> torch.Tensor:
-    levels = sigmas(sdxl.denoiser, "leading", 25)
+def steps(sd: StableDiffusion, count: int = 2) -> torch.Tensor:
+    levels = sigmas(sd.denoiser, "leading", 25)
     levels = torch.cat([levels[:count], levels[-1:]])
-    noise = initial_noise([0], sdxl.latent_shape((SIDE, SIDE)))
-    model = GuidedDenoiser(sdxl.denoiser, TERMS)
+    noise = initial_noise([0], sd.latent_shape((SIDE, SIDE)))
+    model = GuidedDenoiser(sd.denoiser, TERMS)
     with torch.no_grad():
-        return sample(model, noise, "euler", levels, conds=sdxl.encode(["a red cube"], size=(SIDE, SIDE)))
+        return sample(model, noise, "euler", levels, conds=sd.encode(["a red cube"], size=(SIDE, SIDE)))
 
 
-def decoded(sdxl: SDXL, x: torch.Tensor) -> torch.Tensor:
+def decoded(sd: StableDiffusion, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return sdxl.decode(x)
+        return sd.decode(x)
 
 
 def test_guided_steps_and_a_decode_are_finite(path):
-    sdxl = loaded(path)
-    x = steps(sdxl)
-    picture = decoded(sdxl, x)
+    sd = loaded(path)
+    x = steps(sd)
+    picture = decoded(sd, x)
     assert x.isfinite().all() and picture.isfinite().all() and picture.shape == (1, 3, SIDE, SIDE)
     assert x.std() > 0.1 and picture.std() > 0
     note("latents, std", float(x.std()))
@@ -83,12 +83,12 @@ def test_a_picture_at_1024_px_in_8_gb(path, dtype):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
-    sdxl = loaded(path, getattr(torch, dtype), vae_tile=256, offload=True)
+    sd = loaded(path, getattr(torch, dtype), vae_tile=256, offload=True)
     peaks = {"loaded": torch.cuda.max_memory_allocated() - start}
-    x = steps(sdxl)
+    x = steps(sd)
     peaks["steps"] = torch.cuda.max_memory_allocated() - start
     torch.cuda.reset_peak_memory_stats()
-    picture = decoded(sdxl, x)
+    picture = decoded(sd, x)
     peaks["decode"] = torch.cuda.max_memory_allocated() - start
     note(f"peak of CFG+SEG at 1024 px, GiB: vae_tile=256, offload, {dtype}",
          {k: round(v / GIB, 2) for k, v in peaks.items()})  # fmt: skip

@@ -100,20 +100,20 @@ def test_half_precision_is_finite_and_near(dtype, guidance, on_cpu, tmp_path):
     """generate refuses latents that are not finite. SEG's σ is finite here, so that the blur is computed too."""
     more = ["guidance.terms.seg.perturbation.sigma=1"] if "seg" in guidance else []
     given = (f"guidance={guidance}", *more)
-    sdxl = mini(dtype=getattr(torch, dtype))
-    found = pictures(sdxl, tmp_path / "half", *given, f"model.dtype={dtype}")
+    sd = mini(dtype=getattr(torch, dtype))
+    found = pictures(sd, tmp_path / "half", *given, f"model.dtype={dtype}")
     expected = pictures(on_cpu, tmp_path / "cpu", *given)
     mean = float(np.abs(expected.astype(float) - found).mean())
     note(f"{dtype} against fp32, mean of 255: {guidance}", round(mean, 3))
     assert mean < (2 if dtype == "float16" else 12)
 
 
-def latents(sdxl, seeds, prompts, sampler="euler", guidance="seg_cfg", steps=4):
+def latents(sd, seeds, prompts, sampler="euler", guidance="seg_cfg", steps=4):
     config = composed(f"guidance={guidance}")
-    noise = initial_noise(seeds, sdxl.latent_shape())
+    noise = initial_noise(seeds, sd.latent_shape())
     with torch.no_grad():
-        conds = sdxl.encode(prompts)
-        return sample(build_guidance(config.guidance, sdxl.denoiser), noise, sampler, steps=steps, conds=conds,
+        conds = sd.encode(prompts)
+        return sample(build_guidance(config.guidance, sd.denoiser), noise, sampler, steps=steps, conds=conds,
                       seeds=seeds)  # fmt: skip
 
 

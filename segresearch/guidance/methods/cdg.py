@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from segresearch.models.conditioning import Cond
-from segresearch.models.sdxl import SDXL
+from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
 
 
@@ -29,16 +29,16 @@ class CDG:
 
     def encode(
         self,
-        sdxl: SDXL,
+        sd: StableDiffusion,
         prompts: Sequence[str],
         negative: str | Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
     ) -> Cond:
         """The degraded conditioning of the prompts."""
-        conds = sdxl.encode(prompts, negative or "", size)
+        conds = sd.encode(prompts, negative or "", size)
         cond, empty = conds["cond"], conds["uncond"]
-        widths = [encoder.config.hidden_size for encoder in sdxl.text.encoders]
-        content = [content_tokens(sdxl.text, prompts, which).to(cond.context.device) for which in (0, 1)]
+        widths = [encoder.config.hidden_size for encoder in sd.text.encoders]
+        content = [content_tokens(sd.text, prompts, which).to(cond.context.device) for which in (0, 1)]
         parts = zip(cond.context.split(widths, dim=2), empty.context.split(widths, dim=2), content, strict=True)
         context = torch.cat([torch.where(mask[:, :, None], e, c) for c, e, mask in parts], dim=2)
         return replace(cond, context=context)

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from segresearch.errors import InputError
 from segresearch.fields import NonNegative
 from segresearch.models.conditioning import Cond
-from segresearch.models.sdxl import SDXL
+from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
 
 
@@ -35,10 +35,10 @@ class ERGText:
         if not 0 <= self.tau < math.inf:
             raise InputError(f"ERGText tau must be a finite number >= 0, got {self.tau!r}")
 
-    def encode(self, sdxl: SDXL, prompts: Sequence[str], negative: Any = None, size: Any = None) -> Cond:
+    def encode(self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None) -> Cond:
         """The prompts under temperature."""
-        text = TemperedEncoders(sdxl.text.tokenizers, sdxl.text.encoders, self.tau)
-        return replace(sdxl, text=text).encode(prompts, size=size)["cond"]
+        text = TemperedEncoders(sd.text.tokenizers, sd.text.encoders, self.tau)
+        return replace(sd, text=text).encode(prompts, size=size)["cond"]
 
 
 @dataclass(frozen=True)

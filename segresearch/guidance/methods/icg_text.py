@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segresearch.fields import Whole
 from segresearch.models.conditioning import Cond
-from segresearch.models.sdxl import SDXL
+from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
 from segresearch.sampling.draws import bits, place
 
@@ -28,10 +28,10 @@ class ICGText:
     kind: Literal["icg_text"] = field(default="icg_text", kw_only=True, repr=False)
     seed: Whole = 0
 
-    def encode(self, sdxl: SDXL, prompts: Sequence[str], negative: Any = None, size: Any = None) -> Cond:
+    def encode(self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None) -> Cond:
         """The conditioning of a random text for each prompt."""
-        text = RandomTokens(sdxl.text.tokenizers, sdxl.text.encoders, self.seed)
-        return replace(sdxl, text=text).encode(prompts, size=size)["cond"]
+        text = RandomTokens(sd.text.tokenizers, sd.text.encoders, self.seed)
+        return replace(sd, text=text).encode(prompts, size=size)["cond"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from segresearch.models.conditioning import Cond
-from segresearch.models.sdxl import SDXL
+from segresearch.models.stable_diffusion import StableDiffusion
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Prompt:
     kind: Literal["prompt"] = field(default="prompt", kw_only=True, repr=False)
     text: str | None = ""
 
-    def encode(self, sdxl: SDXL, prompts: Sequence[str], negative: Any = None, size: Any = None) -> Cond:
+    def encode(self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None) -> Cond:
         """The text, one row a prompt."""
         texts = (negative or "") if self.text is None else self.text
-        cond = sdxl.encode([texts] if isinstance(texts, str) else texts, size=size)["cond"]
+        cond = sd.encode([texts] if isinstance(texts, str) else texts, size=size)["cond"]
         return cond.expand(len(prompts)) if cond.rows == 1 else cond

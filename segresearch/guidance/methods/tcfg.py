@@ -14,7 +14,7 @@ class TCFG:
 
     ε′ = ε_neg′ + w·(ε_pos − ε_neg′), in eps space; written for D[pos] as base. The singular vector is
     a·ε_pos + b·ε_neg, where (a, b) is the leading eigenvector of the 2 × 2 Gram matrix: an angle, in closed form.
-    Published: SDXL at w = 5; no further parameter.
+    Published: StableDiffusion at w = 5; no further parameter.
 
     diffusers' guider is the same formula on raw outputs (of an eps model the same), and so is ComfyUI's node.
     """

@@ -1,4 +1,4 @@
-"""SDXL: the networks of one loaded model together, from prompts to conditionings and between images and latents."""
+"""StableDiffusion: the networks of one loaded model together, from prompts to conditionings and between images and latents."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +20,7 @@ from segresearch.models.vae import VAE
 
 
 @dataclass(frozen=True)
-class SDXL:
+class StableDiffusion:
     """One loaded model. Frozen: an experiment that wants another behaviour passes another argument."""
 
     unet: UNet
@@ -29,7 +29,7 @@ class SDXL:
     denoiser: Denoiser = field(repr=False)
     name: str = "sdxl"  # the path or name it was loaded by
     zero_negative: bool = True  # no negative prompt means zeros (SDXL), else the encoding of ""
-    controlnets: Mapping[str, ControlNet] = field(default_factory=dict)  # by the names passed to `load_sdxl`, in order
+    controlnets: Mapping[str, ControlNet] = field(default_factory=dict)  # by the names passed to `load_model`, in order
     compute: Compute = PLAIN  # of the denoiser and of the methods here; `vae.decode` itself computes as the VAE is
 
     @property
