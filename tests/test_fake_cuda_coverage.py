@@ -22,7 +22,7 @@ PACKAGES = ("checkpoints", "models", "guidance", "sampling", "analysis", "metric
 # module -> the tests/test_fake_cuda_<name>.py that runs it on the device
 COVERED = {
     "checkpoints.folder": "pictures", "checkpoints.load": "pictures", "checkpoints.tensors": "pictures",
-    "models.attention": "guidance", "models.layers": "guidance", "models.sdxl": "pictures",
+    "models.attention": "guidance", "models.layers": "guidance", "models.stable_diffusion": "pictures",
     "models.conditioning": "models", "models.controlnet": "models",
     "models.denoiser": "models",
     "models.calls": "models", "models.tiles": "models", "models.text": "models",

@@ -36,7 +36,7 @@ def test_guidance_examples_run_one_after_another(capsys):
         assert capsys.readouterr().out.splitlines() == [line[4:] for line in printed]
         models += [m for m in names.values() if isinstance(m, GuidedDenoiser) and not any(m is old for old in models)]
     assert len(models) >= 12
-    noise, plain = initial_noise([0], (4, 8, 8)), GuidedDenoiser(names["sdxl"].denoiser, {})
+    noise, plain = initial_noise([0], (4, 8, 8)), GuidedDenoiser(names["sd"].denoiser, {})
     unguided, *guided = (sample(m, noise, steps=2, conds=names["conds"]) for m in (plain, *models))
     for model, x0 in zip(models, guided, strict=True):
         assert x0.isfinite().all() and (x0 - unguided).abs().max() > 1e-2, model
