@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from segresearch import runs
+from segresearch.checkpoints.additions import identified, identified_additions
 from segresearch.checkpoints.resolve import resolve_network
 from segresearch.config.build import device_kind
 from segresearch.config.schema import GuidanceConfig, RunConfig
@@ -24,7 +25,8 @@ def sampling_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
 
     fingerprint: of the model's weights. Not among it: names and folders, the device, how many are sampled together.
     """
-    model = {"fingerprint": fingerprint, "dtype": config.model.dtype, "vae_dtype": config.model.vae_dtype}
+    added = {key: [file.identity() for file in files] for key, files in identified_additions(config.model).items()}
+    model = {"fingerprint": fingerprint, "dtype": config.model.dtype, "vae_dtype": config.model.vae_dtype, **added}
     settings = {key: getattr(config, key) for key in ("sampler", "schedule", "steps", "size")}
     return {"model": model, **settings, **config.compute.identity(device_kind(config.device))}
 
@@ -35,14 +37,15 @@ def with_networks(guidance: GuidanceConfig, model: Path) -> GuidanceConfig:
     networks = {}
     for key, network in guidance.networks.items():
         try:
-            path = resolve_network(network.path, model)
+            path = model if network.path is None else resolve_network(network.path, model)
         except CheckpointError as error:
             raise CheckpointError(f"guidance.networks.{key}.path: {error}") from error
         fingerprint = runs.fingerprint(path)
         if network.fingerprint not in (None, fingerprint):
             text = f"{path} has weights {fingerprint}, not {network.fingerprint}"
             raise ConfigError(f"guidance.networks.{key}: {text}; leave `fingerprint` out to take them")
-        networks[key] = dataclasses.replace(network, fingerprint=fingerprint)
+        loras = identified(network.loras, f"guidance.networks.{key}.loras")
+        networks[key] = dataclasses.replace(network, fingerprint=fingerprint, loras=loras)
     return dataclasses.replace(guidance, networks=networks) if networks else guidance
 
 
@@ -51,7 +54,8 @@ def run_record(config: RunConfig, fingerprint: str, run: str) -> dict[str, Any]:
     identity = sampling_identity(config, fingerprint)
     loaded = {key: getattr(config.model, key) for key in ("name", "path", "variant", "config", "tokenizer")}
     compute = config.compute.record(device_kind(config.device))
-    own = {"model": loaded | identity["model"], "compute": compute, "run": run, **runs.versions()}
+    model = loaded | identity["model"] | identified_additions(config.model)
+    own = {"model": model, "compute": compute, "run": run, **runs.versions()}
     return runs.plain({**identity, **own})
 
 

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig
 
+from segresearch.checkpoints.additions import Embeddings, Lora, Loras, as_embeddings, as_loras
 from segresearch.checkpoints.folder import Names, open_controlnets, open_model_folder, open_unet
+from segresearch.checkpoints.lora_merge import merges, with_loras
 from segresearch.checkpoints.resolve import resolve_model, resolve_network
 from segresearch.checkpoints.single_file import open_model_file
-from segresearch.checkpoints.tensors import fill
+from segresearch.checkpoints.tensors import as_stored, fill
+from segresearch.checkpoints.textual_inversion import extended, open_embeddings
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.calls import pin
 from segresearch.models.compute import PLAIN, Compute
@@ -18,6 +21,7 @@ from segresearch.models.denoiser import Denoiser, alphas_cumprod
 from segresearch.models.network_configs import ControlNetConfig, EncoderConfig, UNetConfig
 from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
+from segresearch.models.unet import UNet
 from segresearch.models.vae import VAEConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,6 +37,8 @@ def load_model(
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
+    loras: Loras = None,
+    embeddings: Embeddings = None,
     compute: Compute = PLAIN,
 ) -> StableDiffusion:
     """An SDXL: a diffusers folder, a .safetensors file in the original layout, "mini", or a hub id in the local cache.
@@ -45,6 +51,8 @@ def load_model(
     tokenizer: for a single file, a folder with tokenizer/ and tokenizer_2/, or with one tokenizer for both encoders;
         None takes them from `config` or the local transformers cache
     vae_dtype: None is `dtype`, but float32 for a VAE that overflows in float16 (SDXL's own; config force_upcast)
+    loras: merged into the weights: files, or (file, scale), (file, scale of the UNet, scale of the text encoders)
+    embeddings: textual inversions, {token of the prompt: file, or a file for each text encoder}, or a list of files
     compute: how the model computes; with offload, text encoders and VAE stay on the CPU between calls of SDXL's methods
 
     Nothing is fetched from a network. CheckpointError, of one line, for anything that is not a complete SDXL.
@@ -74,6 +82,8 @@ def load_model(
     refuse_mixture(unet.config, vae.config, first.config, second.config)
     for name, net in controlnets.items():
         check_fit(name, net.config, unet.config, vae.config.factor)
+    merge = dict(zip((unet, first, second), merges(as_loras(loras), unet, (first, second)), strict=True))
+    words = open_embeddings(as_embeddings(embeddings), text)
     scheduler = checkpoint.scheduler
     try:
         prediction, offset = scheduler.get("prediction_type", "epsilon"), scheduler.get("steps_offset", 1)
@@ -84,12 +94,14 @@ def load_model(
         vae_dtype = torch.float32 if dtype == torch.float16 and checkpoint.force_upcast else dtype
     resting = torch.device("cpu") if compute.offload else device  # of what is offloaded
     for module, weights in zip((unet, vae, first, second), checkpoint.weights, strict=True):
-        fill(module, weights, vae_dtype if module is vae else dtype, device if module is unet else resting)
+        where = device if module is unet else resting
+        fill(module, weights, vae_dtype if module is vae else dtype, where, merge.get(module, as_stored))
     for net, weights in opened.values():
         fill(net, weights, dtype, device)
     for encoder in (first, second):  # position_ids, the one buffer that checkpoints do not hold
-        embeddings: Any = getattr(encoder, "text_model", encoder).embeddings
-        embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=resting)[None]
+        body: Any = getattr(encoder, "text_model", encoder)
+        body.embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=resting)[None]
+    text = extended(text, words) if words else text
     if compute.offload and device.type == "cuda":
         for module in (vae, first, second):
             pin(module)
@@ -97,19 +109,34 @@ def load_model(
 
 
 @lru_cache(maxsize=4)
-def load_network(name: str, model: str, dtype: torch.dtype, device: torch.device, denoiser: Denoiser) -> Denoiser:
+def load_network(
+    name: str | None,
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    denoiser: Denoiser,
+    loras: tuple[Lora, ...] = (),
+) -> Denoiser:
     """A further network as a denoiser that may stand beside `denoiser`: a UNet's folder, with the schedule and the
-    prediction of `denoiser`, or the denoiser of a whole SDXL. model: the path or name of the SDXL that has `denoiser`.
+    prediction of `denoiser`, or the denoiser of a whole SDXL, each with the UNet part of `loras`; None is the UNet of
+    `denoiser`, with the `loras` added to its weights and those that none of them changes shared. model: the path or
+    name of the SDXL that has `denoiser`.
 
     CheckpointError for a network of another text width, which cannot read the same conditionings.
     """
+
+    def beside(unet: UNet) -> Denoiser:
+        return Denoiser(unet, denoiser.alphas, denoiser.prediction, denoiser.steps_offset, denoiser.run.compute)
+
+    if name is None:
+        return beside(with_loras(denoiser.unet, loras))
     path = resolve_network(name, resolve_model(model))
     if path.is_dir() and not (path / "model_index.json").is_file():
         unet, weights = open_unet(path)
-        fill(unet, weights, dtype, device)
-        other = Denoiser(unet, denoiser.alphas, denoiser.prediction, denoiser.steps_offset, denoiser.run.compute)
+        fill(unet, weights, dtype, device, *merges(loras, unet, ()))
+        other = beside(unet)
     else:
-        other = load_model(path, dtype, device, compute=denoiser.run.compute).denoiser
+        other = load_model(path, dtype, device, loras=loras, compute=denoiser.run.compute).denoiser
     widths = [(net.unet.config.cross_attention_dim, net.unet.config.pooled_dim) for net in (denoiser, other)]
     if widths[0] != widths[1]:
         text = f"its text is {widths[1]} wide, that of the model {widths[0]}"

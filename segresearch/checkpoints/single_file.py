@@ -28,7 +28,7 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 PARTS = {UNET: "UNet", VAE: "VAE", CLIP: "first text encoder", OPEN_CLIP: "second text encoder"}
 OTHERS = {  # a pattern of keys -> what the file is; the first that matches
-    r"lora_|\.lora\.": "a LoRA, not a checkpoint: merge it into its base model first",
+    r"lora_|\.lora\.": "a LoRA, not a checkpoint: pass it as loras= (model.loras) beside its base model",
     r"control_model\.|controlnet_cond_embedding": "a ControlNet, not a checkpoint: pass the SDXL that it steers",
     r"double_blocks\.": "Flux, not SDXL",
     r"joint_blocks\.": "Stable Diffusion 3, not SDXL",

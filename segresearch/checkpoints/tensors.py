@@ -61,7 +61,7 @@ def refuse_pointer(path: Path) -> None:
             raise CheckpointError(f"{path} is a git-lfs pointer: {hint}")
 
 
-def _mapped(path: Path) -> Any:
+def mapped(path: Path) -> Any:
     """The file as safetensors' safe_open. CheckpointError, with what the file is instead."""
     try:
         return safe_open(path, "pt")
@@ -86,7 +86,7 @@ def open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of one safetensors file, and its metadata; no weights are read. CheckpointError for a file that is
     empty, a pickle, a git-lfs pointer, truncated or something else."""
     refuse_pickle(path)
-    file = _mapped(path)
+    file = mapped(path)
     slices = {key: file.get_slice(key) for key in file.keys()}
     if not slices:
         raise CheckpointError(f"{path} holds no tensors: fetch it again")
@@ -130,10 +130,22 @@ def unexpected(keys: Iterable[str]) -> str:
     return listed((key for key in keys if not _IGNORED.search(key)), "unexpected key")
 
 
-def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> None:
+def as_stored(name: str, weight: Tensor) -> Tensor:
+    """The `merge` of `fill` that changes nothing."""
+    return weight
+
+
+def fill(
+    module: nn.Module,
+    weights: Weights,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    merge: Callable[[str, Tensor], Tensor] = as_stored,
+) -> None:
     """Fill a module that lies on the meta device with stored weights, frozen and in eval mode. CheckpointError, before
     anything is read, unless every parameter has its tensor and every tensor its use, except bookkeeping such as
-    position_ids; 1×1 convolutions and linear layers may stand for each other."""
+    position_ids; 1×1 convolutions and linear layers may stand for each other. merge: from the name of a parameter and
+    the tensor that was read to the one that is taken, of the same shape."""
     shapes = {key: tuple(parameter.shape) for key, parameter in module.state_dict().items()}
     sources = {key: weights.source(key) for key in shapes}
     _refuse_misfit(shapes, sources, weights)
@@ -142,12 +154,12 @@ def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.
     for key, source in sources.items():
         entry = weights.entries[source.key]
         if left <= 0 or entry.file != path:
-            path, left, file = entry.file, MAPPED, _mapped(entry.file)
+            path, left, file = entry.file, MAPPED, mapped(entry.file)
         stored = file.get_tensor(entry.key)  # a view of the file
         if source.third is not None:
             stored = stored.chunk(3)[source.third]
         left -= stored.nbytes
-        stored = (stored.T if source.transpose else stored).reshape(shapes[key])
+        stored = merge(key, (stored.T if source.transpose else stored).reshape(shapes[key]))
         tensors[key] = torch.empty(shapes[key], dtype=dtype, device=device).copy_(stored)
     module.load_state_dict(tensors, strict=True, assign=True)
     module.eval().requires_grad_(False)

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from segresearch.checkpoints.additions import identified_additions
 from segresearch.config.schema import CustomConfig, GuidanceConfig, ModelConfig, PerturbationConfig, RunConfig
 from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError, InputError
@@ -40,8 +41,11 @@ def device_kind(device: str) -> str:
 
 
 def resolved(config: Run, model: "StableDiffusion | None" = None) -> Run:
-    """`config` with a number for batch_size="auto": the model's own for the kind of its device. A `model` that is
-    loaded already decides `compute`, and the device where that is "auto"."""
+    """`config` with a number for batch_size="auto": the model's own for the kind of its device, and with the
+    fingerprints of its LoRAs and embeddings. A `model` that is loaded already decides `compute`, and the device where
+    that is "auto"."""
+    if added := identified_additions(config.model):
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **added))  # type: ignore[arg-type]
     if model is not None:
         device = str(model.device) if config.device == "auto" else config.device
         config = dataclasses.replace(config, device=device, compute=model.compute)
@@ -75,6 +79,7 @@ def configured_model(
     return load_model(
         config.path, getattr(torch, config.dtype), usable_device(device), list(controlnets), variant=config.variant,
         config=config.config, tokenizer=config.tokenizer, vae_dtype=vae_dtype, compute=compute,
+        loras=config.loras, embeddings=config.embeddings,
     )  # fmt: skip
 
 
@@ -137,7 +142,7 @@ def build_networks(config: GuidanceConfig, sd: Any) -> dict[str, Any]:
 
     weight = sd.unet.conv_in.weight
     return {
-        name: load_network(network.path, sd.name, weight.dtype, weight.device, sd.denoiser)
+        name: load_network(network.path, sd.name, weight.dtype, weight.device, sd.denoiser, network.loras)
         for name, network in config.networks.items()
     }
 

@@ -10,16 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
+from segresearch.checkpoints.additions import Embedding, Lora
 from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
 from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
 from segresearch.fields import Boundary, Count, Flag, Fraction, NonNegative, Number, Whole, within
 from segresearch.models.compute import Compute
+from segresearch.runs import LATER
 from segresearch.wandb_log import WandbConfig
 
 if TYPE_CHECKING:
     from segresearch.guidance import Projected
+
+    Loras, Embeddings = tuple[Lora, ...], tuple[Embedding, ...]
 else:
+    Loras = tuple[Annotated[Any, of_record(Lora, Lora.parse)], ...]  # or "path:scale"
+    Embeddings = tuple[Annotated[Any, of_record(Embedding, Embedding.parse)], ...]  # or "path:token"
     Projected = Annotated[Any, of_guidance("postprocess.Projected")]
 
 SCENE = "scene:"  # the prefix of procedural scenes, among names of files
@@ -43,6 +49,8 @@ class ModelConfig(Record):
     variant: str | None = None
     config: str | None = None
     tokenizer: str | None = None
+    loras: Loras = field(default=(), metadata=LATER)
+    embeddings: Embeddings = field(default=(), metadata=LATER)
     batch_size: Count = 8
     batch_size_cuda: Count | None = None
     scales: dict[str, Number] = field(default_factory=dict)
@@ -149,10 +157,12 @@ class EveryConfig(Record):
 @dataclass(frozen=True)
 class NetworkConfig(Record):
     """A further network: the folder of a UNet, by its path or by its name in the model's folder, or an SDXL as in
-    `model.path`. fingerprint: of its weights, which a run fills in; other weights are then refused."""
+    `model.path`; null is the model's own UNet as it is loaded, `model.loras` included. loras: added to it.
+    fingerprint: of its weights, which a run fills in; other weights are then refused."""
 
-    path: str
+    path: str | None
     fingerprint: str | None = None
+    loras: Loras = field(default=(), metadata=LATER)
 
 
 TERMS = {"cfg": CFGTerm, "perturbed": PerturbedTerm, "difference": DifferenceTerm}
