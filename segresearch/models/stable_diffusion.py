@@ -1,4 +1,4 @@
-"""StableDiffusion: the networks of one loaded model together, from prompts to conditionings and between images and latents."""
+"""StableDiffusion: the networks of one model, from prompts to conditionings and between images and latents."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
