@@ -86,17 +86,21 @@ def open_model_file(path: Path, config: Path | None, tokenizer: Path | None) -> 
     unet = sizes(UNET, "unet", lambda shapes: unet_config(shapes, second["projection_dim"]))
     networks = build_networks((unet, vae, first, second), path)
     maps = (unet_map(networks[0].config), vae_map(len(networks[1].config.block_out_channels)), clip_map, open_clip_map)
-    v = metadata.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction", "velocity")
-    prediction = "v_prediction" if v or "v_pred" in entries else "epsilon"
-    scheduler = {"prediction_type": prediction, "rescale_betas_zero_snr": "ztsnr" in entries}
     return Checkpoint(
         networks,
         tuple(Weights(f"{prefix}*", entries, source) for (prefix, entries), source in zip(parts.items(), maps)),
         _tokenizers(tokenizer, config),
-        override("scheduler/scheduler_config.json") or scheduler,
+        override("scheduler/scheduler_config.json") or scheduler_of(entries, metadata),
         bool(override("model_index.json").get("force_zeros_for_empty_prompt", True)),
         bool(vae.get("force_upcast", True)),
     )
+
+
+def scheduler_of(entries: Iterable[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file declares of its training, as a scheduler's config."""
+    v = metadata.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction", "velocity")
+    declared = {"prediction_type": "v_prediction"} if v or "v_pred" in entries else {}
+    return declared | ({"rescale_betas_zero_snr": True} if "ztsnr" in entries else {})
 
 
 def _tokenizers(folder: Path | None, config: Path | None) -> tuple[CLIPTokenizer, CLIPTokenizer]:
