@@ -22,10 +22,10 @@ def schedule_of(path: Path, config: Path | None = None) -> str:
         elif config is not None and (written := _json(config / FILE)):
             scheduler = written
         else:
-            from segresearch.checkpoints.single_file import scheduler_of
+            from segresearch.checkpoints.declared import file_scheduler
             from segresearch.checkpoints.tensors import open_file
 
-            scheduler = scheduler_of(*open_file(path))
+            scheduler = file_scheduler(path, *open_file(path))
         return own_schedule(scheduler).name
     except InputError as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}") from error

@@ -38,6 +38,7 @@ def sample_tcd(
     x: Latents,
     sigmas: Sigmas,
     noise_sampler: NoiseSampler,
+    table: Float[Tensor, " levels"],
     extra_args: Mapping[str, Any] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     disable: bool | None = None,
@@ -45,16 +46,12 @@ def sample_tcd(
 ) -> Latents:
     """Strategic stochastic sampling of TCD (arXiv 2402.19159, algorithm 4): down to the timestep ⌊(1 − eta)·t′⌋, then
     noise up to t′, the next one. eta 0 is DDIM, eta 1 nearly LCM. The last step ends at D, where diffusers leaves the
-    noise of timestep 0.
-
-    InputError for eta outside [0, 1], and for an EDM model, which has no timesteps.
+    noise of timestep 0. table: σ of each timestep. InputError for eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
         raise InputError(f"sampler tcd: eta must be in [0, 1], got {eta!r}")
-    if getattr(model, "timesteps", 1) is None:
-        raise InputError("sampler tcd steps in timesteps, and an EDM model has none: take euler or dpmpp_2m")
-    t = torch.searchsorted(model.sigmas.to(sigmas), sigmas[1:-1]).clamp(max=len(model.sigmas) - 1)  # of each next sigma
-    down = model.sigmas.to(sigmas)[((1 - eta) * t).floor().long()]
+    t = torch.searchsorted(table.to(sigmas), sigmas[1:-1]).clamp(max=len(table) - 1)  # of each next sigma
+    down = table.to(sigmas)[((1 - eta) * t).floor().long()]
     for i, sigma in enumerate(sigmas[:-1]):
         denoised = model(x, sigma.expand(len(x)), **(extra_args or {}))
         if callback is not None:

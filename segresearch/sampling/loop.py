@@ -30,15 +30,16 @@ from segresearch.sampling.kdiffusion import k_diffusion
 from segresearch.sampling.memory import Run
 from segresearch.sampling.noise import brownian_noise, image_key, noise_keys, white_noise
 from segresearch.sampling.schedules import checked_sigmas, choose, start_scale
+from segresearch.sampling.start import ImageStart
 
 ANCESTRAL = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral")
 SDE = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
 END_TO_END = ("dpm_fast", "dpm_adaptive")  # take the two ends of a schedule, not its sigmas
-CONSISTENCY = {"lcm": sample_lcm, "tcd": sample_tcd}  # of distilled models; the others are k-diffusion's
+CONSISTENCY: dict[str, Callable[..., Tensor]] = {"lcm": sample_lcm, "tcd": sample_tcd}  # ours, of distilled models
 SAMPLERS = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m", *ANCESTRAL, *SDE, *END_TO_END, *CONSISTENCY)
 
 OURS = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable", "noise_sampler"}
-OURS |= {"return_info"}
+OURS |= {"return_info", "table"}
 ADAPTIVE_LIMIT = 10_000  # evaluations for one image; a model that returns NaN would otherwise never end
 
 Callback = Callable[[dict[str, Any]], None]
@@ -55,6 +56,7 @@ def sample(
     callback: Callback | None = None,
     progress: bool = False,
     options: Mapping[str, Any] | None = None,
+    start: ImageStart | None = None,
     **extra: Any,
 ) -> Float[Tensor, "images *latent"]:
     """Latents x0 from unit Gaussian `noise` (images, channels, height, width).
@@ -73,6 +75,8 @@ def sample(
         of the batch that x covers (one image where images run one at a time).
     progress: a bar with the images per second, silent where the output is not a terminal.
     options: the sampler's own parameters, as k-diffusion names them (eta, s_noise, s_churn, order, rtol, ...).
+    start: an image to start from, in the last part of the schedule, and a mask of what is made anew (`ImageStart`).
+        Steps, intervals and schedules of scales then count the steps that are left.
 
     What `conds` and `extra` hold for each image (tensors or objects with `rows`, in mappings, sequences or dataclasses)
     is cut to one image where images run one at a time. The global random state is not touched.
@@ -86,14 +90,23 @@ def sample(
     else:
         sigmas, schedule = checked_sigmas(torch.as_tensor(schedule), "schedule"), "as given"
     options = checked_options(sampler, options or {})
+    if sampler == "tcd":
+        if getattr(model, "timesteps", 1) is None:
+            raise InputError("sampler tcd steps in timesteps, and an EDM model has none: take euler or dpmpp_2m")
+        options["table"] = model.sigmas
+    if start is not None:
+        sigmas = start.left(sigmas)
     if len(sigmas) == 2 and sampler in (*SDE, *END_TO_END):
         sampler, options = "euler", {}
     check_noise(noise)
     checked_rows("conds", conds, len(noise))
+    if start is not None:
+        start.check(noise)
 
     dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
     device = model.sigmas.device
-    x = noise.to(device, dtype) * start_scale(sigmas, schedule)
+    unit = noise.to(device, dtype)
+    x = unit * start_scale(sigmas, schedule) if start is None else start.noised(unit, sigmas, schedule)
     values = tuple(sigmas.to(dtype).tolist())
     sigmas = sigmas.to(device, dtype)
     keys = noise_keys(noise, seeds, "steps")
@@ -118,7 +131,10 @@ def sample(
                 global_generator(device).manual_seed(image_key(keys[rows.start], "churn"))
             own = one_row(arguments, rows.start, len(x)) if separate else arguments
             report = reporter(callback, bar, sigmas, rows)
-            parts.append(integrate(model, x[rows], sampler, sigmas, keys[rows], options, own, report))
+            image = one_row(start, rows.start, len(x)) if separate else start
+            called = model if image is None else image.around(model, unit[rows], values[0])
+            part = integrate(called, x[rows], sampler, sigmas, keys[rows], options, own, report)
+            parts.append(part if image is None else image.kept(part))
         return torch.cat(parts)
 
 
