@@ -25,6 +25,8 @@ def sampling_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     fingerprint: of the model's weights. Not among it: names and folders, the device, how many are sampled together.
     """
     model = {"fingerprint": fingerprint, "dtype": config.model.dtype, "vae_dtype": config.model.vae_dtype}
+    if config.model.prediction is not None:
+        model["prediction"] = config.model.prediction
     settings = {key: getattr(config, key) for key in ("sampler", "schedule", "steps", "size")}
     return {"model": model, **settings, **config.compute.identity(device_kind(config.device))}
 
