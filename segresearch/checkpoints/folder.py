@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -24,6 +24,7 @@ STEM = "diffusion_pytorch_model"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 REFINER = "it has one text encoder and cannot start from noise"
 
+Stored = TypeVar("Stored", Entry, torch.Tensor)  # on disk, or of a pipeline in memory
 Networks = tuple[UNet, VAE, CLIPTextModel, CLIPTextModelWithProjection]
 Names = str | Path | Sequence[str | Path] | None  # of ControlNets
 
@@ -102,7 +103,7 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 @contextmanager
-def building(folder: Path) -> Iterator[None]:
+def building(folder: Path | str) -> Iterator[None]:
     """Networks that are built here lie on the meta device; CheckpointError for a config that is not supported."""
     try:
         with torch.device("meta"):
@@ -113,7 +114,7 @@ def building(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder}: {problem}{reason}") from error
 
 
-def build_networks(configs: Sequence[dict[str, Any]], path: Path) -> Networks:
+def build_networks(configs: Sequence[dict[str, Any]], path: Path | str) -> Networks:
     """The networks of the configs of PARTS, without weights."""
     unet, vae, first, second = configs
     with building(path):
@@ -129,8 +130,8 @@ def open_model_folder(folder: Path, variant: str | None) -> Checkpoint:
     configs = [read_json(folder / part / "config.json") for part in PARTS]
     networks, stems = build_networks(configs, folder), (STEM, STEM, "model", "model")
     unet, vae, first, second = (open_folder(folder / part, stem, variant) for part, stem in zip(PARTS, stems))
-    vae = {_vae_key(key): entry for key, entry in vae.items()}
-    entries = (unet, vae, _text_entries(networks[2], first), _text_entries(networks[3], second))
+    vae = {vae_key(key): entry for key, entry in vae.items()}
+    entries = (unet, vae, text_entries(networks[2], first), text_entries(networks[3], second))
     return Checkpoint(
         networks,
         tuple(map(Weights, PARTS, entries)),
@@ -141,14 +142,14 @@ def open_model_folder(folder: Path, variant: str | None) -> Checkpoint:
     )
 
 
-def _text_entries(encoder: torch.nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def text_entries(encoder: torch.nn.Module, entries: Mapping[str, Stored]) -> dict[str, Stored]:
     """Under the encoder's own names: transformers 5.6 dropped `text_model.` from those of CLIPTextModel."""
     keys, prefix = encoder.state_dict().keys(), "text_model."
     names = {key: {key, prefix + key, key.removeprefix(prefix)} & keys for key in entries}
     return {min(names[key], default=key): entry for key, entry in entries.items()}
 
 
-def _vae_key(key: str) -> str:
+def vae_key(key: str) -> str:
     """VAE attention names of old diffusers folders as they are called today."""
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     return re.sub(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda old: names[old[0]], key)

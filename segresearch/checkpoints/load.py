@@ -87,13 +87,18 @@ def load_model(
         fill(module, weights, vae_dtype if module is vae else dtype, device if module is unet else resting)
     for net, weights in opened.values():
         fill(net, weights, dtype, device)
-    for encoder in (first, second):  # position_ids, the one buffer that checkpoints do not hold
-        embeddings: Any = getattr(encoder, "text_model", encoder).embeddings
-        embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=resting)[None]
+    for encoder in (first, second):
+        number_positions(encoder, resting)
     if compute.offload and device.type == "cuda":
         for module in (vae, first, second):
             pin(module)
     return StableDiffusion(unet, vae, text, denoiser, str(path_or_name), checkpoint.zero_negative, controlnets, compute)
+
+
+def number_positions(encoder: Any, device: torch.device) -> None:
+    """Make the one buffer of a text encoder that checkpoints do not hold: position_ids."""
+    embeddings = getattr(encoder, "text_model", encoder).embeddings
+    embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=device)[None]
 
 
 @lru_cache(maxsize=4)
