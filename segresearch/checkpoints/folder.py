@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segresearch.checkpoints.resolve import refuse_pickle, resolve_controlnet
+from segresearch.checkpoints.resolve import refuse_pickle
 from segresearch.checkpoints.tensors import Entry, Weights, open_folder, refuse_pointer
 from segresearch.errors import CheckpointError, InputError
-from segresearch.models.controlnet import ControlNet
-from segresearch.models.network_configs import ControlNetConfig, UNetConfig
+from segresearch.models.network_configs import UNetConfig
 from segresearch.models.scheduler import folder_scheduler
 from segresearch.models.text import load_tokenizer
 from segresearch.models.unet import UNet
@@ -27,7 +26,6 @@ REFINER = "it has one text encoder and cannot start from noise"
 
 Stored = TypeVar("Stored", Entry, torch.Tensor)  # on disk, or of a pipeline in memory
 Networks = tuple[UNet, VAE, CLIPTextModel, CLIPTextModelWithProjection]
-Names = str | Path | Sequence[str | Path] | None  # of ControlNets
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,8 @@ def building(folder: Path | str) -> Iterator[None]:
     try:
         with torch.device("meta"):
             yield
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers checks its configs with errors of its own classes
         kind, reason = type(error).__name__, " ".join(str(error).split())
         problem = "" if isinstance(error, ValueError) else f"a config that no model can be built from, {kind}: "
@@ -173,25 +173,3 @@ def open_unet(folder: Path) -> tuple[UNet, Weights]:
     with building(folder):
         unet = UNet(UNetConfig.from_dict(config))
     return unet, Weights(f"unet {folder.name}", open_folder(folder, STEM))
-
-
-def open_controlnets(names: Names, model: Path, variant: str | None) -> dict[str, tuple[ControlNet, Weights]]:
-    """The ControlNets of these names, in their order, still on the meta device, with their weights. model: the SDXL,
-    whose own ones lie in its controlnet/. variant: of the weights, where there are such. CheckpointError for what is
-    not a ControlNet of SDXL, or is named twice."""
-    opened: dict[str, tuple[ControlNet, Weights]] = {}
-    for name in map(str, [names] if isinstance(names, str | Path) else names or ()):
-        if name in opened:
-            raise CheckpointError(f"controlnet {name!r} is named twice: load it once")
-        folder = resolve_controlnet(name, model)
-        if any((folder / file).is_file() for file in ("model_index.json", "unet/config.json")):
-            raise CheckpointError(f"{folder} is a whole model, not a ControlNet: give the folder of a ControlNet")
-        config = read_json(folder / "config.json")
-        with building(folder):
-            net = ControlNet(ControlNetConfig.from_dict(config))
-        has_variant = variant is not None and any(folder.glob(f"{STEM}*.{variant}.*"))
-        entries = open_folder(folder, STEM, variant if has_variant else None)
-        if any(key.startswith(("task_embedding", "control_add_embedding.")) for key in entries):
-            raise CheckpointError(f"{folder}: a union of ControlNets is not supported: give one for a kind of image")
-        opened[name] = net, Weights(f"controlnet {folder.name}", entries)
-    return opened
