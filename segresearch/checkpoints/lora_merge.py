@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
 from segresearch.checkpoints.additions import Lora
+from segresearch.checkpoints.key_maps import UNET, unet_map
 from segresearch.checkpoints.lora import WIDTHS, Layer, LoraFile, made_for, open_lora, product_shape, rate
-from segresearch.checkpoints.single_file import UNET, unet_map
 from segresearch.checkpoints.tensors import Shape, listed, mapped
 from segresearch.errors import CheckpointError
 from segresearch.models.unet import UNet

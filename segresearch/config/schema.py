@@ -21,13 +21,11 @@ from segresearch.wandb_log import WandbConfig
 
 if TYPE_CHECKING:
     from segresearch.guidance import Projected
-
-    Loras, Embeddings = tuple[Lora, ...], tuple[Embedding, ...]
 else:
-    Loras = tuple[Annotated[Any, of_record(Lora, Lora.parse)], ...]  # or "path:scale"
-    Embeddings = tuple[Annotated[Any, of_record(Embedding, Embedding.parse)], ...]  # or "path:token"
     Projected = Annotated[Any, of_guidance("postprocess.Projected")]
 
+Loras = tuple[Annotated[Lora, of_record(Lora, Lora.parse)], ...]  # or "path:scale"
+Embeddings = tuple[Annotated[Embedding, of_record(Embedding, Embedding.parse)], ...]  # or "path:token"
 SCENE = "scene:"  # the prefix of procedural scenes, among names of files
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Where = str | Whole | tuple[str | Whole, ...]  # self-attention sites: a group, a glob, an index, or several of these
@@ -46,9 +44,13 @@ class ModelConfig(Record):
     path: str
     dtype: DType = "float32"
     vae_dtype: DType | None = None
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
     variant: str | None = None
     config: str | None = None
     tokenizer: str | None = None
+    vae: str | None = None
+    unet: str | None = None
+    text_encoder: str | tuple[str, ...] | None = None
     loras: Loras = field(default=(), metadata=LATER)
     embeddings: Embeddings = field(default=(), metadata=LATER)
     batch_size: Count = 8
@@ -272,9 +274,9 @@ class SamplerConfig(Record):
 
 @dataclass(frozen=True)
 class ScheduleConfig(Record):
-    """A noise schedule by name; `rho` bends karras and polyexponential (None: their usual value)."""
+    """A noise schedule by name, auto: the model's own; `rho` bends karras and polyexponential (None: as usual)."""
 
-    name: str
+    name: str = "auto"
     rho: Number | None = None
 
 
@@ -315,7 +317,7 @@ class RunConfig(Record):
 
     model: ModelConfig
     sampler: SamplerConfig
-    schedule: ScheduleConfig
+    schedule: ScheduleConfig = ScheduleConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     prompts: Prompts = ("",)
     negative: str | None = None
