@@ -1,4 +1,5 @@
-"""The kinds of guidance methods that a config can name, and where their classes are. Light: no torch."""
+"""The kinds of guidance methods that a config can name, and where their classes are; types with a short form as text.
+Light: no torch."""
 
 from collections.abc import Mapping
 from functools import reduce
@@ -7,7 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from segresearch.config.validate import of_guidance
+from segresearch.checkpoints.additions import Embedding, Lora
+from segresearch.config.validate import of_guidance, of_record
+
+Loras = tuple[Annotated[Lora, of_record(Lora, Lora.parse)], ...]  # a mapping of its fields, or "path:scale"
+Embeddings = tuple[Annotated[Embedding, of_record(Embedding, Embedding.parse)], ...]  # or "path.safetensors:token"
 
 PERTURBATIONS = {  # of attention, blocks, feed-forwards, the embedding of t; views; other networks
     "seg": "perturbations.SEG", "pag": "perturbations.PAG",

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
-from segresearch.checkpoints.additions import Embedding, Lora
-from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
+from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, Embeddings, Loras, one_of_kinds
 from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
 from segresearch.fields import Boundary, Count, Flag, Fraction, NonNegative, Number, Whole, within
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 else:
     Projected = Annotated[Any, of_guidance("postprocess.Projected")]
 
-Loras = tuple[Annotated[Lora, of_record(Lora, Lora.parse)], ...]  # or "path:scale"
-Embeddings = tuple[Annotated[Embedding, of_record(Embedding, Embedding.parse)], ...]  # or "path:token"
 SCENE = "scene:"  # the prefix of procedural scenes, among names of files
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Where = str | Whole | tuple[str | Whole, ...]  # self-attention sites: a group, a glob, an index, or several of these
