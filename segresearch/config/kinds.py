@@ -12,7 +12,7 @@ from segresearch.checkpoints.additions import Embedding, Lora
 from segresearch.config.validate import of_guidance, of_record
 
 Loras = tuple[Annotated[Lora, of_record(Lora, Lora.parse)], ...]  # a mapping of its fields, or "path:scale"
-Embeddings = tuple[Annotated[Embedding, of_record(Embedding, Embedding.parse)], ...]  # or "path.safetensors:token"
+Words = tuple[Annotated[Embedding, of_record(Embedding, Embedding.parse)], ...]  # or "path.safetensors:token"
 
 PERTURBATIONS = {  # of attention, blocks, feed-forwards, the embedding of t; views; other networks
     "seg": "perturbations.SEG", "pag": "perturbations.PAG",

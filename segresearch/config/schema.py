@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
-from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, Embeddings, Loras, one_of_kinds
+from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, Loras, Words, one_of_kinds
 from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
 from segresearch.fields import Boundary, Count, Flag, Fraction, NonNegative, Number, Whole, within
@@ -49,7 +49,7 @@ class ModelConfig(Record):
     unet: str | None = None
     text_encoder: str | tuple[str, ...] | None = None
     loras: Loras = field(default=(), metadata=LATER)
-    embeddings: Embeddings = field(default=(), metadata=LATER)
+    embeddings: Words = field(default=(), metadata=LATER)
     batch_size: Count = 8
     batch_size_cuda: Count | None = None
     scales: dict[str, Number] = field(default_factory=dict)
