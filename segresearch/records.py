@@ -27,6 +27,8 @@ def sampling_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     """
     of_model = config.model
     model: dict[str, Any] = {"fingerprint": fingerprint, "dtype": of_model.dtype, "vae_dtype": of_model.vae_dtype}
+    if of_model.prediction is not None:
+        model["prediction"] = of_model.prediction
     if parts := part_fingerprints(config.model):
         model["parts"] = parts
     settings = {key: getattr(config, key) for key in ("sampler", "schedule", "steps", "size")}

@@ -1,6 +1,7 @@
 """The diffusers folder layout: an SDXL or a ControlNet, opened with its networks on the meta device."""
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from segresearch.checkpoints.parts import NONE, Given, Part, arranged, part_weights, with_unet_scheduler
-from segresearch.checkpoints.resolve import refuse_pickle, resolve_controlnet
+from segresearch.checkpoints.resolve import refuse_pickle
 from segresearch.checkpoints.tensors import Weights, open_folder, refuse_pointer, variants
-from segresearch.errors import CheckpointError
-from segresearch.models.controlnet import ControlNet
-from segresearch.models.network_configs import ControlNetConfig, UNetConfig
+from segresearch.errors import CheckpointError, InputError
+from segresearch.models.network_configs import UNetConfig
+from segresearch.models.scheduler import folder_scheduler
 from segresearch.models.text import load_tokenizer
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE, VAEConfig
@@ -25,7 +26,6 @@ PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 REFINER = "it has one text encoder and cannot start from noise"
 
 Networks = tuple[UNet, VAE, CLIPTextModel, CLIPTextModelWithProjection]
-Names = str | Path | Sequence[str | Path] | None  # of ControlNets
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Checkpoint:
 
     networks: Networks
     weights: tuple[Weights, ...]
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    tokenizers: tuple[CLIPTokenizer, ...]
     scheduler: Mapping[str, Any]
     zero_negative: bool
     force_upcast: bool
@@ -54,7 +54,6 @@ def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[st
     there = [part for part in parts if (folder / part).is_dir() or given.replaces(part.removesuffix("_2"))]
     missing = next((part for part in parts if part not in there), None)
     refiner = missing == "text_encoder" and index.get("requires_aesthetics_score")
-    scheduler = str((index.get("scheduler") or [""])[-1])
     sizes = unet.get("addition_embed_type") == "text_time"
     hint = "give a folder in the diffusers layout of SDXL (with model_index.json)"
     for fault, holds in {
@@ -65,7 +64,6 @@ def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[st
         f"is {model} (cross_attention_dim {width}, no size conditioning), not SDXL; {hint}": not sizes,
         f"is the SDXL refiner: {REFINER}; give SDXL base": refiner,
         f"is incomplete, {missing}/ is missing: SDXL needs two text encoders with tokenizers, and a VAE": missing,
-        f"uses the EDM formulation ({scheduler}), which is not supported; {hint}": scheduler.startswith("EDM"),
     }.items():
         if holds:
             raise CheckpointError(f"{folder} {fault}")
@@ -103,11 +101,22 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 @contextmanager
+def naming_path(path: Path) -> Iterator[None]:
+    """An InputError within its block becomes a CheckpointError that begins with the path."""
+    try:
+        yield
+    except InputError as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}") from error
+
+
+@contextmanager
 def building(folder: Path | str) -> Iterator[None]:
     """Networks that are built here lie on the meta device; CheckpointError for a config that is not supported."""
     try:
         with torch.device("meta"):
             yield
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers checks its configs with errors of its own classes
         kind, reason = type(error).__name__, " ".join(str(error).split())
         problem = "" if isinstance(error, ValueError) else f"a config that no model can be built from, {kind}: "
@@ -128,19 +137,20 @@ def open_model_folder(folder: Path, variant: str | None, given: Given = NONE) ->
     CheckpointError for anything else."""
     index = read_json(folder / "model_index.json", optional=True)
     refuse_other_folder(folder, index, read_json(folder / "unet" / "config.json", optional=True), given)
-    variants_of = component_variants(folder, variant, PARTS)
-    kinds = [part.removesuffix("_2") for part in PARTS]
-    own = [
-        None if given.replaces(kind) and not (folder / part).is_dir() else folder_part(folder / part, kind, variants_of[part])
-        for part, kind in zip(PARTS, kinds, strict=True)
-    ]
+    own: list[Part | None] = []
+    for part, own_variant in component_variants(folder, variant, PARTS).items():
+        kind = part.removesuffix("_2")
+        missing = given.replaces(kind) and not (folder / part).is_dir()
+        own.append(None if missing else folder_part(folder / part, kind, own_variant))
     parts, configs = arranged(own, given, folder)
     networks = build_networks(configs, folder)
+    with naming_path(folder):
+        scheduler = folder_scheduler(index, read_json(folder / "scheduler" / "scheduler_config.json", optional=True))
     return Checkpoint(
         networks,
         tuple(part_weights(part, net) for part, net in zip(parts, networks, strict=True)),
         (read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")),
-        with_unet_scheduler(read_json(folder / "scheduler" / "scheduler_config.json", optional=True), given),
+        with_unet_scheduler(scheduler, given),
         bool(index.get("force_zeros_for_empty_prompt", True)),
         bool(configs[1].get("force_upcast", True)),
     )
@@ -174,25 +184,3 @@ def open_unet(folder: Path) -> tuple[UNet, Weights]:
     with building(folder):
         unet = UNet(UNetConfig.from_dict(config))
     return unet, Weights(f"unet {folder.name}", open_folder(folder, STEM))
-
-
-def open_controlnets(names: Names, model: Path, variant: str | None) -> dict[str, tuple[ControlNet, Weights]]:
-    """The ControlNets of these names, in their order, still on the meta device, with their weights. model: the SDXL,
-    whose own ones lie in its controlnet/. variant: of the weights, where there are such. CheckpointError for what is
-    not a ControlNet of SDXL, or is named twice."""
-    opened: dict[str, tuple[ControlNet, Weights]] = {}
-    for name in map(str, [names] if isinstance(names, str | Path) else names or ()):
-        if name in opened:
-            raise CheckpointError(f"controlnet {name!r} is named twice: load it once")
-        folder = resolve_controlnet(name, model)
-        if any((folder / file).is_file() for file in ("model_index.json", "unet/config.json")):
-            raise CheckpointError(f"{folder} is a whole model, not a ControlNet: give the folder of a ControlNet")
-        config = read_json(folder / "config.json")
-        with building(folder):
-            net = ControlNet(ControlNetConfig.from_dict(config))
-        has_variant = variant is not None and any(folder.glob(f"{STEM}*.{variant}.*"))
-        entries = open_folder(folder, STEM, variant if has_variant else None)
-        if any(key.startswith(("task_embedding", "control_add_embedding.")) for key in entries):
-            raise CheckpointError(f"{folder}: a union of ControlNets is not supported: give one for a kind of image")
-        opened[name] = net, Weights(f"controlnet {folder.name}", entries)
-    return opened

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig
 
-from segresearch.checkpoints.folder import Checkpoint, Names, open_controlnets, open_model_folder, open_unet
+from segresearch.checkpoints.controlnets import Names, open_controlnets
+from segresearch.checkpoints.folder import Checkpoint, open_model_folder, open_unet
 from segresearch.checkpoints.part_files import Paths, open_parts
 from segresearch.checkpoints.resolve import resolve_model, resolve_network
 from segresearch.checkpoints.single_file import open_model_file
@@ -17,8 +18,9 @@ from segresearch.errors import CheckpointError, InputError
 from segresearch.models.calls import pin
 from segresearch.models.compute import PLAIN, Compute
 from segresearch.models.controlnet import ControlNet
-from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.denoiser import Denoiser, scheduled
 from segresearch.models.network_configs import ControlNetConfig, EncoderConfig, UNetConfig
+from segresearch.models.scheduler import overridden
 from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
 from segresearch.models.vae import VAEConfig
@@ -39,12 +41,14 @@ def load_model(
     unet: str | Path | None = None,
     text_encoder: Paths = None,
     vae_dtype: torch.dtype | None = None,
+    prediction: str | None = None,
     compute: Compute = PLAIN,
 ) -> StableDiffusion:
     """An SDXL: a diffusers folder, a .safetensors file in the original layout, "mini", or a hub id in the local cache.
 
-    controlnet: one or several, each a name in the folder's own controlnet/, a diffusers ControlNet folder, or a hub id
-        in the local cache; `.controlnets` is keyed by these names, in order, each in the UNet's dtype and on its device
+    controlnet: one or several, each a name in the folder's own controlnet/, a diffusers ControlNet folder, a file of
+        one, or a hub id in the local cache; `.controlnets` is keyed by these names, in order, each in the UNet's dtype
+        and on its device
     variant: of the weights in a folder, e.g. "fp16"; None takes the plain files, else fp16 if only that is there
     config: for a single file, a folder with configs of the diffusers layout, all or some (unet/config.json, ...,
         scheduler/scheduler_config.json, model_index.json, tokenizers), where shapes do not tell (heads not 64 wide)
@@ -55,6 +59,7 @@ def load_model(
         are a list; each takes the place of the one of its width. The scaling of latents stays the model's; what a UNet
         declares of its training (prediction, noise) comes with it
     vae_dtype: None is `dtype`, but float32 for a VAE that overflows in float16 (SDXL's own; config force_upcast)
+    prediction: what the network's output stands for, "epsilon", "v_prediction" or "sample"; None: as the model declares
     compute: how the model computes; with offload, text encoders and VAE stay on the CPU between calls of SDXL's methods
 
     Nothing is fetched from a network. CheckpointError, of one line, for anything that is not a complete SDXL.
@@ -79,8 +84,8 @@ def load_model(
             raise InputError(f"variant={variant!r} is for a folder: {path} is a single file")
         folders = [Path(folder) if folder else None for folder in (config, tokenizer)]
         checkpoint = open_model_file(path, folders[0], folders[1], given)
-    opened = open_controlnets(controlnet, path, variant)
-    return filled(checkpoint, opened, str(path_or_name), dtype, device, vae_dtype, compute)
+    opened = open_controlnets(controlnet, path, variant, checkpoint.networks[0].config)
+    return filled(checkpoint, opened, str(path_or_name), dtype, device, vae_dtype, prediction, compute)
 
 
 def filled(
@@ -90,6 +95,7 @@ def filled(
     dtype: torch.dtype,
     device: torch.device,
     vae_dtype: torch.dtype | None,
+    prediction: str | None,
     compute: Compute,
 ) -> StableDiffusion:
     """The model of an opened checkpoint and its opened ControlNets, checked, with its weights read."""
@@ -99,10 +105,9 @@ def filled(
     refuse_mixture(unet.config, vae.config, first.config, second.config)
     for name, net in controlnets.items():
         check_fit(name, net.config, unet.config, vae.config.factor)
-    scheduler = checkpoint.scheduler
     try:
-        prediction, offset = scheduler.get("prediction_type", "epsilon"), scheduler.get("steps_offset", 1)
-        denoiser = Denoiser(unet, alphas_cumprod(scheduler).to(device), prediction, offset, compute)
+        scheduler = overridden(checkpoint.scheduler, prediction)
+        denoiser = scheduled(unet, scheduler, compute, device)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path_or_name}: {error}") from error
     if vae_dtype is None:
@@ -137,7 +142,7 @@ def load_network(name: str, model: str, dtype: torch.dtype, device: torch.device
     if path.is_dir() and not (path / "model_index.json").is_file():
         unet, weights = open_unet(path)
         fill(unet, weights, dtype, device)
-        other = Denoiser(unet, denoiser.alphas, denoiser.prediction, denoiser.steps_offset, denoiser.run.compute)
+        other = denoiser.of_network(unet)
     else:
         other = load_model(path, dtype, device, compute=denoiser.run.compute).denoiser
     widths = [(net.unet.config.cross_attention_dim, net.unet.config.pooled_dim) for net in (denoiser, other)]

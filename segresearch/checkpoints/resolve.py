@@ -40,9 +40,11 @@ def resolve_model(path_or_name: str | Path) -> Path:
 
 
 def resolve_controlnet(name: str, model: Path) -> Path:
-    """The folder of a ControlNet: a name in the model's own controlnet/, a path, or a hub id in the local cache.
-    CheckpointError, listing the model's own ones, if there is none."""
-    own = {path.parent.name: path.parent for path in sorted((model / "controlnet").glob("*/config.json"))}
+    """The folder or the file of a ControlNet: a name in the model's own controlnet/, a path, or a hub id in the local
+    cache. CheckpointError, listing the model's own ones, if there is none."""
+    home = model / "controlnet"
+    own = {path.stem: path for path in sorted(home.glob("*.safetensors"))}
+    own |= {path.parent.name: path.parent for path in sorted(home.glob("*/config.json"))}
     if name in own:
         return own[name]
     path = Path(name).expanduser()
@@ -52,11 +54,13 @@ def resolve_controlnet(name: str, model: Path) -> Path:
         return path
     refuse_pickle(path)
     if path.is_file():
-        raise CheckpointError(f"controlnet {name}: give its folder in the diffusers layout, with config.json")
+        return path
+    if name.lower().startswith("reference"):
+        raise CheckpointError(f"controlnet {name!r}: reference-only is no network but a change of attention, not here")
     if folder := cached_folder(name, "config.json"):
         return folder
     has = f"the model has {', '.join(own)}" if own else f"the model {model} has none of its own"
-    raise CheckpointError(f"unknown controlnet {name!r}: {has}; or give a diffusers folder or a hub id")
+    raise CheckpointError(f"unknown controlnet {name!r}: {has}; or give a diffusers folder, a file or a hub id")
 
 
 def resolve_network(name: str, model: Path) -> Path:

@@ -103,11 +103,6 @@ def refuse_strays(stray: Iterable[str], path: Path) -> None:
         warnings.warn(f"{path}: ignored, for they are no part of the model: {ignored}", stacklevel=2)
 
 
-def scheduler_of_file(path: Path) -> dict[str, Any]:
-    """What the file itself declares of its training, see `file_scheduler`; no weights are read."""
-    return file_scheduler(path, *open_file(path))
-
-
 def open_model_file(path: Path, config: Path | None, tokenizer: Path | None, given: Given = NONE) -> Checkpoint:
     """A model in the original layout. config, tokenizer: as in `load_model`. CheckpointError for anything else."""
     entries, metadata = open_file(path)
