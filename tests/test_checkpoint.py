@@ -216,9 +216,6 @@ CLIP, OPEN_CLIP = "conditioner.embedders.0.transformer.b", "conditioner.embedder
 @pytest.mark.parametrize(
     "match, keys",
     [
-        ("Stable Diffusion 1", [UNET, "cond_stage_model.transformer.b", AUTOENCODER]),
-        ("Stable Diffusion 2", [UNET, "cond_stage_model.model.b", AUTOENCODER]),
-        ("refiner", [UNET, "conditioner.embedders.0.model.b", AUTOENCODER]),
         ("Flux", ["double_blocks.0.img_attn.norm.key_norm.scale"]),
         ("Stable Diffusion 3", ["model.diffusion_model.joint_blocks.0.a"]),
         ("a LoRA", ["lora_unet_mid_block_attentions_0.lora_up.weight"]),

@@ -15,12 +15,14 @@ from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance
 from segresearch.guidance.blur import BOUNDARIES, blur, gaussian_taps
 from segresearch.guidance.frequencies import high_pass, smooth
 from segresearch.guidance.sag import TAPS
+from segresearch.models import to_diffusers
 
 ROOT = Path(segresearch.__file__).parent
 PACKAGES = ("checkpoints", "models", "guidance", "sampling", "analysis", "metrics")
 
 # module -> the tests/test_fake_cuda_<name>.py that runs it on the device
 COVERED = {
+    "checkpoints.in_memory": "bridge", "guidance.diffusers_unet": "bridge",
     "checkpoints.folder": "pictures", "checkpoints.load": "pictures", "checkpoints.tensors": "pictures",
     "models.attention": "guidance", "models.layers": "guidance", "models.stable_diffusion": "pictures",
     "models.conditioning": "models", "models.controlnet": "models",
@@ -150,6 +152,10 @@ def everything() -> None:
     terms = {"cfg": cfg(3.0, interval=(2.0, 9.0)), "seg": perturbed("seg", [SEG(1.0, heads=[1]), PAG(heads=[0])], 2.0)}
     model = GuidedDenoiser(fake_denoiser(), terms, rescale=0.7)
     SelfAttentionGuidance(model, lambda s: s / 4, base="cond")(x, sigma, conds)
+    rows, added = x.repeat(2, 1, 1, 1), {"text_embeds": "pooled", "time_ids": "time_ids"}
+    both = {key: torch.cat([getattr(c, key) for c in conds.values()]) for key in ("context", *added.values())}
+    added = {key: both[name] for key, name in added.items()}
+    to_diffusers(model)(rows, 500, both["context"], added_cond_kwargs=added)
     with pytest.MonkeyPatch.context() as patch:  # compiled code makes every matrix where it is used, at each call
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         z = torch.ones(1, 1, 48, 2, device="cuda")

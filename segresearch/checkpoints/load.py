@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig
 
-from segresearch.checkpoints.folder import Names, open_controlnets, open_model_folder, open_unet
+from segresearch.checkpoints.controlnets import Names, open_controlnets
+from segresearch.checkpoints.folder import open_model_folder, open_unet
 from segresearch.checkpoints.resolve import resolve_model, resolve_network
 from segresearch.checkpoints.single_file import open_model_file
 from segresearch.checkpoints.tensors import fill
@@ -39,8 +40,9 @@ def load_model(
 ) -> StableDiffusion:
     """An SDXL: a diffusers folder, a .safetensors file in the original layout, "mini", or a hub id in the local cache.
 
-    controlnet: one or several, each a name in the folder's own controlnet/, a diffusers ControlNet folder, or a hub id
-        in the local cache; `.controlnets` is keyed by these names, in order, each in the UNet's dtype and on its device
+    controlnet: one or several, each a name in the folder's own controlnet/, a diffusers ControlNet folder, a file of
+        one, or a hub id in the local cache; `.controlnets` is keyed by these names, in order, each in the UNet's dtype
+        and on its device
     variant: of the weights in a folder, e.g. "fp16"; None takes the plain files, else fp16 if only that is there
     config: for a single file, a folder with configs of the diffusers layout, all or some (unet/config.json, ...,
         scheduler/scheduler_config.json, model_index.json, tokenizers), where shapes do not tell (heads not 64 wide)
@@ -70,7 +72,7 @@ def load_model(
         if variant is not None:
             raise InputError(f"variant={variant!r} is for a folder: {path} is a single file")
         checkpoint = open_model_file(path, Path(config) if config else None, Path(tokenizer) if tokenizer else None)
-    opened = open_controlnets(controlnet, path, variant)
+    opened = open_controlnets(controlnet, path, variant, checkpoint.networks[0].config)
     controlnets = {name: net for name, (net, _) in opened.items()}
     unet, vae, first, second = checkpoint.networks
     text = TextEncoders(checkpoint.tokenizers, (first, second))
@@ -89,13 +91,18 @@ def load_model(
         fill(module, weights, vae_dtype if module is vae else dtype, device if module is unet else resting)
     for net, weights in opened.values():
         fill(net, weights, dtype, device)
-    for encoder in (first, second):  # position_ids, the one buffer that checkpoints do not hold
-        embeddings: Any = getattr(encoder, "text_model", encoder).embeddings
-        embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=resting)[None]
+    for encoder in (first, second):
+        number_positions(encoder, resting)
     if compute.offload and device.type == "cuda":
         for module in (vae, first, second):
             pin(module)
     return StableDiffusion(unet, vae, text, denoiser, str(path_or_name), checkpoint.zero_negative, controlnets, compute)
+
+
+def number_positions(encoder: Any, device: torch.device) -> None:
+    """Make the one buffer of a text encoder that checkpoints do not hold: position_ids."""
+    embeddings = getattr(encoder, "text_model", encoder).embeddings
+    embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=device)[None]
 
 
 @lru_cache(maxsize=4)

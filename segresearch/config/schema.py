@@ -44,6 +44,9 @@ class ModelConfig(Record):
     variant: str | None = None
     config: str | None = None
     tokenizer: str | None = None
+    vae: str | None = None
+    unet: str | None = None
+    text_encoder: str | tuple[str, ...] | None = None
     batch_size: Count = 8
     batch_size_cuda: Count | None = None
     scales: dict[str, Number] = field(default_factory=dict)
