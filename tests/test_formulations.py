@@ -143,6 +143,9 @@ def test_edm_network_and_controlnet_see_the_same(unet, conds):
     expected = 0.25 / (s**2 + 0.25) * x + 0.5 * s / scale * out
     found = model(x, sigma, cond=conds["cond"], residuals=residuals)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    back = model.preconditioning.output(found, x, s, t[:, None, None, None])
+    torch.testing.assert_close(back, out, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.preconditioning.unscaled(z, s), x)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -229,6 +232,9 @@ def test_the_boundary_of_lcm_keeps_the_input_at_timestep_0(unet, conds):
     sigma = model.sigmas[[259, 259]]
     a, b = model(x, sigma, cond=conds["cond"]), plain(x, sigma, cond=conds["cond"])
     assert not torch.equal(a, b) and torch.allclose(a, b, rtol=1e-6, atol=1e-5)
+    s, t = sigma[:, None, None, None], torch.full((2, 1, 1, 1), 259.0)
+    given = [net.preconditioning.output(d, x, s, t) for net, d in ((model, a), (plain, b))]
+    torch.testing.assert_close(*given, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
