@@ -21,6 +21,7 @@ from segresearch.config.expand import Panel, panels, slug
 from segresearch.control_images.identify import control_records, identify_controls
 from segresearch.errors import NotFinite
 from segresearch.image_grid import Block, cell_height, draw_grid, image_size
+from segresearch.init_images import identify_init, init_images
 from segresearch.records import (
     config_record,
     image_record,
@@ -113,24 +114,30 @@ def expand(config: GenerateConfig) -> Run:
     ]
     fingerprint = runs.fingerprint(weights)
     identified = [identify_controls(panel.controls, [row.images for row in panel.rows], weights) for panel in plan]
+    inits = [identify_init(panel.init, [row.init for row in panel.rows]) for panel in plan]
     entries = []  # of each panel what its images depend on
-    for panel, controls in zip(plan, identified, strict=True):
+    for panel, controls, init in zip(plan, identified, inits, strict=True):
         rows = [{"prompt": row.prompt, "seed": row.seed} for row in panel.rows]
         columns = zip(*(row.images for row in panel.rows), strict=True)  # of each control its images
         steered = [control.identity(column) for control, column in zip(controls.values(), columns, strict=True)]
         entry = {"title": panel.title, "negative": panel.negative, "rows": rows, "methods": panel.methods}
-        entries.append(entry | ({"controls": steered} if steered else {}))
+        started = {} if panel.init.image is None else {"init": init.identity([row.init for row in panel.rows])}
+        entries.append(entry | ({"controls": steered} if steered else {}) | started)
     identity = runs.plain({**sampling_identity(config, fingerprint), "panels": entries})
     folder, expanded = runs.run_folder(config.out, config.name, identity), []
     shared = run_record(config, fingerprint, folder.name)
     prompts = [tuple(dict.fromkeys(row.prompt for row in panel.rows)) for panel in plan]
-    for number, (panel, controls, texts) in enumerate(zip(plan, identified, prompts, strict=True), 1):
+    for number, (panel, controls, init, texts) in enumerate(zip(plan, identified, inits, prompts, strict=True), 1):
         subfolder = "" if len(plan) == 1 else f"{number}-{slug(panel.title)}" if panel.title else str(number)
         numbers, digits = {text: i for i, text in enumerate(texts)}, len(str(len(texts) - 1))
         prefixes = [f"prompt{numbers[row.prompt]:0{digits}d}-" if len(texts) > 1 else "" for row in panel.rows]
         digits = len(str(max(row.seed for row in panel.rows)))
         seeds = [f"seed{row.seed:0{digits}d}.png" for row in panel.rows]
-        more, images = [{"negative": panel.negative, **control_records(controls, row.images)} for row in panel.rows], {}
+        more = [
+            {"negative": panel.negative, **control_records(controls, row.images), **init.record(row.init)}
+            for row in panel.rows
+        ]
+        images = {}
         for method, guidance in panel.methods.items():
             paths = [folder / "images" / subfolder / slug(method) / (p + s) for p, s in zip(prefixes, seeds)]
             images[method] = {
@@ -158,7 +165,7 @@ def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None"
         for files in run.panels
         for method, images in files.images.items()
     ]
-    size, sigmas = config.size or sd.default_size, run_sigmas(sd, config)
+    size = config.size or sd.default_size
     save_control_images(run, size)
     start = time.perf_counter()
     runs.write(run.folder / "config.yaml", written_config(config, OF_A_CALL))
@@ -170,9 +177,13 @@ def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None"
                     rows, batch = panel.rows[i : i + batch_size], images[i : i + batch_size]
                     if missing.isdisjoint(path for path, _ in batch):
                         continue
+                    sigmas = run_sigmas(sd, config, panel.init)
                     control = controlled_batch(sd, panel.controls, [row.images for row in rows], size, sigmas)
+                    init = init_images(panel.init, [row.init for row in rows], size)
                     seeds, prompts = [row.seed for row in rows], [row.prompt for row in rows]
-                    pixels = sample_images(sd, guided, seeds, prompts, config, panel.negative, control)
+                    pixels = sample_images(
+                        sd, guided, seeds, prompts, config, panel.negative, control, init=init
+                    )  # fmt: skip
                     for (path, record), one in zip(batch, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                         if path in missing:
                             save_png(Image.fromarray(one), path, record)

@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from segresearch.config.schema import SCENE, ControlConfig, GenerateConfig, GuidanceConfig, PanelConfig, TermConfig
+from segresearch.config.init import STRENGTH, InitConfig
+from segresearch.config.schema import (
+    SCENE,
+    ControlConfig,
+    GenerateConfig,
+    GuidanceConfig,
+    PanelConfig,
+    RunConfig,
+    TermConfig,
+)
 from segresearch.errors import ConfigError
 
 HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training
@@ -27,11 +36,15 @@ COCO = {"id": (int, "a whole number"), "image_id": (int, "a whole number"), "cap
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """One row of a panel: a prompt ("" is unconditional), the seed of its noise, an image for each control."""
+    """One row of a panel: a prompt ("" is unconditional), the seed of its noise, an image for each control.
+
+    init: the image that it starts from, and the mask of what is made anew if there is one; () starts from noise.
+    """
 
     prompt: str
     seed: int
     images: tuple[str, ...] = ()
+    init: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ class Panel:
     rows: tuple[ImageSpec, ...]
     methods: dict[str, GuidanceConfig]
     controls: dict[str, ControlConfig] = field(default_factory=dict)
+    init: InitConfig = InitConfig()
 
 
 def panels(config: GenerateConfig) -> tuple[Panel, ...]:
@@ -53,26 +67,43 @@ def panels(config: GenerateConfig) -> tuple[Panel, ...]:
 
 
 def _panel(config: GenerateConfig, panel: PanelConfig, at: str) -> Panel:
-    names = ("prompts", "negative", "seeds", "pairing", "controls")
+    names = ("prompts", "negative", "seeds", "pairing", "controls", "init")
     run = dataclasses.replace(config, **{n: getattr(panel, n) for n in names if getattr(panel, n) is not None})
     seeds = parse_seeds(run.seeds, at + "seeds")
     prompts = read_prompts(run.prompts, at + "prompts", len(seeds))
     images = dict(zip(seeds, control_rows(run.controls, len(seeds)) or [()] * len(seeds)))
+    starts = dict(zip(seeds, init_rows(run, len(seeds), at) or [()] * len(seeds)))
     if len(set(map(slug, run.controls))) < len(run.controls):
         raise ConfigError(f"controls: {', '.join(run.controls)}: too alike to tell their files apart; rename one")
     if run.pairing == "zip" and len(prompts) > len(seeds):
         raise ConfigError(f"{at}pairing: zip gives each seed one prompt: {len(prompts)} prompts, {len(seeds)} seeds")
     product = run.pairing == "product"
     pairs = list(itertools.product(prompts, seeds) if product else zip(itertools.cycle(prompts), seeds))
-    rows = tuple(ImageSpec(prompt, seed, images[seed]) for prompt, seed in pairs)
+    rows = tuple(ImageSpec(prompt, seed, images[seed], starts[seed]) for prompt, seed in pairs)
     if len(set(pairs)) < len(pairs):
         raise ConfigError(f"{at}prompts: the same prompt is given twice")
-    return Panel(panel.title, run.negative, rows, methods(panel.compare or (run.guidance,), at), run.controls)
+    columns = methods(panel.compare or (run.guidance,), at)
+    return Panel(panel.title, run.negative, rows, columns, run.controls, run.init)
 
 
 def control_rows(controls: Mapping[str, ControlConfig], count: int) -> tuple[tuple[str, ...], ...]:
     """Of each of `count` images a file or a scene for each control; () where there is no control."""
     names = [control_images(control.image, count, f"controls.{key}.image") for key, control in controls.items()]
+    return tuple(zip(*names))
+
+
+def init_rows(config: RunConfig, count: int, at: str = "") -> tuple[tuple[str, ...], ...]:
+    """Of each of `count` images the file or scene that it starts from, and its mask if there are any; () where all
+    start from noise. ConfigError for a strength that leaves no step."""
+    init = config.init
+    if init.image is None:
+        return ()
+    if not init.steps(config.steps):
+        text = f"{init.strength or STRENGTH:g} of {config.steps} steps leaves no step to sample"
+        raise ConfigError(f"{at}init.strength: {text}; {1 / config.steps:.3g} is one step")
+    names = [control_images(init.image, count, f"{at}init.image")]
+    if init.mask is not None:
+        names.append(control_images(init.mask, count, f"{at}init.mask"))
     return tuple(zip(*names))
 
 

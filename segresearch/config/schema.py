@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
+from segresearch.config.init import InitConfig
 from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
 from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
@@ -279,6 +280,7 @@ class PanelConfig(Record):
     seeds: Seeds | None = None
     pairing: Literal["product", "zip"] | None = None
     controls: dict[str, ControlConfig] | None = None
+    init: Annotated[InitConfig, Record] | None = None
 
 
 @dataclass(frozen=True)
@@ -311,6 +313,7 @@ class RunConfig(Record):
     negative: str | None = None
     steps: Count = 25
     size: tuple[Count, Count] | None = None  # (height, width) in pixels; None: the model's own
+    init: Annotated[InitConfig, Record] = InitConfig()
     batch_size: Count | Literal["auto"] = 8  # auto: the model's own number for the device
     device: str = "auto"
     compute: Annotated[Compute, Record] = Compute()
@@ -379,12 +382,13 @@ class AnalyzeConfig(RunConfig):
                 raise ConfigError(f"{name}: empty; give at least one")
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name}: {list(values)} names one twice")
+        steps = self.init.steps(self.steps)
         for step in self.measured_steps:
-            if not -self.steps <= step < self.steps:
-                known = f"{self.steps} steps are 0 to {self.steps - 1}"
+            if not -steps <= step < steps:
+                known = f"{steps} steps are 0 to {steps - 1}"
                 raise ConfigError(f"measured_steps: there is no step {step}; {known}")
 
     @property
     def steps_from_0(self) -> tuple[int, ...]:
         """The measured steps as numbers from 0, rising."""
-        return tuple(sorted({step % self.steps for step in self.measured_steps}))
+        return tuple(sorted({step % self.init.steps(self.steps) for step in self.measured_steps}))

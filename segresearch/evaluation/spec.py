@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segresearch import runs
-from segresearch.config.expand import HELD_OUT, control_rows, describe, methods, read_prompts, scene_numbers, slug
+from segresearch.config.expand import (
+    HELD_OUT,
+    control_rows,
+    describe,
+    init_rows,
+    methods,
+    read_prompts,
+    scene_numbers,
+    slug,
+)
 from segresearch.config.schema import SCENE, EvaluateConfig, GuidanceConfig
 from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers
+from segresearch.init_images import identify_init
 from segresearch.records import sampling_identity, with_networks
 
 if TYPE_CHECKING:
@@ -28,8 +38,9 @@ class EvaluationSpec:
 
     methods: guidance by name; the first is the baseline. prompts: image i has prompts[i], repeating in turn. scenes:
     the procedural scenes whose captions the prompts are, or (). controls: of image i its control images, one for each
-    of the config's controls. paper: the table of the paper to compare with. folders: of the shards of each method, {}
-    until `with_folders`. metrics: of each image, () until `image_metrics` has loaded their networks.
+    of the config's controls. inits: of image i the image that it starts from, and its mask. paper: the table of the
+    paper to compare with. folders: of the shards of each method, {} until `with_folders`. metrics: of each image, ()
+    until `image_metrics` has loaded their networks.
     """
 
     config: EvaluateConfig
@@ -37,6 +48,7 @@ class EvaluationSpec:
     prompts: tuple[str, ...]
     scenes: tuple[int, ...] = ()
     controls: tuple[tuple[str, ...], ...] = ()
+    inits: tuple[tuple[str, ...], ...] = ()
     paper: str | None = None
     folders: Mapping[str, Path] = field(default_factory=dict)
     metrics: tuple["ImageMetric", ...] = ()
@@ -91,7 +103,8 @@ def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:
         if len(set(names)) < len(names):
             raise ConfigError(f"{key}: {list(names)} names one twice")
     paper = paper_numbers.table_for(config.paper, config.name, by_name, prompts)
-    return EvaluationSpec(config, by_name, prompts, scenes, control_rows(config.controls, config.images), paper)
+    controls, inits = control_rows(config.controls, config.images), init_rows(config, config.images)
+    return EvaluationSpec(config, by_name, prompts, scenes, controls, inits, paper)
 
 
 def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:
@@ -107,6 +120,7 @@ def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:
         "batch_size": config.batch_size, "shard": config.shard,
         "prompts": config.prompts if _open_ended(config.prompts) else runs.digest(spec.prompts),
         "controls": [_control_identity(spec, k, model) for k in range(len(config.controls))],
+        **({"init": _init_identity(spec)} if spec.inits else {}),
     }  # fmt: skip
     folders = {}
     for method, guidance in spec.methods.items():
@@ -141,3 +155,16 @@ def _control_identity(spec: EvaluationSpec, k: int, model: Path) -> dict[str, An
     contents = {image: identified.contents(image) for image in read}
     listed = control.image if _open_ended(control.image) else [contents.get(image, image) for image in images]
     return {**identified.identity(read), "contents": contents.get(images[0]), "images": runs.digest(listed)}
+
+
+def _init_identity(spec: EvaluationSpec) -> dict[str, Any]:
+    """What images depend on of those that they start from; scenes by their names, and how the first is rendered."""
+    init, rows = spec.config.init, spec.inits
+    read = [row for row in dict.fromkeys(rows) if row == rows[0] or not all(name.startswith(SCENE) for name in row)]
+    identified = identify_init(init, read)
+    listed = [
+        given if _open_ended(given) else [identified.digests.get((key, row[k]), row[k]) for row in rows]
+        for k, (key, given) in enumerate((("image", init.image), ("mask", init.mask)))
+        if given is not None
+    ]
+    return {**identified.identity(rows[:1]), "images": runs.digest(listed)}
