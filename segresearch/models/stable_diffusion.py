@@ -1,4 +1,5 @@
-"""StableDiffusion: the networks of one loaded model together, from prompts to conditionings and between images and latents."""
+"""StableDiffusion: the networks of one loaded model together, from prompts to conditionings, from images to latents and
+back."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
