@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from segresearch.checkpoints.single_file import UNET, unet_map
+from segresearch.checkpoints.key_maps import UNET, unet_map
 from segresearch.checkpoints.tensors import Entry, Source, Weights, open_file
 from segresearch.errors import CheckpointError
 from segresearch.models.network_configs import CROSSED_MID, PLAIN_MID, ControlNetConfig, EncoderConfig, UNetConfig

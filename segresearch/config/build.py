@@ -82,8 +82,8 @@ def configured_model(
     vae_dtype = config.vae_dtype and getattr(torch, config.vae_dtype)
     return load_model(
         config.path, getattr(torch, config.dtype), usable_device(device), list(controlnets), variant=config.variant,
-        config=config.config, tokenizer=config.tokenizer, vae=config.vae, unet=config.unet,
-        text_encoder=config.text_encoder, vae_dtype=vae_dtype, prediction=config.prediction, compute=compute,
+        config=config.config, tokenizer=config.tokenizer, vae_dtype=vae_dtype, prediction=config.prediction,
+        compute=compute,
     )  # fmt: skip
 
 
