@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from segresearch.config.expand import HELD_OUT
-from segresearch.config.init import STRENGTH, InitConfig
+from segresearch.config.inputs import STRENGTH, InitConfig
 from segresearch.config.schema import SCENE
 from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.errors import ConfigError, InputError

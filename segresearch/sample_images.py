@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from segresearch.config.init import InitConfig
+from segresearch.config.inputs import InitConfig
 from segresearch.config.schema import RunConfig
 from segresearch.errors import NotFinite
 from segresearch.init_images import InitImages, strength

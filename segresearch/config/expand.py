@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from segresearch.config.init import STRENGTH, InitConfig
+from segresearch.config.inputs import STRENGTH, InitConfig
 from segresearch.config.schema import (
     SCENE,
     ControlConfig,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
-from segresearch.config.init import InitConfig
+from segresearch.config.inputs import InitConfig
 from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
 from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
