@@ -121,7 +121,7 @@ def _settings_of_an_image(record: Mapping[str, Any]) -> dict[str, Any]:
     model = {key: value for key, value in record["model"].items() if key not in ("fingerprint", "parts")}
     compute = {key: value for key, value in record.get("compute", EXACT).items() if key != "device"}
     image = {"prompts": [record["prompt"]], "seeds": record["seed"], "controls": record.get("controls") or {}}
-    image |= {"init": record["init"]} if "init" in record else {}
+    image |= {key: record[key] for key in ("init", "text") if key in record}
     return {**{key: record[key] for key in OF_AN_IMAGE}, **image, "model": model, "compute": compute, "name": "again"}
 
 

@@ -16,6 +16,7 @@ from segresearch.errors import NotFinite
 from segresearch.init_images import InitImages, strength
 from segresearch.models.attention import Attend
 from segresearch.models.controlnet import ActiveControlNet
+from segresearch.models.prompt_syntax import equal_lengths
 from segresearch.sampling import initial_noise, sample, sigmas
 from segresearch.sampling.start import last_steps
 
@@ -27,7 +28,7 @@ Latents = Float[Tensor, "rows channels h w"]
 
 def sample_images(
     sd: "StableDiffusion", model: Any, seeds: Sequence[int], prompts: Sequence[str], config: RunConfig,
-    negative: str | None = None, control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
+    negative: str | Sequence[str] | None = None, control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
     init: InitImages | None = None,
 ) -> UInt8[Tensor, "rows 3 h w"]:  # fmt: skip
     """One image for each seed and its prompt, on the model's device.
@@ -36,7 +37,7 @@ def sample_images(
     `sd.encode`. attend: the innermost attention. init: the images that these start from. Raises NotFinite, and what
     `sd.encode` and `sample` raise.
     """
-    conds = encode_conds(sd, model, prompts, negative, config.size)
+    conds = encode_conds(sd, model, prompts, negative, config.size, config.text.given())
     pixels = decode_images(sd, sample_latents(sd, model, seeds, conds, config, control, attend, init))
     return pixels if init is None else init.paste(pixels)
 
@@ -45,15 +46,17 @@ def encode_conds(
     sd: "StableDiffusion",
     model: Any,
     prompts: Sequence[str],
-    negative: str | None = None,
+    negative: str | Sequence[str] | None = None,
     size: tuple[int, int] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """All conditionings that a guided denoiser needs: cond, uncond, and those that it makes from texts."""
-    conds = sd.encode(prompts, negative=negative, size=size)
-    makers = getattr(model, "inner", model).conditionings
-    return conds | {
-        name: make.encode(sd, prompts, negative, size) for name, make in makers.items() if hasattr(make, "encode")
-    }
+    """All conditionings that a guided denoiser needs: cond, uncond, and those that it makes from texts. settings:
+    further keywords of `sd.encode`."""
+    given = dict(settings or {})
+    conds = sd.encode(prompts, negative=negative, size=size, **given)
+    makers = {n: make for n, make in getattr(model, "inner", model).conditionings.items() if hasattr(make, "encode")}
+    made = {name: make.encode(sd, prompts, negative, size, **given) for name, make in makers.items()}
+    return equal_lengths(conds | made)
 
 
 @torch.no_grad()

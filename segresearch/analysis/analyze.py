@@ -9,6 +9,7 @@
 The page is written last: a folder that has it is complete, and the same command then measures nothing again.
 """
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import AnalyzeConfig
 from segresearch.config.build import build_guidance, configured_model, resolved
 from segresearch.config.compose import written_config
-from segresearch.config.expand import init_rows, parse_seeds, read_prompts
+from segresearch.config.expand import init_rows, parse_seeds, read_negatives, read_prompts
 from segresearch.errors import ConfigError
 from segresearch.init_images import identify_init, init_images
 from segresearch.pages import Cell, render, to_csv
@@ -71,7 +72,11 @@ def analyze(config: AnalyzeConfig, model: "StableDiffusion | None" = None) -> An
     start = time.perf_counter()
     config = resolved(config, model)
     seeds = parse_seeds(config.seeds)
-    images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in seeds]
+    prompts = read_prompts(config.prompts)
+    negative, negatives = read_negatives(config.negative, len(prompts))
+    texts = [{"prompt": p} | ({"negative": negatives[i]} if negatives else {}) for i, p in enumerate(prompts)]
+    images = [{**text, "seed": seed} for text in texts for seed in seeds]
+    config = dataclasses.replace(config, negative=negative)
     starts = dict(zip(seeds, init_rows(config, len(seeds))))
     identity = sampling_identity(config, runs.fingerprint(resolve_model(config.model.path)))
     identity |= {key: getattr(config, key) for key in ("guidance", "negative", "where", "heads", "branch", "blur")}
@@ -120,7 +125,9 @@ def _capture(
         seeds, prompts = [image["seed"] for image in batch], [image["prompt"] for image in batch]
         attend = recorder.attend(batch)
         init = init_images(config.init, [starts.get(seed, ()) for seed in seeds], config.size or sd.default_size)
-        pixels.append(sample_images(sd, guided, seeds, prompts, config, config.negative, attend=attend, init=init))
+        negatives = [image["negative"] for image in batch if "negative" in image]
+        negative = negatives or (config.negative if isinstance(config.negative, str | None) else None)
+        pixels.append(sample_images(sd, guided, seeds, prompts, config, negative, attend=attend, init=init))
     if not recorder.entries:
         raise ConfigError(
             f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.measured_steps}"

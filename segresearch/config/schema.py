@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
-from segresearch.config.inputs import InitConfig
+from segresearch.config.inputs import InitConfig, TextConfig
 from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
 from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
@@ -280,7 +280,8 @@ class PanelConfig(Record):
     title: str = ""
     compare: tuple[GuidanceConfig, ...] = ()
     prompts: Prompts | None = None
-    negative: str | None = None
+    negative: Prompts | None = None
+    sizes: tuple[tuple[Count, Count], ...] | None = None
     seeds: Seeds | None = None
     pairing: Literal["product", "zip"] | None = None
     controls: dict[str, ControlConfig] | None = None
@@ -307,14 +308,15 @@ class BlurConfig(Record):
 
 @dataclass(frozen=True)
 class RunConfig(Record):
-    """The fields of every run. prompts: see `read_prompts`. negative: None is zeros, as SDXL was trained."""
+    """The fields of every run. prompts, negative: see `read_prompts`, `read_negatives`."""
 
     model: ModelConfig
     sampler: SamplerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     prompts: Prompts = ("",)
-    negative: str | None = None
+    negative: Prompts | None = None
+    text: Annotated[TextConfig, Record] = TextConfig()
     steps: Count = 25
     size: tuple[Count, Count] | None = None  # (height, width) in pixels; None: the model's own
     init: Annotated[InitConfig, Record] = InitConfig()
@@ -332,6 +334,7 @@ class GenerateConfig(RunConfig):
     controls: dict[str, ControlConfig] = field(default_factory=dict)
     compare: tuple[GuidanceConfig, ...] = ()
     panels: tuple[PanelConfig, ...] = ()
+    sizes: tuple[tuple[Count, Count], ...] | None = None  # one for each prompt, in place of `size`
     seeds: Seeds = "0-3"
     pairing: Literal["product", "zip"] = "product"
     grid: GridConfig = GridConfig()

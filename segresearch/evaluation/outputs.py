@@ -65,7 +65,8 @@ def examples(spec: EvaluationSpec, run: str) -> dict[str, list[Example]]:
         for path, rows in ((spec.shard(method, rows), rows) for rows in spec.ranges if rows.start in seeds):
             sampled = {**shared, **shards.header(path)["versions"]}
             for i, pixels in zip(seeds[rows.start : rows.stop], shards.load(path, IMAGES)):
-                image = {"prompt": texts[i], "negative": config.negative, "seed": i, **controls[i]}
+                negative = spec.negatives[i % len(spec.negatives)] if spec.negatives else config.negative
+                image = {"prompt": texts[i], "negative": negative, "seed": i, **controls[i]}
                 image |= init.record(starts[i])
                 record = image_record(sampled, method, guidance, **image)
                 shown[method].append((Image.fromarray(pixels.transpose(1, 2, 0).copy()), record))

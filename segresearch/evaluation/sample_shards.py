@@ -221,7 +221,7 @@ def sample_range(
     images, arrays = [], {}
     for batch, control in zip(batches, controls or [()] * len(batches), strict=True):
         norms.append([])
-        conds = encode_conds(sd, model, spec.texts(batch), config.negative, config.size)
+        conds = encode_conds(sd, model, spec.texts(batch), spec.negative(batch), config.size, config.text.given())
         init = init_images(config.init, [spec.inits[i] for i in batch] if spec.inits else (), size)
         with FlopCounterMode(display=False) if batch.start == 0 else contextlib.nullcontext() as counter:
             latents = sample_latents(sd, model, batch, conds, config, control, init=init)

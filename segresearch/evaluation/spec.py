@@ -14,6 +14,7 @@ from segresearch.config.expand import (
     describe,
     init_rows,
     methods,
+    read_negatives,
     read_prompts,
     scene_numbers,
     slug,
@@ -36,7 +37,8 @@ OF_RESULTS = ("images", "features", "distances", "text_alignment", "n_bootstrap"
 class EvaluationSpec:
     """What a config evaluates.
 
-    methods: guidance by name; the first is the baseline. prompts: image i has prompts[i], repeating in turn. scenes:
+    methods: guidance by name; the first is the baseline. prompts: image i has prompts[i], repeating in turn; negatives
+    too, () where all have the config's. scenes:
     the procedural scenes whose captions the prompts are, or (). controls: of image i its control images, one for each
     of the config's controls. inits: of image i the image that it starts from, and its mask. paper: the table of the
     paper to compare with. folders: of the shards of each method, {} until `with_folders`. metrics: of each image, ()
@@ -46,6 +48,7 @@ class EvaluationSpec:
     config: EvaluateConfig
     methods: Mapping[str, GuidanceConfig]
     prompts: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
     scenes: tuple[int, ...] = ()
     controls: tuple[tuple[str, ...], ...] = ()
     inits: tuple[tuple[str, ...], ...] = ()
@@ -67,6 +70,12 @@ class EvaluationSpec:
     def texts(self, rows: range) -> list[str]:
         """The prompts of some images."""
         return [self.prompts[i % len(self.prompts)] for i in rows]
+
+    def negative(self, rows: range) -> str | list[str] | None:
+        """The negative prompts of some images: one for all, or one for each."""
+        if self.negatives:
+            return [self.negatives[i % len(self.negatives)] for i in rows]
+        return self.config.negative if isinstance(self.config.negative, str | None) else None
 
     def shard(self, method: str, rows: range) -> Path:
         return self.folders[method] / f"{rows.start:07d}-{rows.stop:07d}.safetensors"
@@ -104,7 +113,8 @@ def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:
             raise ConfigError(f"{key}: {list(names)} names one twice")
     paper = paper_numbers.table_for(config.paper, config.name, by_name, prompts)
     controls, inits = control_rows(config.controls, config.images), init_rows(config, config.images)
-    return EvaluationSpec(config, by_name, prompts, scenes, controls, inits, paper)
+    _, negatives = read_negatives(config.negative, len(prompts))
+    return EvaluationSpec(config, by_name, prompts, negatives, scenes, controls, inits, paper)
 
 
 def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:
@@ -116,7 +126,7 @@ def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:
     """
     config = spec.config
     common = {
-        **sampling_identity(config, runs.fingerprint(model)), "version": VERSION, "negative": config.negative,
+        **sampling_identity(config, runs.fingerprint(model)), "version": VERSION, "negative": list(spec.negatives) or config.negative,
         "batch_size": config.batch_size, "shard": config.shard,
         "prompts": config.prompts if _open_ended(config.prompts) else runs.digest(spec.prompts),
         "controls": [_control_identity(spec, k, model) for k in range(len(config.controls))],
