@@ -117,9 +117,7 @@ def _again(record: Mapping[str, Any], device: str, out: str) -> tuple[Image.Imag
     script = next((script for script in CONFIGS if script in record), "")
     settings = record[script] if script else _settings_of_an_image(record)
     defaults: dict[str, Any] = {"compute": EXACT, "batch_size": "auto"}
-    here: dict[str, Any] = {"device": device, "out": out}
-    if script in ("evaluate", "analyze"):
-        here["wandb"] = {"mode": "off"}
+    here: dict[str, Any] = {"device": device, "out": out, "wandb": {"mode": "off"}}
     config = typed(CONFIGS[script or "generate"], {**defaults, **settings, **here})
     if "figure" in record:
         from segresearch.analysis.analyze import analyze
