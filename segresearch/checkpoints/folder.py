@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segresearch.checkpoints.resolve import refuse_pickle, resolve_controlnet
+from segresearch.checkpoints.resolve import refuse_pickle
 from segresearch.checkpoints.tensors import Entry, Weights, open_folder, refuse_pointer
-from segresearch.errors import CheckpointError
-from segresearch.models.controlnet import ControlNet
-from segresearch.models.network_configs import ControlNetConfig, UNetConfig
+from segresearch.errors import CheckpointError, InputError
+from segresearch.models.network_configs import UNetConfig
+from segresearch.models.scheduler import folder_scheduler
 from segresearch.models.text import load_tokenizer
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE, VAEConfig
@@ -24,8 +24,8 @@ STEM = "diffusion_pytorch_model"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 REFINER = "it has one text encoder and cannot start from noise"
 
+Stored = TypeVar("Stored", Entry, torch.Tensor)  # on disk, or of a pipeline in memory
 Networks = tuple[UNet, VAE, CLIPTextModel, CLIPTextModelWithProjection]
-Names = str | Path | Sequence[str | Path] | None  # of ControlNets
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,6 @@ def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[st
     parts = ("text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2")
     missing = next((part for part in parts if not (folder / part).is_dir()), None)
     refiner = missing == "text_encoder" and index.get("requires_aesthetics_score")
-    scheduler = str((index.get("scheduler") or [""])[-1])
     sizes = unet.get("addition_embed_type") == "text_time"
     hint = "give a folder in the diffusers layout of SDXL (with model_index.json)"
     for fault, holds in {
@@ -64,7 +63,6 @@ def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[st
         f"is {model} (cross_attention_dim {width}, no size conditioning), not SDXL; {hint}": not sizes,
         f"is the SDXL refiner: {REFINER}; give SDXL base": refiner,
         f"is incomplete, {missing}/ is missing: SDXL needs two text encoders with tokenizers, and a VAE": missing,
-        f"uses the EDM formulation ({scheduler}), which is not supported; {hint}": scheduler.startswith("EDM"),
     }.items():
         if holds:
             raise CheckpointError(f"{folder} {fault}")
@@ -102,18 +100,29 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 @contextmanager
-def building(folder: Path) -> Iterator[None]:
+def naming_path(path: Path) -> Iterator[None]:
+    """An InputError within its block becomes a CheckpointError that begins with the path."""
+    try:
+        yield
+    except InputError as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}") from error
+
+
+@contextmanager
+def building(folder: Path | str) -> Iterator[None]:
     """Networks that are built here lie on the meta device; CheckpointError for a config that is not supported."""
     try:
         with torch.device("meta"):
             yield
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers checks its configs with errors of its own classes
         kind, reason = type(error).__name__, " ".join(str(error).split())
         problem = "" if isinstance(error, ValueError) else f"a config that no model can be built from, {kind}: "
         raise CheckpointError(f"{folder}: {problem}{reason}") from error
 
 
-def build_networks(configs: Sequence[dict[str, Any]], path: Path) -> Networks:
+def build_networks(configs: Sequence[dict[str, Any]], path: Path | str) -> Networks:
     """The networks of the configs of PARTS, without weights."""
     unet, vae, first, second = configs
     with building(path):
@@ -129,26 +138,28 @@ def open_model_folder(folder: Path, variant: str | None) -> Checkpoint:
     configs = [read_json(folder / part / "config.json") for part in PARTS]
     networks, stems = build_networks(configs, folder), (STEM, STEM, "model", "model")
     unet, vae, first, second = (open_folder(folder / part, stem, variant) for part, stem in zip(PARTS, stems))
-    vae = {_vae_key(key): entry for key, entry in vae.items()}
-    entries = (unet, vae, _text_entries(networks[2], first), _text_entries(networks[3], second))
+    vae = {vae_key(key): entry for key, entry in vae.items()}
+    entries = (unet, vae, text_entries(networks[2], first), text_entries(networks[3], second))
+    with naming_path(folder):
+        scheduler = folder_scheduler(index, read_json(folder / "scheduler" / "scheduler_config.json", optional=True))
     return Checkpoint(
         networks,
         tuple(map(Weights, PARTS, entries)),
         (read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")),
-        read_json(folder / "scheduler" / "scheduler_config.json", optional=True),
+        scheduler,
         bool(index.get("force_zeros_for_empty_prompt", True)),
         bool(configs[1].get("force_upcast", True)),
     )
 
 
-def _text_entries(encoder: torch.nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def text_entries(encoder: torch.nn.Module, entries: Mapping[str, Stored]) -> dict[str, Stored]:
     """Under the encoder's own names: transformers 5.6 dropped `text_model.` from those of CLIPTextModel."""
     keys, prefix = encoder.state_dict().keys(), "text_model."
     names = {key: {key, prefix + key, key.removeprefix(prefix)} & keys for key in entries}
     return {min(names[key], default=key): entry for key, entry in entries.items()}
 
 
-def _vae_key(key: str) -> str:
+def vae_key(key: str) -> str:
     """VAE attention names of old diffusers folders as they are called today."""
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     return re.sub(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda old: names[old[0]], key)
@@ -162,25 +173,3 @@ def open_unet(folder: Path) -> tuple[UNet, Weights]:
     with building(folder):
         unet = UNet(UNetConfig.from_dict(config))
     return unet, Weights(f"unet {folder.name}", open_folder(folder, STEM))
-
-
-def open_controlnets(names: Names, model: Path, variant: str | None) -> dict[str, tuple[ControlNet, Weights]]:
-    """The ControlNets of these names, in their order, still on the meta device, with their weights. model: the SDXL,
-    whose own ones lie in its controlnet/. variant: of the weights, where there are such. CheckpointError for what is
-    not a ControlNet of SDXL, or is named twice."""
-    opened: dict[str, tuple[ControlNet, Weights]] = {}
-    for name in map(str, [names] if isinstance(names, str | Path) else names or ()):
-        if name in opened:
-            raise CheckpointError(f"controlnet {name!r} is named twice: load it once")
-        folder = resolve_controlnet(name, model)
-        if any((folder / file).is_file() for file in ("model_index.json", "unet/config.json")):
-            raise CheckpointError(f"{folder} is a whole model, not a ControlNet: give the folder of a ControlNet")
-        config = read_json(folder / "config.json")
-        with building(folder):
-            net = ControlNet(ControlNetConfig.from_dict(config))
-        has_variant = variant is not None and any(folder.glob(f"{STEM}*.{variant}.*"))
-        entries = open_folder(folder, STEM, variant if has_variant else None)
-        if any(key.startswith(("task_embedding", "control_add_embedding.")) for key in entries):
-            raise CheckpointError(f"{folder}: a union of ControlNets is not supported: give one for a kind of image")
-        opened[name] = net, Weights(f"controlnet {folder.name}", entries)
-    return opened
