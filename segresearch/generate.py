@@ -31,12 +31,13 @@ from segresearch.records import (
     save_png,
     with_networks,
 )  # fmt: skip
+from segresearch.wandb_log import WandbRun, log
 
 if TYPE_CHECKING:
     from segresearch.models import StableDiffusion
 
 GRID_VERSION = 1
-OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto"}  # not of the run
+OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}  # not of the run
 IDENTITY = ("run", "method", "prompt", "seed")  # tell one image's record from any other's
 
 
@@ -102,7 +103,9 @@ def generate(config: GenerateConfig, model: "StableDiffusion | None" = None) -> 
             raise
     else:
         save_control_images(run, image_size(next(iter(records))))
-    return RunResult(run.folder, save_grid(run), len(missing), existing, seconds)
+    result = RunResult(run.folder, save_grid(run), len(missing), existing, seconds)
+    log_images(run, result)
+    return result
 
 
 def expand(config: GenerateConfig) -> Run:
@@ -207,6 +210,22 @@ def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None"
         print(f"stopped: {saved} of {len(missing)} images sampled, and kept; the same command resumes", file=sys.stderr)
         raise
     return time.perf_counter() - start
+
+
+def log_images(run: Run, result: RunResult) -> None:
+    """In W&B: the grid, and the images of each method as a gallery. See `wandb_log.log`."""
+    config, name = run.config, f"{run.config.name} {run.folder.name}"
+    galleries: dict[str, list[tuple[Path, str]]] = {"grid": [(result.grid, "")]}
+    for files in run.panels:
+        for method, images in files.images.items():
+            title = f"{files.panel.title}: {method}" if files.panel.title else method
+            shown = [(p, f"seed {r['seed']}" + f": {r['prompt']}" * bool(r["prompt"])) for p, r in images.items()]
+            galleries[slug(title)] = shown[: config.grid.rows]
+    values = {"images": result.sampled + result.existing}
+    tags = [config.model.name, *(method for files in run.panels for method in files.images)][:20]
+    settings = {**config_record(config, OF_A_CALL), "run": run.folder.name, "code": runs.code_version()}
+    logged = WandbRun(name, config.name, "images", settings, values, images=galleries, tags=tags)
+    log(config.wandb, Path(config.out), [name, sorted(galleries)], lambda _: [logged])
 
 
 def save_control_images(run: Run, size: tuple[int, int]) -> None:
