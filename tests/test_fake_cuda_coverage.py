@@ -34,7 +34,7 @@ COVERED = {
     "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",
     "guidance.sag": "guidance", "guidance.step": "combination", "guidance.frequencies": "combination",
     "sampling.loop": "sampling", "sampling.noise": "sampling",
-    "sampling.schedules": "sampling", "sampling.intervals": "sampling",
+    "sampling.schedules": "sampling", "sampling.start": "sampling", "sampling.intervals": "sampling",
     "sampling.draws": "guidance", "sampling.memory": "guidance",
     "analysis.blur_operator": "analysis", "analysis.claims": "analysis",
     "analysis.energy": "analysis", "analysis.logit_statistics": "analysis", "analysis.measurements": "analysis",

@@ -1,7 +1,7 @@
 """The networks on a GPU that is not there: denoiser, ControlNets, VAE, texts, conditionings."""
 
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache
 
 import pytest
@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.guidance.controlnet_residuals import residuals
+from segresearch.guidance.methods.swg import SWG
 from segresearch.models import StableDiffusion
 from segresearch.models.calls import on_device
 from segresearch.models.conditioning import Cond
@@ -101,6 +102,25 @@ def test_conditionings(gpu):
     with on_the_cpu():
         expected = Cond.cat([*real.values()])
     check_same([both.context, both.pooled, both.time_ids], [expected.context, expected.pooled, expected.time_ids])
+
+
+@pytest.mark.parametrize("width", [None, 10])
+def test_further_channels_and_an_embedded_guidance_weight(gpu, width):
+    config = replace(CONFIG, in_channels=9, time_cond_proj_dim=width)
+    x, sigma, conds = real_inputs()
+    with on_the_cpu():
+        weight = None if width is None else torch.tensor([7.5, 8.0])
+        image = torch.randn(2, 5, 6, 8, generator=torch.Generator().manual_seed(2))
+        conds = {n: replace(c, image=image, guidance=weight) for n, c in conds.items()}
+    results = []
+    for model in (fake_denoiser(config=config), real_denoiser(config=config)):
+        guided = GuidedDenoiser(model, {"cfg": cfg(3.0), "swg": perturbed("swg", SWG(), 1.0)})
+        if not results:
+            results.append(guided(*sent((x, sigma, conds))))
+        else:
+            with on_the_cpu():
+                results.append(guided(x, sigma, conds))
+    check_same(*results)
 
 
 # --- ControlNets ----------------------------------------------------------------------------------

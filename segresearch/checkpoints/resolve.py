@@ -6,14 +6,17 @@ from pathlib import Path
 from segresearch.errors import CheckpointError
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
+UNQUANTISED = "give its fp16, bf16, fp32 or fp8 weights in .safetensors files"
 
 
 def refuse_pickle(path: Path) -> None:
-    """CheckpointError for the file name of a pickled checkpoint."""
+    """CheckpointError for the file name of a pickled checkpoint, or of a quantised one."""
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
         convert = "where you trust its origin, load it once and save its tensors with safetensors.torch.save_file"
         fault = "pickle checkpoints can run code when opened and are refused: convert it to .safetensors"
         raise CheckpointError(f"{path}: {fault} ({convert})")
+    if path.suffix.lower() == ".gguf":
+        raise CheckpointError(f"{path}: GGUF weights are quantised and not supported: {UNQUANTISED}")
 
 
 def resolve_model(path_or_name: str | Path) -> Path:

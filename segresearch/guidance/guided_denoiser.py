@@ -295,7 +295,7 @@ class GuidedDenoiser:
         plan = self.layout(branches, conds, control)
         control_residuals = residuals(
             denoiser, x, sigma.repeat(views), plan.conditionings,
-            lambda names, _: conds.joined(names, rows, views), self.base.conditioning, control,
+            lambda names, _: conds.joined(names, rows, views, one.view), self.base.conditioning, control,
             [*values] * views,
         )  # fmt: skip
         parts = tuple(number * views + i for number in plan.source for i in range(views))
@@ -325,7 +325,7 @@ class GuidedDenoiser:
         denoised = denoiser(
             x.repeat(n, 1, 1, 1),  # (v·b, c, h, w) -> (n·v·b, c, h, w)
             sigma.repeat(n * views),
-            cond=conds.joined(plan.inputs, rows, views),
+            cond=conds.joined(plan.inputs, rows, views, one.view),
             attend=attention,
             wrap=BranchCalls(attention) if groups else plain,
             residuals=control_residuals,

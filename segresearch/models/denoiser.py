@@ -1,7 +1,7 @@
 """The UNet as k-diffusion sees it: model(x, sigma) -> denoised."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -58,6 +58,27 @@ def interpolated_t(table: Float[Tensor, " steps"], log_sigma: Float[Tensor, " *r
     high = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, len(table) - 1)
     low = high - 1
     return low + ((log_sigma - table[low]) / (table[high] - table[low])).clamp(0, 1)
+
+
+def further_channels(net: Any, x: Float[Tensor, "rows c h w"], cond: Any) -> Float[Tensor, "rows extra h w"] | None:
+    """What the network reads beside x: `cond.image`, or None for a network that reads x alone.
+
+    A ControlNet reads the latents alone, whatever the UNet reads. InputError for a UNet that needs channels that cond
+    lacks, or the reverse, and for an image of another size or number of rows than x.
+    """
+    image, c = getattr(cond, "image", None), cast(Any, getattr(net, "config", None))
+    needed = 0 if c is None else c.in_channels - x.shape[1]
+    if image is None:
+        if needed > 0:
+            text = f"{c.network}: takes {c.in_channels} channels, the latents are {x.shape[1]}"
+            raise InputError(f"{text}: give cond.image the other {needed} (mask and image of an inpainting model)")
+        return None
+    if needed == 0 and c is not None and c.network != "unet":
+        return None
+    if image.shape[1] != needed or image.shape[2:] != x.shape[2:] or len(image) != len(x):
+        expected = (len(x), needed, *x.shape[2:])
+        raise InputError(f"cond.image is {tuple(image.shape)}, this model and these latents need {expected}")
+    return image
 
 
 class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[misc]
@@ -120,13 +141,14 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         fork: Fork | None = None,
     ) -> Float[Tensor, "rows_out c h w"]:
         """Denoised x at noise level sigma; with a fork it has the rows of `fork.index`, x and sigma copied along."""
-        return self.run(self._denoised, self.unet, x, sigma, cond.for_network(self.unet), attend, wrap, residuals, fork)
+        image, own = further_channels(self.unet, x, cond), cond.for_network(self.unet)
+        return self.run(self._denoised, self.unet, x, sigma, own, attend, wrap, residuals, fork, image)
 
     def _denoised(
         self, net: Any, x: Tensor, sigma: Tensor, cond: Any, attend: Attend, wrap: Wrap, residuals: Any,
-        fork: Fork | None,
+        fork: Fork | None, image: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        out = self._network(net, x, sigma, cond=cond, attend=attend, wrap=wrap, residuals=residuals, fork=fork)
+        out = self._network(net, x, sigma, image, cond=cond, attend=attend, wrap=wrap, residuals=residuals, fork=fork)
         out = out.to(x.dtype)
         if fork is not None:
             x, sigma = x[fork.index], sigma[fork.index]  # rows -> rows_out
@@ -135,9 +157,11 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
             return x - sigma * out
         return x / (sigma**2 + 1) - sigma / (sigma**2 + 1).sqrt() * out
 
-    def _network(self, net: Any, x: Tensor, sigma: Tensor, *args: Any, **extra: Any) -> Any:
-        """The network's own output."""
-        return net(x / (sigma[:, None, None, None] ** 2 + 1).sqrt(), self.sigma_to_t(sigma), *args, **extra)
+    def _network(self, net: Any, x: Tensor, sigma: Tensor, image: Tensor | None, *args: Any, **extra: Any) -> Any:
+        """The network's own output. image: further channels of its input, which are not scaled."""
+        z = x / (sigma[:, None, None, None] ** 2 + 1).sqrt()
+        z = z if image is None else torch.cat([z, image.to(z.dtype)], dim=1)  # c -> c + extra
+        return net(z, self.sigma_to_t(sigma), *args, **extra)
 
     def prepare(self, arguments: Mapping[str, Any], run: Any = None) -> dict[str, Any]:
         """The arguments of calls, with the keys, values and embedding of `cond` computed now; `sample` calls this."""
@@ -154,12 +178,14 @@ class Denoiser(k_diffusion().external.DiscreteEpsDDPMDenoiser):  # type: ignore[
         guess: bool = False,
     ) -> ControlResiduals:
         """What a ControlNet adds at noise level sigma, for `forward`; arguments and errors as of `ControlNet`."""
-        return self.run(self._network, net, x, sigma, cond.for_network(net), hint, guess)
+        image = further_channels(net, x, cond)
+        return self.run(self._network, net, x, sigma, image, cond.for_network(net), hint, guess)
 
     def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **extra: Any) -> Float[Tensor, " rows"]:
         """Mean squared error of the network's own prediction (eps or v) at input + sigma · noise, one value a row."""
         s = sigma[:, None, None, None]
         x = input + noise * s
         target = noise if self.prediction == "epsilon" else (noise - s * input) / (s**2 + 1).sqrt()
-        out = self._network(self.inner_model, x, sigma, **extra).to(x.dtype)
+        image = further_channels(self.unet, x, extra.get("cond"))
+        out = self._network(self.inner_model, x, sigma, image, **extra).to(x.dtype)
         return (out - target).pow(2).flatten(1).mean(1)

@@ -22,7 +22,7 @@ FIXED_UNET: Allowed = {
     "attention_type": ("default",), "center_input_sample": (False,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
     "cross_attention_norm": (None,), "dual_cross_attention": (False,), "mid_block_only_cross_attention": (None, False),
     "mid_block_type": (CROSSED_MID,), "resnet_out_scale_factor": (1,), "resnet_skip_time_act": (False,),
-    "reverse_transformer_layers_per_block": (None,), "time_cond_proj_dim": (None,), "time_embedding_act_fn": (None,),
+    "reverse_transformer_layers_per_block": (None,), "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,), "time_embedding_type": ("positional",), "timestep_post_act": (None,),
 }  # fmt: skip
 FIXED_CONTROLNET: Allowed = {  # num_control_type: of a union of ControlNets
@@ -78,6 +78,8 @@ class EncoderConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     use_linear_projection: bool = True
+    time_cond_proj_dim: int | None = None  # width of the embedded guidance weight (LCM)
+    size_ids: int = 6  # numbers in the conditioning beside the text; no key of a config.json
 
     @classmethod
     def sizes(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,13 +122,13 @@ class EncoderConfig:
             raise InputError(
                 f"{self.network} config: projection_class_embeddings_input_dim="
                 f"{self.projection_class_embeddings_input_dim} leaves no room for pooled text beside "
-                f"6 × addition_time_embed_dim={self.addition_time_embed_dim}"
+                f"{self.size_ids} × addition_time_embed_dim={self.addition_time_embed_dim}"
             )
 
     @property
     def pooled_dim(self) -> int:
-        """Width of the pooled text embedding: the added embedding's input without the six size embeddings."""
-        return self.projection_class_embeddings_input_dim - 6 * self.addition_time_embed_dim
+        """Width of the pooled text embedding: the added embedding's input without the embeddings of the sizes."""
+        return self.projection_class_embeddings_input_dim - self.size_ids * self.addition_time_embed_dim
 
     @property
     def skip_widths(self) -> tuple[int, ...]:

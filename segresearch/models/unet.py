@@ -11,6 +11,7 @@ cross-attention. Attention is the caller's `attend`, blocks go through the calle
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from segresearch.models.attention import (
     Attend,
     Context,
     Fork,
+    Part,
     Site,
     Transformer,
     TransformerBlock,
@@ -66,11 +68,13 @@ def sinusoid(values: Float[Tensor, " n"], dim: int) -> Float[Tensor, "n dim"]:
 
 
 class Embedding(nn.Module):
-    """Linear, SiLU, linear (diffusers: TimestepEmbedding)."""
+    """Linear, SiLU, linear (diffusers: TimestepEmbedding). `cond_proj`, which the caller applies: to the input, of a
+    further embedding `cond_channels` wide."""
 
-    def __init__(self, channels: int, out_channels: int):
+    def __init__(self, channels: int, out_channels: int, cond_channels: int | None = None):
         super().__init__()
         self.linear_1 = nn.Linear(channels, out_channels)
+        self.cond_proj = nn.Linear(cond_channels, channels, bias=False) if cond_channels else None
         self.linear_2 = nn.Linear(out_channels, out_channels)
 
     def forward(self, x: Float[Tensor, "rows c"]) -> Float[Tensor, "rows d"]:
@@ -180,8 +184,9 @@ class Encoder(nn.Module):
         self.config = config
         c, widths = config, config.block_out_channels
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = Embedding(widths[0], 4 * widths[0])
-        self.add_embedding = Embedding(c.projection_class_embeddings_input_dim, 4 * widths[0])
+        self.time_embedding = Embedding(widths[0], 4 * widths[0], c.time_cond_proj_dim)
+        added = c.projection_class_embeddings_input_dim
+        self.add_embedding = Embedding(added, 4 * widths[0]) if added else None
         self.down_blocks = nn.ModuleList(DownBlock(c, level) for level in range(len(widths)))
         self.mid_block = MidBlock(c)
 
@@ -199,18 +204,43 @@ class Encoder(nn.Module):
         """What does not depend on x or t: keys and values at every cross-attention, the embedding of sizes and pooled
         text. Raises InputError if cond does not fit this network."""
         dtype, c = self.conv_in.weight.dtype, self.config
-        width, pooled = cond.context.shape[-1], cond.pooled.shape[-1]
-        if (width, pooled) != (c.cross_attention_dim, c.pooled_dim):
+        widths = tuple(z.shape[-1] for z in (cond.context, cond.pooled, cond.time_ids))
+        if widths != (c.cross_attention_dim, c.pooled_dim, c.size_ids):
+            given, taken = (
+                f"{width} wide (pooled {pooled}, {ids} sizes)"
+                for width, pooled, ids in (widths, (c.cross_attention_dim, c.pooled_dim, c.size_ids))
+            )
             raise InputError(
-                f"{c.network}: conditioning is {width} wide (pooled {pooled}), this model takes "
-                f"{c.cross_attention_dim} (pooled {c.pooled_dim}): encode prompts with this model's own text encoders"
+                f"{c.network}: conditioning is {given}, this model takes {taken}: "
+                "encode prompts with this model's own text encoders"
             )
         text = cond.context.to(dtype)
         keys_values = {block.attn2.name: block.attn2.keys_values(text) for block in self.transformer_blocks}
-        sizes = sinusoid(cond.time_ids.flatten(), c.addition_time_embed_dim)
-        sizes = rearrange(sizes, "(b six) c -> b (six c)", six=6)
-        added = self.add_embedding(torch.cat([cond.pooled.to(dtype), sizes.to(dtype)], dim=-1))
-        return Projection(added, keys_values)
+        added = None
+        if self.add_embedding is not None:
+            sizes = sinusoid(cond.time_ids.flatten(), c.addition_time_embed_dim)
+            sizes = rearrange(sizes, "(b ids) c -> b (ids c)", ids=c.size_ids)
+            added = self.add_embedding(torch.cat([cond.pooled.to(dtype), sizes.to(dtype)], dim=-1))
+        return Projection(added, keys_values, self.embed_guidance(cond))
+
+    def embed_guidance(self, cond: Cond) -> Float[Tensor, "rows c"] | None:
+        """What the embedding of the guidance weight adds to that of t, in a network that has one (LCM).
+
+        w − 1, times 1000, at frequencies as of `sinusoid` but down to 1/10000 itself and sines first (diffusers'
+        get_guidance_scale_embedding). InputError where cond has no weight, or has one that a UNet does not read.
+        """
+        c, projection = self.config, self.time_embedding.cond_proj
+        if projection is None:
+            if cond.guidance is not None and c.network == "unet":
+                raise InputError("unet: cond.guidance is set, but this model embeds no guidance weight (LCM's do)")
+            return None
+        if cond.guidance is None:
+            raise InputError("unet: this model embeds the guidance weight (LCM): cond.guidance must be set")
+        half = projection.in_features // 2
+        w = (cond.guidance.to(torch.promote_types(cond.guidance.dtype, torch.float32)) - 1) * 1000
+        steps = torch.arange(half, dtype=w.dtype, device=w.device)
+        angles = w[:, None] * torch.exp(-math.log(10000.0) * steps / (half - 1))  # (rows,) -> (rows, half)
+        return projection(torch.cat([angles.sin(), angles.cos()], dim=-1).to(projection.weight.dtype))
 
     def context(
         self, t: Float[Tensor, " rows"], cond: Cond | Projection,
@@ -218,12 +248,23 @@ class Encoder(nn.Module):
     ) -> Context:  # fmt: skip
         """What the blocks of one forward pass share. cond may be a projection by this network."""
         projection = cond if isinstance(cond, Projection) else self.project(cond)
-        time = wrap(self.embed_time, t, Site(EMBEDDING, (1, 1), "embedding"))
-        return Context(time + projection.added, projection.text, attend, wrap, fork)
+        embed = partial(self.embed_time, guidance=projection.guidance)
+        time = wrap(embed, t, Site(EMBEDDING, (1, 1), "embedding"))
+        return Context(
+            time if projection.added is None else time + projection.added, projection.text, attend, wrap, fork
+        )
 
-    def embed_time(self, t: Float[Tensor, " rows"]) -> Float[Tensor, "rows e"]:
-        """The embedding of the timestep alone."""
-        return self.time_embedding(sinusoid(t, self.config.block_out_channels[0]).to(self.conv_in.weight.dtype))
+    def embed_time(
+        self, t: Float[Tensor, " rows"], guidance: Float[Tensor, "_rows c"] | None = None, part: Part | None = None
+    ) -> Float[Tensor, "rows e"]:
+        """The embedding of the timestep alone, and of the guidance weight where the network has one.
+
+        part: the rows of the pass that t has, where it has some of them only.
+        """
+        sines = sinusoid(t, self.config.block_out_channels[0]).to(self.conv_in.weight.dtype)
+        if guidance is not None:
+            sines = sines + (guidance if part is None else part.rows_of(guidance, None))
+        return self.time_embedding(sines)
 
     def encode(
         self, x: Float[Tensor, "rows c h w"], context: Context, hint: Float[Tensor, "hint_rows d h w"] | None = None

@@ -175,11 +175,18 @@ class VAE(nn.Module):
         mean, logvar = self.quant_conv(y).chunk(2, dim=1)  # (b, 2l, h, w) -> 2 × l
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def encode(self, images: Float[Tensor, "b c H W"], tile: int | None = None) -> Float[Tensor, "b l h w"]:
-        """Scaled latents: (mean − shift) · scaling_factor, without sampling. tile: as of `decode`."""
-        mean, _ = self.moments(images, tile)
+    def encode(
+        self,
+        images: Float[Tensor, "b c H W"],
+        tile: int | None = None,
+        noise: Float[Tensor, "b l h w"] | None = None,
+    ) -> Float[Tensor, "b l h w"]:
+        """Scaled latents: (z − shift) · scaling_factor, where z is the mean of the latent Gaussian, or with unit
+        Gaussian `noise` a draw from it, mean + deviation · noise. tile: as of `decode`."""
+        mean, logvar = self.moments(images, tile)
         mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
-        return (mean - self.config.shift_factor) * self.config.scaling_factor
+        z = mean if noise is None else mean + (0.5 * logvar.to(mean)).exp() * noise.to(mean)
+        return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(self, latents: Float[Tensor, "b l h w"], tile: int | None = None) -> Float[Tensor, "b c H W"]:
         """Images from scaled latents, not clamped.

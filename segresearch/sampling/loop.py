@@ -29,6 +29,7 @@ from segresearch.sampling.kdiffusion import k_diffusion
 from segresearch.sampling.memory import Run
 from segresearch.sampling.noise import brownian_noise, image_key, noise_keys, white_noise
 from segresearch.sampling.schedules import checked_sigmas, choose, start_scale
+from segresearch.sampling.start import ImageStart
 
 ANCESTRAL = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral")
 SDE = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
@@ -53,6 +54,7 @@ def sample(
     callback: Callback | None = None,
     progress: bool = False,
     options: Mapping[str, Any] | None = None,
+    start: ImageStart | None = None,
     **extra: Any,
 ) -> Float[Tensor, "images *latent"]:
     """Latents x0 from unit Gaussian `noise` (images, channels, height, width).
@@ -71,6 +73,8 @@ def sample(
         of the batch that x covers (one image where images run one at a time).
     progress: a bar with the images per second, silent where the output is not a terminal.
     options: the sampler's own parameters, as k-diffusion names them (eta, s_noise, s_churn, order, rtol, ...).
+    start: an image to start from, in the last part of the schedule, and a mask of what is made anew (`ImageStart`).
+        Steps, intervals and schedules of scales then count the steps that are left.
 
     What `conds` and `extra` hold for each image (tensors or objects with `rows`, in mappings, sequences or dataclasses)
     is cut to one image where images run one at a time. The global random state is not touched.
@@ -84,14 +88,19 @@ def sample(
     else:
         sigmas, schedule = checked_sigmas(torch.as_tensor(schedule), "schedule"), "as given"
     options = checked_options(sampler, options or {})
+    if start is not None:
+        sigmas = start.left(sigmas)
     if len(sigmas) == 2 and sampler in (*SDE, *END_TO_END):
         sampler, options = "euler", {}
     check_noise(noise)
     checked_rows("conds", conds, len(noise))
+    if start is not None:
+        start.check(noise)
 
     dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
     device = model.sigmas.device
-    x = noise.to(device, dtype) * start_scale(sigmas, schedule)
+    unit = noise.to(device, dtype)
+    x = unit * start_scale(sigmas, schedule) if start is None else start.noised(unit, sigmas, schedule)
     values = tuple(sigmas.to(dtype).tolist())
     sigmas = sigmas.to(device, dtype)
     keys = noise_keys(noise, seeds, "steps")
@@ -116,7 +125,10 @@ def sample(
                 global_generator(device).manual_seed(image_key(keys[rows.start], "churn"))
             own = one_row(arguments, rows.start, len(x)) if separate else arguments
             report = reporter(callback, bar, sigmas, rows)
-            parts.append(integrate(model, x[rows], sampler, sigmas, keys[rows], options, own, report))
+            image = one_row(start, rows.start, len(x)) if separate else start
+            called = model if image is None else image.around(model, unit[rows], values[0])
+            part = integrate(called, x[rows], sampler, sigmas, keys[rows], options, own, report)
+            parts.append(part if image is None else image.kept(part))
         return torch.cat(parts)
 
 
