@@ -1,4 +1,4 @@
-"""The diffusers folder layout: an SDXL or a ControlNet, opened with its networks on the meta device."""
+"""The diffusers folder layout: a whole model or a ControlNet, opened with its networks on the meta device."""
 
 import json
 import re
@@ -21,49 +21,64 @@ from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE, VAEConfig
 
 STEM = "diffusion_pytorch_model"
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-REFINER = "it has one text encoder and cannot start from noise"
+VAE_SCALING = 0.18215  # of SD 1.5 and 2.1, whose VAE configs often do not say it
 
-Networks = tuple[UNet, VAE, CLIPTextModel, CLIPTextModelWithProjection]
+Networks = tuple[Any, ...]  # UNet, VAE, then one or two text encoders
 Names = str | Path | Sequence[str | Path] | None  # of ControlNets
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An SDXL on disk: its networks, still on the meta device, the weights of each, and the facts beside them."""
+    """A model on disk: its networks, still on the meta device, the weights of each, and the facts beside them."""
 
     networks: Networks
     weights: tuple[Weights, ...]
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    tokenizers: tuple[CLIPTokenizer, ...]
     scheduler: Mapping[str, Any]
     zero_negative: bool
     force_upcast: bool
 
 
+def has_sizes(unet: Mapping[str, Any]) -> bool:
+    """Whether the UNet of this config reads image sizes and a pooled text, as SDXL's does; SD 1.5 and 2.1 do not."""
+    return unet.get("addition_embed_type") == "text_time"
+
+
+def text_parts(index: Mapping[str, Any], unet: Mapping[str, Any]) -> tuple[str, ...]:
+    """The folders of the text encoders: one of SD 1.5 and 2.1, two of SDXL, the second alone of its refiner."""
+    if not has_sizes(unet):
+        return ("text_encoder",)
+    null = "text_encoder" in index and (index["text_encoder"] or [None])[-1] is None
+    return ("text_encoder_2",) if null else ("text_encoder", "text_encoder_2")
+
+
+def tokenizer_of(part: str) -> str:
+    """The folder of the tokenizer of a text encoder."""
+    return part.replace("text_encoder", "tokenizer")
+
+
 def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
-    """CheckpointError for anything but an SDXL pipeline, with what it is. index: model_index.json; unet: the UNet's
-    config; {} for one that is missing."""
+    """CheckpointError for anything but a Stable Diffusion pipeline, with what it is. index: model_index.json; unet: the
+    UNet's config; {} for one that is missing."""
     component = (folder / "config.json").is_file()
     file = min((path.name for path in folder.glob("*.safetensors")), default=None)
     if not index and not component and file is None:
         for path in sorted(folder.glob("*")):
             refuse_pickle(path)
-    kind, width = str(index.get("_class_name") or "pipeline"), unet.get("cross_attention_dim")
-    model = {"768": "Stable Diffusion 1", "1024": "Stable Diffusion 2"}.get(str(width), kind)
-    parts = ("text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2")
+    kind, texts = str(index.get("_class_name") or "pipeline"), text_parts(index, unet)
+    parts = (*texts, "vae", *map(tokenizer_of, texts))
     missing = next((part for part in parts if not (folder / part).is_dir()), None)
-    refiner = missing == "text_encoder" and index.get("requires_aesthetics_score")
+    needs = "two text encoders with tokenizers" if has_sizes(unet) else "a text encoder with its tokenizer"
     scheduler = str((index.get("scheduler") or [""])[-1])
-    sizes = unet.get("addition_embed_type") == "text_time"
-    hint = "give a folder in the diffusers layout of SDXL (with model_index.json)"
+    network = unet.get("_class_name", "UNet2DConditionModel")
+    hint = "give a folder in the diffusers layout of Stable Diffusion or SDXL (with model_index.json)"
     for fault, holds in {
         "is one component, not a whole model: give the folder above it, with model_index.json": component and not index,
         f"has no model_index.json but {file}: give that file's path, if it is the checkpoint": file and not index,
         f"has no model_index.json: {hint}": not index,
-        f"is a {kind} without unet/config.json, not SDXL; {hint}": not unet,
-        f"is {model} (cross_attention_dim {width}, no size conditioning), not SDXL; {hint}": not sizes,
-        f"is the SDXL refiner: {REFINER}; give SDXL base": refiner,
-        f"is incomplete, {missing}/ is missing: SDXL needs two text encoders with tokenizers, and a VAE": missing,
+        f"is a {kind} without unet/config.json, which is not supported; {hint}": not unet,
+        f"is a {kind} with a {network}, not a UNet2DConditionModel; {hint}": network != "UNet2DConditionModel",
+        f"is incomplete, {missing}/ is missing: this model needs {needs}, and a VAE": missing,
         f"uses the EDM formulation ({scheduler}), which is not supported; {hint}": scheduler.startswith("EDM"),
     }.items():
         if holds:
@@ -114,29 +129,43 @@ def building(folder: Path) -> Iterator[None]:
 
 
 def build_networks(configs: Sequence[dict[str, Any]], path: Path) -> Networks:
-    """The networks of the configs of PARTS, without weights."""
-    unet, vae, first, second = configs
+    """The networks of these configs, without weights: UNet, VAE, text encoders. Where the UNet reads a pooled text, it
+    is that of the last encoder."""
+    unet, vae, *texts = configs
+    for text in texts:
+        if text.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
+            raise CheckpointError(f"{path}: a text encoder is a {text['model_type']}, not CLIP's: not supported")
+    if not has_sizes(unet):
+        vae = {"scaling_factor": VAE_SCALING} | vae
     with building(path):
         image = UNet(UNetConfig.from_dict(unet)), VAE(VAEConfig.from_dict(vae))
-        text = CLIPTextModel(CLIPTextConfig.from_dict(first))
-        return *image, text, CLIPTextModelWithProjection(CLIPTextConfig.from_dict(second))
+        kinds = [CLIPTextModel] * (len(texts) - 1) + [CLIPTextModelWithProjection if has_sizes(unet) else CLIPTextModel]
+        return *image, *(kind(CLIPTextConfig.from_dict(text)) for kind, text in zip(kinds, texts, strict=True))
 
 
 def open_model_folder(folder: Path, variant: str | None) -> Checkpoint:
-    """An SDXL pipeline. variant: of its weights. Raises CheckpointError for anything else."""
+    """A Stable Diffusion pipeline. variant: of its weights. Raises CheckpointError for anything else."""
     index = read_json(folder / "model_index.json", optional=True)
-    refuse_other_folder(folder, index, read_json(folder / "unet" / "config.json", optional=True))
-    configs = [read_json(folder / part / "config.json") for part in PARTS]
-    networks, stems = build_networks(configs, folder), (STEM, STEM, "model", "model")
-    unet, vae, first, second = (open_folder(folder / part, stem, variant) for part, stem in zip(PARTS, stems))
+    config = read_json(folder / "unet" / "config.json", optional=True)
+    refuse_other_folder(folder, index, config)
+    texts = text_parts(index, config)
+    if index.get("requires_aesthetics_score"):
+        config["size_ids"] = 5
+    parts = ("unet", "vae", *texts)
+    configs = [config, *(read_json(folder / part / "config.json") for part in parts[1:])]
+    networks = build_networks(configs, folder)
+    unet, vae = (open_folder(folder / part, STEM, variant) for part in parts[:2])
     vae = {_vae_key(key): entry for key, entry in vae.items()}
-    entries = (unet, vae, _text_entries(networks[2], first), _text_entries(networks[3], second))
+    encoders = (
+        _text_entries(encoder, open_folder(folder / part, "model", variant))
+        for encoder, part in zip(networks[2:], texts, strict=True)
+    )
     return Checkpoint(
         networks,
-        tuple(map(Weights, PARTS, entries)),
-        (read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")),
+        tuple(map(Weights, parts, (unet, vae, *encoders))),
+        tuple(read_tokenizer(folder / tokenizer_of(part)) for part in texts),
         read_json(folder / "scheduler" / "scheduler_config.json", optional=True),
-        bool(index.get("force_zeros_for_empty_prompt", True)),
+        has_sizes(config) and bool(index.get("force_zeros_for_empty_prompt", True)),
         bool(configs[1].get("force_upcast", True)),
     )
 
@@ -154,20 +183,21 @@ def _vae_key(key: str) -> str:
     return re.sub(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda old: names[old[0]], key)
 
 
-def open_unet(folder: Path) -> tuple[UNet, Weights]:
-    """A UNet alone, still on the meta device, with its weights. CheckpointError for a folder of another network."""
+def open_unet(folder: Path, size_ids: int = 6) -> tuple[UNet, Weights]:
+    """A UNet alone, still on the meta device, with its weights. size_ids: numbers that it reads beside a pooled text.
+    CheckpointError for a folder of another network."""
     config = read_json(folder / "config.json")
     if config.get("_class_name") != "UNet2DConditionModel":
         raise CheckpointError(f"{folder} is a {config.get('_class_name') or 'folder of no known network'}, not a UNet")
     with building(folder):
-        unet = UNet(UNetConfig.from_dict(config))
+        unet = UNet(UNetConfig.from_dict({**config, "size_ids": size_ids}))
     return unet, Weights(f"unet {folder.name}", open_folder(folder, STEM))
 
 
 def open_controlnets(names: Names, model: Path, variant: str | None) -> dict[str, tuple[ControlNet, Weights]]:
-    """The ControlNets of these names, in their order, still on the meta device, with their weights. model: the SDXL,
+    """The ControlNets of these names, in their order, still on the meta device, with their weights. model: the model,
     whose own ones lie in its controlnet/. variant: of the weights, where there are such. CheckpointError for what is
-    not a ControlNet of SDXL, or is named twice."""
+    not a ControlNet, or is named twice."""
     opened: dict[str, tuple[ControlNet, Weights]] = {}
     for name in map(str, [names] if isinstance(names, str | Path) else names or ()):
         if name in opened:

@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTokenizer
 
-from segresearch.checkpoints.folder import REFINER, Checkpoint, build_networks, read_json, read_tokenizer
+from segresearch.checkpoints.folder import Checkpoint, build_networks, read_json, read_tokenizer
 from segresearch.checkpoints.tensors import Source, Weights, open_file, unexpected
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.network_configs import UNetConfig
@@ -35,7 +35,7 @@ OTHERS = {  # a pattern of keys -> what the file is; the first that matches
     r"clip_txt_(pooled_)?mapper": "Stable Cascade, not SDXL",
     r"cond_stage_model\.model\.": "a Stable Diffusion 2 checkpoint, not SDXL",
     r"cond_stage_model\.": "a Stable Diffusion 1 checkpoint, not SDXL",
-    r"conditioner\.embedders\.0\.model\.": f"the SDXL refiner, not SDXL base: {REFINER}",
+    r"conditioner\.embedders\.0\.model\.": "the SDXL refiner as one file, not SDXL base",
     r"^edm_mean$": "Playground v2.5 (EDM formulation), which is not supported",
 }
 HEAD_DIM = 64
