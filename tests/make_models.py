@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segresearch.checkpoints import single_file
+from segresearch.checkpoints import key_maps
 from segresearch.checkpoints.tensors import Source
 from segresearch.models.network_configs import UNetConfig
 
@@ -118,10 +118,10 @@ def original_layout(pipeline: StableDiffusionXLPipeline) -> dict[str, Tensor]:
     """The pipeline's weights under the names and in the forms of the original SDXL file."""
     unet, vae = pipeline.unet, pipeline.vae
     maps = (
-        (unet, single_file.unet_map(UNetConfig.from_dict(unet.config))),
-        (vae, single_file.vae_map(len(vae.config.block_out_channels))),
-        (pipeline.text_encoder, single_file.clip_map),
-        (pipeline.text_encoder_2, single_file.open_clip_map),
+        (unet, key_maps.unet_map(UNetConfig.from_dict(unet.config))),
+        (vae, key_maps.vae_map(len(vae.config.block_out_channels))),
+        (pipeline.text_encoder, key_maps.clip_map),
+        (pipeline.text_encoder_2, key_maps.open_clip_map),
     )
     out: dict[str, Tensor] = {}
     for module, source_of in maps:

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segresearch.checkpoints.resolve import refuse_pickle, resolve_controlnet
+from segresearch.checkpoints.resolve import refuse_pickle
 from segresearch.checkpoints.tensors import Entry, Weights, open_folder, refuse_pointer
-from segresearch.errors import CheckpointError
-from segresearch.models.controlnet import ControlNet
-from segresearch.models.network_configs import ControlNetConfig, UNetConfig
+from segresearch.errors import CheckpointError, InputError
+from segresearch.models.network_configs import UNetConfig
+from segresearch.models.scheduler import folder_scheduler
 from segresearch.models.text import load_tokenizer
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE, VAEConfig
@@ -23,8 +23,8 @@ from segresearch.models.vae import VAE, VAEConfig
 STEM = "diffusion_pytorch_model"
 VAE_SCALING = 0.18215  # of SD 1.5 and 2.1, whose VAE configs often do not say it
 
+Stored = TypeVar("Stored", Entry, torch.Tensor)  # on disk, or of a pipeline in memory
 Networks = tuple[Any, ...]  # UNet, VAE, then one or two text encoders
-Names = str | Path | Sequence[str | Path] | None  # of ControlNets
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[st
     parts = (*texts, "vae", *map(tokenizer_of, texts))
     missing = next((part for part in parts if not (folder / part).is_dir()), None)
     needs = "two text encoders with tokenizers" if has_sizes(unet) else "a text encoder with its tokenizer"
-    scheduler = str((index.get("scheduler") or [""])[-1])
     network = unet.get("_class_name", "UNet2DConditionModel")
     hint = "give a folder in the diffusers layout of Stable Diffusion or SDXL (with model_index.json)"
     for fault, holds in {
@@ -79,7 +78,6 @@ def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[st
         f"is a {kind} without unet/config.json, which is not supported; {hint}": not unet,
         f"is a {kind} with a {network}, not a UNet2DConditionModel; {hint}": network != "UNet2DConditionModel",
         f"is incomplete, {missing}/ is missing: this model needs {needs}, and a VAE": missing,
-        f"uses the EDM formulation ({scheduler}), which is not supported; {hint}": scheduler.startswith("EDM"),
     }.items():
         if holds:
             raise CheckpointError(f"{folder} {fault}")
@@ -117,18 +115,29 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 @contextmanager
-def building(folder: Path) -> Iterator[None]:
+def naming_path(path: Path) -> Iterator[None]:
+    """An InputError within its block becomes a CheckpointError that begins with the path."""
+    try:
+        yield
+    except InputError as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}") from error
+
+
+@contextmanager
+def building(folder: Path | str) -> Iterator[None]:
     """Networks that are built here lie on the meta device; CheckpointError for a config that is not supported."""
     try:
         with torch.device("meta"):
             yield
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers checks its configs with errors of its own classes
         kind, reason = type(error).__name__, " ".join(str(error).split())
         problem = "" if isinstance(error, ValueError) else f"a config that no model can be built from, {kind}: "
         raise CheckpointError(f"{folder}: {problem}{reason}") from error
 
 
-def build_networks(configs: Sequence[dict[str, Any]], path: Path) -> Networks:
+def build_networks(configs: Sequence[dict[str, Any]], path: Path | str) -> Networks:
     """The networks of these configs, without weights: UNet, VAE, text encoders. Where the UNet reads a pooled text, it
     is that of the last encoder."""
     unet, vae, *texts = configs
@@ -155,29 +164,31 @@ def open_model_folder(folder: Path, variant: str | None) -> Checkpoint:
     configs = [config, *(read_json(folder / part / "config.json") for part in parts[1:])]
     networks = build_networks(configs, folder)
     unet, vae = (open_folder(folder / part, STEM, variant) for part in parts[:2])
-    vae = {_vae_key(key): entry for key, entry in vae.items()}
+    vae = {vae_key(key): entry for key, entry in vae.items()}
     encoders = (
-        _text_entries(encoder, open_folder(folder / part, "model", variant))
+        text_entries(encoder, open_folder(folder / part, "model", variant))
         for encoder, part in zip(networks[2:], texts, strict=True)
     )
+    with naming_path(folder):
+        scheduler = folder_scheduler(index, read_json(folder / "scheduler" / "scheduler_config.json", optional=True))
     return Checkpoint(
         networks,
         tuple(map(Weights, parts, (unet, vae, *encoders))),
         tuple(read_tokenizer(folder / tokenizer_of(part)) for part in texts),
-        read_json(folder / "scheduler" / "scheduler_config.json", optional=True),
+        scheduler,
         has_sizes(config) and bool(index.get("force_zeros_for_empty_prompt", True)),
         bool(configs[1].get("force_upcast", True)),
     )
 
 
-def _text_entries(encoder: torch.nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def text_entries(encoder: torch.nn.Module, entries: Mapping[str, Stored]) -> dict[str, Stored]:
     """Under the encoder's own names: transformers 5.6 dropped `text_model.` from those of CLIPTextModel."""
     keys, prefix = encoder.state_dict().keys(), "text_model."
     names = {key: {key, prefix + key, key.removeprefix(prefix)} & keys for key in entries}
     return {min(names[key], default=key): entry for key, entry in entries.items()}
 
 
-def _vae_key(key: str) -> str:
+def vae_key(key: str) -> str:
     """VAE attention names of old diffusers folders as they are called today."""
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     return re.sub(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda old: names[old[0]], key)
@@ -192,25 +203,3 @@ def open_unet(folder: Path, size_ids: int = 6) -> tuple[UNet, Weights]:
     with building(folder):
         unet = UNet(UNetConfig.from_dict({**config, "size_ids": size_ids}))
     return unet, Weights(f"unet {folder.name}", open_folder(folder, STEM))
-
-
-def open_controlnets(names: Names, model: Path, variant: str | None) -> dict[str, tuple[ControlNet, Weights]]:
-    """The ControlNets of these names, in their order, still on the meta device, with their weights. model: the model,
-    whose own ones lie in its controlnet/. variant: of the weights, where there are such. CheckpointError for what is
-    not a ControlNet, or is named twice."""
-    opened: dict[str, tuple[ControlNet, Weights]] = {}
-    for name in map(str, [names] if isinstance(names, str | Path) else names or ()):
-        if name in opened:
-            raise CheckpointError(f"controlnet {name!r} is named twice: load it once")
-        folder = resolve_controlnet(name, model)
-        if any((folder / file).is_file() for file in ("model_index.json", "unet/config.json")):
-            raise CheckpointError(f"{folder} is a whole model, not a ControlNet: give the folder of a ControlNet")
-        config = read_json(folder / "config.json")
-        with building(folder):
-            net = ControlNet(ControlNetConfig.from_dict(config))
-        has_variant = variant is not None and any(folder.glob(f"{STEM}*.{variant}.*"))
-        entries = open_folder(folder, STEM, variant if has_variant else None)
-        if any(key.startswith(("task_embedding", "control_add_embedding.")) for key in entries):
-            raise CheckpointError(f"{folder}: a union of ControlNets is not supported: give one for a kind of image")
-        opened[name] = net, Weights(f"controlnet {folder.name}", entries)
-    return opened

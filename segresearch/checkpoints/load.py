@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig
 
-from segresearch.checkpoints.folder import Names, open_controlnets, open_model_folder, open_unet
+from segresearch.checkpoints.controlnets import Names, open_controlnets
+from segresearch.checkpoints.folder import open_model_folder, open_unet
 from segresearch.checkpoints.resolve import resolve_model, resolve_network
 from segresearch.checkpoints.single_file import open_model_file
 from segresearch.checkpoints.tensors import fill
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.calls import pin
 from segresearch.models.compute import PLAIN, Compute
-from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.denoiser import Denoiser, scheduled
 from segresearch.models.network_configs import ControlNetConfig, UNetConfig
+from segresearch.models.scheduler import overridden
 from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
 from segresearch.models.vae import VAEConfig
@@ -34,19 +36,22 @@ def load_model(
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
+    prediction: str | None = None,
     compute: Compute = PLAIN,
 ) -> StableDiffusion:
     """A Stable Diffusion model: a diffusers folder, a .safetensors file in the original layout, "mini", or a hub id in
     the local cache. Which families there are: docs/models.md.
 
-    controlnet: one or several, each a name in the folder's own controlnet/, a diffusers ControlNet folder, or a hub id
-        in the local cache; `.controlnets` is keyed by these names, in order, each in the UNet's dtype and on its device
+    controlnet: one or several, each a name in the folder's own controlnet/, a diffusers ControlNet folder, a file of
+        one, or a hub id in the local cache; `.controlnets` is keyed by these names, in order, each in the UNet's dtype
+        and on its device
     variant: of the weights in a folder, e.g. "fp16"; None takes the plain files, else fp16 if only that is there
     config: for a single file, a folder with configs of the diffusers layout, all or some (unet/config.json, ...,
         scheduler/scheduler_config.json, model_index.json, tokenizers), where shapes do not tell (heads not 64 wide)
     tokenizer: for a single file, a folder with tokenizer/ and tokenizer_2/, or with one tokenizer for both encoders;
         None takes them from `config` or the local transformers cache
     vae_dtype: None is `dtype`, but float32 for a VAE that overflows in float16 (SDXL's own; config force_upcast)
+    prediction: what the network's output stands for, "epsilon", "v_prediction" or "sample"; None: as the model declares
     compute: how the model computes; with offload, text encoders and VAE stay on the CPU between calls of its methods
 
     Nothing is fetched from a network. CheckpointError, of one line, for anything that is not a complete model.
@@ -69,7 +74,7 @@ def load_model(
         if variant is not None:
             raise InputError(f"variant={variant!r} is for a folder: {path} is a single file")
         checkpoint = open_model_file(path, Path(config) if config else None, Path(tokenizer) if tokenizer else None)
-    opened = open_controlnets(controlnet, path, variant)
+    opened = open_controlnets(controlnet, path, variant, checkpoint.networks[0].config)
     controlnets = {name: net for name, (net, _) in opened.items()}
     encoders: list[Any]
     unet, vae, *encoders = checkpoint.networks
@@ -77,10 +82,9 @@ def load_model(
     refuse_mixture(unet.config, vae.config, [encoder.config for encoder in encoders])
     for name, net in controlnets.items():
         check_fit(name, net.config, unet.config, vae.config.factor)
-    scheduler = checkpoint.scheduler
     try:
-        prediction, offset = scheduler.get("prediction_type", "epsilon"), scheduler.get("steps_offset", 1)
-        denoiser = Denoiser(unet, alphas_cumprod(scheduler).to(device), prediction, offset, compute)
+        scheduler = overridden(checkpoint.scheduler, prediction)
+        denoiser = scheduled(unet, scheduler, compute, device)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path_or_name}: {error}") from error
     if vae_dtype is None:
@@ -90,13 +94,18 @@ def load_model(
         fill(module, weights, vae_dtype if module is vae else dtype, device if module is unet else resting)
     for net, weights in opened.values():
         fill(net, weights, dtype, device)
-    for encoder in encoders:  # position_ids, the one buffer that checkpoints do not hold
-        embeddings: Any = getattr(encoder, "text_model", encoder).embeddings
-        embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=resting)[None]
+    for encoder in encoders:
+        number_positions(encoder, resting)
     if compute.offload and device.type == "cuda":
         for module in (vae, *encoders):
             pin(module)
     return StableDiffusion(unet, vae, text, denoiser, str(path_or_name), checkpoint.zero_negative, controlnets, compute)
+
+
+def number_positions(encoder: Any, device: torch.device) -> None:
+    """Make the one buffer of a text encoder that checkpoints do not hold: position_ids."""
+    embeddings = getattr(encoder, "text_model", encoder).embeddings
+    embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=device)[None]
 
 
 @lru_cache(maxsize=4)
@@ -110,7 +119,7 @@ def load_network(name: str, model: str, dtype: torch.dtype, device: torch.device
     if path.is_dir() and not (path / "model_index.json").is_file():
         unet, weights = open_unet(path, denoiser.unet.config.size_ids)
         fill(unet, weights, dtype, device)
-        other = Denoiser(unet, denoiser.alphas, denoiser.prediction, denoiser.steps_offset, denoiser.run.compute)
+        other = denoiser.of_network(unet)
     else:
         other = load_model(path, dtype, device, compute=denoiser.run.compute).denoiser
     widths = [(net.unet.config.cross_attention_dim, net.unet.config.pooled_dim) for net in (denoiser, other)]

@@ -4,6 +4,7 @@ back."""
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -109,14 +110,27 @@ class StableDiffusion:
         """Images from scaled latents, not clamped: `vae.decode` on the UNet's device, as `compute` says."""
         return self._vae("decode", latents)
 
-    def encode_images(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b l h w"]:
-        """Scaled latents of images in [−1, 1]: `vae.encode` on the UNet's device, as `compute` says."""
-        return self._vae("encode", images)
+    @torch.no_grad()
+    def encode_images(
+        self, images: Float[Tensor, "b c H W"], noise: Float[Tensor, "b l h w"] | None = None
+    ) -> Float[Tensor, "b l h w"]:
+        """Scaled latents of images in [−1, 1]: `vae.encode` on the UNet's device, as `compute` says. The mean of the
+        VAE's Gaussian, the same for every seed; with unit Gaussian `noise` a draw, as in diffusers."""
+        return self._vae("encode", images, noise=noise)
 
-    def _vae(self, method: str, x: Tensor) -> Tensor:
+    def latent_mask(self, mask: Float[Tensor, "b c H W"]) -> Float[Tensor, "b 1 h w"]:
+        """A mask of pixels in [0, 1], white what is made anew, as a mask of latents: 1 from 0.5 on, else 0, at the
+        upper left pixel of each latent (diffusers' nearest). InputError for colours, or a size that does not fit."""
+        if mask.shape[1] != 1:
+            raise InputError(f"mask of shape {tuple(mask.shape)}: give (images, 1, height, width)")
+        self.latent_shape((mask.shape[2], mask.shape[3]))
+        factor = self.vae.config.factor
+        return (mask.to(self.device) >= 0.5).float()[..., ::factor, ::factor]
+
+    def _vae(self, method: str, x: Tensor, **more: Any) -> Tensor:
         run = on_device(self.vae, self.device, method) if self.compute.offload else getattr(self.vae, method)
         with self.arithmetic():
-            return run(x.to(self.device), tile=self.compute.vae_tile)
+            return run(x.to(self.device), tile=self.compute.vae_tile, **more)
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """fp32 products within its block as `compute.precision` says, of networks that are called directly too."""

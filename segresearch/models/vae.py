@@ -191,10 +191,17 @@ class VAE(nn.Module):
         mean, logvar = self.quant_conv(y).chunk(2, dim=1)  # (b, 2l, h, w) -> 2 × l
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def encode(self, images: Float[Tensor, "b c H W"], tile: int | None = None) -> Float[Tensor, "b l h w"]:
-        """Scaled latents: (mean − shift) · scaling_factor, without sampling. tile: as of `decode`."""
-        mean, _ = self.moments(images, tile)
-        return self.scaled(mean.to(torch.promote_types(mean.dtype, torch.float32)))
+    def encode(
+        self,
+        images: Float[Tensor, "b c H W"],
+        tile: int | None = None,
+        noise: Float[Tensor, "b l h w"] | None = None,
+    ) -> Float[Tensor, "b l h w"]:
+        """Scaled latents: (z − shift) · scaling_factor, where z is the mean of the latent Gaussian, or with unit
+        Gaussian `noise` a draw from it, mean + deviation · noise. tile: as of `decode`."""
+        mean, logvar = self.moments(images, tile)
+        mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+        return self.scaled(mean if noise is None else mean + (0.5 * logvar.to(mean)).exp() * noise.to(mean))
 
     def scaled(self, z: Float[Tensor, "b l h w"]) -> Float[Tensor, "b l h w"]:
         """Latents in the VAE's own units to unit scale."""
