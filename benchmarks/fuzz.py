@@ -149,7 +149,9 @@ class Fuzz:
         content = bytearray(self.files[name])
         for _ in range(draw.choice([1, 1, 3, 30])):
             at = draw.randrange(len(content))
-            content[at : at + draw.choice([0, 1, 5, 50])] = draw.choice([b"", b"\xff\xfe", b"{", b"]", b'"', b"\n", b"0" * 99])
+            content[at : at + draw.choice([0, 1, 5, 50])] = draw.choice(
+                [b"", b"\xff\xfe", b"{", b"]", b'"', b"\n", b"0" * 99]
+            )
             content = content or bytearray(b" ")
         (self.folder / name).write_bytes(content)
 
@@ -223,9 +225,13 @@ def broken_header(draw: random.Random, header: dict[str, Any], data: bytes) -> b
     if kind == 2:
         return packed(text, data)[: draw.randrange(len(text) + len(data) + 8)]
     if kind == 3:
-        entry["data_offsets"] = draw.choice([[0, 0], [0, 2**64], [-1, 5], [5, 1], [0.5, 3], [], [0], "x", None, [2**63, 2**63]])
+        entry["data_offsets"] = draw.choice(
+            [[0, 0], [0, 2**64], [-1, 5], [5, 1], [0.5, 3], [], [0], "x", None, [2**63, 2**63]]
+        )
     elif kind == 4:
-        entry["shape"] = draw.choice([[], [0], [-1], [2**40, 2**40], [2**63], [1.5], ["x"], None, [1] * 300, [2**31, 2**31, 4]])
+        entry["shape"] = draw.choice(
+            [[], [0], [-1], [2**40, 2**40], [2**63], [1.5], ["x"], None, [1] * 300, [2**31, 2**31, 4]]
+        )
     elif kind == 5:
         entry["dtype"] = draw.choice(["F8_E4M3", "I8", "BOOL", "X", None, 5, "F64", "U64", "F4", ""])
     elif kind == 6:
@@ -261,7 +267,9 @@ def renamed_keys(draw: random.Random, header: dict[str, Any]) -> dict[str, Any]:
             entry["shape"] = draw.choice([entry["shape"][::-1], [*entry["shape"], 1], [1, *entry["shape"]],
                                           [entry["data_offsets"][1] // 2 - entry["data_offsets"][0] // 2]])  # fmt: skip
         elif kind == 4:
-            start = draw.choice(["model.", "", "first_stage_model.", "cond_stage_model.", "double_blocks.", "lora_unet_"])
+            start = draw.choice(
+                ["model.", "", "first_stage_model.", "cond_stage_model.", "double_blocks.", "lora_unet_"]
+            )
             entries[start + key] = entries.pop(key)
         elif kind == 5:
             prefix, name = key.split(".")[0], draw.choice(["x", "", "cond_stage_model", "conditioner.embedders.9"])

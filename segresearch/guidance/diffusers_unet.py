@@ -73,7 +73,7 @@ class GuidedUNet(nn.Module):
         return self.denoiser.unet.conv_in.weight.device
 
     @property
-    def add_embedding(self) -> Any:
+    def add_embedding(self) -> nn.Module | None:
         """Which pipelines look at to check their text encoders."""
         return self.denoiser.unet.add_embedding
 
