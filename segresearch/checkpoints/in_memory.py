@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segresearch.checkpoints.folder import build_networks, building, text_entries, vae_key
+from segresearch.checkpoints.folder import build_networks, building
 from segresearch.checkpoints.load import DTYPES, check_fit, number_positions, refuse_mixture
+from segresearch.checkpoints.parts import text_entries, vae_key
 from segresearch.checkpoints.tensors import listed
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.compute import PLAIN, Compute

@@ -73,7 +73,7 @@ class GuidedUNet(nn.Module):
         return self.denoiser.unet.conv_in.weight.device
 
     @property
-    def add_embedding(self) -> nn.Module:
+    def add_embedding(self) -> Any:
         """Which pipelines look at to check their text encoders."""
         return self.denoiser.unet.add_embedding
 
@@ -98,7 +98,9 @@ class GuidedUNet(nn.Module):
         z = sample.to(torch.promote_types(sample.dtype, torch.float32))
         added = added_cond_kwargs or {}
         blank = z.new_zeros(len(z), 0)
-        cond = Cond(encoder_hidden_states, added.get("text_embeds", blank), added.get("time_ids", blank))
+        latents = self.denoiser.unet.config.out_channels  # further channels are of inpainting and the like
+        z, image = z[:, :latents], z[:, latents:] if z.shape[1] > latents else None
+        cond = Cond(encoder_hidden_states, added.get("text_embeds", blank), added.get("time_ids", blank), image)
         t = torch.as_tensor(timestep, device=z.device).to(z.dtype).expand(len(z))
         halves = z.chunk(2) if len(z) % 2 == 0 else ()
         equal = bool(halves) and torch.equal(*halves)
