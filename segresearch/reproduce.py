@@ -118,7 +118,7 @@ def _settings_of_an_image(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that samples the one image of a record."""
     if missing := [key for key in (*OF_AN_IMAGE, "model", "prompt", "seed") if key not in record]:
         raise ConfigError(f"{missing[0]}: missing")
-    model = {key: value for key, value in record["model"].items() if key != "fingerprint"}
+    model = {key: value for key, value in record["model"].items() if key not in ("fingerprint", "parts")}
     compute = {key: value for key, value in record.get("compute", EXACT).items() if key != "device"}
     image = {"prompts": [record["prompt"]], "seeds": record["seed"], "controls": record.get("controls") or {}}
     return {**{key: record[key] for key in OF_AN_IMAGE}, **image, "model": model, "compute": compute, "name": "again"}
@@ -130,7 +130,8 @@ def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
     panels = {f"panel {i}": panel.get("controls") for i, panel in enumerate(run.get("panels", ()), 1)}
     contents = {f"contents of control {name}": value for name, value in (run.get("contents") or panels).items()}
     return {
-        "weights": run.get("model", {}).get("fingerprint"), **contents,
+        "weights": run.get("model", {}).get("fingerprint"), "parts of the model": run.get("model", {}).get("parts"),
+        **contents,
         "device": record.get("compute", {}).get("device"),
         "version of segresearch": record.get("code"), "version of torch": record.get("torch"),
     }  # fmt: skip

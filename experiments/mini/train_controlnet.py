@@ -92,9 +92,7 @@ def initial(unet: UNet, config: Mapping[str, Any]) -> ControlNet:
 
 
 @torch.no_grad()
-def image_effect(
-    model: Trained, latents: Tensor, own: Tensor, cond: Cond, alphas: Tensor
-) -> dict[str, float]:
+def image_effect(model: Trained, latents: Tensor, own: Tensor, cond: Cond, alphas: Tensor) -> dict[str, float]:
     """Mean squared error of eps at t = 200, 500, 800, for rows under their own control image `own` and under another's.
 
     The gap between the two is the effect of the control image.
@@ -136,9 +134,11 @@ def main() -> None:
     call = torch.compile(model, dynamic=False) if args.compile else model
     empty, alphas = torch.tensor([BEGIN_ID] + [END_ID] * (LENGTH - 1)), alphas_cumprod().to(device)
     control = open_images(args.runs / "scenes" / "maps", args.images)
-    probe = torch.arange(args.images - 64, args.images)  # few of very many training scenes
-    own = maps(args.kind, control, probe, torch.ones(64, dtype=torch.bool)).to(device)
-    no_text = conditioning(clips, empty.expand(64, -1).to(device), torch.zeros(64, dtype=torch.bool, device=device))
+    probe = torch.arange(max(0, args.images - 64), args.images)  # few of very many training scenes
+    own = maps(args.kind, control, probe, torch.ones(len(probe), dtype=torch.bool)).to(device)
+    no_text = conditioning(
+        clips, empty.expand(len(probe), -1).to(device), torch.zeros(len(probe), dtype=torch.bool, device=device)
+    )
 
     def loss_of(step: int) -> tuple[Tensor, Mapping[str, float]]:
         keyed = generator(args.seed, 105, step)

@@ -25,7 +25,7 @@ def file_scheduler(path: Path, entries: Mapping[str, Entry], metadata: Mapping[s
     if EDM_V.keys() & entries.keys():
         stored = [read_numbers(entries[key]) if key in entries else () for key in EDM_V]
         low, high = ([*values, usual][0] for values, usual in zip(stored, EDM_V.values(), strict=True))
-        return edm("EDMEulerScheduler", "v_prediction", 1.0, (low, high))
+        return edm("EDMEulerScheduler", "v_prediction", 1.0, (low, high)) | {"sigma_schedule": "exponential"}
     said = {"its key v_pred": "v_prediction"} if "v_pred" in entries else {}
     said |= _yaml(path.with_suffix(".yaml")) | _metadata(metadata)
     if len(set(said.values())) > 1:

@@ -14,7 +14,7 @@ HEAD_DIM = 64
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _span(shapes: Shapes, pattern: str) -> int:
+def span(shapes: Shapes, pattern: str) -> int:
     """How many indices the pattern's group takes, from 0 on; 0 without a match. InputError where one is left out."""
     numbers = {m[1] for m in map(re.compile(pattern).match, shapes) if m}
     if numbers != {str(i) for i in range(len(numbers))}:
@@ -30,13 +30,13 @@ def _plain(depths: list[int]) -> int | list[int]:
 def unet_config(shapes: Shapes, pooled: int | None, ids: int = 6) -> dict[str, Any]:
     """A diffusers `unet/config.json` from the shapes below `model.diffusion_model.`; pooled: its text width, None where
     the model has none; ids: sizes in its time_ids."""
-    inputs = _span(shapes, r"input_blocks\.(\d+)\.")
+    inputs = span(shapes, r"input_blocks\.(\d+)\.")
     downs = [i for i in range(inputs) if f"input_blocks.{i}.0.op.weight" in shapes]
     starts, ends = [1, *(i + 1 for i in downs)], [*downs, inputs]
     widths = [shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0] for i in starts]
 
     def depth(block: str) -> int:
-        return _span(shapes, rf"{block}\.1\.transformer_blocks\.(\d+)\.")
+        return span(shapes, rf"{block}\.1\.transformer_blocks\.(\d+)\.")
 
     levels = [[depth(rf"input_blocks\.{i}") for i in range(a, b)] for a, b in zip(starts, ends, strict=True)]
     layers = [len(level) for level in levels]
@@ -83,11 +83,11 @@ def unet_config(shapes: Shapes, pooled: int | None, ids: int = 6) -> dict[str, A
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
     """A diffusers `vae/config.json`, without what scales latents, from the shapes below `first_stage_model.`."""
-    levels = _span(shapes, r"encoder\.down\.(\d+)\.block\.")
+    levels = span(shapes, r"encoder\.down\.(\d+)\.block\.")
     return {
         "in_channels": shapes["encoder.conv_in.weight"][1], "out_channels": shapes["decoder.conv_out.weight"][0],
         "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)],
-        "layers_per_block": _span(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": span(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
         "latent_channels": shapes["decoder.conv_in.weight"][1],
         "use_quant_conv": "quant_conv.weight" in shapes, "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
@@ -106,7 +106,7 @@ def clip_config(shapes: Shapes) -> dict[str, Any]:
     return {
         "vocab_size": vocabulary, "hidden_size": width,
         "intermediate_size": shapes[f"{layers}.0.mlp.{mlp}.weight"][0],
-        "num_hidden_layers": _span(shapes, rf"{re.escape(layers)}\.(\d+)\."),
+        "num_hidden_layers": span(shapes, rf"{re.escape(layers)}\.(\d+)\."),
         "num_attention_heads": max(width // HEAD_DIM, 1),
         "max_position_embeddings": shapes[positions][0],
         "hidden_act": "gelu" if open_clip else "quick_gelu",

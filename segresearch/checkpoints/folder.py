@@ -13,8 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from segresearch.checkpoints.resolve import refuse_pickle
 from segresearch.checkpoints.tensors import Entry, Weights, open_folder, refuse_pointer
-from segresearch.errors import CheckpointError
+from segresearch.errors import CheckpointError, InputError
 from segresearch.models.network_configs import UNetConfig
+from segresearch.models.scheduler import folder_scheduler
 from segresearch.models.text import load_tokenizer
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE, VAEConfig
@@ -52,7 +53,6 @@ def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[st
     parts = ("text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2")
     missing = next((part for part in parts if not (folder / part).is_dir()), None)
     refiner = missing == "text_encoder" and index.get("requires_aesthetics_score")
-    scheduler = str((index.get("scheduler") or [""])[-1])
     sizes = unet.get("addition_embed_type") == "text_time"
     hint = "give a folder in the diffusers layout of SDXL (with model_index.json)"
     for fault, holds in {
@@ -63,7 +63,6 @@ def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[st
         f"is {model} (cross_attention_dim {width}, no size conditioning), not SDXL; {hint}": not sizes,
         f"is the SDXL refiner: {REFINER}; give SDXL base": refiner,
         f"is incomplete, {missing}/ is missing: SDXL needs two text encoders with tokenizers, and a VAE": missing,
-        f"uses the EDM formulation ({scheduler}), which is not supported; {hint}": scheduler.startswith("EDM"),
     }.items():
         if holds:
             raise CheckpointError(f"{folder} {fault}")
@@ -101,6 +100,15 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 @contextmanager
+def naming_path(path: Path) -> Iterator[None]:
+    """An InputError within its block becomes a CheckpointError that begins with the path."""
+    try:
+        yield
+    except InputError as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}") from error
+
+
+@contextmanager
 def building(folder: Path | str) -> Iterator[None]:
     """Networks that are built here lie on the meta device; CheckpointError for a config that is not supported."""
     try:
@@ -132,11 +140,13 @@ def open_model_folder(folder: Path, variant: str | None) -> Checkpoint:
     unet, vae, first, second = (open_folder(folder / part, stem, variant) for part, stem in zip(PARTS, stems))
     vae = {vae_key(key): entry for key, entry in vae.items()}
     entries = (unet, vae, text_entries(networks[2], first), text_entries(networks[3], second))
+    with naming_path(folder):
+        scheduler = folder_scheduler(index, read_json(folder / "scheduler" / "scheduler_config.json", optional=True))
     return Checkpoint(
         networks,
         tuple(map(Weights, PARTS, entries)),
         (read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")),
-        read_json(folder / "scheduler" / "scheduler_config.json", optional=True),
+        scheduler,
         bool(index.get("force_zeros_for_empty_prompt", True)),
         bool(configs[1].get("force_upcast", True)),
     )

@@ -15,8 +15,9 @@ from segresearch.checkpoints.tensors import fill
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.calls import pin
 from segresearch.models.compute import PLAIN, Compute
-from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.denoiser import Denoiser, scheduled
 from segresearch.models.network_configs import ControlNetConfig, EncoderConfig, UNetConfig
+from segresearch.models.scheduler import overridden
 from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
 from segresearch.models.vae import VAEConfig
@@ -34,6 +35,7 @@ def load_model(
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
     vae_dtype: torch.dtype | None = None,
+    prediction: str | None = None,
     compute: Compute = PLAIN,
 ) -> StableDiffusion:
     """An SDXL: a diffusers folder, a .safetensors file in the original layout, "mini", or a hub id in the local cache.
@@ -47,6 +49,7 @@ def load_model(
     tokenizer: for a single file, a folder with tokenizer/ and tokenizer_2/, or with one tokenizer for both encoders;
         None takes them from `config` or the local transformers cache
     vae_dtype: None is `dtype`, but float32 for a VAE that overflows in float16 (SDXL's own; config force_upcast)
+    prediction: what the network's output stands for, "epsilon", "v_prediction" or "sample"; None: as the model declares
     compute: how the model computes; with offload, text encoders and VAE stay on the CPU between calls of SDXL's methods
 
     Nothing is fetched from a network. CheckpointError, of one line, for anything that is not a complete SDXL.
@@ -76,10 +79,9 @@ def load_model(
     refuse_mixture(unet.config, vae.config, first.config, second.config)
     for name, net in controlnets.items():
         check_fit(name, net.config, unet.config, vae.config.factor)
-    scheduler = checkpoint.scheduler
     try:
-        prediction, offset = scheduler.get("prediction_type", "epsilon"), scheduler.get("steps_offset", 1)
-        denoiser = Denoiser(unet, alphas_cumprod(scheduler).to(device), prediction, offset, compute)
+        scheduler = overridden(checkpoint.scheduler, prediction)
+        denoiser = scheduled(unet, scheduler, compute, device)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path_or_name}: {error}") from error
     if vae_dtype is None:
@@ -114,7 +116,7 @@ def load_network(name: str, model: str, dtype: torch.dtype, device: torch.device
     if path.is_dir() and not (path / "model_index.json").is_file():
         unet, weights = open_unet(path)
         fill(unet, weights, dtype, device)
-        other = Denoiser(unet, denoiser.alphas, denoiser.prediction, denoiser.steps_offset, denoiser.run.compute)
+        other = denoiser.of_network(unet)
     else:
         other = load_model(path, dtype, device, compute=denoiser.run.compute).denoiser
     widths = [(net.unet.config.cross_attention_dim, net.unet.config.pooled_dim) for net in (denoiser, other)]

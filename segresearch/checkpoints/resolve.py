@@ -1,5 +1,6 @@
 """What a path, a name or a hub id stands for: the files of a model or of a ControlNet. Light: no torch."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -68,6 +69,35 @@ def resolve_network(name: str, model: Path) -> Path:
         if (path / "config.json").is_file():
             return path
     return resolve_model(name)
+
+
+def resolve_part(name: str | Path, kind: str) -> Path:
+    """The file, or the folder of a component or of a whole model, that a part is taken from: a path, or a hub id in the
+    local cache. kind: the setting, for messages."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    refuse_pickle(path)
+    if path.suffix != ".safetensors":
+        with contextlib.suppress(CheckpointError):  # of a whole model
+            if folder := cached_folder(str(name), "model_index.json"):
+                return folder
+        if folder := cached_folder(str(name), "config.json"):
+            return folder
+    raise CheckpointError(f"{kind}={str(name)!r}: no such file or folder; give one, or a hub id")
+
+
+def part_paths(name: str | Path, kind: str) -> list[Path]:
+    """The file that a part is read from, or the folders of components: the path itself or those of a whole model. kind:
+    "unet", "vae" or "text_encoder", of which a model may have two."""
+    path = resolve_part(name, kind)
+    if path.is_file() or (path / "config.json").is_file():
+        return [path]
+    folders = [path / part for part in (kind, f"{kind}_2") if (path / part / "config.json").is_file()]
+    if not folders:
+        hint = "give a folder with config.json, a whole model, or a file"
+        raise CheckpointError(f"{kind}={str(name)!r}: no {kind} in this folder: {hint}")
+    return folders
 
 
 def cached_folder(name: str, file: str, kind: str = "", more: str = "") -> Path | None:

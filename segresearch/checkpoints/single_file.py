@@ -1,15 +1,18 @@
 """One .safetensors file in the original layout: its parts, their sizes and facts, and keys that belong to no part.
 
-    model.diffusion_model.*    UNet
-    first_stage_model.*        VAE
+    model.diffusion_model.*                   UNet
+    first_stage_model.*, or vae.*             VAE
     conditioner.embedders.0.transformer.*, conditioner.embedders.1.model.*    the two text encoders of SDXL
+    conditioner.embedders.0.model.*           the one of SDXL's refiner, or of Stable Diffusion 2 in newer files
+    cond_stage_model.transformer.*            that of Stable Diffusion 1
+    cond_stage_model.model.*                  that of Stable Diffusion 2
 
 Where each parameter lies is in `key_maps`, how sizes are read from shapes in `file_sizes`.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,72 +20,87 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTokenizer
 
 from segresearch.checkpoints.declared import file_scheduler
-from segresearch.checkpoints.file_sizes import Shapes, clip_config, unet_config, vae_config
-from segresearch.checkpoints.folder import REFINER, Checkpoint, build_networks, read_json, read_tokenizer
-from segresearch.checkpoints.key_maps import CLIP, OPEN_CLIP, UNET, VAE, clip_map, open_clip_map, unet_map, vae_map
+from segresearch.checkpoints.folder import Checkpoint, build_networks, read_json, read_tokenizer
+from segresearch.checkpoints.key_maps import CLIP, OPEN_CLIP, UNET, VAE
 from segresearch.checkpoints.other_files import HINT, other_kind, refuse_other_file, refuse_quantised
-from segresearch.checkpoints.tensors import (
-    Entry,
-    Source,
-    Weights,
-    listed,
-    open_file,
-    read_numbers,
-    with_scales,
-    without_bookkeeping,
+from segresearch.checkpoints.parts import (
+    NONE,
+    Given,
+    Part,
+    arranged,
+    missing_keys,
+    part_weights,
+    reads_sizes,
+    unused,
+    used_keys,
 )
+from segresearch.checkpoints.tensors import Entry, listed, open_file, read_numbers, without_bookkeeping
 from segresearch.errors import CheckpointError
 from segresearch.models.text import TOKENIZERS
 
-PARTS = {UNET: "UNet", VAE: "VAE", CLIP: "first text encoder", OPEN_CLIP: "second text encoder"}
-SETTINGS = {UNET: "unet", VAE: "vae", CLIP: "text_encoder", OPEN_CLIP: "text_encoder"}  # that give a part by itself
-FAMILIES = {  # the only text encoder -> the model that has it
-    "conditioner.embedders.0.model.": f"the SDXL refiner, not SDXL base: {REFINER}",
-    "cond_stage_model.model.": "a Stable Diffusion 2 checkpoint, not SDXL",
-    "cond_stage_model.": "a Stable Diffusion 1 checkpoint, not SDXL",
-}
-OF_PARTS = (  # keys below the prefix of a part that only a network of another shape has
+VAES = (VAE, "vae.")
+CONTEXTS = ("conditioner.embedders.0.model.", "cond_stage_model.transformer.", "cond_stage_model.model.")
+OF_PARTS = (  # keys of no part that only a network of another shape has
     UNET, f"{VAE}encoder.", f"{VAE}decoder.", f"{CLIP}text_model.encoder.", f"{OPEN_CLIP}transformer.resblocks.",
+    f"{CONTEXTS[0]}transformer.resblocks.", f"{CONTEXTS[1]}text_model.encoder.", f"{CONTEXTS[2]}transformer.resblocks.",
 )  # fmt: skip
-LEFTOVERS = ("model_ema.", "first_stage_model.model_ema.")  # copies of the weights, of which the plain ones are taken
+COPIES = ("model_ema.", "first_stage_model.model_ema.")  # of the weights; the plain ones are taken
 FEW = 64  # keys of no part, beside a whole model
 
 
-def refuse_missing_parts(keys: Iterable[str], path: Path) -> None:
-    """CheckpointError for a file without all parts of an SDXL in the original layout, with what it is instead."""
-    keys = sorted(keys)
-    missing = [prefix for prefix in PARTS if not any(key.startswith(prefix) for key in keys)]
-    if not missing:
-        return
-    if UNET in missing or other_kind(keys):
-        refuse_other_file(keys, path)
-    for prefix, family in FAMILIES.items():
-        if {CLIP, OPEN_CLIP} <= {*missing} and any(key.startswith(prefix) for key in keys):
-            raise CheckpointError(f"{path} is {family}; {HINT}")
-    if missing == [VAE, CLIP, OPEN_CLIP]:
-        refuse_other_file(keys, path)
-    hint = f"give one by {SETTINGS[missing[0]]}= (model.{SETTINGS[missing[0]]}), or a whole checkpoint"
-    raise CheckpointError(f"{path}: the {PARTS[missing[0]]} is missing (no {missing[0]}* keys): {hint}")
+def text_prefixes(keys: Iterable[str]) -> tuple[str, ...]:
+    """Where the text encoders of a file lie; those of SDXL where there are none."""
+    keys = [key for key in keys if key.startswith(("conditioner.", "cond_stage_model."))]
+    if any(key.startswith((CLIP, OPEN_CLIP)) for key in keys):
+        return (CLIP, OPEN_CLIP)
+    return next(((prefix,) for prefix in CONTEXTS if any(key.startswith(prefix) for key in keys)), (CLIP, OPEN_CLIP))
+
+
+def find_parts(entries: Mapping[str, Entry], path: Path, given: Given) -> dict[str, Part | None]:
+    """The UNet, the VAE and the text encoders of a file by their prefixes; None for one that is missing and `given`.
+    CheckpointError for a file without all of them, with what it is instead."""
+    vae = next((prefix for prefix in VAES if any(key.startswith(prefix) for key in entries)), VAE)
+    prefixes = {UNET: "unet", vae: "vae", **dict.fromkeys(text_prefixes(entries), "text_encoder")}
+    parts = {
+        prefix: Part(kind, path, below, prefix, original=True)
+        if (below := {key: entry for key, entry in entries.items() if key.startswith(prefix)})
+        else None
+        for prefix, kind in prefixes.items()
+    }
+    replaced = {"unet": given.unet, "vae": given.vae, "text_encoder": given.texts}
+    missing = [prefix for prefix, part in parts.items() if part is None and not replaced[prefixes[prefix]]]
+    if missing:
+        refuse_missing(missing, entries, path, prefixes)
+    return parts
+
+
+def refuse_missing(missing: list[str], entries: Iterable[str], path: Path, kinds: Mapping[str, str]) -> None:
+    """CheckpointError for a file that lacks these parts."""
+    if UNET in missing or other_kind(entries) or len(missing) == len(kinds) - 1:
+        refuse_other_file(entries, path)
+    kind = kinds[missing[0]]
+    order = "" if len(kinds) == 3 else "first " if missing[0] == CLIP else "second "
+    noun = "VAE" if kind == "vae" else f"{order}text encoder"
+    hint = f"give one by {kind}= (model.{kind}), or a whole checkpoint"
+    raise CheckpointError(f"{path}: the {noun} is missing (no {missing[0]}* keys): {hint}")
 
 
 def refuse_strays(stray: Iterable[str], path: Path) -> None:
     """A warning of one line for keys of no part that merging and training leave; CheckpointError where they are those
     of another architecture, or many."""
     stray = without_bookkeeping(stray)
-    if not stray:
-        return
     if shape := listed((key for key in stray if key.startswith(OF_PARTS)), "unexpected key"):
         raise CheckpointError(f"{path}: {shape}: not the weights of this config")
     if kind := other_kind(stray):
         raise CheckpointError(f"{path}: keys of {kind.partition(',')[0].partition(':')[0]} are beside those of a model")
-    copies = {f"{start}* ({sum(key.startswith(start) for key in stray)} keys)" for start in LEFTOVERS
-              if any(key.startswith(start) for key in stray)}  # fmt: skip
-    rest = [key for key in stray if not key.startswith(LEFTOVERS)]
-    what = listed(rest, "key")
+    counts = {start: sum(key.startswith(start) for key in stray) for start in COPIES}
+    copies = [f"{start}* ({count} keys)" for start, count in counts.items() if count]
+    rest = [key for key in stray if not key.startswith(COPIES)]
     if len(rest) > FEW:
-        raise CheckpointError(f"{path}: {what} that belong to no part of the model: it is of another architecture")
-    ignored = ", ".join([*sorted(copies), *filter(None, [what])])
-    warnings.warn(f"{path}: ignored, for they are no part of the model: {ignored}", stacklevel=2)
+        fault = f"{listed(rest, 'key')} that belong to no part of the model"
+        raise CheckpointError(f"{path}: {fault}: it is of another architecture; {HINT}")
+    if ignored := ", ".join([*copies, *filter(None, [listed(rest, "key")])]):
+        warnings.warn(f"{path}: ignored, for they are no part of the model: {ignored}", stacklevel=2)
 
 
 def scheduler_of_file(path: Path) -> dict[str, Any]:
@@ -90,67 +108,46 @@ def scheduler_of_file(path: Path) -> dict[str, Any]:
     return file_scheduler(path, *open_file(path))
 
 
-def open_model_file(path: Path, config: Path | None, tokenizer: Path | None) -> Checkpoint:
-    """An SDXL in the original layout. config, tokenizer: as in `load_model`. CheckpointError for anything else."""
+def open_model_file(path: Path, config: Path | None, tokenizer: Path | None, given: Given = NONE) -> Checkpoint:
+    """A model in the original layout. config, tokenizer: as in `load_model`. CheckpointError for anything else."""
     entries, metadata = open_file(path)
     refuse_quantised(entries, path)
-    refuse_missing_parts(entries, path)
+    own = find_parts(entries, path, given)
+    if len(own) != 4:
+        raise CheckpointError(f"{path}: has one text encoder ({list(own)[2]}*): not SDXL base; {HINT}")
     if config is not None and not config.is_dir():
         raise CheckpointError(f"config={str(config)!r}: no such folder")
-    shapes = {prefix: shapes_below(prefix, entries) for prefix in PARTS}
 
     def override(name: str) -> dict[str, Any]:
         return {} if config is None else read_json(config / name, optional=True)
 
-    def sizes(prefix: str, folder: str, infer: Callable[[Shapes], dict[str, Any]]) -> dict[str, Any]:
-        return override(f"{folder}/config.json") or read_sizes(path, prefix, shapes[prefix], infer)
-
-    vae = sizes(VAE, "vae", vae_config) | latent_statistics(entries)
-    first, second = sizes(CLIP, "text_encoder", clip_config), sizes(OPEN_CLIP, "text_encoder_2", clip_config)
-    unet = sizes(UNET, "unet", lambda shapes: unet_config(shapes, second["projection_dim"]))
-    networks = build_networks((unet, vae, first, second), path)
-    levels = len(networks[1].config.block_out_channels)
-    maps: list[Callable[[str], Source]] = [unet_map(networks[0].config), vae_map(levels), clip_map]
-    maps.append(partial(open_clip_map, keys=entries))
-    weights = [own_weights(entries, prefix, net, source) for prefix, net, source in zip(PARTS, networks, maps)]
+    names = text_names(own, reads_sizes(given.unet or own[UNET]))
+    configs = dict(zip(own, ("unet", "vae", *names), strict=True))
+    whole = [part and replace(part, config=override(f"{configs[prefix]}/config.json")) for prefix, part in own.items()]
+    parts, sizes = arranged(whole, given, path, latent_statistics(entries))
+    networks = build_networks(sizes, path)
+    weights = [part_weights(part, net) for part, net in zip(parts, networks, strict=True)]
     if not any(missing_keys(net, one) for net, one in zip(networks, weights)):
-        refuse_strays(set(entries).difference(*(one.entries for one in weights)), path)
+        known = {key for part, net in zip(parts, networks, strict=True) for key in unused(part, net)}
+        known |= {key for net, one in zip(networks, weights) for key in used_keys(net, one)}
+        known |= {key for part in own.values() if part and part not in parts for key in part.entries}
+        refuse_strays(entries.keys() - known, path)
     return Checkpoint(
         networks,
         tuple(weights),
-        _tokenizers(tokenizer, config),
+        _tokenizers(tokenizer, config, names, [part.open_clip for part in parts[2:]]),
         override("scheduler/scheduler_config.json") or file_scheduler(path, entries, metadata),
-        bool(override("model_index.json").get("force_zeros_for_empty_prompt", True)),
-        bool(vae.get("force_upcast", True)),
+        bool(override("model_index.json").get("force_zeros_for_empty_prompt", len(names) == 2)),
+        bool(sizes[1].get("force_upcast", True)),
     )
 
 
-def shapes_below(prefix: str, entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a part, without its prefix."""
-    return {key.removeprefix(prefix): entry.shape for key, entry in entries.items() if key.startswith(prefix)}
-
-
-def read_sizes(path: Path, prefix: str, shapes: Shapes, infer: Callable[[Shapes], dict[str, Any]]) -> dict[str, Any]:
-    """A config from shapes. CheckpointError where keys are missing that every model of the kind has."""
-    try:
-        return infer(shapes)
-    except (KeyError, IndexError, ValueError, StopIteration) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        problem = f"cannot tell the sizes of {prefix}* ({reason}): keys are missing, or it is another network"
-        raise CheckpointError(f"{path}: {problem}") from error
-
-
-def own_weights(entries: Mapping[str, Entry], prefix: str, net: Any, source: Callable[[str], Source]) -> Weights:
-    """The entries that a network reads, with the scales beside them; all below its prefix if some are missing."""
-    keys = {source(key).key for key in net.state_dict()}
-    below = {key: entry for key, entry in entries.items() if key.startswith(prefix)}
-    own = {key: below[key] for key in set().union(*map(with_scales, keys)) & below.keys()}
-    return Weights(f"{prefix}*", own if keys <= own.keys() else below, source)
-
-
-def missing_keys(net: Any, weights: Weights) -> set[str]:
-    """The stored tensors that a network needs and that are not there."""
-    return {weights.source(key).key for key in net.state_dict()} - weights.entries.keys()
+def text_names(prefixes: Iterable[str], sized: bool) -> tuple[str, ...]:
+    """The folders that the text encoders at these prefixes have in the diffusers layout. sized: in a model that reads
+    image sizes, SDXL's or its refiner's."""
+    if CLIP in prefixes:
+        return ("text_encoder", "text_encoder_2")
+    return ("text_encoder_2",) if sized else ("text_encoder",)
 
 
 def latent_statistics(entries: Mapping[str, Entry]) -> dict[str, Any]:
@@ -161,17 +158,21 @@ def latent_statistics(entries: Mapping[str, Entry]) -> dict[str, Any]:
     return {"latents_mean": mean, "latents_std": std, "scaling_factor": 0.5}
 
 
-def _tokenizers(folder: Path | None, config: Path | None) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """From a folder, or the local transformers cache; the second pads with token 0, as OpenCLIP does."""
+def _tokenizers(
+    folder: Path | None, config: Path | None, names: Sequence[str], open_clip: Sequence[bool]
+) -> tuple[CLIPTokenizer, ...]:
+    """One for each text encoder, from a folder or the local transformers cache; those of OpenCLIP pad with token 0."""
     both = folder or config
     if both is not None and (both / "tokenizer").is_dir():
-        return read_tokenizer(both / "tokenizer"), read_tokenizer(both / "tokenizer_2")
+        return tuple(read_tokenizer(both / name.replace("text_encoder", "tokenizer")) for name in names)
     cached = [try_to_load_from_cache(name, "vocab.json") for name in TOKENIZERS]
     folders = [folder] if folder else [Path(file).parent for file in cached if isinstance(file, str)]
     if not folders:
         hint = f'fetch it once with: hf download {TOKENIZERS[0]} --include "*.json" "*.txt"'
         problem = "a single file brings no tokenizer and none is in the local cache"
         raise CheckpointError(f"{problem}: pass tokenizer=<folder with vocab.json and merges.txt>, or {hint}")
-    first, second = read_tokenizer(folders[0]), read_tokenizer(folders[-1])  # their vocabulary is the same
-    second.pad_token = second.convert_ids_to_tokens(0)
-    return first, second
+    tokenizers = [read_tokenizer(folders[-1 if zero else 0]) for zero in open_clip]  # their vocabulary is the same
+    for tokenizer, zero in zip(tokenizers, open_clip, strict=True):
+        if zero:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    return tuple(tokenizers)

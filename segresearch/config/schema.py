@@ -40,9 +40,13 @@ class ModelConfig(Record):
     path: str
     dtype: DType = "float32"
     vae_dtype: DType | None = None
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
     variant: str | None = None
     config: str | None = None
     tokenizer: str | None = None
+    vae: str | None = None
+    unet: str | None = None
+    text_encoder: str | tuple[str, ...] | None = None
     batch_size: Count = 8
     batch_size_cuda: Count | None = None
     scales: dict[str, Number] = field(default_factory=dict)
@@ -262,9 +266,9 @@ class SamplerConfig(Record):
 
 @dataclass(frozen=True)
 class ScheduleConfig(Record):
-    """A noise schedule by name; `rho` bends karras and polyexponential (None: their usual value)."""
+    """A noise schedule by name, auto: the model's own; `rho` bends karras and polyexponential (None: as usual)."""
 
-    name: str
+    name: str = "auto"
     rho: Number | None = None
 
 
@@ -305,7 +309,7 @@ class RunConfig(Record):
 
     model: ModelConfig
     sampler: SamplerConfig
-    schedule: ScheduleConfig
+    schedule: ScheduleConfig = ScheduleConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     prompts: Prompts = ("",)
     negative: str | None = None

@@ -3,7 +3,7 @@
     pipe.unet = to_diffusers(GuidedDenoiser(sd.denoiser, {"seg": perturbed("seg", SEG(), 3.0)}))
     pipe("a red cube", guidance_scale=5.0)        # CFG by the pipeline, SEG by the guided denoiser
 
-z (the pipeline's input at t) ─► x = z·√(σ²+1), σ = σ_t ─► D = guided(x, σ) ─► eps or v, as the scheduler expects it.
+z (the pipeline's input at t) ─► x = z·√(σ²+1), σ = σ_t ─► D = guided(x, σ) ─► eps or v, as the network gives it.
 diffusers itself is not imported.
 """
 
@@ -58,6 +58,8 @@ class GuidedUNet(nn.Module):
         if self.joint and not negative:
             raise InputError("to_diffusers: the CFG term needs the negative prompt's rows: leave negative=True")
         self.denoiser: Denoiser = inner.denoiser  # type: ignore[assignment]
+        if self.denoiser.preconditioning.timestep_scaling is not None:
+            raise InputError("to_diffusers: latent consistency models (LCM) are not supported: sample them here")
         sizes = {"time_cond_proj_dim": None, "attention_head_dim": self.denoiser.unet.config.heads}
         self.config = SimpleNamespace(**sizes | vars(self.denoiser.unet.config))
 
@@ -115,7 +117,7 @@ class GuidedUNet(nn.Module):
             text = "two equal halves: with guidance_scale above 1 give negative=True"
             warnings.warn(f"to_diffusers: {text}", stacklevel=2)
         sigma = self.denoiser.t_to_sigma(t)
-        x = z * (sigma[:, None, None, None] ** 2 + 1).sqrt()
+        x = z * (sigma[:, None, None, None] ** 2 + self.denoiser.preconditioning.data).sqrt()
         denoised = self.denoised(x, sigma, conds)
         parts = [self.prediction(x, sigma, d).to(sample.dtype) for d in denoised]
         return Prediction(torch.cat(parts))
@@ -134,13 +136,9 @@ class GuidedUNet(nn.Module):
         return plain[UNCOND] + delta, plain[COND] + delta
 
     def prediction(self, x: Latents, sigma: Float[Tensor, " b"], denoised: Latents) -> Latents:
-        """The network's own quantity at D: the inverse of `Denoiser`."""
-        s = sigma[:, None, None, None]
-        if self.denoiser.prediction == "v_prediction":
-            return (x / (s**2 + 1) - denoised) * (s**2 + 1).sqrt() / s
-        if self.denoiser.prediction == "epsilon":
-            return (x - denoised) / s
-        raise InputError(f"to_diffusers: a model of prediction {self.denoiser.prediction!r} is not supported")
+        """The network's own quantity at D (eps, v, ...): the inverse of `Denoiser`."""
+        level = sigma[:, None, None, None]
+        return self.denoiser.preconditioning.target(denoised, (x - denoised) / level, level)
 
 
 def to_diffusers(guided: Any, control: Control = None, negative: bool = True) -> GuidedUNet:

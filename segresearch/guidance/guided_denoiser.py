@@ -43,7 +43,9 @@ from segresearch.sampling.memory import Past, Run
 Conds = Mapping[str, Cond]
 Control = Sequence[ActiveControlNet] | None
 # attributes of the plain denoiser, which the guided one has too
-SCHEDULE = ("unet", "sigmas", "sigma_min", "sigma_max", "sigma_to_t", "t_to_sigma", "steps_offset")
+SCHEDULE = (
+    "unet", "sigmas", "sigma_min", "sigma_max", "sigma_to_t", "t_to_sigma", "steps_offset", "schedule", "timesteps",
+)  # fmt: skip
 
 
 class GuidedDenoiser:
