@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_model
@@ -21,6 +20,7 @@ from segresearch.config.expand import Panel, panels, slug
 from segresearch.control_images.identify import control_records, identify_controls
 from segresearch.errors import NotFinite
 from segresearch.image_grid import Block, cell_height, draw_grid, image_size
+from segresearch.progress import Bar
 from segresearch.records import (
     config_record,
     image_record,
@@ -166,21 +166,25 @@ def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None"
     start = time.perf_counter()
     runs.write(run.folder / "config.yaml", written_config(config, OF_A_CALL))
     try:
-        with tqdm(total=len(missing), unit="image", disable=None, leave=False) as bar:
+        with Bar(len(missing)) as bar:
             for panel, method, images, guided in columns:
-                bar.set_description(method)
+                bar.describe(method)
                 for i in range(0, len(images), batch_size):
                     rows, batch = panel.rows[i : i + batch_size], images[i : i + batch_size]
                     if missing.isdisjoint(path for path, _ in batch):
                         continue
                     control = controlled_batch(sd, panel.controls, [row.images for row in rows], size, sigmas)
                     seeds, prompts = [row.seed for row in rows], [row.prompt for row in rows]
-                    pixels = sample_images(sd, guided, seeds, prompts, config, panel.negative, control)
+                    new = len(missing.intersection(path for path, _ in batch))
+                    report = bar.callback(new, len(batch), config.steps)
+                    pixels = sample_images(
+                        sd, guided, seeds, prompts, config, panel.negative, control, callback=report
+                    )
                     for (path, record), one in zip(batch, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                         if path in missing:
                             save_png(Image.fromarray(one), path, record)
                             saved += 1
-                            bar.update()
+                    bar.add(new)
     except NotFinite as error:
         raise NotFinite(f"{method}: {error}; try model.dtype=float32 or lower scales") from error
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from segresearch.errors import NotFinite
 from segresearch.models.attention import Attend
 from segresearch.models.controlnet import ActiveControlNet
 from segresearch.sampling import initial_noise, sample, sigmas
+from segresearch.sampling.loop import Callback
 
 if TYPE_CHECKING:
     from segresearch.models import StableDiffusion
@@ -25,14 +26,16 @@ Latents = Float[Tensor, "rows channels h w"]
 def sample_images(
     sd: "StableDiffusion", model: Any, seeds: Sequence[int], prompts: Sequence[str], config: RunConfig,
     negative: str | None = None, control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
+    callback: Callback | None = None,
 ) -> UInt8[Tensor, "rows 3 h w"]:  # fmt: skip
     """One image for each seed and its prompt, on the model's device.
 
     model: a guided denoiser of `sd`. config: of which sampler, schedule, steps and size are read. negative: as in
-    `sd.encode`. attend: the innermost attention. Raises NotFinite, and what `sd.encode` and `sample` raise.
+    `sd.encode`. attend: the innermost attention. callback: of `sample`. Raises NotFinite, and what `sd.encode` and
+    `sample` raise.
     """
     conds = encode_conds(sd, model, prompts, negative, config.size)
-    return decode_images(sd, sample_latents(sd, model, seeds, conds, config, control, attend))
+    return decode_images(sd, sample_latents(sd, model, seeds, conds, config, control, attend, callback))
 
 
 def encode_conds(
@@ -53,7 +56,7 @@ def encode_conds(
 @torch.no_grad()
 def sample_latents(
     sd: "StableDiffusion", model: Any, seeds: Sequence[int], conds: Mapping[str, Any], config: RunConfig,
-    control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
+    control: Sequence[ActiveControlNet] = (), attend: Attend | None = None, callback: Callback | None = None,
 ) -> Latents:  # fmt: skip
     """Latents from the noise of each seed; conds: of `encode_conds`. Raises NotFinite, which names the seeds."""
     schedule = config.schedule.name if config.schedule.rho is None else run_sigmas(sd, config)
@@ -61,7 +64,7 @@ def sample_latents(
     with sd.arithmetic():
         latents = sample(
             model, noise, sampler=config.sampler.name, schedule=schedule, steps=config.steps, conds=conds, seeds=seeds,
-            options=config.sampler.options, control=control, attend=attend,
+            options=config.sampler.options, control=control, attend=attend, callback=callback,
         )  # fmt: skip
     finite = latents.isfinite().flatten(1).all(1).tolist()  # (rows, channels, h, w) -> (rows)
     if failed := [seed for seed, row_is_finite in zip(seeds, finite, strict=True) if not row_is_finite]:
