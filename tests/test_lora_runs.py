@@ -104,17 +104,17 @@ def test_an_image_with_a_lora_is_made_again(folder, model, file, embedding, tmp_
     (path,) = (run.folder / "images").rglob("*.png")
     (said,) = records.read_record(path)["model"]["loras"]
     assert said == {"path": str(copy), "scale": 0.5, "text_scale": None, "fingerprint": fingerprint(copy)}
-    again = reproduce(path, device="cpu")
+    again = reproduce(path, device="cpu", trust=True)
     assert again.largest <= 1 and not again.notes
-    grid = reproduce(run.grid, device="cpu")
+    grid = reproduce(run.grid, device="cpu", trust=True)
     assert grid.largest <= 8
     save_file({"lora_unet_mid_block_attentions_0_proj_in.diff": torch.ones(128, 128)}, copy)
     with pytest.raises(ConfigError, match=r"model.loras.0: .*has the content \w+, not \w+; leave `fingerprint` out"):
-        reproduce(path, device="cpu")
+        reproduce(path, device="cpu", trust=True)
     copy.unlink()
     for image in (path, run.grid):
         with pytest.raises(ConfigError, match=r"model.loras.0: .*detail.safetensors: no such file"):
-            reproduce(image, device="cpu")
+            reproduce(image, device="cpu", trust=True)
 
 
 def test_a_configured_model_has_them(folder, model, file):

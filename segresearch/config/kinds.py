@@ -1,5 +1,4 @@
-"""The kinds of guidance methods that a config can name, and where their classes are; types with a short form as text.
-Light: no torch."""
+"""The kinds of guidance methods that a config can name, and where their classes are. Light: no torch."""
 
 from collections.abc import Mapping
 from functools import reduce
@@ -8,11 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from segresearch.checkpoints.additions import Embedding, Lora
-from segresearch.config.validate import of_guidance, of_record
-
-Loras = tuple[Annotated[Lora, of_record(Lora, Lora.parse)], ...]  # a mapping of its fields, or "path:scale"
-Words = tuple[Annotated[Embedding, of_record(Embedding, Embedding.parse)], ...]  # or "path.safetensors:token"
+from segresearch.config.validate import of_guidance
 
 PERTURBATIONS = {  # of attention, blocks, feed-forwards, the embedding of t; views; other networks
     "seg": "perturbations.SEG", "pag": "perturbations.PAG",
