@@ -1,6 +1,6 @@
 """load_model: from a path or a name to a ready model, whatever its family and its layout on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,15 @@ import torch
 from transformers import CLIPTextConfig
 
 from segresearch.checkpoints.controlnets import Names, open_controlnets
-from segresearch.checkpoints.folder import open_model_folder, open_unet
+from segresearch.checkpoints.folder import Checkpoint, open_model_folder, open_unet
+from segresearch.checkpoints.part_files import Paths, open_parts
 from segresearch.checkpoints.resolve import resolve_model, resolve_network
 from segresearch.checkpoints.single_file import open_model_file
-from segresearch.checkpoints.tensors import fill
+from segresearch.checkpoints.tensors import Weights, fill
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.calls import pin
 from segresearch.models.compute import PLAIN, Compute
+from segresearch.models.controlnet import ControlNet
 from segresearch.models.denoiser import Denoiser, scheduled
 from segresearch.models.network_configs import ControlNetConfig, UNetConfig
 from segresearch.models.scheduler import overridden
@@ -35,6 +37,9 @@ def load_model(
     variant: str | None = None,
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    vae: str | Path | None = None,
+    unet: str | Path | None = None,
+    text_encoder: Paths = None,
     vae_dtype: torch.dtype | None = None,
     prediction: str | None = None,
     compute: Compute = PLAIN,
@@ -50,6 +55,10 @@ def load_model(
         scheduler/scheduler_config.json, model_index.json, tokenizers), where shapes do not tell (heads not 64 wide)
     tokenizer: for a single file, a folder with tokenizer/ and tokenizer_2/, or with one tokenizer for both encoders;
         None takes them from `config` or the local transformers cache
+    vae, unet, text_encoder: parts in place of the model's own, which may then be missing: a component's folder, a file
+        of it alone in either layout, another model that has it, or a hub id in the local cache. Several text encoders
+        are a list; each takes the place of the one of its width. The scaling of latents stays the model's; what a UNet
+        declares of its training (prediction, noise) comes with it
     vae_dtype: None is `dtype`, but float32 for a VAE that overflows in float16 (SDXL's own; config force_upcast)
     prediction: what the network's output stands for, "epsilon", "v_prediction" or "sample"; None: as the model declares
     compute: how the model computes; with offload, text encoders and VAE stay on the CPU between calls of its methods
@@ -65,16 +74,32 @@ def load_model(
     if not isinstance(compute, Compute):
         raise InputError(f"compute={compute!r}: give Compute(precision=..., graph=..., ...)")
     path = resolve_model(path_or_name)
+    given = open_parts(unet, vae, text_encoder, variant)
     if path.is_dir():
         for argument, value in (("config", config), ("tokenizer", tokenizer)):
             if value is not None:
                 raise InputError(f"{argument}={str(value)!r} is for a single file: the folder {path} brings its own")
-        checkpoint = open_model_folder(path, variant)
+        checkpoint = open_model_folder(path, variant, given)
     else:
         if variant is not None:
             raise InputError(f"variant={variant!r} is for a folder: {path} is a single file")
-        checkpoint = open_model_file(path, Path(config) if config else None, Path(tokenizer) if tokenizer else None)
+        folders = [Path(folder) if folder else None for folder in (config, tokenizer)]
+        checkpoint = open_model_file(path, folders[0], folders[1], given)
     opened = open_controlnets(controlnet, path, variant, checkpoint.networks[0].config)
+    return filled(checkpoint, opened, str(path_or_name), dtype, device, vae_dtype, prediction, compute)
+
+
+def filled(
+    checkpoint: Checkpoint,
+    opened: Mapping[str, tuple[ControlNet, Weights]],
+    path_or_name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    vae_dtype: torch.dtype | None,
+    prediction: str | None,
+    compute: Compute,
+) -> StableDiffusion:
+    """The model of an opened checkpoint and its opened ControlNets, checked, with its weights read."""
     controlnets = {name: net for name, (net, _) in opened.items()}
     encoders: list[Any]
     unet, vae, *encoders = checkpoint.networks
@@ -99,7 +124,7 @@ def load_model(
     if compute.offload and device.type == "cuda":
         for module in (vae, *encoders):
             pin(module)
-    return StableDiffusion(unet, vae, text, denoiser, str(path_or_name), checkpoint.zero_negative, controlnets, compute)
+    return StableDiffusion(unet, vae, text, denoiser, path_or_name, checkpoint.zero_negative, controlnets, compute)
 
 
 def number_positions(encoder: Any, device: torch.device) -> None:

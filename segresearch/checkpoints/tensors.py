@@ -108,10 +108,12 @@ def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str
     candidates = special if variant else plain + special
     path = next((folder / name for name in candidates if (folder / name).is_file()), None)
     if path is None:
+        there = variants(folder.glob(f"{stem}*.safetensors*"))
+        if there:
+            raise CheckpointError(f"{folder}: no {candidates[0]} here, but variants: give variant= one of {there}")
         for other in sorted(folder.glob("*")):
             refuse_pickle(other)
-        note = f" (variant {variant!r})" if variant else ""
-        raise CheckpointError(f"{folder}: no {candidates[0]}{note} here: fetch the model's weights again")
+        raise CheckpointError(f"{folder}: no {candidates[0]} here: fetch the model's weights again")
     if path.suffix == ".safetensors":
         return open_file(path)[0]
     try:
@@ -121,6 +123,12 @@ def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str
     if missing := listed((name for name in shards if not (folder / name).is_file()), "missing shard"):
         raise CheckpointError(f"{folder}: {missing}: fetch the model's weights again")
     return {key: entry for name in shards for key, entry in open_file(folder / name)[0].items()}
+
+
+def variants(files: Iterable[Path]) -> str:
+    """The variants of weights among these files, for a message; "" for none."""
+    names = {part for file in files for part in file.name.split(".")[1:-1] if part not in ("safetensors", "index")}
+    return ", ".join(sorted({re.sub(r"-\d+-of-\d+$", "", name) for name in names}))
 
 
 def listed(names: Iterable[str], noun: str) -> str:

@@ -28,10 +28,12 @@ class ICGText:
     kind: Literal["icg_text"] = field(default="icg_text", kw_only=True, repr=False)
     seed: Whole = 0
 
-    def encode(self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None) -> Cond:
+    def encode(
+        self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None, **settings: Any
+    ) -> Cond:
         """The conditioning of a random text for each prompt."""
         text = RandomTokens(sd.text.tokenizers, sd.text.encoders, self.seed)
-        return replace(sd, text=text).encode(prompts, size=size)["cond"]
+        return replace(sd, text=text).encode(prompts, size=size, **{**settings, "syntax": "plain"})["cond"]
 
 
 @dataclass(frozen=True)
