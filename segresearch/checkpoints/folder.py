@@ -155,7 +155,8 @@ def open_model_folder(folder: Path, variant: str | None, given: Given = NONE) ->
     index = read_json(folder / "model_index.json", optional=True)
     config = read_json(folder / "unet" / "config.json", optional=True)
     refuse_other_folder(folder, index, config, given)
-    texts, own = text_parts(index, config), []
+    texts = text_parts(index, config)
+    own: list[Part | None] = []
     for part, own_variant in component_variants(folder, variant, ("unet", "vae", *texts)).items():
         kind = part.removesuffix("_2")
         missing = given.replaces(kind) and not (folder / part).is_dir()
