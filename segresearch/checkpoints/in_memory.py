@@ -78,9 +78,8 @@ def from_diffusers(pipe: Any, compute: Compute = PLAIN) -> StableDiffusion:
     refuse_mixture(unet.config, vae.config, [encoder.config for encoder in encoders])
     for key, net in controlnets.items():
         check_fit(key, net.config, unet.config, vae.config.factor)
-    scheduler = config_of(pipe.scheduler)
     try:
-        denoiser = scheduled(unet, scheduler, compute, device)
+        denoiser = scheduled(unet, config_of(pipe.scheduler), compute, device)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"pipe.scheduler: {error}") from error
     zero_negative = bool(pipe.config.get("force_zeros_for_empty_prompt", len(encoders) == 2))
