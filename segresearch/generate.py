@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_model
@@ -22,6 +21,7 @@ from segresearch.control_images.identify import control_records, identify_contro
 from segresearch.errors import NotFinite
 from segresearch.image_grid import Block, cell_height, draw_grid, image_size
 from segresearch.init_images import identify_init, init_images
+from segresearch.progress import Bar
 from segresearch.records import (
     config_record,
     image_record,
@@ -184,9 +184,9 @@ def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None"
     start = time.perf_counter()
     runs.write(run.folder / "config.yaml", written_config(config, OF_A_CALL))
     try:
-        with tqdm(total=len(missing), unit="image", disable=None, leave=False) as bar:
+        with Bar(len(missing)) as bar:
             for panel, method, images, guided in columns:
-                bar.set_description(method)
+                bar.describe(method)
                 for numbers in batches(panel.rows, batch_size):
                     rows, batch = [panel.rows[i] for i in numbers], [images[i] for i in numbers]
                     if missing.isdisjoint(path for path, _ in batch):
@@ -198,12 +198,16 @@ def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None"
                     seeds, prompts = [row.seed for row in rows], [row.prompt for row in rows]
                     negatives = {row.negative for row in rows}
                     negative = negatives.pop() if len(negatives) == 1 else [row.negative or "" for row in rows]
-                    pixels = sample_images(sd, guided, seeds, prompts, sized, negative, control, init=init)
+                    new = len(missing.intersection(path for path, _ in batch))
+                    report = bar.callback(new, len(batch), len(sigmas) - 1)
+                    pixels = sample_images(
+                        sd, guided, seeds, prompts, sized, negative, control, init=init, callback=report
+                    )
                     for (path, record), one in zip(batch, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                         if path in missing:
                             save_png(Image.fromarray(one), path, record)
                             saved += 1
-                            bar.update()
+                    bar.add(new)
     except NotFinite as error:
         raise NotFinite(f"{method}: {error}; try model.dtype=float32 or lower scales") from error
     except KeyboardInterrupt:

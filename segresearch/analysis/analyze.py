@@ -153,7 +153,8 @@ def _write(
     runs.write(to / PAGE, page(config, images, rows, claims, paths))
     metrics = shares(claims)
     name, plots = f"{config.name}-{to.name}", {key: [(path, "")] for key, path in paths.items()}
-    logged = WandbRun(name, config.name, "analysis", config, metrics, tables=tables, images=plots, tags=[config.model.name])
+    logged = WandbRun(name, config.name, "analysis", config, metrics, tables=tables, images=plots,
+                      tags=[config.model.name])  # fmt: skip
     log(config.wandb, Path(config.out), [name, metrics], lambda _: [logged])
 
 

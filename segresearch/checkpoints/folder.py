@@ -1,4 +1,4 @@
-"""The diffusers folder layout: an SDXL or a ControlNet, opened with its networks on the meta device."""
+"""The diffusers folder layout: a whole model or a ControlNet, opened with its networks on the meta device."""
 
 import json
 import warnings
@@ -22,15 +22,14 @@ from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE, VAEConfig
 
 STEM = "diffusion_pytorch_model"
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-REFINER = "it has one text encoder and cannot start from noise"
+VAE_SCALING = 0.18215  # of SD 1.5 and 2.1, whose VAE configs often do not say it
 
-Networks = tuple[UNet, VAE, CLIPTextModel, CLIPTextModelWithProjection]
+Networks = tuple[Any, ...]  # UNet, VAE, then one or two text encoders
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An SDXL on disk: its networks, still on the meta device, the weights of each, and the facts beside them."""
+    """A model on disk: its networks, still on the meta device, the weights of each, and the facts beside them."""
 
     networks: Networks
     weights: tuple[Weights, ...]
@@ -40,30 +39,46 @@ class Checkpoint:
     force_upcast: bool
 
 
+def has_sizes(unet: Mapping[str, Any]) -> bool:
+    """Whether the UNet of this config reads image sizes and a pooled text, as SDXL's does; SD 1.5 and 2.1 do not."""
+    return unet.get("addition_embed_type") == "text_time"
+
+
+def text_parts(index: Mapping[str, Any], unet: Mapping[str, Any]) -> tuple[str, ...]:
+    """The folders of the text encoders: one of SD 1.5 and 2.1, two of SDXL, the second alone of its refiner."""
+    if not has_sizes(unet):
+        return ("text_encoder",)
+    null = "text_encoder" in index and (index["text_encoder"] or [None])[-1] is None
+    return ("text_encoder_2",) if null else ("text_encoder", "text_encoder_2")
+
+
+def tokenizer_of(part: str) -> str:
+    """The folder of the tokenizer of a text encoder."""
+    return part.replace("text_encoder", "tokenizer")
+
+
 def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[str, Any], given: Given = NONE) -> None:
-    """CheckpointError for anything but an SDXL pipeline, with what it is. index: model_index.json; unet: the UNet's
-    config; {} for one that is missing. given: parts that it need not have."""
+    """CheckpointError for anything but a Stable Diffusion pipeline, with what it is. index: model_index.json; unet: the
+    UNet's config; {} for one that is missing. given: parts that it need not have."""
     component = (folder / "config.json").is_file()
     file = min((path.name for path in folder.glob("*.safetensors")), default=None)
     if not index and not component and file is None:
         for path in sorted(folder.glob("*")):
             refuse_pickle(path)
-    kind, width = str(index.get("_class_name") or "pipeline"), unet.get("cross_attention_dim")
-    model = {"768": "Stable Diffusion 1", "1024": "Stable Diffusion 2"}.get(str(width), kind)
-    parts = ("text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2")
+    kind, texts = str(index.get("_class_name") or "pipeline"), text_parts(index, unet)
+    parts = (*texts, "vae", *map(tokenizer_of, texts))
     there = [part for part in parts if (folder / part).is_dir() or given.replaces(part.removesuffix("_2"))]
     missing = next((part for part in parts if part not in there), None)
-    refiner = missing == "text_encoder" and index.get("requires_aesthetics_score")
-    sizes = unet.get("addition_embed_type") == "text_time"
-    hint = "give a folder in the diffusers layout of SDXL (with model_index.json)"
+    needs = "two text encoders with tokenizers" if has_sizes(unet) else "a text encoder with its tokenizer"
+    network = unet.get("_class_name", "UNet2DConditionModel")
+    hint = "give a folder in the diffusers layout of Stable Diffusion or SDXL (with model_index.json)"
     for fault, holds in {
         "is one component, not a whole model: give the folder above it, with model_index.json": component and not index,
         f"has no model_index.json but {file}: give that file's path, if it is the checkpoint": file and not index,
         f"has no model_index.json: {hint}": not index,
-        f"is a {kind} without unet/config.json, not SDXL; {hint}": not unet,
-        f"is {model} (cross_attention_dim {width}, no size conditioning), not SDXL; {hint}": not sizes,
-        f"is the SDXL refiner: {REFINER}; give SDXL base": refiner,
-        f"is incomplete, {missing}/ is missing: SDXL needs two text encoders with tokenizers, and a VAE": missing,
+        f"is a {kind} without unet/config.json, which is not supported; {hint}": not unet,
+        f"is a {kind} with a {network}, not a UNet2DConditionModel; {hint}": network != "UNet2DConditionModel",
+        f"is incomplete, {missing}/ is missing: this model needs {needs}, and a VAE": missing,
     }.items():
         if holds:
             raise CheckpointError(f"{folder} {fault}")
@@ -124,21 +139,29 @@ def building(folder: Path | str) -> Iterator[None]:
 
 
 def build_networks(configs: Sequence[dict[str, Any]], path: Path | str) -> Networks:
-    """The networks of the configs of PARTS, without weights."""
-    unet, vae, first, second = configs
+    """The networks of these configs, without weights: UNet, VAE, text encoders. Where the UNet reads a pooled text, it
+    is that of the last encoder."""
+    unet, vae, *texts = configs
+    for text in texts:
+        if text.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
+            raise CheckpointError(f"{path}: a text encoder is a {text['model_type']}, not CLIP's: not supported")
+    if not has_sizes(unet):
+        vae = {"scaling_factor": VAE_SCALING} | vae
     with building(path):
         image = UNet(UNetConfig.from_dict(unet)), VAE(VAEConfig.from_dict(vae))
-        text = CLIPTextModel(CLIPTextConfig.from_dict(first))
-        return *image, text, CLIPTextModelWithProjection(CLIPTextConfig.from_dict(second))
+        kinds = [CLIPTextModel] * (len(texts) - 1) + [CLIPTextModelWithProjection if has_sizes(unet) else CLIPTextModel]
+        return *image, *(kind(CLIPTextConfig.from_dict(text)) for kind, text in zip(kinds, texts, strict=True))
 
 
 def open_model_folder(folder: Path, variant: str | None, given: Given = NONE) -> Checkpoint:
-    """An SDXL pipeline. variant: of its weights. given: parts in place of its own, which may then be missing. Raises
-    CheckpointError for anything else."""
+    """A Stable Diffusion pipeline. variant: of its weights. given: parts in place of its own, which may then be
+    missing. Raises CheckpointError for anything else."""
     index = read_json(folder / "model_index.json", optional=True)
-    refuse_other_folder(folder, index, read_json(folder / "unet" / "config.json", optional=True), given)
+    config = read_json(folder / "unet" / "config.json", optional=True)
+    refuse_other_folder(folder, index, config, given)
+    texts = text_parts(index, config)
     own: list[Part | None] = []
-    for part, own_variant in component_variants(folder, variant, PARTS).items():
+    for part, own_variant in component_variants(folder, variant, ("unet", "vae", *texts)).items():
         kind = part.removesuffix("_2")
         missing = given.replaces(kind) and not (folder / part).is_dir()
         own.append(None if missing else folder_part(folder / part, kind, own_variant))
@@ -149,9 +172,9 @@ def open_model_folder(folder: Path, variant: str | None, given: Given = NONE) ->
     return Checkpoint(
         networks,
         tuple(part_weights(part, net) for part, net in zip(parts, networks, strict=True)),
-        (read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")),
+        tuple(read_tokenizer(folder / tokenizer_of(part)) for part in texts),
         with_unet_scheduler(scheduler, given),
-        bool(index.get("force_zeros_for_empty_prompt", True)),
+        has_sizes(config) and bool(index.get("force_zeros_for_empty_prompt", True)),
         bool(configs[1].get("force_upcast", True)),
     )
 
@@ -176,11 +199,12 @@ def component_variants(folder: Path, variant: str | None, parts: Sequence[str]) 
     return {part: variant if part in having else None for part in parts}
 
 
-def open_unet(folder: Path) -> tuple[UNet, Weights]:
-    """A UNet alone, still on the meta device, with its weights. CheckpointError for a folder of another network."""
+def open_unet(folder: Path, size_ids: int = 6) -> tuple[UNet, Weights]:
+    """A UNet alone, still on the meta device, with its weights. size_ids: numbers that it reads beside a pooled text.
+    CheckpointError for a folder of another network."""
     config = read_json(folder / "config.json")
     if config.get("_class_name") != "UNet2DConditionModel":
         raise CheckpointError(f"{folder} is a {config.get('_class_name') or 'folder of no known network'}, not a UNet")
     with building(folder):
-        unet = UNet(UNetConfig.from_dict(config))
+        unet = UNet(UNetConfig.from_dict({**config, "size_ids": size_ids}))
     return unet, Weights(f"unet {folder.name}", open_folder(folder, STEM))

@@ -75,12 +75,11 @@ def from_diffusers(pipe: Any, compute: Compute = PLAIN) -> StableDiffusion:
         if several := [token for token in added if f"{token}_1" in added]:
             raise InputError(f"pipe: the textual inversion {several[0]!r} has several vectors: give it to load_model")
     controlnets = {key: shared_controlnet(pipe, key, net) for key, net in nets_of(pipe).items()}
-    refuse_mixture(unet.config, vae.config, *(encoder.config for encoder in encoders))  # type: ignore[arg-type]
+    refuse_mixture(unet.config, vae.config, [encoder.config for encoder in encoders])
     for key, net in controlnets.items():
         check_fit(key, net.config, unet.config, vae.config.factor)
-    scheduler = config_of(pipe.scheduler)
     try:
-        denoiser = scheduled(unet, scheduler, compute, device)
+        denoiser = scheduled(unet, config_of(pipe.scheduler), compute, device)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"pipe.scheduler: {error}") from error
     zero_negative = bool(pipe.config.get("force_zeros_for_empty_prompt", len(encoders) == 2))

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from segresearch.checkpoints.file_sizes import Shapes, clip_config, span, unet_config, vae_config
 from segresearch.checkpoints.key_maps import clip_map, open_clip_map, unet_map, unet_source, vae_map
 from segresearch.checkpoints.tensors import Entry, Source, Weights, with_scales
@@ -225,7 +223,7 @@ def unused(part: Part, net: Any) -> set[str]:
     return {key for key in part.entries if pattern.fullmatch(key)}
 
 
-def text_entries(encoder: torch.nn.Module, entries: Mapping[str, Stored]) -> dict[str, Stored]:
+def text_entries(encoder: Any, entries: Mapping[str, Stored]) -> dict[str, Stored]:
     """Under the encoder's own names: transformers 5.6 dropped `text_model.` from those of CLIPTextModel."""
     keys, prefix = encoder.state_dict().keys(), "text_model."
     names = {key: {key, prefix + key, key.removeprefix(prefix)} & keys for key in entries}

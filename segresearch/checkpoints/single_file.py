@@ -108,8 +108,6 @@ def open_model_file(path: Path, config: Path | None, tokenizer: Path | None, giv
     entries, metadata = open_file(path)
     refuse_quantised(entries, path)
     own = find_parts(entries, path, given)
-    if len(own) != 4:
-        raise CheckpointError(f"{path}: has one text encoder ({list(own)[2]}*): not SDXL base; {HINT}")
     if config is not None and not config.is_dir():
         raise CheckpointError(f"config={str(config)!r}: no such folder")
 

@@ -117,9 +117,12 @@ def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str
     if path.suffix == ".safetensors":
         return open_file(path)[0]
     try:
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not an index of shards ({error}): fetch it again") from error
+        shards = sorted(set(json.loads(path.read_text(errors="replace"))["weight_map"].values()))
+        if odd := [name for name in shards if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)]:
+            raise KeyError(odd[0][:100])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{path}: not an index of shards ({reason[:300]}): fetch it again") from error
     if missing := listed((name for name in shards if not (folder / name).is_file()), "missing shard"):
         raise CheckpointError(f"{folder}: {missing}: fetch the model's weights again")
     return {key: entry for name in shards for key, entry in open_file(folder / name)[0].items()}

@@ -58,6 +58,8 @@ class GuidedUNet(nn.Module):
         if self.joint and not negative:
             raise InputError("to_diffusers: the CFG term needs the negative prompt's rows: leave negative=True")
         self.denoiser: Denoiser = inner.denoiser  # type: ignore[assignment]
+        if self.denoiser.preconditioning.timestep_scaling is not None:
+            raise InputError("to_diffusers: latent consistency models (LCM) are not supported: sample them here")
         sizes = {"time_cond_proj_dim": None, "attention_head_dim": self.denoiser.unet.config.heads}
         self.config = SimpleNamespace(**sizes | vars(self.denoiser.unet.config))
 
@@ -73,7 +75,7 @@ class GuidedUNet(nn.Module):
         return self.denoiser.unet.conv_in.weight.device
 
     @property
-    def add_embedding(self) -> Any:
+    def add_embedding(self) -> nn.Module | None:
         """Which pipelines look at to check their text encoders."""
         return self.denoiser.unet.add_embedding
 
