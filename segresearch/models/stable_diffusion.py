@@ -1,9 +1,11 @@
 """StableDiffusion: the networks of one loaded model together, from prompts to conditionings, from images to latents and
 back."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from segresearch.models.compute import PLAIN, Compute, arithmetic
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.denoiser import Denoiser
+from segresearch.models.prompt_syntax import SYNTAXES, encode_weighted, equal_lengths, foreign_syntax
 from segresearch.models.text import TextEncoders
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE
@@ -58,11 +61,15 @@ class StableDiffusion:
     def encode(
         self, prompts: Sequence[str], negative: str | Sequence[str] | None = None,
         size: tuple[int, int] | None = None, clip_skip: int | None = None,
+        syntax: str = "plain", original_size: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
     ) -> dict[str, Cond]:  # fmt: skip
         """{"cond": ..., "uncond": ...}, one row a prompt, in the UNet's dtype and on its device.
-        negative: one text for all rows or one a row; None: see `zero_negative`. size: (height, width) in pixels, both
-        the original and the target size of the image, uncropped; None: `default_size`. clip_skip: as in diffusers, for
-        the prompts only. InputError for an empty list, a bare string, unequal lengths or a size that does not fit."""
+        negative: one text for all rows or one a row; None: see `zero_negative`. size: (height, width) in pixels of the
+        image; None: `default_size`. clip_skip: as in diffusers, for the prompts only. syntax: "weighted" reads weights
+        and BREAK (`prompt_syntax`), "plain" the text as it is, with a warning where it holds such. original_size, crop,
+        target_size: what SDXL is told of the image in place of `size`, (0, 0) and `size`. InputError for an empty list,
+        a bare string, unequal lengths, a size that does not fit, or a weighted prompt that has no meaning."""
         if isinstance(prompts, str):
             raise InputError(f"prompts must be a list of strings, not the string {prompts!r}: write [{prompts!r}]")
         if not prompts:
@@ -73,12 +80,15 @@ class StableDiffusion:
         if negative is not None and not isinstance(negative, str) and len(negative) != len(prompts):
             raise InputError(f"negative has {len(negative)} texts for {len(prompts)} prompts: give one text or as many")
         self.latent_shape(size)  # refuses a size that does not fit
-        (height, width), device, rows = size or self.default_size, self.device, len(prompts)
-        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device).expand(rows, 6)
+        negatives = [negative or ""] if isinstance(negative, str | None) else negative
+        read, size = self._reader(syntax, (*prompts, *negatives)), size or self.default_size
+        device, rows = self.device, len(prompts)
+        told = [*(original_size or size), *crop, *(target_size or size)]
+        ids = torch.tensor([told], dtype=torch.float32, device=device).expand(rows, 6)
 
         def cond(texts: Sequence[str], clip_skip: int | None = None) -> Cond:
             with self.arithmetic():
-                context, pooled = self.text.encode(texts, clip_skip, device if self.compute.offload else None)
+                context, pooled = read(texts, clip_skip, device if self.compute.offload else None)
             context, pooled = context.expand(rows, -1, -1), pooled.expand(rows, -1)  # (1, ...) -> (rows, ...)
             return Cond(context, pooled, ids).to(device, self.unet.conv_in.weight.dtype)
 
@@ -86,7 +96,19 @@ class StableDiffusion:
         if negative is None and self.zero_negative:
             zeros = Cond(torch.zeros_like(positive.context), torch.zeros_like(positive.pooled), ids)
             return {"cond": positive, "uncond": zeros}
-        return {"cond": positive, "uncond": cond([negative or ""] if isinstance(negative, str | None) else negative)}
+        return equal_lengths({"cond": positive, "uncond": cond(negatives)})
+
+    def _reader(self, syntax: str, texts: Sequence[str]) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What encodes texts of this syntax; a warning where plain ones hold that of other programs."""
+        if syntax not in SYNTAXES:
+            raise InputError(f"syntax={syntax!r}: choose {' or '.join(SYNTAXES)}")
+        if syntax == "weighted":
+            return partial(encode_weighted, self.text)
+        if forms := foreign_syntax(texts):
+            what = f"prompts hold {', '.join(forms)}, read as plain text"
+            hint = 'text.syntax=weighted (syntax="weighted") reads weights and BREAK'
+            warnings.warn(f"{what}; {hint}", stacklevel=3)
+        return self.text.encode
 
     def decode(self, latents: Float[Tensor, "b l h w"]) -> Float[Tensor, "b c H W"]:
         """Images from scaled latents, not clamped: `vae.decode` on the UNet's device, as `compute` says."""
