@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_model
@@ -22,6 +21,7 @@ from segresearch.control_images.identify import control_records, identify_contro
 from segresearch.errors import NotFinite
 from segresearch.image_grid import Block, cell_height, draw_grid, image_size
 from segresearch.init_images import identify_init, init_images
+from segresearch.progress import Bar
 from segresearch.records import (
     config_record,
     image_record,
@@ -31,12 +31,13 @@ from segresearch.records import (
     save_png,
     with_networks,
 )  # fmt: skip
+from segresearch.wandb_log import WandbRun, log
 
 if TYPE_CHECKING:
     from segresearch.models import StableDiffusion
 
 GRID_VERSION = 1
-OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto"}  # not of the run
+OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}  # not of the run
 IDENTITY = ("run", "method", "prompt", "seed")  # tell one image's record from any other's
 
 
@@ -102,7 +103,9 @@ def generate(config: GenerateConfig, model: "StableDiffusion | None" = None) -> 
             raise
     else:
         save_control_images(run, image_size(next(iter(records))))
-    return RunResult(run.folder, save_grid(run), len(missing), existing, seconds)
+    result = RunResult(run.folder, save_grid(run), len(missing), existing, seconds)
+    log_images(run, result)
+    return result
 
 
 def expand(config: GenerateConfig) -> Run:
@@ -186,9 +189,9 @@ def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None"
     start = time.perf_counter()
     runs.write(run.folder / "config.yaml", written_config(config, OF_A_CALL))
     try:
-        with tqdm(total=len(missing), unit="image", disable=None, leave=False) as bar:
+        with Bar(len(missing)) as bar:
             for panel, method, images, guided in columns:
-                bar.set_description(method)
+                bar.describe(method)
                 for numbers in batches(panel.rows, batch_size):
                     rows, batch = [panel.rows[i] for i in numbers], [images[i] for i in numbers]
                     if missing.isdisjoint(path for path, _ in batch):
@@ -200,18 +203,38 @@ def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None"
                     seeds, prompts = [row.seed for row in rows], [row.prompt for row in rows]
                     negatives = {row.negative for row in rows}
                     negative = negatives.pop() if len(negatives) == 1 else [row.negative or "" for row in rows]
-                    pixels = sample_images(sd, guided, seeds, prompts, sized, negative, control, init=init)
+                    new = len(missing.intersection(path for path, _ in batch))
+                    report = bar.callback(new, len(batch), len(sigmas) - 1)
+                    pixels = sample_images(
+                        sd, guided, seeds, prompts, sized, negative, control, init=init, callback=report
+                    )
                     for (path, record), one in zip(batch, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                         if path in missing:
                             save_png(Image.fromarray(one), path, record)
                             saved += 1
-                            bar.update()
+                    bar.add(new)
     except NotFinite as error:
         raise NotFinite(f"{method}: {error}; try model.dtype=float32 or lower scales") from error
     except KeyboardInterrupt:
         print(f"stopped: {saved} of {len(missing)} images sampled, and kept; the same command resumes", file=sys.stderr)
         raise
     return time.perf_counter() - start
+
+
+def log_images(run: Run, result: RunResult) -> None:
+    """In W&B: the grid, and the images of each method as a gallery. See `wandb_log.log`."""
+    config, name = run.config, f"{run.config.name} {run.folder.name}"
+    galleries: dict[str, list[tuple[Path, str]]] = {"grid": [(result.grid, "")]}
+    for files in run.panels:
+        for method, images in files.images.items():
+            title = f"{files.panel.title}: {method}" if files.panel.title else method
+            shown = [(p, f"seed {r['seed']}" + f": {r['prompt']}" * bool(r["prompt"])) for p, r in images.items()]
+            galleries[slug(title)] = shown[: config.grid.rows]
+    values = {"images": result.sampled + result.existing}
+    tags = [config.model.name, *(method for files in run.panels for method in files.images)][:20]
+    settings = {**config_record(config, OF_A_CALL), "run": run.folder.name, "code": runs.code_version()}
+    logged = WandbRun(name, config.name, "images", settings, values, images=galleries, tags=tags)
+    log(config.wandb, Path(config.out), [name, sorted(galleries)], lambda _: [logged])
 
 
 def save_control_images(run: Run, size: tuple[int, int]) -> None:

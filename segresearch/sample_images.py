@@ -18,6 +18,7 @@ from segresearch.models.attention import Attend
 from segresearch.models.controlnet import ActiveControlNet
 from segresearch.models.prompt_syntax import equal_lengths
 from segresearch.sampling import initial_noise, sample, sigmas
+from segresearch.sampling.loop import Callback
 from segresearch.sampling.start import last_steps
 
 if TYPE_CHECKING:
@@ -29,16 +30,16 @@ Latents = Float[Tensor, "rows channels h w"]
 def sample_images(
     sd: "StableDiffusion", model: Any, seeds: Sequence[int], prompts: Sequence[str], config: RunConfig,
     negative: str | Sequence[str] | None = None, control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
-    init: InitImages | None = None,
+    init: InitImages | None = None, callback: Callback | None = None,
 ) -> UInt8[Tensor, "rows 3 h w"]:  # fmt: skip
     """One image for each seed and its prompt, on the model's device.
 
     model: a guided denoiser of `sd`. config: of which sampler, schedule, steps and size are read. negative: as in
-    `sd.encode`. attend: the innermost attention. init: the images that these start from. Raises NotFinite, and what
-    `sd.encode` and `sample` raise.
+    `sd.encode`. attend: the innermost attention. init: the images that these start from. callback: of `sample`.
+    Raises NotFinite, and what `sd.encode` and `sample` raise.
     """
     conds = encode_conds(sd, model, prompts, negative, config.size, config.text.given())
-    pixels = decode_images(sd, sample_latents(sd, model, seeds, conds, config, control, attend, init))
+    pixels = decode_images(sd, sample_latents(sd, model, seeds, conds, config, control, attend, init, callback))
     return pixels if init is None else init.paste(pixels)
 
 
@@ -63,6 +64,7 @@ def encode_conds(
 def sample_latents(
     sd: "StableDiffusion", model: Any, seeds: Sequence[int], conds: Mapping[str, Any], config: RunConfig,
     control: Sequence[ActiveControlNet] = (), attend: Attend | None = None, init: InitImages | None = None,
+    callback: Callback | None = None,
 ) -> Latents:  # fmt: skip
     """Latents from the noise of each seed; conds: of `encode_conds`. Raises NotFinite, which names the seeds."""
     schedule = config.schedule.name if config.schedule.rho is None else run_sigmas(sd, config)
@@ -70,7 +72,7 @@ def sample_latents(
     with sd.arithmetic():
         latents = sample(
             model, noise, sampler=config.sampler.name, schedule=schedule, steps=config.steps, conds=conds, seeds=seeds,
-            options=config.sampler.options, control=control, attend=attend,
+            options=config.sampler.options, control=control, attend=attend, callback=callback,
             start=None if init is None else init.start(sd, seeds),
         )  # fmt: skip
     finite = latents.isfinite().flatten(1).all(1).tolist()  # (rows, channels, h, w) -> (rows)

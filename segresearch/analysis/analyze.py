@@ -151,10 +151,16 @@ def _write(
     for name, table in tables.items():
         runs.write(to / f"{name}.csv", to_csv(table, digits=7))
     runs.write(to / PAGE, page(config, images, rows, claims, paths))
-    metrics = {f"{c.claim}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
+    metrics = shares(claims)
     name, plots = f"{config.name}-{to.name}", {key: [(path, "")] for key, path in paths.items()}
-    logged = WandbRun(name, config.name, "analysis", config, metrics, tables=tables, images=plots)
-    log(config.wandb, to, [name, metrics], lambda _: [logged])
+    logged = WandbRun(name, config.name, "analysis", config, metrics, tables=tables, images=plots,
+                      tags=[config.model.name])  # fmt: skip
+    log(config.wandb, Path(config.out), [name, metrics], lambda _: [logged])
+
+
+def shares(claims: Sequence[Any]) -> dict[str, float]:
+    """The share of columns where each claim holds, by the claim, the axis of the blur, its boundary and its sigma."""
+    return {f"{c.claim}/{c.axis}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
 
 
 def page(config: AnalyzeConfig, images: Images, rows: Rows, claims: Claims, plots: Mapping[str, Path]) -> str:

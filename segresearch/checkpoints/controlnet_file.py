@@ -13,25 +13,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from segresearch.checkpoints.key_maps import UNET, unet_map
+from segresearch.checkpoints.key_maps import unet_map
+from segresearch.checkpoints.other_files import other_kind
 from segresearch.checkpoints.tensors import Entry, Source, Weights, open_file
 from segresearch.errors import CheckpointError
 from segresearch.models.network_configs import CROSSED_MID, PLAIN_MID, ControlNetConfig, EncoderConfig, UNetConfig
 
-OTHERS = {  # a pattern of keys -> what the file is; the first that matches
-    r"^lora_controlnet$": "a control-LoRA, which is not supported: give a full ControlNet",
-    r"^lllite_unet_": "a ControlNet-LLLite, which is not supported: give a full ControlNet",
-    r"enc_zero_convs|(base_to_ctrl|ctrl_to_base|base_to_control|control_to_base)": "a ControlNet-XS, which is not "
-    "supported: give a full ControlNet",
-    r"^(adapter\.)?body\.\d": "a T2I-Adapter, which is not supported: give a full ControlNet",
-    r"^(image_proj|ip_adapter)\.": "an IP-Adapter, not a ControlNet: give it as ip_adapter.path",
-    r"lora_(unet|te)|\.lora_|\.lora\.": "a LoRA, not a ControlNet",
-    r"motion_modules\.": "a SparseCtrl of AnimateDiff, which is not supported",
-    r"^(transformer_blocks|single_transformer_blocks|controlnet_blocks|double_blocks)\.": "a ControlNet of a diffusion "
-    "transformer (Flux, Stable Diffusion 3), not of a UNet",
-    r"^(down_blocks\.\d+\.)?difference$": "a difference of ControlNets, which needs the model it was made from: give "
-    "the full one",
-    r"^(model\.diffusion_model\.|conditioner\.|cond_stage_model\.)": "a whole model, not a ControlNet",
+OTHERS = {  # a pattern of keys -> what the file is, though it reads an image as a ControlNet does
+    r"^lora_controlnet$": "a Control-LoRA",
+    r"enc_zero_convs|base_to_ctrl|ctrl_to_base|base_to_control|control_to_base": "a ControlNet-XS",
+    r"^(down_blocks\.\d+\.)?difference$": "a difference of ControlNets, which needs the model that it was made from",
+    r"motion_modules\.": "a SparseCtrl of AnimateDiff",
 }
 PREFIX = "control_model."
 
@@ -74,10 +66,14 @@ def refuse_other_file(keys: Mapping[str, Any], path: Path) -> None:
     text = "\n".join(sorted(keys))
     for pattern, kind in OTHERS.items():
         if re.search(pattern, text, re.MULTILINE):
-            raise CheckpointError(f"controlnet {path} is {kind}")
-    if not re.search(r"^controlnet_cond_embedding\.|input_hint_block\.", text, re.MULTILINE):
-        first = min(keys)
-        raise CheckpointError(f"controlnet {path} is no ControlNet (its first key is {first!r}): it reads no image")
+            raise CheckpointError(f"controlnet {path} is {kind}, which is not supported: give a full ControlNet")
+    if re.search(r"^controlnet_cond_embedding\.|input_hint_block\.", text, re.MULTILINE):
+        return
+    kind = (other_kind(keys) or "").partition(":")[0].replace(", not a checkpoint", "")
+    if re.search(r"^(model\.diffusion_model|first_stage_model)\.", text, re.MULTILINE):
+        kind = "a whole model"
+    kind = kind or f"of an unknown layout (its first key is {min(keys)!r})"
+    raise CheckpointError(f"controlnet {path} is {kind}: give a ControlNet, which reads an image")
 
 
 def encoder_sizes(unet: EncoderConfig) -> dict[str, Any]:
@@ -132,7 +128,7 @@ def original_map(config: ControlNetConfig, hints: list[int], prefix: str) -> Any
     """From a key of ControlNet to the original one."""
     up = {f.name: getattr(config, f.name) for f in fields(EncoderConfig)}
     levels = len(config.block_out_channels)
-    encoder = unet_map(UNetConfig(**up, up_block_types=("UpBlock2D",) * levels))
+    encoder = unet_map(UNetConfig(**up, up_block_types=("UpBlock2D",) * levels), prefix)
     image = ["conv_in", *(f"blocks.{i}" for i in range(len(hints) - 2)), "conv_out"]
     names = {f"controlnet_cond_embedding.{name}.": f"input_hint_block.{i}." for name, i in zip(image, hints)}
     names |= {f"controlnet_down_blocks.{i}.": f"zero_convs.{i}.0." for i in range(len(config.skip_widths))}
@@ -142,7 +138,6 @@ def original_map(config: ControlNetConfig, hints: list[int], prefix: str) -> Any
         for name, other in names.items():
             if key.startswith(name):
                 return Source(prefix + other + key.removeprefix(name))
-        source = encoder(key)
-        return source._replace(key=prefix + source.key.removeprefix(UNET))
+        return encoder(key)
 
     return original

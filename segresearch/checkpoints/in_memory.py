@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segresearch.checkpoints.folder import build_networks, building, text_entries, vae_key
+from segresearch.checkpoints.folder import build_networks, building
 from segresearch.checkpoints.load import DTYPES, check_fit, number_positions, refuse_mixture
+from segresearch.checkpoints.parts import text_entries, vae_key
 from segresearch.checkpoints.tensors import listed
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.compute import PLAIN, Compute
 from segresearch.models.controlnet import ControlNet
-from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.denoiser import scheduled
 from segresearch.models.network_configs import ControlNetConfig
 from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
@@ -74,13 +75,11 @@ def from_diffusers(pipe: Any, compute: Compute = PLAIN) -> StableDiffusion:
         if several := [token for token in added if f"{token}_1" in added]:
             raise InputError(f"pipe: the textual inversion {several[0]!r} has several vectors: give it to load_model")
     controlnets = {key: shared_controlnet(pipe, key, net) for key, net in nets_of(pipe).items()}
-    refuse_mixture(unet.config, vae.config, *(encoder.config for encoder in encoders))  # type: ignore[arg-type]
+    refuse_mixture(unet.config, vae.config, [encoder.config for encoder in encoders])
     for key, net in controlnets.items():
         check_fit(key, net.config, unet.config, vae.config.factor)
-    scheduler = config_of(pipe.scheduler)
     try:
-        prediction, offset = scheduler.get("prediction_type", "epsilon"), scheduler.get("steps_offset", 1)
-        denoiser = Denoiser(unet, alphas_cumprod(scheduler).to(device), prediction, offset, compute)
+        denoiser = scheduled(unet, config_of(pipe.scheduler), compute, device)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"pipe.scheduler: {error}") from error
     zero_negative = bool(pipe.config.get("force_zeros_for_empty_prompt", len(encoders) == 2))

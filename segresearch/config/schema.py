@@ -328,7 +328,8 @@ class RunConfig(Record):
 
 @dataclass(frozen=True)
 class GenerateConfig(RunConfig):
-    """A `generate` run: conf/generate.yaml. `out`, `device`, `batch_size` and `grid` do not enter its identity."""
+    """A `generate` run: conf/generate.yaml. `out`, `device`, `batch_size`, `grid` and `wandb` do not enter its
+    identity."""
 
     name: str = "generate"
     controls: dict[str, ControlConfig] = field(default_factory=dict)
@@ -338,6 +339,7 @@ class GenerateConfig(RunConfig):
     seeds: Seeds = "0-3"
     pairing: Literal["product", "zip"] = "product"
     grid: GridConfig = GridConfig()
+    wandb: Annotated[WandbConfig, Record] = WandbConfig()
 
 
 @dataclass(frozen=True)

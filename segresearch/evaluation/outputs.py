@@ -125,10 +125,11 @@ def log_evaluation(spec: EvaluationSpec, result: Result, folder: Path) -> bool:
         captions = [f"seed {i}" + (f": {texts[i]}" if texts[i] else "") for i in seeds]
         of_methods = [
             WandbRun(
-                method, config.name, "method", {**common, **facts(method, spec.methods[method])}, values,
+                f"{method} {folder.name}", config.name, "method",
+                {**common, **facts(method, spec.methods[method])}, values,
                 {GUIDANCE: result.norms[method]} if result.norms.get(method) else {},
                 {"image table": [{**s, "image": path} for s, path in zip(samples, files[method])]},
-                {GALLERY: list(zip(files[method], captions))},
+                {GALLERY: list(zip(files[method], captions))}, [config.model.name, method],
             )
             for method, values in rows.items()
         ]  # fmt: skip
@@ -136,7 +137,9 @@ def log_evaluation(spec: EvaluationSpec, result: Result, folder: Path) -> bool:
         tables = {TABLE: [{"method": method, **row} for method, row in rows.items()], SIDE_BY_SIDE: side_by_side}
         figures = {path.stem: [(path, "")] for path in sorted((folder / "figures").glob("*.png"))}
         settings, whole = {**common, "all": runs.plain(config)}, f"{config.name} {folder.name}"
-        return [*of_methods, WandbRun(whole, config.name, "evaluation", settings, tables=tables, images=figures)]
+        last = WandbRun(whole, config.name, "evaluation", settings, tables=tables, images=figures,
+                        tags=[config.model.name])  # fmt: skip
+        return [*of_methods, last]
 
     return log(config.wandb, Path(config.out), [folder.name, common, rows], wandb_runs)
 

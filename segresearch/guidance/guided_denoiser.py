@@ -155,7 +155,12 @@ class GuidedDenoiser:
     def perturbed(self, branch: Branch) -> Perturbed:
         """The perturbations of a complete branch, by site."""
         if branch.perturbations not in self._perturbed:
-            kinds, _ = self.sites(self.pass_of(branch).network)
+            network = self.pass_of(branch).network
+            if getattr(self.networks[network], "timesteps", 1) is None:
+                for p in branch.perturbations:
+                    if getattr(p, "in_timesteps", False):
+                        raise InputError(f"{p} is in timesteps, and an EDM model has none, but ln(σ)/4")
+            kinds, _ = self.sites(network)
             self._perturbed[branch.perturbations] = perturbed_sites(branch.perturbations, kinds)
         return self._perturbed[branch.perturbations]
 

@@ -20,7 +20,7 @@ from segresearch.sampling.draws import bits, place
 class ICGText:
     """ICG with a random text as ŷ: random tokens between begin and end, through the text encoders.
 
-    The tokens are of equal probability, special ones left out, the same for both encoders. The text encoders run once,
+    The tokens are of equal probability, special ones left out, the same for all encoders. The text encoders run once,
     before the images have their keys. So ŷ is keyed by `seed` and the prompt, and the same at all evaluations, where
     the paper draws it anew; the paper's own comparison code (of CDG) has one a prompt too. An image does not depend on
     its batch, but two images of one prompt share ŷ. Formula and w as of `ICG`.
