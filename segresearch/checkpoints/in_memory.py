@@ -7,19 +7,20 @@ code would lose (LoRA adapters, attention processors, hooks, ...) is refused by 
 import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from segresearch.checkpoints.controlnets import built, read_config
 from segresearch.checkpoints.folder import build_networks, building, text_entries, vae_key
 from segresearch.checkpoints.load import DTYPES, check_fit, number_positions, refuse_mixture
-from segresearch.checkpoints.tensors import listed
+from segresearch.checkpoints.tensors import Entry, Weights, listed
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.compute import PLAIN, Compute
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.denoiser import scheduled
-from segresearch.models.network_configs import ControlNetConfig
 from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
 
@@ -170,7 +171,9 @@ def shared_controlnet(pipe: Any, name: str, net: Any) -> ControlNet:
     """One of them, with its own parameters."""
     net = getattr(net, "_orig_mod", net)
     refuse_changed(net, f"pipe.{name}")
+    config, weights = config_of(net), net.state_dict()
+    stored = {key: Entry(Path(f"pipe.{name}"), key, str(w.dtype), tuple(w.shape)) for key, w in weights.items()}
     with building(f"pipe.{name}"):
-        own = ControlNet(ControlNetConfig.from_dict(config_of(net)))
-    share(own, net.state_dict(), f"pipe.{name}")
+        own = built(read_config(config), Weights(name, stored))
+    share(own, weights, f"pipe.{name}")
     return own
