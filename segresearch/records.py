@@ -32,6 +32,8 @@ def sampling_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     if parts := part_fingerprints(config.model):
         model["parts"] = parts
     settings = {key: getattr(config, key) for key in ("sampler", "schedule", "steps", "size")}
+    if text := config.text.given():
+        settings["text"] = text
     return {"model": model, **settings, **config.compute.identity(device_kind(config.device))}
 
 
@@ -115,13 +117,14 @@ def save_png(image: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record in a PNG, or None where there is no such file, it is damaged, or it carries none."""
+    """The record in a PNG, or None where there is no such file, it is damaged, is a bomb, or carries none."""
     try:
         data = path.read_bytes()
         if not data.endswith(END):  # Pillow reads a cut file as far as it goes
             return None
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.load()
-            return json.loads(image.info.get(KEY, "null"))
-    except (OSError, SyntaxError, ValueError):
+            record = json.loads(image.info.get(KEY, "null"))
+            return record if isinstance(record, dict) else None
+    except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
         return None

@@ -69,7 +69,7 @@ ALLOWED = {
     "sampling.loop:sample": "levels as given, sent with the noise",
     "sampling.noise:initial_noise": GENERATED,
     "sampling.noise:white_noise.draw": GENERATED,
-    "sampling.noise:brownian_noise": GENERATED,
+    "sampling.noise:brownian_noise": GENERATED, "sampling.noise:tree_end": "a number, rounded",
     "sampling.noise:brownian_noise.draw": "two numbers that have been read",
     "sampling.schedules:positive_sigmas": "fp64 on the CPU, sent as a whole",
     "sampling.schedules:timesteps": "as positive_sigmas", "sampling.schedules:curved": "as positive_sigmas",

@@ -76,3 +76,10 @@ def test_deep_configs_end_in_one_line():
         config = {"a": config}
     with pytest.raises(ConfigError, match="nested in more than 200 levels"):
         check_composed(config)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.pth"])
+def test_a_pickle_that_exists_is_refused_as_one(name, call, tmp_path):
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    code, said = call(script("generate").main, f"model.path={name}", "seeds=0", "device=cpu")
+    assert code == 3 and "pickle checkpoints can run code" in said.err and said.err.count("\n") == 1

@@ -29,9 +29,11 @@ def resolve_model(path_or_name: str | Path) -> Path:
             raise CheckpointError(f'"mini": {MINI} holds no model: {hint}')
         return MINI
     path = Path(path_or_name).expanduser()
-    if path.exists():
+    if path.is_dir():
         return path
     refuse_pickle(path)
+    if path.exists():
+        return path
     if path.suffix != ".safetensors":
         if folder := cached_folder(name, "model_index.json", "a complete model ", '"*.txt" '):
             return folder

@@ -59,7 +59,7 @@ def _depth_estimator(folder: Path) -> tuple[Any, Any, bool]:
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
     with reading(folder, "not a depth estimator of transformers"):
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     network = load_pretrained(AutoModelForDepthEstimation, folder, kind="depth estimator", use_safetensors=True)
     kind = getattr(network.config, "depth_estimation_type", "relative")
     return processor, network, kind == "metric" or network.config.model_type in METRIC

@@ -3,7 +3,7 @@
     pipe.unet = to_diffusers(GuidedDenoiser(sd.denoiser, {"seg": perturbed("seg", SEG(), 3.0)}))
     pipe("a red cube", guidance_scale=5.0)        # CFG by the pipeline, SEG by the guided denoiser
 
-z (the pipeline's input at t) ─► x = z·√(σ²+1), σ = σ_t ─► D = guided(x, σ) ─► eps or v, as the network gives it.
+z (the pipeline's input at t) ─► x = z/c_in, σ = σ_t ─► D = guided(x, σ) ─► eps or v, as the scheduler expects it.
 diffusers itself is not imported.
 """
 
@@ -75,7 +75,7 @@ class GuidedUNet(nn.Module):
         return self.denoiser.unet.conv_in.weight.device
 
     @property
-    def add_embedding(self) -> Any:
+    def add_embedding(self) -> nn.Module | None:
         """Which pipelines look at to check their text encoders."""
         return self.denoiser.unet.add_embedding
 
@@ -117,7 +117,7 @@ class GuidedUNet(nn.Module):
             text = "two equal halves: with guidance_scale above 1 give negative=True"
             warnings.warn(f"to_diffusers: {text}", stacklevel=2)
         sigma = self.denoiser.t_to_sigma(t)
-        x = z * (sigma[:, None, None, None] ** 2 + self.denoiser.preconditioning.data).sqrt()
+        x = self.denoiser.preconditioning.unscaled(z, sigma[:, None, None, None])
         denoised = self.denoised(x, sigma, conds)
         parts = [self.prediction(x, sigma, d).to(sample.dtype) for d in denoised]
         return Prediction(torch.cat(parts))
@@ -136,9 +136,9 @@ class GuidedUNet(nn.Module):
         return plain[UNCOND] + delta, plain[COND] + delta
 
     def prediction(self, x: Latents, sigma: Float[Tensor, " b"], denoised: Latents) -> Latents:
-        """The network's own quantity at D (eps, v, ...): the inverse of `Denoiser`."""
-        level = sigma[:, None, None, None]
-        return self.denoiser.preconditioning.target(denoised, (x - denoised) / level, level)
+        """The network's own quantity at D: the inverse of `Denoiser`."""
+        s, t = sigma[:, None, None, None], self.denoiser.sigma_to_t(sigma)[:, None, None, None]
+        return self.denoiser.preconditioning.output(denoised, x, s, t)
 
 
 def to_diffusers(guided: Any, control: Control = None, negative: bool = True) -> GuidedUNet:

@@ -3,7 +3,7 @@ back."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from segresearch.models.text import TextEncoders
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE
 
+LCM_GUIDANCE = 8.0  # that latent consistency models were published with
+
 
 @dataclass(frozen=True)
 class StableDiffusion:
@@ -30,7 +32,7 @@ class StableDiffusion:
     text: TextEncoders
     denoiser: Denoiser = field(repr=False)
     name: str = "sdxl"  # the path or name it was loaded by
-    zero_negative: bool = True  # no negative prompt means zeros (SDXL), else the encoding of ""
+    zero_negative: bool = True  # no negative prompt means zeros (SDXL), else the encoding of "" (SD 1.5, the refiner)
     controlnets: Mapping[str, ControlNet] = field(default_factory=dict)  # by the names passed to `load_model`, in order
     compute: Compute = PLAIN  # of the denoiser and of the methods here; `vae.decode` itself computes as the VAE is
 
@@ -58,11 +60,16 @@ class StableDiffusion:
     def encode(
         self, prompts: Sequence[str], negative: str | Sequence[str] | None = None,
         size: tuple[int, int] | None = None, clip_skip: int | None = None,
+        aesthetic_score: float | int = 6.0, negative_aesthetic_score: float | int = 2.5,
+        guidance: float | int | None = None,
     ) -> dict[str, Cond]:  # fmt: skip
         """{"cond": ..., "uncond": ...}, one row a prompt, in the UNet's dtype and on its device.
         negative: one text for all rows or one a row; None: see `zero_negative`. size: (height, width) in pixels, both
         the original and the target size of the image, uncropped; None: `default_size`. clip_skip: as in diffusers, for
-        the prompts only. InputError for an empty list, a bare string, unequal lengths or a size that does not fit."""
+        the prompts only. aesthetic_score, negative_aesthetic_score: of SDXL's refiner, which reads them in place of the
+        target size. guidance: the weight that an LCM UNet embeds, as diffusers' guidance_scale; None: 8. InputError for
+        an empty list, a bare string, unequal lengths, a size that does not fit, or guidance of a model that reads
+        none."""
         if isinstance(prompts, str):
             raise InputError(f"prompts must be a list of strings, not the string {prompts!r}: write [{prompts!r}]")
         if not prompts:
@@ -73,20 +80,31 @@ class StableDiffusion:
         if negative is not None and not isinstance(negative, str) and len(negative) != len(prompts):
             raise InputError(f"negative has {len(negative)} texts for {len(prompts)} prompts: give one text or as many")
         self.latent_shape(size)  # refuses a size that does not fit
-        (height, width), device, rows = size or self.default_size, self.device, len(prompts)
-        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device).expand(rows, 6)
+        device, rows, embedded = self.device, len(prompts), self.unet.config.time_cond_proj_dim is not None
+        if guidance is not None and not embedded:
+            raise InputError(f"guidance={guidance!r}: this model embeds no guidance weight (LCM's do): leave it out")
+        weight = torch.full((rows,), LCM_GUIDANCE if guidance is None else float(guidance), device=device)
 
-        def cond(texts: Sequence[str], clip_skip: int | None = None) -> Cond:
+        def cond(texts: Sequence[str], score: float | int, clip_skip: int | None = None) -> Cond:
             with self.arithmetic():
                 context, pooled = self.text.encode(texts, clip_skip, device if self.compute.offload else None)
             context, pooled = context.expand(rows, -1, -1), pooled.expand(rows, -1)  # (1, ...) -> (rows, ...)
-            return Cond(context, pooled, ids).to(device, self.unet.conv_in.weight.dtype)
+            ids = self.time_ids(size, score).expand(rows, -1)
+            whole = Cond(context, pooled, ids, guidance=weight if embedded else None)
+            return whole.to(device, self.unet.conv_in.weight.dtype)
 
-        positive = cond(prompts, clip_skip)
+        positive = cond(prompts, aesthetic_score, clip_skip)
         if negative is None and self.zero_negative:
-            zeros = Cond(torch.zeros_like(positive.context), torch.zeros_like(positive.pooled), ids)
-            return {"cond": positive, "uncond": zeros}
-        return {"cond": positive, "uncond": cond([negative or ""] if isinstance(negative, str | None) else negative)}
+            context, pooled = (torch.zeros_like(z) for z in (positive.context, positive.pooled))
+            return {"cond": positive, "uncond": replace(positive, context=context, pooled=pooled)}
+        texts = [negative or ""] if isinstance(negative, str | None) else negative
+        return {"cond": positive, "uncond": cond(texts, negative_aesthetic_score)}
+
+    def time_ids(self, size: tuple[int, int] | None = None, score: float | int = 6.0) -> Float[Tensor, "1 ids"]:
+        """The numbers that the model reads beside the text: see `Cond.time_ids`. score: of SDXL's refiner."""
+        height, width = size or self.default_size
+        ids = {0: [], 5: [height, width, 0, 0, score], 6: [height, width, 0, 0, height, width]}
+        return torch.tensor([ids[self.unet.config.size_ids]], dtype=torch.float32, device=self.device)
 
     def decode(self, latents: Float[Tensor, "b l h w"]) -> Float[Tensor, "b c H W"]:
         """Images from scaled latents, not clamped: `vae.decode` on the UNet's device, as `compute` says."""
