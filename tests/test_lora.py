@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from make_families import make_family, write_family
 from make_models import make_pipeline, write_single
 from safetensors.torch import save_file
 
@@ -399,6 +400,43 @@ def test_equal_to_diffusers(folder, model, lora, tmp_path, style):
         assert (model.unet(x, t, cond) - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("family", ["sd15", "sd21"])
+def test_models_with_one_text_encoder(family, tmp_path, lora):
+    write_family(family, tmp_path / "model")
+    base = load_model(tmp_path / "model")
+    whole = random_lora(base, UNET_LAYERS + TEXT_LAYERS + ("conv1", "time_emb_proj"), seed=4)
+    keys = {key.replace("lora_te1_", "lora_te_"): value for key, value in kohya(whole).items()}
+    file = write(tmp_path / "a.safetensors", keys)
+    pipeline, loaded = (
+        fused(make_family(family, tmp_path), file, 0.7),
+        load_model(tmp_path / "model", loras=[(file, 0.7)]),
+    )
+    assert_same(loaded, merged(base, (whole, 0.7, 0.7)))
+    context = pipeline.encode_prompt(["a red cube"], "cpu", 1, False)[0]
+    cond = loaded.encode(["a red cube"], size=(16, 24))["cond"]
+    torch.testing.assert_close(cond.context, context, rtol=1e-5, atol=1e-5)
+    x, t = torch.randn(1, 4, 8, 16), torch.tensor([500.0])
+    with torch.no_grad():
+        expected = pipeline.unet(x, t, context).sample
+        torch.testing.assert_close(loaded.unet(x, t, cond), expected, rtol=1e-5, atol=1e-5)
+    names = kohya({"unet": whole["unet"]}, unet_map(base.unet.config))
+    original = merged(base, ({"unet": whole["unet"]}, 1, 1))
+    assert_same(added(base, [write(tmp_path / "b.safetensors", names)]), original)
+    with pytest.raises(
+        CheckpointError, match="a.safetensors is a LoRA of a model with text 192 wide, the model here is"
+    ):
+        added(base, [write(tmp_path / "a.safetensors", kohya(lora))])
+
+
+def test_the_refiner(tmp_path):
+    write_family("refiner", tmp_path / "model")
+    base = load_model(tmp_path / "model")
+    whole = random_lora(base, UNET_LAYERS + TEXT_LAYERS)
+    for prefix in ("lora_te2_", "lora_te_", "lora_te1_"):
+        keys = {key.replace("lora_te1_", prefix): value for key, value in kohya(whole).items()}
+        assert_same(added(base, [write(tmp_path / "a.safetensors", keys)]), merged(base, (whole, 1, 1)))
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -524,9 +562,10 @@ def test_a_network_of_the_model_and_a_lora(model, lora, file):
         warnings.simplefilter("error")
         load_network(None, *args, (Lora(str(file), 0.5, 0.0),))
     expected, changed = merged(model, (lora, 0.5, 0))["unet"], set()
+    own = model.unet.state_dict()
     for key, weight in other.unet.state_dict().items():
         torch.testing.assert_close(weight, expected[key], rtol=1e-5, atol=1e-6)
-        if weight.data_ptr() != model.unet.state_dict()[key].data_ptr():
+        if weight.data_ptr() != own[key].data_ptr():
             changed.add(key)
     assert changed == {f"{layer}.weight" for layer in lora["unet"]}
     assert other.unet is not model.unet and torch.equal(other.alphas, model.denoiser.alphas)

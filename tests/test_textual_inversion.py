@@ -88,6 +88,14 @@ def test_pooled_at_the_end_of_the_text(loaded):
     assert (short - long).abs().max() > 1e-3
 
 
+def test_in_a_weighted_prompt(loaded):
+    plain = loaded.encode(["a <toy> red"], size=(16, 16))["cond"]
+    weighted = loaded.encode(["a <toy> red", "a (<toy>:1.5) red"], size=(16, 16), syntax="weighted")["cond"]
+    torch.testing.assert_close(weighted.context[:1], plain.context)
+    ratio = (weighted.context[1] / plain.context[0])[:, :64].median(dim=1).values  # of each token in the first encoder
+    torch.testing.assert_close(ratio[2:5] / ratio[1], torch.full((3,), 1.5), rtol=1e-3, atol=1e-3)
+
+
 def test_expanded():
     words = {"<toy>": 3, "Best": 2, "one": 1}
     assert expanded("a <toy>, <TOY>", words) == "a <toy> <toy>_1 <toy>_2, <toy> <toy>_1 <toy>_2"
