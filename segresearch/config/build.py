@@ -91,7 +91,7 @@ def configured_model(
 
 
 def build_guidance(config: GuidanceConfig, model: Any, post: Sequence[Callable[..., Any]] = ()) -> Any:
-    """`config` around the denoiser of `model`, an SDXL, or around a plain denoiser where there are no further networks:
+    """`config` around the denoiser of `model`, or around a plain denoiser where there are no further networks:
     a GuidedDenoiser, in a SelfAttentionGuidance or a ZSampling if it has these; `post` comes last.
     InputError for what the types cannot see: no such site or head, no such function."""
     from segresearch.guidance import Branch, GuidedDenoiser, SelfAttentionGuidance, Term, cfg, perturbed
