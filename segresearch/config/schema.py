@@ -243,6 +243,7 @@ class ControlConfig(Record):
     start: Fraction = 0.0
     end: Fraction = 1.0
     guess: Flag = False
+    kind: str | int | None = None  # of the image, for a union of ControlNets
 
     def __post_init__(self) -> None:
         if self.start >= self.end:
