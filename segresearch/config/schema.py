@@ -191,8 +191,9 @@ class GuidanceConfig(Record):
 
     def __post_init__(self) -> None:
         known = ("cond", "uncond", *self.conditionings)
+        read = (*known, "image")  # of instruct-pix2pix, see `StableDiffusion.with_image`
         for place, name in self.named_conditionings():
-            if name not in known:
+            if name not in read:
                 raise ConfigError(f"{place}: {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
         for place, perturbation in self.perturbations().items():
             network = getattr(perturbation, "network", None)
