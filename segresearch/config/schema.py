@@ -13,9 +13,10 @@ from pydantic import Field, Tag
 from segresearch.config.inputs import InitConfig, TextConfig
 from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
 from segresearch.config.networks import Embeddings, Loras, NetworkConfig
+from segresearch.config.outputs import BlurConfig, GridConfig
 from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
-from segresearch.fields import Boundary, Count, Flag, Fraction, NonNegative, Number, Whole, within
+from segresearch.fields import Count, Flag, Fraction, NonNegative, Number, Whole, within
 from segresearch.models.compute import Compute
 from segresearch.runs import LATER
 from segresearch.wandb_log import WandbConfig
@@ -185,8 +186,9 @@ class GuidanceConfig(Record):
 
     def __post_init__(self) -> None:
         known = ("cond", "uncond", *self.conditionings)
+        read = (*known, "image")  # of instruct-pix2pix, see `StableDiffusion.with_image`
         for place, name in self.named_conditionings():
-            if name not in known:
+            if name not in read:
                 raise ConfigError(f"{place}: {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
         for place, perturbation in self.perturbations().items():
             network = getattr(perturbation, "network", None)
@@ -282,24 +284,6 @@ class PanelConfig(Record):
     pairing: Literal["product", "zip"] | None = None
     controls: dict[str, ControlConfig] | None = None
     init: Annotated[InitConfig, Record] | None = None
-
-
-@dataclass(frozen=True)
-class GridConfig(Record):
-    """How the grid is drawn: pixels a cell (None: by the images' size), most rows a panel, panels side by side."""
-
-    cell: Annotated[int, within(16, 2048, whole=True)] | None = None
-    rows: Count = 64
-    across: Count = 2
-    title: str | None = None
-
-
-@dataclass(frozen=True)
-class BlurConfig(Record):
-    """The blurs that the captured queries are measured under: every sigma (tokens, 0 to inf) with every boundary."""
-
-    sigmas: tuple[NonNegative, ...] = (0.5, 1.0, 2.0, 4.0, math.inf)
-    boundaries: tuple[Boundary, ...] = ("reflect", "symmetric", "circular", "exact")
 
 
 @dataclass(frozen=True)
