@@ -24,9 +24,11 @@ RESERVED = ("shards", "reference", "wandb")  # folders of `out` that hold no run
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, mappings, sequences and paths as what JSON and YAML can hold; infinities become "inf", "-inf"."""
+    """Dataclasses, mappings, sequences and paths as what JSON and YAML can hold; infinities become "inf", "-inf". A
+    field with the metadata `left_out` is left out where it is None: a setting that came later changes no old run."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        given = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: plain(v) for f, v in given if v is not None or "left_out" not in f.metadata}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,5 +1,7 @@
 """IP-Adapters against diffusers', on random weights: base and plus, SDXL's shape, whole images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import StableDiffusionXLPAGPipeline, StableDiffusionXLPipeline
@@ -8,10 +10,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from segresearch import runs
 from segresearch.checkpoints.ip_adapter_file import check_context, load_ip_adapter
-from segresearch.errors import CheckpointError, InputError
+from segresearch.config.build import build_guidance
+from segresearch.config.expand import describe
+from segresearch.config.schema import GuidanceConfig
+from segresearch.config.validate import typed
+from segresearch.errors import CheckpointError, ConfigError, InputError
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, cfg, perturbed
 from segresearch.models import from_diffusers, load_model
+from segresearch.records import with_networks
 from segresearch.sampling import initial_noise, sample
 
 PROMPTS, SIZE, STEPS, CONTEXT, WIDTH, SIDE = ["a red cup", "two cubes"], (8, 16), 3, 192, 24, 28
@@ -75,7 +83,7 @@ def made(request, tmp_path_factory):
     pipe = StableDiffusionXLPipeline(**parts, image_encoder=tower, feature_extractor=processor)
     pipe.load_ip_adapter(str(root), subfolder="", weight_name="adapter.safetensors", image_encoder_folder=None)
     pipe.set_progress_bar_config(disable=True)
-    return root, pipe, sd, load_ip_adapter(root / "adapter.safetensors", root / "tower", sd)
+    return root, pipe, sd, load_ip_adapter(root / "adapter.safetensors", root / "tower", sd.unet)
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +161,9 @@ def refused(match, *arguments):
 def test_other_files_are_named(made, tmp_path):
     root, pipe, sd, prompter = made
     file, tower = root / "adapter.safetensors", root / "tower"
-    refused("no such file; give the adapter", root / "none.safetensors", tower, sd)
+    refused("no such file; give the adapter", root / "none.safetensors", tower, sd.unet)
     (tmp_path / "a.bin").write_bytes(b"PK")
-    refused("pickle", tmp_path / "a.bin", tower, sd)
+    refused("pickle", tmp_path / "a.bin", tower, sd.unet)
     for keys, match in (
         (["image_proj.proj.0.weight", "image_proj.norm.weight"], "of the kind FaceID: only base and plus"),
         (["image_proj.proj.3.weight", "image_proj.proj.0.weight"], "of the kind full"),
@@ -164,19 +172,44 @@ def test_other_files_are_named(made, tmp_path):
         (["image_proj.latents"], "sizes cannot be told"),
     ):
         save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / "other.safetensors")
-        refused(match, tmp_path / "other.safetensors", tower, sd)
+        refused(match, tmp_path / "other.safetensors", tower, sd.unet)
     torch.manual_seed(0)
     sizes = TOWER.to_dict() | {"hidden_size": 16, "projection_dim": 8}
     small = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes))
     small.save_pretrained(tmp_path / "small")
-    refused("it gives (8|16) numbers, the adapter adapter.safetensors reads (24|32)", file, tmp_path / "small", sd)
-    refused("no such folder", file, tmp_path / "nowhere", sd)
+    refused("it gives (8|16) numbers, the adapter adapter.safetensors reads (24|32)", file, tmp_path / "small", sd.unet)
+    refused("no such folder", file, tmp_path / "nowhere", sd.unet)
     cut = {k: v for k, v in prompter.adapter.state_dict().items() if not k.startswith("ip_adapter.3.")}
     save_file(cut, tmp_path / "cut.safetensors")
-    refused("2 missing keys .ip_adapter.3.to_k_ip.weight", tmp_path / "cut.safetensors", tower, sd)
+    refused("2 missing keys .ip_adapter.3.to_k_ip.weight", tmp_path / "cut.safetensors", tower, sd.unet)
     with pytest.raises(CheckpointError, match="tokens are 192 wide, this model's text is 64"):
         check_context(192, 64, file)
     with pytest.raises(InputError, match="has an IP-Adapter .*unload_ip_adapter"):
         from_diffusers(pipe)
-    with pytest.raises(CheckpointError, match="an IP-Adapter.*ip_adapter.path"):
+    with pytest.raises(CheckpointError, match="an IP-Adapter.*guidance.ip_adapter.path"):
         load_model(file)
+
+
+def test_an_image_prompt_in_the_settings_of_a_run(made, noise, picture, tmp_path):
+    root, _, sd, prompter = made
+    picture.save(tmp_path / "prompt.png")
+    adapter = {"path": str(root / "adapter.safetensors"), "image_encoder": str(root / "tower"), "scale": 0.6,
+               "image": str(tmp_path / "prompt.png")}  # fmt: skip
+    config = typed(GuidanceConfig, {"terms": {"cfg": {"kind": "cfg", "weight": 4.0}}, "ip_adapter": adapter})
+    assert describe(config) == "CFG 4 + image 0.6"
+    x0 = sample(build_guidance(config, sd), noise, steps=STEPS, conds=sd.encode(PROMPTS, size=SIZE))
+    torch.testing.assert_close(x0, ours(sd, {"cfg": cfg(4.0)}, noise, prompter.every([picture], 0.6)))
+
+    plain = replace(config, ip_adapter=None)
+    assert "ip_adapter" not in runs.plain(plain) and "ip_adapter" in runs.plain(config)
+    known = with_networks(config, root)
+    assert with_networks(known, root) == known != config
+    picture.rotate(180).save(tmp_path / "prompt.png")
+    with pytest.raises(ConfigError, match="guidance.ip_adapter: its weights and its image are .*, not"):
+        with_networks(known, root)
+    for key, match in (("path", "guidance.ip_adapter.path: .*none: no safetensors weights"),
+                       ("image_encoder", "ip_adapter.image_encoder: "), ("image", "ip_adapter.image: .*no such file")):
+        with pytest.raises(ConfigError, match=match):
+            with_networks(replace(config, ip_adapter=replace(config.ip_adapter, **{key: str(tmp_path / "none")})), root)
+    with pytest.raises(ConfigError, match="guidance.ip_adapter: ip_adapter.path=.*no such file"):
+        build_guidance(replace(config, ip_adapter=replace(config.ip_adapter, path="none.safetensors")), sd)

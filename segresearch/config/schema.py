@@ -160,6 +160,19 @@ class NetworkConfig(Record):
     fingerprint: str | None = None
 
 
+@dataclass(frozen=True)
+class IPAdapterConfig(Record):
+    """An image as a prompt beside the text, by an IP-Adapter's file and the folder of its CLIP vision tower (see
+    `load_ip_adapter`). where: cross-attentions. fingerprint: of the weights and the image, which a run fills in."""
+
+    path: str
+    image: str
+    image_encoder: str
+    scale: Number = 1.0
+    where: Where = "*"
+    fingerprint: str | None = None
+
+
 TERMS = {"cfg": CFGTerm, "perturbed": PerturbedTerm, "difference": DifferenceTerm}
 if TYPE_CHECKING:
     TermConfig = CFGTerm | PerturbedTerm | DifferenceTerm
@@ -187,6 +200,7 @@ class GuidanceConfig(Record):
     post: dict[str, PostConfig] = field(default_factory=dict)
     sag: SAGConfig | None = None
     zigzag: ZSamplingConfig | None = None
+    ip_adapter: IPAdapterConfig | None = field(default=None, metadata={"left_out": True})
 
     def __post_init__(self) -> None:
         known = ("cond", "uncond", *self.conditionings)
@@ -242,7 +256,7 @@ class ControlConfig(Record):
     start: Fraction = 0.0
     end: Fraction = 1.0
     guess: Flag = False
-    kind: str | int | None = None  # of the image, for a union of ControlNets
+    kind: str | int | None = field(default=None, metadata={"left_out": True})  # of a union: of the image
 
     def __post_init__(self) -> None:
         if self.start >= self.end:
