@@ -44,20 +44,40 @@ UNET = {
 }  # fmt: skip
 VAE = {"_class_name": "AutoencoderKL", "block_out_channels": [32, 32], "layers_per_block": 1, "scaling_factor": 0.13025,
        "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}  # fmt: skip
-TEXT = {"architectures": ["CLIPTextModel"], "vocab_size": 8, "hidden_size": 32, "intermediate_size": 8,
-        "bos_token_id": 0, "eos_token_id": 2, "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 8, "projection_dim": 16}  # fmt: skip
+TEXT = {
+    "architectures": ["CLIPTextModel"], "vocab_size": 8, "hidden_size": 32, "intermediate_size": 8, "bos_token_id": 0,
+    "eos_token_id": 2, "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 8,
+    "projection_dim": 16,
+}  # fmt: skip
 TEXT_2 = {**TEXT, "architectures": ["CLIPTextModelWithProjection"], "hidden_size": 64, "hidden_act": "gelu"}
 SCHEDULER = {"_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
              "beta_schedule": "scaled_linear", "timestep_spacing": "leading", "num_train_timesteps": 1000}  # fmt: skip
-INDEX = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True,
-         "scheduler": ["diffusers", "EulerDiscreteScheduler"], "unet": ["diffusers", "UNet2DConditionModel"]}  # fmt: skip
-CONFIGS = {"unet/config.json": UNET, "vae/config.json": VAE, "text_encoder/config.json": TEXT, "model_index.json": INDEX,
-           "text_encoder_2/config.json": TEXT_2, "scheduler/scheduler_config.json": SCHEDULER}  # fmt: skip
+INDEX = {
+    "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True,
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"], "unet": ["diffusers", "UNet2DConditionModel"],
+}  # fmt: skip
+CONFIGS = {
+    "unet/config.json": UNET, "vae/config.json": VAE, "text_encoder/config.json": TEXT, "model_index.json": INDEX,
+    "text_encoder_2/config.json": TEXT_2, "scheduler/scheduler_config.json": SCHEDULER,
+}  # fmt: skip
 STRANGE: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 7, 10**9, 10**18, 2**63, 10**400, -(10**30), 0.5, 1e308, float("nan"),
-    float("inf"), "", "x", "UNet2DConditionModel", "\n", "../..", [], {}, [[]], [None], [1], [0, 0], [1] * 40, [[1, 2]] * 2,
-    [10**9, 10**9], {"a": [1]}, [[[[[[1]]]]]], ["DownBlock2D"] * 2, "a" * 5000,
+    float("inf"), "", "x", "UNet2DConditionModel", "\n", "../..", [], {}, [[]], [None], [1], [0, 0], [1] * 40,
+    [[1, 2]] * 2, [10**9, 10**9], {"a": [1]}, [[[[[[1]]]]]], ["DownBlock2D"] * 2, "a" * 5000,
 )  # fmt: skip
+FIELDS = ("data_offsets", "shape", "dtype")
+FAULTS: tuple[list[Any], ...] = (
+    [[0, 0], [0, 2**64], [-1, 5], [5, 1], [0.5, 3], [], [0], "x", None, [2**63, 2**63]],
+    [[], [0], [-1], [2**40, 2**40], [2**63], [1.5], ["x"], None, [1] * 300, [2**31, 2**31, 4]],
+    ["F8_E4M3", "I8", "BOOL", "X", None, 5, "F64", "U64", "F4", ""],
+)
+METADATA = (
+    None, 5, {"a": 1}, {"prediction_type": "v" * 9999}, {"a": {"b": "c"}}, {"modelspec.prediction_type": "\n\n"},
+    {"ss_v_parameterization": ""},
+)  # fmt: skip
+NAMES = ("", "\n", "a" * 99999, "\ud800", "v_pred", "edm_vpred.sigma_max", "edm_mean")
+STARTS = ("model.", "", "first_stage_model.", "cond_stage_model.", "double_blocks.", "lora_unet_")
+MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "scaled_fp8")
 
 
 @dataclass(frozen=True)
@@ -188,8 +208,8 @@ def write_model(folder: Path, file: Path) -> None:
     original: dict[str, Any] = {}
     for part, network, source_of in zip(("unet", "vae", "text_encoder", "text_encoder_2"), networks, maps, strict=True):
         weights = {key: torch.zeros(weight.shape, dtype=torch.float16) for key, weight in network.state_dict().items()}
-        save_file(weights, folder / part / ("diffusion_pytorch_model" if part in ("unet", "vae") else "model")
-                  .__add__(".safetensors"))  # fmt: skip
+        stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        save_file(weights, folder / part / f"{stem}.safetensors")
         for key, weight in weights.items():
             source = source_of(key)
             shape = list(weight.shape[::-1] if source.transpose else weight.shape)
@@ -224,25 +244,15 @@ def broken_header(draw: random.Random, header: dict[str, Any], data: bytes) -> b
         return packed(text[:at] + draw.choice([b"", b"\xff", b"\0", b"[" * 9999, b'{"' * 999]) + text[at + 1 :], data)
     if kind == 2:
         return packed(text, data)[: draw.randrange(len(text) + len(data) + 8)]
-    if kind == 3:
-        entry["data_offsets"] = draw.choice(
-            [[0, 0], [0, 2**64], [-1, 5], [5, 1], [0.5, 3], [], [0], "x", None, [2**63, 2**63]]
-        )
-    elif kind == 4:
-        entry["shape"] = draw.choice(
-            [[], [0], [-1], [2**40, 2**40], [2**63], [1.5], ["x"], None, [1] * 300, [2**31, 2**31, 4]]
-        )
-    elif kind == 5:
-        entry["dtype"] = draw.choice(["F8_E4M3", "I8", "BOOL", "X", None, 5, "F64", "U64", "F4", ""])
-    elif kind == 6:
-        text = text[:-1] + f', "{key}": {json.dumps(entry)}'.encode() + b"}"
-        return packed(text, data)
+    if kind == 6:  # a name twice
+        return packed(text[:-1] + f', "{key}": {json.dumps(entry)}'.encode() + b"}", data)
+    if kind < 6:
+        entry[FIELDS[kind - 3]] = draw.choice(FAULTS[kind - 3])
     elif kind == 7:
-        header["__metadata__"] = draw.choice([None, 5, {"a": 1}, {"prediction_type": "v" * 9999}, {"a": {"b": "c"}},
-                                              {"modelspec.prediction_type": "\n\n"}, {"ss_v_parameterization": ""}])  # fmt: skip
+        header["__metadata__"] = draw.choice(METADATA)
     else:
-        header[draw.choice(["", "\n", "a" * 99999, "\ud800", "v_pred", "edm_vpred.sigma_max", "edm_mean"])] = draw.choice(
-            [{"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}, {}, None, {"dtype": "F16"}, entry])  # fmt: skip
+        empty = {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}
+        header[draw.choice(NAMES)] = draw.choice([empty, {}, None, {"dtype": "F16"}, entry])
     return packed(header, data)
 
 
@@ -275,8 +285,7 @@ def renamed_keys(draw: random.Random, header: dict[str, Any]) -> dict[str, Any]:
             prefix, name = key.split(".")[0], draw.choice(["x", "", "cond_stage_model", "conditioner.embedders.9"])
             entries = {name + k.removeprefix(prefix) if k.startswith(prefix) else k: e for k, e in entries.items()}
         else:
-            entries[draw.choice(["v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "scaled_fp8"])] = entries.pop(
-                key)  # fmt: skip
+            entries[draw.choice(MARKS)] = entries.pop(key)
     return entries
 
 

@@ -20,7 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTokenizer
 
 from segresearch.checkpoints.declared import file_scheduler
-from segresearch.checkpoints.folder import Checkpoint, build_networks, read_json, read_tokenizer
+from segresearch.checkpoints.folder import Checkpoint, build_networks, read_json, read_tokenizer, tokenizer_of
 from segresearch.checkpoints.key_maps import CLIP, OPEN_CLIP, UNET, VAE
 from segresearch.checkpoints.other_files import HINT, other_kind, refuse_other_file, refuse_quantised
 from segresearch.checkpoints.parts import (
@@ -158,8 +158,11 @@ def _tokenizers(
 ) -> tuple[CLIPTokenizer, ...]:
     """One for each text encoder, from a folder or the local transformers cache; those of OpenCLIP pad with token 0."""
     both = folder or config
+    own = [both / tokenizer_of(name) for name in names] if both else []
+    if own and all(path.is_dir() for path in own):
+        return tuple(map(read_tokenizer, own))
     if both is not None and (both / "tokenizer").is_dir():
-        return tuple(read_tokenizer(both / name.replace("text_encoder", "tokenizer")) for name in names)
+        folder = both / "tokenizer"
     cached = [try_to_load_from_cache(name, "vocab.json") for name in TOKENIZERS]
     folders = [folder] if folder else [Path(file).parent for file in cached if isinstance(file, str)]
     if not folders:

@@ -147,9 +147,9 @@ def without_bookkeeping(keys: Iterable[str]) -> set[str]:
     return {key for key in keys if not _BOOKKEEPING.search(key)}
 
 
-def read_numbers(entry: Entry) -> tuple[float, ...]:
-    """The values of a stored tensor. CheckpointError for one of more than 64, or of another type than numbers."""
-    if math.prod(entry.shape) > 64 or entry.dtype not in DTYPES:
+def read_numbers(entry: Entry, most: int = 64) -> tuple[float, ...]:
+    """The values of a stored tensor. CheckpointError for one of more than `most`, or of another type than numbers."""
+    if math.prod(entry.shape) > most or entry.dtype not in DTYPES:
         raise CheckpointError(f"{entry.file}: {entry.key} has shape {entry.shape}, {entry.dtype}: not a few numbers")
     return tuple(_mapped(entry.file).get_tensor(entry.key).double().flatten().tolist())
 

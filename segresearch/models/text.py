@@ -47,6 +47,11 @@ class TextEncoders:
         return min(e.config.num_hidden_layers for e in self.encoders)
 
     @property
+    def widths(self) -> list[int]:
+        """Of the states of each encoder."""
+        return [e.config.hidden_size for e in self.encoders]
+
+    @property
     def pooled(self) -> bool:
         """Whether there is a pooled text vector: the last encoder has a projection."""
         return hasattr(self.encoders[-1], "text_projection")
@@ -59,7 +64,7 @@ class TextEncoders:
                 lost = tokenizer.decode(ids[self.length - 1 : -1])
                 warnings.warn(
                     f"text encoder {which + 1} reads {self.length} tokens, cut off: {lost!r} (of {len(ids)} tokens)",
-                    stacklevel=5,  # of whoever calls StableDiffusion.encode
+                    stacklevel=6,  # of whoever calls StableDiffusion.encode
                 )
         pad = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
         return tokenizer(list(texts), **pad).input_ids
@@ -72,7 +77,16 @@ class TextEncoders:
     def encode(
         self, texts: Sequence[str], clip_skip: int | None = None, device: torch.device | str | None = None
     ) -> tuple[Float[Tensor, "rows text dim"], Float[Tensor, "rows pooled"]]:
-        """Hidden states of the encoders, side by side, and the pooled text, 0 wide where there is none.
+        """Hidden states of the encoders, side by side, and the pooled text: `states` of `tokens`."""
+        return self.states([self.tokens(texts, i) for i in range(len(self.encoders))], clip_skip, device)
+
+    @torch.no_grad()
+    def states(
+        self, ids: Sequence[Int[Tensor, "rows text"]], clip_skip: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> tuple[Float[Tensor, "rows text dim"], Float[Tensor, "rows pooled"]]:  # fmt: skip
+        """Hidden states of the encoders, side by side, and the pooled text, 0 wide where there is none. ids: for each
+        encoder.
 
         With a pooled text (SDXL) these are the states before the last layer of each encoder, and the projected
         end-of-text state of the last. Without (SD 1.5, 2.1) they are those after the last layer and the final norm.
@@ -86,10 +100,9 @@ class TextEncoders:
             raise InputError(f"clip_skip={clip_skip}: must lie between 0 and {limit}")
         states = []
         for which, encoder in enumerate(self.encoders):
-            ids = self.tokens(texts, which).to(device or encoder.device)
             network = self.network(which)
             run = network if device is None else on_device(network, device)
-            out = run(ids, output_hidden_states=True)
+            out = run(ids[which].to(device or encoder.device), output_hidden_states=True)
             if self.pooled:
                 states.append(out.hidden_states[-(skip + 2)])
                 continue
