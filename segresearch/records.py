@@ -13,7 +13,8 @@ from PIL import Image, PngImagePlugin
 from segresearch import runs
 from segresearch.checkpoints.resolve import part_paths, resolve_network
 from segresearch.config.build import device_kind
-from segresearch.config.schema import GuidanceConfig, IPAdapterConfig, ModelConfig, RunConfig
+from segresearch.config.inputs import IPAdapterConfig
+from segresearch.config.schema import GuidanceConfig, ModelConfig, RunConfig
 from segresearch.control_images.read import open_image
 from segresearch.errors import CheckpointError, ConfigError, InputError
 

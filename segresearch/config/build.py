@@ -15,14 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from segresearch.checkpoints.own_schedule import schedule_of
 from segresearch.checkpoints.resolve import resolve_model
-from segresearch.config.schema import (
-    CustomConfig,
-    GuidanceConfig,
-    IPAdapterConfig,
-    ModelConfig,
-    PerturbationConfig,
-    RunConfig,
-)  # fmt: skip
+from segresearch.config.inputs import IPAdapterConfig
+from segresearch.config.schema import CustomConfig, GuidanceConfig, ModelConfig, PerturbationConfig, RunConfig
 from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError, InputError
 from segresearch.models.compute import PLAIN, Compute

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
-from segresearch.config.inputs import InitConfig, TextConfig
+from segresearch.config.inputs import InitConfig, IPAdapterConfig, TextConfig
 from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
 from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
@@ -157,19 +157,6 @@ class NetworkConfig(Record):
     `model.path`. fingerprint: of its weights, which a run fills in; other weights are then refused."""
 
     path: str
-    fingerprint: str | None = None
-
-
-@dataclass(frozen=True)
-class IPAdapterConfig(Record):
-    """An image as a prompt beside the text, by an IP-Adapter's file and the folder of its CLIP vision tower (see
-    `load_ip_adapter`). where: cross-attentions. fingerprint: of the weights and the image, which a run fills in."""
-
-    path: str
-    image: str
-    image_encoder: str
-    scale: Number = 1.0
-    where: Where = "*"
     fingerprint: str | None = None
 
 
