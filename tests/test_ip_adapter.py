@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPAGPipeline, StableDiffusionXLPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPAGPipeline, StableDiffusionXLPipeline
+from make_families import make_family
 from make_models import make_pipeline
 from PIL import Image
 from safetensors.torch import save_file
@@ -33,15 +34,15 @@ def random(*shape):
     return torch.randn(*shape) * shape[-1] ** -0.5
 
 
-def image_proj(kind):
+def image_proj(kind, context=CONTEXT):
     """The weights of an image projection under the published names."""
     if kind == "base":
-        return {"proj.weight": random(4 * CONTEXT, WIDTH), "proj.bias": 0.1 * random(4 * CONTEXT),
-                "norm.weight": 1 + random(CONTEXT), "norm.bias": random(CONTEXT)}  # fmt: skip
+        return {"proj.weight": random(4 * context, WIDTH), "proj.bias": 0.1 * random(4 * context),
+                "norm.weight": 1 + random(context), "norm.bias": random(context)}  # fmt: skip
     inner, heads = 96, 2
     weights = {"latents": random(1, 5, inner), "proj_in.weight": random(inner, 32), "proj_in.bias": random(inner),
-               "proj_out.weight": random(CONTEXT, inner), "proj_out.bias": random(CONTEXT),
-               "norm_out.weight": 1 + random(CONTEXT), "norm_out.bias": random(CONTEXT)}  # fmt: skip
+               "proj_out.weight": random(context, inner), "proj_out.bias": random(context),
+               "norm_out.weight": 1 + random(context), "norm_out.bias": random(context)}  # fmt: skip
     for i in range(4):
         at = f"layers.{i}"
         for norm in ("0.norm1", "0.norm2", "1.0"):
@@ -54,14 +55,14 @@ def image_proj(kind):
     return weights
 
 
-def adapter_weights(unet, kind):
+def adapter_weights(unet, kind, context=CONTEXT):
     """As published: image_proj.* and ip_adapter.<n>.*, n counted over diffusers' attention processors."""
-    weights = {f"image_proj.{key}": weight for key, weight in image_proj(kind).items()}
+    weights = {f"image_proj.{key}": weight for key, weight in image_proj(kind, context).items()}
     for number, name in enumerate(unet.attn_processors):
         if ".attn2." in name:
             width = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
             for key in ("to_k_ip", "to_v_ip"):
-                weights[f"ip_adapter.{number}.{key}.weight"] = 2 * random(width, CONTEXT)
+                weights[f"ip_adapter.{number}.{key}.weight"] = 2 * random(width, context)
     return weights
 
 
@@ -213,3 +214,30 @@ def test_an_image_prompt_in_the_settings_of_a_run(made, noise, picture, tmp_path
             with_networks(replace(config, ip_adapter=replace(config.ip_adapter, **{key: str(tmp_path / "none")})), root)
     with pytest.raises(ConfigError, match="guidance.ip_adapter: ip_adapter.path=.*no such file"):
         build_guidance(replace(config, ip_adapter=replace(config.ip_adapter, path="none.safetensors")), sd)
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_of_sd15(kind, tmp_path, picture):
+    """Without size embeddings, eight heads, cross-attentions on three levels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        pipe = make_family("sd15", tmp_path)
+        tower = CLIPVisionModelWithProjection(TOWER).eval()
+        weights = adapter_weights(pipe.unet, kind, 64)
+    save_file(weights, tmp_path / "adapter.safetensors")
+    tower.save_pretrained(tmp_path / "tower")
+    sd = from_diffusers(pipe)
+    pipe.register_modules(image_encoder=tower, feature_extractor=CLIPImageProcessor(size=SIDE, crop_size=SIDE))
+    pipe.load_ip_adapter(str(tmp_path), subfolder="", weight_name="adapter.safetensors", image_encoder_folder=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    prompter = load_ip_adapter(tmp_path / "adapter.safetensors", tmp_path / "tower", sd.unet)
+    noise = initial_noise([3, 4], (4, 8, 8))
+    pipe.set_ip_adapter_scale(0.8)
+    expected = pipe(
+        PROMPTS, latents=noise, ip_adapter_image=picture, height=16, width=16, num_inference_steps=STEPS,
+        guidance_scale=4.0, output_type="latent",
+    ).images  # fmt: skip
+    guided = GuidedDenoiser(sd.denoiser, {"cfg": cfg(4.0)}, every=prompter.every([picture], 0.8))
+    x0 = sample(guided, noise, schedule="leading", steps=STEPS, conds=sd.encode(PROMPTS, size=(16, 16)))
+    torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-4)
