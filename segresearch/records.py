@@ -1,6 +1,7 @@
 """The record of an image: what decides it, as JSON in the text chunk "segresearch" of its PNG. Light: no torch."""
 
 import dataclasses
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,10 @@ from segresearch import runs
 from segresearch.checkpoints.additions import identified, identified_additions
 from segresearch.checkpoints.resolve import part_paths, resolve_network
 from segresearch.config.build import device_kind
+from segresearch.config.inputs import IPAdapterConfig
 from segresearch.config.schema import GuidanceConfig, ModelConfig, RunConfig
-from segresearch.errors import CheckpointError, ConfigError
+from segresearch.control_images.read import open_image
+from segresearch.errors import CheckpointError, ConfigError, InputError
 
 KEY = "segresearch"
 PARTS = ("unet", "vae", "text_encoder")  # settings of a model that replace a network of it
@@ -58,7 +61,8 @@ def part_fingerprints(model: ModelConfig) -> dict[str, Any]:
 
 
 def with_networks(guidance: GuidanceConfig, model: Path) -> GuidanceConfig:
-    """`guidance` with the fingerprints of its further networks, on which images depend. model: its folder or file.
+    """`guidance` with the fingerprints of its further networks and its IP-Adapter, on which images depend. model: its
+    folder or file.
     ConfigError for weights other than those that a fingerprint names."""
     networks = {}
     for key, network in guidance.networks.items():
@@ -72,7 +76,28 @@ def with_networks(guidance: GuidanceConfig, model: Path) -> GuidanceConfig:
             raise ConfigError(f"guidance.networks.{key}: {text}; leave `fingerprint` out to take them")
         loras = identified(network.loras, f"guidance.networks.{key}.loras")
         networks[key] = dataclasses.replace(network, fingerprint=fingerprint, loras=loras)
+    if (adapter := guidance.ip_adapter) is not None:
+        fingerprint = adapter_fingerprint(adapter)
+        if adapter.fingerprint not in (None, fingerprint):
+            text = f"its weights and its image are {fingerprint}, not {adapter.fingerprint}"
+            raise ConfigError(f"guidance.ip_adapter: {text}; leave `fingerprint` out to take them")
+        guidance = dataclasses.replace(guidance, ip_adapter=dataclasses.replace(adapter, fingerprint=fingerprint))
     return dataclasses.replace(guidance, networks=networks) if networks else guidance
+
+
+def adapter_fingerprint(adapter: IPAdapterConfig) -> str:
+    """Of an IP-Adapter's file, its vision tower and its image. ConfigError where one of them is missing."""
+    parts = []
+    for key in ("path", "image_encoder"):
+        try:
+            parts.append(runs.fingerprint(Path(getattr(adapter, key)).expanduser()))
+        except FileNotFoundError as error:
+            raise ConfigError(f"guidance.ip_adapter.{key}: {getattr(adapter, key)}: no safetensors weights") from error
+    try:
+        open_image(adapter.image)
+    except InputError as error:
+        raise ConfigError(f"guidance.ip_adapter.image: {error}") from error
+    return runs.digest([*parts, hashlib.sha256(Path(adapter.image).expanduser().read_bytes()).hexdigest()])
 
 
 def run_record(config: RunConfig, fingerprint: str, run: str) -> dict[str, Any]:

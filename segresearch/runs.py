@@ -26,7 +26,8 @@ RESERVED = ("shards", "reference", "wandb")  # folders of `out` that hold no run
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, mappings, sequences and paths as what JSON and YAML can hold; infinities become "inf", "-inf"."""
+    """Dataclasses, mappings, sequences and paths as what JSON and YAML can hold; infinities become "inf", "-inf". A
+    field with the metadata LATER is left out at its default: a setting that came later changes no old run."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
         return {f.name: plain(item) for f, item in items if "later" not in f.metadata or item != f.default}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from segresearch.checkpoints.additions import identified_additions
 from segresearch.checkpoints.own_schedule import schedule_of
 from segresearch.checkpoints.resolve import resolve_model
+from segresearch.config.inputs import IPAdapterConfig
 from segresearch.config.schema import CustomConfig, GuidanceConfig, ModelConfig, PerturbationConfig, RunConfig
 from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError, InputError
@@ -114,6 +115,9 @@ def build_guidance(config: GuidanceConfig, model: Any, post: Sequence[Callable[.
     for name, entry in config.every.items():
         own = build_perturbation(entry.perturbation, f"guidance.every.{name}.perturbation")
         every[entry.conditioning] = (*every.get(entry.conditioning, ()), own)
+    if config.ip_adapter is not None:
+        for name, prompt in build_image_prompts(config.ip_adapter, model).items():
+            every[name] = (*prompt, *every.get(name, ()))
     made = {
         name: build_custom(maker, f"guidance.conditionings.{name}", "conds, sigma, keys")
         for name, maker in config.conditionings.items()
@@ -152,6 +156,16 @@ def build_networks(config: GuidanceConfig, sd: Any) -> dict[str, Any]:
         name: load_network(network.path, sd.name, weight.dtype, weight.device, sd.denoiser, network.loras)
         for name, network in config.networks.items()
     }
+
+
+def build_image_prompts(config: IPAdapterConfig, sd: Any) -> dict[str, Any]:
+    """The image of an IP-Adapter as perturbations of the conditionings that it goes with."""
+    from segresearch.checkpoints.ip_adapter_file import load_ip_adapter
+    from segresearch.control_images.read import open_image
+
+    with naming("guidance.ip_adapter"):
+        prompter = load_ip_adapter(config.path, config.image_encoder, sd.unet)
+        return prompter.every([open_image(config.image)], config.scale, config.where)
 
 
 def build_perturbation(config: PerturbationConfig, at: str = "perturbation") -> Any:

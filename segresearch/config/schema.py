@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
-from segresearch.config.inputs import InitConfig, TextConfig
+from segresearch.config.inputs import InitConfig, IPAdapterConfig, TextConfig
 from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
 from segresearch.config.networks import Embeddings, Loras, NetworkConfig
 from segresearch.config.outputs import BlurConfig, GridConfig
@@ -183,6 +183,7 @@ class GuidanceConfig(Record):
     post: dict[str, PostConfig] = field(default_factory=dict)
     sag: SAGConfig | None = None
     zigzag: ZSamplingConfig | None = None
+    ip_adapter: IPAdapterConfig | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         known = ("cond", "uncond", *self.conditionings)
@@ -239,7 +240,7 @@ class ControlConfig(Record):
     start: Fraction = 0.0
     end: Fraction = 1.0
     guess: Flag = False
-    kind: str | int | None = None  # of the image, for a union of ControlNets
+    kind: str | int | None = field(default=None, metadata=LATER)  # of a union: of the image
 
     def __post_init__(self) -> None:
         if self.start >= self.end:
