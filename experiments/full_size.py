@@ -170,7 +170,7 @@ def main() -> None:
         sd.denoiser, {"cfg": cfg(5.0), "seg": perturbed("seg", SEG(sigma=math.inf, where="mid"), scale=3.0)}
     )
     print(model)
-    schedule = sigmas(sd.denoiser, "leading", 25)
+    schedule = sigmas(sd.denoiser, "auto", 25)
     schedule = torch.cat([schedule[: options.steps], schedule[-1:]])
     noise = initial_noise([0], sd.latent_shape(size))
     with torch.no_grad():

@@ -32,6 +32,8 @@ def sampling_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     if parts := part_fingerprints(config.model):
         model["parts"] = parts
     settings = {key: getattr(config, key) for key in ("sampler", "schedule", "steps", "size")}
+    if text := config.text.given():
+        settings["text"] = text
     return {"model": model, **settings, **config.compute.identity(device_kind(config.device))}
 
 

@@ -143,6 +143,7 @@ def _settings_of_an_image(record: Mapping[str, Any]) -> dict[str, Any]:
     model = {key: value for key, value in record["model"].items() if key not in ("fingerprint", "parts")}
     compute = {key: value for key, value in record.get("compute", EXACT).items() if key != "device"}
     image = {"prompts": [record["prompt"]], "seeds": record["seed"], "controls": record.get("controls") or {}}
+    image |= {key: record[key] for key in ("init", "text") if key in record}
     return {**{key: record[key] for key in OF_AN_IMAGE}, **image, "model": model, "compute": compute, "name": "again"}
 
 
@@ -151,9 +152,11 @@ def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
     run = record["settings"] if "generate" in record else record  # of a grid
     panels = {f"panel {i}": panel.get("controls") for i, panel in enumerate(run.get("panels", ()), 1)}
     contents = {f"contents of control {name}": value for name, value in (run.get("contents") or panels).items()}
+    inits = {f"contents of init {name}": value for name, value in run.get("init_contents", {}).items()}
+    inits |= {f"init of panel {i}": panel.get("init") for i, panel in enumerate(run.get("panels", ()), 1)}
     return {
         "weights": run.get("model", {}).get("fingerprint"), "parts of the model": run.get("model", {}).get("parts"),
-        **contents,
+        **contents, **inits,
         "device": record.get("compute", {}).get("device"),
         "version of segresearch": record.get("code"), "version of torch": record.get("torch"),
     }  # fmt: skip

@@ -44,7 +44,7 @@ def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> CLIPTokenizer:
     return tokenizer
 
 
-def _randomize(module: nn.Module) -> None:
+def randomize(module: nn.Module) -> None:
     """Norms and biases away from 1 and 0, so that a swapped one shows."""
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -94,7 +94,7 @@ def make_pipeline(folder: Path, seed: int = 0, **scheduler) -> StableDiffusionXL
             CLIPTextConfig(**text, hidden_size=128, num_attention_heads=2, hidden_act="gelu", projection_dim=40)
         )
         for module in (unet, vae, first, second):
-            _randomize(module)
+            randomize(module)
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     return StableDiffusionXLPipeline(
         vae=vae.eval(),

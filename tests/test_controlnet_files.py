@@ -194,17 +194,17 @@ def test_files_lie_in_the_models_own_folder_too(made, tmp_path):
 
 
 OTHERS = {
-    "control-LoRA": ["lora_controlnet", "input_blocks.0.0.weight", "input_blocks.1.0.emb_layers.1.up"],
+    "Control-LoRA": ["lora_controlnet", "input_blocks.0.0.weight", "input_blocks.1.0.emb_layers.1.up"],
     "ControlNet-LLLite": ["lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight"],
-    "T2I-Adapter": ["adapter.body.0.resnets.0.block1.weight", "adapter.conv_in.weight"],
-    "a T2I-Adapter": ["body.0.block1.weight", "body.0.in_conv.weight", "conv_in.weight"],
+    "a T2I-Adapter, which is not supported: give": ["adapter.body.0.resnets.0.block1.weight", "adapter.conv_in.weight"],
+    "is a T2I-Adapter": ["body.0.block1.weight", "body.0.in_conv.weight", "conv_in.weight"],
     "ControlNet-XS": ["control_model.enc_zero_convs_out.0.0.weight", "control_model.input_hint_block.0.weight"],
-    "an IP-Adapter, not a ControlNet: give it as ip_adapter.path": ["image_proj.proj.weight", "ip_adapter.1.to_k_ip"],
+    "is an IP-Adapter: give a ControlNet": ["image_proj.proj.weight", "ip_adapter.1.to_k_ip"],
     "a LoRA": ["lora_unet_down_blocks_1_attentions_0_proj_in.alpha"],
     "a difference of ControlNets": ["difference", "control_model.input_hint_block.0.weight"],
-    "diffusion transformer": ["controlnet_blocks.0.weight", "transformer_blocks.0.attn.to_q.weight"],
+    "a diffusion transformer": ["controlnet_blocks.0.weight", "transformer_blocks.0.attn.to_q.weight"],
     "a whole model": ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.encoder.conv_in.weight"],
-    "is no ControlNet .its first key is 'conv_in.bias'": ["conv_in.weight", "conv_in.bias"],
+    "unknown layout .its first key is 'conv_in.bias'": ["conv_in.weight", "conv_in.bias"],
     "keys are missing": ["controlnet_cond_embedding.conv_in.weight"],
     "sizes cannot be told": ["control_model.input_hint_block.0.bias"],
 }
@@ -234,12 +234,16 @@ def test_a_file_of_another_family_or_damaged(made, tmp_path):
 
 def test_what_is_something_else(made, folder):
     config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"addition_embed_type": "image"}))
+    refused(r"depth: controlnet config: addition_embed_type='image' is not supported", folder, made[0])
     (folder / "config.json").write_text(json.dumps(config | {"addition_embed_type": None}))
-    refused(r"depth: controlnet config: addition_embed_type=None .*\(SDXL's has text_time\)", folder, made[0])
+    with pytest.raises(CheckpointError, match="pooled text width: 0 in the ControlNet, 40 in the UNet"):
+        load_model(made[0], controlnet=folder)
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / WEIGHTS)
     save_file(weights | {"task_embedding": torch.zeros(6, 32)}, folder / WEIGHTS)
-    refused("a union of ControlNets", folder, made[0])
+    with pytest.raises(CheckpointError, match=r"missing keys \(control_add_embedding.linear_1.bias"):
+        load_model(made[0], controlnet=folder)
     save_file({k: v for k, v in weights.items() if k != "controlnet_mid_block.bias"}, folder / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"controlnet depth: 1 missing key \(controlnet_mid_block.bias\)"):
         load_model(made[0], controlnet=folder)

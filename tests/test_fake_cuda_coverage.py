@@ -22,6 +22,7 @@ PACKAGES = ("checkpoints", "models", "guidance", "sampling", "analysis", "metric
 
 # module -> the tests/test_fake_cuda_<name>.py that runs it on the device
 COVERED = {
+    "models.controlnet_union": "bridge", "models.ip_adapter": "bridge", "checkpoints.ip_adapter_file": "bridge",
     "checkpoints.in_memory": "bridge", "guidance.diffusers_unet": "bridge",
     "checkpoints.folder": "pictures", "checkpoints.load": "pictures", "checkpoints.tensors": "pictures",
     "models.attention": "guidance", "models.layers": "guidance", "models.stable_diffusion": "pictures",
@@ -60,13 +61,15 @@ ALLOWED = {
     "guidance.blur:fold_taps": "as gaussian_taps",
     "guidance.blur:_matrix": "fp64 on the CPU, sent once a shape",
     "guidance.methods.icg_text:RandomTokens.tokens": "token ids for text encoders, which send them",
+    "models.ip_adapter:Resampler.__init__": "a parameter, as of any new module; `fill` makes it on the device",
+    "models.controlnet_union:ControlNetUnion.__init__": "a parameter, as of any new module",
     "models.controlnet:ControlNet.forward": "weights of guess mode, as numbers",
     "models.denoiser:alphas_cumprod": "numbers of a config in fp64; `scheduled` sends them",
     "models.denoiser:scheduled": "the two numbers of an EDM config in fp64, sent to the device",
     "sampling.loop:sample": "levels as given, sent with the noise",
     "sampling.noise:initial_noise": GENERATED,
     "sampling.noise:white_noise.draw": GENERATED,
-    "sampling.noise:brownian_noise": GENERATED,
+    "sampling.noise:brownian_noise": GENERATED, "sampling.noise:tree_end": "a number, rounded",
     "sampling.noise:brownian_noise.draw": "two numbers that have been read",
     "sampling.schedules:positive_sigmas": "fp64 on the CPU, sent as a whole",
     "sampling.schedules:timesteps": "as positive_sigmas", "sampling.schedules:curved": "as positive_sigmas",

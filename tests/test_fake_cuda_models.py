@@ -28,8 +28,9 @@ from segresearch.models import StableDiffusion
 from segresearch.models.calls import on_device
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, controlled
-from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.denoiser import Denoiser, alphas_cumprod, scheduled
 from segresearch.models.network_configs import EncoderConfig
+from segresearch.models.preconditioning import Preconditioning
 from segresearch.models.text import TextEncoders, load_tokenizer
 from segresearch.models.vae import VAE, VAEConfig
 
@@ -87,6 +88,32 @@ def test_schedules_of_training_are_made_on_the_cpu(gpu):
         assert alphas_cumprod(config).device.type == "cpu"
     snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     assert Denoiser(fake_denoiser().unet, alphas_cumprod(snr).to("cuda"), "v_prediction").sigmas.device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    "scalings",
+    [Preconditioning("epsilon", 0.5), Preconditioning("v_prediction", 1.0), Preconditioning("sample"),
+     Preconditioning("epsilon", timestep_scaling=10.0)],
+    ids=["edm", "edm-v", "x0", "lcm"],
+)  # fmt: skip
+def test_preconditionings(gpu, scalings):
+    with on_the_cpu():
+        real, (x, sigma, conds) = real_denoiser(prediction=scalings), real_inputs()
+        s, t = sigma[:, None, None, None], real.sigma_to_t(sigma)[:, None, None, None]
+        expected = [real(x, sigma, conds["cond"]), real.loss(x, x, sigma, cond=conds["cond"])]
+        expected += [scalings.output(expected[0], x, s, t), scalings.unscaled(x, s)]
+    fake, (x, sigma, conds) = fake_denoiser(prediction=scalings), sent((x, sigma, conds))
+    s, t = sigma[:, None, None, None], fake.sigma_to_t(sigma)[:, None, None, None]
+    gpu.reads.clear()
+    found = [fake(x, sigma, conds["cond"]), fake.loss(x, x, sigma, cond=conds["cond"])]
+    check_same([*found, scalings.output(found[0], x, s, t), scalings.unscaled(x, s)], expected, rtol=1e-3, atol=1e-3)
+    assert not gpu.reads
+
+
+def test_the_tables_of_a_schedulers_config_are_sent(gpu):
+    for config in ({}, {"_class_name": "EDMEulerScheduler"}, {"_class_name": "LCMScheduler"}):
+        model = scheduled(fake_denoiser().unet, config, device="cuda")
+        assert model.sigmas.device.type == model.log_sigmas.device.type == model.alphas.device.type == "cuda"
 
 
 def test_conditionings(gpu):

@@ -212,5 +212,7 @@ def test_the_image_of_a_prediction_is_that_of_diffusers(prediction):
         denoised = model.preconditioning.denoised(out, x, sigma, torch.full_like(sigma, t))
         torch.testing.assert_close(denoised, expected, rtol=1e-4, atol=1e-4)
         target = model.preconditioning.target(clean, out, sigma)  # out is the noise of x here
+        back = model.preconditioning.output(denoised, x, sigma, torch.full_like(sigma, t))
+        torch.testing.assert_close(back, out, rtol=1e-3, atol=1e-3 / float(sigma.min()))
         again = model.preconditioning.denoised(target, clean + sigma * out, sigma, torch.full_like(sigma, t))
         torch.testing.assert_close(again, clean, rtol=1e-4, atol=1e-4)

@@ -40,7 +40,7 @@ def softened(images: Tensor) -> Tensor:
     return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
 
 
-def measure(classifier: AttributeClassifier, count: int = 2048) -> dict[str, Any]:
+def measure(classifier: AttributeClassifier, count: int) -> dict[str, Any]:
     """Agreement with the objects of held-out scenes, for images as rendered and softened."""
     index = range(HELD_OUT, HELD_OUT + count)
     images, truth = scenes(index).images, scene_attributes(index)
@@ -52,10 +52,10 @@ def measure(classifier: AttributeClassifier, count: int = 2048) -> dict[str, Any
     return result
 
 
-def finish(out: Path, weights: Mapping[str, Tensor], width: int) -> dict[str, Any]:
+def finish(out: Path, weights: Mapping[str, Tensor], width: int, count: int) -> dict[str, Any]:
     classifier = AttributeClassifier(width).eval()
     classifier.load_state_dict(weights)
-    measured = {**measure(classifier), "parameters": sum(p.numel() for p in classifier.parameters())}
+    measured = {**measure(classifier, count), "parameters": sum(p.numel() for p in classifier.parameters())}
     packed = {"config": json.dumps({"width": width}), "weights": dict(weights), "measured": json.dumps(measured)}
     save_state(out / "classifier.pt", packed)
     return measured
@@ -98,7 +98,7 @@ def main() -> None:
         save_every=250,
     )
     weights = train(args.out, classifier, loss, plan, {k: str(v) for k, v in vars(args).items()})
-    print(json.dumps(finish(args.out, weights, WIDTH), indent=1))
+    print(json.dumps(finish(args.out, weights, WIDTH, min(2048, args.images)), indent=1))
 
 
 if __name__ == "__main__":

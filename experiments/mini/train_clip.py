@@ -76,7 +76,7 @@ def trim(tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: TwoCLIPs, tokenizer_folder: Path, count: int = 1024) -> dict[str, Any]:
+def measure(model: TwoCLIPs, tokenizer_folder: Path, count: int) -> dict[str, Any]:
     """Retrieval in groups of 64 held-out scenes: the fraction whose own caption (image) ranks first."""
     held = scenes(range(HELD_OUT, HELD_OUT + count))
     images = held.images.float() / 127.5 - 1
@@ -95,10 +95,10 @@ def measure(model: TwoCLIPs, tokenizer_folder: Path, count: int = 1024) -> dict[
     return result
 
 
-def finish(out: Path, weights: Mapping[str, Tensor], tokenizer_folder: Path) -> dict[str, Any]:
+def finish(out: Path, weights: Mapping[str, Tensor], tokenizer_folder: Path, count: int) -> dict[str, Any]:
     model = TwoCLIPs().eval()
     model.load_state_dict(weights)
-    measured = measure(model, tokenizer_folder)
+    measured = measure(model, tokenizer_folder, count)
     packed = {"weights": dict(weights), "measured": json.dumps(measured)}
     save_state(out / "clip.pt", packed)
     return measured
@@ -159,7 +159,7 @@ def main() -> None:
         save_every=250,
     )
     weights = train(args.out, model, loss_of, plan, {k: str(v) for k, v in vars(args).items()})
-    print(json.dumps(finish(args.out, weights, tokenizer_folder), indent=1))
+    print(json.dumps(finish(args.out, weights, tokenizer_folder, min(1024, args.images)), indent=1))
 
 
 if __name__ == "__main__":

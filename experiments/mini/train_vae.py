@@ -53,7 +53,7 @@ def reconstruction_loss(output: Tensor, target: Tensor, gradient: float) -> Tens
 
 
 @torch.no_grad()
-def measure(vae: VAE, count: int = 512) -> dict[str, Any]:
+def measure(vae: VAE, count: int) -> dict[str, Any]:
     """On held-out scenes: std and mean of the raw latents, PSNR (dB, of peak 1) and mean absolute error (of 255)."""
     images = scenes(range(HELD_OUT, HELD_OUT + count)).images.float() / 127.5 - 1
     mean, logvar = vae.moments(images)
@@ -69,11 +69,11 @@ def measure(vae: VAE, count: int = 512) -> dict[str, Any]:
     }
 
 
-def finish(out: Path, weights: Mapping[str, Tensor], scaling_factor: float | None = None) -> dict[str, Any]:
+def finish(out: Path, weights: Mapping[str, Tensor], scaling_factor: float | None, count: int) -> dict[str, Any]:
     """Measure the averaged weights on held-out scenes and write vae.pt; scaling_factor: None to measure it."""
     vae = VAE(VAEConfig.from_dict(CONFIG)).eval()
     vae.load_state_dict(weights)
-    measured = measure(vae)
+    measured = measure(vae, count)
     config = {**CONFIG, "scaling_factor": scaling_factor or round(1 / measured["latent_std"], 5)}
     packed = {"config": json.dumps(config), "weights": dict(weights), "measured": json.dumps(measured)}
     save_state(out / "vae.pt", packed)
@@ -140,7 +140,7 @@ def main() -> None:
     )
     metadata = {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}
     weights = train(args.out, vae, loss_of, plan, metadata)
-    print(json.dumps(finish(args.out, weights, scaling_factor), indent=1))
+    print(json.dumps(finish(args.out, weights, scaling_factor, min(512, args.images)), indent=1))
 
 
 if __name__ == "__main__":

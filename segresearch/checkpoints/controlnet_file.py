@@ -13,25 +13,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from segresearch.checkpoints.key_maps import UNET, unet_map
+from segresearch.checkpoints.key_maps import unet_map
+from segresearch.checkpoints.other_files import other_kind
 from segresearch.checkpoints.tensors import Entry, Source, Weights, open_file
 from segresearch.errors import CheckpointError
 from segresearch.models.network_configs import CROSSED_MID, PLAIN_MID, ControlNetConfig, EncoderConfig, UNetConfig
 
-OTHERS = {  # a pattern of keys -> what the file is; the first that matches
-    r"^lora_controlnet$": "a control-LoRA, which is not supported: give a full ControlNet",
-    r"^lllite_unet_": "a ControlNet-LLLite, which is not supported: give a full ControlNet",
-    r"enc_zero_convs|(base_to_ctrl|ctrl_to_base|base_to_control|control_to_base)": "a ControlNet-XS, which is not "
-    "supported: give a full ControlNet",
-    r"^(adapter\.)?body\.\d": "a T2I-Adapter, which is not supported: give a full ControlNet",
-    r"^(image_proj|ip_adapter)\.": "an IP-Adapter, not a ControlNet: give it as ip_adapter.path",
-    r"lora_(unet|te)|\.lora_|\.lora\.": "a LoRA, not a ControlNet",
-    r"motion_modules\.": "a SparseCtrl of AnimateDiff, which is not supported",
-    r"^(transformer_blocks|single_transformer_blocks|controlnet_blocks|double_blocks)\.": "a ControlNet of a diffusion "
-    "transformer (Flux, Stable Diffusion 3), not of a UNet",
-    r"^(down_blocks\.\d+\.)?difference$": "a difference of ControlNets, which needs the model it was made from: give "
-    "the full one",
-    r"^(model\.diffusion_model\.|conditioner\.|cond_stage_model\.)": "a whole model, not a ControlNet",
+OTHERS = {  # a pattern of keys -> what the file is, though it reads an image as a ControlNet does
+    r"^lora_controlnet$": "a Control-LoRA",
+    r"enc_zero_convs|base_to_ctrl|ctrl_to_base|base_to_control|control_to_base": "a ControlNet-XS",
+    r"^(down_blocks\.\d+\.)?difference$": "a difference of ControlNets, which needs the model that it was made from",
+    r"motion_modules\.": "a SparseCtrl of AnimateDiff",
 }
 PREFIX = "control_model."
 
@@ -55,7 +47,7 @@ def open_controlnet_file(path: Path, unet: EncoderConfig, config: ControlNetConf
     own = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
     hints = sorted({int(key.split(".")[1]) for key in own if key.startswith("input_hint_block.")})
     with telling_sizes(path):
-        config = ControlNetConfig(**encoder_sizes(unet) | original_sizes(own, hints))
+        config = ControlNetConfig(**encoder_sizes(unet) | original_sizes(own, hints, unet))
     return config, Weights(name, entries, original_map(config, hints, prefix))
 
 
@@ -74,10 +66,14 @@ def refuse_other_file(keys: Mapping[str, Any], path: Path) -> None:
     text = "\n".join(sorted(keys))
     for pattern, kind in OTHERS.items():
         if re.search(pattern, text, re.MULTILINE):
-            raise CheckpointError(f"controlnet {path} is {kind}")
-    if not re.search(r"^controlnet_cond_embedding\.|input_hint_block\.", text, re.MULTILINE):
-        first = min(keys)
-        raise CheckpointError(f"controlnet {path} is no ControlNet (its first key is {first!r}): it reads no image")
+            raise CheckpointError(f"controlnet {path} is {kind}, which is not supported: give a full ControlNet")
+    if re.search(r"^controlnet_cond_embedding\.|input_hint_block\.", text, re.MULTILINE):
+        return
+    kind = (other_kind(keys) or "").partition(":")[0].replace(", not a checkpoint", "")
+    if re.search(r"^(model\.diffusion_model|first_stage_model)\.", text, re.MULTILINE):
+        kind = "a whole model"
+    kind = kind or f"of an unknown layout (its first key is {min(keys)!r})"
+    raise CheckpointError(f"controlnet {path} is {kind}: give a ControlNet, which reads an image")
 
 
 def encoder_sizes(unet: EncoderConfig) -> dict[str, Any]:
@@ -114,17 +110,27 @@ def sizes(shapes: Shapes, unet: EncoderConfig) -> dict[str, Any]:
             shapes[f"{image}.conv_in.weight"][0], *(shapes[f"{image}.blocks.{i}.weight"][0] for i in steps)
         ),
     }  # fmt: skip
-    added = shapes.get("add_embedding.linear_1.weight")
-    return found | ({} if added is None else {"projection_class_embeddings_input_dim": added[1]})
+    return found | added_sizes(shapes.get("add_embedding.linear_1.weight"), unet)
 
 
-def original_sizes(entries: Mapping[str, Entry], hints: list[int]) -> dict[str, Any]:
+def added_sizes(embedding: tuple[int, ...] | None, unet: EncoderConfig) -> dict[str, Any]:
+    """The fields of the embedding of sizes and pooled text, from the shape of its first layer; None: there is none."""
+    names = ("projection_class_embeddings_input_dim", "addition_time_embed_dim", "size_ids")
+    if embedding is None:
+        return {**dict.fromkeys(names, 0), "time_cond_proj_dim": None}
+    values = (embedding[1], unet.addition_time_embed_dim or 256, unet.size_ids or 6)
+    return {**dict(zip(names, values, strict=True)), "time_cond_proj_dim": None}
+
+
+def original_sizes(entries: Mapping[str, Entry], hints: list[int], unet: EncoderConfig) -> dict[str, Any]:
     """The same for original names, where all that has no entry here is as in the UNet."""
     texts = {entry.shape[1] for key, entry in entries.items() if key.endswith("attn2.to_k.weight")}
     image = [entries[f"input_hint_block.{i}.weight"].shape[0] for i in hints[:-1]]
     channels = entries["input_blocks.0.0.weight"].shape[1]
     widths = (image[0], *image[2::2])  # of conv_in, then of each convolution that halves the image
+    added = entries.get("label_emb.0.0.weight")
     found = {"in_channels": channels, "conditioning_embedding_out_channels": widths}
+    found |= added_sizes(added and added.shape, unet)
     return found | ({"cross_attention_dim": max(texts)} if texts else {})
 
 
@@ -132,7 +138,7 @@ def original_map(config: ControlNetConfig, hints: list[int], prefix: str) -> Any
     """From a key of ControlNet to the original one."""
     up = {f.name: getattr(config, f.name) for f in fields(EncoderConfig)}
     levels = len(config.block_out_channels)
-    encoder = unet_map(UNetConfig(**up, up_block_types=("UpBlock2D",) * levels))
+    encoder = unet_map(UNetConfig(**up, up_block_types=("UpBlock2D",) * levels), prefix)
     image = ["conv_in", *(f"blocks.{i}" for i in range(len(hints) - 2)), "conv_out"]
     names = {f"controlnet_cond_embedding.{name}.": f"input_hint_block.{i}." for name, i in zip(image, hints)}
     names |= {f"controlnet_down_blocks.{i}.": f"zero_convs.{i}.0." for i in range(len(config.skip_widths))}
@@ -142,7 +148,6 @@ def original_map(config: ControlNetConfig, hints: list[int], prefix: str) -> Any
         for name, other in names.items():
             if key.startswith(name):
                 return Source(prefix + other + key.removeprefix(name))
-        source = encoder(key)
-        return source._replace(key=prefix + source.key.removeprefix(UNET))
+        return encoder(key)
 
     return original

@@ -2,6 +2,7 @@
 beside it, in its metadata. Keys count before the yaml, and that before the metadata, which merges often copy."""
 
 import re
+import statistics
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,11 @@ from segresearch.checkpoints.tensors import Entry, read_numbers
 
 V, EPSILON = ("v", "v_prediction", "v-prediction", "velocity", "v_pred"), ("eps", "epsilon", "noise")
 METADATA = ("prediction_type", "modelspec.prediction_type", "modelspec.predict_key")
+OF_SD2 = (
+    "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+    "output_blocks.11.1.transformer_blocks.0.norm1.bias",
+    "input_blocks.0.0.weight",
+)
 YAML_LETTERS = 1 << 16
 EDM_V = {"edm_vpred.sigma_min": 0.002, "edm_vpred.sigma_max": 120.0}  # keys -> CosXL's values
 SCALINGS = {"EpsScaling": "epsilon", "VScaling": "v_prediction"}  # of the generative-models code
@@ -32,10 +38,23 @@ def file_scheduler(path: Path, entries: Mapping[str, Entry], metadata: Mapping[s
         sides = ", ".join(f"{place} says {prediction}" for place, prediction in said.items())
         taken = f"{next(iter(said.values()))} is taken; prediction= (model.prediction) decides otherwise"
         warnings.warn(f"{path}: {sides}: {taken}", stacklevel=2)
-    prediction = next(iter(said.values()), None)
+    prediction = next(iter(said.values()), None) or _guessed(path, entries)
     zero = "ztsnr" in entries or metadata.get("ss_zero_terminal_snr", "").lower() in TRUE
     facts: dict[str, Any] = {} if prediction is None else {"prediction_type": prediction}
     return facts | ({"rescale_betas_zero_snr": True} if zero else {})
+
+
+def _guessed(path: Path, entries: Mapping[str, Entry]) -> str | None:
+    """The prediction of a Stable Diffusion 2 that declares none, with a warning: the biases of one layer are wider
+    spread in those that predict v, a rule of ComfyUI's. None for other families."""
+    context, bias, first = (entries.get(f"model.diffusion_model.{name}") for name in OF_SD2)
+    if not (context and bias and first) or context.shape[-1:] != (1024,) or first.shape[1:2] != (4,):
+        return None
+    values = read_numbers(bias, most=4096)
+    prediction = "v_prediction" if len(values) > 1 and statistics.pstdev(values) > 0.09 else "epsilon"
+    text = f"does not say what it predicts; {prediction} is taken, as its weights look"
+    warnings.warn(f"{path}: {text}; prediction= (model.prediction) decides otherwise", stacklevel=3)
+    return prediction
 
 
 def edm(kind: str, prediction: str, data: float, ends: tuple[float, float]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ A `Source` says which tensor it is, which third of it, and whether transposed.
 """
 
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import product
 
 from segresearch.checkpoints.tensors import Source
@@ -48,19 +48,25 @@ def _renamed(key: str, *tables: Mapping[str, str]) -> str:
 
 
 def unet_map(config: UNetConfig, prefix: str = UNET) -> Callable[[str], Source]:
-    """From a UNet key of the folder layout to the original one; blocks of all levels are numbered through there."""
+    """From a UNet key of the folder layout to the original one."""
+    return unet_source(config.layers_per_block, config.up_block_types, prefix)
+
+
+def unet_source(layers: Sequence[int], up_types: Sequence[str], prefix: str) -> Callable[[str], Source]:
+    """As `unet_map`, by the layers of each level and the types of the up blocks; in the original layout blocks of all
+    levels are numbered through."""
     names, down, up, kinds = dict(_UNET), 1, 0, ((0, "resnets"), (1, "attentions"))
-    for level, layers in enumerate(config.layers_per_block):
-        for i, (k, kind) in product(range(layers), kinds):
+    for level, count in enumerate(layers):
+        for i, (k, kind) in product(range(count), kinds):
             names[f"down_blocks.{level}.{kind}.{i}"] = f"input_blocks.{down + i}.{k}"
-        names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{down + layers}.0.op"
-        down += layers + 1
-    for level, layers in enumerate(reversed(config.layers_per_block)):
-        for i, (k, kind) in product(range(layers + 1), kinds):
+        names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{down + count}.0.op"
+        down += count + 1
+    for level, count in enumerate(reversed(layers)):
+        for i, (k, kind) in product(range(count + 1), kinds):
             names[f"up_blocks.{level}.{kind}.{i}"] = f"output_blocks.{up + i}.{k}"
-        slot = 2 if config.up_block_types[level] == "CrossAttnUpBlock2D" else 1
-        names[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{up + layers}.{slot}"
-        up += layers + 1
+        slot = 2 if up_types[level] == "CrossAttnUpBlock2D" else 1
+        names[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{up + count}.{slot}"
+        up += count + 1
     return lambda key: Source(prefix + _renamed(key, names, _RESNET))
 
 

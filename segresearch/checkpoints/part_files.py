@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from segresearch.checkpoints.declared import file_scheduler
-from segresearch.checkpoints.folder import STEM, read_json
+from segresearch.checkpoints.folder import STEM, folder_part, read_json
 from segresearch.checkpoints.other_files import refuse_other_file, refuse_quantised
 from segresearch.checkpoints.parts import Given, Part
 from segresearch.checkpoints.resolve import part_paths
-from segresearch.checkpoints.tensors import Entry, open_file, open_folder
+from segresearch.checkpoints.tensors import Entry, open_file
 from segresearch.errors import CheckpointError
 
 Paths = str | Path | Sequence[str | Path] | None
@@ -45,9 +46,9 @@ def open_part_folder(kind: str, folder: Path, variant: str | None) -> Part:
     if network != known[kind] if kind in known else "CLIP" not in network:
         raise CheckpointError(f"{folder} is a {network}, not a {NOUNS[kind]}")
     has_variant = variant is not None and any(folder.glob(f"*.{variant}.*"))
-    entries = open_folder(folder, "model" if kind == "text_encoder" else STEM, variant if has_variant else None)
+    part = folder_part(folder, kind, variant if has_variant else None)
     beside = folder.parent / "scheduler" / "scheduler_config.json"
-    return Part(kind, folder, entries, config=config, scheduler=read_json(beside, True) if kind == "unet" else {})
+    return replace(part, scheduler=read_json(beside, optional=True)) if kind == "unet" else part
 
 
 def open_part_file(kind: str, path: Path) -> list[Part]:

@@ -3,21 +3,20 @@ config and its weights. A given part takes the place of a model's own where the 
 """
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from segresearch.checkpoints.file_sizes import Shapes, clip_config, span, unet_config, vae_config
-from segresearch.checkpoints.key_maps import clip_map, open_clip_map, unet_map, vae_map
+from segresearch.checkpoints.key_maps import clip_map, open_clip_map, unet_map, unet_source, vae_map
 from segresearch.checkpoints.tensors import Entry, Source, Weights, with_scales
 from segresearch.errors import CheckpointError
 
 Config = Mapping[str, Any]
+Stored = TypeVar("Stored")  # an entry of a file, or a tensor in memory
 DIFFUSERS_SCALING = 0.18215  # of latents, where a VAE's config.json does not say it
 SCALINGS = {True: 0.13025, False: 0.18215}  # of latents: SDXL's; Stable Diffusion 1's and 2's
 CLIP_WIDTH = 768  # of OpenAI's text encoder; wider ones are OpenCLIP's
@@ -57,7 +56,9 @@ class Part:
     @property
     def name(self) -> str:
         """For messages: the prefix in a whole checkpoint, or the part's own file or folder."""
-        return f"{self.prefix}*" if self.prefix else f"{self.kind} {self.path.name}"
+        if self.prefix:
+            return f"{self.prefix}*"
+        return self.path.name if self.path.name.startswith(self.kind) else f"{self.kind} {self.path.name}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class Given:
     unet: Part | None = None
     vae: Part | None = None
     texts: tuple[Part, ...] = ()
+
+    def replaces(self, kind: str) -> bool:
+        """Whether there is a part of a kind ("unet", "vae", "text_encoder")."""
+        return bool({"unet": self.unet, "vae": self.vae, "text_encoder": self.texts}.get(kind))
 
 
 NONE = Given()
@@ -97,6 +102,20 @@ def arranged(
     if None in parts:
         raise CheckpointError(f"{path}: a text encoder is missing: give all of them by text_encoder=")
     return [part for part in parts if part], configs
+
+
+def with_unet_scheduler(own: Config, given: Given) -> Config:
+    """The scheduler facts of a model: its own, or those that come with a given UNet; a warning where the predictions
+    differ."""
+    facts = given.unet.scheduler if given.unet else {}
+    if not facts or given.unet is None:
+        return own
+    its, models = facts.get("prediction_type"), own.get("prediction_type", "epsilon")
+    if its is not None and its != models:
+        text = f"the UNet's own prediction {its} is used, where the model's is {models}"
+        warnings.warn(f"{given.unet.path}: {text}; prediction= (model.prediction) decides otherwise", stacklevel=2)
+    whole = "_class_name" in facts or "sigma_data" in own
+    return facts if whole else {**own, **facts}
 
 
 def reads_sizes(unet: Part | None) -> bool:
@@ -163,13 +182,15 @@ def assigned(given: Sequence[Part], own: Sequence[Config], path: Path) -> list[P
 def part_weights(part: Part, net: Any) -> Weights:
     """What `fill` reads into the network of a part: strictly all of its entries, but for what `unused` names."""
     entries = {key: entry for key, entry in part.entries.items() if key not in unused(part, net)}
-    if part.kind == "text_encoder":
+    if part.kind == "text_encoder" and part.original:
         return Weights(part.name, entries, text_source(part))
     if part.original:
         levels = len(net.config.block_out_channels)
         source = unet_map(net.config, part.prefix) if part.kind == "unet" else vae_map(levels, part.prefix)
         return Weights(part.name, entries, source)
     renamed = {key.removeprefix(part.prefix): entry for key, entry in entries.items()}
+    if part.kind == "text_encoder":
+        return Weights(part.name, text_entries(net, renamed))
     return Weights(part.name, {vae_key(k): e for k, e in renamed.items()} if part.kind == "vae" else renamed)
 
 
@@ -202,7 +223,7 @@ def unused(part: Part, net: Any) -> set[str]:
     return {key for key in part.entries if pattern.fullmatch(key)}
 
 
-def text_entries(encoder: torch.nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def text_entries(encoder: Any, entries: Mapping[str, Stored]) -> dict[str, Stored]:
     """Under the encoder's own names: transformers 5.6 dropped `text_model.` from those of CLIPTextModel."""
     keys, prefix = encoder.state_dict().keys(), "text_model."
     names = {key: {key, prefix + key, key.removeprefix(prefix)} & keys for key in entries}
@@ -221,8 +242,7 @@ def _original_unet(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     layers = [span(shapes, rf"down_blocks\.{level}\.resnets\.(\d+)\.") for level in range(levels)]
     crossed = [any(key.startswith(f"up_blocks.{level}.attentions.") for key in shapes) for level in range(levels)]
     ups = ["CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in crossed]
-    structure: Any = SimpleNamespace(layers_per_block=layers, up_block_types=ups)
-    source = unet_map(structure, "")
+    source = unet_source(layers, ups, "")
     return {source(key).key: shape for key, shape in shapes.items()}
 
 

@@ -20,7 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTokenizer
 
 from segresearch.checkpoints.declared import file_scheduler
-from segresearch.checkpoints.folder import Checkpoint, build_networks, read_json, read_tokenizer
+from segresearch.checkpoints.folder import Checkpoint, build_networks, read_json, read_tokenizer, tokenizer_of
 from segresearch.checkpoints.key_maps import CLIP, OPEN_CLIP, UNET, VAE
 from segresearch.checkpoints.other_files import HINT, other_kind, refuse_other_file, refuse_quantised
 from segresearch.checkpoints.parts import (
@@ -33,6 +33,7 @@ from segresearch.checkpoints.parts import (
     reads_sizes,
     unused,
     used_keys,
+    with_unet_scheduler,
 )
 from segresearch.checkpoints.tensors import Entry, listed, open_file, read_numbers, without_bookkeeping
 from segresearch.errors import CheckpointError
@@ -67,8 +68,7 @@ def find_parts(entries: Mapping[str, Entry], path: Path, given: Given) -> dict[s
         else None
         for prefix, kind in prefixes.items()
     }
-    replaced = {"unet": given.unet, "vae": given.vae, "text_encoder": given.texts}
-    missing = [prefix for prefix, part in parts.items() if part is None and not replaced[prefixes[prefix]]]
+    missing = [prefix for prefix, part in parts.items() if part is None and not given.replaces(prefixes[prefix])]
     if missing:
         refuse_missing(missing, entries, path, prefixes)
     return parts
@@ -103,18 +103,11 @@ def refuse_strays(stray: Iterable[str], path: Path) -> None:
         warnings.warn(f"{path}: ignored, for they are no part of the model: {ignored}", stacklevel=2)
 
 
-def scheduler_of_file(path: Path) -> dict[str, Any]:
-    """What the file itself declares of its training, see `file_scheduler`; no weights are read."""
-    return file_scheduler(path, *open_file(path))
-
-
 def open_model_file(path: Path, config: Path | None, tokenizer: Path | None, given: Given = NONE) -> Checkpoint:
     """A model in the original layout. config, tokenizer: as in `load_model`. CheckpointError for anything else."""
     entries, metadata = open_file(path)
     refuse_quantised(entries, path)
     own = find_parts(entries, path, given)
-    if len(own) != 4:
-        raise CheckpointError(f"{path}: has one text encoder ({list(own)[2]}*): not SDXL base; {HINT}")
     if config is not None and not config.is_dir():
         raise CheckpointError(f"config={str(config)!r}: no such folder")
 
@@ -136,7 +129,9 @@ def open_model_file(path: Path, config: Path | None, tokenizer: Path | None, giv
         networks,
         tuple(weights),
         _tokenizers(tokenizer, config, names, [part.open_clip for part in parts[2:]]),
-        override("scheduler/scheduler_config.json") or file_scheduler(path, entries, metadata),
+        with_unet_scheduler(
+            override("scheduler/scheduler_config.json") or file_scheduler(path, entries, metadata), given
+        ),
         bool(override("model_index.json").get("force_zeros_for_empty_prompt", len(names) == 2)),
         bool(sizes[1].get("force_upcast", True)),
     )
@@ -163,8 +158,11 @@ def _tokenizers(
 ) -> tuple[CLIPTokenizer, ...]:
     """One for each text encoder, from a folder or the local transformers cache; those of OpenCLIP pad with token 0."""
     both = folder or config
+    own = [both / tokenizer_of(name) for name in names] if both else []
+    if own and all(path.is_dir() for path in own):
+        return tuple(map(read_tokenizer, own))
     if both is not None and (both / "tokenizer").is_dir():
-        return tuple(read_tokenizer(both / name.replace("text_encoder", "tokenizer")) for name in names)
+        folder = both / "tokenizer"
     cached = [try_to_load_from_cache(name, "vocab.json") for name in TOKENIZERS]
     folders = [folder] if folder else [Path(file).parent for file in cached if isinstance(file, str)]
     if not folders:

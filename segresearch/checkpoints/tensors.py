@@ -108,19 +108,30 @@ def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str
     candidates = special if variant else plain + special
     path = next((folder / name for name in candidates if (folder / name).is_file()), None)
     if path is None:
+        there = variants(folder.glob(f"{stem}*.safetensors*"))
+        if there:
+            raise CheckpointError(f"{folder}: no {candidates[0]} here, but variants: give variant= one of {there}")
         for other in sorted(folder.glob("*")):
             refuse_pickle(other)
-        note = f" (variant {variant!r})" if variant else ""
-        raise CheckpointError(f"{folder}: no {candidates[0]}{note} here: fetch the model's weights again")
+        raise CheckpointError(f"{folder}: no {candidates[0]} here: fetch the model's weights again")
     if path.suffix == ".safetensors":
         return open_file(path)[0]
     try:
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not an index of shards ({error}): fetch it again") from error
+        shards = sorted(set(json.loads(path.read_text(errors="replace"))["weight_map"].values()))
+        if odd := [name for name in shards if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)]:
+            raise KeyError(odd[0][:100])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{path}: not an index of shards ({reason[:300]}): fetch it again") from error
     if missing := listed((name for name in shards if not (folder / name).is_file()), "missing shard"):
         raise CheckpointError(f"{folder}: {missing}: fetch the model's weights again")
     return {key: entry for name in shards for key, entry in open_file(folder / name)[0].items()}
+
+
+def variants(files: Iterable[Path]) -> str:
+    """The variants of weights among these files, for a message; "" for none."""
+    names = {part for file in files for part in file.name.split(".")[1:-1] if part not in ("safetensors", "index")}
+    return ", ".join(sorted({re.sub(r"-\d+-of-\d+$", "", name) for name in names}))
 
 
 def listed(names: Iterable[str], noun: str) -> str:
@@ -136,9 +147,9 @@ def without_bookkeeping(keys: Iterable[str]) -> set[str]:
     return {key for key in keys if not _BOOKKEEPING.search(key)}
 
 
-def read_numbers(entry: Entry) -> tuple[float, ...]:
-    """The values of a stored tensor. CheckpointError for one of more than 64, or of another type than numbers."""
-    if math.prod(entry.shape) > 64 or entry.dtype not in DTYPES:
+def read_numbers(entry: Entry, most: int = 64) -> tuple[float, ...]:
+    """The values of a stored tensor. CheckpointError for one of more than `most`, or of another type than numbers."""
+    if math.prod(entry.shape) > most or entry.dtype not in DTYPES:
         raise CheckpointError(f"{entry.file}: {entry.key} has shape {entry.shape}, {entry.dtype}: not a few numbers")
     return tuple(_mapped(entry.file).get_tensor(entry.key).double().flatten().tolist())
 

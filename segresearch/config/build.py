@@ -51,7 +51,7 @@ def resolved(config: Run, model: "StableDiffusion | None" = None) -> Run:
     if config.schedule.name == "auto" and config.schedule.rho is None:
         folder = None if config.model.config is None else Path(config.model.config)
         loaded = getattr(getattr(model, "denoiser", None), "schedule", None)
-        name = schedule_of(resolve_model(config.model.path), folder) if loaded is None else loaded.name
+        name = loaded.name if loaded else schedule_of(resolve_model(config.model.path), folder, config.model.unet)
         config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, name=name))
     if config.batch_size == "auto":
         gpu = config.model.batch_size_cuda if device_kind(config.device) == "cuda" else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
+from segresearch.config.inputs import InitConfig, TextConfig
 from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
 from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
@@ -241,6 +242,7 @@ class ControlConfig(Record):
     start: Fraction = 0.0
     end: Fraction = 1.0
     guess: Flag = False
+    kind: str | int | None = None  # of the image, for a union of ControlNets
 
     def __post_init__(self) -> None:
         if self.start >= self.end:
@@ -279,10 +281,12 @@ class PanelConfig(Record):
     title: str = ""
     compare: tuple[GuidanceConfig, ...] = ()
     prompts: Prompts | None = None
-    negative: str | None = None
+    negative: Prompts | None = None
+    sizes: tuple[tuple[Count, Count], ...] | None = None
     seeds: Seeds | None = None
     pairing: Literal["product", "zip"] | None = None
     controls: dict[str, ControlConfig] | None = None
+    init: Annotated[InitConfig, Record] | None = None
 
 
 @dataclass(frozen=True)
@@ -305,16 +309,18 @@ class BlurConfig(Record):
 
 @dataclass(frozen=True)
 class RunConfig(Record):
-    """The fields of every run. prompts: see `read_prompts`. negative: None is zeros, as SDXL was trained."""
+    """The fields of every run. prompts, negative: see `read_prompts`, `read_negatives`."""
 
     model: ModelConfig
     sampler: SamplerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     prompts: Prompts = ("",)
-    negative: str | None = None
+    negative: Prompts | None = None
+    text: Annotated[TextConfig, Record] = TextConfig()
     steps: Count = 25
     size: tuple[Count, Count] | None = None  # (height, width) in pixels; None: the model's own
+    init: Annotated[InitConfig, Record] = InitConfig()
     batch_size: Count | Literal["auto"] = 8  # auto: the model's own number for the device
     device: str = "auto"
     compute: Annotated[Compute, Record] = Compute()
@@ -330,6 +336,7 @@ class GenerateConfig(RunConfig):
     controls: dict[str, ControlConfig] = field(default_factory=dict)
     compare: tuple[GuidanceConfig, ...] = ()
     panels: tuple[PanelConfig, ...] = ()
+    sizes: tuple[tuple[Count, Count], ...] | None = None  # one for each prompt, in place of `size`
     seeds: Seeds = "0-3"
     pairing: Literal["product", "zip"] = "product"
     grid: GridConfig = GridConfig()
@@ -385,12 +392,13 @@ class AnalyzeConfig(RunConfig):
                 raise ConfigError(f"{name}: empty; give at least one")
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name}: {list(values)} names one twice")
+        steps = self.init.steps(self.steps)
         for step in self.measured_steps:
-            if not -self.steps <= step < self.steps:
-                known = f"{self.steps} steps are 0 to {self.steps - 1}"
+            if not -steps <= step < steps:
+                known = f"{steps} steps are 0 to {steps - 1}"
                 raise ConfigError(f"measured_steps: there is no step {step}; {known}")
 
     @property
     def steps_from_0(self) -> tuple[int, ...]:
         """The measured steps as numbers from 0, rising."""
-        return tuple(sorted({step % self.steps for step in self.measured_steps}))
+        return tuple(sorted({step % self.init.steps(self.steps) for step in self.measured_steps}))

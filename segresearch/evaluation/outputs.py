@@ -19,6 +19,7 @@ from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import latex, markdown, table, to_jsonl
 from segresearch.evaluation.sample_shards import IMAGES
 from segresearch.evaluation.spec import EvaluationSpec
+from segresearch.init_images import identify_init
 from segresearch.pages import render, to_csv
 from segresearch.plot_style import save
 from segresearch.records import figure_record, image_record, png, run_record, save_png
@@ -57,12 +58,16 @@ def examples(spec: EvaluationSpec, run: str) -> dict[str, list[Example]]:
     control_images = [spec.controls[i] if spec.controls else () for i in seeds]
     identified = identify_controls(config.controls, control_images, model)
     controls, texts = [control_records(identified, row) for row in control_images], spec.texts(seeds)
+    starts = [spec.inits[i] if spec.inits else () for i in seeds]
+    init = identify_init(config.init, starts)
     shown: dict[str, list[Example]] = {method: [] for method in spec.methods}
     for method, guidance in spec.methods.items():
         for path, rows in ((spec.shard(method, rows), rows) for rows in spec.ranges if rows.start in seeds):
             sampled = {**shared, **shards.header(path)["versions"]}
             for i, pixels in zip(seeds[rows.start : rows.stop], shards.load(path, IMAGES)):
-                image = {"prompt": texts[i], "negative": config.negative, "seed": i, **controls[i]}
+                negative = spec.negatives[i % len(spec.negatives)] if spec.negatives else config.negative
+                image = {"prompt": texts[i], "negative": negative, "seed": i, **controls[i]}
+                image |= init.record(starts[i])
                 record = image_record(sampled, method, guidance, **image)
                 shown[method].append((Image.fromarray(pixels.transpose(1, 2, 0).copy()), record))
     return shown

@@ -23,6 +23,7 @@ from segresearch.evaluation import shards
 from segresearch.evaluation.image_metrics import Samples, check_size, measure
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
+from segresearch.init_images import init_images
 from segresearch.progress import Bar
 from segresearch.sample_images import decode_images, encode_conds, run_sigmas, sample_latents
 
@@ -208,7 +209,7 @@ def sample_range(
     batches = [rows[i : i + step] for i in range(0, len(rows), step)]
     size = config.size or sd.default_size
     if config.controls and not controls:
-        sigmas = run_sigmas(sd, config)
+        sigmas = run_sigmas(sd, config, config.init)
         for batch in batches:
             controls.append(controlled_batch(sd, config.controls, [spec.controls[i] for i in batch], size, sigmas))
     norms: list[list[Tensor]] = []  # of each batch and evaluation (b,)
@@ -222,14 +223,17 @@ def sample_range(
     images, arrays = [], {}
     for batch, control in zip(batches, controls or [()] * len(batches), strict=True):
         norms.append([])
-        conds = encode_conds(sd, model, spec.texts(batch), config.negative, config.size)
+        conds = encode_conds(sd, model, spec.texts(batch), spec.negative(batch), config.size, config.text.given())
+        init = init_images(config.init, [spec.inits[i] for i in batch] if spec.inits else (), size)
         with FlopCounterMode(display=False) if batch.start == 0 else contextlib.nullcontext() as counter:
-            report = None if bar is None else bar.callback(len(batch), len(batch), config.steps)
-            latents = sample_latents(sd, model, batch, conds, config, control, callback=report)
+            steps = len(run_sigmas(sd, config, config.init)) - 1
+            report = None if bar is None else bar.callback(len(batch), len(batch), steps)
+            latents = sample_latents(sd, model, batch, conds, config, control, init=init, callback=report)
         if counter is not None:
             arrays[COST] = np.array([counter.get_total_flops() / len(batch)])
         decoded = DECODED if latents.device.type == "cpu" else max(1, PIXELS // math.prod(size))
-        images.append(decode_images(sd, latents, decoded).cpu())
+        pixels = decode_images(sd, latents, decoded)
+        images.append((pixels if init is None else init.paste(pixels)).cpu())
         if bar is not None:
             bar.add(len(batch))
     count = len(norms[0])

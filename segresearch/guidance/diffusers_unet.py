@@ -3,7 +3,7 @@
     pipe.unet = to_diffusers(GuidedDenoiser(sd.denoiser, {"seg": perturbed("seg", SEG(), 3.0)}))
     pipe("a red cube", guidance_scale=5.0)        # CFG by the pipeline, SEG by the guided denoiser
 
-z (the pipeline's input at t) ─► x = z·√(σ²+1), σ = σ_t ─► D = guided(x, σ) ─► eps or v, as the scheduler expects it.
+z (the pipeline's input at t) ─► x = z/c_in, σ = σ_t ─► D = guided(x, σ) ─► eps or v, as the scheduler expects it.
 diffusers itself is not imported.
 """
 
@@ -58,6 +58,8 @@ class GuidedUNet(nn.Module):
         if self.joint and not negative:
             raise InputError("to_diffusers: the CFG term needs the negative prompt's rows: leave negative=True")
         self.denoiser: Denoiser = inner.denoiser  # type: ignore[assignment]
+        if self.denoiser.preconditioning.timestep_scaling is not None:
+            raise InputError("to_diffusers: latent consistency models (LCM) are not supported: sample them here")
         sizes = {"time_cond_proj_dim": None, "attention_head_dim": self.denoiser.unet.config.heads}
         self.config = SimpleNamespace(**sizes | vars(self.denoiser.unet.config))
 
@@ -73,7 +75,7 @@ class GuidedUNet(nn.Module):
         return self.denoiser.unet.conv_in.weight.device
 
     @property
-    def add_embedding(self) -> nn.Module:
+    def add_embedding(self) -> nn.Module | None:
         """Which pipelines look at to check their text encoders."""
         return self.denoiser.unet.add_embedding
 
@@ -98,7 +100,9 @@ class GuidedUNet(nn.Module):
         z = sample.to(torch.promote_types(sample.dtype, torch.float32))
         added = added_cond_kwargs or {}
         blank = z.new_zeros(len(z), 0)
-        cond = Cond(encoder_hidden_states, added.get("text_embeds", blank), added.get("time_ids", blank))
+        latents = self.denoiser.unet.config.out_channels  # further channels are of inpainting and the like
+        z, image = z[:, :latents], z[:, latents:] if z.shape[1] > latents else None
+        cond = Cond(encoder_hidden_states, added.get("text_embeds", blank), added.get("time_ids", blank), image)
         t = torch.as_tensor(timestep, device=z.device).to(z.dtype).expand(len(z))
         halves = z.chunk(2) if len(z) % 2 == 0 else ()
         equal = bool(halves) and torch.equal(*halves)
@@ -113,7 +117,7 @@ class GuidedUNet(nn.Module):
             text = "two equal halves: with guidance_scale above 1 give negative=True"
             warnings.warn(f"to_diffusers: {text}", stacklevel=2)
         sigma = self.denoiser.t_to_sigma(t)
-        x = z * (sigma[:, None, None, None] ** 2 + 1).sqrt()
+        x = self.denoiser.preconditioning.unscaled(z, sigma[:, None, None, None])
         denoised = self.denoised(x, sigma, conds)
         parts = [self.prediction(x, sigma, d).to(sample.dtype) for d in denoised]
         return Prediction(torch.cat(parts))
@@ -133,12 +137,8 @@ class GuidedUNet(nn.Module):
 
     def prediction(self, x: Latents, sigma: Float[Tensor, " b"], denoised: Latents) -> Latents:
         """The network's own quantity at D: the inverse of `Denoiser`."""
-        s = sigma[:, None, None, None]
-        if self.denoiser.prediction == "v_prediction":
-            return (x / (s**2 + 1) - denoised) * (s**2 + 1).sqrt() / s
-        if self.denoiser.prediction == "epsilon":
-            return (x - denoised) / s
-        raise InputError(f"to_diffusers: a model of prediction {self.denoiser.prediction!r} is not supported")
+        s, t = sigma[:, None, None, None], self.denoiser.sigma_to_t(sigma)[:, None, None, None]
+        return self.denoiser.preconditioning.output(denoised, x, s, t)
 
 
 def to_diffusers(guided: Any, control: Control = None, negative: bool = True) -> GuidedUNet:

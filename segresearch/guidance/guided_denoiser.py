@@ -64,7 +64,8 @@ class GuidedDenoiser:
         every: perturbations of every branch on a conditioning, by its name; "*" is all of them.
         conditionings: conditionings that are made from others, by name, at every evaluation or, where they are
             `static`, once a run; each a call (conds, sigma, keys) -> Cond. One of an existing name takes its place.
-            Those made from texts have `encode(sd, prompts, negative, size)` instead; `conds` must hold the result.
+            Those made from texts have `encode(sd, prompts, negative, size, **settings)` instead; `conds` must hold its
+            result.
         networks: denoisers of further networks, by the names that `Weak` uses.
 
     It holds no state: a call that raises leaves nothing behind, and what methods remember is in the `Run` of a
@@ -154,7 +155,12 @@ class GuidedDenoiser:
     def perturbed(self, branch: Branch) -> Perturbed:
         """The perturbations of a complete branch, by site."""
         if branch.perturbations not in self._perturbed:
-            kinds, _ = self.sites(self.pass_of(branch).network)
+            network = self.pass_of(branch).network
+            if getattr(self.networks[network], "timesteps", 1) is None:
+                for p in branch.perturbations:
+                    if getattr(p, "in_timesteps", False):
+                        raise InputError(f"{p} is in timesteps, and an EDM model has none, but ln(σ)/4")
+            kinds, _ = self.sites(network)
             self._perturbed[branch.perturbations] = perturbed_sites(branch.perturbations, kinds)
         return self._perturbed[branch.perturbations]
 

@@ -241,7 +241,7 @@ def scheduled(
         alphas = 1 / (1 + torch.tensor([low, high], dtype=torch.float64) ** 2)
         return Denoiser(unet, alphas.to(device), Preconditioning(prediction, data), 0, compute, schedule)
     scaling = config.get("timestep_scaling", 10.0) if kind == "LCMScheduler" else None
-    if scaling is not None and not (isinstance(scaling, float | int) and scaling > 0):
+    if kind == "LCMScheduler" and not (isinstance(scaling, float | int) and scaling > 0):
         raise InputError(f"scheduler config: timestep_scaling={scaling!r} must be a positive number")
     alphas = alphas_cumprod(config).to(device)
     scalings = Preconditioning(prediction, timestep_scaling=scaling)

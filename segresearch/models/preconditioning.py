@@ -67,6 +67,23 @@ class Preconditioning:
         s = self.timestep_scaling * t
         return s / (s**2 + 0.25).sqrt() * denoised + 0.25 / (s**2 + 0.25) * self.scaled(x, sigma)
 
+    def output(self, denoised: Latents, x: Latents, sigma: Level, t: Level) -> Latents:
+        """The network's output that gives D, the inverse of `denoised`; not finite at σ = 0 or, of LCM, at t = 0."""
+        if self.timestep_scaling is not None:
+            s = self.timestep_scaling * t
+            denoised = (denoised - 0.25 / (s**2 + 0.25) * self.scaled(x, sigma)) * (s**2 + 0.25).sqrt() / s
+        if self.prediction == "sample":
+            return denoised
+        if self.prediction == "epsilon" and not self.plus:
+            return (x - denoised) / sigma
+        change = x * self.data / (sigma**2 + self.data) - denoised
+        out = change * (sigma**2 + self.data).sqrt() / (sigma * self.data**0.5)
+        return -out if self.plus else out
+
+    def unscaled(self, z: Latents, sigma: Level) -> Latents:
+        """x from c_in·x."""
+        return z * (sigma**2 + self.data).sqrt()
+
     def target(self, clean: Latents, noise: Latents, sigma: Level) -> Latents:
         """The output of which D is the clean image, at x = clean + σ·noise; without LCM's boundary."""
         if self.prediction == "sample":

@@ -1,4 +1,5 @@
-"""The SDXL UNet, written out. Module names are the key names of a diffusers checkpoint: it loads with no converter.
+"""The UNet of the Stable Diffusion families. Module names are the key names of a diffusers checkpoint: it loads with
+no converter.
 
     x (rows, 4, h, w) ─ conv_in ─ down_blocks ─ mid_block ─ up_blocks ─ conv_out ─ eps (rows_out, 4, h, w)
                                        └────────── skips ──────┘
@@ -86,12 +87,11 @@ def resnet(c: EncoderConfig, channels: int, out_channels: int) -> Resnet:
     return Resnet(channels, out_channels, c.norm_num_groups, c.norm_eps, 4 * c.block_out_channels[0])
 
 
-def transformer(c: EncoderConfig, level: int, name: str) -> Transformer:
-    """The transformer of one level of resolution; `name` is its place in the checkpoint."""
-    width, heads, depth = c.block_out_channels[level], c.heads[level], c.transformer_layers_per_block[level]
-    return Transformer(
-        width, heads, depth, c.cross_attention_dim, c.norm_num_groups, c.use_linear_projection, name=name
-    )
+def transformer(c: EncoderConfig, level: int, depth: int | tuple[int, ...], layer: int, name: str) -> Transformer:
+    """The transformer of one layer on a level of resolution; `name` is its place in the checkpoint."""
+    own = depth[layer] if isinstance(depth, tuple) else depth
+    width, heads = c.block_out_channels[level], c.heads[level]
+    return Transformer(width, heads, own, c.cross_attention_dim, c.norm_num_groups, c.use_linear_projection, name=name)
 
 
 class DownBlock(nn.Module):
@@ -102,8 +102,9 @@ class DownBlock(nn.Module):
         width, above = c.block_out_channels[level], c.block_out_channels[max(level - 1, 0)]
         layers, crossed = range(c.layers_per_block[level]), c.down_block_types[level] == "CrossAttnDownBlock2D"
         self.resnets = nn.ModuleList(resnet(c, width if i else above, width) for i in layers)
+        depth = c.transformer_layers_per_block[level]
         self.attentions = nn.ModuleList(
-            transformer(c, level, f"down_blocks.{level}.attentions.{i}") for i in layers if crossed
+            transformer(c, level, depth, i, f"down_blocks.{level}.attentions.{i}") for i in layers if crossed
         )
         lowest = level == len(c.block_out_channels) - 1
         self.downsamplers = nn.ModuleList([] if lowest else [Downsample(width, symmetric=True)])
@@ -125,13 +126,14 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Resnet, transformer, resnet; the first resnet alone in ControlNets without attention there."""
+    """Resnet, transformer, resnet; the first resnet alone in networks without attention there (SSD-1B, Vega)."""
 
     def __init__(self, c: EncoderConfig):
         super().__init__()
         width, crossed = c.block_out_channels[-1], c.mid_block_type == CROSSED_MID
         self.resnets = nn.ModuleList(resnet(c, width, width) for _ in range(1 + crossed))
-        self.attentions = nn.ModuleList([transformer(c, -1, "mid_block.attentions.0")] if crossed else [])
+        depth, name = c.transformer_layers_per_block[-1], "mid_block.attentions.0"
+        self.attentions = nn.ModuleList([transformer(c, -1, depth, 0, name)] if crossed else [])
 
     def forward(self, x: Float[Tensor, "rows c h w"], context: Context) -> Float[Tensor, "rows_out c h w"]:
         x = self.resnets[0](x, context.emb, context.fork)
@@ -156,7 +158,9 @@ class UpBlock(nn.Module):
             resnet(c, (width if i else before) + (above if i == layers[-1] else width), width) for i in layers
         )
         self.attentions = nn.ModuleList(
-            transformer(c, level, f"up_blocks.{index}.attentions.{i}") for i in layers if crossed
+            transformer(c, level, c.up_depths[index], i, f"up_blocks.{index}.attentions.{i}")
+            for i in layers
+            if crossed
         )
         self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(width)])
 
@@ -188,12 +192,12 @@ class Encoder(nn.Module):
         added = c.projection_class_embeddings_input_dim
         self.add_embedding = Embedding(added, 4 * widths[0]) if added else None
         self.down_blocks = nn.ModuleList(DownBlock(c, level) for level in range(len(widths)))
-        self.mid_block = MidBlock(c)
+        self.mid_block = None if c.mid_block_type is None else MidBlock(c)  # KOALA-700M has none
 
     @property
     def blocks(self) -> list[Any]:
         """The down, mid and up blocks, in the order of a forward pass."""
-        return [*self.down_blocks, self.mid_block]
+        return [*self.down_blocks, *filter(None, [self.mid_block])]
 
     @property
     def transformer_blocks(self) -> list[TransformerBlock]:
@@ -277,7 +281,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x, more = block(x, context)
             skips += more
-        return self.mid_block(x, context), skips
+        return x if self.mid_block is None else self.mid_block(x, context), skips
 
     def check(self, x: Float[Tensor, "rows c h w"], cond: Cond | Projection) -> None:
         """InputError unless x fits this network and has the rows of cond."""
@@ -289,7 +293,7 @@ class Encoder(nn.Module):
 
 
 class UNet(Encoder):
-    """SDXL's UNet of any size; SDXL base is `UNet(UNetConfig())`."""
+    """A UNet of any size; SDXL base is `UNet(UNetConfig())`."""
 
     config: UNetConfig
 
@@ -302,7 +306,7 @@ class UNet(Encoder):
 
     @property
     def blocks(self) -> list[Any]:
-        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [*super().blocks, *self.up_blocks]
 
     @property
     def sites(self) -> tuple[str, ...]:

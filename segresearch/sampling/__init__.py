@@ -1,7 +1,7 @@
 """Samplers, noise schedules and per-image noise: the only import of k-diffusion.
 
     noise = initial_noise(seeds, (4, 128, 128))
-    x0 = sample(model, noise, sampler="euler", schedule="leading", steps=25, conds=conds)
+    x0 = sample(model, noise, sampler="euler", schedule="auto", steps=25, conds=conds)
 """
 
 from segresearch.sampling.intervals import ALWAYS, step_interval

@@ -42,7 +42,7 @@ def sample_tcd(
     extra_args: Mapping[str, Any] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     disable: bool | None = None,
-    eta: float = 0.3,
+    eta: float | int = 0.3,
 ) -> Latents:
     """Strategic stochastic sampling of TCD (arXiv 2402.19159, algorithm 4): down to the timestep ⌊(1 − eta)·t′⌋, then
     noise up to t′, the next one. eta 0 is DDIM, eta 1 nearly LCM. The last step ends at D, where diffusers leaves the

@@ -103,7 +103,7 @@ def warn_of_low_start(denoiser: Any, table: Float[Tensor, "levels"], name: str, 
         start = float(table[-1]) if own.sigma_max is None else own.sigma_max
     if first < LOW * start:
         text = f"schedule {name} with {steps} steps starts at sigma {first:.4g}"
-        warnings.warn(f"{text}, the model's own (auto, {own.name}) at {start:.4g}", stacklevel=3)
+        warnings.warn(f"{text}, the model's own (auto, {own.name}) at {start:.4g}", stacklevel=2)
 
 
 def positive_sigmas(

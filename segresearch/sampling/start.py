@@ -12,6 +12,16 @@ from segresearch.errors import InputError
 from segresearch.sampling.schedules import start_scale
 
 
+def last_steps(sigmas: Float[Tensor, " sigmas"], strength: float) -> Float[Tensor, " left"]:
+    """The last min(⌊strength·n⌋, n) of n steps. InputError where no step is left."""
+    steps = len(sigmas) - 1
+    count = min(int(steps * strength), steps)  # in floating point, as diffusers counts
+    if not count:
+        least = f"{1 / steps:.3g} is one step, and without one the image stays as it is"
+        raise InputError(f"strength={strength:g} of {steps} steps leaves no step to sample: {least}")
+    return sigmas[steps - count :]
+
+
 @dataclass(frozen=True, eq=False)
 class ImageStart:
     """The image that `sample` starts from, and which part of it is kept.
@@ -47,13 +57,8 @@ class ImageStart:
             raise InputError("mask: must hold 0 (kept) and 1 (made anew) alone; `latent_mask` makes one of an image")
 
     def left(self, sigmas: Float[Tensor, " sigmas"]) -> Float[Tensor, " left"]:
-        """The end of a schedule that is sampled. InputError where no step is left."""
-        steps = len(sigmas) - 1
-        count = min(int(steps * self.strength), steps)  # in floating point, as diffusers counts
-        if not count:
-            least = f"{1 / steps:.3g} is one step, and without one the image stays as it is"
-            raise InputError(f"strength={self.strength:g} of {steps} steps leaves no step to sample: {least}")
-        return sigmas[steps - count :]
+        """The end of a schedule that is sampled; see `last_steps`."""
+        return last_steps(sigmas, self.strength)
 
     def noised(
         self, noise: Float[Tensor, "images channels h w"], sigmas: Float[Tensor, " left"], schedule: str
