@@ -12,6 +12,7 @@ from typing import Any
 
 from segresearch.cli import command, one_line_errors
 from segresearch.errors import ConfigError
+from segresearch.run_index import note
 
 
 @command("generate")
@@ -23,7 +24,9 @@ def generate(config: Any) -> None:
 
     from segresearch import generate as module
 
-    print(module.generate(run))
+    done = module.generate(run)
+    note(done.folder, run.out)
+    print(done)
 
 
 @command("evaluate")
@@ -35,7 +38,9 @@ def evaluate(config: Any) -> None:
 
     from segresearch.evaluation import evaluate as module
 
-    print(module.evaluate(run))
+    done = module.evaluate(run)
+    note(done.folder, run.out)
+    print(done)
 
 
 @command("analyze")
@@ -47,21 +52,29 @@ def analyze(config: Any) -> None:
 
     from segresearch.analysis import analyze as module
 
-    print(module.analyze(run))
+    done = module.analyze(run)
+    note(done.folder, run.out)
+    print(done)
 
 
 def overview() -> None:
-    parser = argparse.ArgumentParser(description="All runs of an experiment in one table.")
-    parser.add_argument("name", help="the experiment, as the runs' folder is called")
+    parser = argparse.ArgumentParser(description="All runs of an experiment in one table; without a name, all runs.")
+    parser.add_argument("name", nargs="?", help="the experiment, as the runs' folder is called")
     parser.add_argument("--out", default="runs", help="where runs lie (default: runs)")
     args = parser.parse_args()
     with one_line_errors():
         from segresearch.evaluation import compare_runs
 
+        if args.name is None:
+            from segresearch.run_index import lines
+
+            for line in lines(args.out):
+                print(f"{args.out}/{line.name}/{line.folder}: {line.words}")
+            return
         table = compare_runs.overview(args.name, args.out)
         paths = compare_runs.write(table, args.out)
-    print(table.markdown())
-    print("\n".join(map(str, paths)))
+        print(table.markdown())
+        print("\n".join(map(str, paths)))
 
 
 def reproduce() -> None:
