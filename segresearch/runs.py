@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from segresearch.errors import ConfigError
 
 EDGE, SAMPLES = 1 << 16, 16  # of a weight file's fingerprint: bytes of each end, parts of 4 KiB between
 LATER = MappingProxyType({"later": True})  # of a field that `plain` leaves out at its default: identities stay
-RESERVED = ("shards", "reference", "wandb")  # folders of `out` that hold no runs
+RESERVED = ("shards", "reference", "wandb", "latest")  # folders of `out` that hold no runs
 
 
 def plain(value: Any) -> Any:
@@ -75,6 +76,33 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(out: str | Path, name: str, wait: bool = True) -> Iterator[bool]:
+    """Whether this process has the lock `name` below `out` within the block. wait: for another process that has it, on
+    this machine or another; the lock ends with its process, however that ends. True where the disk has no locks."""
+    path = Path(out) / ".locks" / digest(name)
+    try:
+        import fcntl
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except (ImportError, OSError):
+        yield True
+        return
+    with file:
+        held = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = wait
+            if wait:
+                print(f"another process works on {name}; waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield held
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -348,6 +348,7 @@ class EvaluateConfig(RunConfig):
     n_examples: Annotated[int, within(1, 64, whole=True)] = 8
     stage: Literal["all", "shards", "verify", "reduce"] = "all"
     threads: Annotated[int, within(1, 1024, whole=True)] = 1
+    vector: tuple[Literal["pdf", "svg"], ...] = ()
     wandb: Annotated[WandbConfig, Record] = WandbConfig()
 
 
@@ -363,6 +364,7 @@ class AnalyzeConfig(RunConfig):
     branch: str = "cond"
     blur: BlurConfig = BlurConfig()
     keep: Flag = False
+    vector: tuple[Literal["pdf", "svg"], ...] = ()
     wandb: Annotated[WandbConfig, Record] = WandbConfig()
 
     def __post_init__(self) -> None:
