@@ -17,8 +17,8 @@ MAPPINGS = ("model", "compute", "settings", "generate", "evaluate", "analyze", "
 WORDS = ("figure", "control", "code", "torch", "run", "method", "prompt")
 OPTIONAL = ("controls", *WORDS)
 TEXTS = ("prompt", "negative", "label", "title", "text", "texts", "method", "name", "run", "code", "torch", "figure")
-FILES = ("path", "config", "tokenizer", "vae", "unet", "text_encoder", "loras", "embeddings", "image", "mask", "depth_model",
-         "reference", "prompts")  # perhaps bare words  # fmt: skip
+FILES = ("path", "config", "tokenizer", "vae", "unet", "text_encoder", "loras", "embeddings", "image", "mask",
+         "depth_model", "reference", "prompts")  # perhaps bare words  # fmt: skip
 
 
 def check_shape(record: Any, at: str = "") -> None:
