@@ -400,6 +400,16 @@ def test_equal_to_diffusers(folder, model, lora, tmp_path, style):
         assert (model.unet(x, t, cond) - expected).abs().max() > 1e-2
 
 
+def test_weights_in_fp8(model, lora, file):
+    """The stored number and the product are added in fp32."""
+    [merge, *_] = merges(as_loras(file), model.unet, model.text.encoders)
+    layer, (down, up, alpha) = next(iter(lora["unet"].items()))
+    stored = model.unet.state_dict()[f"{layer}.weight"].to(torch.float8_e4m3fn)
+    expected = stored.float() + alpha / len(down) * (up @ down)
+    torch.testing.assert_close(merge(f"{layer}.weight", stored), expected, rtol=1e-5, atol=1e-6)
+    assert merge("conv_in.weight", stored) is stored
+
+
 @pytest.mark.parametrize("family", ["sd15", "sd21"])
 def test_models_with_one_text_encoder(family, tmp_path, lora):
     write_family(family, tmp_path / "model")
