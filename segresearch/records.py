@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from segresearch import runs
+from segresearch.checkpoints.additions import identified, identified_additions
 from segresearch.checkpoints.resolve import part_paths, resolve_network
 from segresearch.config.build import device_kind
 from segresearch.config.inputs import IPAdapterConfig
@@ -34,6 +35,8 @@ def sampling_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
         model["prediction"] = of_model.prediction
     if parts := part_fingerprints(config.model):
         model["parts"] = parts
+    for key, files in identified_additions(of_model).items():
+        model[key] = [file.identity() for file in files]
     settings = {key: getattr(config, key) for key in ("sampler", "schedule", "steps", "size")}
     if text := config.text.given():
         settings["text"] = text
@@ -64,14 +67,15 @@ def with_networks(guidance: GuidanceConfig, model: Path) -> GuidanceConfig:
     networks = {}
     for key, network in guidance.networks.items():
         try:
-            path = resolve_network(network.path, model)
+            path = model if network.path is None else resolve_network(network.path, model)
         except CheckpointError as error:
             raise CheckpointError(f"guidance.networks.{key}.path: {error}") from error
         fingerprint = runs.fingerprint(path)
         if network.fingerprint not in (None, fingerprint):
             text = f"{path} has weights {fingerprint}, not {network.fingerprint}"
             raise ConfigError(f"guidance.networks.{key}: {text}; leave `fingerprint` out to take them")
-        networks[key] = dataclasses.replace(network, fingerprint=fingerprint)
+        loras = identified(network.loras, f"guidance.networks.{key}.loras")
+        networks[key] = dataclasses.replace(network, fingerprint=fingerprint, loras=loras)
     if (adapter := guidance.ip_adapter) is not None:
         fingerprint = adapter_fingerprint(adapter)
         if adapter.fingerprint not in (None, fingerprint):
@@ -102,7 +106,8 @@ def run_record(config: RunConfig, fingerprint: str, run: str) -> dict[str, Any]:
     loaded = {key: getattr(config.model, key) for key in ("name", "path", "variant", "config", "tokenizer")}
     loaded |= {key: value for key in PARTS if (value := getattr(config.model, key)) is not None}
     compute = config.compute.record(device_kind(config.device))
-    own = {"model": loaded | identity["model"], "compute": compute, "run": run, **runs.versions()}
+    model = loaded | identity["model"] | identified_additions(config.model)
+    own = {"model": model, "compute": compute, "run": run, **runs.versions()}
     return runs.plain({**identity, **own})
 
 
