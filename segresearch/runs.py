@@ -15,19 +15,23 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from segresearch import __version__
 from segresearch.errors import ConfigError
 
 EDGE, SAMPLES = 1 << 16, 16  # of a weight file's fingerprint: bytes of each end, parts of 4 KiB between
+LATER = MappingProxyType({"later": True})  # of a field that `plain` leaves out at its default: identities stay
 RESERVED = ("shards", "reference", "wandb", "latest")  # folders of `out` that hold no runs
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, mappings, sequences and paths as what JSON and YAML can hold; infinities become "inf", "-inf"."""
+    """Dataclasses, mappings, sequences and paths as what JSON and YAML can hold; infinities become "inf", "-inf". A
+    field with the metadata LATER is left out at its default: a setting that came later changes no old run."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        items = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        return {f.name: plain(item) for f, item in items if "later" not in f.metadata or item != f.default}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
