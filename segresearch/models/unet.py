@@ -197,7 +197,12 @@ class Encoder(nn.Module):
     @property
     def blocks(self) -> list[Any]:
         """The down, mid and up blocks, in the order of a forward pass."""
-        return [*self.down_blocks, *filter(None, [self.mid_block])]
+        return [*self.down_blocks, *self.middle]
+
+    @property
+    def middle(self) -> list[MidBlock]:
+        """The mid block; none where the network has none."""
+        return [] if self.mid_block is None else [self.mid_block]
 
     @property
     def transformer_blocks(self) -> list[TransformerBlock]:
@@ -306,7 +311,7 @@ class UNet(Encoder):
 
     @property
     def blocks(self) -> list[Any]:
-        return [*super().blocks, *self.up_blocks]
+        return [*self.down_blocks, *self.middle, *self.up_blocks]
 
     @property
     def sites(self) -> tuple[str, ...]:
