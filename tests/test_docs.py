@@ -171,7 +171,8 @@ def test_other_commands_name_files_and_flags_that_exist():
         assert file.is_file(), f"{page}: {command}"
         if file.stem in HYDRA:
             continue
-        code = text_of(file.with_suffix(".py")) + text_of(ROOT / "segresearch" / "commands.py")
+        shared = [ROOT / "segresearch" / "commands.py", ROOT / "experiments" / "mini" / "common.py"]
+            code = "".join(map(text_of, [file.with_suffix(".py"), *shared]))
         for flag in (a.partition("=")[0] for a in arguments if a.startswith("--")):
             assert flag == "--help" or f'"{flag}"' in code, f"{page}: {command}: no {flag}"
             checked += 1
