@@ -5,6 +5,9 @@ Light: imports nothing.
 """
 
 
+LONGEST = 1000  # letters of a message about files
+
+
 class InputError(ValueError):
     """An argument cannot be used. The message has the value, where it is, and what would do instead."""
 
@@ -14,7 +17,12 @@ class ConfigError(InputError):
 
 
 class CheckpointError(InputError):
-    """Weights that are missing, incomplete, or of another architecture."""
+    """Weights that are missing, incomplete, or of another architecture. One line, whatever the names and values in it,
+    which come from files of unknown origin."""
+
+    def __init__(self, message: str):
+        line = " ".join(message.splitlines())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 
 class Ended(InputError):

@@ -118,7 +118,7 @@ def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str
         return open_file(path)[0]
     try:
         shards = sorted(set(json.loads(path.read_text(errors="replace"))["weight_map"].values()))
-        if odd := [name for name in shards if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)]:
+        if odd := [name for name in shards or [""] if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)]:
             raise KeyError(odd[0][:100])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
