@@ -82,9 +82,17 @@ def generate(config: GenerateConfig, model: "StableDiffusion | None" = None) -> 
     """Sample the missing images of the run that `config` describes, then draw its grid.
 
     model: already loaded; None loads `config.model` if anything is missing. InputError for settings that do not fit
-    the model, OSError where the folder cannot be written. On an interrupt finished images stay.
+    the model, OSError where the folder cannot be written. On an interrupt finished images stay. The same run in another
+    process is waited for.
     """
-    run, seconds = expand(resolved(config, model)), 0.0
+    run = expand(resolved(config, model))
+    with runs.locked(config.out, f"{config.name}/{run.folder.name}"):
+        return complete(run, model)
+
+
+def complete(run: Run, model: "StableDiffusion | None") -> RunResult:
+    """What is missing of a run: its images, its grid, its log."""
+    seconds = 0.0
     records = dict(item for files in run.panels for images in files.images.values() for item in images.items())
     stored = {path: read_record(path) or {} for path in records}
     missing = {path for path, r in records.items() if any(stored[path].get(key) != r[key] for key in IDENTITY)}
@@ -123,9 +131,10 @@ def expand(config: GenerateConfig) -> Run:
         rows = [{"prompt": row.prompt, "seed": row.seed, **own(panel, row)} for row in panel.rows]
         columns = zip(*(row.images for row in panel.rows), strict=True)  # of each control its images
         steered = [control.identity(column) for control, column in zip(controls.values(), columns, strict=True)]
-        entry = {"title": panel.title, "negative": panel.negative, "rows": rows, "methods": panel.methods}
+        entry: dict[str, Any] = {"title": panel.title, "negative": panel.negative, "rows": rows}
         started = {} if panel.init.image is None else {"init": init.identity([row.init for row in panel.rows])}
-        entries.append(entry | ({"controls": steered} if steered else {}) | started)
+        entry |= {"methods": panel.methods} | ({"controls": steered} if steered else {})
+        entries.append(entry | started)
     identity = runs.plain({**sampling_identity(config, fingerprint), "panels": entries})
     folder, expanded = runs.run_folder(config.out, config.name, identity), []
     shared = run_record(config, fingerprint, folder.name)
@@ -136,8 +145,12 @@ def expand(config: GenerateConfig) -> Run:
         prefixes = [f"prompt{numbers[row.prompt]:0{digits}d}-" if len(texts) > 1 else "" for row in panel.rows]
         digits = len(str(max(row.seed for row in panel.rows)))
         seeds = [f"seed{row.seed:0{digits}d}.png" for row in panel.rows]
-        more, images = [control_records(controls, row.images) | init.record(row.init) for row in panel.rows], {}
-        more = [{"negative": row.negative, **one, **own(panel, row)} for row, one in zip(panel.rows, more)]
+        more = [
+            {"negative": row.negative, **control_records(controls, row.images), **init.record(row.init)}
+            | own(panel, row)
+            for row in panel.rows
+        ]
+        images: dict[str, Any] = {}
         for method, guidance in panel.methods.items():
             paths = [folder / "images" / subfolder / slug(method) / (p + s) for p, s in zip(prefixes, seeds)]
             images[method] = {
@@ -147,8 +160,8 @@ def expand(config: GenerateConfig) -> Run:
         files = {name: [folder / "controls" / subfolder / slug(name) / seed for seed in seeds] for name in controls}
         expanded.append(PanelFiles(panel, images, files))
     in_full = tuple(replace(table, **panel.in_full) for table, panel in zip(config.panels, plan))
-    whole: dict[str, Any] = {"panels": in_full} if in_full else plan[0].in_full
-    return Run(replace(config, **whole), identity, folder, expanded)
+    whole: Mapping[str, Any] = {"panels": in_full} if in_full else plan[0].in_full
+    return Run(replace(config, **dict(whole)), identity, folder, expanded)
 
 
 def own(panel: Panel, row: ImageSpec) -> dict[str, Any]:

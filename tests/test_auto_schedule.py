@@ -48,7 +48,7 @@ def test_auto_is_the_default_and_leading_is_the_same_run(config, model):
     named = dataclasses.replace(config, schedule=ScheduleConfig("leading"))
     for again in (config, named):
         assert (generate(again).sampled, generate(again).folder) == (0, run.folder)  # without a model
-    assert reproduce(path, device="cpu").largest == 0
+    assert reproduce(path, device="cpu", trust=True).largest == 0
 
 
 def test_a_trailing_model_is_sampled_as_it_says(config, folder, tmp_path):
@@ -56,7 +56,7 @@ def test_a_trailing_model_is_sampled_as_it_says(config, folder, tmp_path):
     one = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path), steps=1)
     run = generate(one)
     file, said = record_of(run)
-    assert said["schedule"]["name"] == "trailing" and reproduce(file, device="cpu").largest == 0
+    assert said["schedule"]["name"] == "trailing" and reproduce(file, device="cpu", trust=True).largest == 0
     other = dataclasses.replace(one, schedule=ScheduleConfig("leading"))
     with pytest.warns(UserWarning, match="schedule leading with 1 steps starts at sigma 0.04131, .*trailing. at 14.61"):
         against = generate(other)
@@ -74,7 +74,7 @@ def test_a_curve_and_lcm_have_names_that_replay(config, folder, tmp_path):
             (copy / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "LCMScheduler"]}))
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(copy)))
         file, said = record_of(generate(changed))
-        assert said["schedule"]["name"] == name and reproduce(file, device="cpu").largest == 0
+        assert said["schedule"]["name"] == name and reproduce(file, device="cpu", trust=True).largest == 0
 
 
 def test_a_set_prediction_is_of_the_identity(config, folder):
@@ -84,7 +84,7 @@ def test_a_set_prediction_is_of_the_identity(config, folder):
         file, said = record_of(generate(changed))
     assert said["model"]["prediction"] == "v_prediction"
     with pytest.warns(UserWarning, match="prediction=v_prediction"):
-        assert reproduce(file, device="cpu").largest == 0
+        assert reproduce(file, device="cpu", trust=True).largest == 0
 
 
 def test_the_schedule_on_disk_is_that_of_the_loaded_model(folder, tmp_path):
@@ -104,6 +104,8 @@ def test_the_schedule_on_disk_is_that_of_the_loaded_model(folder, tmp_path):
     index = json.loads((edm / "model_index.json").read_text())
     (edm / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "EDMEulerScheduler"]}))
     assert schedule_of(edm) == load_model(edm).denoiser.schedule.name == "edm-exponential"
+    assert schedule_of(folder, unet=str(edm / "unet")) == "edm-exponential"  # what lies beside that UNet
+    assert load_model(folder, unet=edm / "unet").denoiser.schedule.name == "edm-exponential"
     (edm / "scheduler" / "scheduler_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not JSON"):
         load_model(edm)

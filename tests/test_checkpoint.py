@@ -322,6 +322,8 @@ def test_broken_folders(made, folder):
     refused(r"1 missing shard \(one.safetensors\)", folder)
     weights.with_name(weights.name + ".index.json").write_text("[]")
     refused("not an index of shards", folder)
+    weights.with_name(weights.name + ".index.json").unlink()
+    save_file(full, weights)
     (folder / "vae" / "config.json").write_text("{")
     refused("not JSON", folder)
     (folder / "vae" / "config.json").unlink()

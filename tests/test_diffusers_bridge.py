@@ -6,14 +6,18 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     MultiControlNetModel,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPAGPipeline,
     StableDiffusionXLPipeline,
 )
+from make_families import make_family, write_family
 from make_models import make_controlnet, make_pipeline
 
+from segresearch.checkpoints.resolve import MINI, resolve_model
 from segresearch.errors import InputError
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.guidance.methods.momentum import Momentum
@@ -80,8 +84,6 @@ def test_it_is_the_model_of_the_folder(made, noise):
     assert torch.equal(ours(sd, terms, noise), ours(loaded, terms, noise))
     assert sd.zero_negative and sd.default_size == loaded.default_size
     with pytest.raises(InputError, match="in memory: no such file"):
-        from segresearch.checkpoints.resolve import resolve_model
-
         resolve_model(sd.name)
 
 
@@ -188,6 +190,22 @@ def test_an_ip_adapter_is_named(tmp_path):
         from_diffusers(pipe)
 
 
+@pytest.mark.parametrize("name", ["sd15", "sd21v", "ssd1b", "koala700m", "refiner", "pix2pix", "lcm", "playground"])
+def test_other_families(name, tmp_path):
+    """What `load_model` makes of their folders."""
+    pipe = write_family(name, tmp_path)
+    sd, loaded = from_diffusers(pipe), load_model(tmp_path)
+    assert sd.unet.config == loaded.unet.config and sd.vae.config == loaded.vae.config
+    assert sd.zero_negative == loaded.zero_negative
+    for key in ("preconditioning", "schedule", "steps_offset"):
+        assert getattr(sd.denoiser, key) == getattr(loaded.denoiser, key), key
+    for key, cond in loaded.encode(["a red cup"]).items():
+        assert sd.encode(["a red cup"])[key].equals(cond)
+    for own, theirs in zip((sd.unet, sd.vae, *sd.text.encoders), (loaded.unet, loaded.vae, *loaded.text.encoders)):
+        weights = theirs.state_dict()
+        assert all(torch.equal(w, weights[key]) for key, w in own.state_dict().items())
+
+
 def test_what_is_no_pipeline():
     with pytest.raises(InputError, match="takes a pipeline of diffusers in memory, got str"):
         from_diffusers("stabilityai/sdxl")
@@ -275,9 +293,24 @@ def test_wrong_uses_are_named(made, noise):
         images(pipe, noise, guidance_scale=4.0)
 
 
-def test_mini_in_a_loop_of_diffusers():
-    from segresearch.checkpoints.resolve import MINI
+@pytest.mark.parametrize("name", ["sd15", "sd21v"])
+def test_other_families_in_a_loop_of_diffusers(name, tmp_path):
+    """Their own pipelines with and without PAG, under the model's scheduler and Euler."""
+    pipe = make_family(name, tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    sd, noise = from_diffusers(pipe), initial_noise([3, 4], (4, 4, 8))
+    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"} | {"requires_safety_checker": False}
+    for scheduler in (pipe.scheduler, EulerDiscreteScheduler.from_config(pipe.scheduler.config)):
+        theirs = StableDiffusionPAGPipeline(**parts | {"scheduler": scheduler}, pag_applied_layers=["mid"])
+        theirs.set_progress_bar_config(disable=True)
+        expected = images(theirs, noise, guidance_scale=4.0, pag_scale=2.0)
+        bridged = StableDiffusionPipeline(**parts | {"scheduler": scheduler, "unet": None})
+        bridged.set_progress_bar_config(disable=True)
+        bridged.unet = to_diffusers(GuidedDenoiser(sd.denoiser, PAG_TERM))
+        assert (images(bridged, noise, guidance_scale=4.0) - expected).abs().max() < 1e-3
 
+
+def test_mini_in_a_loop_of_diffusers():
     pipe = StableDiffusionXLPipeline.from_pretrained(MINI, local_files_only=True, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     sd = from_diffusers(pipe)

@@ -1,9 +1,9 @@
 """The bridge to diffusers on a GPU that is not there."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
-from fake_cuda import check_same, fake_denoiser, moved, on_the_cpu, real_denoiser, real_inputs, sent
+from fake_cuda import CONFIG, check_same, fake_denoiser, moved, on_the_cpu, real_denoiser, real_inputs, sent
 from make_models import make_pipeline
 from PIL import Image
 from safetensors.torch import save_file
@@ -12,7 +12,10 @@ from transformers import CLIPVisionModelWithProjection
 from segresearch.checkpoints.ip_adapter_file import load_ip_adapter
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, cfg, perturbed
 from segresearch.models import from_diffusers, load_model, to_diffusers
+from segresearch.models.controlnet import controlled
+from segresearch.models.controlnet_union import ControlNetUnion, UnionConfig
 from segresearch.models.denoiser import Denoiser
+from segresearch.models.network_configs import EncoderConfig
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
@@ -57,7 +60,7 @@ def test_an_ip_adapter(gpu, tmp_path):
         save_file(adapter_weights(pipe.unet, "base"), tmp_path / "adapter.safetensors")
         tower.save_pretrained(tmp_path / "tower")
         real = load_model(tmp_path / "sdxl")
-        prompter = load_ip_adapter(tmp_path / "adapter.safetensors", tmp_path / "tower", real)
+        prompter = load_ip_adapter(tmp_path / "adapter.safetensors", tmp_path / "tower", real.unet)
     picture, fake = Image.new("RGB", (30, 30), "teal"), from_moved(real, prompter)
 
     def run(sd, prompter):
@@ -78,3 +81,23 @@ def from_moved(sd, prompter):
     denoiser = Denoiser(unet, sd.denoiser.alphas.to("cuda"))
     adapter = replace(prompter, adapter=moved(prompter.adapter), tower=moved(prompter.tower))
     return replace(sd, unet=unet, text=text, denoiser=denoiser), adapter
+
+
+def test_a_union_of_controlnets(gpu):
+    with on_the_cpu(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {field.name: getattr(CONFIG, field.name) for field in fields(EncoderConfig)}
+        union = ControlNetUnion(UnionConfig(**sizes, conditioning_embedding_out_channels=(4, 8), kinds=3)).eval()
+        for weight in union.parameters():
+            weight.data += 0.1 * torch.randn_like(weight)
+        union.requires_grad_(False)
+    on_device = moved(union)
+
+    def run(denoiser, union, x, sigma, conds):
+        control = [controlled(union.of_kind(2), torch.full((1, 3, 12, 16), 0.5, device=x.device))]
+        return GuidedDenoiser(denoiser, {"cfg": cfg(3.0)})(x, sigma, conds, control)
+
+    given = real_inputs()
+    with on_the_cpu():
+        expected = run(real_denoiser(), union, *given)
+    check_same(run(fake_denoiser(), on_device, *sent(given)), expected, rtol=1e-3, atol=1e-3)

@@ -22,8 +22,9 @@ PACKAGES = ("checkpoints", "models", "guidance", "sampling", "analysis", "metric
 
 # module -> the tests/test_fake_cuda_<name>.py that runs it on the device
 COVERED = {
-    "models.ip_adapter": "bridge", "checkpoints.ip_adapter_file": "bridge",
+    "models.controlnet_union": "bridge", "models.ip_adapter": "bridge", "checkpoints.ip_adapter_file": "bridge",
     "checkpoints.in_memory": "bridge", "guidance.diffusers_unet": "bridge",
+    "checkpoints.lora_merge": "pictures", "checkpoints.textual_inversion": "pictures",
     "checkpoints.folder": "pictures", "checkpoints.load": "pictures", "checkpoints.tensors": "pictures",
     "models.attention": "guidance", "models.layers": "guidance", "models.stable_diffusion": "pictures",
     "models.conditioning": "models", "models.controlnet": "models",
@@ -62,6 +63,7 @@ ALLOWED = {
     "guidance.blur:_matrix": "fp64 on the CPU, sent once a shape",
     "guidance.methods.icg_text:RandomTokens.tokens": "token ids for text encoders, which send them",
     "models.ip_adapter:Resampler.__init__": "a parameter, as of any new module; `fill` makes it on the device",
+    "models.controlnet_union:ControlNetUnion.__init__": "a parameter, as of any new module",
     "models.controlnet:ControlNet.forward": "weights of guess mode, as numbers",
     "models.denoiser:alphas_cumprod": "numbers of a config in fp64; `scheduled` sends them",
     "models.denoiser:scheduled": "the two numbers of an EDM config in fp64, sent to the device",

@@ -1,5 +1,9 @@
 """Every family against diffusers: networks, texts, conditionings, on random models in the folder layout."""
 
+import csv
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -11,14 +15,22 @@ from diffusers import (
     StableDiffusionXLPAGPipeline,
     UNet2DConditionModel,
 )
+from helpers import composed
 from make_families import FAMILIES, make_family, write_family
 from make_models import make_controlnet
+from PIL import Image
 
+from segresearch.analysis.analyze import analyze
+from segresearch.config import AnalyzeConfig, conf_dir
+from segresearch.config.build import build_guidance
 from segresearch.errors import CheckpointError
-from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
+from segresearch.generate import generate
+from segresearch.guidance import PAG, SEG, Branch, GuidedDenoiser, SelfAttentionGuidance, Term, cfg, perturbed
+from segresearch.guidance.sites import select_sites
 from segresearch.models import load_model
 from segresearch.models.controlnet import controlled
 from segresearch.models.unet import UNet, UNetConfig
+from segresearch.sample_images import encode_conds
 from segresearch.sampling import initial_noise, sample
 
 PROMPTS = ["a red cube", "", "Two cubes, left!"]
@@ -154,11 +166,11 @@ def in_diffusers(pipeline, kind, noise, steps=3, **options):
     pipe = kind(**parts | {"scheduler": scheduler} | more)
     pipe.set_progress_bar_config(disable=True)
     height, width = (2 * side for side in noise.shape[2:])
+    size = {} if "image_guidance_scale" in options else {"height": height, "width": width}
     try:
         return pipe(
-            PROMPTS[::2], latents=noise, height=height, width=width, num_inference_steps=steps, output_type="latent",
-            **options,
-        ).images  # fmt: skip
+            PROMPTS[::2], latents=noise, **size, num_inference_steps=steps, output_type="latent", **options
+        ).images
     finally:
         pipeline.unet.set_attn_processor(processors)
 
@@ -181,6 +193,22 @@ def test_euler_with_cfg_and_pag(made, pag):
         options |= {"pag_scale": pag, "layers": ["mid"]}
     expected = in_diffusers(pipeline, kind, noise, **options)
     torch.testing.assert_close(here(sd, noise, terms), expected, rtol=1e-4, atol=1e-4)
+
+
+@of("pix2pix")
+def test_instruct_pix2pix_is_three_branches(made):
+    pipeline, sd = made
+    image, noise = draw(7, 2, 3, 16, 24).clamp(-1, 1), initial_noise([3, 4], (4, 8, 12))
+    options = {"guidance_scale": 4.0, "image_guidance_scale": 1.5, "image": image / 2 + 0.5}
+    expected = in_diffusers(pipeline, type(pipeline), noise, **options)
+    with torch.no_grad():
+        latents = sd.encode_images(image) / sd.vae.config.scaling_factor
+    conds = {name: replace(cond, image=latents) for name, cond in sd.encode(PROMPTS[::2]).items()}
+    conds |= {"image": conds["uncond"], "uncond": replace(conds["uncond"], image=0 * latents)}
+    text, edit = Term(Branch("cond"), Branch("image"), 4.0), Term(Branch("image"), Branch("uncond"), 1.5)
+    guided = GuidedDenoiser(sd.denoiser, {"text": text, "edit": edit}, base="uncond")
+    ours = sample(guided, noise, schedule="leading", steps=3, conds=conds)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @of("ssd1b", "koala700m")
@@ -206,6 +234,28 @@ def test_seg_in_the_middle(made):
     assert blurred.isfinite().all() and (blurred - plain).abs().max() > 1e-4
     sharp = here(sd, noise, {"seg": perturbed("seg", SEG(where="mid", sigma=1e-3), 3.0)})
     torch.testing.assert_close(sharp, plain, rtol=1e-4, atol=1e-4)
+
+
+@of("sd15", "lcm", "refiner")
+@pytest.mark.parametrize("method", ["cads", "icg", "cdg", "erg_text", "nag", "tsg", "swg"])
+def test_methods_that_make_or_read_conditionings(made, method):
+    """On one text encoder, without sizes or a pooled text, under a guidance weight: image 1 does not depend on 0."""
+    sd, size = made[1], (16, 24)
+    model = build_guidance(composed(f"guidance={method}", "model=sd15").guidance, sd)
+    noise = initial_noise([3, 4], (4, 8, 12))
+    run = {"schedule": "trailing", "steps": 2}
+    both = sample(model, noise, conds=encode_conds(sd, model, PROMPTS[::2], size=size), seeds=[3, 4], **run)
+    one = sample(model, noise[1:], conds=encode_conds(sd, model, PROMPTS[2:], size=size), seeds=[4], **run)
+    torch.testing.assert_close(both[1:], one, rtol=0, atol=1e-3)
+    assert (both - here(sd, noise, {}, steps=2)).abs().max() > 1e-3
+
+
+@of("sd15")
+def test_a_model_without_sizes_has_no_image_size_guidance(made):
+    sd = made[1]
+    model = build_guidance(composed("guidance=image_size", "model=sd15").guidance, sd)
+    with pytest.raises(ValueError, match="this model has no image sizes"):
+        sample(model, initial_noise([3], (4, 8, 12)), steps=1, conds=encode_conds(sd, model, ["a"]))
 
 
 @of("sd15", "sd21")
@@ -297,3 +347,43 @@ def test_full_sizes(name):
     shapes = {key: p.shape for key, p in theirs.state_dict().items()}
     assert shapes == {key: p.shape for key, p in unet.state_dict().items()}
     assert sum(p.numel() for p in unet.parameters()) == count and len(unet.sites) == sites
+    if (conf_dir() / "model" / f"{name}.yaml").is_file():  # the blocks that it names exist
+        model = composed(f"model={name}", "guidance=none").model
+        assert model.name == name and set(model.sites) == {"tpg", "ssg", "slg", "s2"}
+        assert all(select_sites(w, tuple(unet.sites_by_kind["block"]), "block") for w in model.sites.values())
+
+
+# --- commands ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def sd15_folder(tmp_path_factory):
+    """A tiny SD 1.5 with a ControlNet of its own."""
+    folder = tmp_path_factory.mktemp("sd15") / "folder"
+    make_controlnet(write_family("sd15", folder)).save_pretrained(folder / "controlnet" / "canny")
+    return folder
+
+
+def test_generate_runs_on_sd15_under_a_controlnet(sd15_folder, tmp_path):
+    config = composed(
+        "model=sd15", f"model.path={sd15_folder}", "model.dtype=float32", "model.controlnets.canny=canny",
+        "guidance=seg_cfg", "compare=[none,pag,sag]", "controlnet=canny", "seeds=0-1", "steps=2", "size=[16,32]",
+        "device=cpu", f"out={tmp_path}",
+    )  # fmt: skip
+    run = generate(config)
+    assert run.sampled == 8 and run.grid.is_file()
+    pixels = [np.asarray(Image.open(p)) for p in sorted((run.folder / "images").rglob("*seed0.png"))]
+    assert len(pixels) == 4 and all(p.shape == (16, 32, 3) for p in pixels)
+    assert generate(config).existing == 8
+
+
+def test_the_energy_bench_runs_on_sd15(sd15_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("segresearch.analysis.energy_plots.draw", lambda *_: {})
+    config = composed(
+        "model=sd15", f"model.path={sd15_folder}", "model.dtype=float32", "seeds=0", "steps=2", "size=[32,48]",
+        "measured_steps=[0]", "where=[mid,up.1.0]", "prompts=[red]", "blur.sigmas=[1,inf]", "blur.boundaries=[reflect]",
+        "device=cpu", f"out={tmp_path}", name="analyze", kind=AnalyzeConfig,
+    )  # fmt: skip
+    rows = list(csv.DictReader((analyze(config).folder / "table.csv").open(encoding="utf-8")))
+    assert {row["site"] for row in rows} == {
+        "mid_block.attentions.0.transformer_blocks.0.attn1", "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    }  # fmt: skip

@@ -47,7 +47,7 @@ def open_controlnet_file(path: Path, unet: EncoderConfig, config: ControlNetConf
     own = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
     hints = sorted({int(key.split(".")[1]) for key in own if key.startswith("input_hint_block.")})
     with telling_sizes(path):
-        config = ControlNetConfig(**encoder_sizes(unet) | original_sizes(own, hints))
+        config = ControlNetConfig(**encoder_sizes(unet) | original_sizes(own, hints, unet))
     return config, Weights(name, entries, original_map(config, hints, prefix))
 
 
@@ -110,17 +110,27 @@ def sizes(shapes: Shapes, unet: EncoderConfig) -> dict[str, Any]:
             shapes[f"{image}.conv_in.weight"][0], *(shapes[f"{image}.blocks.{i}.weight"][0] for i in steps)
         ),
     }  # fmt: skip
-    added = shapes.get("add_embedding.linear_1.weight")
-    return found | ({} if added is None else {"projection_class_embeddings_input_dim": added[1]})
+    return found | added_sizes(shapes.get("add_embedding.linear_1.weight"), unet)
 
 
-def original_sizes(entries: Mapping[str, Entry], hints: list[int]) -> dict[str, Any]:
+def added_sizes(embedding: tuple[int, ...] | None, unet: EncoderConfig) -> dict[str, Any]:
+    """The fields of the embedding of sizes and pooled text, from the shape of its first layer; None: there is none."""
+    names = ("projection_class_embeddings_input_dim", "addition_time_embed_dim", "size_ids")
+    if embedding is None:
+        return {**dict.fromkeys(names, 0), "time_cond_proj_dim": None}
+    values = (embedding[1], unet.addition_time_embed_dim or 1, unet.size_ids or 6)  # of a UNet without: refused later
+    return {**dict(zip(names, values, strict=True)), "time_cond_proj_dim": None}
+
+
+def original_sizes(entries: Mapping[str, Entry], hints: list[int], unet: EncoderConfig) -> dict[str, Any]:
     """The same for original names, where all that has no entry here is as in the UNet."""
     texts = {entry.shape[1] for key, entry in entries.items() if key.endswith("attn2.to_k.weight")}
     image = [entries[f"input_hint_block.{i}.weight"].shape[0] for i in hints[:-1]]
     channels = entries["input_blocks.0.0.weight"].shape[1]
     widths = (image[0], *image[2::2])  # of conv_in, then of each convolution that halves the image
+    added = entries.get("label_emb.0.0.weight")
     found = {"in_channels": channels, "conditioning_embedding_out_channels": widths}
+    found |= added_sizes(added and added.shape, unet)
     return found | ({"cross_attention_dim": max(texts)} if texts else {})
 
 

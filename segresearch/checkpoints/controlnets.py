@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from segresearch.checkpoints.controlnet_file import open_controlnet_file
 from segresearch.checkpoints.folder import STEM, building, read_json
@@ -9,6 +10,7 @@ from segresearch.checkpoints.resolve import resolve_controlnet
 from segresearch.checkpoints.tensors import Weights, open_folder
 from segresearch.errors import CheckpointError
 from segresearch.models.controlnet import ControlNet
+from segresearch.models.controlnet_union import ControlNetUnion, UnionConfig
 from segresearch.models.network_configs import ControlNetConfig, EncoderConfig
 
 Names = str | Path | Sequence[str | Path] | None  # of ControlNets
@@ -34,9 +36,18 @@ def open_file(path: Path, unet: EncoderConfig) -> tuple[ControlNet, Weights]:
     beside = path.with_name("config.json")
     own = path.name.startswith(STEM) and beside.is_file()
     with building(path):
-        given = ControlNetConfig.from_dict(read_json(beside)) if own else None
+        given = read_config(read_json(beside)) if own else None
         config, weights = open_controlnet_file(path, unet, given)
-        return ControlNet(config), weights
+        return built(config, weights), weights
+
+
+def built(config: ControlNetConfig, weights: Weights) -> ControlNet:
+    """The network of these weights: a union of ControlNets has an embedding of its kinds."""
+    kinds = weights.entries.get("task_embedding")
+    if kinds is None:
+        return ControlNet(config)
+    layers = {key.split(".")[1] for key in weights.entries if key.startswith("transformer_layes.")}
+    return ControlNetUnion(UnionConfig(**vars(config), kinds=kinds.shape[0], layers=len(layers)))
 
 
 def open_folder_of(folder: Path, variant: str | None) -> tuple[ControlNet, Weights]:
@@ -44,10 +55,14 @@ def open_folder_of(folder: Path, variant: str | None) -> tuple[ControlNet, Weigh
     if any((folder / file).is_file() for file in ("model_index.json", "unet/config.json")):
         raise CheckpointError(f"{folder} is a whole model, not a ControlNet: give the folder of a ControlNet")
     config = read_json(folder / "config.json")
-    with building(folder):
-        net = ControlNet(ControlNetConfig.from_dict(config))
     has_variant = variant is not None and any(folder.glob(f"{STEM}*.{variant}.*"))
-    entries = open_folder(folder, STEM, variant if has_variant else None)
-    if any(key.startswith(("task_embedding", "control_add_embedding.")) for key in entries):
-        raise CheckpointError(f"{folder}: a union of ControlNets is not supported: give one for a kind of image")
-    return net, Weights(f"controlnet {folder.name}", entries)
+    weights = Weights(f"controlnet {folder.name}", open_folder(folder, STEM, variant if has_variant else None))
+    with building(folder):
+        return built(read_config(config), weights), weights
+
+
+def read_config(config: dict[str, Any]) -> ControlNetConfig:
+    """Sizes from a config.json, also of a union of ControlNets, whose own sizes its weights tell."""
+    union = "Union" in str(config.get("_class_name")) or config.get("num_control_type")
+    own = ("_class_name", "num_control_type") if union else ()
+    return ControlNetConfig.from_dict({key: value for key, value in config.items() if key not in own})

@@ -22,8 +22,6 @@ from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE, VAEConfig
 
 STEM = "diffusion_pytorch_model"
-VAE_SCALING = 0.18215  # of SD 1.5 and 2.1, whose VAE configs often do not say it
-
 Networks = tuple[Any, ...]  # UNet, VAE, then one or two text encoders
 
 
@@ -145,8 +143,6 @@ def build_networks(configs: Sequence[dict[str, Any]], path: Path | str) -> Netwo
     for text in texts:
         if text.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
             raise CheckpointError(f"{path}: a text encoder is a {text['model_type']}, not CLIP's: not supported")
-    if not has_sizes(unet):
-        vae = {"scaling_factor": VAE_SCALING} | vae
     with building(path):
         for text in texts:
             refuse_giant(text, "text encoder")

@@ -7,20 +7,21 @@ code would lose (LoRA adapters, attention processors, hooks, ...) is refused by 
 import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from segresearch.checkpoints.folder import build_networks, building
+from segresearch.checkpoints.controlnets import built, read_config
+from segresearch.checkpoints.folder import build_networks, building, has_sizes
 from segresearch.checkpoints.load import DTYPES, check_fit, number_positions, refuse_mixture
 from segresearch.checkpoints.parts import text_entries, vae_key
-from segresearch.checkpoints.tensors import listed
+from segresearch.checkpoints.tensors import Entry, Weights, listed
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.compute import PLAIN, Compute
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.denoiser import scheduled
-from segresearch.models.network_configs import ControlNetConfig
 from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
 
@@ -51,11 +52,14 @@ def from_diffusers(pipe: Any, compute: Compute = PLAIN) -> StableDiffusion:
     name = f"{type(pipe).__name__} in memory"
     present = [part for part in PARTS if getattr(pipe, part, None) is not None]
     modules = {part: plain_module(pipe, part, PARTS[part]) for part in present}
-    if missing := [part for part in list(PARTS)[:3] if part not in modules]:
+    if missing := [part for part in ("unet", "vae") if part not in modules] or ["text_encoder"] * (len(modules) < 3):
         raise InputError(f"from_diffusers: the {type(pipe).__name__} has no {missing[0]}: load it whole")
     if getattr(pipe, "adapter", None) is not None:
         raise InputError("pipe.adapter: a T2I-Adapter is not supported: use a pipeline without it")
     device, configs = one_device(modules), [config_of(module) for module in modules.values()]
+    sized = has_sizes(configs[0])
+    if sized and len(configs) == 3:
+        configs[0]["size_ids"] = 5  # the refiner's aesthetic score in place of a size
     networks = build_networks(configs, name)
     for network, (part, module) in zip(networks, modules.items(), strict=True):
         weights = module.state_dict()
@@ -82,7 +86,7 @@ def from_diffusers(pipe: Any, compute: Compute = PLAIN) -> StableDiffusion:
         denoiser = scheduled(unet, config_of(pipe.scheduler), compute, device)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"pipe.scheduler: {error}") from error
-    zero_negative = bool(pipe.config.get("force_zeros_for_empty_prompt", len(encoders) == 2))
+    zero_negative = sized and bool(pipe.config.get("force_zeros_for_empty_prompt", True))
     text = TextEncoders(tokenizers, tuple(encoders))  # type: ignore[arg-type]
     return StableDiffusion(unet, vae, text, denoiser, name, zero_negative, controlnets, compute)
 
@@ -171,7 +175,9 @@ def shared_controlnet(pipe: Any, name: str, net: Any) -> ControlNet:
     """One of them, with its own parameters."""
     net = getattr(net, "_orig_mod", net)
     refuse_changed(net, f"pipe.{name}")
+    config, weights = config_of(net), net.state_dict()
+    stored = {key: Entry(Path(f"pipe.{name}"), key, str(w.dtype), tuple(w.shape)) for key, w in weights.items()}
     with building(f"pipe.{name}"):
-        own = ControlNet(ControlNetConfig.from_dict(config_of(net)))
-    share(own, net.state_dict(), f"pipe.{name}")
+        own = built(read_config(config), Weights(name, stored))
+    share(own, weights, f"pipe.{name}")
     return own

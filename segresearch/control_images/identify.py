@@ -34,6 +34,7 @@ class IdentifiedControl:
         """What images under these control images depend on: not what things are called or where they lie."""
         thresholds = self.control.preprocess == "canny" and not all(image.startswith(SCENE) for image in images)
         keys = ("scale", "start", "end", "guess", "preprocess", *(("low", "high") if thresholds else ()))
+        keys += () if self.control.kind is None else ("kind",)
         settings = {key: getattr(self.control, key) for key in keys}
         return {**settings, "contents": [self.contents(image) for image in images]}
 

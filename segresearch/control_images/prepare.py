@@ -117,11 +117,16 @@ def controlled_batch(
         if control.net not in sd.controlnets:
             loaded = ", ".join(sd.controlnets) or "none"
             raise ConfigError(f"controls.{name}.net: the model was loaded without {control.net!r} (with {loaded})")
+        net = sd.controlnets[control.net]
+        if control.kind is not None and not hasattr(net, "of_kind"):
+            hint = f"and {control.net} is a ControlNet of one kind: leave it out"
+            raise ConfigError(f"controls.{name}.kind: {control.kind!r} is for a union of ControlNets, {hint}")
         batch = torch.cat([control_image(control, row[k], size) for row in images])
         interval = step_interval(sigmas, control.start, control.end)
         try:
+            net = net if control.kind is None else net.of_kind(control.kind)
             with sd.arithmetic():
-                active.append(controlled(sd.controlnets[control.net], batch, control.scale, interval, control.guess))
+                active.append(controlled(net, batch, control.scale, interval, control.guess))
         except InputError as error:
             raise ConfigError(f"controls.{name}: {error}") from error
     return active

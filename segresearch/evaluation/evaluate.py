@@ -122,9 +122,10 @@ def _results(spec: EvaluationSpec, real: Reference, folder: Path) -> Result:
         sums.append([arrays[name]["sha256"] for name in required_arrays(spec, method, rows)])
     names = [folder.name, config.name, config.model.name, config.n_examples]  # the folder's name is the run's identity
     inputs = runs.digest([VERSION, runs.code_version(), names, [metric.producer for metric in spec.metrics], sums])
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    drawn = all(any((folder / "figures").glob(f"*.{kind}")) for kind in config.vector)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         stored = json.loads(path.read_text())
-        if stored["inputs"] == inputs and all((folder / name).is_file() for name in stored["files"]):
+        if stored["inputs"] == inputs and drawn and all((folder / name).is_file() for name in stored["files"]):
             norms = {method: tuple(steps) for method, steps in stored["norms"].items()}
             return Result(Frame.of(stored["metrics"]), norms, stored["reference_images"])
     result = aggregate(spec, real)

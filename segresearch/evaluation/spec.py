@@ -126,7 +126,8 @@ def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:
     """
     config = spec.config
     common = {
-        **sampling_identity(config, runs.fingerprint(model)), "version": VERSION, "negative": list(spec.negatives) or config.negative,
+        **sampling_identity(config, runs.fingerprint(model)), "version": VERSION,
+        "negative": list(spec.negatives) or config.negative,
         "batch_size": config.batch_size, "shard": config.shard,
         "prompts": config.prompts if _open_ended(config.prompts) else runs.digest(spec.prompts),
         "controls": [_control_identity(spec, k, model) for k in range(len(config.controls))],

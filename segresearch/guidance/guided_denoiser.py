@@ -64,7 +64,8 @@ class GuidedDenoiser:
         every: perturbations of every branch on a conditioning, by its name; "*" is all of them.
         conditionings: conditionings that are made from others, by name, at every evaluation or, where they are
             `static`, once a run; each a call (conds, sigma, keys) -> Cond. One of an existing name takes its place.
-            Those made from texts have `encode(sd, prompts, negative, size, **settings)` instead; `conds` must hold the result.
+            Those made from texts have `encode(sd, prompts, negative, size, **settings)` instead; `conds` must hold its
+            result.
         networks: denoisers of further networks, by the names that `Weak` uses.
 
     It holds no state: a call that raises leaves nothing behind, and what methods remember is in the `Run` of a

@@ -138,3 +138,21 @@ def precision_recall(features: Features, reference: Reference, neighbour: int = 
     centre = y.mean(0)  # distances do not change, their rounding shrinks
     x, y = x - centre, y - centre
     return covered(x, y, squared_radii(y, neighbour)), covered(y, x, squared_radii(x, neighbour))
+
+
+@one_thread_for(few_features)
+def density_coverage(features: Features, reference: Reference, neighbour: int = 5) -> tuple[float, float]:
+    """(density, coverage) of generated features against a reference (arXiv 2002.09797), with the balls of the reference
+    alone. Density is the mean number of balls that a generated image lies in, over k, and may exceed 1. Coverage is the
+    share of balls that hold a generated image. InputError: as `precision_recall`."""
+    x, y = checked_sets(features, reference, least=0)
+    if not 1 <= neighbour < len(y):
+        raise InputError(f"neighbour={neighbour}: must lie between 1 and {len(y) - 1}, for {len(y)} images")
+    centre = y.mean(0)
+    x, y = x - centre, y - centre
+    radii = squared_radii(y, neighbour)
+    balls, reached = 0, torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    for rows in x.split(ROWS):
+        inside = _squared_distances(rows, y) <= radii  # (rows, m)
+        balls, reached = balls + int(inside.sum()), reached | inside.any(0)
+    return balls / (neighbour * len(x)), reached.double().mean().item()

@@ -1,12 +1,12 @@
-"""Weights and chunks in prompts, as written for AUTOMATIC1111's web UI: (word:1.5), ((word)), [word], BREAK.
+"""Weights and chunks in prompts, as written for AUTOMATIC1111's web UI.
 
-    (word)        1.1 times              (word:1.5)   1.5 times          \\( \\) \\[ \\] \\\\    these characters themselves
-    [word]        1/1.1 times            ((word))     1.21 times          BREAK               the rest in the next chunk
+    (word) 1.1 times, ((word)) 1.21 times, (word:1.5) 1.5 times, [word] 1/1.1 times; a backslash before a bracket or a
+    backslash stands for the character itself; BREAK: the rest goes into the next chunk
 
 Brackets nest and multiply; one that is never closed reaches to the end. A weight multiplies the hidden states of its
-tokens, of each encoder. Then all states of the chunk are scaled by one number, so that their mean is what it was without
-weights (the web UI's "Original" emphasis). Without a weight nothing is scaled. The pooled text is that of the first
-chunk, without weights.
+tokens, of each encoder. Then all states of the chunk are scaled by one number, so that their mean is what it was before
+(the web UI's "Original" emphasis). Without a weight nothing is scaled. The pooled text is that of the first chunk,
+without weights.
 
 A chunk is what the encoders read at once, 75 tokens between begin and end; a longer part goes on in the next chunk. The
 chunks of a text lie one after another along the text axis. Of texts in a batch that have fewer chunks, the chunks are
@@ -17,16 +17,16 @@ image does not depend on what it is sampled with. (PLADIS, whose attention is no
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from segresearch.errors import InputError
 from segresearch.models.conditioning import Cond
-from segresearch.models.text import TextEncoders
+from segresearch.models.text import TextEncoders, expanded
 
 SYNTAXES = ("plain", "weighted")
 ROUND, SQUARE = 1.1, 1 / 1.1
@@ -127,20 +127,38 @@ def chunks(tokenizer: Any, text: str, length: int) -> list[tuple[list[int], list
     return whole
 
 
+@dataclass(frozen=True)
+class GivenTokens(TextEncoders):
+    """Text encoders that read these tokens, whatever the texts; the networks are those of `of`."""
+
+    ids: tuple[Int[Tensor, "parts text"], ...] = ()
+    of: TextEncoders | None = None
+
+    def tokens(self, texts: Sequence[str], which: int) -> Int[Tensor, "parts text"]:
+        """The given ones."""
+        return self.ids[which]
+
+    def network(self, which: int) -> nn.Module:
+        """That of the encoders, perhaps perturbed."""
+        return super().network(which) if self.of is None else self.of.network(which)
+
+
 @torch.no_grad()
 def encode_weighted(
     text: TextEncoders, texts: Sequence[str], clip_skip: int | None = None, device: torch.device | str | None = None
 ) -> tuple[Float[Tensor, "rows text dim"], Float[Tensor, "rows pooled"]]:
     """As `TextEncoders.encode`, of prompts with weights and chunks. InputError: see `parsed`."""
+    texts = [expanded(one, text.words) for one in texts]
     each = [[chunks(tokenizer, one, text.length) for one in texts] for tokenizer in text.tokenizers]
     counts = [max(len(of[row]) for of in each) for row in range(len(texts))]
     for tokenizer, of in zip(text.tokenizers, each):
         for row, count in enumerate(counts):  # where the tokenizers count differently
             of[row] += chunks(tokenizer, "", text.length) * (count - len(of[row]))
     ids: list[Int[Tensor, "parts text"]] = [torch.tensor([c[0] for row in of for c in row]) for of in each]
-    context, pooled = text.states(ids, clip_skip, device)  # (parts, text, d1 + d2)
-    states = []
-    for z, of in zip(context.split(text.widths, dim=-1), each):
+    given = GivenTokens(text.tokenizers, text.encoders, tuple(ids), text)
+    context, pooled = given.encode([""] * sum(counts), clip_skip, device)  # (parts, text, d1 + d2)
+    widths, states = [encoder.config.hidden_size for encoder in text.encoders], []
+    for z, of in zip(context.split(widths, dim=-1), each):
         weights = torch.tensor([c[1] for row in of for c in row], device=z.device)[..., None]  # (parts, text, 1)
         states.append(weighted(z, weights))
     rows = torch.cat(states, dim=-1).split(counts)  # -> (chunks, text, d) of each text

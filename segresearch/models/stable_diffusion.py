@@ -1,9 +1,11 @@
 """StableDiffusion: the networks of one loaded model together, from prompts to conditionings, from images to latents and
 back."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from segresearch.models.compute import PLAIN, Compute, arithmetic
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.denoiser import Denoiser
+from segresearch.models.prompt_syntax import SYNTAXES, encode_weighted, equal_lengths, foreign_syntax
 from segresearch.models.text import TextEncoders
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE
@@ -60,16 +63,23 @@ class StableDiffusion:
     def encode(
         self, prompts: Sequence[str], negative: str | Sequence[str] | None = None,
         size: tuple[int, int] | None = None, clip_skip: int | None = None,
-        aesthetic_score: float | int = 6.0, negative_aesthetic_score: float | int = 2.5,
-        guidance: float | int | None = None,
+        syntax: str = "plain", original_size: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None, aesthetic_score: float | int = 6.0,
+        negative_aesthetic_score: float | int = 2.5, guidance: float | int | None = None,
+        image: Float[Tensor, "b 3 H W"] | None = None, mask: Float[Tensor, "m c H W"] | None = None,
     ) -> dict[str, Cond]:  # fmt: skip
         """{"cond": ..., "uncond": ...}, one row a prompt, in the UNet's dtype and on its device.
-        negative: one text for all rows or one a row; None: see `zero_negative`. size: (height, width) in pixels, both
-        the original and the target size of the image, uncropped; None: `default_size`. clip_skip: as in diffusers, for
-        the prompts only. aesthetic_score, negative_aesthetic_score: of SDXL's refiner, which reads them in place of the
-        target size. guidance: the weight that an LCM UNet embeds, as diffusers' guidance_scale; None: 8. InputError for
-        an empty list, a bare string, unequal lengths, a size that does not fit, or guidance of a model that reads
-        none."""
+
+        negative: one text for all rows or one a row; None: see `zero_negative`. size: (height, width) in pixels of the
+        image; None: `default_size`. clip_skip: as in diffusers, for the prompts only. syntax: "weighted" reads weights
+        and BREAK (`prompt_syntax`), "plain" the text as it is, with a warning where it holds such. original_size, crop,
+        target_size: what SDXL is told of the image in place of `size`, (0, 0) and `size`. aesthetic_score,
+        negative_aesthetic_score: of SDXL's refiner, which reads them in place of the target size. guidance: the weight
+        that an LCM UNet embeds, as diffusers' guidance_scale; None: 8. image, mask: for a UNet that reads them, see
+        `with_image`.
+
+        InputError for an empty list, a bare string, unequal lengths, a size that does not fit, a weighted prompt that
+        has no meaning, or what this model does not read."""
         if isinstance(prompts, str):
             raise InputError(f"prompts must be a list of strings, not the string {prompts!r}: write [{prompts!r}]")
         if not prompts:
@@ -80,6 +90,8 @@ class StableDiffusion:
         if negative is not None and not isinstance(negative, str) and len(negative) != len(prompts):
             raise InputError(f"negative has {len(negative)} texts for {len(prompts)} prompts: give one text or as many")
         self.latent_shape(size)  # refuses a size that does not fit
+        negatives = [negative or ""] if isinstance(negative, str | None) else negative
+        read = self._reader(syntax, (*prompts, *negatives))
         device, rows, embedded = self.device, len(prompts), self.unet.config.time_cond_proj_dim is not None
         if guidance is not None and not embedded:
             raise InputError(f"guidance={guidance!r}: this model embeds no guidance weight (LCM's do): leave it out")
@@ -87,24 +99,98 @@ class StableDiffusion:
 
         def cond(texts: Sequence[str], score: float | int, clip_skip: int | None = None) -> Cond:
             with self.arithmetic():
-                context, pooled = self.text.encode(texts, clip_skip, device if self.compute.offload else None)
+                context, pooled = read(texts, clip_skip, device if self.compute.offload else None)
             context, pooled = context.expand(rows, -1, -1), pooled.expand(rows, -1)  # (1, ...) -> (rows, ...)
-            ids = self.time_ids(size, score).expand(rows, -1)
+            ids = self.time_ids(size, score, original_size, crop, target_size).expand(rows, -1)
             whole = Cond(context, pooled, ids, guidance=weight if embedded else None)
             return whole.to(device, self.unet.conv_in.weight.dtype)
 
         positive = cond(prompts, aesthetic_score, clip_skip)
         if negative is None and self.zero_negative:
             context, pooled = (torch.zeros_like(z) for z in (positive.context, positive.pooled))
-            return {"cond": positive, "uncond": replace(positive, context=context, pooled=pooled)}
-        texts = [negative or ""] if isinstance(negative, str | None) else negative
-        return {"cond": positive, "uncond": cond(texts, negative_aesthetic_score)}
+            conds = {"cond": positive, "uncond": replace(positive, context=context, pooled=pooled)}
+        else:
+            conds = equal_lengths({"cond": positive, "uncond": cond(negatives, negative_aesthetic_score)})
+        return conds if image is None and mask is None else self.with_image(conds, image, mask)
 
-    def time_ids(self, size: tuple[int, int] | None = None, score: float | int = 6.0) -> Float[Tensor, "1 ids"]:
-        """The numbers that the model reads beside the text: see `Cond.time_ids`. score: of SDXL's refiner."""
-        height, width = size or self.default_size
-        ids = {0: [], 5: [height, width, 0, 0, score], 6: [height, width, 0, 0, height, width]}
-        return torch.tensor([ids[self.unet.config.size_ids]], dtype=torch.float32, device=self.device)
+    def _reader(self, syntax: str, texts: Sequence[str]) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What encodes texts of this syntax; a warning where plain ones hold that of other programs."""
+        if syntax not in SYNTAXES:
+            raise InputError(f"syntax={syntax!r}: choose {' or '.join(SYNTAXES)}")
+        if syntax == "weighted":
+            return partial(encode_weighted, self.text)
+        if forms := foreign_syntax(texts):
+            what = f"prompts hold {', '.join(forms)}, read as plain text"
+            hint = 'text.syntax=weighted (syntax="weighted") reads weights and BREAK'
+            warnings.warn(f"{what}; {hint}", stacklevel=3)
+        return self.text.encode
+
+    def time_ids(
+        self, size: tuple[int, int] | None = None, score: float | int = 6.0,
+        original_size: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "1 ids"]:  # fmt: skip
+        """The numbers that the model reads beside the text: see `Cond.time_ids`. score: of SDXL's refiner. InputError
+        for sizes of a model that is told none."""
+        size = size or self.default_size
+        told, known = {"original_size": original_size, "target_size": target_size}, self.unet.config.size_ids
+        for name, value in told.items():
+            if value is not None and (not known or known == 5 and name == "target_size"):
+                raise InputError(f"{name}={value}: this model is told no {name.replace('_', ' ')}; leave it out")
+        if tuple(crop) != (0, 0) and not known:
+            raise InputError(f"crop={tuple(crop)}: this model is told no crop; leave it out")
+        first = [*(original_size or size), *crop]
+        ids = {0: [], 5: [*first, score], 6: [*first, *(target_size or size)]}
+        return torch.tensor([ids[known]], dtype=torch.float32, device=self.device)
+
+    @property
+    def extra_channels(self) -> int:
+        """Channels of the UNet's input beside the latents: 0; 5 of an inpainting model, 4 of instruct-pix2pix."""
+        return self.unet.config.in_channels - self.vae.config.latent_channels
+
+    def image_channels(
+        self, image: Float[Tensor, "b 3 H W"], mask: Float[Tensor, "m c H W"] | None = None
+    ) -> Float[Tensor, "b extra h w"]:
+        """What a UNet with further channels reads of an image in [−1, 1], as diffusers' pipelines make it.
+
+        Inpainting (5): the mask of latents, and the latents of the image with what is made anew in grey (0). Instruct-
+        pix2pix (4): the latents in the VAE's own units, without its scale; with it in CosXL's, which is an EDM model.
+        mask: of pixels in [0, 1], white what is made anew. InputError for a model that reads none of these.
+        """
+        extra, latents = self.extra_channels, self.vae.config.latent_channels
+        if extra == latents + 1:
+            if mask is None:
+                raise InputError("this inpainting model reads a mask beside the image: give mask= too")
+            small = self.latent_mask(mask).expand(len(image), -1, -1, -1)
+            return torch.cat([small, self.encode_images(image * (mask < 0.5))], dim=1)  # (b, 1 + l, h, w)
+        if extra == latents:
+            if mask is not None:
+                raise InputError("instruct-pix2pix reads an image and no mask: leave mask out")
+            scaled = self.encode_images(image)
+            return scaled if self.denoiser.preconditioning.sigma_data is not None else self.vae.unscaled(scaled)
+        hint = "sample(start=ImageStart(sd.encode_images(image), strength, sd.latent_mask(mask)))"
+        raise InputError(f"this model's UNet reads no image beside the latents; start from the image: {hint}")
+
+    def with_image(
+        self, conds: Mapping[str, Cond], image: Float[Tensor, "b 3 H W"] | None,
+        mask: Float[Tensor, "m c H W"] | None = None,
+    ) -> dict[str, Cond]:  # fmt: skip
+        """Conditionings that a UNet with further channels reads: each with the image, see `image_channels`. Of
+        instruct-pix2pix uncond has zeros, and there is a further one, "image": uncond with the image. Its guidance is
+        cfg(text weight, pos="cond", neg="image") and cfg(image weight, pos="image", neg="uncond"). image: one row an
+        image, or one for all."""
+        if image is None:
+            raise InputError("mask without an image: give image= too")
+        channels, rows = self.image_channels(image, mask), max(cond.rows for cond in conds.values())
+        if len(channels) not in (1, rows):
+            raise InputError(f"image has {len(channels)} rows for {rows} prompts; give one for each, or one for all")
+        channels = channels.expand(rows, -1, -1, -1)
+        whole = {name: cond if cond.rows == rows else cond.expand(rows) for name, cond in conds.items()}
+        pictured = {name: replace(cond, image=channels, projections={}) for name, cond in whole.items()}
+        if self.extra_channels != self.vae.config.latent_channels:
+            return pictured
+        uncond = replace(pictured["uncond"], image=torch.zeros_like(channels))
+        return pictured | {"image": pictured["uncond"], "uncond": uncond}
 
     def decode(self, latents: Float[Tensor, "b l h w"]) -> Float[Tensor, "b c H W"]:
         """Images from scaled latents, not clamped: `vae.decode` on the UNet's device, as `compute` says."""

@@ -1,8 +1,9 @@
 """The text conditioning: one or two CLIP text encoders, each with its tokenizer."""
 
+import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ class TextEncoders:
     """One or two encoders and their tokenizers. Texts are padded and cut to `length` tokens, begin and end included.
 
     SDXL has two, the second with a projection; its refiner the second alone; SD 1.5 and 2.1 one without a projection.
+    words: of textual inversions, and how many vectors each stands for.
     """
 
     tokenizers: tuple[CLIPTokenizer, ...]
     encoders: tuple[CLIPTextModel | CLIPTextModelWithProjection, ...]
+    words: Mapping[str, int] = field(default_factory=dict, hash=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for i, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.encoders, strict=True), 1):
@@ -47,22 +50,27 @@ class TextEncoders:
         return min(e.config.num_hidden_layers for e in self.encoders)
 
     @property
+    def widths(self) -> list[int]:
+        """Of the states of each encoder."""
+        return [e.config.hidden_size for e in self.encoders]
+
+    @property
     def pooled(self) -> bool:
         """Whether there is a pooled text vector: the last encoder has a projection."""
         return hasattr(self.encoders[-1], "text_projection")
 
     def tokens(self, texts: Sequence[str], which: int) -> Int[Tensor, "rows text"]:
         """Token ids by tokenizer 0 or 1, padded and cut to `length`; warns of a text that is cut, naming the loss."""
-        tokenizer = self.tokenizers[which]
-        for ids in tokenizer(list(texts), verbose=False).input_ids:
+        tokenizer, texts = self.tokenizers[which], [expanded(text, self.words) for text in texts]
+        for ids in tokenizer(texts, verbose=False).input_ids:
             if len(ids) > self.length:
                 lost = tokenizer.decode(ids[self.length - 1 : -1])
                 warnings.warn(
                     f"text encoder {which + 1} reads {self.length} tokens, cut off: {lost!r} (of {len(ids)} tokens)",
-                    stacklevel=5,  # of whoever calls StableDiffusion.encode
+                    stacklevel=6,  # of whoever calls StableDiffusion.encode
                 )
         pad = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
-        return tokenizer(list(texts), **pad).input_ids
+        return tokenizer(texts, **pad).input_ids
 
     def network(self, which: int) -> nn.Module:
         """What reads the tokens of tokenizer 0 or 1: encoder 0 or 1, or in a subclass something of its kind."""
@@ -72,7 +80,16 @@ class TextEncoders:
     def encode(
         self, texts: Sequence[str], clip_skip: int | None = None, device: torch.device | str | None = None
     ) -> tuple[Float[Tensor, "rows text dim"], Float[Tensor, "rows pooled"]]:
-        """Hidden states of the encoders, side by side, and the pooled text, 0 wide where there is none.
+        """Hidden states of the encoders, side by side, and the pooled text: `states` of `tokens`."""
+        return self.states([self.tokens(texts, i) for i in range(len(self.encoders))], clip_skip, device)
+
+    @torch.no_grad()
+    def states(
+        self, ids: Sequence[Int[Tensor, "rows text"]], clip_skip: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> tuple[Float[Tensor, "rows text dim"], Float[Tensor, "rows pooled"]]:  # fmt: skip
+        """Hidden states of the encoders, side by side, and the pooled text, 0 wide where there is none. ids: for each
+        encoder.
 
         With a pooled text (SDXL) these are the states before the last layer of each encoder, and the projected
         end-of-text state of the last. Without (SD 1.5, 2.1) they are those after the last layer and the final norm.
@@ -86,10 +103,9 @@ class TextEncoders:
             raise InputError(f"clip_skip={clip_skip}: must lie between 0 and {limit}")
         states = []
         for which, encoder in enumerate(self.encoders):
-            ids = self.tokens(texts, which).to(device or encoder.device)
             network = self.network(which)
             run = network if device is None else on_device(network, device)
-            out = run(ids, output_hidden_states=True)
+            out = run(ids[which].to(device or encoder.device), output_hidden_states=True)
             if self.pooled:
                 states.append(out.hidden_states[-(skip + 2)])
                 continue
@@ -105,3 +121,22 @@ class TextEncoders:
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer of a local folder (vocab.json and merges.txt, or tokenizer.json)."""
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def tokens_of(word: str, count: int) -> list[str]:
+    """The tokens that a word of so many vectors stands for."""
+    return [word, *(f"{word}_{i}" for i in range(1, count))]
+
+
+def expanded(prompt: str, words: Mapping[str, int]) -> str:
+    """The prompt with the further tokens of words of several vectors: "a cat" is "a cat cat_1 cat_2"."""
+    pattern = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    if not pattern:
+        return prompt
+    by_case = {word.lower(): word for word in words}
+
+    def tokens(match: re.Match[str]) -> str:
+        word = by_case[match[0].lower()]
+        return " ".join(tokens_of(word, words[word]))
+
+    return re.sub(pattern, tokens, prompt, flags=re.IGNORECASE)

@@ -1,5 +1,6 @@
 """Independent condition guidance by a random text."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -33,7 +34,9 @@ class ICGText:
     ) -> Cond:
         """The conditioning of a random text for each prompt."""
         text = RandomTokens(sd.text.tokenizers, sd.text.encoders, self.seed)
-        return replace(sd, text=text).encode(prompts, size=size, **{**settings, "syntax": "plain"})["cond"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the prompts are keys here, nobody reads their syntax
+            return replace(sd, text=text).encode(prompts, size=size, **{**settings, "syntax": "plain"})["cond"]
 
 
 @dataclass(frozen=True)
