@@ -6,10 +6,6 @@ Light: imports nothing.
 
 from typing import Any
 
-
-LONGEST = 1000  # letters of a message about files
-
-
 LONGEST = 1000  # letters of a message about files
 
 
