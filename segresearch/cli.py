@@ -36,6 +36,9 @@ from segresearch.config.trust import guarded
 from segresearch.config.validate import RENAMED, nearest, unknown
 from segresearch.errors import CheckpointError, ConfigError, Ended, InputError, PackageError, Stopped, one_line
 
+FIGURES = {  # an experiment, and the figures of arXiv 2408.00760 that show the same for other images
+    "fig4": ("fig10", "fig11"), "fig5": ("fig8", "fig9"), "fig15": ("fig16", "fig17", "fig18", "fig19"),
+}  # fmt: skip
 FULL = "HYDRA_FULL_ERROR"
 DISK = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some room, then the same command resumes")
 DISK |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "; choose another folder with out=")
@@ -172,6 +175,8 @@ def explained(error: BaseException) -> tuple[int | None, str]:
             return 2, f"{mark.name}, line {mark.line + 1}: not YAML ({problem})"
         case MissingConfigException(missing_cfg_file=str(file), options=[*options]):
             group, _, choice = file.rpartition("/")
+            if group == "experiment" and (same := next((n for n, others in FIGURES.items() if choice in others), "")):
+                return 2, f"experiment: {choice} of the paper is in the style of {same}; take experiment={same}"
             if choice in RENAMED:
                 return 2, f"{group}: {choice!r} is now called {RENAMED[choice]}"
             return 2, f"{group}: no {choice!r}{nearest(choice, options)} (choices: {', '.join(options)})"

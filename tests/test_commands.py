@@ -227,3 +227,9 @@ def test_the_command_agrees_with_the_metric(folders, call):
     x = torch.tensor([[0.0], [10.0]])
     y = torch.tensor([[0.0], [1.0], [2.0], [9.9]])
     assert density_coverage(x, y, 1) == (pytest.approx(3 / 2), 3 / 4)  # 0 in two balls, 10 in one; 2's ball is empty
+
+
+@pytest.mark.parametrize(("figure", "experiment"), [("fig8", "fig5"), ("fig11", "fig4"), ("fig17", "fig15")])
+def test_figures_that_show_what_another_shows_are_named(figure, experiment, call):
+    code, said = call(commands.generate, f"experiment={figure}")
+    assert code == 2 and f"take experiment={experiment}" in said.err and said.err.count("\n") == 1
