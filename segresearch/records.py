@@ -49,7 +49,7 @@ def part_fingerprints(model: ModelConfig) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for kind in PARTS:
         names = getattr(model, kind) or ()
-        paths = [path for name in ([names] if isinstance(names, str) else names) for path in part_paths(kind, name)]
+        paths = [path for name in ([names] if isinstance(names, str) else names) for path in part_paths(name, kind)]
         if paths:
             parts[kind] = [runs.fingerprint(path) for path in paths]
     if model.config is not None:

@@ -10,8 +10,10 @@ from make_models import make_pipeline, original_layout
 from safetensors.torch import load_file, save_file
 
 from segresearch.checkpoints.key_maps import CLIP, OPEN_CLIP, UNET, VAE
+from segresearch.config.schema import ModelConfig
 from segresearch.errors import CheckpointError
 from segresearch.models import load_model
+from segresearch.records import part_fingerprints
 
 STEM = "diffusion_pytorch_model.safetensors"
 
@@ -172,3 +174,15 @@ def test_a_shared_prefix_is_read_once(made, tmp_path):
     file = saved(original | more, tmp_path / "x.safetensors")
     assert_same(load_model(one, vae=file).vae, pipeline.vae)
     assert load_file(file)["other.key"] == 0
+
+
+def test_parts_are_in_the_identity_of_a_run(made):
+    one, _, two, _ = made
+    assert part_fingerprints(ModelConfig(name="x", path=str(one))) == {}
+    of_vae, of_model = (
+        part_fingerprints(ModelConfig(name="x", path=str(one), vae=str(path))) for path in (two / "vae", two)
+    )
+    assert of_vae == of_model and len(of_vae["vae"]) == 1
+    assert part_fingerprints(ModelConfig(name="x", path=str(one), vae=str(one))) != of_vae
+    texts = part_fingerprints(ModelConfig(name="x", path=str(one), text_encoder=(str(two),)))
+    assert len(texts["text_encoder"]) == 2

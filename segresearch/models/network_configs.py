@@ -71,7 +71,7 @@ def refuse_giant(config: Mapping[str, Any], network: str) -> None:
 def largest(value: Any) -> float | int:
     """The largest number within nested lists, or the length of the longest; 0 for anything else."""
     if isinstance(value, list | tuple):
-        return max([len(value), *map(largest, value)])
+        return len(value) if len(value) > 64 else max([len(value), *map(largest, value)])
     return value if isinstance(value, int | float) and value > 0 else 0
 
 
