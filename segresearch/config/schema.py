@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
+from segresearch.config.figures import BlurConfig, GridConfig
 from segresearch.config.inputs import InitConfig, IPAdapterConfig, TextConfig
 from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
 from segresearch.config.networks import Embeddings, Loras, NetworkConfig
-from segresearch.config.outputs import BlurConfig, GridConfig
 from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
 from segresearch.fields import Count, Flag, Fraction, NonNegative, Number, Whole, within
