@@ -172,7 +172,7 @@ def test_other_commands_name_files_and_flags_that_exist():
         if file.stem in HYDRA:
             continue
         shared = [ROOT / "segresearch" / "commands.py", ROOT / "experiments" / "mini" / "common.py"]
-            code = "".join(map(text_of, [file.with_suffix(".py"), *shared]))
+        code = "".join(map(text_of, [file.with_suffix(".py"), *shared]))
         for flag in (a.partition("=")[0] for a in arguments if a.startswith("--")):
             assert flag == "--help" or f'"{flag}"' in code, f"{page}: {command}: no {flag}"
             checked += 1
