@@ -26,8 +26,9 @@ def script(name: str) -> ModuleType:
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
-    """Every file below `folder`, by its path in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    """Every file below `folder`, by its path in it; locks are of processes, not of runs."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.parent.name != ".locks"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def one_figure(*_: Any) -> dict[str, Figure]:

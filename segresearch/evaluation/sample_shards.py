@@ -158,7 +158,8 @@ def sample_shards(spec: EvaluationSpec, worker: Worker, load: Callable[[], "Stab
 
 
 def _lock(spec: EvaluationSpec, rows: range) -> str:
-    return f"images {rows.start} to {rows.stop - 1} of {spec.config.name} ({runs.digest(spec.folders)})"
+    methods = runs.digest([folder.name for folder in spec.folders.values()])
+    return f"images {rows.start} to {rows.stop - 1} of {spec.config.name} ({methods})"
 
 
 def _write_shards(
