@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from segresearch import runs
 from segresearch.config.expand import HELD_OUT, control_rows, describe, methods, read_prompts, scene_numbers, slug
 from segresearch.config.schema import SCENE, EvaluateConfig, GuidanceConfig
+from segresearch.config.sweep import Swept, swept
 from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers
@@ -29,7 +30,8 @@ class EvaluationSpec:
     methods: guidance by name; the first is the baseline. prompts: image i has prompts[i], repeating in turn. scenes:
     the procedural scenes whose captions the prompts are, or (). controls: of image i its control images, one for each
     of the config's controls. paper: the table of the paper to compare with. folders: of the shards of each method, {}
-    until `with_folders`. metrics: of each image, () until `image_metrics` has loaded their networks.
+    until `with_folders`. sweep: of what each method is a scale, {} without a sweep. metrics: of each image, () until
+    `image_metrics` has loaded their networks.
     """
 
     config: EvaluateConfig
@@ -39,6 +41,7 @@ class EvaluationSpec:
     controls: tuple[tuple[str, ...], ...] = ()
     paper: str | None = None
     folders: Mapping[str, Path] = field(default_factory=dict)
+    sweep: Mapping[str, Swept] = field(default_factory=dict)
     metrics: tuple["ImageMetric", ...] = ()
 
     @property
@@ -91,7 +94,10 @@ def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:
         if len(set(names)) < len(names):
             raise ConfigError(f"{key}: {list(names)} names one twice")
     paper = paper_numbers.table_for(config.paper, config.name, by_name, prompts)
-    return EvaluationSpec(config, by_name, prompts, scenes, control_rows(config.controls, config.images), paper)
+    sweep = {} if config.sweep is None else swept(by_name, config.sweep.scales)
+    by_name = {name: one.guidance for name, one in sweep.items()} or by_name
+    controls = control_rows(config.controls, config.images)
+    return EvaluationSpec(config, by_name, prompts, scenes, controls, paper, sweep=sweep)
 
 
 def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:
@@ -123,7 +129,10 @@ def run_identity(spec: EvaluationSpec, reference: str) -> dict[str, Any]:
     """
     settings = {key: getattr(spec.config, key) for key in OF_RESULTS}
     named = [[method, folder.name] for method, folder in spec.folders.items()]
-    return {"methods": named, "reference": reference, "paper": spec.paper, **settings}
+    added = {
+        key: getattr(spec.config, key) for key in ("diagnostics", "sweep") if getattr(spec.config, key) is not None
+    }
+    return {"methods": named, "reference": reference, "paper": spec.paper, **settings, **added}
 
 
 def _open_ended(text: str | tuple[str, ...]) -> bool:
