@@ -23,7 +23,7 @@ from segresearch.evaluation.sample_shards import COST, NORMS
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.metrics.features import Extractor
 from segresearch.metrics.frechet import Frechet, frechet_distance, gaussian
-from segresearch.metrics.nonparametric import cmmd, kid, precision_recall
+from segresearch.metrics.nonparametric import cmmd, density_coverage, kid, precision_recall
 from segresearch.scenes.scenes import scenes
 
 MOST = 10_000  # images on either side for precision and recall, whose work grows with their product
@@ -184,7 +184,9 @@ def set_numbers(
     numbers: dict[str, tuple[float, ...]] = {
         "fd": (distance.distance, distance.error), "fd_to_baseline": (math.nan,),
         "fd_extrapolated": (distance.extrapolated,), "fd_means": (distance.mean_part,),
-    } | dict.fromkeys(("variance", "kd", "kd_spread", "precision", "recall"), (math.nan,))  # fmt: skip
+    } | dict.fromkeys(
+        ("variance", "kd", "kd_spread", "precision", "recall", "density", "coverage"), (math.nan,)
+    )  # fmt: skip
     if baseline is not distance:
         numbers["fd_to_baseline"] = paired(distance, baseline)
     if len(x) > 1:
@@ -199,6 +201,9 @@ def set_numbers(
     if min(n, m) > 3:
         precision, recall = precision_recall(x[:n], reference[:m])
         numbers |= {"precision": (precision,), "recall": (recall,)}
+    if m > 5:
+        density, coverage = density_coverage(x[:n], reference[:m])
+        numbers |= {"density": (density,), "coverage": (coverage,)}
     return numbers
 
 

@@ -111,6 +111,8 @@ def _metrics() -> Iterator[Metric]:
         yield Metric("kd", features, kernel, 1 if features == "mini" else 4)
         yield Metric("precision", features, "precision")
         yield Metric("recall", features, "recall")
+        yield Metric("density", features)
+        yield Metric("coverage", features)
         yield Metric("fd_extrapolated", features)  # with its first order in 1/N removed
         yield Metric("fd_means", features)  # its part from the means of the features
         yield Metric("variance", features)  # of the features, summed, over that of the reference
