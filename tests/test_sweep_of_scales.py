@@ -81,7 +81,7 @@ def test_the_comparisons_hold_every_method_at_three_scales(name, count, model):
 
 
 def frechet(distance: float, *resamples: float) -> Frechet:
-    return Frechet(distance, 0.0, 9, 9, 2, math.nan, 1.0, resamples)
+    return Frechet(float(distance), 0.0, 9, 9, 2, math.nan, 1.0, tuple(map(float, resamples)))
 
 
 @pytest.fixture(scope="module")
