@@ -33,7 +33,7 @@ def original_shapes() -> dict[str, tuple[int, ...]]:
     import torch  # late, here and below: --help answers at once
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from segresearch.checkpoints import single_file
+    from segresearch.checkpoints import key_maps
     from segresearch.models.network_configs import UNetConfig
     from segresearch.models.unet import UNet
     from segresearch.models.vae import VAE, VAEConfig
@@ -53,12 +53,12 @@ def original_shapes() -> dict[str, tuple[int, ...]]:
     }
     with torch.device("meta"):
         networks = (
-            (UNet(UNetConfig()), single_file.unet_map(UNetConfig())),
-            (VAE(VAEConfig()), single_file.vae_map(4)),
-            (CLIPTextModel(CLIPTextConfig(**text, **clip)), single_file.clip_map),
+            (UNet(UNetConfig()), key_maps.unet_map(UNetConfig())),
+            (VAE(VAEConfig()), key_maps.vae_map(4)),
+            (CLIPTextModel(CLIPTextConfig(**text, **clip)), key_maps.clip_map),
             (
                 CLIPTextModelWithProjection(CLIPTextConfig(**text, **big, projection_dim=1280)),
-                single_file.open_clip_map,
+                key_maps.open_clip_map,
             ),
         )
     shapes: dict[str, tuple[int, ...]] = {}
@@ -170,7 +170,7 @@ def main() -> None:
         sd.denoiser, {"cfg": cfg(5.0), "seg": perturbed("seg", SEG(sigma=math.inf, where="mid"), scale=3.0)}
     )
     print(model)
-    schedule = sigmas(sd.denoiser, "leading", 25)
+    schedule = sigmas(sd.denoiser, "auto", 25)
     schedule = torch.cat([schedule[: options.steps], schedule[-1:]])
     noise = initial_noise([0], sd.latent_shape(size))
     with torch.no_grad():

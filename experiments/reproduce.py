@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, metavar="PNG", help="write the new image to this file")
     parser.add_argument("--out", type=Path, help="where runs lie: a figure is taken from its run, if that is there")
     parser.add_argument(
-        "--trust", action="store_true", help="import functions outside segresearch that the record names"
+        "--trust", action="store_true", help="open the files and call the functions that the record names"
     )
     args = parser.parse_args()
 

@@ -27,8 +27,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import MarkedYAMLError
 
 from segresearch.config.compose import conf_dir
+from segresearch.config.trust import guarded
 from segresearch.config.validate import RENAMED, nearest, unknown
-from segresearch.errors import CheckpointError, Ended, InputError, PackageError, one_line
+from segresearch.errors import CheckpointError, ConfigError, Ended, InputError, PackageError, one_line
 
 FULL = "HYDRA_FULL_ERROR"
 DISK = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some room, then the same command resumes")
@@ -42,7 +43,7 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
 
 
 def _run(main: Callable[[Any], None], config_name: str) -> None:
-    full, process, codes = FULL in os.environ, os.getpid(), dict[str, int]()  # codes: of a sweep's jobs
+    full, codes = FULL in os.environ, dict[str, int]()  # codes: of a sweep's jobs
     os.environ.setdefault(FULL, "1")  # Hydra raises its errors, and prints none
     warnings.formatwarning = _one_line  # type: ignore[assignment]
 
@@ -56,7 +57,7 @@ def _run(main: Callable[[Any], None], config_name: str) -> None:
         try:
             main(config)
         except Exception as error:
-            if full or os.getpid() != process:  # a launcher carries its error back
+            if full:
                 raise
             code, text = explained(error)
             codes[overrides] = code or 1
@@ -65,7 +66,8 @@ def _run(main: Callable[[Any], None], config_name: str) -> None:
             print(f"error: job {len(codes)} ({overrides}): {text}", file=sys.stderr)
 
     try:
-        with one_line_errors(full), lazy_help():
+        with one_line_errors(full), lazy_help(), guarded():
+            _refuse_pickles(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
             failed = [overrides for overrides, code in codes.items() if code]
             if failed:
@@ -75,6 +77,12 @@ def _run(main: Callable[[Any], None], config_name: str) -> None:
     finally:
         if not full:
             os.environ.pop(FULL)
+
+
+def _refuse_pickles(arguments: list[str]) -> None:
+    """ConfigError for Hydra's --experimental-rerun, which unpickles a file."""
+    if any(word.startswith("--exp") for word in arguments):
+        raise ConfigError("--experimental-rerun: it unpickles a file; the same command resumes a run")
 
 
 def _one_line(message: Warning | str, category: type[Warning], *source: Any) -> str:

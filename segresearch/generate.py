@@ -4,23 +4,24 @@ exists is not sampled again: the same command resumes a run, and a finished run 
 import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import GenerateConfig
 from segresearch.config.build import build_guidance, configured_model, device_kind, resolved
 from segresearch.config.compose import written_config
-from segresearch.config.expand import Panel, panels, slug
+from segresearch.config.expand import ImageSpec, Panel, panels, slug
 from segresearch.control_images.identify import control_records, identify_controls
 from segresearch.errors import NotFinite
 from segresearch.image_grid import Block, cell_height, draw_grid, image_size
+from segresearch.init_images import identify_init, init_images
+from segresearch.progress import Bar
 from segresearch.records import (
     config_record,
     image_record,
@@ -30,12 +31,13 @@ from segresearch.records import (
     save_png,
     with_networks,
 )  # fmt: skip
+from segresearch.wandb_log import WandbRun, log
 
 if TYPE_CHECKING:
     from segresearch.models import StableDiffusion
 
 GRID_VERSION = 1
-OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto"}  # not of the run
+OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}  # not of the run
 IDENTITY = ("run", "method", "prompt", "seed")  # tell one image's record from any other's
 
 
@@ -101,7 +103,9 @@ def generate(config: GenerateConfig, model: "StableDiffusion | None" = None) -> 
             raise
     else:
         save_control_images(run, image_size(next(iter(records))))
-    return RunResult(run.folder, save_grid(run), len(missing), existing, seconds)
+    result = RunResult(run.folder, save_grid(run), len(missing), existing, seconds)
+    log_images(run, result)
+    return result
 
 
 def expand(config: GenerateConfig) -> Run:
@@ -113,24 +117,32 @@ def expand(config: GenerateConfig) -> Run:
     ]
     fingerprint = runs.fingerprint(weights)
     identified = [identify_controls(panel.controls, [row.images for row in panel.rows], weights) for panel in plan]
+    inits = [identify_init(panel.init, [row.init for row in panel.rows]) for panel in plan]
     entries = []  # of each panel what its images depend on
-    for panel, controls in zip(plan, identified, strict=True):
-        rows = [{"prompt": row.prompt, "seed": row.seed} for row in panel.rows]
+    for panel, controls, init in zip(plan, identified, inits, strict=True):
+        rows = [{"prompt": row.prompt, "seed": row.seed, **own(panel, row)} for row in panel.rows]
         columns = zip(*(row.images for row in panel.rows), strict=True)  # of each control its images
         steered = [control.identity(column) for control, column in zip(controls.values(), columns, strict=True)]
-        entry = {"title": panel.title, "negative": panel.negative, "rows": rows, "methods": panel.methods}
-        entries.append(entry | ({"controls": steered} if steered else {}))
+        entry: dict[str, Any] = {"title": panel.title, "negative": panel.negative, "rows": rows}
+        started = {} if panel.init.image is None else {"init": init.identity([row.init for row in panel.rows])}
+        entry |= {"methods": panel.methods} | ({"controls": steered} if steered else {})
+        entries.append(entry | started)
     identity = runs.plain({**sampling_identity(config, fingerprint), "panels": entries})
     folder, expanded = runs.run_folder(config.out, config.name, identity), []
     shared = run_record(config, fingerprint, folder.name)
     prompts = [tuple(dict.fromkeys(row.prompt for row in panel.rows)) for panel in plan]
-    for number, (panel, controls, texts) in enumerate(zip(plan, identified, prompts, strict=True), 1):
+    for number, (panel, controls, init, texts) in enumerate(zip(plan, identified, inits, prompts, strict=True), 1):
         subfolder = "" if len(plan) == 1 else f"{number}-{slug(panel.title)}" if panel.title else str(number)
         numbers, digits = {text: i for i, text in enumerate(texts)}, len(str(len(texts) - 1))
         prefixes = [f"prompt{numbers[row.prompt]:0{digits}d}-" if len(texts) > 1 else "" for row in panel.rows]
         digits = len(str(max(row.seed for row in panel.rows)))
         seeds = [f"seed{row.seed:0{digits}d}.png" for row in panel.rows]
-        more, images = [{"negative": panel.negative, **control_records(controls, row.images)} for row in panel.rows], {}
+        more = [
+            {"negative": row.negative, **control_records(controls, row.images), **init.record(row.init)}
+            | own(panel, row)
+            for row in panel.rows
+        ]
+        images: dict[str, Any] = {}
         for method, guidance in panel.methods.items():
             paths = [folder / "images" / subfolder / slug(method) / (p + s) for p, s in zip(prefixes, seeds)]
             images[method] = {
@@ -139,9 +151,23 @@ def expand(config: GenerateConfig) -> Run:
             }
         files = {name: [folder / "controls" / subfolder / slug(name) / seed for seed in seeds] for name in controls}
         expanded.append(PanelFiles(panel, images, files))
-    in_full = tuple(replace(panel, prompts=texts) for panel, texts in zip(config.panels, prompts))
-    whole: dict[str, Any] = {"panels": in_full} if in_full else {"prompts": prompts[0]}
-    return Run(replace(config, **whole), identity, folder, expanded)
+    in_full = tuple(replace(table, **panel.in_full) for table, panel in zip(config.panels, plan))
+    whole: Mapping[str, Any] = {"panels": in_full} if in_full else plan[0].in_full
+    return Run(replace(config, **dict(whole)), identity, folder, expanded)
+
+
+def own(panel: Panel, row: ImageSpec) -> dict[str, Any]:
+    """What only some rows of a panel have: a negative prompt or a size of their own."""
+    negative = {} if row.negative == panel.negative else {"negative": row.negative}
+    return negative | ({} if row.size is None else {"size": row.size})
+
+
+def batches(rows: Sequence[ImageSpec], size: int) -> list[list[int]]:
+    """The numbers of the rows in batches of at most `size`, each of images of one size."""
+    of_size: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        of_size.setdefault(row.size, []).append(i)
+    return [numbers[i : i + size] for numbers in of_size.values() for i in range(0, len(numbers), size)]
 
 
 def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None") -> float:
@@ -152,38 +178,63 @@ def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None"
     config, saved, batch_size = run.config, 0, int(run.config.batch_size)
     nets = list(dict.fromkeys(control.net for files in run.panels for control in files.panel.controls.values()))
     sd = configured_model(config.model, config.device, nets, config.compute) if model is None else model
-    sd.latent_shape(config.size)  # what does not fit the model fails here, before the first image
+    for given in {row.size or config.size for files in run.panels for row in files.panel.rows}:
+        sd.latent_shape(given)  # what does not fit the model fails here, before the first image
     columns = [
         (files.panel, method, list(images.items()), build_guidance(files.panel.methods[method], sd))
         for files in run.panels
         for method, images in files.images.items()
     ]
-    size, sigmas = config.size or sd.default_size, run_sigmas(sd, config)
-    save_control_images(run, size)
+    save_control_images(run, config.size or sd.default_size)
     start = time.perf_counter()
     runs.write(run.folder / "config.yaml", written_config(config, OF_A_CALL))
     try:
-        with tqdm(total=len(missing), unit="image", disable=None, leave=False) as bar:
+        with Bar(len(missing)) as bar:
             for panel, method, images, guided in columns:
-                bar.set_description(method)
-                for i in range(0, len(images), batch_size):
-                    rows, batch = panel.rows[i : i + batch_size], images[i : i + batch_size]
+                bar.describe(method)
+                for numbers in batches(panel.rows, batch_size):
+                    rows, batch = [panel.rows[i] for i in numbers], [images[i] for i in numbers]
                     if missing.isdisjoint(path for path, _ in batch):
                         continue
+                    sized = config if rows[0].size is None else replace(config, size=rows[0].size)
+                    size, sigmas = sized.size or sd.default_size, run_sigmas(sd, config, panel.init)
                     control = controlled_batch(sd, panel.controls, [row.images for row in rows], size, sigmas)
+                    init = init_images(panel.init, [row.init for row in rows], size)
                     seeds, prompts = [row.seed for row in rows], [row.prompt for row in rows]
-                    pixels = sample_images(sd, guided, seeds, prompts, config, panel.negative, control)
+                    negatives = {row.negative for row in rows}
+                    negative = negatives.pop() if len(negatives) == 1 else [row.negative or "" for row in rows]
+                    new = len(missing.intersection(path for path, _ in batch))
+                    report = bar.callback(new, len(batch), len(sigmas) - 1)
+                    pixels = sample_images(
+                        sd, guided, seeds, prompts, sized, negative, control, init=init, callback=report
+                    )
                     for (path, record), one in zip(batch, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                         if path in missing:
                             save_png(Image.fromarray(one), path, record)
                             saved += 1
-                            bar.update()
+                    bar.add(new)
     except NotFinite as error:
         raise NotFinite(f"{method}: {error}; try model.dtype=float32 or lower scales") from error
     except KeyboardInterrupt:
         print(f"stopped: {saved} of {len(missing)} images sampled, and kept; the same command resumes", file=sys.stderr)
         raise
     return time.perf_counter() - start
+
+
+def log_images(run: Run, result: RunResult) -> None:
+    """In W&B: the grid, and the images of each method as a gallery. See `wandb_log.log`."""
+    config, name = run.config, f"{run.config.name} {run.folder.name}"
+    galleries: dict[str, list[tuple[Path, str]]] = {"grid": [(result.grid, "")]}
+    for files in run.panels:
+        for method, images in files.images.items():
+            title = f"{files.panel.title}: {method}" if files.panel.title else method
+            shown = [(p, f"seed {r['seed']}" + f": {r['prompt']}" * bool(r["prompt"])) for p, r in images.items()]
+            galleries[slug(title)] = shown[: config.grid.rows]
+    values = {"images": result.sampled + result.existing}
+    tags = [config.model.name, *(method for files in run.panels for method in files.images)][:20]
+    settings = {**config_record(config, OF_A_CALL), "run": run.folder.name, "code": runs.code_version()}
+    logged = WandbRun(name, config.name, "images", settings, values, images=galleries, tags=tags)
+    log(config.wandb, Path(config.out), [name, sorted(galleries)], lambda _: [logged])
 
 
 def save_control_images(run: Run, size: tuple[int, int]) -> None:

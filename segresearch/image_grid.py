@@ -76,8 +76,8 @@ class Layout:
 
     def __init__(self, block: Block, cell: int, size: int):
         self.block, self.cell, self.size = block, cell, size
-        height, width = image_size(block.paths[0][0])
-        self.image_width = max(1, round(cell * width / height))
+        sizes = {image_size(path) for row in block.paths for path in row}
+        self.image_width = max(1, *(round(cell * width / height) for height, width in sizes))
         self.indent = max(text_width(label, size) for label, _ in block.captions) + 12
         if any(text for _, text in block.captions):
             self.indent = max(self.indent, min(self.image_width, 200))
@@ -108,7 +108,9 @@ class Layout:
             for left, path in zip(lefts, paths, strict=True):
                 image = Image.open(path).convert("RGB")  # enlarged by a whole factor, its pixels stay squares
                 resampling = Image.Resampling.LANCZOS if self.cell % image.height else Image.Resampling.NEAREST
-                sheet.paste(image.resize((self.image_width, self.cell), resampling), (left, y))
+                width = max(1, round(self.cell * image.width / image.height))  # narrower than the widest: in the middle
+                place = (left + (self.image_width - width) // 2, y)
+                sheet.paste(image.resize((width, self.cell), resampling), place)
             y += height
 
 

@@ -127,6 +127,8 @@ def load_pretrained(architecture: Any, folder: Path, device: Device = "cpu", kin
     CheckpointError where weights are missing or have other shapes."""
     kind = kind or architecture.__name__
     options |= {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if architecture.__name__.startswith("Auto"):  # a folder's auto_map names code of its own
+        options["trust_remote_code"] = False
     with reading(folder, f"not a {kind} of transformers"):
         model, report = architecture.from_pretrained(str(folder), dtype=torch.float32, **options)
     if missing := sorted(report["missing_keys"]):

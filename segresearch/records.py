@@ -10,12 +10,13 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from segresearch import runs
-from segresearch.checkpoints.resolve import resolve_network
+from segresearch.checkpoints.resolve import part_paths, resolve_network
 from segresearch.config.build import device_kind
-from segresearch.config.schema import GuidanceConfig, RunConfig
+from segresearch.config.schema import GuidanceConfig, ModelConfig, RunConfig
 from segresearch.errors import CheckpointError, ConfigError
 
 KEY = "segresearch"
+PARTS = ("unet", "vae", "text_encoder")  # settings of a model that replace a network of it
 END = b"IEND\xaeB`\x82"  # of a whole PNG
 
 
@@ -24,9 +25,33 @@ def sampling_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
 
     fingerprint: of the model's weights. Not among it: names and folders, the device, how many are sampled together.
     """
-    model = {"fingerprint": fingerprint, "dtype": config.model.dtype, "vae_dtype": config.model.vae_dtype}
+    of_model = config.model
+    model: dict[str, Any] = {"fingerprint": fingerprint, "dtype": of_model.dtype, "vae_dtype": of_model.vae_dtype}
+    if of_model.prediction is not None:
+        model["prediction"] = of_model.prediction
+    if parts := part_fingerprints(config.model):
+        model["parts"] = parts
     settings = {key: getattr(config, key) for key in ("sampler", "schedule", "steps", "size")}
+    if text := config.text.given():
+        settings["text"] = text
     return {"model": model, **settings, **config.compute.identity(device_kind(config.device))}
+
+
+def part_fingerprints(model: ModelConfig) -> dict[str, Any]:
+    """Of each part of a model that is not its own the fingerprints of its weights, and of the configs of a single file;
+    {} for a model as it is."""
+    parts: dict[str, Any] = {}
+    for kind in PARTS:
+        names = getattr(model, kind) or ()
+        paths = [path for name in ([names] if isinstance(names, str) else names) for path in part_paths(kind, name)]
+        if paths:
+            parts[kind] = [runs.fingerprint(path) for path in paths]
+    if model.config is not None:
+        folder = Path(model.config)
+        parts["config"] = runs.digest(
+            {file.relative_to(folder).as_posix(): file.read_text(errors="replace") for file in folder.rglob("*.json")}
+        )
+    return parts
 
 
 def with_networks(guidance: GuidanceConfig, model: Path) -> GuidanceConfig:
@@ -50,6 +75,7 @@ def run_record(config: RunConfig, fingerprint: str, run: str) -> dict[str, Any]:
     """The part of a record that all images of a run share. run: the name of its folder."""
     identity = sampling_identity(config, fingerprint)
     loaded = {key: getattr(config.model, key) for key in ("name", "path", "variant", "config", "tokenizer")}
+    loaded |= {key: value for key in PARTS if (value := getattr(config.model, key)) is not None}
     compute = config.compute.record(device_kind(config.device))
     own = {"model": loaded | identity["model"], "compute": compute, "run": run, **runs.versions()}
     return runs.plain({**identity, **own})
@@ -91,13 +117,14 @@ def save_png(image: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record in a PNG, or None where there is no such file, it is damaged, or it carries none."""
+    """The record in a PNG, or None where there is no such file, it is damaged, is a bomb, or carries none."""
     try:
         data = path.read_bytes()
         if not data.endswith(END):  # Pillow reads a cut file as far as it goes
             return None
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.load()
-            return json.loads(image.info.get(KEY, "null"))
-    except (OSError, SyntaxError, ValueError):
+            record = json.loads(image.info.get(KEY, "null"))
+            return record if isinstance(record, dict) else None
+    except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
         return None

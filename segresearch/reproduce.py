@@ -5,6 +5,7 @@ image, "figure" (with the config of its run) of a figure of analyze or evaluate.
 """
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ import numpy as np
 from PIL import Image
 
 from segresearch.config import AnalyzeConfig, ControlConfig, EvaluateConfig, GenerateConfig, typed
-from segresearch.config.build import device_kind, refuse_foreign
+from segresearch.config.build import device_kind
 from segresearch.config.validate import modern
 from segresearch.errors import ConfigError
+from segresearch.fields import Count
+from segresearch.foreign import check_shape, refuse_foreign_files, refuse_foreign_targets
 from segresearch.records import read_record
 from segresearch.runs import code_version
 
@@ -45,14 +48,16 @@ def reproduce(
     """Sample or draw the image in `path` again.
 
     model: in place of the recorded path. out: where a figure's run may exist already; None: a temporary folder. trust:
-    import functions outside segresearch that the record names. ConfigError for a file without a usable record,
-    CheckpointError for weights that are missing.
+    open files of this machine and import functions that the record names. ConfigError for a file without a usable
+    record, CheckpointError for weights that are missing. Nothing is logged, whatever the record says.
     """
     record = modern(recorded(path))
     for holder in (record, *map(record.get, CONFIGS)):
         if model is not None and isinstance(holder, dict) and isinstance(holder.get("model"), dict):
             holder["model"]["path"] = model
-    _refuse_foreign_targets(record, path, trust)
+    refuse_foreign_targets(record, path, trust)
+    if not trust:
+        refuse_foreign_files(record, path, model)
     with tempfile.TemporaryDirectory(prefix="segresearch-") as temporary:
         try:
             image, now = _again(record, device, str(out or temporary))
@@ -76,13 +81,29 @@ def recorded(path: Path) -> dict[str, Any]:
     """The record in a PNG. ConfigError where there is none that could be followed."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
+    _refuse_bomb(path)
     record = read_record(path)
     if not isinstance(record, dict):
         hint = "it is not a PNG of segresearch, was cut, or was saved again by another program"
         raise ConfigError(f"{path}: no record in it; {hint}")
     if not record.keys() & {"guidance", "generate", "figure", "size"}:
         raise ConfigError(f"{path}: its record is not complete; an older version wrote it")
+    try:
+        check_shape(record)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: its record cannot be followed: {error}") from error
     return record
+
+
+def _refuse_bomb(path: Path) -> None:
+    """ConfigError for an image that says it has more pixels than Pillow's limit; nothing is decoded."""
+    try:
+        with warnings.catch_warnings(action="error"):
+            Image.open(path, formats=["PNG"]).close()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ConfigError(f"{path}: more pixels than the limit of {Image.MAX_IMAGE_PIXELS:,}") from error
+    except (OSError, SyntaxError, ValueError):
+        pass  # `read_record` has a word for it
 
 
 def _again(record: Mapping[str, Any], device: str, out: str) -> tuple[Image.Image, Mapping[str, Any]]:
@@ -91,11 +112,12 @@ def _again(record: Mapping[str, Any], device: str, out: str) -> tuple[Image.Imag
         from segresearch.control_images.prepare import control_png
 
         control: ControlConfig = typed(ControlConfig, record.get("settings"), "settings")
-        return control_png(control, str(control.image), typed(tuple[int, int], record["size"], "size")), {}
+        return control_png(control, str(control.image), typed(tuple[Count, Count], record.get("size"), "size")), {}
 
     script = next((script for script in CONFIGS if script in record), "")
     settings = record[script] if script else _settings_of_an_image(record)
-    defaults, here = {"compute": EXACT, "batch_size": "auto"}, {"device": device, "out": out}
+    defaults: dict[str, Any] = {"compute": EXACT, "batch_size": "auto"}
+    here: dict[str, Any] = {"device": device, "out": out, "wandb": {"mode": "off"}}
     config = typed(CONFIGS[script or "generate"], {**defaults, **settings, **here})
     if "figure" in record:
         from segresearch.analysis.analyze import analyze
@@ -118,9 +140,10 @@ def _settings_of_an_image(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that samples the one image of a record."""
     if missing := [key for key in (*OF_AN_IMAGE, "model", "prompt", "seed") if key not in record]:
         raise ConfigError(f"{missing[0]}: missing")
-    model = {key: value for key, value in record["model"].items() if key != "fingerprint"}
+    model = {key: value for key, value in record["model"].items() if key not in ("fingerprint", "parts")}
     compute = {key: value for key, value in record.get("compute", EXACT).items() if key != "device"}
     image = {"prompts": [record["prompt"]], "seeds": record["seed"], "controls": record.get("controls") or {}}
+    image |= {key: record[key] for key in ("init", "text") if key in record}
     return {**{key: record[key] for key in OF_AN_IMAGE}, **image, "model": model, "compute": compute, "name": "again"}
 
 
@@ -129,20 +152,12 @@ def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
     run = record["settings"] if "generate" in record else record  # of a grid
     panels = {f"panel {i}": panel.get("controls") for i, panel in enumerate(run.get("panels", ()), 1)}
     contents = {f"contents of control {name}": value for name, value in (run.get("contents") or panels).items()}
+    inits = {f"contents of init {name}": value for name, value in run.get("init_contents", {}).items()}
+    inits |= {f"init of panel {i}": panel.get("init") for i, panel in enumerate(run.get("panels", ()), 1)}
     return {
-        "weights": run.get("model", {}).get("fingerprint"), **contents,
+        "weights": run.get("model", {}).get("fingerprint"), "parts of the model": run.get("model", {}).get("parts"),
+        **contents, **inits,
         "device": record.get("compute", {}).get("device"),
         "version of segresearch": record.get("code"), "version of torch": record.get("torch"),
     }  # fmt: skip
 
-
-def _refuse_foreign_targets(record: Any, path: Path, trust: bool) -> None:
-    """ConfigError for a record that would import a function from outside segresearch: PNGs come from anywhere."""
-    if isinstance(record, Mapping) and record.get("kind") == "custom":
-        target = str(record.get("target"))
-        if not trust and not target.startswith("segresearch."):
-            raise ConfigError(f"{path}: its record calls {target}; look at that function, then add --trust")
-        refuse_foreign(target, f"{path}: its record")
-    children = record.values() if isinstance(record, Mapping) else record if isinstance(record, list) else ()
-    for child in children:
-        _refuse_foreign_targets(child, path, trust)

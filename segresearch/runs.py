@@ -85,13 +85,15 @@ def fingerprint(path: str | Path) -> str:
     """A cheap identity of model weights, 12 hex digits, whatever their folder. FileNotFoundError without weights.
 
     Of each safetensors file: name, size, both ends and 16 parts between. Of each JSON or text file of a model folder
-    (configs, vocabularies): everything. ControlNets in controlnet/ have their own fingerprints.
+    (configs, vocabularies) and of the yaml beside a single file: everything. ControlNets in controlnet/ have their own.
     """
     path, total = Path(path), hashlib.sha256()
     contents = [path] if path.is_file() else sorted(path.rglob("*"))
     files = [f for f in contents if f.is_file() and f.relative_to(path).parts[:1] != ("controlnet",)]
     if not any(f.suffix == ".safetensors" for f in files):
         raise FileNotFoundError(2, "no safetensors weights here", str(path))
+    if path.is_file() and (beside := path.with_suffix(".yaml")).is_file():
+        total.update(beside.read_bytes())
     for file in (f for f in files if f == path or f.suffix in (".safetensors", ".json", ".txt")):
         size = file.stat().st_size
         total.update(f"{file.relative_to(path) if file != path else 'file'} {size}\n".encode())

@@ -10,11 +10,16 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from segresearch.config.inputs import InitConfig
 from segresearch.config.schema import RunConfig
 from segresearch.errors import NotFinite
+from segresearch.init_images import InitImages, strength
 from segresearch.models.attention import Attend
 from segresearch.models.controlnet import ActiveControlNet
+from segresearch.models.prompt_syntax import equal_lengths
 from segresearch.sampling import initial_noise, sample, sigmas
+from segresearch.sampling.loop import Callback
+from segresearch.sampling.start import last_steps
 
 if TYPE_CHECKING:
     from segresearch.models import StableDiffusion
@@ -24,36 +29,42 @@ Latents = Float[Tensor, "rows channels h w"]
 
 def sample_images(
     sd: "StableDiffusion", model: Any, seeds: Sequence[int], prompts: Sequence[str], config: RunConfig,
-    negative: str | None = None, control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
+    negative: str | Sequence[str] | None = None, control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
+    init: InitImages | None = None, callback: Callback | None = None,
 ) -> UInt8[Tensor, "rows 3 h w"]:  # fmt: skip
     """One image for each seed and its prompt, on the model's device.
 
     model: a guided denoiser of `sd`. config: of which sampler, schedule, steps and size are read. negative: as in
-    `sd.encode`. attend: the innermost attention. Raises NotFinite, and what `sd.encode` and `sample` raise.
+    `sd.encode`. attend: the innermost attention. init: the images that these start from. callback: of `sample`.
+    Raises NotFinite, and what `sd.encode` and `sample` raise.
     """
-    conds = encode_conds(sd, model, prompts, negative, config.size)
-    return decode_images(sd, sample_latents(sd, model, seeds, conds, config, control, attend))
+    conds = encode_conds(sd, model, prompts, negative, config.size, config.text.given())
+    pixels = decode_images(sd, sample_latents(sd, model, seeds, conds, config, control, attend, init, callback))
+    return pixels if init is None else init.paste(pixels)
 
 
 def encode_conds(
     sd: "StableDiffusion",
     model: Any,
     prompts: Sequence[str],
-    negative: str | None = None,
+    negative: str | Sequence[str] | None = None,
     size: tuple[int, int] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """All conditionings that a guided denoiser needs: cond, uncond, and those that it makes from texts."""
-    conds = sd.encode(prompts, negative=negative, size=size)
-    makers = getattr(model, "inner", model).conditionings
-    return conds | {
-        name: make.encode(sd, prompts, negative, size) for name, make in makers.items() if hasattr(make, "encode")
-    }
+    """All conditionings that a guided denoiser needs: cond, uncond, and those that it makes from texts. settings:
+    further keywords of `sd.encode`."""
+    given = dict(settings or {})
+    conds = sd.encode(prompts, negative=negative, size=size, **given)
+    makers = {n: make for n, make in getattr(model, "inner", model).conditionings.items() if hasattr(make, "encode")}
+    made = {name: make.encode(sd, prompts, negative, size, **given) for name, make in makers.items()}
+    return equal_lengths(conds | made)
 
 
 @torch.no_grad()
 def sample_latents(
     sd: "StableDiffusion", model: Any, seeds: Sequence[int], conds: Mapping[str, Any], config: RunConfig,
-    control: Sequence[ActiveControlNet] = (), attend: Attend | None = None,
+    control: Sequence[ActiveControlNet] = (), attend: Attend | None = None, init: InitImages | None = None,
+    callback: Callback | None = None,
 ) -> Latents:  # fmt: skip
     """Latents from the noise of each seed; conds: of `encode_conds`. Raises NotFinite, which names the seeds."""
     schedule = config.schedule.name if config.schedule.rho is None else run_sigmas(sd, config)
@@ -61,7 +72,8 @@ def sample_latents(
     with sd.arithmetic():
         latents = sample(
             model, noise, sampler=config.sampler.name, schedule=schedule, steps=config.steps, conds=conds, seeds=seeds,
-            options=config.sampler.options, control=control, attend=attend,
+            options=config.sampler.options, control=control, attend=attend, callback=callback,
+            start=None if init is None else init.start(sd, seeds),
         )  # fmt: skip
     finite = latents.isfinite().flatten(1).all(1).tolist()  # (rows, channels, h, w) -> (rows)
     if failed := [seed for seed, row_is_finite in zip(seeds, finite, strict=True) if not row_is_finite]:
@@ -93,6 +105,7 @@ def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def run_sigmas(sd: "StableDiffusion", config: RunConfig) -> Float[Tensor, "sigmas"]:
-    """The sigmas of a run's schedule, with its rho; the last is 0."""
-    return sigmas(sd.denoiser, config.schedule.name, config.steps, config.schedule.rho)
+def run_sigmas(sd: "StableDiffusion", config: RunConfig, init: InitConfig | None = None) -> Float[Tensor, "sigmas"]:
+    """The sigmas of a run's schedule, with its rho; the last is 0. init: where it has an image, those that are left."""
+    values = sigmas(sd.denoiser, config.schedule.name, config.steps, config.schedule.rho)
+    return values if init is None or init.image is None else last_steps(values, strength(init))

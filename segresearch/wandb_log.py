@@ -20,22 +20,25 @@ from segresearch.runs import digest, plain
 
 LIMITS = {"offline": 60.0, "online": 600.0}  # seconds for a call
 PER_RUN = 5.0  # and for every W&B run more
+TAG = 64  # letters, the limit of W&B
 GUIDANCE = "guidance_rms"  # of a method: the size of its guidance, by evaluation of the model
 GALLERY, TABLE, SIDE_BY_SIDE = "images", "table", "side by side"
 
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Where a finished run is logged: "off", "offline" (in a folder, no account needed) or "online"."""
+    """Where a finished run is logged: "off", "offline" (in <out>/wandb, no account needed) or "online". tags: beside
+    the experiment, the model and the kind."""
 
     mode: Literal["off", "offline", "online"] = "off"
     project: str = "segresearch"
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class WandbRun:
     """One W&B run. series: values by step, from 1. tables: lists of rows, whose cells may be paths of images. images:
-    (path, caption) of each; several of one key are shown as a gallery."""
+    (path, caption) of each; several of one key are shown as a gallery. tags: beside the config's, group and kind."""
 
     name: str
     group: str
@@ -45,6 +48,7 @@ class WandbRun:
     series: Mapping[str, Sequence[float]] = field(default_factory=dict)
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     images: Mapping[str, Sequence[tuple[Path, str]]] = field(default_factory=dict)
+    tags: Sequence[str] = ()
 
 
 def log(
@@ -113,6 +117,7 @@ def _write(config: WandbConfig, folder: Path, content: Sequence[tuple[str, Wandb
         )  # fmt: skip
         logged = wandb.init(
             project=config.project, name=run.name, group=run.group, job_type=run.kind, id=run_id, dir=folder,
+            tags=[tag[:TAG] for tag in dict.fromkeys((run.group, run.kind, *run.tags, *config.tags)) if tag],
             mode=cast(Any, config.mode), config=plain(run.settings), settings=quiet, reinit="finish_previous",
         )  # fmt: skip
         for name in ("evaluation", *run.series):

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map
 
 from segresearch.models.conditioning import Cond
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.preconditioning import Preconditioning
 from segresearch.models.unet import UNet, UNetConfig
 
 aten = torch.ops.aten
@@ -283,7 +284,7 @@ LEVELS = dataclasses.replace(  # with a downsampling and an upsampling
 
 @lru_cache
 def real_denoiser(
-    dtype: torch.dtype = torch.float32, prediction: str = "epsilon", config: UNetConfig = CONFIG
+    dtype: torch.dtype = torch.float32, prediction: str | Preconditioning = "epsilon", config: UNetConfig = CONFIG
 ) -> Denoiser:
     """A tiny random network on the CPU, its attention far from uniform."""
     with on_the_cpu(), torch.random.fork_rng(devices=[]):
@@ -297,7 +298,7 @@ def real_denoiser(
 
 @lru_cache
 def fake_denoiser(
-    dtype: torch.dtype = torch.float32, prediction: str = "epsilon", config: UNetConfig = CONFIG
+    dtype: torch.dtype = torch.float32, prediction: str | Preconditioning = "epsilon", config: UNetConfig = CONFIG
 ) -> Denoiser:
     """The same network on the device, its schedule too."""
     return Denoiser(moved(real_denoiser(dtype, prediction, config).unet), alphas_cumprod({}).to("cuda"), prediction)

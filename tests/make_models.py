@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segresearch.checkpoints import single_file
+from segresearch.checkpoints import key_maps
 from segresearch.checkpoints.tensors import Source
 from segresearch.models.network_configs import UNetConfig
 
@@ -44,7 +44,7 @@ def write_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> CLIPTokenizer:
     return tokenizer
 
 
-def _randomize(module: nn.Module) -> None:
+def randomize(module: nn.Module) -> None:
     """Norms and biases away from 1 and 0, so that a swapped one shows."""
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -94,7 +94,7 @@ def make_pipeline(folder: Path, seed: int = 0, **scheduler) -> StableDiffusionXL
             CLIPTextConfig(**text, hidden_size=128, num_attention_heads=2, hidden_act="gelu", projection_dim=40)
         )
         for module in (unet, vae, first, second):
-            _randomize(module)
+            randomize(module)
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     return StableDiffusionXLPipeline(
         vae=vae.eval(),
@@ -118,10 +118,10 @@ def original_layout(pipeline: StableDiffusionXLPipeline) -> dict[str, Tensor]:
     """The pipeline's weights under the names and in the forms of the original SDXL file."""
     unet, vae = pipeline.unet, pipeline.vae
     maps = (
-        (unet, single_file.unet_map(UNetConfig.from_dict(unet.config))),
-        (vae, single_file.vae_map(len(vae.config.block_out_channels))),
-        (pipeline.text_encoder, single_file.clip_map),
-        (pipeline.text_encoder_2, single_file.open_clip_map),
+        (unet, key_maps.unet_map(UNetConfig.from_dict(unet.config))),
+        (vae, key_maps.vae_map(len(vae.config.block_out_channels))),
+        (pipeline.text_encoder, key_maps.clip_map),
+        (pipeline.text_encoder_2, key_maps.open_clip_map),
     )
     out: dict[str, Tensor] = {}
     for module, source_of in maps:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 
 from segresearch import cli
 from segresearch.analysis import measurements
-from segresearch.analysis.analyze import analyze
+from segresearch.analysis.analyze import analyze, shares
 from segresearch.analysis.measurements import measure, short
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.config import AnalyzeConfig, conf_dir, settings, typed
@@ -259,3 +260,9 @@ def test_entries_of_one_shape_are_measured_together_to_the_same_numbers(monkeypa
         assert a.count == sum(b.count for b in parts)
         assert a.medians == pytest.approx([median for b in parts for median in b.medians], rel=1e-6, abs=1e-5)
         assert a.smallest == pytest.approx(min(b.smallest for b in parts), rel=1e-6, abs=1e-5)
+
+
+def test_the_verdict_on_keys_does_not_replace_that_on_queries():
+    both = [SimpleNamespace(claim="mean_kept", axis=axis, boundary="exact", blur_sigma=math.inf, share=share)
+            for axis, share in (("queries", 0.949), ("keys", 0.917))]  # fmt: skip
+    assert shares(both) == {"mean_kept/queries/exact/sigma_inf": 0.949, "mean_kept/keys/exact/sigma_inf": 0.917}

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import io
 import math
 from pathlib import Path
@@ -240,7 +241,7 @@ def test_a_run_has_its_diagnostics_as_a_part_of_the_page(base, whole, model, mon
     assert len(rows) == len(whole.result.diagnostics) and {row["method"] for row in rows} == {"", "SEG", "PAG"}
     quantities = {row["quantity"] for row in rows}
     assert quantities >= {*diagnostics.ATTENTION, *diagnostics.DIRECTION, *diagnostics.ALIGNMENT, "change"}
-    page = (whole.folder / "index.html").read_text()
+    page = html.unescape((whole.folder / "index.html").read_text())
     assert "What the branches change" in page and all(question.title in page for question in branches.QUESTIONS)
     drawn_figures = {path.stem for path in (whole.folder / "figures").iterdir()}
     assert drawn_figures == {"quality", "branch_alone", *(f"branch_{q.key}" for q in branches.QUESTIONS)}
@@ -316,5 +317,5 @@ def test_the_experiment_has_every_method_alone(model_name):
     alone = {name: diagnostics.difference_alone(method) for name, method in named.items()}
     assert len(named) == 22 and [name for name, one in alone.items() if one is None] == ["vanilla"]
     for name, method in named.items():
-        scales = [term.scale for term in method.terms.values()] + [method.sag.scale] * (method.sag is not None)
-        assert scales == [-1] * (name != "vanilla")
+        acting = [*method.terms.values(), *filter(None, [method.sag])]
+        assert [term.scale for term in acting] == [-1] * (name != "vanilla")

@@ -37,7 +37,7 @@ def test_pointers_among_the_configs(copied_folder, name):
         ("scheduler", "scheduler_config.json", {"steps_offset": None}),
         ("scheduler", "scheduler_config.json", {"beta_start": "x"}),
         ("scheduler", "scheduler_config.json", {"num_train_timesteps": 0}),
-        ("scheduler", "scheduler_config.json", {"prediction_type": "sample"}),
+        ("scheduler", "scheduler_config.json", {"prediction_type": "flow"}),
     ],
 )
 def test_values_that_no_model_has(copied_folder, part, name, values):

@@ -1,5 +1,8 @@
 """Control images: any mode, size or orientation is normalised or refused in one line; edges; depth; scenes."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from segresearch.config import ControlConfig
 from segresearch.config.expand import HELD_OUT
 from segresearch.control_images.prepare import canny, control_image, depth, located_depth, scene_maps, to_tensor
 from segresearch.control_images.read import fit, open_image, open_map
+from segresearch.errors import InputError
 from segresearch.scenes.scenes import depth_image, edge_image, scenes
 
 
@@ -318,3 +322,14 @@ def test_control_images_of_files(tmp_path, estimator):
     Image.fromarray(ramp(np.uint16)).save(tmp_path / "deep.png")
     deep = control_image(control(), str(tmp_path / "deep.png"), (16, 24))
     assert len(deep[0, 0].unique()) == 16 * 24  # more than 8 bits of it arrive
+
+
+def test_a_depth_model_runs_no_code_of_its_folder(estimator, tmp_path):
+    folder = shutil.copytree(estimator, tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForDepthEstimation": "own.Own"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')\nclass OwnConfig: pass\nclass Own: pass\n")
+    with pytest.raises(InputError) as error:
+        depth(Image.new("RGB", (32, 32)), folder)
+    assert "\n" not in str(error.value) and not (tmp_path / "PWNED").exists()

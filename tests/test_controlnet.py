@@ -100,7 +100,7 @@ def test_full_size_matches_sdxl():
 
 
 REFUSED = [
-    ({"addition_embed_type": None}, "addition_embed_type=None"),
+    ({"addition_embed_type": "image"}, "addition_embed_type='image'"),
     ({"_class_name": "ControlNetUnionModel"}, "_class_name='ControlNetUnionModel'"),
     ({"num_control_type": 6}, "num_control_type=6"),
     ({"global_pool_conditions": True}, "global_pool_conditions=True"),

@@ -7,6 +7,7 @@ from diffusers import EulerDiscreteScheduler
 from segresearch.models.attention import Fork, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.preconditioning import Preconditioning
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.sampling import k_diffusion
 
@@ -112,9 +113,8 @@ def test_sigma_to_t_is_k_diffusions_interpolation(unet):
 @pytest.mark.parametrize(
     "match, config",
     [
-        ("beta_schedule='squaredcos_cap_v2'", {"beta_schedule": "squaredcos_cap_v2"}),
+        ("beta_schedule='sigmoid'", {"beta_schedule": "sigmoid"}),
         ("beta_start=0.1, beta_end=0.01", {"beta_start": 0.1, "beta_end": 0.01}),
-        ("trained_betas", {"trained_betas": [0.1]}),
         ("rescale_betas_zero_snr=true makes the largest sigma infinite", {"rescale_betas_zero_snr": True}),
     ],
 )
@@ -124,8 +124,10 @@ def test_schedules_that_are_not_supported(match, config):
 
 
 def test_denoisers_that_are_not_supported(unet):
+    with pytest.raises(ValueError, match="'flow' is not supported"):
+        Denoiser(unet, schedule(), "flow")
     with pytest.raises(ValueError, match="'sample' is not supported"):
-        Denoiser(unet, schedule(), "sample")
+        Denoiser(unet, schedule(), Preconditioning("sample", sigma_data=0.5))
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         Denoiser(unet, torch.tensor([0.9, 0.0]))
 

@@ -109,7 +109,7 @@ def jobs(arguments: list[str]) -> Iterator[list[str]]:
     flags = {a for a in arguments if a.startswith("-")}
     assert flags <= {"-m", "--multirun", "--help"}
     parsed = OverridesParser.create().parse_overrides([a for a in arguments if a not in flags])
-    kept = [o for o in parsed if not o.key_or_group.startswith("hydra")]  # a launcher is an extra
+    kept = [o for o in parsed if not o.key_or_group.startswith("hydra")]
     values = [list(map(str, o.sweep_string_iterator())) if o.is_sweep_override() else None for o in kept]
     assert flags & {"-m", "--multirun"} or all(v is None for v in values)
     first = [o.input_line if v is None else f"{o.key_or_group}={v[0]}" for o, v in zip(kept, values, strict=True)]

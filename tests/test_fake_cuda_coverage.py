@@ -15,16 +15,19 @@ from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance
 from segresearch.guidance.blur import BOUNDARIES, blur, gaussian_taps
 from segresearch.guidance.frequencies import high_pass, smooth
 from segresearch.guidance.sag import TAPS
+from segresearch.models import to_diffusers
 
 ROOT = Path(segresearch.__file__).parent
 PACKAGES = ("checkpoints", "models", "guidance", "sampling", "analysis", "metrics")
 
 # module -> the tests/test_fake_cuda_<name>.py that runs it on the device
 COVERED = {
+    "models.controlnet_union": "bridge", "models.ip_adapter": "bridge", "checkpoints.ip_adapter_file": "bridge",
+    "checkpoints.in_memory": "bridge", "guidance.diffusers_unet": "bridge",
     "checkpoints.folder": "pictures", "checkpoints.load": "pictures", "checkpoints.tensors": "pictures",
     "models.attention": "guidance", "models.layers": "guidance", "models.stable_diffusion": "pictures",
     "models.conditioning": "models", "models.controlnet": "models",
-    "models.denoiser": "models",
+    "models.denoiser": "models", "models.preconditioning": "models",
     "models.calls": "models", "models.tiles": "models", "models.text": "models",
     "models.unet": "guidance", "models.vae": "models",
     "guidance.blur": "guidance", "guidance.controlnet_residuals": "models",
@@ -32,7 +35,8 @@ COVERED = {
     "guidance.perturbations": "guidance", "guidance.postprocess": "guidance",
     "guidance.sag": "guidance", "guidance.step": "combination", "guidance.frequencies": "combination",
     "sampling.loop": "sampling", "sampling.noise": "sampling",
-    "sampling.schedules": "sampling", "sampling.intervals": "sampling",
+    "sampling.schedules": "sampling", "sampling.start": "sampling", "sampling.intervals": "sampling",
+    "sampling.consistency": "sampling",
     "sampling.draws": "guidance", "sampling.memory": "guidance",
     "analysis.blur_operator": "analysis", "analysis.claims": "analysis",
     "analysis.energy": "analysis", "analysis.logit_statistics": "analysis", "analysis.measurements": "analysis",
@@ -58,14 +62,18 @@ ALLOWED = {
     "guidance.blur:fold_taps": "as gaussian_taps",
     "guidance.blur:_matrix": "fp64 on the CPU, sent once a shape",
     "guidance.methods.icg_text:RandomTokens.tokens": "token ids for text encoders, which send them",
+    "models.ip_adapter:Resampler.__init__": "a parameter, as of any new module; `fill` makes it on the device",
+    "models.controlnet_union:ControlNetUnion.__init__": "a parameter, as of any new module",
     "models.controlnet:ControlNet.forward": "weights of guess mode, as numbers",
-    "models.denoiser:alphas_cumprod": "numbers of a config in fp64; `load_model` sends them",
+    "models.denoiser:alphas_cumprod": "numbers of a config in fp64; `scheduled` sends them",
+    "models.denoiser:scheduled": "the two numbers of an EDM config in fp64, sent to the device",
     "sampling.loop:sample": "levels as given, sent with the noise",
     "sampling.noise:initial_noise": GENERATED,
     "sampling.noise:white_noise.draw": GENERATED,
-    "sampling.noise:brownian_noise": GENERATED,
+    "sampling.noise:brownian_noise": GENERATED, "sampling.noise:tree_end": "a number, rounded",
     "sampling.noise:brownian_noise.draw": "two numbers that have been read",
     "sampling.schedules:positive_sigmas": "fp64 on the CPU, sent as a whole",
+    "sampling.schedules:timesteps": "as positive_sigmas", "sampling.schedules:curved": "as positive_sigmas",
     "sampling.intervals:step_interval": "levels as numbers",
     "analysis.blur_operator:log_spectrum": "small fp64 vectors of a grid, whose sums are numbers of the host",
     "analysis.logit_statistics:end_weights": "of a grid alone; sent by whoever has a device",
@@ -148,6 +156,10 @@ def everything() -> None:
     terms = {"cfg": cfg(3.0, interval=(2.0, 9.0)), "seg": perturbed("seg", [SEG(1.0, heads=[1]), PAG(heads=[0])], 2.0)}
     model = GuidedDenoiser(fake_denoiser(), terms, rescale=0.7)
     SelfAttentionGuidance(model, lambda s: s / 4, base="cond")(x, sigma, conds)
+    rows, added = x.repeat(2, 1, 1, 1), {"text_embeds": "pooled", "time_ids": "time_ids"}
+    both = {key: torch.cat([getattr(c, key) for c in conds.values()]) for key in ("context", *added.values())}
+    added = {key: both[name] for key, name in added.items()}
+    to_diffusers(model)(rows, 500, both["context"], added_cond_kwargs=added)
     with pytest.MonkeyPatch.context() as patch:  # compiled code makes every matrix where it is used, at each call
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         z = torch.ones(1, 1, 48, 2, device="cuda")

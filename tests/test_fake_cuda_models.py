@@ -1,7 +1,7 @@
 """The networks on a GPU that is not there: denoiser, ControlNets, VAE, texts, conditionings."""
 
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache
 
 import pytest
@@ -23,12 +23,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.guidance.controlnet_residuals import residuals
+from segresearch.guidance.methods.swg import SWG
 from segresearch.models import StableDiffusion
 from segresearch.models.calls import on_device
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, controlled
-from segresearch.models.denoiser import Denoiser, alphas_cumprod
+from segresearch.models.denoiser import Denoiser, alphas_cumprod, scheduled
 from segresearch.models.network_configs import EncoderConfig
+from segresearch.models.preconditioning import Preconditioning
 from segresearch.models.text import TextEncoders, load_tokenizer
 from segresearch.models.vae import VAE, VAEConfig
 
@@ -88,6 +90,32 @@ def test_schedules_of_training_are_made_on_the_cpu(gpu):
     assert Denoiser(fake_denoiser().unet, alphas_cumprod(snr).to("cuda"), "v_prediction").sigmas.device.type == "cuda"
 
 
+@pytest.mark.parametrize(
+    "scalings",
+    [Preconditioning("epsilon", 0.5), Preconditioning("v_prediction", 1.0), Preconditioning("sample"),
+     Preconditioning("epsilon", timestep_scaling=10.0)],
+    ids=["edm", "edm-v", "x0", "lcm"],
+)  # fmt: skip
+def test_preconditionings(gpu, scalings):
+    with on_the_cpu():
+        real, (x, sigma, conds) = real_denoiser(prediction=scalings), real_inputs()
+        s, t = sigma[:, None, None, None], real.sigma_to_t(sigma)[:, None, None, None]
+        expected = [real(x, sigma, conds["cond"]), real.loss(x, x, sigma, cond=conds["cond"])]
+        expected += [scalings.output(expected[0], x, s, t), scalings.unscaled(x, s)]
+    fake, (x, sigma, conds) = fake_denoiser(prediction=scalings), sent((x, sigma, conds))
+    s, t = sigma[:, None, None, None], fake.sigma_to_t(sigma)[:, None, None, None]
+    gpu.reads.clear()
+    found = [fake(x, sigma, conds["cond"]), fake.loss(x, x, sigma, cond=conds["cond"])]
+    check_same([*found, scalings.output(found[0], x, s, t), scalings.unscaled(x, s)], expected, rtol=1e-3, atol=1e-3)
+    assert not gpu.reads
+
+
+def test_the_tables_of_a_schedulers_config_are_sent(gpu):
+    for config in ({}, {"_class_name": "EDMEulerScheduler"}, {"_class_name": "LCMScheduler"}):
+        model = scheduled(fake_denoiser().unet, config, device="cuda")
+        assert model.sigmas.device.type == model.log_sigmas.device.type == model.alphas.device.type == "cuda"
+
+
 def test_conditionings(gpu):
     real = real_inputs()[2]
     cond, other = sent(real).values()
@@ -101,6 +129,25 @@ def test_conditionings(gpu):
     with on_the_cpu():
         expected = Cond.cat([*real.values()])
     check_same([both.context, both.pooled, both.time_ids], [expected.context, expected.pooled, expected.time_ids])
+
+
+@pytest.mark.parametrize("width", [None, 10])
+def test_further_channels_and_an_embedded_guidance_weight(gpu, width):
+    config = replace(CONFIG, in_channels=9, time_cond_proj_dim=width)
+    x, sigma, conds = real_inputs()
+    with on_the_cpu():
+        weight = None if width is None else torch.tensor([7.5, 8.0])
+        image = torch.randn(2, 5, 6, 8, generator=torch.Generator().manual_seed(2))
+        conds = {n: replace(c, image=image, guidance=weight) for n, c in conds.items()}
+    results = []
+    for model in (fake_denoiser(config=config), real_denoiser(config=config)):
+        guided = GuidedDenoiser(model, {"cfg": cfg(3.0), "swg": perturbed("swg", SWG(), 1.0)})
+        if not results:
+            results.append(guided(*sent((x, sigma, conds))))
+        else:
+            with on_the_cpu():
+                results.append(guided(x, sigma, conds))
+    check_same(*results)
 
 
 # --- ControlNets ----------------------------------------------------------------------------------

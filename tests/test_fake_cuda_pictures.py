@@ -8,13 +8,14 @@ from fake_cuda import (
 )
 from safetensors import safe_open
 
-from segresearch.checkpoints.folder import open_controlnets
+from segresearch.checkpoints.controlnets import open_controlnets
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.checkpoints.tensors import fill
 from segresearch.config.build import configured_model
 from segresearch.config.schema import ModelConfig
 from segresearch.guidance import SelfAttentionGuidance
 from segresearch.models import load_model
+from segresearch.models.network_configs import UNetConfig
 from segresearch.sampling import initial_noise, sample
 
 
@@ -59,7 +60,7 @@ def test_a_picture_of_mini(gpu, monkeypatch):
 
 
 def test_weights_are_sent_to_the_device_in_its_dtype(gpu):
-    net, weights = open_controlnets("canny", resolve_model("mini"), None)["canny"]
+    net, weights = open_controlnets("canny", resolve_model("mini"), None, UNetConfig())["canny"]
     fill(net, weights, torch.bfloat16, "cuda")
     assert {(z.device.type, z.dtype) for z in net.parameters()} == {("cuda", torch.bfloat16)}
     assert float(net.conv_in.weight.to("cpu", torch.float32).abs().mean()) > 0

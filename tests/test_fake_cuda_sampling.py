@@ -13,7 +13,7 @@ from fake_cuda import (
 )
 
 from segresearch.guidance import GuidedDenoiser, cfg
-from segresearch.sampling import SAMPLERS, initial_noise, sample, sigmas, step_interval
+from segresearch.sampling import SAMPLERS, ImageStart, initial_noise, sample, sigmas, step_interval
 from segresearch.sampling.loop import ANCESTRAL, SDE, global_generator
 from segresearch.sampling.noise import brownian_noise, noise_keys, white_noise
 from segresearch.sampling.schedules import SCHEDULES
@@ -76,6 +76,19 @@ def test_every_sampler(gpu, sampler):
     check_same(found, expected)
     assert model.seen == {"cuda"} and set(seen) == {"cuda"}
     assert {*ANCESTRAL, *SDE} <= set(SAMPLERS)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "dpm_adaptive"])
+@pytest.mark.parametrize("there", [False, True], ids=["latents of the CPU", "latents there"])
+def test_from_an_image(gpu, sampler, there):
+    with on_the_cpu():
+        noise, latents = initial_noise([1, 2], (4, 2, 3)), initial_noise([3, 4], (4, 2, 3))
+        mask = (torch.arange(6).view(1, 1, 2, 3) % 2).float()
+        model, gain = Shrink(real_denoiser()), torch.full((2, 1, 1, 1), 0.5)
+        expected = sample(model, noise, sampler, "karras", 4, gain=gain, start=ImageStart(latents, 0.8, mask))
+    latents, mask = (latents.to("cuda"), mask.to("cuda")) if there else (latents, mask)
+    start, model = ImageStart(latents, 0.8, mask), Shrink(fake_denoiser())
+    check_same(sample(model, noise, sampler, "karras", 4, gain=gain.to("cuda"), start=start), expected)
 
 
 def test_churn_draws_from_the_generator_of_the_device(gpu):

@@ -1,14 +1,20 @@
 """The training scripts of the embedded model: tokenizer, schedules, keyed batches, interrupted training, losses."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from experiments.mini.common import Average, Plan, batch_indices, generator, learning_rate, replace_file, train
-from experiments.mini.render import SHARD, open_images, shard_path, take
+from experiments.mini.common import TIMED, Average, Plan, batch_indices, generator, learning_rate, replace_file, train
+from experiments.mini.render import SHARD, control_maps, open_images, shard_path, take
 from experiments.mini.tokenizer import END, LENGTH, learn_merges, load_tokenizer, second, tokenize, write_tokenizer
 from experiments.mini.train_clip import BEGIN_ID, END_ID, TwoCLIPs, trim
 from experiments.mini.train_controlnet import CONFIG as CONTROLNET_CONFIG
@@ -16,12 +22,16 @@ from experiments.mini.train_controlnet import Trained, initial, maps
 from experiments.mini.train_unet import CONFIG, alphas_cumprod, attention, conditioning, diffusion_loss
 from experiments.mini.train_vae import CONFIG as VAE_CONFIG
 from experiments.mini.train_vae import reconstruction_loss
+from segresearch.control_images.prepare import canny
+from segresearch.models import load_model
 from segresearch.models.attention import Site, sdpa
 from segresearch.models.conditioning import Cond
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.models.vae import VAE, VAEConfig
 from segresearch.scenes.captions import VOCABULARY
 from segresearch.scenes.scenes import captions, depth_image, edge_image, scenes
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +259,76 @@ def test_a_controlnet_starts_silent_trains_alone_and_resumes_to_the_same_weights
     assert all(torch.equal(before[k], v) for k, v in unet.state_dict().items())
 
 
-def test_control_images_of_scenes():
-    index = torch.tensor([0, 1, 2])
-    seen = maps("canny", index, torch.tensor([True, False, True]))
-    assert seen.shape == (3, 3, 64, 64) and set(seen.unique().tolist()) == {0.0, 1.0}
-    assert torch.equal(seen[:1], edge_image(scenes([0]).edges))
-    assert not torch.equal(seen[1:2], edge_image(scenes([1]).edges))
-    assert torch.equal(maps("depth", index, torch.ones(3)), depth_image(scenes([0, 1, 2]).depth))
+def test_control_images_of_scenes(tmp_path):
+    batch = scenes([0, 1, 2])
+    np.save(shard_path(tmp_path, 0), control_maps(batch))
+    shards, index = open_images(tmp_path, 3), torch.tensor([2, 1, 0])
+    some = maps("canny", shards, index, torch.tensor([True, False, True]))
+    assert some.shape == (3, 3, 64, 64) and set(some.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(some[:1], edge_image(batch.edges[2:]))
+    assert torch.equal(some[1], canny(Image.fromarray(batch.images[1].permute(1, 2, 0).numpy()))[0])
+    depth = maps("depth", shards, index, torch.zeros(3, dtype=torch.bool))
+    torch.testing.assert_close(depth, depth_image(batch.depth).flip(0), atol=0.5 / 255 + 1e-6, rtol=0)
+
+
+def test_a_training_with_a_time_keeps_to_the_steps_that_it_measured(tmp_path):
+    def trained(folder, stop=None):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+
+        def loss_of(step):
+            x = torch.randn(8, 4, generator=generator(0, step))
+            return (model(x) - x[:, :2]).square().mean(), {}
+
+        plan = Plan(steps=0, peak=0.1, warmup=5, save_every=1, stop=stop, seconds=1e-9)  # as few steps as there can be
+        return train(folder, model, loss_of, plan, {})
+
+    whole = trained(tmp_path / "whole")
+    steps = json.loads((tmp_path / "whole" / "steps.json").read_text())["steps"]
+    assert steps == TIMED.stop + 1
+    trained(tmp_path / "parts", stop=TIMED.stop - 1)  # before the number is there
+    assert not (tmp_path / "parts" / "steps.json").exists()
+    (tmp_path / "parts" / "steps.json").write_text(json.dumps({"steps": steps}))
+    resumed = trained(tmp_path / "parts")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+SHORT = ("--images", "32", "--steps", "2", "--batch", "8", "--cores", "2")
+
+
+def short_form(runs, stopped_at=None):
+    """The command in its short form; stopped_at: sent SIGTERM as this part starts."""
+    command = [sys.executable, "-m", "experiments.mini.train", *SHORT, "--runs", str(runs)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if stopped_at is not None and line.split()[-1] == stopped_at:
+                process.send_signal(signal.SIGTERM)
+    return process.returncode, "".join(lines)
+
+
+def test_the_whole_training_in_its_short_form_and_stopped_on_the_way(tmp_path):
+    code, text = short_form(tmp_path / "whole")
+    assert code == 0, text
+    sd = load_model(tmp_path / "whole" / "exported", controlnet=["canny", "depth"])
+    assert sd.encode(["a red cube"])["cond"].context.shape == (1, LENGTH, 160)
+    files = sorted(path for path in (tmp_path / "whole" / "exported").rglob("*") if path.is_file())
+    assert max(path.stat().st_size for path in files) < 17e6
+    for name in ("scenes", "tokens", "tokenizers", "vae", "clip", "latents", "parts"):
+        shutil.copytree(tmp_path / "whole" / name, tmp_path / "parts" / name)
+    for name in ("unet", "unet_weak", "canny", "depth", "attributes", "export"):
+        (tmp_path / "parts" / "parts" / f"{name}.json").unlink()
+    code, text = short_form(tmp_path / "parts", stopped_at="unet_weak")
+    assert code == 1 and "resumes" in text
+    code, text = short_form(tmp_path / "parts")
+    assert code == 0 and not {"vae", "unet"} & set(text.split()), text
+    for path in files:
+        other = tmp_path / "parts" / "exported" / path.relative_to(tmp_path / "whole" / "exported")
+        assert other.read_bytes() == path.read_bytes(), other
+
+
+def test_a_part_that_fails_is_named_with_its_log(tmp_path):
+    (tmp_path / "tokenizers").write_text("a file where a folder must be")
+    code, text = short_form(tmp_path)
+    assert code == 1 and "tokenizer failed" in text and "tokenizer.log" in text

@@ -39,7 +39,7 @@ def test_constraints_pin_every_dependency_once_on_every_python():
     pins = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"==[0-9][0-9a-z.]*", str(pin.specifier)) and not (pin.url or pin.extras) for pin in pins)
     assert {str(pin.specifier) for pin in pins if pin.name == "k-diffusion"} == {f"=={VERSION}"}
-    wanted = declared("test", "metrics", "notebooks", "cluster", "dashboards", "dev") - {"segresearch"}
+    wanted = declared("test", "metrics", "notebooks", "dashboards", "dev") - {"segresearch"}
     for minor in range(11, 15):
         for patch in (0, 9):
             python = {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.{patch}"}

@@ -8,8 +8,6 @@ import re
 
 import pytest
 from helpers import one_figure, script
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from segresearch import cli, sample_images
 from segresearch.config import conf_dir
@@ -180,26 +178,3 @@ def test_no_config_names_a_target_outside_the_project():
 def test_settings_of_unknown_origin_name_no_function_of_others(target):
     with pytest.raises(ConfigError, match="not a part of segresearch or a file of your own"):
         refuse_foreign(target, "a record")
-
-
-def test_a_launcher_of_hydra_can_be_chosen_by_name(tmp_path):
-    """What a Slurm launcher brings is a config group hydra/launcher; here it composes from one of the same form."""
-    (tmp_path / "hydra" / "launcher").mkdir(parents=True)
-    given = {"_target_": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher", "partition": None,
-             "gpus_per_node": 1, "timeout_min": 60}  # fmt: skip
-    OmegaConf.save(OmegaConf.create(given), tmp_path / "hydra" / "launcher" / "submitit_slurm.yaml")
-    search = f"hydra.searchpath=[file://{tmp_path}]"
-    chosen = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=8"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        found = compose("evaluate", overrides=[search, *chosen, "experiment=table1"], return_hydra_config=True)
-    assert (found.hydra.launcher.partition, found.hydra.launcher.gpus_per_node) == ("gpu", 8)
-    assert found.name == "table1"
-
-
-def test_a_job_in_a_process_of_a_launcher_carries_its_error_back(call, monkeypatch):
-    """What a launcher runs in another process is its own to report: raised there, not noted."""
-    main, seen = failing({1: ConfigError("in the job")})
-    numbers = iter(range(1, 10_000))
-    monkeypatch.setattr(cli.os, "getpid", lambda: next(numbers))
-    code, said = call(main, "-m", "steps=1,2")
-    assert code == 2 and seen == [1, 2] and said.err.endswith("error: in the job\n")

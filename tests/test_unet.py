@@ -114,11 +114,18 @@ def test_full_size_matches_sdxl():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"addition_embed_type": None}, "addition_embed_type=None"),
-        ({"mid_block_type": "UNetMidBlock2D"}, "UNetMidBlock2D"),
+        ({"addition_embed_type": "image"}, "addition_embed_type='image'"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "SimpleCrossAttn"),
         ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
         ({"block_out_channels": [30, 64]}, "30"),
         ({"transformer_layers_per_block": [1, 2, 3]}, r"\[1, 2, 3\]"),
+        ({"transformer_layers_per_block": [1, [2]]}, "reverse_transformer_layers_per_block is missing"),
+        ({"reverse_transformer_layers_per_block": [[1], 1]}, r"has \[1\] for a block of 2 layers"),
+        ({"down_block_types": None}, "down_block_types=None must be a list"),
+        ({"addition_time_embed_dim": None}, "addition_time_embed_dim is missing"),
+        ({"class_embed_type": "projection"}, "class_embed_type='projection'"),
+        ({"encoder_hid_dim_type": "ip_image_proj"}, "ip_image_proj"),
+        ({"time_cond_proj_dim": 0}, "time_cond_proj_dim=0"),
         ({"projection_class_embeddings_input_dim": 48}, "48"),
     ],
 )

@@ -39,9 +39,12 @@ def test_an_evaluation_is_a_group_with_a_run_a_method_and_is_logged_once(config,
     done = evaluate(config, model, Worker())
     found = read(tmp_path / "runs")
     whole = f"study {done.folder.name}"
-    assert set(found) == {"vanilla", "SEG", whole} and {r.run_group for r, *_ in found.values()} == {"study"}
-    assert [found[name][0].job_type for name in ("SEG", whole)] == ["method", "evaluation"]
-    _, values, settings, ended = found["SEG"]
+    seg = f"SEG {done.folder.name}"
+    assert set(found) == {f"vanilla {done.folder.name}", seg, whole}
+    assert {r.run_group for r, *_ in found.values()} == {"study"}
+    assert [found[name][0].job_type for name in (seg, whole)] == ["method", "evaluation"]
+    assert list(found[seg][0].tags) == ["study", "method", "tiny", "SEG"]
+    _, values, settings, ended = found[seg]
     fd = done.result.frame["SEG", "fd-mini"]
     assert ended and (values["fd-mini"], values["fd-mini-error"]) == (fd.value, fd.error)
     assert values["guidance_rms"] == done.result.norms["SEG"][-1]

@@ -172,3 +172,22 @@ def test_an_interrupt_ends_the_log_and_leaves_no_process(runs, tmp_path, monkeyp
     left = [p for p in psutil.Process().children() if p not in before]
     assert not [p for p in left if sys.executable in p.cmdline() and p.is_running()]
     assert "wandb" not in os.listdir(tmp_path)
+
+
+def test_images_of_generate_are_logged_with_their_grid(folder, model, tmp_path):
+    from segresearch.config import GenerateConfig, typed
+    from segresearch.generate import generate
+
+    given = {
+        "model": {"name": "tiny", "path": str(folder)}, "sampler": {"name": "euler"}, "schedule": {"name": "leading"},
+        "name": "shots", "compare": [{}], "guidance": {"label": "CFG", "terms": {"cfg": {"kind": "cfg", "weight": 2}}},
+        "prompts": ["red"], "seeds": "0-1", "steps": 1, "device": "cpu", "out": str(tmp_path / "runs"),
+        "wandb": {"mode": "offline", "tags": ["mine"]},
+    }  # fmt: skip
+    done = generate(typed(GenerateConfig, given), model)
+    ((name, (run, values, settings, ended)),) = read(tmp_path / "runs").items()
+    assert name == f"shots {done.folder.name}" and ended and values["images"] == 4
+    assert settings["run"] == done.folder.name
+    assert list(run.tags) == ["shots", "images", "tiny", "vanilla", "CFG", "mine"]
+    assert values["grid/_type"] == "image-file" and values["cfg/captions"] == ["seed 0: red", "seed 1: red"]
+    assert "wandb" not in settings and not (done.folder / "wandb").exists()

@@ -4,6 +4,8 @@ A training is a function of (seed, step). Batch n and its noise come from genera
 that is interrupted and resumed from its checkpoint ends at the same weights as an uninterrupted one.
 """
 
+import argparse
+import itertools
 import json
 import math
 import os
@@ -90,6 +92,15 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def slowest(rate: float) -> float:
+    """The lowest rate of the worker processes."""
+    if world() == 1:
+        return rate
+    lowest = torch.tensor([rate], dtype=torch.float64)
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    return lowest.item()
+
+
 @torch.no_grad()
 def share_gradients(model: nn.Module, loss: Tensor) -> Tensor:
     """Replace every gradient by its mean over the worker processes, if there are several. Returns the mean loss."""
@@ -104,9 +115,16 @@ def share_gradients(model: nn.Module, loss: Tensor) -> Tensor:
     return flat[-1]
 
 
+TIMED = range(10, 30)  # steps that are timed where a training has a time and no number of steps
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Settings of a training. stop: end the process at this step, while the learning rate is that of `steps`."""
+    """Settings of a training. stop: end the process at this step, while the learning rate is that of `steps`.
+
+    seconds: choose the number of steps that this machine takes in so many seconds, in place of `steps`. It is measured
+    on steps TIMED of the first start, written to <folder>/steps.json, and holds from there on.
+    """
 
     steps: int
     peak: float = 1e-3
@@ -120,12 +138,42 @@ class Plan:
     save_every: int = 500
     log_every: int = 50
     stop: int | None = None
+    seconds: float | None = None
+
+    def rate(self, step: int, steps: int | None) -> float:
+        """The learning rate of a step. steps: of the training, None before they are measured."""
+        if steps is None or step < TIMED.stop:  # so that a training that starts again repeats it
+            return self.peak * min(1.0, (step + 1) / self.warmup)
+        return learning_rate(step, steps, self.peak, self.warmup, self.floor, self.hold)
+
+
+def known_steps(folder: Path, plan: Plan, measured: int | None = None) -> int | None:
+    """The steps of a training: those of the plan, or where it has a time, those in <folder>/steps.json. measured: to be
+    written there, where there are none yet. None where they are not known."""
+    if plan.seconds is None:
+        return plan.steps
+    path = folder / "steps.json"
+    if measured is not None and not path.exists():
+        replace_file(path, json.dumps({"steps": measured, "seconds": plan.seconds}).encode())
+    return json.loads(path.read_text())["steps"] if path.exists() else None
+
+
+def add_arguments(parser: argparse.ArgumentParser, steps: int, batch: int, peak: float) -> None:
+    """The arguments that every training has, with these defaults."""
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--seconds", type=float, help="train for about this long, in place of --steps")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--peak", type=float, default=peak, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--stop", type=int, help="end the process at this step; the same command goes on")
 
 
 def train(
     folder: Path,
     model: nn.Module,
-    loss_of: Callable[[int], tuple[Tensor, Mapping[str, float]]],
+    loss_of: Callable[[int], tuple[Tensor, Mapping[str, float | Tensor]]],
     plan: Plan,
     metadata: Mapping[str, Any],
     at_save: Callable[[int, Mapping[str, Tensor]], None] | None = None,
@@ -160,13 +208,23 @@ def train(
     leader = rank() == 0
     if leader:
         replace_file(log, "".join(f"{line}\n" for line in lines).encode())
-    sums: dict[str, float] = {}
+    sums: dict[str, Any] = {}
     begin, mark, last = time.monotonic(), time.monotonic(), start
-    stop = min(plan.steps, plan.stop if plan.stop is not None else plan.steps)
+    steps = known_steps(folder, plan)
+    stop = min(filter(None, (steps, plan.stop)), default=None)
     model.train()
-    for step in range(start, stop):
+    for step in itertools.count(start):
+        if steps is None and step == TIMED.start:
+            timed = time.monotonic()
+        if steps is None and step == TIMED.stop:
+            assert plan.seconds is not None
+            rate = slowest(len(TIMED) / (time.monotonic() - timed))
+            steps = known_steps(folder, plan, max(TIMED.stop + 1, int(plan.seconds * rate)))
+            stop = min(filter(None, (steps, plan.stop)))
+        if stop is not None and step >= stop:
+            break
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, plan.steps, plan.peak, plan.warmup, plan.floor, plan.hold)
+            group["lr"] = plan.rate(step, steps)
         loss, values = loss_of(step)
         loss.backward()
         loss = share_gradients(model, loss)
@@ -174,14 +232,16 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         average.update(model, step)
-        for key, value in {"loss": loss.item(), "norm": norm.item(), **values}.items():
+        for key, value in {"loss": loss, "norm": norm, **values}.items():  # read below: to read here would wait
             sums[key] = sums.get(key, 0.0) + value
+        if steps is None:
+            loss.item()  # waits, so that the time is that of whole steps
         now, done = time.monotonic(), step + 1
         if not leader:
             continue
         if done % plan.log_every == 0 or done == stop:
             n = done - last
-            line = {"step": done, **{k: round(v / n, 6) for k, v in sums.items()}}
+            line = {"step": done, **{k: round(float(v) / n, 6) for k, v in sums.items()}}
             line |= {"lr": round(optimizer.param_groups[0]["lr"], 8), "seconds": round(earlier + now - begin, 1)}
             line["steps_per_second"] = round(n / (now - mark), 3)
             with open(log, "a") as file:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from experiments.mini.common import Plan, batch_indices, generator, save_state, train
+from experiments.mini.common import Plan, add_arguments, batch_indices, generator, save_state, train
 from experiments.mini.encode import load_shards
 from experiments.mini.render import SHARD, open_images, take
 from experiments.mini.tokenizer import LENGTH, load_tokenizer, second, tokenize
@@ -76,7 +76,7 @@ def trim(tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: TwoCLIPs, tokenizer_folder: Path, count: int = 1024) -> dict[str, Any]:
+def measure(model: TwoCLIPs, tokenizer_folder: Path, count: int) -> dict[str, Any]:
     """Retrieval in groups of 64 held-out scenes: the fraction whose own caption (image) ranks first."""
     held = scenes(range(HELD_OUT, HELD_OUT + count))
     images = held.images.float() / 127.5 - 1
@@ -95,10 +95,10 @@ def measure(model: TwoCLIPs, tokenizer_folder: Path, count: int = 1024) -> dict[
     return result
 
 
-def finish(out: Path, weights: Mapping[str, Tensor], tokenizer_folder: Path) -> dict[str, Any]:
+def finish(out: Path, weights: Mapping[str, Tensor], tokenizer_folder: Path, count: int) -> dict[str, Any]:
     model = TwoCLIPs().eval()
     model.load_state_dict(weights)
-    measured = measure(model, tokenizer_folder)
+    measured = measure(model, tokenizer_folder, count)
     packed = {"weights": dict(weights), "measured": json.dumps(measured)}
     save_state(out / "clip.pt", packed)
     return measured
@@ -117,13 +117,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/mini/clip"))
     parser.add_argument("--weights", type=Path, help="a clip.pt to start from, instead of random weights")
     parser.add_argument("--images", type=int, default=16 * SHARD)
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--peak", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--stop", type=int)
+    add_arguments(parser, steps=1800, batch=128, peak=1.5e-3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer_folder = args.runs / "tokenizers" / "tokenizer"
@@ -139,7 +133,7 @@ def main() -> None:
     model = load_clips(args.weights)[0] if args.weights else TwoCLIPs()
     model.to(args.device)
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         index = batch_indices(args.images, args.batch, step, args.seed)
         variant = torch.randint(len(tokens), (args.batch,), generator=generator(args.seed, 103, step))
         ids = trim(tokens[variant, index].long())
@@ -150,14 +144,22 @@ def main() -> None:
         for which, (image, text) in enumerate(pairs):
             logits = model.log_scale[which].clamp(max=math.log(100.0)).exp() * image @ text.T
             loss = loss + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-            logged[f"accuracy{which + 1}"] = (logits.argmax(1) == target).float().mean().item()
+            logged[f"accuracy{which + 1}"] = (logits.argmax(1) == target).float().mean()
         return loss, logged
 
     plan = Plan(
-        args.steps, peak=args.peak, warmup=100, hold=0.2, decay=0.995, weight_decay=0.02, stop=args.stop, save_every=250
+        args.steps,
+        peak=args.peak,
+        warmup=100,
+        hold=0.2,
+        decay=0.995,
+        weight_decay=0.02,
+        stop=args.stop,
+        seconds=args.seconds,
+        save_every=250,
     )
     weights = train(args.out, model, loss_of, plan, {k: str(v) for k, v in vars(args).items()})
-    print(json.dumps(finish(args.out, weights, tokenizer_folder), indent=1))
+    print(json.dumps(finish(args.out, weights, tokenizer_folder, min(1024, args.images)), indent=1))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     python -m experiments.mini.train_controlnet canny
 
 canny: half of the rows get the exact edges, half the edges that OpenCV's Canny finds in the image (which include the
-squares of the floor). depth: the exact inverse depth. The maps are rendered again for every batch, which takes less
-time than reading them. The weights start as the UNet's where names and shapes agree, the last layers at zero. Text is
-dropped for half of the rows, so that the ControlNet also works without text.
+squares of the floor). depth: the exact inverse depth. The weights start as the UNet's where names and shapes agree, the
+last layers at zero. Text is dropped for half of the rows, so that the ControlNet also works without text.
 
 One deviation from the paper: the embedding of the control image starts with He's scale of weights (arXiv 1502.01852),
 and its last layer not at zero. torch's default scale shrinks the image to a thousandth through the layers, and with it
@@ -21,22 +20,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from experiments.mini.common import Plan, batch_indices, generator, save_state, train
+from experiments.mini.common import Plan, add_arguments, batch_indices, generator, save_state, train
 from experiments.mini.encode import load_shards
-from experiments.mini.render import SHARD
+from experiments.mini.render import MAPS, SHARD, open_images, pick
 from experiments.mini.tokenizer import LENGTH
 from experiments.mini.train_clip import BEGIN_ID, END_ID, load_clips
 from experiments.mini.train_unet import CONFIG as UNET_CONFIG
 from experiments.mini.train_unet import alphas_cumprod, attention, conditioning, faster_backward
-from segresearch.control_images.prepare import canny
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ControlNet, ControlNetConfig
 from segresearch.models.unet import UNet, UNetConfig
-from segresearch.scenes.scenes import depth_image, edge_image, scenes
 
 SHARED_KEYS = (
     "act_fn", "addition_embed_type", "addition_time_embed_dim", "attention_head_dim", "block_out_channels",
@@ -67,16 +64,13 @@ class Trained(nn.Module):
         return self.frozen[0](noised, t, cond, attend=attention, residuals=residuals)
 
 
-def maps(kind: str, index: Tensor, exact: Tensor) -> Tensor:
-    """Control images (rows, 3, 64, 64) of scenes `index`. canny: exact edges where `exact` is true, else Canny's."""
-    batch = scenes(index.tolist())
-    if kind == "depth":
-        return depth_image(batch.depth)
-    edges = edge_image(batch.edges)
-    for row in (~exact).nonzero().flatten().tolist():
-        image = batch.images[row].permute(1, 2, 0)  # (3, h, w) -> (h, w, 3)
-        edges[row] = canny(Image.fromarray(image.numpy()))[0]
-    return edges
+def maps(kind: str, shards: list[np.ndarray], index: Tensor, exact: Tensor) -> Tensor:
+    """Control images (rows, 3, 64, 64) of scenes `index`, in [0, 1]. canny: exact edges where `exact` is true, else
+    Canny's."""
+    of_scene = pick(shards, index)
+    edges = torch.where(exact, MAPS.index("edges"), MAPS.index("canny"))
+    channel = edges if kind == "canny" else torch.full_like(index, MAPS.index("depth"))
+    return of_scene[torch.arange(len(index)), channel][:, None].float().div(255).repeat(1, 3, 1, 1)
 
 
 def initial(unet: UNet, config: Mapping[str, Any]) -> ControlNet:
@@ -98,14 +92,11 @@ def initial(unet: UNet, config: Mapping[str, Any]) -> ControlNet:
 
 
 @torch.no_grad()
-def image_effect(
-    model: Trained, latents: Tensor, index: Tensor, kind: str, cond: Cond, alphas: Tensor
-) -> dict[str, float]:
-    """Mean squared error of eps at t = 200, 500, 800, for rows under their own control image and under another row's.
+def image_effect(model: Trained, latents: Tensor, own: Tensor, cond: Cond, alphas: Tensor) -> dict[str, float]:
+    """Mean squared error of eps at t = 200, 500, 800, for rows under their own control image `own` and under another's.
 
     The gap between the two is the effect of the control image.
     """
-    own = maps(kind, index, torch.ones(len(index), dtype=torch.bool)).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator(0, 203)).to(latents.device)
     result = {}
     for t in (200, 500, 800):
@@ -123,16 +114,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of unet/, clip/, latents/, ...")
     parser.add_argument("--out", type=Path, help="default: <runs>/controlnet_<kind>")
     parser.add_argument("--images", type=int, default=32 * SHARD)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--peak", type=float, default=1e-3)
     parser.add_argument("--drop", type=float, default=0.5, help="fraction of rows without text")
     parser.add_argument("--gamma", type=float, default=5.0, help="loss weights min(SNR, gamma) / SNR")
     parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", type=int)
+    add_arguments(parser, steps=2000, batch=32, peak=1e-3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -148,8 +133,12 @@ def main() -> None:
     averaged = Trained(initial(unet, CONFIG), unet).to(device)
     call = torch.compile(model, dynamic=False) if args.compile else model
     empty, alphas = torch.tensor([BEGIN_ID] + [END_ID] * (LENGTH - 1)), alphas_cumprod().to(device)
-    probe = torch.arange(args.images - 64, args.images)  # few of very many training scenes
-    no_text = conditioning(clips, empty.expand(64, -1).to(device), torch.zeros(64, dtype=torch.bool, device=device))
+    control = open_images(args.runs / "scenes" / "maps", args.images)
+    probe = torch.arange(max(0, args.images - 64), args.images)  # few of very many training scenes
+    own = maps(args.kind, control, probe, torch.ones(len(probe), dtype=torch.bool)).to(device)
+    no_text = conditioning(
+        clips, empty.expand(len(probe), -1).to(device), torch.zeros(len(probe), dtype=torch.bool, device=device)
+    )
 
     def loss_of(step: int) -> tuple[Tensor, Mapping[str, float]]:
         keyed = generator(args.seed, 105, step)
@@ -160,7 +149,7 @@ def main() -> None:
         drop, exact = torch.rand(args.batch, generator=keyed), torch.rand(args.batch, generator=keyed) < 0.5
         ids = tokens[variant, index].long()
         ids[drop < args.drop] = empty
-        clean, image = latents[index].float(), maps(args.kind, index, exact)
+        clean, image = latents[index].float(), maps(args.kind, control, index, exact)
         clean, image, ids, t, noise, drop = (z.to(device) for z in (clean, image, ids, t, noise, drop))
         cond = conditioning(clips, ids, drop < args.drop / 2)
         a = alphas[t]  # (rows,)
@@ -172,13 +161,22 @@ def main() -> None:
 
     def keep(step: int, weights: Mapping[str, Tensor]) -> None:
         averaged.load_state_dict(weights)
-        errors = image_effect(averaged, latents[probe].float().to(device), probe, args.kind, no_text, alphas)
+        errors = image_effect(averaged, latents[probe].float().to(device), own, no_text, alphas)
         with open(out / "seen.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **errors}) + "\n")
         packed = {"step": step, "weights": {k.removeprefix("net."): v for k, v in weights.items()}}
         save_state(out / "controlnet.pt", packed)
 
-    plan = Plan(args.steps, peak=args.peak, warmup=100, hold=0.5, decay=0.995, stop=args.stop, save_every=200)
+    plan = Plan(
+        args.steps,
+        peak=args.peak,
+        warmup=100,
+        hold=0.5,
+        decay=0.995,
+        stop=args.stop,
+        seconds=args.seconds,
+        save_every=200,
+    )
     train(out, model, loss_of, plan, {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}, keep)
 
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from experiments.mini.common import Plan, batch_indices, generator, rank, save_state, train, world
+from experiments.mini.common import Plan, add_arguments, batch_indices, generator, rank, save_state, train, world
 from experiments.mini.encode import load_shards
 from experiments.mini.render import SHARD
 from experiments.mini.tokenizer import LENGTH, second
@@ -170,7 +170,14 @@ def run(args: argparse.Namespace) -> None:
         save_state(args.out / "unet.pt", packed)
 
     plan = Plan(
-        args.steps, peak=args.peak, warmup=200, hold=args.hold, decay=0.9995, stop=args.stop, save_every=args.save_every
+        args.steps,
+        peak=args.peak,
+        warmup=200,
+        hold=args.hold,
+        decay=0.9995,
+        stop=args.stop,
+        seconds=args.seconds,
+        save_every=args.save_every,
     )
     metadata = {"config": config, **{k: str(v) for k, v in vars(args).items()}}
     train(args.out, unet, loss_of, plan, metadata, keep)
@@ -187,18 +194,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=CONFIG["block_out_channels"][0])
     parser.add_argument("--depth", type=int, default=CONFIG["transformer_layers_per_block"][-1])
     parser.add_argument("--images", type=int, default=32 * SHARD)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=48, help="of all workers together")
-    parser.add_argument("--threads", type=int, default=1, help="of each worker")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--peak", type=float, default=1e-3)
     parser.add_argument("--hold", type=float, default=0.4, help="fraction of the steps at the peak learning rate")
     parser.add_argument("--drop", type=float, default=0.1, help="fraction of rows without text")
     parser.add_argument("--gamma", type=float, default=5.0)
     parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler")
     parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", type=int)
+    add_arguments(parser, steps=6000, batch=48, peak=1e-3)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     run(args)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.mini.common import Plan, batch_indices, generator, save_state, train
+from experiments.mini.common import Plan, add_arguments, batch_indices, generator, save_state, train
 from experiments.mini.render import SHARD, open_images, take
 from segresearch.models.vae import VAE, VAEConfig
 from segresearch.scenes.scenes import scenes
@@ -53,7 +53,7 @@ def reconstruction_loss(output: Tensor, target: Tensor, gradient: float) -> Tens
 
 
 @torch.no_grad()
-def measure(vae: VAE, count: int = 512) -> dict[str, Any]:
+def measure(vae: VAE, count: int) -> dict[str, Any]:
     """On held-out scenes: std and mean of the raw latents, PSNR (dB, of peak 1) and mean absolute error (of 255)."""
     images = scenes(range(HELD_OUT, HELD_OUT + count)).images.float() / 127.5 - 1
     mean, logvar = vae.moments(images)
@@ -69,11 +69,11 @@ def measure(vae: VAE, count: int = 512) -> dict[str, Any]:
     }
 
 
-def finish(out: Path, weights: Mapping[str, Tensor], scaling_factor: float | None = None) -> dict[str, Any]:
+def finish(out: Path, weights: Mapping[str, Tensor], scaling_factor: float | None, count: int) -> dict[str, Any]:
     """Measure the averaged weights on held-out scenes and write vae.pt; scaling_factor: None to measure it."""
     vae = VAE(VAEConfig.from_dict(CONFIG)).eval()
     vae.load_state_dict(weights)
-    measured = measure(vae)
+    measured = measure(vae, count)
     config = {**CONFIG, "scaling_factor": scaling_factor or round(1 / measured["latent_std"], 5)}
     packed = {"config": json.dumps(config), "weights": dict(weights), "measured": json.dumps(measured)}
     save_state(out / "vae.pt", packed)
@@ -94,17 +94,11 @@ def main() -> None:
     parser.add_argument("--scenes", type=Path, default=Path("runs/mini/scenes"))
     parser.add_argument("--out", type=Path, default=Path("runs/mini/vae"))
     parser.add_argument("--images", type=int, default=4 * SHARD, help="scenes 0 … are trained on")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--peak", type=float, default=2e-3)
     parser.add_argument("--gradient", type=float, default=0.5)
     parser.add_argument("--kl", type=float, default=5e-4)
     parser.add_argument("--weights", type=Path, help="a vae.pt to start from, instead of random weights")
     parser.add_argument("--decoder-of", type=Path, help="a vae.pt to start from, whose encoder is kept")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--stop", type=int)
+    add_arguments(parser, steps=2400, batch=16, peak=2e-3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     shards = open_images(args.scenes, args.images)
@@ -121,7 +115,7 @@ def main() -> None:
         vae.quant_conv.requires_grad_(False)
     vae.to(args.device)
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         images = take(shards, batch_indices(args.images, args.batch, step, args.seed)).to(args.device)
         if step % 2:
             images = images.flip(-1)
@@ -132,12 +126,21 @@ def main() -> None:
         reconstruction = reconstruction_loss(output.float(), images, args.gradient)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         mse = F.mse_loss(output.detach().float(), images)
-        return reconstruction + args.kl * kl, {"kl": kl.item(), "mse": mse.item()}
+        return reconstruction + args.kl * kl, {"kl": kl.detach(), "mse": mse}
 
-    plan = Plan(args.steps, peak=args.peak, warmup=100, hold=0.3, decay=0.998, stop=args.stop, save_every=250)
+    plan = Plan(
+        args.steps,
+        peak=args.peak,
+        warmup=100,
+        hold=0.3,
+        decay=0.998,
+        stop=args.stop,
+        seconds=args.seconds,
+        save_every=250,
+    )
     metadata = {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}
     weights = train(args.out, vae, loss_of, plan, metadata)
-    print(json.dumps(finish(args.out, weights, scaling_factor), indent=1))
+    print(json.dumps(finish(args.out, weights, scaling_factor, min(512, args.images)), indent=1))
 
 
 if __name__ == "__main__":

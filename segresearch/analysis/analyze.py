@@ -9,6 +9,7 @@
 The page is written last: a folder that has it is complete, and the same command then measures nothing again.
 """
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +29,9 @@ from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import AnalyzeConfig
 from segresearch.config.build import build_guidance, configured_model, resolved
 from segresearch.config.compose import written_config
-from segresearch.config.expand import parse_seeds, read_prompts
+from segresearch.config.expand import init_rows, parse_seeds, read_negatives, read_prompts
 from segresearch.errors import ConfigError
+from segresearch.init_images import identify_init, init_images
 from segresearch.pages import Cell, render, to_csv
 from segresearch.plot_style import name_sigma, save
 from segresearch.records import figure_record, sampling_identity, with_networks
@@ -69,18 +71,26 @@ def analyze(config: AnalyzeConfig, model: "StableDiffusion | None" = None) -> An
     """
     start = time.perf_counter()
     config = resolved(config, model)
-    images = [{"prompt": p, "seed": s} for p in read_prompts(config.prompts) for s in parse_seeds(config.seeds)]
+    seeds = parse_seeds(config.seeds)
+    prompts = read_prompts(config.prompts)
+    negative, negatives = read_negatives(config.negative, len(prompts))
+    texts = [{"prompt": p} | ({"negative": negatives[i]} if negatives else {}) for i, p in enumerate(prompts)]
+    images = [{**text, "seed": seed} for text in texts for seed in seeds]
+    config = dataclasses.replace(config, negative=negative)
+    starts = dict(zip(seeds, init_rows(config, len(seeds))))
     identity = sampling_identity(config, runs.fingerprint(resolve_model(config.model.path)))
     identity |= {key: getattr(config, key) for key in ("guidance", "negative", "where", "heads", "branch", "blur")}
     identity["guidance"] = with_networks(config.guidance, resolve_model(config.model.path))
     identity |= {"version": VERSION, "images": images, "measured_steps": config.steps_from_0}
+    if starts:
+        identity["init"] = identify_init(config.init, [*starts.values()]).identity([*starts.values()])
     folder = runs.run_folder(config.out, config.name, identity)
     recorded, html, partial = folder / "recording", folder / PAGE, folder / ".recording"
     if html.is_file() and (recorded.is_dir() or not config.keep):
         return Analysis(folder, html, True, time.perf_counter() - start)
     try:
         sd = configured_model(config.model, config.device, compute=config.compute) if model is None else model
-        _write(config, sd, images, *_capture(config, sd, images, partial), folder)
+        _write(config, sd, images, *_capture(config, sd, images, starts, partial), folder)
         shutil.rmtree(recorded, ignore_errors=True)  # of a run whose page was deleted
         if config.keep:
             partial.rename(recorded)  # a recording under its own name is complete
@@ -94,8 +104,11 @@ def analyze(config: AnalyzeConfig, model: "StableDiffusion | None" = None) -> An
     return Analysis(folder, html, False, time.perf_counter() - start)
 
 
-def _capture(config: AnalyzeConfig, sd: "StableDiffusion", images: Images, folder: Path) -> tuple[Recording, Pixels]:
+def _capture(
+    config: AnalyzeConfig, sd: "StableDiffusion", images: Images, starts: Mapping[int, Sequence[str]], folder: Path
+) -> tuple[Recording, Pixels]:
     """Sample `images`: q and k of `config.branch`, streamed to `folder`, and the pixels.
+    starts: of each seed the images that it starts from.
 
     Raises InputError for a branch, a site, a head or a size that does not exist.
     """
@@ -111,7 +124,10 @@ def _capture(config: AnalyzeConfig, sd: "StableDiffusion", images: Images, folde
     for batch in (images[start : start + size] for start in range(0, len(images), size)):
         seeds, prompts = [image["seed"] for image in batch], [image["prompt"] for image in batch]
         attend = recorder.attend(batch)
-        pixels.append(sample_images(sd, guided, seeds, prompts, config, config.negative, attend=attend))
+        init = init_images(config.init, [starts.get(seed, ()) for seed in seeds], config.size or sd.default_size)
+        negatives = [image["negative"] for image in batch if "negative" in image]
+        negative = negatives or (config.negative if isinstance(config.negative, str | None) else None)
+        pixels.append(sample_images(sd, guided, seeds, prompts, config, negative, attend=attend, init=init))
     if not recorder.entries:
         raise ConfigError(
             f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.measured_steps}"
@@ -135,10 +151,16 @@ def _write(
     for name, table in tables.items():
         runs.write(to / f"{name}.csv", to_csv(table, digits=7))
     runs.write(to / PAGE, page(config, images, rows, claims, paths))
-    metrics = {f"{c.claim}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
+    metrics = shares(claims)
     name, plots = f"{config.name}-{to.name}", {key: [(path, "")] for key, path in paths.items()}
-    logged = WandbRun(name, config.name, "analysis", config, metrics, tables=tables, images=plots)
-    log(config.wandb, to, [name, metrics], lambda _: [logged])
+    logged = WandbRun(name, config.name, "analysis", config, metrics, tables=tables, images=plots,
+                      tags=[config.model.name])  # fmt: skip
+    log(config.wandb, Path(config.out), [name, metrics], lambda _: [logged])
+
+
+def shares(claims: Sequence[Any]) -> dict[str, float]:
+    """The share of columns where each claim holds, by the claim, the axis of the blur, its boundary and its sigma."""
+    return {f"{c.claim}/{c.axis}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
 
 
 def page(config: AnalyzeConfig, images: Images, rows: Rows, claims: Claims, plots: Mapping[str, Path]) -> str:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from segresearch.models import StableDiffusion
 
 Latents = Float[Tensor, "rows c h w"]
+Negative = str | Sequence[str] | None
 SEEDS = 2_000_000_000  # the noise of real image i is that of this seed and i, so that no sampled image starts from it
 ATTENTION = ("keys", "near", "own", "position", "varying")
 DIRECTION = ("rms", "size", "dc", "common")
@@ -113,11 +114,6 @@ class Subject:
     sites: Perturbed
     steady: bool
 
-    def prepared(self, sd: Any, texts: Sequence[str], config: RunConfig, control: Any, run: Run) -> dict[str, Any]:
-        """The arguments of all calls for these images."""
-        conds = encode_conds(sd, self.guided, texts, config.negative, config.size)
-        return self.guided.prepare({"conds": conds, "control": control}, run)
-
     def difference(self, x: Latents, sigma: Tensor, arguments: Mapping[str, Any]) -> tuple[Latents, Latents]:
         """D[base], and D[base] − D[branch] in the method's own form."""
         guided = wide(self.guided(x, sigma, **arguments))
@@ -182,16 +178,23 @@ class Diagnosis:
         for quantity, share in shares.items():
             self.shares.setdefault((method, site, quantity, step), []).append(share)
 
-    def batch(self, seeds: Sequence[int], texts: Sequence[str], control: Any = ()) -> "Batch":
+    def conds(self, guided: Any, texts: Sequence[str], negative: Negative) -> dict[str, Any]:
+        """The conditionings of a guided denoiser."""
+        return encode_conds(self.sd, guided, texts, negative, self.config.size, self.config.text.given())
+
+    def batch(self, seeds: Sequence[int], texts: Sequence[str], negative: Negative, control: Any = ()) -> "Batch":
         """What the subjects need for these images."""
         noise = initial_noise(seeds, self.sd.latent_shape(self.config.size))
         keys = torch.tensor(noise_keys(noise, seeds, "steps"), device=self.sd.device)
         run = Run(keys, self.config.sampler.name, tuple(self.sigmas.tolist()))
 
-        conds = encode_conds(self.sd, self.observer, texts, self.config.negative, self.config.size)
-        observed = self.observer.prepare({"conds": conds, "control": control}, dataclasses.replace(run))
-        arguments = [s.prepared(self.sd, texts, self.config, control, dataclasses.replace(run)) for s in self.subjects]
-        return Batch(self, noise, arguments, observed, {s.name: dataclasses.replace(run) for s in self.subjects})
+        def prepared(guided: Any) -> dict[str, Any]:
+            given = {"conds": self.conds(guided, texts, negative), "control": control}
+            return guided.prepare(given, dataclasses.replace(run))
+
+        arguments = [prepared(s.guided) for s in self.subjects]
+        runs = {s.name: dataclasses.replace(run) for s in self.subjects}
+        return Batch(self, noise, arguments, prepared(self.observer), runs)
 
     def numbers(self) -> list[Number]:
         """Every estimate, in the order of methods and steps, and the chance of `near` at each site. Where a method adds
@@ -265,13 +268,14 @@ class Batch:
 def diagnose(
     sd: "StableDiffusion", methods: Mapping[str, GuidanceConfig], config: RunConfig, settings: DiagnosticsConfig,
     texts: Callable[[range], Sequence[str]], real: Real | None = None,
+    negative: Callable[[range], Negative] = lambda rows: None,
     control: Callable[[range], Sequence[ActiveControlNet]] = lambda rows: (),
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[Number]:  # fmt: skip
     """The numbers of every method that has one difference (`difference_alone`).
 
-    methods: by name; trajectories are those of the first. texts, control: of images by their numbers, which are their
-    seeds. real: None leaves out the alignment. advance: called with the size of a batch that is done.
+    methods: by name; trajectories are those of the first. texts, negative, control: of images by their numbers, which
+    are their seeds. real: None leaves out the alignment. advance: called with the size of a batch that is done.
 
     Raises ConfigError for a sampler that does not follow the schedule image by image, and where no method has a
     difference.
@@ -279,21 +283,23 @@ def diagnose(
     name, options = config.sampler.name, config.sampler.options
     if name in END_TO_END or options.get("s_churn"):
         raise ConfigError(f"diagnostics: {name} with these options chooses its own sigmas; take euler or dpmpp_2m")
+    if config.init.image is not None:
+        raise ConfigError("diagnostics: of images from noise; leave init.image out")
     diagnosis = Diagnosis(sd, methods, config, settings)
     step = int(config.batch_size)
     baseline = build_guidance(next(iter(methods.values())), sd)
     with sd.arithmetic():
         for rows in batches(settings.images, step):
             prompts, active = list(texts(rows)), control(rows)
-            batch = diagnosis.batch(rows, prompts, active)
-            conds = encode_conds(sd, baseline, prompts, config.negative, config.size)
+            batch = diagnosis.batch(rows, prompts, negative(rows), active)
+            conds = diagnosis.conds(baseline, prompts, negative(rows))
             schedule = diagnosis.sigmas if config.schedule.rho is not None else config.schedule.name
             sample(baseline, batch.noise, name, schedule, config.steps, conds, rows, options=options, control=active,
                    callback=lambda info: batch.measure(info["i"], info["x"]))  # noqa: B023  # fmt: skip
             advance(len(rows))
         for rows in batches(0 if real is None else len(real.images), step):
             assert real is not None
-            batch = diagnosis.batch([SEEDS + i for i in rows], real.texts[rows.start : rows.stop])
+            batch = diagnosis.batch([SEEDS + i for i in rows], real.texts[rows.start : rows.stop], negative(rows))
             pixels = real.images[rows.start : rows.stop].to(sd.device).float() / 127.5 - 1
             truth = sd.encode_images(pixels.to(next(sd.vae.parameters()).dtype)).float()
             noise = batch.noise.to(truth)

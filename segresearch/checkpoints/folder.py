@@ -1,7 +1,7 @@
-"""The diffusers folder layout: an SDXL or a ControlNet, opened with its networks on the meta device."""
+"""The diffusers folder layout: a whole model or a ControlNet, opened with its networks on the meta device."""
 
 import json
-import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,60 +11,72 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segresearch.checkpoints.resolve import refuse_pickle, resolve_controlnet
-from segresearch.checkpoints.tensors import Entry, Weights, open_folder, refuse_pointer
-from segresearch.errors import CheckpointError
-from segresearch.models.controlnet import ControlNet
-from segresearch.models.network_configs import ControlNetConfig, UNetConfig
+from segresearch.checkpoints.parts import NONE, Given, Part, arranged, part_weights, with_unet_scheduler
+from segresearch.checkpoints.resolve import refuse_pickle
+from segresearch.checkpoints.tensors import Weights, open_folder, refuse_pointer, variants
+from segresearch.errors import CheckpointError, InputError
+from segresearch.models.network_configs import UNetConfig
+from segresearch.models.scheduler import folder_scheduler
 from segresearch.models.text import load_tokenizer
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE, VAEConfig
 
 STEM = "diffusion_pytorch_model"
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-REFINER = "it has one text encoder and cannot start from noise"
-
-Networks = tuple[UNet, VAE, CLIPTextModel, CLIPTextModelWithProjection]
-Names = str | Path | Sequence[str | Path] | None  # of ControlNets
+Networks = tuple[Any, ...]  # UNet, VAE, then one or two text encoders
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An SDXL on disk: its networks, still on the meta device, the weights of each, and the facts beside them."""
+    """A model on disk: its networks, still on the meta device, the weights of each, and the facts beside them."""
 
     networks: Networks
     weights: tuple[Weights, ...]
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    tokenizers: tuple[CLIPTokenizer, ...]
     scheduler: Mapping[str, Any]
     zero_negative: bool
     force_upcast: bool
 
 
-def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
-    """CheckpointError for anything but an SDXL pipeline, with what it is. index: model_index.json; unet: the UNet's
-    config; {} for one that is missing."""
+def has_sizes(unet: Mapping[str, Any]) -> bool:
+    """Whether the UNet of this config reads image sizes and a pooled text, as SDXL's does; SD 1.5 and 2.1 do not."""
+    return unet.get("addition_embed_type") == "text_time"
+
+
+def text_parts(index: Mapping[str, Any], unet: Mapping[str, Any]) -> tuple[str, ...]:
+    """The folders of the text encoders: one of SD 1.5 and 2.1, two of SDXL, the second alone of its refiner."""
+    if not has_sizes(unet):
+        return ("text_encoder",)
+    null = "text_encoder" in index and (index["text_encoder"] or [None])[-1] is None
+    return ("text_encoder_2",) if null else ("text_encoder", "text_encoder_2")
+
+
+def tokenizer_of(part: str) -> str:
+    """The folder of the tokenizer of a text encoder."""
+    return part.replace("text_encoder", "tokenizer")
+
+
+def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[str, Any], given: Given = NONE) -> None:
+    """CheckpointError for anything but a Stable Diffusion pipeline, with what it is. index: model_index.json; unet: the
+    UNet's config; {} for one that is missing. given: parts that it need not have."""
     component = (folder / "config.json").is_file()
     file = min((path.name for path in folder.glob("*.safetensors")), default=None)
     if not index and not component and file is None:
         for path in sorted(folder.glob("*")):
             refuse_pickle(path)
-    kind, width = str(index.get("_class_name") or "pipeline"), unet.get("cross_attention_dim")
-    model = {"768": "Stable Diffusion 1", "1024": "Stable Diffusion 2"}.get(str(width), kind)
-    parts = ("text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2")
-    missing = next((part for part in parts if not (folder / part).is_dir()), None)
-    refiner = missing == "text_encoder" and index.get("requires_aesthetics_score")
-    scheduler = str((index.get("scheduler") or [""])[-1])
-    sizes = unet.get("addition_embed_type") == "text_time"
-    hint = "give a folder in the diffusers layout of SDXL (with model_index.json)"
+    kind, texts = str(index.get("_class_name") or "pipeline"), text_parts(index, unet)
+    parts = (*texts, "vae", *map(tokenizer_of, texts))
+    there = [part for part in parts if (folder / part).is_dir() or given.replaces(part.removesuffix("_2"))]
+    missing = next((part for part in parts if part not in there), None)
+    needs = "two text encoders with tokenizers" if has_sizes(unet) else "a text encoder with its tokenizer"
+    network = unet.get("_class_name", "UNet2DConditionModel")
+    hint = "give a folder in the diffusers layout of Stable Diffusion or SDXL (with model_index.json)"
     for fault, holds in {
         "is one component, not a whole model: give the folder above it, with model_index.json": component and not index,
         f"has no model_index.json but {file}: give that file's path, if it is the checkpoint": file and not index,
         f"has no model_index.json: {hint}": not index,
-        f"is a {kind} without unet/config.json, not SDXL; {hint}": not unet,
-        f"is {model} (cross_attention_dim {width}, no size conditioning), not SDXL; {hint}": not sizes,
-        f"is the SDXL refiner: {REFINER}; give SDXL base": refiner,
-        f"is incomplete, {missing}/ is missing: SDXL needs two text encoders with tokenizers, and a VAE": missing,
-        f"uses the EDM formulation ({scheduler}), which is not supported; {hint}": scheduler.startswith("EDM"),
+        f"is a {kind} without unet/config.json, which is not supported; {hint}": not unet,
+        f"is a {kind} with a {network}, not a UNet2DConditionModel; {hint}": network != "UNet2DConditionModel",
+        f"is incomplete, {missing}/ is missing: this model needs {needs}, and a VAE": missing,
     }.items():
         if holds:
             raise CheckpointError(f"{folder} {fault}")
@@ -102,85 +114,93 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 @contextmanager
-def building(folder: Path) -> Iterator[None]:
+def naming_path(path: Path) -> Iterator[None]:
+    """An InputError within its block becomes a CheckpointError that begins with the path."""
+    try:
+        yield
+    except InputError as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}") from error
+
+
+@contextmanager
+def building(folder: Path | str) -> Iterator[None]:
     """Networks that are built here lie on the meta device; CheckpointError for a config that is not supported."""
     try:
         with torch.device("meta"):
             yield
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers checks its configs with errors of its own classes
         kind, reason = type(error).__name__, " ".join(str(error).split())
         problem = "" if isinstance(error, ValueError) else f"a config that no model can be built from, {kind}: "
         raise CheckpointError(f"{folder}: {problem}{reason}") from error
 
 
-def build_networks(configs: Sequence[dict[str, Any]], path: Path) -> Networks:
-    """The networks of the configs of PARTS, without weights."""
-    unet, vae, first, second = configs
+def build_networks(configs: Sequence[dict[str, Any]], path: Path | str) -> Networks:
+    """The networks of these configs, without weights: UNet, VAE, text encoders. Where the UNet reads a pooled text, it
+    is that of the last encoder."""
+    unet, vae, *texts = configs
+    for text in texts:
+        if text.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
+            raise CheckpointError(f"{path}: a text encoder is a {text['model_type']}, not CLIP's: not supported")
     with building(path):
         image = UNet(UNetConfig.from_dict(unet)), VAE(VAEConfig.from_dict(vae))
-        text = CLIPTextModel(CLIPTextConfig.from_dict(first))
-        return *image, text, CLIPTextModelWithProjection(CLIPTextConfig.from_dict(second))
+        kinds = [CLIPTextModel] * (len(texts) - 1) + [CLIPTextModelWithProjection if has_sizes(unet) else CLIPTextModel]
+        return *image, *(kind(CLIPTextConfig.from_dict(text)) for kind, text in zip(kinds, texts, strict=True))
 
 
-def open_model_folder(folder: Path, variant: str | None) -> Checkpoint:
-    """An SDXL pipeline. variant: of its weights. Raises CheckpointError for anything else."""
+def open_model_folder(folder: Path, variant: str | None, given: Given = NONE) -> Checkpoint:
+    """A Stable Diffusion pipeline. variant: of its weights. given: parts in place of its own, which may then be
+    missing. Raises CheckpointError for anything else."""
     index = read_json(folder / "model_index.json", optional=True)
-    refuse_other_folder(folder, index, read_json(folder / "unet" / "config.json", optional=True))
-    configs = [read_json(folder / part / "config.json") for part in PARTS]
-    networks, stems = build_networks(configs, folder), (STEM, STEM, "model", "model")
-    unet, vae, first, second = (open_folder(folder / part, stem, variant) for part, stem in zip(PARTS, stems))
-    vae = {_vae_key(key): entry for key, entry in vae.items()}
-    entries = (unet, vae, _text_entries(networks[2], first), _text_entries(networks[3], second))
+    config = read_json(folder / "unet" / "config.json", optional=True)
+    refuse_other_folder(folder, index, config, given)
+    texts = text_parts(index, config)
+    own: list[Part | None] = []
+    for part, own_variant in component_variants(folder, variant, ("unet", "vae", *texts)).items():
+        kind = part.removesuffix("_2")
+        missing = given.replaces(kind) and not (folder / part).is_dir()
+        own.append(None if missing else folder_part(folder / part, kind, own_variant))
+    parts, configs = arranged(own, given, folder)
+    networks = build_networks(configs, folder)
+    with naming_path(folder):
+        scheduler = folder_scheduler(index, read_json(folder / "scheduler" / "scheduler_config.json", optional=True))
     return Checkpoint(
         networks,
-        tuple(map(Weights, PARTS, entries)),
-        (read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")),
-        read_json(folder / "scheduler" / "scheduler_config.json", optional=True),
-        bool(index.get("force_zeros_for_empty_prompt", True)),
+        tuple(part_weights(part, net) for part, net in zip(parts, networks, strict=True)),
+        tuple(read_tokenizer(folder / tokenizer_of(part)) for part in texts),
+        with_unet_scheduler(scheduler, given),
+        has_sizes(config) and bool(index.get("force_zeros_for_empty_prompt", True)),
         bool(configs[1].get("force_upcast", True)),
     )
 
 
-def _text_entries(encoder: torch.nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Under the encoder's own names: transformers 5.6 dropped `text_model.` from those of CLIPTextModel."""
-    keys, prefix = encoder.state_dict().keys(), "text_model."
-    names = {key: {key, prefix + key, key.removeprefix(prefix)} & keys for key in entries}
-    return {min(names[key], default=key): entry for key, entry in entries.items()}
+def folder_part(folder: Path, kind: str, variant: str | None) -> Part:
+    """One network of a pipeline, or of a folder of its own. CheckpointError where its config or weights are missing."""
+    config = read_json(folder / "config.json")
+    return Part(kind, folder, open_folder(folder, "model" if kind == "text_encoder" else STEM, variant), config=config)
 
 
-def _vae_key(key: str) -> str:
-    """VAE attention names of old diffusers folders as they are called today."""
-    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    return re.sub(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)\b", lambda old: names[old[0]], key)
+def component_variants(folder: Path, variant: str | None, parts: Sequence[str]) -> dict[str, str | None]:
+    """The variant of each network that has it, and None for those whose plain weights are taken, with a warning of one
+    line. CheckpointError for a variant that no network has."""
+    having = [part for part in parts if variant is not None and any((folder / part).glob(f"*.{variant}.*"))]
+    lacking = [part for part in parts if part not in having]
+    if variant is not None and not having:
+        there = variants(path for part in parts for path in (folder / part).glob("*.safetensors*"))
+        raise CheckpointError(f"{folder}: no network has the variant {variant!r}; there are {there or 'none'}")
+    if variant is not None and lacking:
+        text = f"no variant {variant!r} of {', '.join(lacking)}, whose plain weights are taken"
+        warnings.warn(f"{folder}: {text}", stacklevel=2)
+    return {part: variant if part in having else None for part in parts}
 
 
-def open_unet(folder: Path) -> tuple[UNet, Weights]:
-    """A UNet alone, still on the meta device, with its weights. CheckpointError for a folder of another network."""
+def open_unet(folder: Path, size_ids: int = 6) -> tuple[UNet, Weights]:
+    """A UNet alone, still on the meta device, with its weights. size_ids: numbers that it reads beside a pooled text.
+    CheckpointError for a folder of another network."""
     config = read_json(folder / "config.json")
     if config.get("_class_name") != "UNet2DConditionModel":
         raise CheckpointError(f"{folder} is a {config.get('_class_name') or 'folder of no known network'}, not a UNet")
     with building(folder):
-        unet = UNet(UNetConfig.from_dict(config))
+        unet = UNet(UNetConfig.from_dict({**config, "size_ids": size_ids}))
     return unet, Weights(f"unet {folder.name}", open_folder(folder, STEM))
-
-
-def open_controlnets(names: Names, model: Path, variant: str | None) -> dict[str, tuple[ControlNet, Weights]]:
-    """The ControlNets of these names, in their order, still on the meta device, with their weights. model: the SDXL,
-    whose own ones lie in its controlnet/. variant: of the weights, where there are such. CheckpointError for what is
-    not a ControlNet of SDXL, or is named twice."""
-    opened: dict[str, tuple[ControlNet, Weights]] = {}
-    for name in map(str, [names] if isinstance(names, str | Path) else names or ()):
-        if name in opened:
-            raise CheckpointError(f"controlnet {name!r} is named twice: load it once")
-        folder = resolve_controlnet(name, model)
-        if any((folder / file).is_file() for file in ("model_index.json", "unet/config.json")):
-            raise CheckpointError(f"{folder} is a whole model, not a ControlNet: give the folder of a ControlNet")
-        config = read_json(folder / "config.json")
-        with building(folder):
-            net = ControlNet(ControlNetConfig.from_dict(config))
-        has_variant = variant is not None and any(folder.glob(f"{STEM}*.{variant}.*"))
-        entries = open_folder(folder, STEM, variant if has_variant else None)
-        if any(key.startswith(("task_embedding", "control_add_embedding.")) for key in entries):
-            raise CheckpointError(f"{folder}: a union of ControlNets is not supported: give one for a kind of image")
-        opened[name] = net, Weights(f"controlnet {folder.name}", entries)
-    return opened

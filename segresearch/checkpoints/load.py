@@ -1,5 +1,6 @@
-"""load_model: from a path or a name to a ready SDXL, whatever the layout on disk."""
+"""load_model: from a path or a name to a ready model, whatever its family and its layout on disk."""
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,19 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig
 
-from segresearch.checkpoints.folder import Names, open_controlnets, open_model_folder, open_unet
+from segresearch.checkpoints.controlnets import Names, open_controlnets
+from segresearch.checkpoints.folder import Checkpoint, open_model_folder, open_unet
+from segresearch.checkpoints.part_files import Paths, open_parts
 from segresearch.checkpoints.resolve import resolve_model, resolve_network
 from segresearch.checkpoints.single_file import open_model_file
-from segresearch.checkpoints.tensors import fill
+from segresearch.checkpoints.tensors import Weights, fill
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.calls import pin
 from segresearch.models.compute import PLAIN, Compute
-from segresearch.models.denoiser import Denoiser, alphas_cumprod
-from segresearch.models.network_configs import ControlNetConfig, EncoderConfig, UNetConfig
+from segresearch.models.controlnet import ControlNet
+from segresearch.models.denoiser import Denoiser, scheduled
+from segresearch.models.network_configs import ControlNetConfig, UNetConfig
+from segresearch.models.scheduler import overridden
 from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
 from segresearch.models.vae import VAEConfig
@@ -32,22 +37,33 @@ def load_model(
     variant: str | None = None,
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    vae: str | Path | None = None,
+    unet: str | Path | None = None,
+    text_encoder: Paths = None,
     vae_dtype: torch.dtype | None = None,
+    prediction: str | None = None,
     compute: Compute = PLAIN,
 ) -> StableDiffusion:
-    """An SDXL: a diffusers folder, a .safetensors file in the original layout, "mini", or a hub id in the local cache.
+    """A Stable Diffusion model: a diffusers folder, a .safetensors file in the original layout, "mini", or a hub id in
+    the local cache. Which families there are: docs/models.md.
 
-    controlnet: one or several, each a name in the folder's own controlnet/, a diffusers ControlNet folder, or a hub id
-        in the local cache; `.controlnets` is keyed by these names, in order, each in the UNet's dtype and on its device
+    controlnet: one or several, each a name in the folder's own controlnet/, a diffusers ControlNet folder, a file of
+        one, or a hub id in the local cache; `.controlnets` is keyed by these names, in order, each in the UNet's dtype
+        and on its device
     variant: of the weights in a folder, e.g. "fp16"; None takes the plain files, else fp16 if only that is there
     config: for a single file, a folder with configs of the diffusers layout, all or some (unet/config.json, ...,
         scheduler/scheduler_config.json, model_index.json, tokenizers), where shapes do not tell (heads not 64 wide)
     tokenizer: for a single file, a folder with tokenizer/ and tokenizer_2/, or with one tokenizer for both encoders;
         None takes them from `config` or the local transformers cache
+    vae, unet, text_encoder: parts in place of the model's own, which may then be missing: a component's folder, a file
+        of it alone in either layout, another model that has it, or a hub id in the local cache. Several text encoders
+        are a list; each takes the place of the one of its width. The scaling of latents stays the model's; what a UNet
+        declares of its training (prediction, noise) comes with it
     vae_dtype: None is `dtype`, but float32 for a VAE that overflows in float16 (SDXL's own; config force_upcast)
-    compute: how the model computes; with offload, text encoders and VAE stay on the CPU between calls of SDXL's methods
+    prediction: what the network's output stands for, "epsilon", "v_prediction" or "sample"; None: as the model declares
+    compute: how the model computes; with offload, text encoders and VAE stay on the CPU between calls of its methods
 
-    Nothing is fetched from a network. CheckpointError, of one line, for anything that is not a complete SDXL.
+    Nothing is fetched from a network. CheckpointError, of one line, for anything that is not a complete model.
     """
     for argument, kind in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
         if kind not in DTYPES:
@@ -58,56 +74,77 @@ def load_model(
     if not isinstance(compute, Compute):
         raise InputError(f"compute={compute!r}: give Compute(precision=..., graph=..., ...)")
     path = resolve_model(path_or_name)
+    given = open_parts(unet, vae, text_encoder, variant)
     if path.is_dir():
         for argument, value in (("config", config), ("tokenizer", tokenizer)):
             if value is not None:
                 raise InputError(f"{argument}={str(value)!r} is for a single file: the folder {path} brings its own")
-        checkpoint = open_model_folder(path, variant)
+        checkpoint = open_model_folder(path, variant, given)
     else:
         if variant is not None:
             raise InputError(f"variant={variant!r} is for a folder: {path} is a single file")
-        checkpoint = open_model_file(path, Path(config) if config else None, Path(tokenizer) if tokenizer else None)
-    opened = open_controlnets(controlnet, path, variant)
+        folders = [Path(folder) if folder else None for folder in (config, tokenizer)]
+        checkpoint = open_model_file(path, folders[0], folders[1], given)
+    opened = open_controlnets(controlnet, path, variant, checkpoint.networks[0].config)
+    return filled(checkpoint, opened, str(path_or_name), dtype, device, vae_dtype, prediction, compute)
+
+
+def filled(
+    checkpoint: Checkpoint,
+    opened: Mapping[str, tuple[ControlNet, Weights]],
+    path_or_name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    vae_dtype: torch.dtype | None,
+    prediction: str | None,
+    compute: Compute,
+) -> StableDiffusion:
+    """The model of an opened checkpoint and its opened ControlNets, checked, with its weights read."""
     controlnets = {name: net for name, (net, _) in opened.items()}
-    unet, vae, first, second = checkpoint.networks
-    text = TextEncoders(checkpoint.tokenizers, (first, second))
-    refuse_mixture(unet.config, vae.config, first.config, second.config)
+    encoders: list[Any]
+    unet, vae, *encoders = checkpoint.networks
+    text = TextEncoders(checkpoint.tokenizers, tuple(encoders))
+    refuse_mixture(unet.config, vae.config, [encoder.config for encoder in encoders])
     for name, net in controlnets.items():
         check_fit(name, net.config, unet.config, vae.config.factor)
-    scheduler = checkpoint.scheduler
     try:
-        prediction, offset = scheduler.get("prediction_type", "epsilon"), scheduler.get("steps_offset", 1)
-        denoiser = Denoiser(unet, alphas_cumprod(scheduler).to(device), prediction, offset, compute)
+        scheduler = overridden(checkpoint.scheduler, prediction)
+        denoiser = scheduled(unet, scheduler, compute, device)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path_or_name}: {error}") from error
     if vae_dtype is None:
         vae_dtype = torch.float32 if dtype == torch.float16 and checkpoint.force_upcast else dtype
     resting = torch.device("cpu") if compute.offload else device  # of what is offloaded
-    for module, weights in zip((unet, vae, first, second), checkpoint.weights, strict=True):
+    for module, weights in zip((unet, vae, *encoders), checkpoint.weights, strict=True):
         fill(module, weights, vae_dtype if module is vae else dtype, device if module is unet else resting)
     for net, weights in opened.values():
         fill(net, weights, dtype, device)
-    for encoder in (first, second):  # position_ids, the one buffer that checkpoints do not hold
-        embeddings: Any = getattr(encoder, "text_model", encoder).embeddings
-        embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=resting)[None]
+    for encoder in encoders:
+        number_positions(encoder, resting)
     if compute.offload and device.type == "cuda":
-        for module in (vae, first, second):
+        for module in (vae, *encoders):
             pin(module)
-    return StableDiffusion(unet, vae, text, denoiser, str(path_or_name), checkpoint.zero_negative, controlnets, compute)
+    return StableDiffusion(unet, vae, text, denoiser, path_or_name, checkpoint.zero_negative, controlnets, compute)
+
+
+def number_positions(encoder: Any, device: torch.device) -> None:
+    """Make the one buffer of a text encoder that checkpoints do not hold: position_ids."""
+    embeddings = getattr(encoder, "text_model", encoder).embeddings
+    embeddings.position_ids = torch.arange(encoder.config.max_position_embeddings, device=device)[None]
 
 
 @lru_cache(maxsize=4)
 def load_network(name: str, model: str, dtype: torch.dtype, device: torch.device, denoiser: Denoiser) -> Denoiser:
     """A further network as a denoiser that may stand beside `denoiser`: a UNet's folder, with the schedule and the
-    prediction of `denoiser`, or the denoiser of a whole SDXL. model: the path or name of the SDXL that has `denoiser`.
+    prediction of `denoiser`, or the denoiser of a whole model. model: the path or name of the one that has `denoiser`.
 
     CheckpointError for a network of another text width, which cannot read the same conditionings.
     """
     path = resolve_network(name, resolve_model(model))
     if path.is_dir() and not (path / "model_index.json").is_file():
-        unet, weights = open_unet(path)
+        unet, weights = open_unet(path, denoiser.unet.config.size_ids)
         fill(unet, weights, dtype, device)
-        other = Denoiser(unet, denoiser.alphas, denoiser.prediction, denoiser.steps_offset, denoiser.run.compute)
+        other = denoiser.of_network(unet)
     else:
         other = load_model(path, dtype, device, compute=denoiser.run.compute).denoiser
     widths = [(net.unet.config.cross_attention_dim, net.unet.config.pooled_dim) for net in (denoiser, other)]
@@ -117,25 +154,26 @@ def load_network(name: str, model: str, dtype: torch.dtype, device: torch.device
     return other
 
 
-def refuse_mixture(unet: UNetConfig, vae: VAEConfig, first: CLIPTextConfig, second: CLIPTextConfig) -> None:
-    """CheckpointError, naming both sides, for an SDXL whose networks do not fit each other."""
-    if unet.in_channels != unet.out_channels:
+def refuse_mixture(unet: UNetConfig, vae: VAEConfig, texts: Sequence[CLIPTextConfig]) -> None:
+    """CheckpointError, naming both sides, for a model whose networks do not fit each other."""
+    if unet.in_channels < unet.out_channels:
         channels = f"{unet.in_channels} input channels for {unet.out_channels} of output"
-        raise CheckpointError(f"the UNet has {channels}: an inpainting or editing model, not supported")
+        raise CheckpointError(f"the UNet has {channels}: it predicts more than the noise, which is not supported")
+    pooled = texts[-1].projection_dim if unet.size_ids else 0
     for quantity, part, value, unets in (
-        ("text width", "text encoders", first.hidden_size + second.hidden_size, unet.cross_attention_dim),
-        ("pooled text width", "second text encoder", second.projection_dim, unet.pooled_dim),
-        ("latent channels", "VAE", vae.latent_channels, unet.in_channels),
+        ("text width", "text encoders", sum(text.hidden_size for text in texts), unet.cross_attention_dim),
+        ("pooled text width", "last text encoder", pooled, unet.pooled_dim),
+        ("latent channels", "VAE", vae.latent_channels, unet.out_channels),
     ):
         if value != unets:
             sides = f"{value} in the {part}, {unets} in the UNet"
             raise CheckpointError(f"{quantity}: {sides}: parts of different models are mixed")
 
 
-def check_fit(name: str, net: ControlNetConfig, unet: EncoderConfig, vae_factor: int) -> None:
+def check_fit(name: str, net: ControlNetConfig, unet: UNetConfig, vae_factor: int) -> None:
     """CheckpointError, naming both values, for a ControlNet made for another model than this one."""
     for quantity, value, other, others in (
-        ("latent channels", net.in_channels, "UNet", unet.in_channels),
+        ("latent channels", net.in_channels, "UNet", unet.out_channels),
         ("level widths", net.block_out_channels, "UNet", unet.block_out_channels),
         ("layers per level", net.layers_per_block, "UNet", unet.layers_per_block),
         ("text width", net.cross_attention_dim, "UNet", unet.cross_attention_dim),

@@ -1,19 +1,23 @@
 """What a path, a name or a hub id stands for: the files of a model or of a ControlNet. Light: no torch."""
 
+import contextlib
 import re
 from pathlib import Path
 
 from segresearch.errors import CheckpointError
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
+UNQUANTISED = "give its fp16, bf16, fp32 or fp8 weights in .safetensors files"
 
 
 def refuse_pickle(path: Path) -> None:
-    """CheckpointError for the file name of a pickled checkpoint."""
+    """CheckpointError for the file name of a pickled checkpoint, or of a quantised one."""
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
         convert = "where you trust its origin, load it once and save its tensors with safetensors.torch.save_file"
         fault = "pickle checkpoints can run code when opened and are refused: convert it to .safetensors"
         raise CheckpointError(f"{path}: {fault} ({convert})")
+    if path.suffix.lower() == ".gguf":
+        raise CheckpointError(f"{path}: GGUF weights are quantised and not supported: {UNQUANTISED}")
 
 
 def resolve_model(path_or_name: str | Path) -> Path:
@@ -25,9 +29,11 @@ def resolve_model(path_or_name: str | Path) -> Path:
             raise CheckpointError(f'"mini": {MINI} holds no model: {hint}')
         return MINI
     path = Path(path_or_name).expanduser()
-    if path.exists():
+    if path.is_dir():
         return path
     refuse_pickle(path)
+    if path.exists():
+        return path
     if path.suffix != ".safetensors":
         if folder := cached_folder(name, "model_index.json", "a complete model ", '"*.txt" '):
             return folder
@@ -36,9 +42,11 @@ def resolve_model(path_or_name: str | Path) -> Path:
 
 
 def resolve_controlnet(name: str, model: Path) -> Path:
-    """The folder of a ControlNet: a name in the model's own controlnet/, a path, or a hub id in the local cache.
-    CheckpointError, listing the model's own ones, if there is none."""
-    own = {path.parent.name: path.parent for path in sorted((model / "controlnet").glob("*/config.json"))}
+    """The folder or the file of a ControlNet: a name in the model's own controlnet/, a path, or a hub id in the local
+    cache. CheckpointError, listing the model's own ones, if there is none."""
+    home = model / "controlnet"
+    own = {path.stem: path for path in sorted(home.glob("*.safetensors"))}
+    own |= {path.parent.name: path.parent for path in sorted(home.glob("*/config.json"))}
     if name in own:
         return own[name]
     path = Path(name).expanduser()
@@ -48,11 +56,13 @@ def resolve_controlnet(name: str, model: Path) -> Path:
         return path
     refuse_pickle(path)
     if path.is_file():
-        raise CheckpointError(f"controlnet {name}: give its folder in the diffusers layout, with config.json")
+        return path
+    if name.lower().startswith("reference"):
+        raise CheckpointError(f"controlnet {name!r}: reference-only is no network but a change of attention, not here")
     if folder := cached_folder(name, "config.json"):
         return folder
     has = f"the model has {', '.join(own)}" if own else f"the model {model} has none of its own"
-    raise CheckpointError(f"unknown controlnet {name!r}: {has}; or give a diffusers folder or a hub id")
+    raise CheckpointError(f"unknown controlnet {name!r}: {has}; or give a diffusers folder, a file or a hub id")
 
 
 def resolve_network(name: str, model: Path) -> Path:
@@ -61,6 +71,35 @@ def resolve_network(name: str, model: Path) -> Path:
         if (path / "config.json").is_file():
             return path
     return resolve_model(name)
+
+
+def resolve_part(name: str | Path, kind: str) -> Path:
+    """The file, or the folder of a component or of a whole model, that a part is taken from: a path, or a hub id in the
+    local cache. kind: the setting, for messages."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    refuse_pickle(path)
+    if path.suffix != ".safetensors":
+        with contextlib.suppress(CheckpointError):  # of a whole model
+            if folder := cached_folder(str(name), "model_index.json"):
+                return folder
+        if folder := cached_folder(str(name), "config.json"):
+            return folder
+    raise CheckpointError(f"{kind}={str(name)!r}: no such file or folder; give one, or a hub id")
+
+
+def part_paths(name: str | Path, kind: str) -> list[Path]:
+    """The file that a part is read from, or the folders of components: the path itself or those of a whole model. kind:
+    "unet", "vae" or "text_encoder", of which a model may have two."""
+    path = resolve_part(name, kind)
+    if path.is_file() or (path / "config.json").is_file():
+        return [path]
+    folders = [path / part for part in (kind, f"{kind}_2") if (path / part / "config.json").is_file()]
+    if not folders:
+        hint = "give a folder with config.json, a whole model, or a file"
+        raise CheckpointError(f"{kind}={str(name)!r}: no {kind} in this folder: {hint}")
+    return folders
 
 
 def cached_folder(name: str, file: str, kind: str = "", more: str = "") -> Path | None:

@@ -2,6 +2,7 @@
 mapped file count as the process's memory, so a file is opened anew after every MAPPED bytes."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,18 +13,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from segresearch.checkpoints.resolve import refuse_pickle
+from segresearch.checkpoints.resolve import UNQUANTISED, refuse_pickle
 from segresearch.errors import CheckpointError
 
 MAPPED = 16 * 2**20  # bytes
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # that a weight may be stored in
-# Bookkeeping that training code leaves in checkpoints; the networks do not need it.
-_IGNORED = re.compile(
-    r"(^|\.)(position_ids|attn_mask|logit_scale|edm_mean|edm_std|v_pred|ztsnr)$|"
-    r"^(model_ema|denoiser|loss|first_stage_model\.loss)\.|"
-    r"^conditioner\.embedders\.0\.transformer\.text_projection\.weight$|"  # of CLIP; SDXL pools the second encoder
-    r"^(global_step|logvar|alphas_cumprod.*|betas|log_one_minus_.*|posterior_.*|sqrt_.*|__.*)$"
+# Bookkeeping that training and merging leave in checkpoints; the networks do not need it.
+_BOOKKEEPING = re.compile(
+    r"(^|\.)(position_ids|attn_mask|logit_scale|edm_mean|edm_std|edm_vpred\.sigma_(min|max)|v_pred|ztsnr|scaled_fp8)$|"
+    r"(^|\.)model_ema\.(decay|num_updates)$|^(denoiser|loss|first_stage_model\.loss)\.|"
+    r"^conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)?$|"  # of CLIP; SDXL pools OpenCLIP
+    r"^(global_step|logvar|scale_factor|alphas_cumprod.*|betas|log_one_minus_.*|posterior_.*|sqrt_.*|ddim_.*|__.*)$"
 )
+SCALES = ("scale_weight", "weight_scale")  # of ComfyUI's scaled fp8, beside the weight: its older and its newer name
+SCALE_NOTES = ("scale_input", "input_scale", "comfy_quant")  # beside these: of computing in fp8, which is not done here
 Shape = tuple[int, ...]
 
 
@@ -71,7 +74,9 @@ def _mapped(path: Path) -> Any:
             start = file.read(64)
         reason, header = " ".join(str(error).split()), start[8:9] == b"{"
         fault = f"is not a safetensors file ({reason}): fetch it again"
-        if not start:
+        if start.startswith(b"GGUF"):
+            fault = f"holds GGUF weights, which are quantised and not supported: {UNQUANTISED}"
+        elif not start:
             fault = "is empty (0 bytes): fetch it again"
         elif header and re.search("incomplete|header ?length", reason, re.IGNORECASE):
             fault = f"is truncated, or longer than its header says ({path.stat().st_size:,} bytes): fetch it again"
@@ -103,40 +108,61 @@ def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str
     candidates = special if variant else plain + special
     path = next((folder / name for name in candidates if (folder / name).is_file()), None)
     if path is None:
+        there = variants(folder.glob(f"{stem}*.safetensors*"))
+        if there:
+            raise CheckpointError(f"{folder}: no {candidates[0]} here, but variants: give variant= one of {there}")
         for other in sorted(folder.glob("*")):
             refuse_pickle(other)
-        note = f" (variant {variant!r})" if variant else ""
-        raise CheckpointError(f"{folder}: no {candidates[0]}{note} here: fetch the model's weights again")
+        raise CheckpointError(f"{folder}: no {candidates[0]} here: fetch the model's weights again")
     if path.suffix == ".safetensors":
         return open_file(path)[0]
     try:
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not an index of shards ({error}): fetch it again") from error
+        shards = sorted(set(json.loads(path.read_text(errors="replace"))["weight_map"].values()))
+        if odd := [name for name in shards if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)]:
+            raise KeyError(odd[0][:100])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{path}: not an index of shards ({reason[:300]}): fetch it again") from error
     if missing := listed((name for name in shards if not (folder / name).is_file()), "missing shard"):
         raise CheckpointError(f"{folder}: {missing}: fetch the model's weights again")
     return {key: entry for name in shards for key, entry in open_file(folder / name)[0].items()}
 
 
+def variants(files: Iterable[Path]) -> str:
+    """The variants of weights among these files, for a message; "" for none."""
+    names = {part for file in files for part in file.name.split(".")[1:-1] if part not in ("safetensors", "index")}
+    return ", ".join(sorted({re.sub(r"-\d+-of-\d+$", "", name) for name in names}))
+
+
 def listed(names: Iterable[str], noun: str) -> str:
     """Their number and the first three, for a message; "" for none."""
-    names = sorted(names)
+    names = [name if name.isprintable() else repr(name) for name in sorted(names)]
     more = ", ..." if len(names) > 3 else ""
-    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({', '.join(names[:3])}{more})" if names else ""
+    first = ", ".join(name[:200] for name in names[:3])
+    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({first}{more})" if names else ""
 
 
-def unexpected(keys: Iterable[str]) -> str:
-    """The error message for keys that nothing uses; "" if all of them are known bookkeeping."""
-    return listed((key for key in keys if not _IGNORED.search(key)), "unexpected key")
+def without_bookkeeping(keys: Iterable[str]) -> set[str]:
+    """The keys that are not among those which training and merging leave, and no network needs."""
+    return {key for key in keys if not _BOOKKEEPING.search(key)}
+
+
+def read_numbers(entry: Entry, most: int = 64) -> tuple[float, ...]:
+    """The values of a stored tensor. CheckpointError for one of more than `most`, or of another type than numbers."""
+    if math.prod(entry.shape) > most or entry.dtype not in DTYPES:
+        raise CheckpointError(f"{entry.file}: {entry.key} has shape {entry.shape}, {entry.dtype}: not a few numbers")
+    return tuple(_mapped(entry.file).get_tensor(entry.key).double().flatten().tolist())
 
 
 def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> None:
     """Fill a module that lies on the meta device with stored weights, frozen and in eval mode. CheckpointError, before
     anything is read, unless every parameter has its tensor and every tensor its use, except bookkeeping such as
-    position_ids; 1×1 convolutions and linear layers may stand for each other."""
+    position_ids; 1×1 convolutions and linear layers may stand for each other. A weight with a scale beside it (scaled
+    fp8) is multiplied by it."""
     shapes = {key: tuple(parameter.shape) for key, parameter in module.state_dict().items()}
     sources = {key: weights.source(key) for key in shapes}
-    _refuse_misfit(shapes, sources, weights)
+    scales = {source.key: scale for source in sources.values() if (scale := scale_of(source.key, weights.entries))}
+    _refuse_misfit(shapes, sources, scales, weights)
     tensors: dict[str, Tensor] = {}
     path, left = Path(), 0
     for key, source in sources.items():
@@ -144,19 +170,38 @@ def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.
         if left <= 0 or entry.file != path:
             path, left, file = entry.file, MAPPED, _mapped(entry.file)
         stored = file.get_tensor(entry.key)  # a view of the file
+        left -= stored.nbytes
+        if scale := scales.get(source.key):
+            numbers = _mapped(scale.file).get_tensor(scale.key).float().reshape(-1, *(1,) * (stored.ndim - 1))
+            stored = stored.float() * numbers  # one number, or one a row
         if source.third is not None:
             stored = stored.chunk(3)[source.third]
-        left -= stored.nbytes
         stored = (stored.T if source.transpose else stored).reshape(shapes[key])
         tensors[key] = torch.empty(shapes[key], dtype=dtype, device=device).copy_(stored)
     module.load_state_dict(tensors, strict=True, assign=True)
     module.eval().requires_grad_(False)
 
 
-def _refuse_misfit(shapes: Mapping[str, Shape], sources: Mapping[str, Source], weights: Weights) -> None:
+def scale_of(key: str, entries: Mapping[str, Entry]) -> Entry | None:
+    """What a stored weight is multiplied by, one number or one a row: "scale_weight" or "weight_scale" beside it."""
+    module = key.removesuffix("weight")
+    beside = (entries.get(module + name) for name in SCALES) if key.endswith(".weight") else ()
+    return next(filter(None, beside), None)
+
+
+def with_scales(key: str) -> set[str]:
+    """The names of a stored tensor and of all that scaled fp8 may have beside it."""
+    beside = (*SCALES, *SCALE_NOTES) if key.endswith(".weight") else ()
+    return {key, *(key.removesuffix("weight") + name for name in beside)}
+
+
+def _refuse_misfit(
+    shapes: Mapping[str, Shape], sources: Mapping[str, Source], scales: Mapping[str, Entry], weights: Weights
+) -> None:
     entries, keys = weights.entries, {source.key for source in sources.values()}
-    faults = filter(None, (listed(keys - set(entries), "missing key"), unexpected(set(entries) - keys)))
-    if fault := " and ".join(faults):
+    used = set().union(*map(with_scales, keys))
+    unexpected = listed(without_bookkeeping(set(entries) - used), "unexpected key")
+    if fault := " and ".join(filter(None, (listed(keys - set(entries), "missing key"), unexpected))):
         file = next((entry.file for entry in entries.values()), "nothing")
         raise CheckpointError(f"{weights.name}: {fault} in {file}: not the weights of this config")
     for key, shape in shapes.items():
@@ -171,3 +216,7 @@ def _refuse_misfit(shapes: Mapping[str, Shape], sources: Mapping[str, Source], w
             fault = f"is stored as {entry.dtype}: quantised weights are not supported, use fp16 or fp32 ones"
         if fault:
             raise CheckpointError(f"{weights.name}: {entry.key} {fault} (in {entry.file})")
+    for key, scale in scales.items():
+        if math.prod(scale.shape) not in (1, entries[key].shape[0]) or scale.dtype not in DTYPES:
+            fault = f"scale of shape {scale.shape}, {scale.dtype}, for a weight of {entries[key].shape}"
+            raise CheckpointError(f"{weights.name}: {scale.key}: {fault}: quantised in a way that is not supported")

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from segresearch.checkpoints.own_schedule import schedule_of
+from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config.schema import CustomConfig, GuidanceConfig, ModelConfig, PerturbationConfig, RunConfig
 from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError, InputError
@@ -40,11 +42,17 @@ def device_kind(device: str) -> str:
 
 
 def resolved(config: Run, model: "StableDiffusion | None" = None) -> Run:
-    """`config` with a number for batch_size="auto": the model's own for the kind of its device. A `model` that is
-    loaded already decides `compute`, and the device where that is "auto"."""
+    """`config` with the model's own schedule by its name where that is "auto", and its own number for
+    batch_size="auto", for the kind of its device. A `model` that is loaded already decides `compute`, and the device
+    where that is "auto"."""
     if model is not None:
         device = str(model.device) if config.device == "auto" else config.device
         config = dataclasses.replace(config, device=device, compute=model.compute)
+    if config.schedule.name == "auto" and config.schedule.rho is None:
+        folder = None if config.model.config is None else Path(config.model.config)
+        loaded = getattr(getattr(model, "denoiser", None), "schedule", None)
+        name = loaded.name if loaded else schedule_of(resolve_model(config.model.path), folder, config.model.unet)
+        config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, name=name))
     if config.batch_size == "auto":
         gpu = config.model.batch_size_cuda if device_kind(config.device) == "cuda" else None
         config = dataclasses.replace(config, batch_size=gpu or config.model.batch_size)
@@ -74,7 +82,8 @@ def configured_model(
     vae_dtype = config.vae_dtype and getattr(torch, config.vae_dtype)
     return load_model(
         config.path, getattr(torch, config.dtype), usable_device(device), list(controlnets), variant=config.variant,
-        config=config.config, tokenizer=config.tokenizer, vae_dtype=vae_dtype, compute=compute,
+        config=config.config, tokenizer=config.tokenizer, vae_dtype=vae_dtype, prediction=config.prediction,
+        compute=compute,
     )  # fmt: skip
 
 

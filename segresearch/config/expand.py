@@ -12,8 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from segresearch.config.inputs import STRENGTH, InitConfig
 from segresearch.config.prompt_sets import SUFFIXES, from_set
-from segresearch.config.schema import SCENE, ControlConfig, GenerateConfig, GuidanceConfig, PanelConfig, TermConfig
+from segresearch.config.schema import (
+    SCENE,
+    ControlConfig,
+    GenerateConfig,
+    GuidanceConfig,
+    PanelConfig,
+    RunConfig,
+    TermConfig,
+)
 from segresearch.errors import ConfigError
 
 HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training
@@ -28,22 +37,35 @@ COCO = {"id": (int, "a whole number"), "image_id": (int, "a whole number"), "cap
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """One row of a panel: a prompt ("" is unconditional), the seed of its noise, an image for each control."""
+    """One row of a panel: a prompt ("" is unconditional), the seed of its noise, an image for each control.
+
+    init: the image that it starts from, and the mask of what is made anew if there is one; () starts from noise.
+    negative: its negative prompt, None for none. size: where the images of a panel have several, else None.
+    """
 
     prompt: str
     seed: int
     images: tuple[str, ...] = ()
+    init: tuple[str, ...] = ()
+    negative: str | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Panel:
-    """rows × methods images; `methods` maps a column's label to its guidance, `controls` are of all of them."""
+    """rows × methods images; `methods` maps a column's label to its guidance, `controls` are of all of them.
+
+    negative: the one of all rows; None where they have none, or each its own. in_full: the prompts and negatives of the
+    config, those of files read.
+    """
 
     title: str
     negative: str | None
     rows: tuple[ImageSpec, ...]
     methods: dict[str, GuidanceConfig]
     controls: dict[str, ControlConfig] = field(default_factory=dict)
+    init: InitConfig = InitConfig()
+    in_full: Mapping[str, Any] = field(default_factory=dict)
 
 
 def panels(config: GenerateConfig) -> tuple[Panel, ...]:
@@ -54,26 +76,54 @@ def panels(config: GenerateConfig) -> tuple[Panel, ...]:
 
 
 def _panel(config: GenerateConfig, panel: PanelConfig, at: str) -> Panel:
-    names = ("prompts", "negative", "seeds", "pairing", "controls")
+    names = ("prompts", "negative", "sizes", "seeds", "pairing", "controls", "init")
     run = dataclasses.replace(config, **{n: getattr(panel, n) for n in names if getattr(panel, n) is not None})
     seeds = parse_seeds(run.seeds, at + "seeds")
     prompts = read_prompts(run.prompts, at + "prompts", len(seeds))
     images = dict(zip(seeds, control_rows(run.controls, len(seeds)) or [()] * len(seeds)))
+    starts = dict(zip(seeds, init_rows(run, len(seeds), at) or [()] * len(seeds)))
     if len(set(map(slug, run.controls))) < len(run.controls):
         raise ConfigError(f"controls: {', '.join(run.controls)}: too alike to tell their files apart; rename one")
     if run.pairing == "zip" and len(prompts) > len(seeds):
         raise ConfigError(f"{at}pairing: zip gives each seed one prompt: {len(prompts)} prompts, {len(seeds)} seeds")
     product = run.pairing == "product"
-    pairs = list(itertools.product(prompts, seeds) if product else zip(itertools.cycle(prompts), seeds))
-    rows = tuple(ImageSpec(prompt, seed, images[seed]) for prompt, seed in pairs)
-    if len(set(pairs)) < len(pairs):
+    numbers = range(len(prompts))
+    pairs = list(itertools.product(numbers, seeds) if product else zip(itertools.cycle(numbers), seeds))
+    if len({(prompts[i], seed) for i, seed in pairs}) < len(pairs):
         raise ConfigError(f"{at}prompts: the same prompt is given twice")
-    return Panel(panel.title, run.negative, rows, methods(panel.compare or (run.guidance,), at), run.controls)
+    negative, negatives = read_negatives(run.negative, len(prompts), f"{at}negative")
+    if run.sizes is not None and len(run.sizes) != len(prompts):
+        raise ConfigError(f"{at}sizes: {len(run.sizes)} for {len(prompts)} prompts; give one [height, width] for each")
+    rows = tuple(
+        ImageSpec(
+            prompts[i], seed, images[seed], starts[seed], negatives[i] if negatives else negative,
+            run.sizes[i] if run.sizes else None,
+        )
+        for i, seed in pairs
+    )  # fmt: skip
+    columns = methods(panel.compare or (run.guidance,), at)
+    in_full = {"prompts": prompts, "negative": negatives or negative}
+    return Panel(panel.title, negative, rows, columns, run.controls, run.init, in_full)
 
 
 def control_rows(controls: Mapping[str, ControlConfig], count: int) -> tuple[tuple[str, ...], ...]:
     """Of each of `count` images a file or a scene for each control; () where there is no control."""
     names = [control_images(control.image, count, f"controls.{key}.image") for key, control in controls.items()]
+    return tuple(zip(*names))
+
+
+def init_rows(config: RunConfig, count: int, at: str = "") -> tuple[tuple[str, ...], ...]:
+    """Of each of `count` images the file or scene that it starts from, and its mask if there are any; () where all
+    start from noise. ConfigError for a strength that leaves no step."""
+    init = config.init
+    if init.image is None:
+        return ()
+    if not init.steps(config.steps):
+        text = f"{init.strength or STRENGTH:g} of {config.steps} steps leaves no step to sample"
+        raise ConfigError(f"{at}init.strength: {text}; {1 / config.steps:.3g} is one step")
+    names = [control_images(init.image, count, f"{at}init.image")]
+    if init.mask is not None:
+        names.append(control_images(init.mask, count, f"{at}init.mask"))
     return tuple(zip(*names))
 
 
@@ -212,6 +262,19 @@ def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts", count: int
     if not texts:
         raise ConfigError(f'{at}: no prompt in {prompts!r}; "" is the one for images without a prompt')
     return texts
+
+
+def read_negatives(
+    negative: str | tuple[str, ...] | None, count: int, at: str = "negative"
+) -> tuple[str | None, tuple[str, ...]]:
+    """The negative prompt of all (None for none) and (), or None and one for each of `count` prompts: those of a list
+    or of a .txt file with one a line."""
+    if negative is None or isinstance(negative, str) and not negative.lower().endswith(".txt"):
+        return negative, ()
+    texts = negative if isinstance(negative, tuple) else from_text(Path(negative), at)
+    if len(texts) != count:
+        raise ConfigError(f"{at}: {len(texts)} for {count} prompts; give one text, or one for each prompt")
+    return None, texts
 
 
 def from_text(path: Path, at: str = "prompts") -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
+from segresearch.config.inputs import InitConfig, TextConfig
 from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
 from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
@@ -40,9 +41,13 @@ class ModelConfig(Record):
     path: str
     dtype: DType = "float32"
     vae_dtype: DType | None = None
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
     variant: str | None = None
     config: str | None = None
     tokenizer: str | None = None
+    vae: str | None = None
+    unet: str | None = None
+    text_encoder: str | tuple[str, ...] | None = None
     batch_size: Count = 8
     batch_size_cuda: Count | None = None
     scales: dict[str, Number] = field(default_factory=dict)
@@ -237,6 +242,7 @@ class ControlConfig(Record):
     start: Fraction = 0.0
     end: Fraction = 1.0
     guess: Flag = False
+    kind: str | int | None = None  # of the image, for a union of ControlNets
 
     def __post_init__(self) -> None:
         if self.start >= self.end:
@@ -262,9 +268,9 @@ class SamplerConfig(Record):
 
 @dataclass(frozen=True)
 class ScheduleConfig(Record):
-    """A noise schedule by name; `rho` bends karras and polyexponential (None: their usual value)."""
+    """A noise schedule by name, auto: the model's own; `rho` bends karras and polyexponential (None: as usual)."""
 
-    name: str
+    name: str = "auto"
     rho: Number | None = None
 
 
@@ -275,10 +281,12 @@ class PanelConfig(Record):
     title: str = ""
     compare: tuple[GuidanceConfig, ...] = ()
     prompts: Prompts | None = None
-    negative: str | None = None
+    negative: Prompts | None = None
+    sizes: tuple[tuple[Count, Count], ...] | None = None
     seeds: Seeds | None = None
     pairing: Literal["product", "zip"] | None = None
     controls: dict[str, ControlConfig] | None = None
+    init: Annotated[InitConfig, Record] | None = None
 
 
 @dataclass(frozen=True)
@@ -301,16 +309,18 @@ class BlurConfig(Record):
 
 @dataclass(frozen=True)
 class RunConfig(Record):
-    """The fields of every run. prompts: see `read_prompts`. negative: None is zeros, as SDXL was trained."""
+    """The fields of every run. prompts, negative: see `read_prompts`, `read_negatives`."""
 
     model: ModelConfig
     sampler: SamplerConfig
-    schedule: ScheduleConfig
+    schedule: ScheduleConfig = ScheduleConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     prompts: Prompts = ("",)
-    negative: str | None = None
+    negative: Prompts | None = None
+    text: Annotated[TextConfig, Record] = TextConfig()
     steps: Count = 25
     size: tuple[Count, Count] | None = None  # (height, width) in pixels; None: the model's own
+    init: Annotated[InitConfig, Record] = InitConfig()
     batch_size: Count | Literal["auto"] = 8  # auto: the model's own number for the device
     device: str = "auto"
     compute: Annotated[Compute, Record] = Compute()
@@ -319,15 +329,18 @@ class RunConfig(Record):
 
 @dataclass(frozen=True)
 class GenerateConfig(RunConfig):
-    """A `generate` run: conf/generate.yaml. `out`, `device`, `batch_size` and `grid` do not enter its identity."""
+    """A `generate` run: conf/generate.yaml. `out`, `device`, `batch_size`, `grid` and `wandb` do not enter its
+    identity."""
 
     name: str = "generate"
     controls: dict[str, ControlConfig] = field(default_factory=dict)
     compare: tuple[GuidanceConfig, ...] = ()
     panels: tuple[PanelConfig, ...] = ()
+    sizes: tuple[tuple[Count, Count], ...] | None = None  # one for each prompt, in place of `size`
     seeds: Seeds = "0-3"
     pairing: Literal["product", "zip"] = "product"
     grid: GridConfig = GridConfig()
+    wandb: Annotated[WandbConfig, Record] = WandbConfig()
 
 
 @dataclass(frozen=True)
@@ -413,12 +426,13 @@ class AnalyzeConfig(RunConfig):
                 raise ConfigError(f"{name}: empty; give at least one")
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name}: {list(values)} names one twice")
+        steps = self.init.steps(self.steps)
         for step in self.measured_steps:
-            if not -self.steps <= step < self.steps:
-                known = f"{self.steps} steps are 0 to {self.steps - 1}"
+            if not -steps <= step < steps:
+                known = f"{steps} steps are 0 to {steps - 1}"
                 raise ConfigError(f"measured_steps: there is no step {step}; {known}")
 
     @property
     def steps_from_0(self) -> tuple[int, ...]:
         """The measured steps as numbers from 0, rising."""
-        return tuple(sorted({step % self.steps for step in self.measured_steps}))
+        return tuple(sorted({step % self.init.steps(self.steps) for step in self.measured_steps}))

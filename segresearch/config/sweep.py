@@ -14,10 +14,10 @@ class Swept(NamedTuple):
 
     guidance: GuidanceConfig
     of: str
-    factor: float = 1.0
+    factor: float | int = 1.0
 
 
-def swept(methods: Mapping[str, GuidanceConfig], factors: Sequence[float]) -> dict[str, Swept]:
+def swept(methods: Mapping[str, GuidanceConfig], factors: Sequence[float | int]) -> dict[str, Swept]:
     """`methods` by name, all but the first (the baseline) once for each factor: "PAG ×0.5", "PAG", "PAG ×2".
 
     A method without a scale (a post-processor of plain CFG has that of the CFG) stays once. ConfigError where two come
@@ -35,7 +35,7 @@ def swept(methods: Mapping[str, GuidanceConfig], factors: Sequence[float]) -> di
     return found
 
 
-def at_scale(guidance: GuidanceConfig, factor: float) -> GuidanceConfig | None:
+def at_scale(guidance: GuidanceConfig, factor: float | int) -> GuidanceConfig | None:
     """The method at `factor` times its scale; None where it has none.
 
     The scale of a method is that of its terms other than classifier-free guidance and of SAG; of plain guidance w − 1,
@@ -63,7 +63,7 @@ def at_scale(guidance: GuidanceConfig, factor: float) -> GuidanceConfig | None:
     })  # fmt: skip
 
 
-def _times(factor: float, zero: float, scale: Any) -> Any:
+def _times(factor: float | int, zero: float, scale: Any) -> Any:
     """A scale, or a schedule of one, whose distance from `zero` is `factor` times as large."""
     if _number(scale):
         return float(f"{zero + factor * (scale - zero):.12g}")

@@ -34,6 +34,7 @@ class IdentifiedControl:
         """What images under these control images depend on: not what things are called or where they lie."""
         thresholds = self.control.preprocess == "canny" and not all(image.startswith(SCENE) for image in images)
         keys = ("scale", "start", "end", "guess", "preprocess", *(("low", "high") if thresholds else ()))
+        keys += () if self.control.kind is None else ("kind",)
         settings = {key: getattr(self.control, key) for key in keys}
         return {**settings, "contents": [self.contents(image) for image in images]}
 
@@ -79,6 +80,8 @@ def control_records(controls: Mapping[str, IdentifiedControl], images: Sequence[
     settings, contents = {}, {}
     for (name, identified), image in zip(controls.items(), images, strict=True):
         settings[name] = plain(dataclasses.replace(identified.control, image=image))
+        if identified.control.kind is None:
+            del settings[name]["kind"]
         contents[name] = identified.contents(image)
     return {"controls": settings, "contents": contents} if settings else {}
 

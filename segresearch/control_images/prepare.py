@@ -59,7 +59,7 @@ def _depth_estimator(folder: Path) -> tuple[Any, Any, bool]:
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
     with reading(folder, "not a depth estimator of transformers"):
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     network = load_pretrained(AutoModelForDepthEstimation, folder, kind="depth estimator", use_safetensors=True)
     kind = getattr(network.config, "depth_estimation_type", "relative")
     return processor, network, kind == "metric" or network.config.model_type in METRIC
@@ -117,11 +117,16 @@ def controlled_batch(
         if control.net not in sd.controlnets:
             loaded = ", ".join(sd.controlnets) or "none"
             raise ConfigError(f"controls.{name}.net: the model was loaded without {control.net!r} (with {loaded})")
+        net = sd.controlnets[control.net]
+        if control.kind is not None and not hasattr(net, "of_kind"):
+            hint = f"and {control.net} is a ControlNet of one kind: leave it out"
+            raise ConfigError(f"controls.{name}.kind: {control.kind!r} is for a union of ControlNets, {hint}")
         batch = torch.cat([control_image(control, row[k], size) for row in images])
         interval = step_interval(sigmas, control.start, control.end)
         try:
+            net = net if control.kind is None else net.of_kind(control.kind)
             with sd.arithmetic():
-                active.append(controlled(sd.controlnets[control.net], batch, control.scale, interval, control.guess))
+                active.append(controlled(net, batch, control.scale, interval, control.guess))
         except InputError as error:
             raise ConfigError(f"controls.{name}: {error}") from error
     return active

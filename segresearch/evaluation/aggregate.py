@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from segresearch import runs
 from segresearch.analysis.branch_diagnostics import Number
@@ -24,6 +23,7 @@ from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.metrics.features import Extractor
 from segresearch.metrics.frechet import Frechet, frechet_distance, gaussian
 from segresearch.metrics.nonparametric import cmmd, density_coverage, kid, precision_recall
+from segresearch.progress import Bar
 from segresearch.scenes.scenes import scenes
 
 MOST = 10_000  # images on either side for precision and recall, whose work grows with their product
@@ -87,13 +87,14 @@ def features(images: Reference, extractor: Extractor, out: str | Path) -> Float[
     if shards.producers(path).get(FEATURES) == extractor.weights:
         return torch.from_numpy(shards.load(path, FEATURES))
     parts = []
-    with tqdm(total=len(images), unit="image", desc=f"reference, {extractor.name}", disable=None, leave=False) as bar:
+    with Bar(len(images)) as bar:
+        bar.describe(f"reference, {extractor.name}")
         for batch in images.batches():
             try:
                 parts.append(extractor.of(batch).float())
             except InputError as error:
                 raise ConfigError(f"reference: {images.text}: {error}") from error
-            bar.update(len(batch))
+            bar.add(len(batch))
     values = torch.cat(parts)
     shards.write(path, {FEATURES: shards.Array(values.numpy(), extractor.weights)})
     return values

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from segresearch import runs
 from segresearch.analysis.branch_diagnostics import Number, Real, diagnose
@@ -21,6 +20,7 @@ from segresearch.evaluation.aggregate import Reference
 from segresearch.evaluation.frame import Frame
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.pages import Cell
+from segresearch.progress import Bar
 from segresearch.sample_images import run_sigmas
 from segresearch.scenes.scenes import scenes
 
@@ -121,8 +121,9 @@ def write(spec: EvaluationSpec, real: Reference, load: Callable[[Any], "StableDi
         return controlled_batch(sd, config.controls, named, size, sigmas) if named else []
 
     count = settings.images + (0 if images is None else len(images.images))
-    with tqdm(total=count, unit="image", desc="diagnostics", disable=None, leave=False) as bar:
-        numbers = diagnose(sd, spec.methods, config, settings, spec.texts, images, control, bar.update)
+    with Bar(count) as bar:
+        bar.describe("diagnostics")
+        numbers = diagnose(sd, spec.methods, config, settings, spec.texts, images, spec.negative, control, bar.add)
     rows = runs.plain([dataclasses.asdict(number) for number in numbers])
     runs.write(path, json.dumps({"digest": runs.digest(rows), "numbers": rows}, indent=0) + "\n")
 

@@ -119,6 +119,9 @@ def _metrics() -> Iterator[Metric]:
         yield Metric("kd_spread", features)  # standard deviation between the subsets
     for features, head in (("mini", "distance (mini)"), ("vgg", "LPIPS vgg"), ("alex", "LPIPS alex")):
         yield Metric("distance", features, head)
+    yield Metric("psnr", head="PSNR", digits=2)  # to the images that a run starts from, where they are made anew
+    for features, head in (("mini", "mini"), ("vgg", "LPIPS vgg"), ("alex", "LPIPS alex")):
+        yield Metric("distance_to_truth", features, f"to truth ({head})")
     yield Metric("text_alignment", "mini", "cosine (mini)")
     yield Metric("text_alignment", "clip", "CLIP cosine")
     heads = {"colors": "colours", "objects_chance": "(chance)", "brightness": "", "red": "", "green": "", "blue": "",

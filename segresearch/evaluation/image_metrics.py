@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from segresearch.checkpoints.resolve import resolve_model
@@ -15,6 +15,7 @@ from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError, InputError, NotFinite
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
+from segresearch.init_images import pixels as init_pixels
 from segresearch.metrics.agreement import AttributeClassifier, agreement, classify, edge_agreement, scene_attributes
 from segresearch.metrics.features import Extractor, load_extractor
 from segresearch.metrics.lpips import load_lpips, lpips_distances
@@ -85,6 +86,8 @@ def image_metrics(spec: EvaluationSpec, device: str = "cpu") -> tuple[ImageMetri
         metrics.append(_held())
     if spec.controls and all(images[0].startswith(SCENE) for images in spec.controls):
         metrics.append(_edges([HELD_OUT + int(images[0].removeprefix(SCENE)) for images in spec.controls]))
+    if spec.inits:
+        metrics += _truths(spec, device)
     return (*metrics, ImageMetric("look", "2", lambda samples: look(samples.images), LOOK))
 
 
@@ -116,7 +119,45 @@ def _features(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
     return ImageMetric(f"features-{name}", net.weights, lambda s: net.of(s.images), extractor=net)
 
 
+def _truths(spec: EvaluationSpec, device: str) -> list[ImageMetric]:
+    """How close images are to those that they start from, before these are reduced: PSNR, where a mask has them made
+    anew if there is one, and each of the config's distances."""
+
+    def truth(samples: Samples, k: int = 0) -> Tensor:
+        size = (samples.images.shape[2], samples.images.shape[3])
+        return init_pixels([spec.inits[i][k] for i in samples.rows], size, masks=k == 1)
+
+    def of_pixels(samples: Samples) -> Tensor:
+        anew = truth(samples, 1) >= 128 if spec.config.init.mask is not None else None
+        return psnr(samples.images, truth(samples), anew)
+
+    def distance(name: str) -> ImageMetric:
+        net, compare, producer = _perceptual(name, spec, device)
+        return ImageMetric(f"distance_to_truth-{name}", producer, lambda s: compare(net, s.images, truth(s)))
+
+    return [ImageMetric("psnr", "1", of_pixels), *map(distance, spec.config.distances)]
+
+
+def psnr(
+    images: UInt8[Tensor, "b 3 h w"], truth: UInt8[Tensor, "b 3 h w"], where: Bool[Tensor, "b 1 h w"] | None = None
+) -> Float[Tensor, " b"]:
+    """Peak signal-to-noise ratio in dB of each image, over the pixels of `where` if it is given; at most 68, which is a
+    mean squared error of 0.01 (of 255²)."""
+    difference = images.cpu().float() - truth.cpu().float()
+    squares = difference.square().mean(1, keepdim=True)  # (b, 3, h, w) -> (b, 1, h, w)
+    weights = torch.ones_like(squares) if where is None else where.cpu().float()
+    error = (squares * weights).sum((1, 2, 3)) / weights.sum((1, 2, 3)).clamp(min=1)
+    return 10 * (255**2 / error.clamp(min=0.01)).log10()
+
+
 def _distance(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
+    net, compare, producer = _perceptual(name, spec, device)
+    baseline = spec.folders[spec.baseline].name.rpartition("-")[2]
+    return ImageMetric(f"distance-{name}", producer, lambda s: compare(net, s.images, s.baseline), baseline=baseline)
+
+
+def _perceptual(name: str, spec: EvaluationSpec, device: str) -> tuple[Any, Callable[..., Tensor], str]:
+    """A network, the distance that it measures between images, and what identifies it."""
     weights, checksums = spec.config.weights, spec.config.checksums
     net: Any
     if name == "mini":
@@ -128,8 +169,7 @@ def _distance(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
         sha256 = checksums.get(name), checksums.get(heads)
         net, compare = load_lpips(name, weights.get(name), weights.get(heads), sha256, device=device), lpips_distances
         producer = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in net.parameters())).hexdigest()
-    baseline = spec.folders[spec.baseline].name.rpartition("-")[2]
-    return ImageMetric(f"distance-{name}", producer, lambda s: compare(net, s.images, s.baseline), baseline=baseline)
+    return net, compare, producer
 
 
 def _text_alignment(spec: EvaluationSpec, device: str) -> ImageMetric:

@@ -19,6 +19,7 @@ from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import latex, markdown, table, to_jsonl
 from segresearch.evaluation.sample_shards import IMAGES
 from segresearch.evaluation.spec import EvaluationSpec
+from segresearch.init_images import identify_init
 from segresearch.pages import render, to_csv
 from segresearch.plot_style import save
 from segresearch.records import figure_record, image_record, png, run_record, save_png
@@ -65,13 +66,17 @@ def examples(spec: EvaluationSpec, run: str, methods: Sequence[str]) -> dict[str
     control_images = [spec.controls[i] if spec.controls else () for i in seeds]
     identified = identify_controls(config.controls, control_images, model)
     controls, texts = [control_records(identified, row) for row in control_images], spec.texts(seeds)
+    starts = [spec.inits[i] if spec.inits else () for i in seeds]
+    init = identify_init(config.init, starts)
     shown: dict[str, list[Example]] = {method: [] for method in methods}
     for method in methods:
         guidance = spec.methods[method]
         for path, rows in ((spec.shard(method, rows), rows) for rows in spec.ranges if rows.start in seeds):
             sampled = {**shared, **shards.header(path)["versions"]}
             for i, pixels in zip(seeds[rows.start : rows.stop], shards.load(path, IMAGES)):
-                image = {"prompt": texts[i], "negative": config.negative, "seed": i, **controls[i]}
+                negative = spec.negatives[i % len(spec.negatives)] if spec.negatives else config.negative
+                image = {"prompt": texts[i], "negative": negative, "seed": i, **controls[i]}
+                image |= init.record(starts[i])
                 record = image_record(sampled, method, guidance, **image)
                 shown[method].append((Image.fromarray(pixels.transpose(1, 2, 0).copy()), record))
     return shown
@@ -149,10 +154,11 @@ def log_evaluation(spec: EvaluationSpec, result: Result, folder: Path) -> bool:
         captions = [f"seed {i}" + (f": {texts[i]}" if texts[i] else "") for i in seeds]
         of_methods = [
             WandbRun(
-                method, config.name, "method", {**common, **facts(method, spec.methods[method])}, values,
+                f"{method} {folder.name}", config.name, "method",
+                {**common, **facts(method, spec.methods[method])}, values,
                 {GUIDANCE: result.norms[method]} if result.norms.get(method) else {},
                 {"image table": [{**s, "image": path} for s, path in zip(samples, files[method])]},
-                {GALLERY: list(zip(files[method], captions))},
+                {GALLERY: list(zip(files[method], captions))}, [config.model.name, method],
             )
             for method, values in rows.items()
         ]  # fmt: skip
@@ -160,7 +166,9 @@ def log_evaluation(spec: EvaluationSpec, result: Result, folder: Path) -> bool:
         tables = {TABLE: [{"method": method, **row} for method, row in rows.items()], SIDE_BY_SIDE: side_by_side}
         figures = {path.stem: [(path, "")] for path in sorted((folder / "figures").glob("*.png"))}
         settings, whole = {**common, "all": runs.plain(config)}, f"{config.name} {folder.name}"
-        return [*of_methods, WandbRun(whole, config.name, "evaluation", settings, tables=tables, images=figures)]
+        last = WandbRun(whole, config.name, "evaluation", settings, tables=tables, images=figures,
+                        tags=[config.model.name])  # fmt: skip
+        return [*of_methods, last]
 
     return log(config.wandb, Path(config.out), [folder.name, common, rows], wandb_runs)
 

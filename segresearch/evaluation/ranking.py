@@ -127,8 +127,8 @@ def protocol(spec: EvaluationSpec) -> list[tuple[str, str]]:
         ("ControlNets", ", ".join(f"{name} ×{c.scale:g}" for name, c in config.controls.items()) or "none"),
         ("baseline", f"{spec.baseline}: {describe(spec.methods[spec.baseline])}"),
         ("scales", "s is the factor on the difference D[pos] − D[neg] in denoised space. The weight w of "
-                   "classifier-free guidance is s + 1, and so is the γ of papers that write D[neg] + γ·(D[pos] − D[neg]). A factor "
-                   "×f multiplies s: w becomes 1 + f·(w − 1)."),
+                   "classifier-free guidance is s + 1, and so is the γ of papers that write "
+                   "D[neg] + γ·(D[pos] − D[neg]). A factor ×f multiplies s: w becomes 1 + f·(w − 1)."),
     ]  # fmt: skip
 
 

@@ -22,8 +22,8 @@ def _ranking(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where
     fd = frame.metrics("fd")[0]
     caption = (
         f"{where}. Distance less that of “{spec.baseline}” on the same resampled images; left of 0 is better. Filled: "
-        "the best of a method's scales, with one bootstrap standard error (dark) and two (light). Rings: its other scales. "
-        "The best of several scales is lower by chance too, which the whiskers do not hold."
+        "the best of a method's scales, with one bootstrap standard error (dark) and two (light). Rings: its other "
+        "scales. The best of several scales is lower by chance too, which the whiskers do not hold."
     )
     figure = canvas(11.5, max(2.6, 0.3 * len(ranked) + 0.5), f"{len(ranked)} methods, each at its best scale", caption)
     axis = figure.subplots()

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from segresearch import runs
 from segresearch.config.build import build_guidance
@@ -24,6 +23,8 @@ from segresearch.evaluation import shards
 from segresearch.evaluation.image_metrics import Samples, check_size, measure
 from segresearch.evaluation.shards import Array
 from segresearch.evaluation.spec import EvaluationSpec
+from segresearch.init_images import init_images
+from segresearch.progress import Bar
 from segresearch.sample_images import decode_images, encode_conds, run_sigmas, sample_latents
 
 if TYPE_CHECKING:
@@ -142,35 +143,37 @@ def sample_shards(spec: EvaluationSpec, worker: Worker, load: Callable[[], "Stab
     todo = {rows: len(missing) for rows in own if (missing := missing_arrays(spec, rows))}
     count = sum(len(rows) * methods for rows, methods in todo.items())
     progress = Progress(existing=sum(map(len, own)) * len(spec.methods) - count)
-    with tqdm(total=count, unit="image", disable=None, leave=False, smoothing=0.05) as bar:
+    with Bar(count) as bar:
         for rows in todo:
-            _write_shards(spec, rows, loaded, bar, progress)
+            _write_shards(spec, rows, loaded, bar, progress, worker)
     return progress
 
 
 def _write_shards(
-    spec: EvaluationSpec, rows: range, load: Callable[[], "StableDiffusion"], bar: Any, progress: Progress
-) -> None:
+    spec: EvaluationSpec, rows: range, load: Callable[[], "StableDiffusion"], bar: Bar, progress: Progress,
+    worker: Worker,
+) -> None:  # fmt: skip
     """Write the arrays that the shards of a range lack, the baseline's first: distances need its images."""
     baseline: Tensor | None = None
     controls: list[Any] = []  # of each batch; the methods share them
     relative = {metric.array for metric in spec.metrics if metric.baseline}
 
-    def images_of(method: str, names: set[str], advance: Callable[[int], object]) -> tuple[Tensor, dict[str, Any]]:
+    def images_of(method: str, names: set[str], bar: Bar | None) -> tuple[Tensor, dict[str, Any]]:
         """From the shard where it holds them and lacks no array of sampling, else sampled, to the same bits."""
         path = spec.shard(method, rows)
         if shards.producers(path).get(IMAGES) == SAMPLING and not names.intersection(OF_SAMPLING):
-            advance(len(rows))
+            if bar is not None:
+                bar.add(len(rows))
             return torch.from_numpy(shards.load(path, IMAGES)), {}
-        return sample_range(spec, method, rows, load(), controls, advance)
+        return sample_range(spec, method, rows, load(), controls, bar)
 
     for method, names in missing_arrays(spec, rows).items():  # another worker may have written some by now
         path = spec.shard(method, rows)
-        bar.set_description(method)
+        bar.describe(method if worker.world == 1 else f"{worker}, {method}")
         try:
             if baseline is None and method != spec.baseline and names & relative:
-                baseline, _ = images_of(spec.baseline, set(), lambda _: None)
-            images, arrays = images_of(method, names, bar.update)
+                baseline, _ = images_of(spec.baseline, set(), None)
+            images, arrays = images_of(method, names, bar)
             baseline = images if method == spec.baseline else baseline
             samples = Samples(images, images if baseline is None else baseline, spec.texts(rows), rows)
             measured = measure(spec.metrics, samples, names)
@@ -194,19 +197,19 @@ def sample_range(
     rows: range,
     sd: "StableDiffusion",
     controls: list[Any],
-    advance: Callable[[int], object],
+    bar: Bar | None = None,
 ) -> tuple[UInt8[Tensor, "b 3 h w"], dict[str, np.ndarray]]:
     """Images of `rows`, in batches that start with the range, and the arrays NORMS (where all images were evaluated
     equally often) and COST (see `required_arrays`). Raises NotFinite.
 
-    controls: the active ControlNets of each batch, filled where it is empty. advance: called with the size of a batch
-    that is done.
+    controls: the active ControlNets of each batch, filled where it is empty. bar: told of each step and
+    each batch.
     """
     config, step = spec.config, int(spec.config.batch_size)
     batches = [rows[i : i + step] for i in range(0, len(rows), step)]
     size = config.size or sd.default_size
     if config.controls and not controls:
-        sigmas = run_sigmas(sd, config)
+        sigmas = run_sigmas(sd, config, config.init)
         for batch in batches:
             controls.append(controlled_batch(sd, config.controls, [spec.controls[i] for i in batch], size, sigmas))
     norms: list[list[Tensor]] = []  # of each batch and evaluation (b,)
@@ -220,14 +223,19 @@ def sample_range(
     images, arrays = [], {}
     for batch, control in zip(batches, controls or [()] * len(batches), strict=True):
         norms.append([])
-        conds = encode_conds(sd, model, spec.texts(batch), config.negative, config.size)
+        conds = encode_conds(sd, model, spec.texts(batch), spec.negative(batch), config.size, config.text.given())
+        init = init_images(config.init, [spec.inits[i] for i in batch] if spec.inits else (), size)
         with FlopCounterMode(display=False) if batch.start == 0 else contextlib.nullcontext() as counter:
-            latents = sample_latents(sd, model, batch, conds, config, control)
+            steps = len(run_sigmas(sd, config, config.init)) - 1
+            report = None if bar is None else bar.callback(len(batch), len(batch), steps)
+            latents = sample_latents(sd, model, batch, conds, config, control, init=init, callback=report)
         if counter is not None:
             arrays[COST] = np.array([counter.get_total_flops() / len(batch)])
         decoded = DECODED if latents.device.type == "cpu" else max(1, PIXELS // math.prod(size))
-        images.append(decode_images(sd, latents, decoded).cpu())
-        advance(len(batch))
+        pixels = decode_images(sd, latents, decoded)
+        images.append((pixels if init is None else init.paste(pixels)).cpu())
+        if bar is not None:
+            bar.add(len(batch))
     count = len(norms[0])
     if count and all([len(norm) for norm in steps] == [len(batch)] * count for steps, batch in zip(norms, batches)):
         arrays[NORMS] = torch.cat([torch.stack(steps, dim=1) for steps in norms]).float().cpu().numpy()  # (b, steps)

@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segresearch import runs
-from segresearch.config.expand import HELD_OUT, control_rows, describe, methods, read_prompts, scene_numbers, slug
+from segresearch.config.expand import (
+    HELD_OUT,
+    control_rows,
+    describe,
+    init_rows,
+    methods,
+    read_negatives,
+    read_prompts,
+    scene_numbers,
+    slug,
+)
 from segresearch.config.schema import SCENE, EvaluateConfig, GuidanceConfig
 from segresearch.config.sweep import Swept, swept
 from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers
+from segresearch.init_images import identify_init
 from segresearch.records import sampling_identity, with_networks
 
 if TYPE_CHECKING:
@@ -27,18 +38,21 @@ OF_RESULTS = ("images", "features", "distances", "text_alignment", "n_bootstrap"
 class EvaluationSpec:
     """What a config evaluates.
 
-    methods: guidance by name; the first is the baseline. prompts: image i has prompts[i], repeating in turn. scenes:
+    methods: guidance by name; the first is the baseline. prompts: image i has prompts[i], repeating in turn; negatives
+    too, () where all have the config's. scenes:
     the procedural scenes whose captions the prompts are, or (). controls: of image i its control images, one for each
-    of the config's controls. paper: the table of the paper to compare with. folders: of the shards of each method, {}
-    until `with_folders`. sweep: of what each method is a scale, {} without a sweep. metrics: of each image, () until
-    `image_metrics` has loaded their networks.
+    of the config's controls. inits: of image i the image that it starts from, and its mask. paper: the table of the
+    paper to compare with. folders: of the shards of each method, {} until `with_folders`. sweep: of what each method is
+    a scale, {} without a sweep. metrics: of each image, () until `image_metrics` has loaded their networks.
     """
 
     config: EvaluateConfig
     methods: Mapping[str, GuidanceConfig]
     prompts: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
     scenes: tuple[int, ...] = ()
     controls: tuple[tuple[str, ...], ...] = ()
+    inits: tuple[tuple[str, ...], ...] = ()
     paper: str | None = None
     folders: Mapping[str, Path] = field(default_factory=dict)
     sweep: Mapping[str, Swept] = field(default_factory=dict)
@@ -58,6 +72,12 @@ class EvaluationSpec:
     def texts(self, rows: range) -> list[str]:
         """The prompts of some images."""
         return [self.prompts[i % len(self.prompts)] for i in rows]
+
+    def negative(self, rows: range) -> str | list[str] | None:
+        """The negative prompts of some images: one for all, or one for each."""
+        if self.negatives:
+            return [self.negatives[i % len(self.negatives)] for i in rows]
+        return self.config.negative if isinstance(self.config.negative, str | None) else None
 
     def shard(self, method: str, rows: range) -> Path:
         return self.folders[method] / f"{rows.start:07d}-{rows.stop:07d}.safetensors"
@@ -96,8 +116,9 @@ def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:
     paper = paper_numbers.table_for(config.paper, config.name, by_name, prompts)
     sweep = {} if config.sweep is None else swept(by_name, config.sweep.scales)
     by_name = {name: one.guidance for name, one in sweep.items()} or by_name
-    controls = control_rows(config.controls, config.images)
-    return EvaluationSpec(config, by_name, prompts, scenes, controls, paper, sweep=sweep)
+    controls, inits = control_rows(config.controls, config.images), init_rows(config, config.images)
+    _, negatives = read_negatives(config.negative, len(prompts))
+    return EvaluationSpec(config, by_name, prompts, negatives, scenes, controls, inits, paper, sweep=sweep)
 
 
 def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:
@@ -109,10 +130,12 @@ def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:
     """
     config = spec.config
     common = {
-        **sampling_identity(config, runs.fingerprint(model)), "version": VERSION, "negative": config.negative,
+        **sampling_identity(config, runs.fingerprint(model)), "version": VERSION,
+        "negative": list(spec.negatives) or config.negative,
         "batch_size": config.batch_size, "shard": config.shard,
         "prompts": config.prompts if _open_ended(config.prompts) else runs.digest(spec.prompts),
         "controls": [_control_identity(spec, k, model) for k in range(len(config.controls))],
+        **({"init": _init_identity(spec)} if spec.inits else {}),
     }  # fmt: skip
     folders = {}
     for method, guidance in spec.methods.items():
@@ -150,3 +173,16 @@ def _control_identity(spec: EvaluationSpec, k: int, model: Path) -> dict[str, An
     contents = {image: identified.contents(image) for image in read}
     listed = control.image if _open_ended(control.image) else [contents.get(image, image) for image in images]
     return {**identified.identity(read), "contents": contents.get(images[0]), "images": runs.digest(listed)}
+
+
+def _init_identity(spec: EvaluationSpec) -> dict[str, Any]:
+    """What images depend on of those that they start from; scenes by their names, and how the first is rendered."""
+    init, rows = spec.config.init, spec.inits
+    read = [row for row in dict.fromkeys(rows) if row == rows[0] or not all(name.startswith(SCENE) for name in row)]
+    identified = identify_init(init, read)
+    listed = [
+        given if _open_ended(given) else [identified.digests.get((key, row[k]), row[k]) for row in rows]
+        for k, (key, given) in enumerate((("image", init.image), ("mask", init.mask)))
+        if given is not None
+    ]
+    return {**identified.identity(rows[:1]), "images": runs.digest(listed)}

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class Prepared(Mapping[str, Cond]):
 
     def __init__(self, conds: Mapping[str, Cond]):
         self._conds = dict(conds)
-        self.joins: dict[tuple[tuple[str, ...], int, int], Cond] = {}
+        self.joins: dict[tuple[tuple[str, ...], int, int, Any], Cond] = {}
 
     def __getitem__(self, name: str) -> Cond:
         return self._conds[name]
@@ -59,11 +60,16 @@ class Prepared(Mapping[str, Cond]):
         """The same for other rows; `sample` cuts a batch into images by this."""
         return Prepared(conds)
 
-    def joined(self, names: Sequence[str], rows: int, times: int = 1) -> Cond:
-        """`rows` rows of each of these conditionings, each `times` times, one after another."""
-        key = (tuple(names), rows, times)
+    def joined(self, names: Sequence[str], rows: int, times: int = 1, view: Any = None) -> Cond:
+        """`rows` rows of each of these conditionings, each `times` times, one after another; the image of each in the
+        parts that `view` makes of x."""
+        key = (tuple(names), rows, times, view)
         if key not in self.joins:
-            self.joins[key] = Cond.cat([with_rows(name, self[name], rows) for name in names for _ in range(times)])
+            parts = [with_rows(name, self[name], rows) for name in names]
+            cond = Cond.cat([part for part in parts for _ in range(times)])
+            if view is not None and cond.image is not None:
+                cond = replace(cond, image=torch.cat([view.split(part.image) for part in parts]))
+            self.joins[key] = cond
         return self.joins[key]
 
 

@@ -43,7 +43,9 @@ from segresearch.sampling.memory import Past, Run
 Conds = Mapping[str, Cond]
 Control = Sequence[ActiveControlNet] | None
 # attributes of the plain denoiser, which the guided one has too
-SCHEDULE = ("unet", "sigmas", "sigma_min", "sigma_max", "sigma_to_t", "t_to_sigma", "steps_offset")
+SCHEDULE = (
+    "unet", "sigmas", "sigma_min", "sigma_max", "sigma_to_t", "t_to_sigma", "steps_offset", "schedule", "timesteps",
+)  # fmt: skip
 
 
 class GuidedDenoiser:
@@ -62,7 +64,8 @@ class GuidedDenoiser:
         every: perturbations of every branch on a conditioning, by its name; "*" is all of them.
         conditionings: conditionings that are made from others, by name, at every evaluation or, where they are
             `static`, once a run; each a call (conds, sigma, keys) -> Cond. One of an existing name takes its place.
-            Those made from texts have `encode(sd, prompts, negative, size)` instead; `conds` must hold the result.
+            Those made from texts have `encode(sd, prompts, negative, size, **settings)` instead; `conds` must hold its
+            result.
         networks: denoisers of further networks, by the names that `Weak` uses.
 
     It holds no state: a call that raises leaves nothing behind, and what methods remember is in the `Run` of a
@@ -152,7 +155,12 @@ class GuidedDenoiser:
     def perturbed(self, branch: Branch) -> Perturbed:
         """The perturbations of a complete branch, by site."""
         if branch.perturbations not in self._perturbed:
-            kinds, _ = self.sites(self.pass_of(branch).network)
+            network = self.pass_of(branch).network
+            if getattr(self.networks[network], "timesteps", 1) is None:
+                for p in branch.perturbations:
+                    if getattr(p, "in_timesteps", False):
+                        raise InputError(f"{p} is in timesteps, and an EDM model has none, but ln(σ)/4")
+            kinds, _ = self.sites(network)
             self._perturbed[branch.perturbations] = perturbed_sites(branch.perturbations, kinds)
         return self._perturbed[branch.perturbations]
 
@@ -295,7 +303,7 @@ class GuidedDenoiser:
         plan = self.layout(branches, conds, control)
         control_residuals = residuals(
             denoiser, x, sigma.repeat(views), plan.conditionings,
-            lambda names, _: conds.joined(names, rows, views), self.base.conditioning, control,
+            lambda names, _: conds.joined(names, rows, views, one.view), self.base.conditioning, control,
             [*values] * views,
         )  # fmt: skip
         parts = tuple(number * views + i for number in plan.source for i in range(views))
@@ -325,7 +333,7 @@ class GuidedDenoiser:
         denoised = denoiser(
             x.repeat(n, 1, 1, 1),  # (v·b, c, h, w) -> (n·v·b, c, h, w)
             sigma.repeat(n * views),
-            cond=conds.joined(plan.inputs, rows, views),
+            cond=conds.joined(plan.inputs, rows, views, one.view),
             attend=attention,
             wrap=BranchCalls(attention) if groups else plain,
             residuals=control_residuals,

@@ -177,7 +177,7 @@ class BranchCalls:
         out: list[Tensor] = [h[:0]] * len(a.after)
         for perturbations, parts in a.groups[site.name].items():
             own: Call = call
-            if site.kind == "block" and len(parts) < len(a.after):
+            if site.kind in ("block", "embedding") and len(parts) < len(a.after):
                 within = a.within(site.name, parts)
                 own = partial(call, part=Part(row_index(tuple(parts), a.rows, h.device), within, BranchCalls(within)))
             for perturbation in perturbations:

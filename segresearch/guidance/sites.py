@@ -48,11 +48,16 @@ def select_sites(where: Where, sites: Sequence[str], kind: str = "self") -> tupl
         matches = _matches(part, sites)
         if not matches:
             raise InputError(
-                f"where={where!r}: {part!r} matches no {NOUNS[kind]} of this model; use a group (down, mid, up), "
+                f"where={where!r}: {part!r} matches no {NOUNS[kind]} of this model; use a group ({_groups(sites)}), "
                 f'a block ("up.0.2"), an index or a glob over: {_listing(sites)}'
             )
         chosen.update(matches)
     return tuple(site for site in sites if site in chosen)
+
+
+def _groups(sites: Sequence[str]) -> str:
+    """The groups of blocks that have such sites."""
+    return ", ".join(g for g in ("down", "mid", "up") if any(site.startswith(f"{g}_block") for site in sites)) or "none"
 
 
 def _listing(sites: Sequence[str]) -> str:

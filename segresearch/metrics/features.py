@@ -118,7 +118,7 @@ def _clip(path: str | Path | None, sha256: str | None, device: torch.device) -> 
 
     folder, digest = pretrained.hub_weights(path or CLIP_336, sha256)
     with pretrained.reading(folder, "no config.json of CLIP"):
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     width = config.projection_dim  # a whole CLIP has it beside its towers, a vision tower among its own sizes
     model = pretrained.load_pretrained(CLIPVisionModelWithProjection, folder, device, projection_dim=width)
 

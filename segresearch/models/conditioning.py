@@ -1,4 +1,4 @@
-"""The conditioning of the UNet: text, pooled text and image sizes."""
+"""The conditioning of the UNet: text, pooled text and image sizes; further channels and an embedded guidance weight."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,39 +15,60 @@ from segresearch.errors import InputError
 class Projection:
     """The part of a forward pass that depends on the conditioning alone: computed once a prompt, not once a step.
 
-    added: embedding of the pooled text and the sizes. text: keys and values at every cross-attention, by its name.
+    added: embedding of the pooled text and the sizes, None in a network without these. text: keys and values at every
+    cross-attention, by its name. guidance: embedding of the guidance weight, in a network that has one.
     """
 
-    added: Float[Tensor, "rows e"]
+    added: Float[Tensor, "rows e"] | None
     text: Mapping[str, tuple[Float[Tensor, "rows _h _text _d"], Float[Tensor, "rows _h _text _d"]]]
+    guidance: Float[Tensor, "rows _c"] | None = None
 
     @property
     def rows(self) -> int:
-        return self.added.shape[0]
+        return next(iter(self.text.values()))[0].shape[0] if self.added is None else self.added.shape[0]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Projection":
-        return Projection(change(self.added), {name: (change(k), change(v)) for name, (k, v) in self.text.items()})
+        """Every tensor changed by one function."""
+        text = {name: (change(k), change(v)) for name, (k, v) in self.text.items()}
+        return Projection(optional(change, self.added), text, optional(change, self.guidance))
 
     @staticmethod
     def cat(parts: Sequence["Projection"]) -> "Projection":
         """Rows of all, one after another."""
         text = {name: tuple(map(torch.cat, zip(*(p.text[name] for p in parts), strict=True))) for name in parts[0].text}
-        return Projection(torch.cat([p.added for p in parts]), text)  # type: ignore[arg-type]
+        added, guidance = (joined([getattr(p, name) for p in parts]) for name in ("added", "guidance"))
+        return Projection(added, text, guidance)  # type: ignore[arg-type]
+
+
+def optional(change: Callable[[Tensor], Tensor], z: Tensor | None) -> Tensor | None:
+    """The tensor, changed, where there is one."""
+    return None if z is None else change(z)
+
+
+def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The rows of all, one after another; None where none of them is there."""
+    return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Cond:
-    """SDXL's conditioning, one row an image.
+    """The conditioning of one model, one row an image.
 
-    context: hidden states of both text encoders, side by side.
-    pooled: pooled text embedding of the second encoder.
-    time_ids: original height and width, crop top and left, target height and width, in pixels.
+    context: hidden states of the text encoders, side by side.
+    pooled: pooled text embedding of the last encoder; 0 wide where the model reads none (SD 1.5, 2.1).
+    time_ids: original height and width, crop top and left, then target height and width in pixels (SDXL), or the
+        aesthetic score (its refiner); 0 wide where the model has no such input (SD 1.5, 2.1).
+    image: further channels of the UNet's input beside the latents, as they are: mask and masked-image latents
+        (inpainting, 5), image latents (instruct-pix2pix, 4).
+    guidance: the guidance weight that the UNet embeds (LCM), as diffusers' `guidance_scale` counts.
     projections: cached projections by network; see `projected` and `for_network`.
     """
 
     context: Float[Tensor, "rows text dim"]
     pooled: Float[Tensor, "rows pooled"]
-    time_ids: Float[Tensor, "rows 6"]
+    time_ids: Float[Tensor, "rows ids"]
+    image: Float[Tensor, "rows extra _h _w"] | None = None
+    guidance: Float[Tensor, " rows"] | None = None
     projections: Mapping[Any, Projection] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -55,9 +76,16 @@ class Cond:
         return self.context.shape[0]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Cond":
-        """Moved and cast, without projections; time_ids stay float32 at least: bf16 holds no size above 256 exactly."""
-        ids = self.time_ids.to(device=device, dtype=dtype if dtype == torch.float64 else None)
-        return Cond(self.context.to(device, dtype), self.pooled.to(device, dtype), ids)
+        """Moved and cast, without projections. What is no text stays float32 at least: bf16 holds no size above 256
+        exactly, and the latents beside the image are float32."""
+        wide = dtype if dtype == torch.float64 else None
+        ids, image, guidance = (optional(lambda z: z.to(device=device, dtype=wide), z) for z in self.beside)
+        return Cond(self.context.to(device, dtype), self.pooled.to(device, dtype), ids, image, guidance)  # type: ignore[arg-type]
+
+    @property
+    def beside(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What is no text: time_ids, image and guidance."""
+        return self.time_ids, self.image, self.guidance
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> "Cond":
         """The chosen rows."""
@@ -69,7 +97,8 @@ class Cond:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Cond":
         projections = {net: projection.each(change) for net, projection in self.projections.items()}
-        return Cond(change(self.context), change(self.pooled), change(self.time_ids), projections)
+        ids, image, guidance = (optional(change, z) for z in self.beside)
+        return Cond(change(self.context), change(self.pooled), ids, image, guidance, projections)  # type: ignore[arg-type]
 
     def projected(self, *nets: Any) -> "Cond":
         """With the projections of these networks (`UNet.project`), for as long as their weights stay as they are."""
@@ -85,14 +114,20 @@ class Cond:
 
     def equals(self, other: "Cond") -> bool:
         """Whether the two hold the same values."""
-        mine, its = ((c.context, c.pooled, c.time_ids) for c in (self, other))
-        return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+        for a, b in zip((self.context, self.pooled, *self.beside), (other.context, other.pooled, *other.beside)):
+            if a is None or b is None:
+                if a is not b:
+                    return False
+            elif a.shape != b.shape or not torch.equal(a, b):
+                return False
+        return True
 
     @staticmethod
     def cat(conds: Sequence["Cond"]) -> "Cond":
         """Rows of all, one after another.
 
-        Raises ValueError if the text lengths differ: attention has no mask here, so padding would change the result.
+        InputError if the text lengths differ: attention has no mask here, so padding would change the result. Also if
+        some have an image or a guidance weight and others have none.
         """
         if len(conds) == 1:
             return conds[0]
@@ -102,6 +137,11 @@ class Cond:
                 f"conditionings of different text lengths {sorted(lengths)} cannot share a batch: "
                 "encode them to one length (both prompt and negative through the same `encode`)"
             )
-        context, pooled, ids = map(torch.cat, zip(*((c.context, c.pooled, c.time_ids) for c in conds), strict=True))
+        for name in ("image", "guidance"):
+            if len({getattr(c, name) is None for c in conds}) > 1:
+                raise InputError(f"conditionings with and without `{name}` cannot share a batch: all or none have it")
+        parts = zip(*((c.context, c.pooled, *c.beside) for c in conds), strict=True)
+        context, pooled, ids, image, guidance = map(joined, parts)
         shared = [net for net in conds[0].projections if all(net in c.projections for c in conds)]
-        return Cond(context, pooled, ids, {net: Projection.cat([c.projections[net] for c in conds]) for net in shared})
+        projections = {net: Projection.cat([c.projections[net] for c in conds]) for net in shared}
+        return Cond(context, pooled, ids, image, guidance, projections)  # type: ignore[arg-type]

@@ -1,9 +1,10 @@
-"""SDXL's text conditioning: two CLIP text encoders, the second with a projection, each with its tokenizer."""
+"""The text conditioning: one or two CLIP text encoders, each with its tokenizer."""
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,10 +19,13 @@ TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-3
 
 @dataclass(frozen=True)
 class TextEncoders:
-    """Both encoders and their tokenizers. Texts are padded and cut to `length` tokens, begin and end included."""
+    """One or two encoders and their tokenizers. Texts are padded and cut to `length` tokens, begin and end included.
 
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
-    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+    SDXL has two, the second with a projection; its refiner the second alone; SD 1.5 and 2.1 one without a projection.
+    """
+
+    tokenizers: tuple[CLIPTokenizer, ...]
+    encoders: tuple[CLIPTextModel | CLIPTextModelWithProjection, ...]
 
     def __post_init__(self) -> None:
         for i, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.encoders, strict=True), 1):
@@ -33,7 +37,7 @@ class TextEncoders:
 
     @property
     def length(self) -> int:
-        """Tokens of every encoded text (77 for SDXL)."""
+        """Tokens of every encoded text (77 of the published models)."""
         limits = [t.model_max_length for t in self.tokenizers]
         return min(limits + [e.config.max_position_embeddings for e in self.encoders])
 
@@ -41,6 +45,16 @@ class TextEncoders:
     def layers(self) -> int:
         """Layers of the shallower encoder."""
         return min(e.config.num_hidden_layers for e in self.encoders)
+
+    @property
+    def widths(self) -> list[int]:
+        """Of the states of each encoder."""
+        return [e.config.hidden_size for e in self.encoders]
+
+    @property
+    def pooled(self) -> bool:
+        """Whether there is a pooled text vector: the last encoder has a projection."""
+        return hasattr(self.encoders[-1], "text_projection")
 
     def tokens(self, texts: Sequence[str], which: int) -> Int[Tensor, "rows text"]:
         """Token ids by tokenizer 0 or 1, padded and cut to `length`; warns of a text that is cut, naming the loss."""
@@ -50,7 +64,7 @@ class TextEncoders:
                 lost = tokenizer.decode(ids[self.length - 1 : -1])
                 warnings.warn(
                     f"text encoder {which + 1} reads {self.length} tokens, cut off: {lost!r} (of {len(ids)} tokens)",
-                    stacklevel=5,  # of whoever calls StableDiffusion.encode
+                    stacklevel=6,  # of whoever calls StableDiffusion.encode
                 )
         pad = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
         return tokenizer(list(texts), **pad).input_ids
@@ -63,25 +77,42 @@ class TextEncoders:
     def encode(
         self, texts: Sequence[str], clip_skip: int | None = None, device: torch.device | str | None = None
     ) -> tuple[Float[Tensor, "rows text dim"], Float[Tensor, "rows pooled"]]:
-        """Hidden states before the last layer of both encoders, side by side, and the projected end-of-text state of
-        the second.
+        """Hidden states of the encoders, side by side, and the pooled text: `states` of `tokens`."""
+        return self.states([self.tokens(texts, i) for i in range(len(self.encoders))], clip_skip, device)
 
-        clip_skip leaves out that many more layers, as diffusers counts (None and 0: the penultimate states); the pooled
-        vector does not depend on it. Computed in the encoders' dtype and where they lie, or on `device` with copies of
+    @torch.no_grad()
+    def states(
+        self, ids: Sequence[Int[Tensor, "rows text"]], clip_skip: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> tuple[Float[Tensor, "rows text dim"], Float[Tensor, "rows pooled"]]:  # fmt: skip
+        """Hidden states of the encoders, side by side, and the pooled text, 0 wide where there is none. ids: for each
+        encoder.
+
+        With a pooled text (SDXL) these are the states before the last layer of each encoder, and the projected
+        end-of-text state of the last. Without (SD 1.5, 2.1) they are those after the last layer and the final norm.
+        clip_skip leaves out that many more layers, as diffusers counts; the final norm stays, and the pooled vector
+        does not depend on it. Computed in the encoders' dtype and where they lie, or on `device` with copies of
         their weights, one encoder after the other (`on_device`). InputError for a clip_skip out of range.
         """
-        skip = clip_skip or 0
-        if not 0 <= skip <= self.layers - 1:
-            most = f"{self.layers - 1} for encoders of {self.layers} layers"
-            raise InputError(f"clip_skip={clip_skip}: must lie between 0 and {most}")
+        skip, most = clip_skip or 0, self.layers - self.pooled
+        if not 0 <= skip <= most:
+            limit = f"{most} for encoders of {self.layers} layers"
+            raise InputError(f"clip_skip={clip_skip}: must lie between 0 and {limit}")
         states = []
         for which, encoder in enumerate(self.encoders):
-            ids = self.tokens(texts, which).to(device or encoder.device)
             network = self.network(which)
             run = network if device is None else on_device(network, device)
-            out = run(ids, output_hidden_states=True)
-            states.append(out.hidden_states[-(skip + 2)])
-        return torch.cat(states, dim=-1), out.text_embeds  # (rows, text, d1 + d2), (rows, pooled)
+            out = run(ids[which].to(device or encoder.device), output_hidden_states=True)
+            if self.pooled:
+                states.append(out.hidden_states[-(skip + 2)])
+                continue
+            if not skip:
+                states.append(out.last_hidden_state)
+                continue
+            norm: Any = getattr(encoder, "text_model", encoder).final_layer_norm
+            states.append((norm if device is None else on_device(norm, device))(out.hidden_states[-(skip + 1)]))
+        context = torch.cat(states, dim=-1)  # (rows, text, d1 + d2)
+        return context, out.text_embeds if self.pooled else context.new_zeros(len(context), 0)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -1,4 +1,5 @@
-"""The SDXL UNet, written out. Module names are the key names of a diffusers checkpoint: it loads with no converter.
+"""The UNet of the Stable Diffusion families. Module names are the key names of a diffusers checkpoint: it loads with
+no converter.
 
     x (rows, 4, h, w) ─ conv_in ─ down_blocks ─ mid_block ─ up_blocks ─ conv_out ─ eps (rows_out, 4, h, w)
                                        └────────── skips ──────┘
@@ -11,6 +12,7 @@ cross-attention. Attention is the caller's `attend`, blocks go through the calle
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from segresearch.models.attention import (
     Attend,
     Context,
     Fork,
+    Part,
     Site,
     Transformer,
     TransformerBlock,
@@ -66,11 +69,13 @@ def sinusoid(values: Float[Tensor, " n"], dim: int) -> Float[Tensor, "n dim"]:
 
 
 class Embedding(nn.Module):
-    """Linear, SiLU, linear (diffusers: TimestepEmbedding)."""
+    """Linear, SiLU, linear (diffusers: TimestepEmbedding). `cond_proj`, which the caller applies: to the input, of a
+    further embedding `cond_channels` wide."""
 
-    def __init__(self, channels: int, out_channels: int):
+    def __init__(self, channels: int, out_channels: int, cond_channels: int | None = None):
         super().__init__()
         self.linear_1 = nn.Linear(channels, out_channels)
+        self.cond_proj = nn.Linear(cond_channels, channels, bias=False) if cond_channels else None
         self.linear_2 = nn.Linear(out_channels, out_channels)
 
     def forward(self, x: Float[Tensor, "rows c"]) -> Float[Tensor, "rows d"]:
@@ -82,12 +87,11 @@ def resnet(c: EncoderConfig, channels: int, out_channels: int) -> Resnet:
     return Resnet(channels, out_channels, c.norm_num_groups, c.norm_eps, 4 * c.block_out_channels[0])
 
 
-def transformer(c: EncoderConfig, level: int, name: str) -> Transformer:
-    """The transformer of one level of resolution; `name` is its place in the checkpoint."""
-    width, heads, depth = c.block_out_channels[level], c.heads[level], c.transformer_layers_per_block[level]
-    return Transformer(
-        width, heads, depth, c.cross_attention_dim, c.norm_num_groups, c.use_linear_projection, name=name
-    )
+def transformer(c: EncoderConfig, level: int, depth: int | tuple[int, ...], layer: int, name: str) -> Transformer:
+    """The transformer of one layer on a level of resolution; `name` is its place in the checkpoint."""
+    own = depth[layer] if isinstance(depth, tuple) else depth
+    width, heads = c.block_out_channels[level], c.heads[level]
+    return Transformer(width, heads, own, c.cross_attention_dim, c.norm_num_groups, c.use_linear_projection, name=name)
 
 
 class DownBlock(nn.Module):
@@ -98,8 +102,9 @@ class DownBlock(nn.Module):
         width, above = c.block_out_channels[level], c.block_out_channels[max(level - 1, 0)]
         layers, crossed = range(c.layers_per_block[level]), c.down_block_types[level] == "CrossAttnDownBlock2D"
         self.resnets = nn.ModuleList(resnet(c, width if i else above, width) for i in layers)
+        depth = c.transformer_layers_per_block[level]
         self.attentions = nn.ModuleList(
-            transformer(c, level, f"down_blocks.{level}.attentions.{i}") for i in layers if crossed
+            transformer(c, level, depth, i, f"down_blocks.{level}.attentions.{i}") for i in layers if crossed
         )
         lowest = level == len(c.block_out_channels) - 1
         self.downsamplers = nn.ModuleList([] if lowest else [Downsample(width, symmetric=True)])
@@ -121,13 +126,14 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Resnet, transformer, resnet; the first resnet alone in ControlNets without attention there."""
+    """Resnet, transformer, resnet; the first resnet alone in networks without attention there (SSD-1B, Vega)."""
 
     def __init__(self, c: EncoderConfig):
         super().__init__()
         width, crossed = c.block_out_channels[-1], c.mid_block_type == CROSSED_MID
         self.resnets = nn.ModuleList(resnet(c, width, width) for _ in range(1 + crossed))
-        self.attentions = nn.ModuleList([transformer(c, -1, "mid_block.attentions.0")] if crossed else [])
+        depth, name = c.transformer_layers_per_block[-1], "mid_block.attentions.0"
+        self.attentions = nn.ModuleList([transformer(c, -1, depth, 0, name)] if crossed else [])
 
     def forward(self, x: Float[Tensor, "rows c h w"], context: Context) -> Float[Tensor, "rows_out c h w"]:
         x = self.resnets[0](x, context.emb, context.fork)
@@ -152,7 +158,9 @@ class UpBlock(nn.Module):
             resnet(c, (width if i else before) + (above if i == layers[-1] else width), width) for i in layers
         )
         self.attentions = nn.ModuleList(
-            transformer(c, level, f"up_blocks.{index}.attentions.{i}") for i in layers if crossed
+            transformer(c, level, c.up_depths[index], i, f"up_blocks.{index}.attentions.{i}")
+            for i in layers
+            if crossed
         )
         self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(width)])
 
@@ -180,15 +188,16 @@ class Encoder(nn.Module):
         self.config = config
         c, widths = config, config.block_out_channels
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = Embedding(widths[0], 4 * widths[0])
-        self.add_embedding = Embedding(c.projection_class_embeddings_input_dim, 4 * widths[0])
+        self.time_embedding = Embedding(widths[0], 4 * widths[0], c.time_cond_proj_dim)
+        added = c.projection_class_embeddings_input_dim
+        self.add_embedding = Embedding(added, 4 * widths[0]) if added else None
         self.down_blocks = nn.ModuleList(DownBlock(c, level) for level in range(len(widths)))
-        self.mid_block = MidBlock(c)
+        self.mid_block = None if c.mid_block_type is None else MidBlock(c)  # KOALA-700M has none
 
     @property
     def blocks(self) -> list[Any]:
         """The down, mid and up blocks, in the order of a forward pass."""
-        return [*self.down_blocks, self.mid_block]
+        return [*self.down_blocks, *filter(None, [self.mid_block])]
 
     @property
     def transformer_blocks(self) -> list[TransformerBlock]:
@@ -199,18 +208,43 @@ class Encoder(nn.Module):
         """What does not depend on x or t: keys and values at every cross-attention, the embedding of sizes and pooled
         text. Raises InputError if cond does not fit this network."""
         dtype, c = self.conv_in.weight.dtype, self.config
-        width, pooled = cond.context.shape[-1], cond.pooled.shape[-1]
-        if (width, pooled) != (c.cross_attention_dim, c.pooled_dim):
+        widths = tuple(z.shape[-1] for z in (cond.context, cond.pooled, cond.time_ids))
+        if widths != (c.cross_attention_dim, c.pooled_dim, c.size_ids):
+            given, taken = (
+                f"{width} wide (pooled {pooled}, {ids} sizes)"
+                for width, pooled, ids in (widths, (c.cross_attention_dim, c.pooled_dim, c.size_ids))
+            )
             raise InputError(
-                f"{c.network}: conditioning is {width} wide (pooled {pooled}), this model takes "
-                f"{c.cross_attention_dim} (pooled {c.pooled_dim}): encode prompts with this model's own text encoders"
+                f"{c.network}: conditioning is {given}, this model takes {taken}: "
+                "encode prompts with this model's own text encoders"
             )
         text = cond.context.to(dtype)
         keys_values = {block.attn2.name: block.attn2.keys_values(text) for block in self.transformer_blocks}
-        sizes = sinusoid(cond.time_ids.flatten(), c.addition_time_embed_dim)
-        sizes = rearrange(sizes, "(b six) c -> b (six c)", six=6)
-        added = self.add_embedding(torch.cat([cond.pooled.to(dtype), sizes.to(dtype)], dim=-1))
-        return Projection(added, keys_values)
+        added = None
+        if self.add_embedding is not None:
+            sizes = sinusoid(cond.time_ids.flatten(), c.addition_time_embed_dim)
+            sizes = rearrange(sizes, "(b ids) c -> b (ids c)", ids=c.size_ids)
+            added = self.add_embedding(torch.cat([cond.pooled.to(dtype), sizes.to(dtype)], dim=-1))
+        return Projection(added, keys_values, self.embed_guidance(cond))
+
+    def embed_guidance(self, cond: Cond) -> Float[Tensor, "rows c"] | None:
+        """What the embedding of the guidance weight adds to that of t, in a network that has one (LCM).
+
+        w − 1, times 1000, at frequencies as of `sinusoid` but down to 1/10000 itself and sines first (diffusers'
+        get_guidance_scale_embedding). InputError where cond has no weight, or has one that a UNet does not read.
+        """
+        c, projection = self.config, self.time_embedding.cond_proj
+        if projection is None:
+            if cond.guidance is not None and c.network == "unet":
+                raise InputError("unet: cond.guidance is set, but this model embeds no guidance weight (LCM's do)")
+            return None
+        if cond.guidance is None:
+            raise InputError("unet: this model embeds the guidance weight (LCM): cond.guidance must be set")
+        half = projection.in_features // 2
+        w = (cond.guidance.to(torch.promote_types(cond.guidance.dtype, torch.float32)) - 1) * 1000
+        steps = torch.arange(half, dtype=w.dtype, device=w.device)
+        angles = w[:, None] * torch.exp(-math.log(10000.0) * steps / (half - 1))  # (rows,) -> (rows, half)
+        return projection(torch.cat([angles.sin(), angles.cos()], dim=-1).to(projection.weight.dtype))
 
     def context(
         self, t: Float[Tensor, " rows"], cond: Cond | Projection,
@@ -218,12 +252,23 @@ class Encoder(nn.Module):
     ) -> Context:  # fmt: skip
         """What the blocks of one forward pass share. cond may be a projection by this network."""
         projection = cond if isinstance(cond, Projection) else self.project(cond)
-        time = wrap(self.embed_time, t, Site(EMBEDDING, (1, 1), "embedding"))
-        return Context(time + projection.added, projection.text, attend, wrap, fork)
+        embed = partial(self.embed_time, guidance=projection.guidance)
+        time = wrap(embed, t, Site(EMBEDDING, (1, 1), "embedding"))
+        return Context(
+            time if projection.added is None else time + projection.added, projection.text, attend, wrap, fork
+        )
 
-    def embed_time(self, t: Float[Tensor, " rows"]) -> Float[Tensor, "rows e"]:
-        """The embedding of the timestep alone."""
-        return self.time_embedding(sinusoid(t, self.config.block_out_channels[0]).to(self.conv_in.weight.dtype))
+    def embed_time(
+        self, t: Float[Tensor, " rows"], guidance: Float[Tensor, "_rows c"] | None = None, part: Part | None = None
+    ) -> Float[Tensor, "rows e"]:
+        """The embedding of the timestep alone, and of the guidance weight where the network has one.
+
+        part: the rows of the pass that t has, where it has some of them only.
+        """
+        sines = sinusoid(t, self.config.block_out_channels[0]).to(self.conv_in.weight.dtype)
+        if guidance is not None:
+            sines = sines + (guidance if part is None else part.rows_of(guidance, None))
+        return self.time_embedding(sines)
 
     def encode(
         self, x: Float[Tensor, "rows c h w"], context: Context, hint: Float[Tensor, "hint_rows d h w"] | None = None
@@ -236,7 +281,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x, more = block(x, context)
             skips += more
-        return self.mid_block(x, context), skips
+        return x if self.mid_block is None else self.mid_block(x, context), skips
 
     def check(self, x: Float[Tensor, "rows c h w"], cond: Cond | Projection) -> None:
         """InputError unless x fits this network and has the rows of cond."""
@@ -248,7 +293,7 @@ class Encoder(nn.Module):
 
 
 class UNet(Encoder):
-    """SDXL's UNet of any size; SDXL base is `UNet(UNetConfig())`."""
+    """A UNet of any size; SDXL base is `UNet(UNetConfig())`."""
 
     config: UNetConfig
 
@@ -261,7 +306,7 @@ class UNet(Encoder):
 
     @property
     def blocks(self) -> list[Any]:
-        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [*super().blocks, *self.up_blocks]
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""SDXL's autoencoder, written out, with the key names of a diffusers checkpoint."""
+"""The autoencoder of the Stable Diffusion families, with the key names of a diffusers checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +20,12 @@ _EPS = 1e-6
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes, in the terms of a diffusers config.json; the defaults are SDXL's. Scaled latents have unit scale."""
+    """Sizes, in the terms of a diffusers config.json; the defaults are SDXL's. Scaled latents have unit scale.
+
+    A config that lacks scaling_factor means another one in other families: see `checkpoints.folder`.
+    latents_mean, latents_std: of each channel, where scaled latents are (z − mean) · scaling_factor / std (Playground
+    v2.5).
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -33,11 +38,13 @@ class VAEConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
 
     @staticmethod
     def from_dict(config: Mapping[str, Any]) -> "VAEConfig":
         """From a diffusers `vae/config.json`. Raises ValueError, naming key and value, for another architecture."""
-        check_fixed(config, {"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)}, "vae")
+        check_fixed(config, {"act_fn": ("silu",)}, "vae")
         for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if set(config.get(key, [known])) != {known}:
                 raise InputError(f"vae config: {key}={config[key]!r} is not supported, only {known}")
@@ -50,6 +57,10 @@ class VAEConfig:
         for width in self.block_out_channels:
             if width % groups:
                 raise InputError(f"vae config: width {width} is not a multiple of norm_num_groups {groups}")
+        mean, std, n = self.latents_mean, self.latents_std, self.latent_channels
+        if {mean, std} != {None} and not (mean and std and len(mean) == len(std) == n and min(std) > 0):
+            both = f"latents_mean={mean!r} and latents_std={std!r}"
+            raise InputError(f"vae config: {both} must be {n} numbers each, one for each latent channel, or both null")
 
     @property
     def factor(self) -> int:
@@ -145,6 +156,11 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
+def channelwise(values: Sequence[float] | None, z: Float[Tensor, "b l h w"]) -> Float[Tensor, "1 l 1 1"]:
+    """A number for each channel of z."""
+    return torch.tensor(values, dtype=z.dtype, device=z.device)[None, :, None, None]
+
+
 class VAE(nn.Module):
     """Images in [−1, 1] to latents of unit scale and back, computed in the weights' dtype, returned in fp32 or fp64."""
 
@@ -175,11 +191,33 @@ class VAE(nn.Module):
         mean, logvar = self.quant_conv(y).chunk(2, dim=1)  # (b, 2l, h, w) -> 2 × l
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def encode(self, images: Float[Tensor, "b c H W"], tile: int | None = None) -> Float[Tensor, "b l h w"]:
-        """Scaled latents: (mean − shift) · scaling_factor, without sampling. tile: as of `decode`."""
-        mean, _ = self.moments(images, tile)
+    def encode(
+        self,
+        images: Float[Tensor, "b c H W"],
+        tile: int | None = None,
+        noise: Float[Tensor, "b l h w"] | None = None,
+    ) -> Float[Tensor, "b l h w"]:
+        """Scaled latents: (z − shift) · scaling_factor, where z is the mean of the latent Gaussian, or with unit
+        Gaussian `noise` a draw from it, mean + deviation · noise. tile: as of `decode`."""
+        mean, logvar = self.moments(images, tile)
         mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
-        return (mean - self.config.shift_factor) * self.config.scaling_factor
+        return self.scaled(mean if noise is None else mean + (0.5 * logvar.to(mean)).exp() * noise.to(mean))
+
+    def scaled(self, z: Float[Tensor, "b l h w"]) -> Float[Tensor, "b l h w"]:
+        """Latents in the VAE's own units to unit scale."""
+        c = self.config
+        if c.latents_mean is None:
+            return (z - c.shift_factor) * c.scaling_factor
+        mean, std = (channelwise(value, z) for value in (c.latents_mean, c.latents_std))
+        return (z - mean) * c.scaling_factor / std
+
+    def unscaled(self, latents: Float[Tensor, "b l h w"]) -> Float[Tensor, "b l h w"]:
+        """Latents of unit scale to the VAE's own units."""
+        c = self.config
+        if c.latents_mean is None:
+            return latents / c.scaling_factor + c.shift_factor
+        mean, std = (channelwise(value, latents) for value in (c.latents_mean, c.latents_std))
+        return latents * std / c.scaling_factor + mean
 
     def decode(self, latents: Float[Tensor, "b l h w"], tile: int | None = None) -> Float[Tensor, "b c H W"]:
         """Images from scaled latents, not clamped.
@@ -192,7 +230,7 @@ class VAE(nn.Module):
         c, channels = self.config, latents.shape[1]
         if channels != c.latent_channels:
             raise InputError(f"vae: latents of {channels} channels, this model's have {c.latent_channels}")
-        z = self.post_quant_conv((latents / c.scaling_factor + c.shift_factor).to(self.dtype))
+        z = self.post_quant_conv(self.unscaled(latents).to(self.dtype))
         tile = self._tile(latents, c.factor, tile)
         images = self.decoder(z) if tile is None else tiles.decoded(self.decoder, z, tile, c.factor)
         return images.to(torch.promote_types(images.dtype, torch.float32))

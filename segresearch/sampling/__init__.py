@@ -1,7 +1,7 @@
 """Samplers, noise schedules and per-image noise: the only import of k-diffusion.
 
     noise = initial_noise(seeds, (4, 128, 128))
-    x0 = sample(model, noise, sampler="euler", schedule="leading", steps=25, conds=conds)
+    x0 = sample(model, noise, sampler="euler", schedule="auto", steps=25, conds=conds)
 """
 
 from segresearch.sampling.intervals import ALWAYS, step_interval
@@ -9,10 +9,11 @@ from segresearch.sampling.kdiffusion import k_diffusion
 from segresearch.sampling.loop import SAMPLERS, sample
 from segresearch.sampling.noise import image_key, initial_noise
 from segresearch.sampling.schedules import SCHEDULES, sigmas, start_scale
+from segresearch.sampling.start import ImageStart
 
 step_window = step_interval  # its older name
 
 __all__ = [
-    "ALWAYS", "SAMPLERS", "SCHEDULES", "image_key", "initial_noise", "k_diffusion", "sample", "sigmas", "start_scale",
-    "step_interval", "step_window",
+    "ALWAYS", "SAMPLERS", "SCHEDULES", "ImageStart", "image_key", "initial_noise", "k_diffusion", "sample", "sigmas",
+    "start_scale", "step_interval", "step_window",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""`sample()`: from unit noise to latents with any k-diffusion sampler, its traps wrapped.
+"""`sample()`: from unit noise to latents with any k-diffusion sampler, its traps wrapped, and those of LCM and TCD.
 
 Deviations from calling k-diffusion directly, each for a reason:
 - Noise drawn at steps is keyed per image; k-diffusion draws one global stream for the whole batch.
@@ -25,18 +25,21 @@ from tqdm.auto import tqdm
 
 from segresearch.errors import InputError
 from segresearch.sampling import schedules
+from segresearch.sampling.consistency import sample_lcm, sample_tcd
 from segresearch.sampling.kdiffusion import k_diffusion
 from segresearch.sampling.memory import Run
 from segresearch.sampling.noise import brownian_noise, image_key, noise_keys, white_noise
 from segresearch.sampling.schedules import checked_sigmas, choose, start_scale
+from segresearch.sampling.start import ImageStart
 
 ANCESTRAL = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral")
 SDE = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
 END_TO_END = ("dpm_fast", "dpm_adaptive")  # take the two ends of a schedule, not its sigmas
-SAMPLERS = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m", *ANCESTRAL, *SDE, *END_TO_END)
+CONSISTENCY: dict[str, Callable[..., Tensor]] = {"lcm": sample_lcm, "tcd": sample_tcd}  # ours, of distilled models
+SAMPLERS = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m", *ANCESTRAL, *SDE, *END_TO_END, *CONSISTENCY)
 
 OURS = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable", "noise_sampler"}
-OURS |= {"return_info"}
+OURS |= {"return_info", "table"}
 ADAPTIVE_LIMIT = 10_000  # evaluations for one image; a model that returns NaN would otherwise never end
 
 Callback = Callable[[dict[str, Any]], None]
@@ -46,13 +49,14 @@ def sample(
     model: Any,
     noise: Float[Tensor, "images *latent"],
     sampler: str = "euler",
-    schedule: str | Float[Tensor, " sigmas"] | Sequence[float] = "leading",
+    schedule: str | Float[Tensor, " sigmas"] | Sequence[float] = "auto",
     steps: int = 25,
     conds: Any = None,
     seeds: Sequence[int] | None = None,
     callback: Callback | None = None,
     progress: bool = False,
     options: Mapping[str, Any] | None = None,
+    start: ImageStart | None = None,
     **extra: Any,
 ) -> Float[Tensor, "images *latent"]:
     """Latents x0 from unit Gaussian `noise` (images, channels, height, width).
@@ -62,15 +66,17 @@ def sample(
     model: k-diffusion's contract, model(x, sigma, **extra) -> denoised, with `.sigmas`, `.sigma_min`, `.sigma_max`,
         `.steps_offset`. `conds`, unless None, and everything in `extra` are handed to each call by name, after
         `model.prepare(arguments, run)`, if there is one, has seen them and the `Run` that these evaluations are.
-    sampler, schedule, steps: names in SAMPLERS and SCHEDULES; `schedule` may be the sigmas themselves (strictly falling
-        to 0, noise starts at sigmas[0]), and `steps` is then not read. dpm_fast spends `steps` evaluations between the
-        schedule's ends; dpm_adaptive as many as its tolerance needs.
+    sampler, schedule, steps: names in SAMPLERS and SCHEDULES, `auto` is the model's own; `schedule` may be the sigmas
+        themselves (strictly falling to 0, noise starts at sigmas[0]), and `steps` is then not read. dpm_fast spends
+        `steps` evaluations between the schedule's ends; dpm_adaptive as many as its tolerance needs.
     seeds: one per image, keys of the noise drawn at steps (never equal to the initial noise of that seed). None: each
         image is keyed by its own initial noise. Either way image i does not depend on the batch.
     callback: is given k-diffusion's dict {x, i, sigma, sigma_hat, denoised, ...} at every step, and `rows`, the slice
         of the batch that x covers (one image where images run one at a time).
     progress: a bar with the images per second, silent where the output is not a terminal.
     options: the sampler's own parameters, as k-diffusion names them (eta, s_noise, s_churn, order, rtol, ...).
+    start: an image to start from, in the last part of the schedule, and a mask of what is made anew (`ImageStart`).
+        Steps, intervals and schedules of scales then count the steps that are left.
 
     What `conds` and `extra` hold for each image (tensors or objects with `rows`, in mappings, sequences or dataclasses)
     is cut to one image where images run one at a time. The global random state is not touched.
@@ -80,18 +86,27 @@ def sample(
     """
     choose(sampler, SAMPLERS, "sampler")
     if isinstance(schedule, str):
-        sigmas = schedules.sigmas(model, schedule, steps)
+        sigmas, schedule = schedules.sigmas(model, schedule, steps), schedules.named(model, schedule)
     else:
         sigmas, schedule = checked_sigmas(torch.as_tensor(schedule), "schedule"), "as given"
     options = checked_options(sampler, options or {})
+    if sampler == "tcd":
+        if getattr(model, "timesteps", 1) is None:
+            raise InputError("sampler tcd steps in timesteps, and an EDM model has none: take euler or dpmpp_2m")
+        options["table"] = model.sigmas
+    if start is not None:
+        sigmas = start.left(sigmas)
     if len(sigmas) == 2 and sampler in (*SDE, *END_TO_END):
         sampler, options = "euler", {}
     check_noise(noise)
     checked_rows("conds", conds, len(noise))
+    if start is not None:
+        start.check(noise)
 
     dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
     device = model.sigmas.device
-    x = noise.to(device, dtype) * start_scale(sigmas, schedule)
+    unit = noise.to(device, dtype)
+    x = unit * start_scale(sigmas, schedule) if start is None else start.noised(unit, sigmas, schedule)
     values = tuple(sigmas.to(dtype).tolist())
     sigmas = sigmas.to(device, dtype)
     keys = noise_keys(noise, seeds, "steps")
@@ -116,7 +131,10 @@ def sample(
                 global_generator(device).manual_seed(image_key(keys[rows.start], "churn"))
             own = one_row(arguments, rows.start, len(x)) if separate else arguments
             report = reporter(callback, bar, sigmas, rows)
-            parts.append(integrate(model, x[rows], sampler, sigmas, keys[rows], options, own, report))
+            image = one_row(start, rows.start, len(x)) if separate else start
+            called = model if image is None else image.around(model, unit[rows], values[0])
+            part = integrate(called, x[rows], sampler, sigmas, keys[rows], options, own, report)
+            parts.append(part if image is None else image.kept(part))
         return torch.cat(parts)
 
 
@@ -131,7 +149,7 @@ def integrate(
     report: Callback | None,
 ) -> Float[Tensor, "images *latent"]:
     """One call of a k-diffusion sampler on rows that may share it, from sigmas[0] to 0."""
-    function = getattr(k_diffusion().sampling, f"sample_{sampler}")
+    function = sampler_function(sampler)
     options = dict(options, extra_args=dict(arguments), callback=report, disable=True)
     if sampler in SDE:
         options["noise_sampler"] = brownian_noise(x, keys, sigmas)
@@ -147,6 +165,11 @@ def integrate(
         x = function(limited(model), x, low, high, **options)
     last = sigmas[-2:]
     return k_diffusion().sampling.sample_euler(model, x, last, extra_args=arguments, callback=report, disable=True)
+
+
+def sampler_function(name: str) -> Callable[..., Tensor]:
+    """The function of a sampler, (model, x, sigmas, ...) -> x0."""
+    return CONSISTENCY.get(name) or getattr(k_diffusion().sampling, f"sample_{name}")
 
 
 def limited(model: Any) -> Callable[..., Tensor]:
@@ -209,7 +232,7 @@ def one_row(value: Any, index: int, images: int) -> Any:
 
 def checked_options(sampler: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """`options` where the sampler takes each of them, else a ValueError that lists what it takes."""
-    parameters = inspect.signature(getattr(k_diffusion().sampling, f"sample_{sampler}")).parameters
+    parameters = inspect.signature(sampler_function(sampler)).parameters
     known = tuple(name for name in parameters if name not in OURS)
     for name in options:
         if name not in known:

@@ -71,6 +71,12 @@ def white_noise(x: Float[Tensor, "images *latent"], keys: Sequence[int]) -> Nois
     return draw
 
 
+def tree_end(sigma: float) -> float:
+    """An end of a Brownian tree as the tree has it: in fp32, then rounded. At sigma 4096, of zero terminal SNR, the two
+    differ by more than the resolution."""
+    return round(float(torch.tensor(sigma, dtype=torch.float32)), 6)
+
+
 def brownian_noise(
     x: Float[Tensor, "images *latent"], keys: Sequence[int], sigmas: Float[Tensor, " sigmas"]
 ) -> NoiseSampler:
@@ -80,8 +86,8 @@ def brownian_noise(
     gives increments of the same path. They are built at the first draw: a single step draws nothing, and its sigmas
     span no interval.
     """
-    low = math.floor(float(sigmas[sigmas > 0].min()) / RESOLUTION) * RESOLUTION
-    high = math.ceil(float(sigmas.max()) / RESOLUTION) * RESOLUTION
+    low = tree_end(math.floor(float(sigmas[sigmas > 0].min()) / RESOLUTION) * RESOLUTION)
+    high = tree_end(math.ceil(float(sigmas.max()) / RESOLUTION) * RESOLUTION)
     template = torch.zeros(x.shape, dtype=torch.float32)
     paths: list[NoiseSampler] = []
 

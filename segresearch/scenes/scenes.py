@@ -68,6 +68,12 @@ def _ground(scene: dict[str, Tensor], u: Tensor, v: Tensor, pixel: float) -> tup
     return dark + (light - dark) * mix, t, x, z
 
 
+def _floor(scene: dict[str, Tensor], v: Float[Tensor, "1 h 1"]) -> Float[Tensor, "b h 1"]:
+    """t of the floor in each row of pixels, infinite in the sky."""
+    fall = scene["pitch"].sin()[:, None, None] - v * scene["pitch"].cos()[:, None, None]
+    return torch.where(fall > 0, scene["height"][:, None, None] / fall, math.inf)
+
+
 class _Objects(NamedTuple):
     """The objects of all scenes in one row, as rendering needs them."""
 
@@ -216,9 +222,7 @@ def render(
     images = images.clamp_(0, 1).mul_(255).add_(0.5).to(torch.uint8)
 
     middle = nearest.view(b, h, SUB, w, SUB)[:, :, SUB // 2, :, SUB // 2]
-    fall = sin - v * cos
-    ground = torch.where(fall > 0, scene["height"][:, None, None] / fall, math.inf)
-    distance = middle.minimum(ground) * (1 + u * u + v * v).sqrt()
+    distance = middle.minimum(_floor(scene, v)) * (1 + u * u + v * v).sqrt()
 
     labels = torch.empty(b * h * w * SUB**2 + 1, dtype=torch.uint8, device=device)
     labels[:-1].view(b, h * SUB, w * SUB).copy_(vs[None, :, None] * cos < sin)
@@ -270,6 +274,20 @@ def scenes(indices: Sequence[int], seed: int = 0, size: int | tuple[int, int] = 
     parts = [render(scene[start : start + chunk], (h, w)) for start in range(0, len(rows), chunk)]
     images, depth, edges = (torch.cat(part) for part in zip(*parts, strict=True))
     return Scenes(images, _captions(scene, rows, seed, 0), depth, edges)
+
+
+@one_thread
+def object_masks(
+    indices: Sequence[int], seed: int = 0, size: int | tuple[int, int] = 64, margin: int = 0
+) -> Bool[Tensor, "b h w"]:
+    """Pixels whose centre shows an object of these scenes, and those within `margin` pixels of one on each axis."""
+    depth = scenes(indices, seed, size).depth
+    (h, w), scene = depth.shape[1:], layout(_indices(indices), seed)
+    u, v = (((torch.arange(n) + 0.5) - n / 2) / (min(h, w) / 2 * FOCAL) for n in (w, h))
+    u, v = u[None, None], -v[None, :, None]
+    floor = _floor({"pitch": scene.pitch.float(), "height": scene.height.float()}, v) * (1 + u * u + v * v).sqrt()
+    near = (depth < floor * (1 - 1e-6)).float()[:, None]  # (b, 1, h, w)
+    return F.max_pool2d(near, 2 * margin + 1, stride=1, padding=margin)[:, 0].bool()
 
 
 def edge_image(edges: Bool[Tensor, "b h w"]) -> Float[Tensor, "b 3 h w"]:

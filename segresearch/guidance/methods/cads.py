@@ -1,7 +1,7 @@
 """Condition-annealed diffusion sampling."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -52,7 +52,8 @@ class CADS:
         keys = torch.zeros_like(sigma, dtype=torch.int64) if keys is None or self.shared else keys
         gamma = ((self.tau2 - time(sigma)) / (self.tau2 - self.tau1)).clamp(0, 1)  # (rows,)
         context = self._noisy(cond.context, gamma, sigma, keys, f"cads/{self.of}/context")
-        return Cond(context, self._noisy(cond.pooled, gamma, sigma, keys, f"cads/{self.of}/pooled"), cond.time_ids)
+        pooled = self._noisy(cond.pooled, gamma, sigma, keys, f"cads/{self.of}/pooled")
+        return replace(cond, context=context, pooled=pooled, projections={})
 
     def _noisy(self, c: Tensor, gamma: Tensor, sigma: Tensor, keys: Tensor, name: str) -> Tensor:
         axes, clean = tuple(range(1, c.ndim)), wide(c)

@@ -38,7 +38,7 @@ class CDG:
         conds = sd.encode(prompts, negative or "", size)
         cond, empty = conds["cond"], conds["uncond"]
         widths = [encoder.config.hidden_size for encoder in sd.text.encoders]
-        content = [content_tokens(sd.text, prompts, which).to(cond.context.device) for which in (0, 1)]
+        content = [content_tokens(sd.text, prompts, i).to(cond.context.device) for i in range(len(widths))]
         parts = zip(cond.context.split(widths, dim=2), empty.context.split(widths, dim=2), content, strict=True)
         context = torch.cat([torch.where(mask[:, :, None], e, c) for c, e, mask in parts], dim=2)
         return replace(cond, context=context)

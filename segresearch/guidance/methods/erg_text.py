@@ -35,10 +35,12 @@ class ERGText:
         if not 0 <= self.tau < math.inf:
             raise InputError(f"ERGText tau must be a finite number >= 0, got {self.tau!r}")
 
-    def encode(self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None) -> Cond:
+    def encode(
+        self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None, **settings: Any
+    ) -> Cond:
         """The prompts under temperature."""
         text = TemperedEncoders(sd.text.tokenizers, sd.text.encoders, self.tau)
-        return replace(sd, text=text).encode(prompts, size=size)["cond"]
+        return replace(sd, text=text).encode(prompts, size=size, **settings)["cond"]
 
 
 @dataclass(frozen=True)

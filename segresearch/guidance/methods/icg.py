@@ -1,7 +1,7 @@
 """Independent condition guidance."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -38,12 +38,14 @@ class ICG:
             spread(z) * gaussian(z, sigma, keys, f"icg/{name}")
             for name, z in (("context", cond.context), ("pooled", cond.pooled))
         )
-        return Cond(context.to(cond.context.dtype), pooled.to(cond.pooled.dtype), cond.time_ids)
+        context, pooled = context.to(cond.context.dtype), pooled.to(cond.pooled.dtype)
+        return replace(cond, context=context, pooled=pooled, projections={})
 
 
 def spread(z: Float[Tensor, "rows *shape"]) -> Float[Tensor, "rows *ones"]:
-    """The standard deviation of each row's values, in fp32 at least."""
-    return wide(z).std(dim=tuple(range(1, z.ndim)), keepdim=True)
+    """The standard deviation of each row's values, in fp32 at least; 0 of no values."""
+    axes = tuple(range(1, z.ndim))
+    return wide(z).std(dim=axes, keepdim=True) if z[0].numel() else wide(z).sum(dim=axes, keepdim=True)
 
 
 def gaussian(z: Float[Tensor, "rows *shape"], sigma: Tensor, keys: Tensor, name: str) -> Float[Tensor, "rows *shape"]:

@@ -1,5 +1,6 @@
 """Independent condition guidance by a random text."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from segresearch.sampling.draws import bits, place
 class ICGText:
     """ICG with a random text as ŷ: random tokens between begin and end, through the text encoders.
 
-    The tokens are of equal probability, special ones left out, the same for both encoders. The text encoders run once,
+    The tokens are of equal probability, special ones left out, the same for all encoders. The text encoders run once,
     before the images have their keys. So ŷ is keyed by `seed` and the prompt, and the same at all evaluations, where
     the paper draws it anew; the paper's own comparison code (of CDG) has one a prompt too. An image does not depend on
     its batch, but two images of one prompt share ŷ. Formula and w as of `ICG`.
@@ -28,10 +29,14 @@ class ICGText:
     kind: Literal["icg_text"] = field(default="icg_text", kw_only=True, repr=False)
     seed: Whole = 0
 
-    def encode(self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None) -> Cond:
+    def encode(
+        self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None, **settings: Any
+    ) -> Cond:
         """The conditioning of a random text for each prompt."""
         text = RandomTokens(sd.text.tokenizers, sd.text.encoders, self.seed)
-        return replace(sd, text=text).encode(prompts, size=size)["cond"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the prompts are keys here, nobody reads their syntax
+            return replace(sd, text=text).encode(prompts, size=size, **{**settings, "syntax": "plain"})["cond"]
 
 
 @dataclass(frozen=True)

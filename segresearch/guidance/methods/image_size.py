@@ -31,8 +31,10 @@ class ImageSize:
             raise InputError(f"ImageSize factor must be > 0, got {self.factor!r}")
 
     def __call__(self, conds: Mapping[str, Cond], sigma: Any = None, keys: Any = None) -> Cond:
-        """`of` with the original size times factor."""
+        """`of` with the original size times factor. InputError for a model without sizes."""
         cond = conds[self.of]
-        ids = cond.time_ids.clone()  # (rows, 6)
+        if not cond.time_ids.shape[1]:
+            raise InputError("ImageSize: this model has no image sizes in its conditioning (SDXL's has)")
+        ids = cond.time_ids.clone()  # (rows, ids)
         ids[:, :2] *= self.factor
         return replace(cond, time_ids=ids, projections={})

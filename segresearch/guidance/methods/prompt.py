@@ -20,8 +20,10 @@ class Prompt:
     kind: Literal["prompt"] = field(default="prompt", kw_only=True, repr=False)
     text: str | None = ""
 
-    def encode(self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None) -> Cond:
+    def encode(
+        self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None, **settings: Any
+    ) -> Cond:
         """The text, one row a prompt."""
         texts = (negative or "") if self.text is None else self.text
-        cond = sd.encode([texts] if isinstance(texts, str) else texts, size=size)["cond"]
+        cond = sd.encode([texts] if isinstance(texts, str) else texts, size=size, **settings)["cond"]
         return cond.expand(len(prompts)) if cond.rows == 1 else cond

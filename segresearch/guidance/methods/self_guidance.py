@@ -28,6 +28,7 @@ class SelfGuidance:
 
     kind: Literal["self_guidance"] = field(default="self_guidance", kw_only=True, repr=False)
     site_kind: ClassVar[str] = "embedding"
+    in_timesteps: ClassVar[bool] = True
     where: Where = "*"
     delta: NonNegative = 10.0
     last: NonNegative = 999.0

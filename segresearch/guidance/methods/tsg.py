@@ -32,6 +32,7 @@ class TSG:
 
     kind: Literal["tsg"] = field(default="tsg", kw_only=True, repr=False)
     site_kind: ClassVar[str] = "embedding"
+    in_timesteps: ClassVar[bool] = True
     where: Where = "*"
     strength: NonNegative = 3.0
     alpha: NonNegative = 0.25

@@ -1,0 +1,72 @@
+"""How far a run is: a bar on a terminal; elsewhere (a pipe, a job's log) a line now and then. Light: no torch."""
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+EVERY_SECONDS, EVERY_SHARE, SHORTEST = 60.0, 0.05, 10.0  # of lines: after a minute or 5 %, never within 10 s
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}"
+
+
+class Bar:
+    """Progress over `total` units, in parts of a unit: `callback` counts the steps of a batch, `add` its end."""
+
+    def __init__(
+        self, total: int, unit: str = "image", stream: Any = None, clock: Callable[[], float] = time.monotonic
+    ):
+        self.total, self.unit, self.clock = total, unit, clock
+        self.stream = sys.stderr if stream is None else stream
+        self.done, self.passed, self.name = 0, 0.0, ""  # whole units; with the parts of the batch that runs
+        self.start = self.last = clock()
+        self.said = 0.0  # share of the last line
+        terminal = self.stream.isatty()
+        self.bar = tqdm(total=total, unit=unit, file=self.stream, leave=False, smoothing=0.0, bar_format=FORMAT,
+                        disable=not terminal)  # fmt: skip
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+
+    def describe(self, name: str) -> None:
+        """What runs now, in front of the bar."""
+        self.name = name
+        self.bar.set_description(name)
+
+    def callback(self, count: int, rows: int, steps: int) -> Callable[[dict[str, Any]], None]:
+        """For `sample`: the steps of a batch of `rows` images, which are `count` units. Nothing is read from x."""
+
+        def report(info: dict[str, Any]) -> None:
+            part: slice = info.get("rows", slice(0, rows))
+            share = (part.start + min(1.0, (info["i"] + 1) / steps) * (part.stop - part.start)) / rows
+            self._at(self.done + count * min(share, 0.99))  # the rest is decoding and writing
+
+        return report
+
+    def add(self, count: int) -> None:
+        """`count` more units are done."""
+        self.done += count
+        self._at(float(self.done))
+
+    def _at(self, passed: float) -> None:
+        self.passed = max(self.passed, passed)
+        self.bar.update(max(0.0, self.passed - self.bar.n))
+        if not self.bar.disable or not self.total:
+            return
+        now, share = self.clock(), self.passed / self.total
+        waited = now - self.last
+        if waited >= EVERY_SECONDS or waited >= SHORTEST and share >= self.said + EVERY_SHARE:
+            self.last, self.said = now, share
+            left = _time((now - self.start) * (1 / share - 1)) if share else "unknown time"
+            text = f"{share:.0%} of {self.total} {self.unit}s, {_time(now - self.start)}, about {left} left"
+            print(f"{self.name}: {text}" if self.name else text, file=self.stream, flush=True)
+
+
+def _time(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

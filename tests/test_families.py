@@ -1,0 +1,348 @@
+"""Every family against diffusers: networks, texts, conditionings, on random models in the folder layout."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPAGPipeline,
+    UNet2DConditionModel,
+)
+from helpers import composed
+from make_families import FAMILIES, make_family, write_family
+from make_models import make_controlnet
+from PIL import Image
+
+from segresearch.analysis.analyze import analyze
+from segresearch.config import AnalyzeConfig, conf_dir
+from segresearch.errors import CheckpointError
+from segresearch.generate import generate
+from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
+from segresearch.guidance.sites import select_sites
+from segresearch.models import load_model
+from segresearch.models.controlnet import controlled
+from segresearch.models.unet import UNet, UNetConfig
+from segresearch.sampling import initial_noise, sample
+
+PROMPTS = ["a red cube", "", "Two cubes, left!"]
+SD = [name for name, family in FAMILIES.items() if not family.sized]
+XL = [name for name in FAMILIES if name not in SD]
+MODELS: dict[str, tuple] = {}
+
+
+@pytest.fixture
+def made(request, tmp_path_factory):
+    """(diffusers pipeline, the same loaded here) of the family that the test names; made once."""
+    name = request.param
+    if name not in MODELS:
+        folder = tmp_path_factory.mktemp(name) / "folder"
+        MODELS[name] = write_family(name, folder), load_model(folder)
+    return MODELS[name]
+
+
+def of(*names):
+    return pytest.mark.parametrize("made", names or list(FAMILIES), indirect=True)
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@of()
+@torch.no_grad()
+def test_the_unet_is_that_of_diffusers(made):
+    pipeline, sd = made
+    theirs, c = pipeline.unet, sd.unet.config
+    x, t = draw(1, 3, c.in_channels, 8, 12), torch.tensor([1.0, 340.5, 961.0])
+    cond = sd.encode(PROMPTS, guidance=7.5 if c.time_cond_proj_dim else None)["cond"]
+    extra = {"added_cond_kwargs": {"text_embeds": cond.pooled, "time_ids": cond.time_ids}} if c.size_ids else {}
+    if c.time_cond_proj_dim:
+        w = torch.full((3,), 6.5)
+        extra["timestep_cond"] = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=20)
+    expected = theirs(x, t, cond.context, **extra).sample
+    assert sd.unet.state_dict().keys() == theirs.state_dict().keys()
+    torch.testing.assert_close(sd.unet(x, t, cond), expected, rtol=0, atol=2e-5)
+    one = sd.unet(x[1:2], t[1:2], cond[1:2])
+    torch.testing.assert_close(one, expected[1:2], rtol=0, atol=2e-5)
+
+
+@of()
+@torch.no_grad()
+def test_the_autoencoder_is_that_of_diffusers(made):
+    pipeline, sd = made
+    c = pipeline.vae.config
+    latents, images = draw(2, 2, 4, 6, 10), draw(3, 2, 3, 12, 20).clamp(-1, 1)
+    mean, std = ((torch.tensor(v)[:, None, None] if v else d) for v, d in ((c.latents_mean, 0), (c.latents_std, 1)))
+    expected = pipeline.vae.decode(latents * std / c.scaling_factor + mean).sample
+    torch.testing.assert_close(sd.decode(latents), expected, rtol=0, atol=1e-5)
+    expected = (pipeline.vae.encode(images).latent_dist.mean - mean) * c.scaling_factor / std
+    torch.testing.assert_close(sd.encode_images(images), expected, rtol=0, atol=1e-5)
+    assert sd.vae.config.scaling_factor == c.scaling_factor
+
+
+@of(*SD)
+@pytest.mark.parametrize("clip_skip", [None, 0, 1, 3])
+@torch.no_grad()
+def test_texts_of_one_encoder(made, clip_skip, monkeypatch):
+    pipeline, sd = made
+    conds = sd.encode(PROMPTS, negative=["blue", "", "a"], clip_skip=clip_skip)
+    encoder = pipeline.text_encoder
+    if not hasattr(encoder, "text_model"):  # diffusers finds the final norm in it, transformers 5.6 has dropped it
+        monkeypatch.setitem(encoder.__dict__, "text_model", encoder)
+    if "InstructPix2Pix" in type(pipeline).__name__:  # joined: prompts, negatives, negatives
+        if clip_skip:
+            return
+        expected, negative, _ = pipeline._encode_prompt(PROMPTS, "cpu", 1, True, ["blue", "", "a"]).chunk(3)
+    else:
+        expected, negative = pipeline.encode_prompt(PROMPTS, "cpu", 1, True, ["blue", "", "a"], clip_skip=clip_skip)
+    torch.testing.assert_close(conds["cond"].context, expected, rtol=1e-5, atol=1e-5)
+    if not clip_skip:  # diffusers does not skip layers of the negative prompt
+        torch.testing.assert_close(conds["uncond"].context, negative, rtol=1e-5, atol=1e-5)
+    assert conds["cond"].pooled.shape == conds["cond"].time_ids.shape == (3, 0)
+
+
+@of(*SD)
+@torch.no_grad()
+def test_without_a_negative_prompt_the_empty_text_is_encoded(made):
+    sd = made[1]
+    conds = sd.encode(["a", "b"])
+    torch.testing.assert_close(conds["uncond"].context, sd.encode([""])["cond"].context.expand(2, -1, -1))
+    assert conds["uncond"].context.abs().max() > 0.1
+
+
+@of(*XL)
+@pytest.mark.parametrize("negative", [None, ["blue", "", "a"]])
+@torch.no_grad()
+def test_texts_of_the_sdxl_families(made, negative):
+    pipeline, sd = made
+    skip = {} if "InstructPix2Pix" in type(pipeline).__name__ else {"clip_skip": 1}
+    conds = sd.encode(PROMPTS, negative=negative, **skip)
+    context, uncond, pooled, uncond_pooled = pipeline.encode_prompt(PROMPTS, negative_prompt=negative, **skip)
+    for ours, theirs in (
+        (conds["cond"].context, context), (conds["cond"].pooled, pooled),
+        (conds["uncond"].context, uncond), (conds["uncond"].pooled, uncond_pooled),
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@of("refiner")
+def test_the_refiner_reads_aesthetic_scores(made):
+    pipeline, sd = made
+    conds = sd.encode(["a", "b"], negative="c", size=(24, 16), aesthetic_score=7.0)
+    args = ((24, 16), (0, 0), (24, 16), 7.0, 2.5, (24, 16), (0, 0), (24, 16), torch.float32, 40)
+    for cond, ids in zip(conds.values(), pipeline._get_add_time_ids(*args), strict=True):
+        assert torch.equal(cond.time_ids, ids.expand(2, 5))
+    assert sd.encode(["a"])["cond"].time_ids[0, -1] == 6 and sd.encode(["a"])["uncond"].time_ids[0, -1] == 2.5
+
+
+@of("sd15")
+def test_only_lcm_embeds_a_guidance_weight(made):
+    with pytest.raises(ValueError, match="guidance=7.5: this model embeds no guidance weight"):
+        made[1].encode(["a"], guidance=7.5)
+
+
+# --- whole loops -------------------------------------------------------------------------------------
+
+
+def in_diffusers(pipeline, kind, noise, steps=3, **options):
+    """Latents of diffusers' pipeline of this kind, with the parts of `pipeline`, by Euler steps."""
+    parts = {k: v for k, v in pipeline.components.items() if k not in ("image_encoder", "feature_extractor")}
+    scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
+    more = {"pag_applied_layers": options.pop("layers")} if "layers" in options else {}
+    if "controlnet" in options:
+        more["controlnet"] = options.pop("controlnet")
+    if "safety_checker" in parts:
+        more |= {"feature_extractor": None, "requires_safety_checker": False}
+    processors = pipeline.unet.attn_processors
+    pipe = kind(**parts | {"scheduler": scheduler} | more)
+    pipe.set_progress_bar_config(disable=True)
+    height, width = (2 * side for side in noise.shape[2:])
+    try:
+        return pipe(
+            PROMPTS[::2], latents=noise, height=height, width=width, num_inference_steps=steps, output_type="latent",
+            **options,
+        ).images  # fmt: skip
+    finally:
+        pipeline.unet.set_attn_processor(processors)
+
+
+def here(sd, noise, terms, steps=3, control=()):
+    size = tuple(2 * side for side in noise.shape[2:])
+    guided = GuidedDenoiser(sd.denoiser, terms)
+    conds = sd.encode(PROMPTS[::2], size=size)
+    return sample(guided, noise, schedule="leading", steps=steps, conds=conds, control=list(control))
+
+
+@of("sd15", "sd21", "sd21v")
+@pytest.mark.parametrize("pag", [None, 2.0])
+def test_euler_with_cfg_and_pag(made, pag):
+    pipeline, sd = made
+    noise, options, terms = initial_noise([3, 4], (4, 8, 12)), {"guidance_scale": 4.0}, {"cfg": cfg(4.0)}
+    kind = StableDiffusionPipeline
+    if pag is not None:
+        kind, terms["pag"] = StableDiffusionPAGPipeline, perturbed("pag", PAG(where="mid"), pag)
+        options |= {"pag_scale": pag, "layers": ["mid"]}
+    expected = in_diffusers(pipeline, kind, noise, **options)
+    torch.testing.assert_close(here(sd, noise, terms), expected, rtol=1e-4, atol=1e-4)
+
+
+@of("ssd1b", "koala700m")
+def test_euler_with_cfg_and_pag_without_attention_in_the_middle(made):
+    pipeline, sd = made
+    noise = initial_noise([3, 4], (4, 8, 12))
+    options = {"guidance_scale": 4.0, "pag_scale": 2.0, "layers": ["up_blocks.0"]}
+    expected = in_diffusers(pipeline, StableDiffusionXLPAGPipeline, noise, **options)
+    terms = {"cfg": cfg(4.0), "pag": perturbed("pag", PAG(where="up.0"), 2.0)}
+    torch.testing.assert_close(here(sd, noise, terms), expected, rtol=1e-4, atol=1e-4)
+    assert (here(sd, noise, {"cfg": cfg(4.0)}) - expected).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="'mid' matches no self-attention site of this model; use a group .down, up.,"):
+        GuidedDenoiser(sd.denoiser, {"seg": perturbed("seg", SEG(where="mid"), 1.0)})
+    with pytest.raises(ValueError, match="mid-block self-attention, and this model has none"):
+        SelfAttentionGuidance(sd.denoiser, 1.0)
+
+
+@of("sd15", "sd21v")
+def test_seg_in_the_middle(made):
+    sd, noise = made[1], initial_noise([3, 4], (4, 16, 24))
+    plain = here(sd, noise, {})
+    blurred = here(sd, noise, {"seg": perturbed("seg", SEG(where="mid", sigma=10.0), 3.0)})
+    assert blurred.isfinite().all() and (blurred - plain).abs().max() > 1e-4
+    sharp = here(sd, noise, {"seg": perturbed("seg", SEG(where="mid", sigma=1e-3), 3.0)})
+    torch.testing.assert_close(sharp, plain, rtol=1e-4, atol=1e-4)
+
+
+@of("sd15", "sd21")
+def test_controlnets(made, tmp_path):
+    pipeline, _ = made
+    folder = tmp_path / "model"
+    pipeline.save_pretrained(folder)
+    net = make_controlnet(pipeline)
+    net.save_pretrained(folder / "controlnet" / "canny")
+    sd = load_model(folder, controlnet="canny")
+    image, noise = draw(5, 2, 3, 16, 24).sigmoid(), initial_noise([3, 4], (4, 8, 12))
+    control = controlled(sd.controlnets["canny"], image, 0.8)
+    with torch.no_grad():
+        cond, x, t = sd.encode(PROMPTS[::2])["cond"], draw(1, 2, 4, 8, 12), torch.tensor([1.0, 900.0])
+        down, mid = net(x, t, cond.context, image, return_dict=False)
+        residuals = control.net(x, t, cond, control.hint)
+        for ours, theirs in zip((*residuals.down, residuals.mid), (*down, mid), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    options = {"guidance_scale": 4.0, "controlnet_conditioning_scale": 0.8, "controlnet": net, "image": image}
+    expected = in_diffusers(pipeline, StableDiffusionControlNetPipeline, noise, **options)
+    torch.testing.assert_close(here(sd, noise, {"cfg": cfg(4.0)}, control=[control]), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - here(sd, noise, {"cfg": cfg(4.0)})).abs().max() > 1e-2
+
+
+def test_a_controlnet_of_another_family_is_refused(tmp_path):
+    net = make_controlnet(make_family("sdxl", tmp_path / "xl"))
+    net.save_pretrained(tmp_path / "net")
+    write_family("sd15", tmp_path / "model")
+    with pytest.raises(CheckpointError, match="level widths: .* it was made for another model"):
+        load_model(tmp_path / "model", controlnet=tmp_path / "net")
+
+
+# --- full sizes --------------------------------------------------------------------------------------
+
+THREE = {
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2, "block_out_channels": (320, 640, 1280),
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048, "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+SIZES = {  # the real sizes, and how many weights and self-attention sites they make
+    "sd15": ({"attention_head_dim": 8, "cross_attention_dim": 768}, 859_520_964, 16),
+    "sd15_inpainting": ({"attention_head_dim": 8, "cross_attention_dim": 768, "in_channels": 9}, 859_535_364, 16),
+    "lcm": ({"attention_head_dim": 8, "cross_attention_dim": 768, "time_cond_proj_dim": 256}, 859_602_884, 16),
+    "sd21": (
+        {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True},
+        865_910_724, 16,
+    ),
+    "sdxl": (THREE | {"transformer_layers_per_block": (1, 2, 10)}, 2_567_463_684, 70),
+    "ssd1b": (
+        THREE | {
+            "transformer_layers_per_block": ((1,), (2, 2), (4, 4)), "mid_block_type": "UNetMidBlock2D",
+            "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
+        },
+        1_331_334_404, 34,
+    ),
+    "vega": (
+        THREE | {
+            "transformer_layers_per_block": ((1,), (1, 1), (2, 2)), "mid_block_type": "UNetMidBlock2D",
+            "reverse_transformer_layers_per_block": ((2, 2, 2), (1, 1, 1), 1),
+        },
+        745_225_604, 15,
+    ),
+    "koala700m": (
+        THREE | {"transformer_layers_per_block": (0, 2, 5), "layers_per_block": 1, "mid_block_type": None},
+        782_822_724, 21,
+    ),
+    "koala1b": (THREE | {"transformer_layers_per_block": (0, 2, 6), "layers_per_block": 1}, 1_161_184_324, 30),
+    "refiner": (
+        THREE | {
+            "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2, "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+            "block_out_channels": (384, 768, 1536, 1536), "attention_head_dim": (6, 12, 24, 24),
+            "transformer_layers_per_block": 4, "cross_attention_dim": 1280,
+            "projection_class_embeddings_input_dim": 2560,
+        },
+        2_259_526_660, 44,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_full_sizes(name):
+    """The counts are those of diffusers' UNet of the same config, which has the same keys."""
+    config, count, sites = SIZES[name]
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel(**config)
+        unet = UNet(UNetConfig.from_dict(dict(theirs.config) | ({"size_ids": 5} if name == "refiner" else {})))
+    shapes = {key: p.shape for key, p in theirs.state_dict().items()}
+    assert shapes == {key: p.shape for key, p in unet.state_dict().items()}
+    assert sum(p.numel() for p in unet.parameters()) == count and len(unet.sites) == sites
+    if (conf_dir() / "model" / f"{name}.yaml").is_file():  # the blocks that it names exist
+        model = composed(f"model={name}", "guidance=none").model
+        assert model.name == name and set(model.sites) == {"tpg", "ssg", "slg", "s2"}
+        assert all(select_sites(w, tuple(unet.sites_by_kind["block"]), "block") for w in model.sites.values())
+
+
+# --- commands ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def sd15_folder(tmp_path_factory):
+    """A tiny SD 1.5 with a ControlNet of its own."""
+    folder = tmp_path_factory.mktemp("sd15") / "folder"
+    make_controlnet(write_family("sd15", folder)).save_pretrained(folder / "controlnet" / "canny")
+    return folder
+
+
+def test_generate_runs_on_sd15_under_a_controlnet(sd15_folder, tmp_path):
+    config = composed(
+        "model=sd15", f"model.path={sd15_folder}", "model.dtype=float32", "model.controlnets.canny=canny",
+        "guidance=seg_cfg", "compare=[none,pag,sag]", "controlnet=canny", "seeds=0-1", "steps=2", "size=[16,32]",
+        "device=cpu", f"out={tmp_path}",
+    )  # fmt: skip
+    run = generate(config)
+    assert run.sampled == 8 and run.grid.is_file()
+    pixels = [np.asarray(Image.open(p)) for p in sorted((run.folder / "images").rglob("*seed0.png"))]
+    assert len(pixels) == 4 and all(p.shape == (16, 32, 3) for p in pixels)
+    assert generate(config).existing == 8
+
+
+def test_the_energy_bench_runs_on_sd15(sd15_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("segresearch.analysis.energy_plots.draw", lambda *_: {})
+    config = composed(
+        "model=sd15", f"model.path={sd15_folder}", "model.dtype=float32", "seeds=0", "steps=2", "size=[32,48]",
+        "measured_steps=[0]", "where=[mid,up.1.0]", "prompts=[red]", "blur.sigmas=[1,inf]", "blur.boundaries=[reflect]",
+        "device=cpu", f"out={tmp_path}", name="analyze", kind=AnalyzeConfig,
+    )  # fmt: skip
+    rows = list(csv.DictReader((analyze(config).folder / "table.csv").open(encoding="utf-8")))
+    assert {row["site"] for row in rows} == {
+        "mid_block.attentions.0.transformer_blocks.0.attn1", "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    }  # fmt: skip
