@@ -90,9 +90,11 @@ class Outcome:
 
 
 class Fuzz:
-    """Cases on the copy of a model in `folder`."""
+    """Cases on the copy of a model in `folder`. Layers are made without first values, which files replace anyway."""
 
     def __init__(self, folder: Path):
+        for layer in (torch.nn.Linear, torch.nn.Conv2d):
+            layer.reset_parameters = lambda self: None  # type: ignore[method-assign]
         self.folder, self.file = folder / "model", folder / "model.safetensors"
         self.scratch = folder / "mutant.safetensors"
         write_model(self.folder, self.file)
@@ -123,7 +125,8 @@ class Fuzz:
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
         if not failure and (seconds > SECONDS or grown > MEMORY):
             failure = f"{seconds:.1f} s, {grown >> 10} MiB"
-        return Outcome("failed" if failure else result, failure and f"{kind} {seed}: {failure[-1500:]}", seconds)
+        what = failure if len(failure) < 2000 else f"{failure[:300]} ... {failure[-1700:]}"
+        return Outcome("failed" if failure else result, what and f"{kind} {seed}: {what}", seconds)
 
     def _restore(self) -> None:
         for name, content in self.files.items():
@@ -304,7 +307,7 @@ def mutated_json(draw: random.Random, value: Any) -> str:
             if isinstance(place, dict) and draw.random() < 0.2:
                 del place[key]
             else:
-                place[key] = draw.choice(STRANGE)
+                place[key] = copy.deepcopy(draw.choice(STRANGE))
             break
     text = json.dumps(value)
     if draw.random() < 0.1:

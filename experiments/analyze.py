@@ -7,22 +7,7 @@
 Settings live in conf/analyze.yaml and the groups beside it; `--help` lists them. A finished run is not made twice.
 """
 
-from typing import Any
-
-from segresearch.cli import command
-
-
-@command("analyze")
-def main(config: Any) -> None:
-    """Checks the settings, then measures what is not measured yet."""
-    from segresearch.config import AnalyzeConfig, settings
-
-    run = settings(config, AnalyzeConfig)  # a slip shows before anything heavy is imported
-
-    from segresearch.analysis.analyze import analyze
-
-    print(analyze(run))
-
+from segresearch.commands import analyze as main
 
 if __name__ == "__main__":
     main()

@@ -9,22 +9,7 @@ Settings live in conf/evaluate.yaml and the groups beside it; `--help` lists the
 Exit codes: 0 done, 2 a wrong setting, 3 weights that are missing or wrong, 4 not all there, 5 no memory or no room.
 """
 
-from typing import Any
-
-from segresearch.cli import command
-
-
-@command("evaluate")
-def main(config: Any) -> None:
-    """Checks the settings, then samples and measures what is missing of the run."""
-    from segresearch.config import EvaluateConfig, settings
-
-    run = settings(config, EvaluateConfig)  # a slip shows before anything heavy is imported
-
-    from segresearch.evaluation.evaluate import evaluate
-
-    print(evaluate(run))
-
+from segresearch.commands import evaluate as main
 
 if __name__ == "__main__":
     main()

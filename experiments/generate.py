@@ -8,22 +8,7 @@
 Settings live in conf/generate.yaml and the groups beside it; `--help` lists them. The same command resumes a run.
 """
 
-from typing import Any
-
-from segresearch.cli import command
-
-
-@command("generate")
-def main(config: Any) -> None:
-    """Checks the settings, then makes what is missing of the run."""
-    from segresearch.config import settings
-
-    run = settings(config)  # a slip shows before anything heavy is imported
-
-    from segresearch.generate import generate
-
-    print(generate(run))
-
+from segresearch.commands import generate as main
 
 if __name__ == "__main__":
     main()

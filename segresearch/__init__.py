@@ -1,11 +1,11 @@
-"""Guidance that perturbs self-attention, on SDXL and on k-diffusion's samplers: a research framework.
+"""Guidance that perturbs self-attention, on Stable Diffusion and k-diffusion's samplers: a research framework.
 
 Implements Smoothed Energy Guidance (SEG, arXiv 2408.00760), Perturbed-Attention Guidance (PAG, arXiv 2403.17377),
 Self-Attention Guidance (SAG, arXiv 2210.00939) and classifier-free guidance (arXiv 2207.12598) as functions handed to a
 hand-written UNet. Nothing is ever set on a loaded module.
 
     segresearch.models          the networks, text conditioning and the k-diffusion denoiser
-    segresearch.checkpoints     from a path or a name to a loaded SDXL
+    segresearch.checkpoints     from a path or a name to a loaded model
     segresearch.guidance        perturbations, branches and terms, the guided denoiser
     segresearch.sampling        k-diffusion's samplers, noise schedules, per-image noise
     segresearch.analysis        the energy of attention: statistics, curvature, the paper's claims on real activations

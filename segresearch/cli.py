@@ -1,7 +1,8 @@
 """A script's way into Hydra: quick --help, and one clear line with an exit code instead of a traceback.
 
 Exit codes: 0 done, 2 a setting or a file that is wrong, 3 weights that are missing or wrong, 4 not all is made or
-whole, 5 no memory, no room or no right to write, 130 interrupted; anything else is a defect and keeps its traceback.
+whole, 5 no memory, no room or no right to write, 130 interrupted, 128 + n ended by signal n (SIGTERM 143, SIGUSR1 138,
+SIGHUP 129) with what is whole kept; anything else is a defect and keeps its traceback.
 HYDRA_FULL_ERROR=1 shows every traceback.
 
 A sweep (-m) goes on past a job that fails, says at the end which ones did, and ends with 4 where others were done.
@@ -11,9 +12,12 @@ import argparse
 import contextlib
 import errno
 import functools
+import io
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,13 +31,18 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import MarkedYAMLError
 
 from segresearch.config.compose import conf_dir
+from segresearch.config.help import fill
 from segresearch.config.trust import guarded
 from segresearch.config.validate import RENAMED, nearest, unknown
-from segresearch.errors import CheckpointError, ConfigError, Ended, InputError, PackageError, one_line
+from segresearch.errors import CheckpointError, ConfigError, Ended, InputError, PackageError, Stopped, one_line
 
+FIGURES = {  # an experiment, and the figures of arXiv 2408.00760 that show the same for other images
+    "fig4": ("fig10", "fig11"), "fig5": ("fig8", "fig9"), "fig15": ("fig16", "fig17", "fig18", "fig19"),
+}  # fmt: skip
 FULL = "HYDRA_FULL_ERROR"
 DISK = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some room, then the same command resumes")
 DISK |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "; choose another folder with out=")
+SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # a launcher's, a closed terminal's, Slurm's
 NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # a CPU, a GPU, CUDA's libraries
 
 
@@ -66,7 +75,7 @@ def _run(main: Callable[[Any], None], config_name: str) -> None:
             print(f"error: job {len(codes)} ({overrides}): {text}", file=sys.stderr)
 
     try:
-        with one_line_errors(full), lazy_help(), guarded():
+        with one_line_errors(full), lazy_help(), guarded(lambda config: fill(config, config_name)):
             _refuse_pickles(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
             failed = [overrides for overrides, code in codes.items() if code]
@@ -104,10 +113,40 @@ def lazy_help() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_line_errors(full: bool = False) -> Iterator[None]:
-    """Ends the process with a line and a code for errors that have one, unless `full` asks for tracebacks."""
+def stoppable() -> Iterator[None]:
+    """Within the block the signals of SIGNALS raise Stopped, but those that the process was told to ignore (nohup)."""
+    before: dict[Any, Any] = {}
+
+    def stop(number: int, _: Any) -> None:
+        raise Stopped(number, signal.Signals(number).name)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
     try:
         yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def one_line_errors(full: bool = False) -> Iterator[None]:
+    """Ends the process with a line and a code for errors that have one, unless `full` asks for tracebacks. Signals that
+    ask for the end raise Stopped in it. A letter that the terminal lacks is printed as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with stoppable():
+            yield
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has gone, `| head` say
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more at its end
+        raise SystemExit(141) from None
     except (Exception, KeyboardInterrupt) as error:
         code, text = explained(error)
         if code is None or full:
@@ -124,6 +163,8 @@ def explained(error: BaseException) -> tuple[int | None, str]:
         first = str(error).partition("\n")[0][:160] or text
         return 5, f"out of memory: {first}; lower batch_size, or take a smaller model.dtype"
     match error:
+        case Stopped(code=code):
+            return code, text
         case KeyboardInterrupt():
             return 130, ""
         case Ended(code=code):
@@ -134,6 +175,8 @@ def explained(error: BaseException) -> tuple[int | None, str]:
             return 2, f"{mark.name}, line {mark.line + 1}: not YAML ({problem})"
         case MissingConfigException(missing_cfg_file=str(file), options=[*options]):
             group, _, choice = file.rpartition("/")
+            if group == "experiment" and (same := next((n for n, others in FIGURES.items() if choice in others), "")):
+                return 2, f"experiment: {choice} of the paper is in the style of {same}; take experiment={same}"
             if choice in RENAMED:
                 return 2, f"{group}: {choice!r} is now called {RENAMED[choice]}"
             return 2, f"{group}: no {choice!r}{nearest(choice, options)} (choices: {', '.join(options)})"

@@ -4,6 +4,10 @@ Everything else that is raised is a defect of the program (or of a perturbation 
 Light: imports nothing.
 """
 
+from typing import Any
+
+LONGEST = 1000  # letters of a message about files
+
 
 class InputError(ValueError):
     """An argument cannot be used. The message has the value, where it is, and what would do instead."""
@@ -14,7 +18,12 @@ class ConfigError(InputError):
 
 
 class CheckpointError(InputError):
-    """Weights that are missing, incomplete, or of another architecture."""
+    """Weights that are missing, incomplete, or of another architecture. One line, whatever the names and values in it,
+    which come from files of unknown origin."""
+
+    def __init__(self, message: str):
+        line = " ".join(message.splitlines())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 
 class Ended(InputError):
@@ -23,6 +32,24 @@ class Ended(InputError):
     def __init__(self, code: int, message: str):
         super().__init__(message)
         self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:  # subclasses take other arguments
+        return _ended, (type(self), self.code, str(self))
+
+
+def _ended(kind: type[Ended], code: int, message: str) -> Ended:
+    """An Ended that crossed a process."""
+    error = kind.__new__(kind, message)
+    error.code = code
+    return error
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks the process to end (SIGTERM, SIGHUP, SIGUSR1), handled as Ctrl-C is: what is whole stays."""
+
+    def __init__(self, number: int, name: str):
+        super().__init__(f"stopped by {name}; the same command resumes")
+        self.code = 128 + number
 
 
 class NotFinite(Ended):

@@ -12,11 +12,13 @@ from segresearch.config.build import refuse_foreign
 from segresearch.errors import ConfigError
 
 DEEPEST = 60  # levels of a record; ours have at most 12
-MAPPINGS = ("model", "compute", "settings", "generate", "evaluate", "analyze", "contents", "controls", "guidance")
+MAPPINGS = ("model", "compute", "settings", "generate", "evaluate", "analyze", "contents", "controls", "guidance",
+            "init", "init_contents")  # fmt: skip
 WORDS = ("figure", "control", "code", "torch", "run", "method", "prompt")
 OPTIONAL = ("controls", *WORDS)
 TEXTS = ("prompt", "negative", "label", "title", "text", "texts", "method", "name", "run", "code", "torch", "figure")
-FILES = ("path", "config", "tokenizer", "image", "depth_model", "reference", "prompts")  # a bare word may be one
+FILES = ("path", "config", "tokenizer", "vae", "unet", "text_encoder", "loras", "embeddings", "image", "mask",
+         "depth_model", "reference", "prompts")  # perhaps bare words  # fmt: skip
 
 
 def check_shape(record: Any, at: str = "") -> None:
@@ -54,12 +56,14 @@ def refuse_foreign_files(record: Any, path: Path, given: str | None) -> None:
     """ConfigError for a record that names a file or a folder of this machine. given: the model that the user named."""
     for keys, value in _leaves(record):
         key = next((key for key in reversed(keys) if not key.isdecimal()), "")
-        if isinstance(value, str) and value != given and not _is_text(key, keys) and _names_a_file(key, value):
+        if isinstance(value, str) and value != given and not _is_text(key, keys, value) and _names_a_file(key, value):
             hint = "give --model" if keys[-2:] == ("model", "path") else "look at it, then add --trust"
             raise ConfigError(f"{path}: its record names the file {value[:200]} ({'.'.join(keys)}); {hint}")
 
 
-def _is_text(key: str, keys: tuple[str, ...]) -> bool:
+def _is_text(key: str, keys: tuple[str, ...], value: str) -> bool:
+    if key == "negative" and keys[-1] == key and len(keys) > 1:  # of a config, where it may be a file of texts
+        return not value.lower().endswith(".txt")
     return key in TEXTS or key == "prompts" and keys[-1] != key
 
 

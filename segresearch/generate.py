@@ -82,9 +82,17 @@ def generate(config: GenerateConfig, model: "StableDiffusion | None" = None) -> 
     """Sample the missing images of the run that `config` describes, then draw its grid.
 
     model: already loaded; None loads `config.model` if anything is missing. InputError for settings that do not fit
-    the model, OSError where the folder cannot be written. On an interrupt finished images stay.
+    the model, OSError where the folder cannot be written. On an interrupt finished images stay. The same run in another
+    process is waited for.
     """
-    run, seconds = expand(resolved(config, model)), 0.0
+    run = expand(resolved(config, model))
+    with runs.locked(config.out, f"{config.name}/{run.folder.name}"):
+        return complete(run, model)
+
+
+def complete(run: Run, model: "StableDiffusion | None") -> RunResult:
+    """What is missing of a run: its images, its grid, its log."""
+    seconds = 0.0
     records = dict(item for files in run.panels for images in files.images.values() for item in images.items())
     stored = {path: read_record(path) or {} for path in records}
     missing = {path for path, r in records.items() if any(stored[path].get(key) != r[key] for key in IDENTITY)}

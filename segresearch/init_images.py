@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
     from torch import Tensor
 
-    from segresearch.models import StableDiffusion
+    from segresearch.models import Cond, StableDiffusion
     from segresearch.sampling import ImageStart
 
 MARGIN = 16  # a scene's mask reaches this part of the shorter side beyond its objects
@@ -121,16 +121,25 @@ class InitImages:
     images: "Float[Tensor, 'b 3 h w']"
     mask: "Float[Tensor, 'b 1 h w'] | None" = None
 
-    def start(self, sd: "StableDiffusion", seeds: Sequence[int]) -> "ImageStart":
-        """Where sampling starts. seeds: of the images, keys of the draw from the VAE's Gaussian."""
+    def conds(self, sd: "StableDiffusion", conds: "Mapping[str, Cond]") -> "Mapping[str, Cond]":
+        """The conditionings as the model reads them: with the image where its UNet has channels for it."""
+        return sd.with_image(conds, self.images, self.mask) if sd.extra_channels else conds
+
+    def start(self, sd: "StableDiffusion", seeds: Sequence[int]) -> "ImageStart | None":
+        """Where sampling starts; None is from noise. A UNet that reads the image starts from noise unless the config
+        has a strength below 1, and needs no mask here. seeds: of the images, keys of the draw from the VAE's
+        Gaussian."""
         from segresearch.sampling import ImageStart, image_key, initial_noise
+
+        if sd.extra_channels and self.init.strength in (None, 1):
+            return None
 
         noise = None
         if self.init.draw:
             shape = sd.latent_shape((self.images.shape[2], self.images.shape[3]))
             noise = initial_noise([image_key(seed, "latents") for seed in seeds], shape).to(sd.device)
-        mask = None if self.mask is None else sd.latent_mask(self.mask)
-        return ImageStart(sd.encode_images(self.images, noise), strength(self.init), mask)
+        mask = None if self.mask is None or sd.extra_channels else sd.latent_mask(self.mask)
+        return ImageStart(sd.encode_images(self.images, noise), strength(self.init, sd), mask)
 
     def paste(self, sampled: "UInt8[Tensor, 'b 3 h w']") -> "UInt8[Tensor, 'b 3 h w']":
         """The sampled images with the pixels of the kept part, where the config asks for that."""
@@ -141,9 +150,10 @@ class InitImages:
         return sampled.where(self.mask.to(sampled.device).bool(), to_uint8(self.images).to(sampled.device))
 
 
-def strength(init: InitConfig) -> float:
-    """The share of the steps that is sampled."""
-    return STRENGTH if init.strength is None else float(init.strength)
+def strength(init: InitConfig, sd: "StableDiffusion") -> float:
+    """The share of the steps that is sampled: by default 0.6, and all where the UNet reads the image."""
+    default = 1.0 if sd.extra_channels else STRENGTH
+    return default if init.strength is None else float(init.strength)
 
 
 def init_images(init: InitConfig, rows: Sequence[Sequence[str]], size: tuple[int, int]) -> InitImages | None:

@@ -44,11 +44,20 @@ def render(title: str, lead: list[str], template: str = "page", **content: Any) 
 def to_csv(rows: Sequence[Mapping[str, Any]], digits: int | None = None) -> str:
     """A column a key, in the order in which the keys first occur; None is empty, infinities are "inf".
 
-    digits: significant digits of floats; None writes all.
+    digits: significant digits of floats; None writes all. Text that a spreadsheet would take for a formula begins with
+    an apostrophe.
     """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: f"{v:.{digits}g}" if digits and isinstance(v, float) else v for k, v in row.items()})
+        writer.writerow(
+            {k: f"{v:.{digits}g}" if digits and isinstance(v, float) else _no_formula(v) for k, v in row.items()}
+        )
     return text.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) and value not in ("-inf", "-"):
+        return f"'{value}"
+    return value

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,20 @@ def label(axis: Any, title: str = "", x: str = "", y: str = "", grid: str = "") 
         axis.grid(axis=grid, color=RULE, linewidth=0.6)
 
 
-def save(figure: Figure, path: Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Write `figure` to `path` as PNG, atomically, with `settings` in its text chunk as images have theirs."""
+def save(
+    figure: Figure, path: Path, settings: Mapping[str, Any] | None = None, vector: Sequence[str] = ()
+) -> None:
+    """Write `figure` to `path` as PNG, atomically, with `settings` in its text chunk as images have theirs. vector: of
+    "pdf" and "svg", which formats are written beside it; the same figure gives the same bytes."""
     record = {} if settings is None else {KEY: encoded(settings)}
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": "segresearch", **record})
+    for kind in vector:
+        import matplotlib
+
+        undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
+        with replacing(path.with_suffix(f".{kind}")) as temporary, matplotlib.rc_context({"svg.hashsalt": path.stem}):
+            figure.savefig(temporary, format=kind, metadata=undated)
 
 
 def name_sigma(sigma: float) -> str:

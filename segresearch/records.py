@@ -1,6 +1,7 @@
 """The record of an image: what decides it, as JSON in the text chunk "segresearch" of its PNG. Light: no torch."""
 
 import dataclasses
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping
@@ -10,10 +11,13 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from segresearch import runs
+from segresearch.checkpoints.additions import identified, identified_additions
 from segresearch.checkpoints.resolve import part_paths, resolve_network
 from segresearch.config.build import device_kind
+from segresearch.config.inputs import IPAdapterConfig
 from segresearch.config.schema import GuidanceConfig, ModelConfig, RunConfig
-from segresearch.errors import CheckpointError, ConfigError
+from segresearch.control_images.read import open_image
+from segresearch.errors import CheckpointError, ConfigError, InputError
 
 KEY = "segresearch"
 PARTS = ("unet", "vae", "text_encoder")  # settings of a model that replace a network of it
@@ -31,6 +35,8 @@ def sampling_identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
         model["prediction"] = of_model.prediction
     if parts := part_fingerprints(config.model):
         model["parts"] = parts
+    for key, files in identified_additions(of_model).items():
+        model[key] = [file.identity() for file in files]
     settings = {key: getattr(config, key) for key in ("sampler", "schedule", "steps", "size")}
     if text := config.text.given():
         settings["text"] = text
@@ -55,20 +61,43 @@ def part_fingerprints(model: ModelConfig) -> dict[str, Any]:
 
 
 def with_networks(guidance: GuidanceConfig, model: Path) -> GuidanceConfig:
-    """`guidance` with the fingerprints of its further networks, on which images depend. model: its folder or file.
+    """`guidance` with the fingerprints of its further networks and its IP-Adapter, on which images depend. model: its
+    folder or file.
     ConfigError for weights other than those that a fingerprint names."""
     networks = {}
     for key, network in guidance.networks.items():
         try:
-            path = resolve_network(network.path, model)
+            path = model if network.path is None else resolve_network(network.path, model)
         except CheckpointError as error:
             raise CheckpointError(f"guidance.networks.{key}.path: {error}") from error
         fingerprint = runs.fingerprint(path)
         if network.fingerprint not in (None, fingerprint):
             text = f"{path} has weights {fingerprint}, not {network.fingerprint}"
             raise ConfigError(f"guidance.networks.{key}: {text}; leave `fingerprint` out to take them")
-        networks[key] = dataclasses.replace(network, fingerprint=fingerprint)
+        loras = identified(network.loras, f"guidance.networks.{key}.loras")
+        networks[key] = dataclasses.replace(network, fingerprint=fingerprint, loras=loras)
+    if (adapter := guidance.ip_adapter) is not None:
+        fingerprint = adapter_fingerprint(adapter)
+        if adapter.fingerprint not in (None, fingerprint):
+            text = f"its weights and its image are {fingerprint}, not {adapter.fingerprint}"
+            raise ConfigError(f"guidance.ip_adapter: {text}; leave `fingerprint` out to take them")
+        guidance = dataclasses.replace(guidance, ip_adapter=dataclasses.replace(adapter, fingerprint=fingerprint))
     return dataclasses.replace(guidance, networks=networks) if networks else guidance
+
+
+def adapter_fingerprint(adapter: IPAdapterConfig) -> str:
+    """Of an IP-Adapter's file, its vision tower and its image. ConfigError where one of them is missing."""
+    parts = []
+    for key in ("path", "image_encoder"):
+        try:
+            parts.append(runs.fingerprint(Path(getattr(adapter, key)).expanduser()))
+        except FileNotFoundError as error:
+            raise ConfigError(f"guidance.ip_adapter.{key}: {getattr(adapter, key)}: no safetensors weights") from error
+    try:
+        open_image(adapter.image)
+    except InputError as error:
+        raise ConfigError(f"guidance.ip_adapter.image: {error}") from error
+    return runs.digest([*parts, hashlib.sha256(Path(adapter.image).expanduser().read_bytes()).hexdigest()])
 
 
 def run_record(config: RunConfig, fingerprint: str, run: str) -> dict[str, Any]:
@@ -77,7 +106,8 @@ def run_record(config: RunConfig, fingerprint: str, run: str) -> dict[str, Any]:
     loaded = {key: getattr(config.model, key) for key in ("name", "path", "variant", "config", "tokenizer")}
     loaded |= {key: value for key in PARTS if (value := getattr(config.model, key)) is not None}
     compute = config.compute.record(device_kind(config.device))
-    own = {"model": loaded | identity["model"], "compute": compute, "run": run, **runs.versions()}
+    model = loaded | identity["model"] | identified_additions(config.model)
+    own = {"model": model, "compute": compute, "run": run, **runs.versions()}
     return runs.plain({**identity, **own})
 
 

@@ -144,6 +144,8 @@ def _settings_of_an_image(record: Mapping[str, Any]) -> dict[str, Any]:
     compute = {key: value for key, value in record.get("compute", EXACT).items() if key != "device"}
     image = {"prompts": [record["prompt"]], "seeds": record["seed"], "controls": record.get("controls") or {}}
     image |= {key: record[key] for key in ("init", "text") if key in record}
+    if isinstance(record["negative"], str):  # in a list it is no name of a file
+        image["negative"] = [record["negative"]]
     return {**{key: record[key] for key in OF_AN_IMAGE}, **image, "model": model, "compute": compute, "name": "again"}
 
 

@@ -10,23 +10,28 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from segresearch import __version__
 from segresearch.errors import ConfigError
 
 EDGE, SAMPLES = 1 << 16, 16  # of a weight file's fingerprint: bytes of each end, parts of 4 KiB between
-RESERVED = ("shards", "reference", "wandb")  # folders of `out` that hold no runs
+LATER = MappingProxyType({"later": True})  # of a field that `plain` leaves out at its default: identities stay
+RESERVED = ("shards", "reference", "wandb", "latest")  # folders of `out` that hold no runs
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, mappings, sequences and paths as what JSON and YAML can hold; infinities become "inf", "-inf"."""
+    """Dataclasses, mappings, sequences and paths as what JSON and YAML can hold; infinities become "inf", "-inf". A
+    field with the metadata LATER is left out at its default: a setting that came later changes no old run."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        items = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        return {f.name: plain(item) for f, item in items if "later" not in f.metadata or item != f.default}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -68,9 +73,41 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.filename in (None, str(temporary)):  # a write names no file, as where the disk is full
+            error.filename, error.filename2 = str(path), None
+        raise
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(out: str | Path, name: str, wait: bool = True) -> Iterator[bool]:
+    """Whether this process has the lock `name` below `out` within the block. wait: for another process that has it, on
+    this machine or another; the lock ends with its process, however that ends. True where the disk has no locks."""
+    path = Path(out) / ".locks" / digest(name)
+    try:
+        import fcntl
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except (ImportError, OSError):
+        yield True
+        return
+    with file:
+        held = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = wait
+            if wait:
+                print(f"another process works on {name}; waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield held
 
 
 def write(path: Path, content: str | bytes) -> None:

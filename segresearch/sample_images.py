@@ -4,15 +4,17 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image
 from torch import Tensor
 
 from segresearch.config.inputs import InitConfig
 from segresearch.config.schema import RunConfig
-from segresearch.errors import NotFinite
+from segresearch.errors import ConfigError, InputError, NotFinite
 from segresearch.init_images import InitImages, strength
 from segresearch.models.attention import Attend
 from segresearch.models.controlnet import ActiveControlNet
@@ -66,7 +68,11 @@ def sample_latents(
     control: Sequence[ActiveControlNet] = (), attend: Attend | None = None, init: InitImages | None = None,
     callback: Callback | None = None,
 ) -> Latents:  # fmt: skip
-    """Latents from the noise of each seed; conds: of `encode_conds`. Raises NotFinite, which names the seeds."""
+    """Latents from the noise of each seed; conds: of `encode_conds`. Raises NotFinite, which names the seeds, and
+    ConfigError for a model that reads an image where there is none."""
+    if sd.extra_channels and init is None:
+        raise ConfigError("init.image: missing; this model reads an image beside the latents (a mask too to inpaint)")
+    conds = conds if init is None else init.conds(sd, conds)
     schedule = config.schedule.name if config.schedule.rho is None else run_sigmas(sd, config)
     noise = initial_noise(seeds, sd.latent_shape(config.size))
     with sd.arithmetic():
@@ -108,4 +114,24 @@ def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
 def run_sigmas(sd: "StableDiffusion", config: RunConfig, init: InitConfig | None = None) -> Float[Tensor, "sigmas"]:
     """The sigmas of a run's schedule, with its rho; the last is 0. init: where it has an image, those that are left."""
     values = sigmas(sd.denoiser, config.schedule.name, config.steps, config.schedule.rho)
-    return values if init is None or init.image is None else last_steps(values, strength(init))
+    return values if init is None or init.image is None else last_steps(values, strength(init, sd))
+
+
+def to_pil(images: UInt8[Tensor, "rows 3 H W"]) -> list[Image.Image]:
+    """The 8-bit images of `decode_images` or `sample_images` as Pillow's."""
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()  # (rows, 3, H, W) -> (rows, H, W, 3)
+    return [Image.fromarray(array) for array in arrays]
+
+
+def save_images(
+    images: UInt8[Tensor, "rows 3 H W"], folder: str | Path, seeds: Sequence[int] | None = None
+) -> list[Path]:
+    """Write them as <folder>/seed<seed>.png, by default numbered from 0, without records. The paths."""
+    numbers = list(range(len(images))) if seeds is None else list(seeds)
+    if len(set(numbers)) != len(images):
+        raise InputError(f"seeds: {len(images)} images need as many different seeds, not {numbers}")
+    paths = [Path(folder) / f"seed{number}.png" for number in numbers]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for path, image in zip(paths, to_pil(images), strict=True):
+        image.save(path)
+    return paths

@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
@@ -127,6 +128,7 @@ FAMILIES = {
     ),
     "playground": Family(
         StableDiffusionXLPipeline, THREE | {"transformer_layers_per_block": (1, 2, 3)}, TWO,
+        EDMDPMSolverMultistepScheduler, {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0},
         vae={
             "scaling_factor": 0.5, "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
             "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
@@ -166,7 +168,8 @@ def make_family(name: str, folder: Path, seed: int = 0) -> DiffusionPipeline:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     elif family.pipeline is StableDiffusionXLPipeline:
         parts["add_watermarker"] = False
-    scheduler = family.scheduler(**BETAS | family.schedule)
+    betas = {} if family.scheduler is EDMDPMSolverMultistepScheduler else BETAS
+    scheduler = family.scheduler(**betas | family.schedule)
     return family.pipeline(scheduler=scheduler, **parts, **family.index)
 
 

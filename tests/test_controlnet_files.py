@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from make_families import make_family
 from make_models import make_controlnet, make_pipeline, to_original, write_single
 from safetensors.torch import load_file, save_file
 
@@ -183,6 +184,34 @@ def test_original_names_are_those_that_diffusers_converts(tmp_path):
     expected = {key: weight for key, weight in net.state_dict().items() if "add_embedding" not in key}
     assert theirs.keys() == expected.keys()
     assert all(torch.equal(theirs[key], weight) for key, weight in expected.items())
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_one_file_of_another_family(name, tmp_path, made):
+    """Under diffusers' names and the original ones; not for SDXL, nor SDXL's for it."""
+    pipe = make_family(name, tmp_path / "model")
+    pipe.save_pretrained(tmp_path / "model")
+    net = make_controlnet(pipe)
+    files = {}
+    for layout, weights in {"diffusers": net.state_dict(), "original": original(net)}.items():
+        files[layout] = tmp_path / f"{layout}.safetensors"
+        save_file({k: w.contiguous() for k, w in weights.items()}, files[layout])
+    sd = load_model(tmp_path / "model", controlnet=list(files.values()))
+    for loaded in sd.controlnets.values():
+        assert_loaded(loaded, net)
+        assert loaded.config == ControlNetConfig.from_dict(dict(net.config))
+    x, t, image = torch.randn(1, 4, 4, 8), torch.tensor([321.0]), torch.rand(1, 3, 8, 16)
+    context = torch.randn(1, 5, loaded.config.cross_attention_dim)
+    ours = loaded(x, t, Cond(context, context.new_zeros(1, 0), context.new_zeros(1, 0)), loaded.embed_image(image))
+    with torch.no_grad():
+        theirs = net(x, t, context, image, return_dict=False)
+    for a, b in zip((*ours.down, ours.mid), (*theirs[0], theirs[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with pytest.raises(CheckpointError, match="level widths|text width"):
+        load_model(made[0], controlnet=files["diffusers"])
+    shutil.copy(made[0] / "controlnet" / "edges" / WEIGHTS, tmp_path / "sdxl.safetensors")
+    with pytest.raises(CheckpointError, match="level widths|text width"):
+        load_model(tmp_path / "model", controlnet=tmp_path / "sdxl.safetensors")
 
 
 def test_files_lie_in_the_models_own_folder_too(made, tmp_path):

@@ -60,7 +60,7 @@ def test_an_ip_adapter(gpu, tmp_path):
         save_file(adapter_weights(pipe.unet, "base"), tmp_path / "adapter.safetensors")
         tower.save_pretrained(tmp_path / "tower")
         real = load_model(tmp_path / "sdxl")
-        prompter = load_ip_adapter(tmp_path / "adapter.safetensors", tmp_path / "tower", real)
+        prompter = load_ip_adapter(tmp_path / "adapter.safetensors", tmp_path / "tower", real.unet)
     picture, fake = Image.new("RGB", (30, 30), "teal"), from_moved(real, prompter)
 
     def run(sd, prompter):

@@ -24,6 +24,7 @@ PACKAGES = ("checkpoints", "models", "guidance", "sampling", "analysis", "metric
 COVERED = {
     "models.controlnet_union": "bridge", "models.ip_adapter": "bridge", "checkpoints.ip_adapter_file": "bridge",
     "checkpoints.in_memory": "bridge", "guidance.diffusers_unet": "bridge",
+    "checkpoints.lora_merge": "pictures", "checkpoints.textual_inversion": "pictures",
     "checkpoints.folder": "pictures", "checkpoints.load": "pictures", "checkpoints.tensors": "pictures",
     "models.attention": "guidance", "models.layers": "guidance", "models.stable_diffusion": "pictures",
     "models.conditioning": "models", "models.controlnet": "models",

@@ -26,6 +26,7 @@ from segresearch.guidance.controlnet_residuals import residuals
 from segresearch.guidance.methods.swg import SWG
 from segresearch.models import StableDiffusion
 from segresearch.models.calls import on_device
+from segresearch.models.compute import Compute
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, controlled
 from segresearch.models.denoiser import Denoiser, alphas_cumprod, scheduled
@@ -307,3 +308,38 @@ def test_texts(encoders, gpu, dtype):
             assert (a.context.dtype, a.time_ids.dtype) == (dtype, torch.float32)
             ours_of, theirs_of = ([c.context, c.pooled, c.time_ids] for c in (a, b))
             check_same(ours_of, theirs_of, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_one_text_encoder_and_no_sizes(encoders, gpu, offload):
+    """SD 1.5's shape, with LCM's guidance weight; the final norm of a skipped layer is of the device too."""
+    none = dict.fromkeys(("addition_time_embed_dim", "projection_class_embeddings_input_dim", "size_ids"), 0)
+    config = replace(CONFIG, cross_attention_dim=4, time_cond_proj_dim=10, **none)
+    vae, vae_there = vaes(torch.float32)
+    with on_the_cpu():
+        network = encoders[1][0].float()
+        text = TextEncoders(encoders[0][:1], (network,))
+        real = StableDiffusion(
+            real_denoiser(config=config).unet, vae, text, real_denoiser(config=config), zero_negative=False
+        )
+        expected = real.encode(["a red cube", "cubes"], clip_skip=1, guidance=7.5)
+        x, sigma, _ = real_inputs()
+        denoised = GuidedDenoiser(real.denoiser, {"cfg": cfg(3.0)})(x, sigma, expected)
+    there = text if offload else TextEncoders(encoders[0][:1], (moved(network),))
+    model = fake_denoiser(config=config)
+    fake = StableDiffusion(model.unet, vae_there, there, model, "", False, compute=Compute(offload=offload))
+    found = fake.encode(["a red cube", "cubes"], clip_skip=1, guidance=7.5)
+    check_same([found["uncond"].context, found["cond"].context, found["cond"].guidance],
+               [expected["uncond"].context, expected["cond"].context, expected["cond"].guidance])  # fmt: skip
+    check_same(GuidedDenoiser(model, {"cfg": cfg(3.0)})(*sent((x, sigma)), found), denoised)
+
+
+def test_latents_with_a_mean_and_a_deviation(gpu):
+    statistics = {"latents_mean": (1.0, 2.0, -1.0, 0.5), "latents_std": (8.0, 6.0, 4.0, 2.0), "scaling_factor": 0.5}
+    config = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **statistics)
+    with on_the_cpu():
+        real = random(VAE(config))
+        latents = real.encode(picture())
+        expected = [latents, real.decode(latents)]
+    fake = moved(real)
+    check_same([fake.encode(picture().to("cuda")), fake.decode(latents.to("cuda"))], expected)

@@ -7,8 +7,11 @@ from fake_cuda import (
     on_the_cpu,
 )
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+from segresearch.checkpoints.additions import Lora
 from segresearch.checkpoints.controlnets import open_controlnets
+from segresearch.checkpoints.load import load_network
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.checkpoints.tensors import fill
 from segresearch.config.build import configured_model
@@ -64,3 +67,26 @@ def test_weights_are_sent_to_the_device_in_its_dtype(gpu):
     fill(net, weights, torch.bfloat16, "cuda")
     assert {(z.device.type, z.dtype) for z in net.parameters()} == {("cuda", torch.bfloat16)}
     assert float(net.conv_in.weight.to("cpu", torch.float32).abs().mean()) > 0
+
+
+def test_loras_and_embeddings_on_the_device(gpu, monkeypatch, tmp_path):
+    """Merged weights and enlarged matrices lie there and are those of the CPU; so are a further network's."""
+    layer, word = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_v", "<toy>"
+    with on_the_cpu():
+        plain = load_model("mini")
+        width = plain.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v.weight.shape[0]
+        factors = {f"{layer}.lora_down.weight": torch.randn(4, width), f"{layer}.lora_up.weight": torch.randn(width, 4)}
+        save_file(factors, tmp_path / "lora.safetensors")
+        widths = [encoder.config.hidden_size for encoder in plain.text.encoders]
+        keys = dict(zip(("clip_l", "clip_g"), (torch.randn(2, width) for width in widths)))
+        save_file(keys, tmp_path / "toy.safetensors")
+        lora, words = Lora(str(tmp_path / "lora.safetensors"), 0.5), {word: tmp_path / "toy.safetensors"}
+        one = load_model("mini", loras=[lora], embeddings=words)
+        expected = one.encode([word])["cond"].context, one.unet.state_dict()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    sd = load_model("mini", device="cuda", loras=[lora], embeddings=words)
+    other = load_network(None, "mini", torch.float32, sd.device, load_model("mini", device="cuda").denoiser, (lora,))
+    check_same(sd.encode([word])["cond"].context, expected[0], rtol=1e-4, atol=1e-4)
+    for unet in (sd.unet, other.unet):
+        assert {weight.device.type for weight in unet.parameters()} == {"cuda"}
+        check_same(dict(unet.state_dict()), dict(expected[1]))

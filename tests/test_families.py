@@ -1,6 +1,7 @@
 """Every family against diffusers: networks, texts, conditionings, on random models in the folder layout."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,13 +22,15 @@ from PIL import Image
 
 from segresearch.analysis.analyze import analyze
 from segresearch.config import AnalyzeConfig, conf_dir
+from segresearch.config.build import build_guidance
 from segresearch.errors import CheckpointError
 from segresearch.generate import generate
-from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
+from segresearch.guidance import PAG, SEG, Branch, GuidedDenoiser, SelfAttentionGuidance, Term, cfg, perturbed
 from segresearch.guidance.sites import select_sites
 from segresearch.models import load_model
 from segresearch.models.controlnet import controlled
 from segresearch.models.unet import UNet, UNetConfig
+from segresearch.sample_images import encode_conds
 from segresearch.sampling import initial_noise, sample
 
 PROMPTS = ["a red cube", "", "Two cubes, left!"]
@@ -163,11 +166,11 @@ def in_diffusers(pipeline, kind, noise, steps=3, **options):
     pipe = kind(**parts | {"scheduler": scheduler} | more)
     pipe.set_progress_bar_config(disable=True)
     height, width = (2 * side for side in noise.shape[2:])
+    size = {} if "image_guidance_scale" in options else {"height": height, "width": width}
     try:
         return pipe(
-            PROMPTS[::2], latents=noise, height=height, width=width, num_inference_steps=steps, output_type="latent",
-            **options,
-        ).images  # fmt: skip
+            PROMPTS[::2], latents=noise, **size, num_inference_steps=steps, output_type="latent", **options
+        ).images
     finally:
         pipeline.unet.set_attn_processor(processors)
 
@@ -190,6 +193,22 @@ def test_euler_with_cfg_and_pag(made, pag):
         options |= {"pag_scale": pag, "layers": ["mid"]}
     expected = in_diffusers(pipeline, kind, noise, **options)
     torch.testing.assert_close(here(sd, noise, terms), expected, rtol=1e-4, atol=1e-4)
+
+
+@of("pix2pix")
+def test_instruct_pix2pix_is_three_branches(made):
+    pipeline, sd = made
+    image, noise = draw(7, 2, 3, 16, 24).clamp(-1, 1), initial_noise([3, 4], (4, 8, 12))
+    options = {"guidance_scale": 4.0, "image_guidance_scale": 1.5, "image": image / 2 + 0.5}
+    expected = in_diffusers(pipeline, type(pipeline), noise, **options)
+    with torch.no_grad():
+        latents = sd.encode_images(image) / sd.vae.config.scaling_factor
+    conds = {name: replace(cond, image=latents) for name, cond in sd.encode(PROMPTS[::2]).items()}
+    conds |= {"image": conds["uncond"], "uncond": replace(conds["uncond"], image=0 * latents)}
+    text, edit = Term(Branch("cond"), Branch("image"), 4.0), Term(Branch("image"), Branch("uncond"), 1.5)
+    guided = GuidedDenoiser(sd.denoiser, {"text": text, "edit": edit}, base="uncond")
+    ours = sample(guided, noise, schedule="leading", steps=3, conds=conds)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @of("ssd1b", "koala700m")
@@ -215,6 +234,28 @@ def test_seg_in_the_middle(made):
     assert blurred.isfinite().all() and (blurred - plain).abs().max() > 1e-4
     sharp = here(sd, noise, {"seg": perturbed("seg", SEG(where="mid", sigma=1e-3), 3.0)})
     torch.testing.assert_close(sharp, plain, rtol=1e-4, atol=1e-4)
+
+
+@of("sd15", "lcm", "refiner")
+@pytest.mark.parametrize("method", ["cads", "icg", "cdg", "erg_text", "nag", "tsg", "swg"])
+def test_methods_that_make_or_read_conditionings(made, method):
+    """On one text encoder, without sizes or a pooled text, under a guidance weight: image 1 does not depend on 0."""
+    sd, size = made[1], (16, 24)
+    model = build_guidance(composed(f"guidance={method}", "model=sd15").guidance, sd)
+    noise = initial_noise([3, 4], (4, 8, 12))
+    run = {"schedule": "trailing", "steps": 2}
+    both = sample(model, noise, conds=encode_conds(sd, model, PROMPTS[::2], size=size), seeds=[3, 4], **run)
+    one = sample(model, noise[1:], conds=encode_conds(sd, model, PROMPTS[2:], size=size), seeds=[4], **run)
+    torch.testing.assert_close(both[1:], one, rtol=0, atol=1e-3)
+    assert (both - here(sd, noise, {}, steps=2)).abs().max() > 1e-3
+
+
+@of("sd15")
+def test_a_model_without_sizes_has_no_image_size_guidance(made):
+    sd = made[1]
+    model = build_guidance(composed("guidance=image_size", "model=sd15").guidance, sd)
+    with pytest.raises(ValueError, match="this model has no image sizes"):
+        sample(model, initial_noise([3], (4, 8, 12)), steps=1, conds=encode_conds(sd, model, ["a"]))
 
 
 @of("sd15", "sd21")

@@ -85,7 +85,9 @@ def test_records_identify_by_content_and_are_followed(config, model, photo, mask
     said = records.read_record(path)
     assert said["init"] == {**init, "reduce": 1}
     assert set(said["init_contents"]) == {"image", "mask"} and {len(d) for d in said["init_contents"].values()} == {12}
-    again = reproduce(path)
+    with pytest.raises(ConfigError, match="names the file .*png .init"):
+        reproduce(path, model=said["model"]["path"])
+    again = reproduce(path, trust=True)
     assert again.largest == 0 and not again.notes
     renamed = tmp_path / "other.png"
     renamed.write_bytes(open(photo, "rb").read())
@@ -95,7 +97,7 @@ def test_records_identify_by_content_and_are_followed(config, model, photo, mask
     assert len(folders | {run.folder, expand(config()).folder}) == len(changes) + 2
     Image.fromarray(255 - np.asarray(Image.open(photo))).save(photo)
     assert expand(config(init=init)).folder != run.folder
-    assert [note for note in reproduce(path).notes if "contents of init image" in note]
+    assert [note for note in reproduce(path, trust=True).notes if "contents of init image" in note]
 
 
 def test_a_run_without_an_image_is_what_it_was(config):

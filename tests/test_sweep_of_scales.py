@@ -127,7 +127,7 @@ def test_methods_are_ranked_at_their_best_scale_with_the_range_that_is_as_good(s
     head, baseline, *lines = ranking.ranking_table(spec, frame, [first, second])
     texts = [[cell.text for cell in line] for line in lines]
     assert [text[1] for text in texts] == ["PAG 1", "SAG 0.75"]
-    assert texts[0][2:5] == ["1 (×1)", "×1 to ×2", "−20.00 ± 1.00"]
+    assert texts[0][2:5] == ["1 (×1)", "×1 to ×2", "−20.0 ± 1.0"]
     assert baseline[1].text == "vanilla" and len(head) == len(baseline) == len(lines[0])
 
 

@@ -46,7 +46,7 @@ Pixels = UInt8[np.ndarray, "images h w 3"]
 VERSION = 1  # of the measurement and the page: part of the identity
 PAGE = "index.html"
 PLOTS = ("sigma", "limits", "regime", "layers", "field", "energy", "attention")  # kinds, before "_boundary"
-OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}  # not of the run
+OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}, "vector": []}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def analyze(config: AnalyzeConfig, model: "StableDiffusion | None" = None) -> An
         identity["init"] = identify_init(config.init, [*starts.values()]).identity([*starts.values()])
     folder = runs.run_folder(config.out, config.name, identity)
     recorded, html, partial = folder / "recording", folder / PAGE, folder / ".recording"
-    if html.is_file() and (recorded.is_dir() or not config.keep):
+    drawn = all(any((folder / "figures").glob(f"*.{kind}")) for kind in config.vector)
+    if html.is_file() and drawn and (recorded.is_dir() or not config.keep):
         return Analysis(folder, html, True, time.perf_counter() - start)
     try:
         sd = configured_model(config.model, config.device, compute=config.compute) if model is None else model
@@ -145,7 +146,8 @@ def _write(
     paths = {}
     for name, figure in energy_plots.draw(config, recording, rows, pixels, images).items():
         paths[name] = to / "figures" / f"{name}.png"
-        save(figure, paths[name], figure_record(name, "analyze", config, ("out", "device", "wandb")))
+        record = figure_record(name, "analyze", config, ("out", "device", "wandb", "vector"))
+        save(figure, paths[name], record, config.vector)
     runs.write(to / "config.yaml", written_config(config, OF_A_CALL))
     tables = {"table": rows, "verdicts": [claim.row() for claim in claims]}
     for name, table in tables.items():

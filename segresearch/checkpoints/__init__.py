@@ -1,1 +1,1 @@
-"""SDXL checkpoints on disk: what a path or a name is, the two layouts, and reading them into the networks."""
+"""Checkpoints on disk: what a path or a name is, the two layouts, and reading them into the networks."""

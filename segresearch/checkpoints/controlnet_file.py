@@ -118,7 +118,7 @@ def added_sizes(embedding: tuple[int, ...] | None, unet: EncoderConfig) -> dict[
     names = ("projection_class_embeddings_input_dim", "addition_time_embed_dim", "size_ids")
     if embedding is None:
         return {**dict.fromkeys(names, 0), "time_cond_proj_dim": None}
-    values = (embedding[1], unet.addition_time_embed_dim or 256, unet.size_ids or 6)
+    values = (embedding[1], unet.addition_time_embed_dim or 1, unet.size_ids or 6)  # of a UNet without: refused later
     return {**dict(zip(names, values, strict=True)), "time_cond_proj_dim": None}
 
 

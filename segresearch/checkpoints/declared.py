@@ -20,6 +20,8 @@ OF_SD2 = (
 YAML_LETTERS = 1 << 16
 EDM_V = {"edm_vpred.sigma_min": 0.002, "edm_vpred.sigma_max": 120.0}  # keys -> CosXL's values
 SCALINGS = {"EpsScaling": "epsilon", "VScaling": "v_prediction"}  # of the generative-models code
+SD_TEXT = ("cond_stage_model.transformer.", "cond_stage_model.model.")  # of Stable Diffusion 1 and 2
+SDXL_SIZES = "model.diffusion_model.label_emb.0.0.weight"
 TRUE = ("1", "true", "yes")
 
 
@@ -41,7 +43,10 @@ def file_scheduler(path: Path, entries: Mapping[str, Entry], metadata: Mapping[s
     prediction = next(iter(said.values()), None) or _guessed(path, entries)
     zero = "ztsnr" in entries or metadata.get("ss_zero_terminal_snr", "").lower() in TRUE
     facts: dict[str, Any] = {} if prediction is None else {"prediction_type": prediction}
-    return facts | ({"rescale_betas_zero_snr": True} if zero else {})
+    if zero:
+        return facts | {"rescale_betas_zero_snr": True}
+    older = any(key.startswith(SD_TEXT) for key in entries) and SDXL_SIZES not in entries
+    return facts | ({"timestep_spacing": "linspace"} if older else {})  # as Euler has it with the configs of these
 
 
 def _guessed(path: Path, entries: Mapping[str, Entry]) -> str | None:

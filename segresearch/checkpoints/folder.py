@@ -15,7 +15,7 @@ from segresearch.checkpoints.parts import NONE, Given, Part, arranged, part_weig
 from segresearch.checkpoints.resolve import refuse_pickle
 from segresearch.checkpoints.tensors import Weights, open_folder, refuse_pointer, variants
 from segresearch.errors import CheckpointError, InputError
-from segresearch.models.network_configs import UNetConfig
+from segresearch.models.network_configs import UNetConfig, refuse_giant
 from segresearch.models.scheduler import folder_scheduler
 from segresearch.models.text import load_tokenizer
 from segresearch.models.unet import UNet
@@ -92,7 +92,7 @@ def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     refuse_pointer(path)
     try:
         value = json.loads(path.read_text(errors="replace"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a config: fetch it again")
@@ -144,6 +144,8 @@ def build_networks(configs: Sequence[dict[str, Any]], path: Path | str) -> Netwo
         if text.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
             raise CheckpointError(f"{path}: a text encoder is a {text['model_type']}, not CLIP's: not supported")
     with building(path):
+        for text in texts:
+            refuse_giant(text, "text encoder")
         image = UNet(UNetConfig.from_dict(unet)), VAE(VAEConfig.from_dict(vae))
         kinds = [CLIPTextModel] * (len(texts) - 1) + [CLIPTextModelWithProjection if has_sizes(unet) else CLIPTextModel]
         return *image, *(kind(CLIPTextConfig.from_dict(text)) for kind, text in zip(kinds, texts, strict=True))

@@ -1,6 +1,7 @@
 """An IP-Adapter on disk: one .safetensors file of `image_proj.*` and `ip_adapter.<n>.*`, and its CLIP vision tower."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from segresearch.checkpoints.resolve import refuse_pickle
 from segresearch.checkpoints.tensors import Entry, Weights, fill, open_file
 from segresearch.errors import CheckpointError
 from segresearch.models.ip_adapter import ImagePrompter, IPAdapter, Linear, Resampler
-from segresearch.models.stable_diffusion import StableDiffusion
+from segresearch.models.unet import UNet
 from segresearch.pretrained import load_pretrained, model_folder
 
 OTHERS = {  # a key -> the kind of adapter
@@ -19,8 +20,9 @@ OTHERS = {  # a key -> the kind of adapter
 }  # fmt: skip
 
 
-def load_ip_adapter(path: str | Path, image_encoder: str | Path, sd: StableDiffusion) -> ImagePrompter:
-    """The adapter of a file, base or plus, for this model, in the UNet's dtype and on its device.
+@lru_cache(maxsize=2)
+def load_ip_adapter(path: str | Path, image_encoder: str | Path, unet: UNet) -> ImagePrompter:
+    """The adapter of a file, base or plus, for this UNet, in its dtype and on its device.
 
     image_encoder: a folder (or hub id in the local cache) of the CLIP vision tower that it was trained with, which
         stays fp32 (ViT-H for most, ViT-bigG for `ip-adapter_sdxl.safetensors`).
@@ -31,10 +33,10 @@ def load_ip_adapter(path: str | Path, image_encoder: str | Path, sd: StableDiffu
     if not file.is_file():
         raise CheckpointError(f"ip_adapter.path={str(path)!r}: no such file; give the adapter's .safetensors file")
     entries, _ = open_file(file)
-    image_proj, width = projection(entries, file, sd.unet.config.cross_attention_dim)
+    image_proj, width = projection(entries, file, unet.config.cross_attention_dim)
     with torch.device("meta"):
-        adapter = IPAdapter(sd.unet, image_proj())
-    weight = sd.unet.conv_in.weight
+        adapter = IPAdapter(unet, image_proj())
+    weight = unet.conv_in.weight
     fill(adapter, Weights(f"IP-Adapter {file.name}", entries), weight.dtype, weight.device)
     from transformers import CLIPVisionModelWithProjection
 

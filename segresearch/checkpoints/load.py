@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig
 
+from segresearch.checkpoints.additions import Embeddings, Lora, Loras, as_embeddings, as_loras
 from segresearch.checkpoints.controlnets import Names, open_controlnets
 from segresearch.checkpoints.folder import Checkpoint, open_model_folder, open_unet
+from segresearch.checkpoints.lora_merge import merges, with_loras
 from segresearch.checkpoints.part_files import Paths, open_parts
 from segresearch.checkpoints.resolve import resolve_model, resolve_network
 from segresearch.checkpoints.single_file import open_model_file
-from segresearch.checkpoints.tensors import Weights, fill
+from segresearch.checkpoints.tensors import Weights, as_stored, fill
+from segresearch.checkpoints.textual_inversion import extended, open_embeddings
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.calls import pin
 from segresearch.models.compute import PLAIN, Compute
@@ -42,6 +45,8 @@ def load_model(
     text_encoder: Paths = None,
     vae_dtype: torch.dtype | None = None,
     prediction: str | None = None,
+    loras: Loras = None,
+    embeddings: Embeddings = None,
     compute: Compute = PLAIN,
 ) -> StableDiffusion:
     """A Stable Diffusion model: a diffusers folder, a .safetensors file in the original layout, "mini", or a hub id in
@@ -61,6 +66,8 @@ def load_model(
         declares of its training (prediction, noise) comes with it
     vae_dtype: None is `dtype`, but float32 for a VAE that overflows in float16 (SDXL's own; config force_upcast)
     prediction: what the network's output stands for, "epsilon", "v_prediction" or "sample"; None: as the model declares
+    loras: merged into the weights: files, or (file, scale), (file, scale of the UNet, scale of the text encoders)
+    embeddings: textual inversions, {token of the prompt: file, or a file for each text encoder}, or a list of files
     compute: how the model computes; with offload, text encoders and VAE stay on the CPU between calls of its methods
 
     Nothing is fetched from a network. CheckpointError, of one line, for anything that is not a complete model.
@@ -86,7 +93,8 @@ def load_model(
         folders = [Path(folder) if folder else None for folder in (config, tokenizer)]
         checkpoint = open_model_file(path, folders[0], folders[1], given)
     opened = open_controlnets(controlnet, path, variant, checkpoint.networks[0].config)
-    return filled(checkpoint, opened, str(path_or_name), dtype, device, vae_dtype, prediction, compute)
+    own = (dtype, device, vae_dtype, prediction, compute, loras, embeddings)
+    return filled(checkpoint, opened, str(path_or_name), *own)
 
 
 def filled(
@@ -98,6 +106,8 @@ def filled(
     vae_dtype: torch.dtype | None,
     prediction: str | None,
     compute: Compute,
+    loras: Loras = None,
+    embeddings: Embeddings = None,
 ) -> StableDiffusion:
     """The model of an opened checkpoint and its opened ControlNets, checked, with its weights read."""
     controlnets = {name: net for name, (net, _) in opened.items()}
@@ -107,6 +117,8 @@ def filled(
     refuse_mixture(unet.config, vae.config, [encoder.config for encoder in encoders])
     for name, net in controlnets.items():
         check_fit(name, net.config, unet.config, vae.config.factor)
+    merge = dict(zip((unet, *encoders), merges(as_loras(loras), unet, encoders), strict=True))
+    words = open_embeddings(as_embeddings(embeddings), text)
     try:
         scheduler = overridden(checkpoint.scheduler, prediction)
         denoiser = scheduled(unet, scheduler, compute, device)
@@ -116,11 +128,13 @@ def filled(
         vae_dtype = torch.float32 if dtype == torch.float16 and checkpoint.force_upcast else dtype
     resting = torch.device("cpu") if compute.offload else device  # of what is offloaded
     for module, weights in zip((unet, vae, *encoders), checkpoint.weights, strict=True):
-        fill(module, weights, vae_dtype if module is vae else dtype, device if module is unet else resting)
+        where = device if module is unet else resting
+        fill(module, weights, vae_dtype if module is vae else dtype, where, merge.get(module, as_stored))
     for net, weights in opened.values():
         fill(net, weights, dtype, device)
     for encoder in encoders:
         number_positions(encoder, resting)
+    text = extended(text, words) if words else text
     if compute.offload and device.type == "cuda":
         for module in (vae, *encoders):
             pin(module)
@@ -134,19 +148,31 @@ def number_positions(encoder: Any, device: torch.device) -> None:
 
 
 @lru_cache(maxsize=4)
-def load_network(name: str, model: str, dtype: torch.dtype, device: torch.device, denoiser: Denoiser) -> Denoiser:
+def load_network(
+    name: str | None,
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    denoiser: Denoiser,
+    loras: tuple[Lora, ...] = (),
+) -> Denoiser:
     """A further network as a denoiser that may stand beside `denoiser`: a UNet's folder, with the schedule and the
-    prediction of `denoiser`, or the denoiser of a whole model. model: the path or name of the one that has `denoiser`.
+    prediction of `denoiser`, or the denoiser of a whole model, each with the UNet part of `loras`; None is the UNet of
+    `denoiser`, with the `loras` added to its weights and those that none of them changes shared. model: the path or
+    name of the one that has `denoiser`.
 
     CheckpointError for a network of another text width, which cannot read the same conditionings.
     """
+
+    if name is None:
+        return denoiser.of_network(with_loras(denoiser.unet, loras))
     path = resolve_network(name, resolve_model(model))
     if path.is_dir() and not (path / "model_index.json").is_file():
         unet, weights = open_unet(path, denoiser.unet.config.size_ids)
-        fill(unet, weights, dtype, device)
+        fill(unet, weights, dtype, device, *merges(loras, unet, ()))
         other = denoiser.of_network(unet)
     else:
-        other = load_model(path, dtype, device, compute=denoiser.run.compute).denoiser
+        other = load_model(path, dtype, device, loras=loras, compute=denoiser.run.compute).denoiser
     widths = [(net.unet.config.cross_attention_dim, net.unet.config.pooled_dim) for net in (denoiser, other)]
     if widths[0] != widths[1]:
         text = f"its text is {widths[1]} wide, that of the model {widths[0]}"

@@ -20,7 +20,8 @@ OTHERS = {  # a pattern of keys -> what the file is, and what to do; the first t
     r"^lora_controlnet$": f"a Control-LoRA, not a checkpoint: {BASE}",
     r"lora_(unet|te|up|down|A|B|mid)|\.lora\.|lycoris_|\.hada_w1|\.lokr_w|\.oft_": f"a LoRA, not a checkpoint: {BASE}, "
     "and this as one of loras= (model.loras)",
-    r"^ip_adapter\.|^image_proj\.|\.to_k_ip\b": f"an IP-Adapter, not a checkpoint: {BASE}, and this as ip_adapter.path",
+    r"^ip_adapter\.|^image_proj\.|\.to_k_ip\b": f"an IP-Adapter, not a checkpoint: {BASE}, and this as "
+    "guidance.ip_adapter.path",
     r"^(control_model\.)?(task_embedding$|control_add_embedding\.)": "a union of ControlNets, not a checkpoint: "
     f"{BASE}, and this as controlnet=",
     r"^control_model\.|controlnet_(cond_embedding|down_blocks|mid_block)|^input_hint_block\.|^zero_convs\.": "a "

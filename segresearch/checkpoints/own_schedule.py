@@ -48,6 +48,6 @@ def scheduler_of(path: Path, config: Path | None, unet: str | None) -> dict[str,
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(errors="replace"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -64,7 +64,7 @@ def refuse_pointer(path: Path) -> None:
             raise CheckpointError(f"{path} is a git-lfs pointer: {hint}")
 
 
-def _mapped(path: Path) -> Any:
+def mapped(path: Path) -> Any:
     """The file as safetensors' safe_open. CheckpointError, with what the file is instead."""
     try:
         return safe_open(path, "pt")
@@ -91,7 +91,7 @@ def open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of one safetensors file, and its metadata; no weights are read. CheckpointError for a file that is
     empty, a pickle, a git-lfs pointer, truncated or something else."""
     refuse_pickle(path)
-    file = _mapped(path)
+    file = mapped(path)
     slices = {key: file.get_slice(key) for key in file.keys()}
     if not slices:
         raise CheckpointError(f"{path} holds no tensors: fetch it again")
@@ -118,7 +118,7 @@ def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str
         return open_file(path)[0]
     try:
         shards = sorted(set(json.loads(path.read_text(errors="replace"))["weight_map"].values()))
-        if odd := [name for name in shards if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)]:
+        if odd := [name for name in shards or [""] if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)]:
             raise KeyError(odd[0][:100])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -151,14 +151,26 @@ def read_numbers(entry: Entry, most: int = 64) -> tuple[float, ...]:
     """The values of a stored tensor. CheckpointError for one of more than `most`, or of another type than numbers."""
     if math.prod(entry.shape) > most or entry.dtype not in DTYPES:
         raise CheckpointError(f"{entry.file}: {entry.key} has shape {entry.shape}, {entry.dtype}: not a few numbers")
-    return tuple(_mapped(entry.file).get_tensor(entry.key).double().flatten().tolist())
+    return tuple(mapped(entry.file).get_tensor(entry.key).double().flatten().tolist())
 
 
-def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> None:
+def as_stored(name: str, weight: Tensor) -> Tensor:
+    """The `merge` of `fill` that changes nothing."""
+    return weight
+
+
+def fill(
+    module: nn.Module,
+    weights: Weights,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    merge: Callable[[str, Tensor], Tensor] = as_stored,
+) -> None:
     """Fill a module that lies on the meta device with stored weights, frozen and in eval mode. CheckpointError, before
     anything is read, unless every parameter has its tensor and every tensor its use, except bookkeeping such as
     position_ids; 1×1 convolutions and linear layers may stand for each other. A weight with a scale beside it (scaled
-    fp8) is multiplied by it."""
+    fp8) is multiplied by it. merge: from the name of a parameter and the tensor that was read to the one that is taken,
+    of the same shape."""
     shapes = {key: tuple(parameter.shape) for key, parameter in module.state_dict().items()}
     sources = {key: weights.source(key) for key in shapes}
     scales = {source.key: scale for source in sources.values() if (scale := scale_of(source.key, weights.entries))}
@@ -168,15 +180,15 @@ def fill(module: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.
     for key, source in sources.items():
         entry = weights.entries[source.key]
         if left <= 0 or entry.file != path:
-            path, left, file = entry.file, MAPPED, _mapped(entry.file)
+            path, left, file = entry.file, MAPPED, mapped(entry.file)
         stored = file.get_tensor(entry.key)  # a view of the file
         left -= stored.nbytes
         if scale := scales.get(source.key):
-            numbers = _mapped(scale.file).get_tensor(scale.key).float().reshape(-1, *(1,) * (stored.ndim - 1))
+            numbers = mapped(scale.file).get_tensor(scale.key).float().reshape(-1, *(1,) * (stored.ndim - 1))
             stored = stored.float() * numbers  # one number, or one a row
         if source.third is not None:
             stored = stored.chunk(3)[source.third]
-        stored = (stored.T if source.transpose else stored).reshape(shapes[key])
+        stored = merge(key, (stored.T if source.transpose else stored).reshape(shapes[key]))
         tensors[key] = torch.empty(shapes[key], dtype=dtype, device=device).copy_(stored)
     module.load_state_dict(tensors, strict=True, assign=True)
     module.eval().requires_grad_(False)

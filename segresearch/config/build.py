@@ -13,8 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from segresearch.checkpoints.additions import identified_additions
 from segresearch.checkpoints.own_schedule import schedule_of
 from segresearch.checkpoints.resolve import resolve_model
+from segresearch.config.inputs import IPAdapterConfig
 from segresearch.config.schema import CustomConfig, GuidanceConfig, ModelConfig, PerturbationConfig, RunConfig
 from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError, InputError
@@ -42,9 +44,11 @@ def device_kind(device: str) -> str:
 
 
 def resolved(config: Run, model: "StableDiffusion | None" = None) -> Run:
-    """`config` with the model's own schedule by its name where that is "auto", and its own number for
-    batch_size="auto", for the kind of its device. A `model` that is loaded already decides `compute`, and the device
-    where that is "auto"."""
+    """`config` with the model's own schedule by its name where that is "auto", its own number for batch_size="auto",
+    for the kind of its device, and the fingerprints of its LoRAs and embeddings. A `model` that is loaded already
+    decides `compute`, and the device where that is "auto"."""
+    if added := identified_additions(config.model):
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **added))  # type: ignore[arg-type]
     if model is not None:
         device = str(model.device) if config.device == "auto" else config.device
         config = dataclasses.replace(config, device=device, compute=model.compute)
@@ -83,12 +87,12 @@ def configured_model(
     return load_model(
         config.path, getattr(torch, config.dtype), usable_device(device), list(controlnets), variant=config.variant,
         config=config.config, tokenizer=config.tokenizer, vae_dtype=vae_dtype, prediction=config.prediction,
-        compute=compute,
+        compute=compute, loras=config.loras, embeddings=config.embeddings,
     )  # fmt: skip
 
 
 def build_guidance(config: GuidanceConfig, model: Any, post: Sequence[Callable[..., Any]] = ()) -> Any:
-    """`config` around the denoiser of `model`, an SDXL, or around a plain denoiser where there are no further networks:
+    """`config` around the denoiser of `model`, or around a plain denoiser where there are no further networks:
     a GuidedDenoiser, in a SelfAttentionGuidance or a ZSampling if it has these; `post` comes last.
     InputError for what the types cannot see: no such site or head, no such function."""
     from segresearch.guidance import Branch, GuidedDenoiser, SelfAttentionGuidance, Term, cfg, perturbed
@@ -111,6 +115,9 @@ def build_guidance(config: GuidanceConfig, model: Any, post: Sequence[Callable[.
     for name, entry in config.every.items():
         own = build_perturbation(entry.perturbation, f"guidance.every.{name}.perturbation")
         every[entry.conditioning] = (*every.get(entry.conditioning, ()), own)
+    if config.ip_adapter is not None:
+        for name, prompt in build_image_prompts(config.ip_adapter, model).items():
+            every[name] = (*prompt, *every.get(name, ()))
     made = {
         name: build_custom(maker, f"guidance.conditionings.{name}", "conds, sigma, keys")
         for name, maker in config.conditionings.items()
@@ -146,9 +153,19 @@ def build_networks(config: GuidanceConfig, sd: Any) -> dict[str, Any]:
 
     weight = sd.unet.conv_in.weight
     return {
-        name: load_network(network.path, sd.name, weight.dtype, weight.device, sd.denoiser)
+        name: load_network(network.path, sd.name, weight.dtype, weight.device, sd.denoiser, network.loras)
         for name, network in config.networks.items()
     }
+
+
+def build_image_prompts(config: IPAdapterConfig, sd: Any) -> dict[str, Any]:
+    """The image of an IP-Adapter as perturbations of the conditionings that it goes with."""
+    from segresearch.checkpoints.ip_adapter_file import load_ip_adapter
+    from segresearch.control_images.read import open_image
+
+    with naming("guidance.ip_adapter"):
+        prompter = load_ip_adapter(config.path, config.image_encoder, sd.unet)
+        return prompter.every([open_image(config.image)], config.scale, config.where)
 
 
 def build_perturbation(config: PerturbationConfig, at: str = "perturbation") -> Any:

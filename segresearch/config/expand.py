@@ -150,6 +150,8 @@ def describe(guidance: GuidanceConfig) -> str:
     words += ["rescale"] * bool(guidance.rescale) + ["APG on all"] * (guidance.apg is not None)
     if guidance.sag is not None:
         words.append(f"SAG {_number(guidance.sag.scale)}")
+    if guidance.ip_adapter is not None:
+        words.append(f"image {guidance.ip_adapter.scale:g}")
     return " + ".join(words + ["Z-sampling"] * (guidance.zigzag is not None)) or "vanilla"
 
 

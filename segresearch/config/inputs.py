@@ -1,4 +1,4 @@
-"""The settings of images that sampling starts from, and of how prompts are read. Light: no torch."""
+"""The settings of images that sampling starts from, of images as prompts, of how prompts are read. Light: no torch."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -60,3 +60,16 @@ class TextConfig(Record):
         """Those that are not what they are by default, by name."""
         fields = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
         return {name: value for name, value, default in fields if value != default}
+
+
+@dataclass(frozen=True)
+class IPAdapterConfig(Record):
+    """An image as a prompt beside the text, by an IP-Adapter's file and the folder of its CLIP vision tower (see
+    `load_ip_adapter`). where: cross-attentions. fingerprint: of the weights and the image, which a run fills in."""
+
+    path: str
+    image: str
+    image_encoder: str
+    scale: Number = 1.0
+    where: str | Whole | tuple[str | Whole, ...] = "*"
+    fingerprint: str | None = None

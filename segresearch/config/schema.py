@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
-from segresearch.config.inputs import InitConfig, TextConfig
+from segresearch.config.inputs import InitConfig, IPAdapterConfig, TextConfig
 from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
+from segresearch.config.networks import Embeddings, Loras, NetworkConfig
+from segresearch.config.outputs import BlurConfig, GridConfig
 from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
-from segresearch.fields import Boundary, Count, Flag, Fraction, NonNegative, Number, Whole, within
+from segresearch.fields import Count, Flag, Fraction, NonNegative, Number, Whole, within
 from segresearch.models.compute import Compute
+from segresearch.runs import LATER
 from segresearch.wandb_log import WandbConfig
 
 if TYPE_CHECKING:
@@ -48,6 +51,8 @@ class ModelConfig(Record):
     vae: str | None = None
     unet: str | None = None
     text_encoder: str | tuple[str, ...] | None = None
+    loras: Loras = field(default=(), metadata=LATER)
+    embeddings: Embeddings = field(default=(), metadata=LATER)
     batch_size: Count = 8
     batch_size_cuda: Count | None = None
     scales: dict[str, Number] = field(default_factory=dict)
@@ -151,15 +156,6 @@ class EveryConfig(Record):
     conditioning: str = "*"
 
 
-@dataclass(frozen=True)
-class NetworkConfig(Record):
-    """A further network: the folder of a UNet, by its path or by its name in the model's folder, or an SDXL as in
-    `model.path`. fingerprint: of its weights, which a run fills in; other weights are then refused."""
-
-    path: str
-    fingerprint: str | None = None
-
-
 TERMS = {"cfg": CFGTerm, "perturbed": PerturbedTerm, "difference": DifferenceTerm}
 if TYPE_CHECKING:
     TermConfig = CFGTerm | PerturbedTerm | DifferenceTerm
@@ -187,11 +183,13 @@ class GuidanceConfig(Record):
     post: dict[str, PostConfig] = field(default_factory=dict)
     sag: SAGConfig | None = None
     zigzag: ZSamplingConfig | None = None
+    ip_adapter: IPAdapterConfig | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         known = ("cond", "uncond", *self.conditionings)
+        read = (*known, "image")  # of instruct-pix2pix, see `StableDiffusion.with_image`
         for place, name in self.named_conditionings():
-            if name not in known:
+            if name not in read:
                 raise ConfigError(f"{place}: {name!r} is not one of {', '.join(known)}{nearest(name, known)}")
         for place, perturbation in self.perturbations().items():
             network = getattr(perturbation, "network", None)
@@ -242,7 +240,7 @@ class ControlConfig(Record):
     start: Fraction = 0.0
     end: Fraction = 1.0
     guess: Flag = False
-    kind: str | int | None = None  # of the image, for a union of ControlNets
+    kind: str | int | None = field(default=None, metadata=LATER)  # of a union: of the image
 
     def __post_init__(self) -> None:
         if self.start >= self.end:
@@ -287,24 +285,6 @@ class PanelConfig(Record):
     pairing: Literal["product", "zip"] | None = None
     controls: dict[str, ControlConfig] | None = None
     init: Annotated[InitConfig, Record] | None = None
-
-
-@dataclass(frozen=True)
-class GridConfig(Record):
-    """How the grid is drawn: pixels a cell (None: by the images' size), most rows a panel, panels side by side."""
-
-    cell: Annotated[int, within(16, 2048, whole=True)] | None = None
-    rows: Count = 64
-    across: Count = 2
-    title: str | None = None
-
-
-@dataclass(frozen=True)
-class BlurConfig(Record):
-    """The blurs that the captured queries are measured under: every sigma (tokens, 0 to inf) with every boundary."""
-
-    sigmas: tuple[NonNegative, ...] = (0.5, 1.0, 2.0, 4.0, math.inf)
-    boundaries: tuple[Boundary, ...] = ("reflect", "symmetric", "circular", "exact")
 
 
 @dataclass(frozen=True)
@@ -396,6 +376,7 @@ class EvaluateConfig(RunConfig):
     threads: Annotated[int, within(1, 1024, whole=True)] = 1
     diagnostics: DiagnosticsConfig | None = None
     sweep: SweepConfig | None = None
+    vector: tuple[Literal["pdf", "svg"], ...] = ()
     wandb: Annotated[WandbConfig, Record] = WandbConfig()
 
     def __post_init__(self) -> None:
@@ -417,6 +398,7 @@ class AnalyzeConfig(RunConfig):
     branch: str = "cond"
     blur: BlurConfig = BlurConfig()
     keep: Flag = False
+    vector: tuple[Literal["pdf", "svg"], ...] = ()
     wandb: Annotated[WandbConfig, Record] = WandbConfig()
 
     def __post_init__(self) -> None:

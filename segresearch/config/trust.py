@@ -7,7 +7,7 @@ job of a sweep, --cfg, --help. Light: no torch.
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -81,8 +81,9 @@ def _refuse_factories(node: Any, at: str) -> None:
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[None]:
-    """Within the block Hydra loads no file outside the config folders, and every composed config is checked."""
+def guarded(change: Callable[[Any], None] = lambda _: None) -> Iterator[None]:
+    """Within the block Hydra loads no file outside the config folders, and every composed config is checked. change:
+    is then given it."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.config_repository import ConfigRepository
 
@@ -95,6 +96,7 @@ def guarded() -> Iterator[None]:
     def compose_checked(self: Any, *arguments: Any, **keywords: Any) -> Any:
         config = compose(self, *arguments, **keywords)
         check_composed(config)
+        change(config)
         return config
 
     holders: tuple[Any, Any] = ConfigRepository, ConfigLoaderImpl

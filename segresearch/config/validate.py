@@ -8,7 +8,7 @@ import difflib
 import functools
 import importlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainValidator, TypeAdapter, ValidationError
@@ -94,9 +94,15 @@ def of_guidance(path: str) -> PlainValidator:
     return PlainValidator(check)
 
 
-def of_record(kind: Any) -> PlainValidator:
-    """The check of a dataclass of the schema that occurs in several places: pydantic keeps `Record` at the first."""
-    return PlainValidator(lambda value: _adapter(Annotated[kind, Record]).validate_python(value))
+def of_record(kind: Any, parse: Callable[[str], Any] | None = None) -> PlainValidator:
+    """The check of a dataclass of the schema that occurs in several places: pydantic keeps `Record` at the first.
+    parse: makes one from text, where it has a short form."""
+
+    def check(value: Any) -> Any:
+        short = parse is not None and isinstance(value, str)
+        return _adapter(Annotated[kind, Record]).validate_python(parse(value) if short else value)  # type: ignore[misc]
+
+    return PlainValidator(check)
 
 
 def _fields(kind: Any, value: Any) -> Any:

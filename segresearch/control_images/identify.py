@@ -80,8 +80,6 @@ def control_records(controls: Mapping[str, IdentifiedControl], images: Sequence[
     settings, contents = {}, {}
     for (name, identified), image in zip(controls.items(), images, strict=True):
         settings[name] = plain(dataclasses.replace(identified.control, image=image))
-        if identified.control.kind is None:
-            del settings[name]["kind"]
         contents[name] = identified.contents(image)
     return {"controls": settings, "contents": contents} if settings else {}
 

@@ -87,7 +87,7 @@ def overview(name: str, out: str | Path = "runs") -> Overview:
             settings = _flat({key: value for key, value in config.items() if key not in NOT_COMPARED})
             frame = Frame.of(json.loads((folder / RESULTS).read_text())["metrics"])
             finished.append(Run(folder.name, settings, frame))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
             unfinished.append(folder.name)
     if not finished:
         raise ConfigError(f"{name}: none of the {len(unfinished)} runs in {parent} has results yet")

@@ -136,9 +136,10 @@ def _results(spec: EvaluationSpec, real: Reference, folder: Path, diagnosed: Pat
     numbers = branches.read(diagnosed) if diagnosed else ()
     made_of = [VERSION, runs.code_version(), names, [metric.producer for metric in spec.metrics], sums]
     inputs = runs.digest([*made_of, *([branches.plain_rows(numbers)] if numbers else [])])
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    drawn = all(any((folder / "figures").glob(f"*.{kind}")) for kind in config.vector)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         stored = json.loads(path.read_text())
-        if stored["inputs"] == inputs and all((folder / name).is_file() for name in stored["files"]):
+        if stored["inputs"] == inputs and drawn and all((folder / name).is_file() for name in stored["files"]):
             norms = {method: tuple(steps) for method, steps in stored["norms"].items()}
             return Result(Frame.of(stored["metrics"]), norms, stored["reference_images"], numbers)
     result = dataclasses.replace(aggregate(spec, real), diagnostics=numbers)

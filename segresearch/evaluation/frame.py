@@ -8,7 +8,10 @@
 On disk: metrics.csv and metrics.jsonl (one row a line), and "metrics" of results.json. Light: no torch.
 """
 
+import html
 import json
+import math
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -57,10 +60,12 @@ class Value:
     error: float | None = None
 
     def __str__(self) -> str:
-        """As a table shows it: "7.25 ± 0.25"; "–" where there is no number."""
+        """As a table shows it, rounded by the error where there is one: "7.25 ± 0.25"; "–" for no number."""
         if self.value is None:
             return "–"
         digits = METRICS[self.metric].digits
+        if self.error and math.isfinite(self.error):  # to two digits of the error
+            digits = min(max(1 - math.floor(math.log10(self.error)), 0), 6)
         error = "" if self.error is None else f" ± {self.error:.{digits}f}"
         return f"{self.value:.{digits}f}".replace("-", "−") + error
 
@@ -155,17 +160,26 @@ def table(*frames: Frame, leads: Sequence[Mapping[str, Cell]] = ({},), groups: C
 
 def markdown(*lines: Sequence[Cell]) -> str:
     """The lines of `table`."""
-    texts = [[cell.text.replace("|", r"\|") for cell in line] for line in lines]
+    texts = [[_neutral(cell.text) for cell in line] for line in lines]
     texts.insert(1, ["---:" if "number" in cell.kind else "---" for cell in lines[0]])
     return "".join(f"| {' | '.join(line)} |\n" for line in texts)
 
 
+def _neutral(text: str) -> str:
+    """A label or a prompt as text of a Markdown table: no HTML, link, code or further cell of its own."""
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", escaped)
+
+
 def latex(head: Sequence[Cell], *rows: Sequence[Cell]) -> str:
-    """The lines of `table` for the package booktabs; the paper's columns stand apart, behind a rule."""
+    """The lines of `table` for the packages booktabs and graphicx, no wider than the text; the paper's columns stand
+    apart, behind a rule."""
     top, *lines = (" & ".join(cell.text.translate(LATEX) for cell in line) + r" \\" for line in (head, *rows))
     paper = sum("paper" in cell.kind for cell in head)
     form = "l" + "r" * (len(head) - 1 - paper) + ("|" + "r" * paper if paper else "")
-    start, end = [r"\begin{tabular}{" + form + "}", r"\toprule"], [r"\bottomrule", r"\end{tabular}", ""]
+    fit = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+    start = ["% booktabs, graphicx", fit, r"\begin{tabular}{" + form + "}", r"\toprule"]
+    end = [r"\bottomrule", r"\end{tabular}}", ""]
     return "\n".join([*start, top, r"\midrule", *lines, *end])
 
 

@@ -26,7 +26,7 @@ from segresearch.records import figure_record, image_record, png, run_record, sa
 from segresearch.wandb_log import GALLERY, GUIDANCE, SIDE_BY_SIDE, TABLE, WandbRun, log
 
 PAGE = "index.html"
-OF_A_CALL = {"out": "runs", "device": "auto", "stage": "all", "wandb": {"mode": "off"}}  # not of the run
+OF_A_CALL = {"out": "runs", "device": "auto", "stage": "all", "wandb": {"mode": "off"}, "vector": []}
 TALLEST = 256  # pixels that an image of the page is high
 SMALLEST = 96  # a smaller one is shown larger
 Example = tuple[Image.Image, dict[str, Any]]  # an image, and the record by which `segresearch.reproduce` repeats it
@@ -36,8 +36,10 @@ def write(spec: EvaluationSpec, result: Result, folder: Path) -> list[str]:
     """Tables, plots and the page; their names in the folder."""
     config, lines = spec.config, table(result.frame)
     texts = {
-        "config.yaml": written_config(config, OF_A_CALL), "table.md": markdown(*lines),
-        "table.tex": latex(*lines), "metrics.csv": to_csv(result.frame.plain()),
+        "config.yaml": written_config(config, OF_A_CALL),
+        "table.md": markdown(*lines) + "".join(f"\n{text}\n" for text in forced(config.force)),
+        "table.tex": "".join(f"% {text}\n" for text in forced(config.force)) + latex(*lines),
+        "metrics.csv": to_csv(result.frame.plain()),
         "metrics.jsonl": to_jsonl(result.frame, spec.facts(folder.name, result.reference_images)),
     }  # fmt: skip
     if result.diagnostics:
@@ -53,9 +55,15 @@ def write(spec: EvaluationSpec, result: Result, folder: Path) -> list[str]:
         figures |= branch_plots.draw_branches(result.frame, result.diagnostics, where)
     paths = {name: folder / "figures" / f"{name}.png" for name in figures}
     for name, figure in figures.items():
-        save(figure, paths[name], figure_record(name, "evaluate", config, OF_A_CALL))
+        save(figure, paths[name], figure_record(name, "evaluate", config, OF_A_CALL), config.vector)
     runs.write(folder / PAGE, page(spec, result, list(paths.values()), folder.name))
     return [*texts, *(str(path.relative_to(folder)) for path in paths.values()), PAGE]
+
+
+def forced(force: bool) -> list[str]:
+    """The warning of tables that were made with force=true."""
+    text = "Warning: made with force=true. Fréchet distances of fewer images than features are biased far upwards."
+    return [text] * force
 
 
 def examples(spec: EvaluationSpec, run: str, methods: Sequence[str]) -> dict[str, list[Example]]:
@@ -89,7 +97,8 @@ def page(spec: EvaluationSpec, result: Result, figures: list[Path], run: str) ->
     paper = f"{spec.paper} of arXiv 2408.00760, on {config.model.name}" if spec.paper else ""
     title = paper if config.name == spec.paper else ": ".join(filter(None, (config.name, paper)))
     return render(
-        title, [spec.describe(result.reference_images)], "evaluation", spec=spec, run=run, code=runs.code_version(),
+        title, [spec.describe(result.reference_images), *forced(config.force)], "evaluation", spec=spec, run=run,
+        code=runs.code_version(),
         quality=table(frame, groups=("quality", "paper")), content=table(frame, groups=("content",)),
         plots=[path for path in figures if not path.stem.startswith("branch_")],
         methods=list(shown), rows=[[_shown(*image) for image in row] for row in zip(*shown.values(), strict=True)],

@@ -144,9 +144,21 @@ def sample_shards(spec: EvaluationSpec, worker: Worker, load: Callable[[], "Stab
     count = sum(len(rows) * methods for rows, methods in todo.items())
     progress = Progress(existing=sum(map(len, own)) * len(spec.methods) - count)
     with Bar(count) as bar:
+        left = []  # ranges that another process samples: the same command twice shares the work
         for rows in todo:
-            _write_shards(spec, rows, loaded, bar, progress, worker)
+            with runs.locked(spec.config.out, _lock(spec, rows), wait=False) as held:
+                if held:
+                    _write_shards(spec, rows, loaded, bar, progress, worker)
+                else:
+                    left.append(rows)
+        for rows in left:
+            with runs.locked(spec.config.out, _lock(spec, rows)):
+                _write_shards(spec, rows, loaded, bar, progress, worker)  # what it did not write
     return progress
+
+
+def _lock(spec: EvaluationSpec, rows: range) -> str:
+    return f"images {rows.start} to {rows.stop - 1} of {spec.config.name} ({runs.digest(spec.folders)})"
 
 
 def _write_shards(

@@ -46,7 +46,7 @@ def header(path: Path) -> dict[str, Any]:
             entry = json.loads(file.metadata()[HEADER])
             if entry["sha256"] == runs.digest(entry["arrays"]) and entry["arrays"].keys() == set(file.keys()):
                 return entry
-    except (SafetensorError, ValueError, KeyError, TypeError):
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise Damaged(f"{path}: damaged")
 

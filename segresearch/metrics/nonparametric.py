@@ -142,22 +142,17 @@ def precision_recall(features: Features, reference: Reference, neighbour: int = 
 
 @one_thread_for(few_features)
 def density_coverage(features: Features, reference: Reference, neighbour: int = 5) -> tuple[float, float]:
-    """(density, coverage) of generated features against a reference (arXiv 2002.09797), by the balls of the reference
-    alone, which reach to the k-th nearest other feature of it; their edge is outside, as in the authors' code.
-
-    density: in how many balls a generated feature lies, over k, mean over them; 1 is expected of the reference's own
-    distribution, and it has no upper bound. coverage: the share of balls with a generated feature in them; of two sets
-    of one distribution about 1 − 2^−k. neighbour: k. InputError for a reference of as few images as `neighbour`, for
-    values that are not finite or features of another number.
-    """
+    """(density, coverage) of generated features against a reference (arXiv 2002.09797), with the balls of the reference
+    alone. Density is the mean number of balls that a generated image lies in, over k, and may exceed 1. Coverage is the
+    share of balls that hold a generated image. InputError: as `precision_recall`."""
     x, y = checked_sets(features, reference, least=0)
-    n, m = len(x), len(y)
-    if not (1 <= neighbour < m and n):
-        raise InputError(f"neighbour={neighbour}: must lie between 1 and {m - 1}, for {n} images against {m}")
+    if not 1 <= neighbour < len(y):
+        raise InputError(f"neighbour={neighbour}: must lie between 1 and {len(y) - 1}, for {len(y)} images")
     centre = y.mean(0)
     x, y = x - centre, y - centre
-    within = reached = torch.zeros((), dtype=torch.int64, device=x.device)
-    for rows, radii in zip(y.split(ROWS), squared_radii(y, neighbour).split(ROWS), strict=True):
-        inside = _squared_distances(rows, x) < radii[:, None]  # (b, dim), (n, dim) -> (b, n)
-        within, reached = within + inside.sum(), reached + inside.any(1).sum()
-    return int(within) / (neighbour * n), int(reached) / m
+    radii = squared_radii(y, neighbour)
+    balls, reached = 0, torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    for rows in x.split(ROWS):
+        inside = _squared_distances(rows, y) <= radii  # (rows, m)
+        balls, reached = balls + int(inside.sum()), reached | inside.any(0)
+    return balls / (neighbour * len(x)), reached.double().mean().item()

@@ -1,4 +1,4 @@
-"""SDXL's ControlNet (arXiv 2302.05543), written out: a copy of the UNet's encoding half that reads an image too.
+"""ControlNets (arXiv 2302.05543) of SDXL, SD 1.5 and 2.1: a copy of the UNet's encoding half that reads an image too.
 
     image (rows, 3, H, W) ─ controlnet_cond_embedding ─► hint (rows, c, h, w)        once an image
     x (rows, 4, h, w) ─ conv_in + hint ─ down_blocks ─ mid_block ─ 1×1 convolutions ─► residuals      once a step
@@ -50,7 +50,7 @@ def zeroed(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 class ControlNet(Encoder):
-    """An SDXL ControlNet of any size. A new one adds nothing: its outer layers are zero."""
+    """A ControlNet of any size. A new one adds nothing: its outer layers are zero."""
 
     config: ControlNetConfig
 

@@ -44,6 +44,12 @@ MAY_BE_NULL = (
 )  # fmt: skip
 SAMPLE_SIZES = {True: 128, False: 64}  # of configs that say none, by whether image sizes are read (SDXL, SD 1.5)
 
+OF_BLOCKS = (  # keys of the numbers of layers and of transformer blocks
+    ("layers_per_block", "num_hidden_layers"),
+    ("transformer_layers_per_block", "reverse_transformer_layers_per_block"),
+)  # fmt: skip
+MOST_BLOCKS = 1024
+
 
 def check_fixed(config: Mapping[str, Any], fixed: Allowed, network: str) -> None:
     """InputError, with key and value, for a key of `config` whose value is not among those in `fixed`."""
@@ -51,6 +57,22 @@ def check_fixed(config: Mapping[str, Any], fixed: Allowed, network: str) -> None
         if key in config and config[key] not in allowed:
             only = " or ".join(map(repr, allowed))
             raise InputError(f"{network} config: {key}={config[key]!r} is not supported, only {only}")
+
+
+def refuse_giant(config: Mapping[str, Any], network: str) -> None:
+    """InputError for a config of more blocks than a network can have, before they are built one by one."""
+    lists = [config.get(key) for key in ("block_out_channels", "down_block_types", "up_block_types")]
+    levels = max([len(value) for value in lists if isinstance(value, list | tuple)], default=1)
+    layers, depth = (max(largest(config.get(key)) for key in keys) for keys in OF_BLOCKS)
+    if levels > 64 or (1 + layers) * (1 + depth) > MOST_BLOCKS:
+        raise InputError(f"{network} config: {levels} levels of {layers} layers, {depth} deep, make no known network")
+
+
+def largest(value: Any) -> float | int:
+    """The largest number within nested lists, or the length of the longest; 0 for anything else."""
+    if isinstance(value, list | tuple):
+        return max([len(value), *map(largest, value)])
+    return value if isinstance(value, int | float) and value > 0 else 0
 
 
 def counts(value: Any, n: int, name: str, network: str, least: int = 1) -> tuple[int, ...]:
@@ -119,6 +141,7 @@ class EncoderConfig:
     def sizes(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of this class in a config.json. InputError, with key and value, for what is not supported."""
         network = cls.network
+        refuse_giant(config, network)
         check_fixed(config, FIXED, network)
         values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
         values = {name: value for name, value in values.items() if value is not None or name not in MAY_BE_NULL}

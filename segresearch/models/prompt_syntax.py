@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from segresearch.errors import InputError
 from segresearch.models.conditioning import Cond
-from segresearch.models.text import TextEncoders
+from segresearch.models.text import TextEncoders, expanded
 
 SYNTAXES = ("plain", "weighted")
 ROUND, SQUARE = 1.1, 1 / 1.1
@@ -148,6 +148,7 @@ def encode_weighted(
     text: TextEncoders, texts: Sequence[str], clip_skip: int | None = None, device: torch.device | str | None = None
 ) -> tuple[Float[Tensor, "rows text dim"], Float[Tensor, "rows pooled"]]:
     """As `TextEncoders.encode`, of prompts with weights and chunks. InputError: see `parsed`."""
+    texts = [expanded(one, text.words) for one in texts]
     each = [[chunks(tokenizer, one, text.length) for one in texts] for tokenizer in text.tokenizers]
     counts = [max(len(of[row]) for of in each) for row in range(len(texts))]
     for tokenizer, of in zip(text.tokenizers, each):

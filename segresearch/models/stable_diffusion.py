@@ -76,7 +76,7 @@ class StableDiffusion:
         target_size: what SDXL is told of the image in place of `size`, (0, 0) and `size`. aesthetic_score,
         negative_aesthetic_score: of SDXL's refiner, which reads them in place of the target size. guidance: the weight
         that an LCM UNet embeds, as diffusers' guidance_scale; None: 8. image, mask: for a UNet that reads them, see
-        `image_channels`; of instruct-pix2pix uncond has no image (zeros).
+        `with_image`.
 
         InputError for an empty list, a bare string, unequal lengths, a size that does not fit, a weighted prompt that
         has no meaning, or what this model does not read."""
@@ -167,7 +167,7 @@ class StableDiffusion:
             if mask is not None:
                 raise InputError("instruct-pix2pix reads an image and no mask: leave mask out")
             scaled = self.encode_images(image)
-            return scaled if self.denoiser.scalings.sigma_data is not None else self.vae.unscaled(scaled)
+            return scaled if self.denoiser.preconditioning.sigma_data is not None else self.vae.unscaled(scaled)
         hint = "sample(start=ImageStart(sd.encode_images(image), strength, sd.latent_mask(mask)))"
         raise InputError(f"this model's UNet reads no image beside the latents; start from the image: {hint}")
 
@@ -175,22 +175,22 @@ class StableDiffusion:
         self, conds: Mapping[str, Cond], image: Float[Tensor, "b 3 H W"] | None,
         mask: Float[Tensor, "m c H W"] | None = None,
     ) -> dict[str, Cond]:  # fmt: skip
-        """Conditionings that a UNet with further channels reads: each with the image, see `image_channels`; uncond of
-        instruct-pix2pix with zeros. image: one row an image, or one for all."""
+        """Conditionings that a UNet with further channels reads: each with the image, see `image_channels`. Of
+        instruct-pix2pix uncond has zeros, and there is a further one, "image": uncond with the image. Its guidance is
+        cfg(text weight, pos="cond", neg="image") and cfg(image weight, pos="image", neg="uncond"). image: one row an
+        image, or one for all."""
         if image is None:
             raise InputError("mask without an image: give image= too")
         channels, rows = self.image_channels(image, mask), max(cond.rows for cond in conds.values())
         if len(channels) not in (1, rows):
             raise InputError(f"image has {len(channels)} rows for {rows} prompts; give one for each, or one for all")
-        channels, empty = channels.expand(rows, -1, -1, -1), self.extra_channels == self.vae.config.latent_channels
-        return {
-            name: replace(
-                cond if cond.rows == rows else cond.expand(rows),
-                image=torch.zeros_like(channels) if empty and name == "uncond" else channels,
-                projections={},
-            )
-            for name, cond in conds.items()
-        }
+        channels = channels.expand(rows, -1, -1, -1)
+        whole = {name: cond if cond.rows == rows else cond.expand(rows) for name, cond in conds.items()}
+        pictured = {name: replace(cond, image=channels, projections={}) for name, cond in whole.items()}
+        if self.extra_channels != self.vae.config.latent_channels:
+            return pictured
+        uncond = replace(pictured["uncond"], image=torch.zeros_like(channels))
+        return pictured | {"image": pictured["uncond"], "uncond": uncond}
 
     def decode(self, latents: Float[Tensor, "b l h w"]) -> Float[Tensor, "b c H W"]:
         """Images from scaled latents, not clamped: `vae.decode` on the UNet's device, as `compute` says."""

@@ -1,8 +1,9 @@
 """The text conditioning: one or two CLIP text encoders, each with its tokenizer."""
 
+import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ class TextEncoders:
     """One or two encoders and their tokenizers. Texts are padded and cut to `length` tokens, begin and end included.
 
     SDXL has two, the second with a projection; its refiner the second alone; SD 1.5 and 2.1 one without a projection.
+    words: of textual inversions, and how many vectors each stands for.
     """
 
     tokenizers: tuple[CLIPTokenizer, ...]
     encoders: tuple[CLIPTextModel | CLIPTextModelWithProjection, ...]
+    words: Mapping[str, int] = field(default_factory=dict, hash=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for i, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.encoders, strict=True), 1):
@@ -58,8 +61,8 @@ class TextEncoders:
 
     def tokens(self, texts: Sequence[str], which: int) -> Int[Tensor, "rows text"]:
         """Token ids by tokenizer 0 or 1, padded and cut to `length`; warns of a text that is cut, naming the loss."""
-        tokenizer = self.tokenizers[which]
-        for ids in tokenizer(list(texts), verbose=False).input_ids:
+        tokenizer, texts = self.tokenizers[which], [expanded(text, self.words) for text in texts]
+        for ids in tokenizer(texts, verbose=False).input_ids:
             if len(ids) > self.length:
                 lost = tokenizer.decode(ids[self.length - 1 : -1])
                 warnings.warn(
@@ -67,7 +70,7 @@ class TextEncoders:
                     stacklevel=6,  # of whoever calls StableDiffusion.encode
                 )
         pad = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
-        return tokenizer(list(texts), **pad).input_ids
+        return tokenizer(texts, **pad).input_ids
 
     def network(self, which: int) -> nn.Module:
         """What reads the tokens of tokenizer 0 or 1: encoder 0 or 1, or in a subclass something of its kind."""
@@ -118,3 +121,22 @@ class TextEncoders:
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer of a local folder (vocab.json and merges.txt, or tokenizer.json)."""
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def tokens_of(word: str, count: int) -> list[str]:
+    """The tokens that a word of so many vectors stands for."""
+    return [word, *(f"{word}_{i}" for i in range(1, count))]
+
+
+def expanded(prompt: str, words: Mapping[str, int]) -> str:
+    """The prompt with the further tokens of words of several vectors: "a cat" is "a cat cat_1 cat_2"."""
+    pattern = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    if not pattern:
+        return prompt
+    by_case = {word.lower(): word for word in words}
+
+    def tokens(match: re.Match[str]) -> str:
+        word = by_case[match[0].lower()]
+        return " ".join(tokens_of(word, words[word]))
+
+    return re.sub(pattern, tokens, prompt, flags=re.IGNORECASE)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from segresearch.errors import InputError
 from segresearch.models import tiles
 from segresearch.models.layers import Downsample, Resnet, Upsample
-from segresearch.models.network_configs import check_fixed
+from segresearch.models.network_configs import check_fixed, counts, refuse_giant
 
 _EPS = 1e-6
 
@@ -44,12 +44,25 @@ class VAEConfig:
     @staticmethod
     def from_dict(config: Mapping[str, Any]) -> "VAEConfig":
         """From a diffusers `vae/config.json`. Raises ValueError, naming key and value, for another architecture."""
+        refuse_giant(config, "vae")
         check_fixed(config, {"act_fn": ("silu",)}, "vae")
         for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if set(config.get(key, [known])) != {known}:
                 raise InputError(f"vae config: {key}={config[key]!r} is not supported, only {known}")
         values = ((f.name, config.get(f.name)) for f in fields(VAEConfig))
         own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values if v is not None}
+        for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
+            if name in own:
+                (own[name],) = counts(own[name], 1, name, "vae")
+        if "block_out_channels" in own:
+            widths = own["block_out_channels"]
+            n = len(widths) if isinstance(widths, tuple) and widths else 1
+            own["block_out_channels"] = counts(widths, n, "block_out_channels", "vae")
+        for name in ("scaling_factor", "shift_factor"):
+            value = own.get(name, 1.0)
+            if not isinstance(value, int | float) or not abs(value) < 1e6 or (name == "scaling_factor" and value <= 0):
+                raise InputError(f"vae config: {name}={value!r} must be a number")
+            own |= {name: float(value)} if name in own else {}
         return VAEConfig(**own)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,153 @@
+"""What `segresearch COMMAND` and experiments/COMMAND.py run: the functions that read the command line. Light: no torch.
+
+The three of runs are Hydra's (`cli.command`), the others argparse's.
+"""
+
+import argparse
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from segresearch.cli import command, one_line_errors
+from segresearch.errors import ConfigError
+from segresearch.run_index import note
+
+
+@command("generate")
+def generate(config: Any) -> None:
+    """Checks the settings, then makes what is missing of the run."""
+    from segresearch.config import settings
+
+    run = settings(config)  # a slip shows before anything heavy is imported
+
+    from segresearch import generate as module
+
+    done = module.generate(run)
+    note(done.folder, run.out)
+    print(done)
+
+
+@command("evaluate")
+def evaluate(config: Any) -> None:
+    """Checks the settings, then samples and measures what is missing of the run."""
+    from segresearch.config import EvaluateConfig, settings
+
+    run = settings(config, EvaluateConfig)  # a slip shows before anything heavy is imported
+
+    from segresearch.evaluation import evaluate as module
+
+    done = module.evaluate(run)
+    note(done.folder, run.out)
+    print(done)
+
+
+@command("analyze")
+def analyze(config: Any) -> None:
+    """Checks the settings, then measures what is not measured yet."""
+    from segresearch.config import AnalyzeConfig, settings
+
+    run = settings(config, AnalyzeConfig)  # a slip shows before anything heavy is imported
+
+    from segresearch.analysis import analyze as module
+
+    done = module.analyze(run)
+    note(done.folder, run.out)
+    print(done)
+
+
+def overview() -> None:
+    parser = argparse.ArgumentParser(description="All runs of an experiment in one table; without a name, all runs.")
+    parser.add_argument("name", nargs="?", help="the experiment, as the runs' folder is called")
+    parser.add_argument("--out", default="runs", help="where runs lie (default: runs)")
+    args = parser.parse_args()
+    with one_line_errors():
+        from segresearch.evaluation import compare_runs
+
+        if args.name is None:
+            from segresearch.run_index import lines
+
+            for line in lines(args.out):
+                print(f"{args.out}/{line.name}/{line.folder}: {line.words}")
+            return
+        table = compare_runs.overview(args.name, args.out)
+        paths = compare_runs.write(table, args.out)
+        print(table.markdown())
+        print("\n".join(map(str, paths)))
+
+
+def reproduce() -> None:
+    parser = argparse.ArgumentParser(description="Makes a PNG again from the record in it, and compares the two.")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("--model", help="the model, where it is not in the recorded place")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--save", type=Path, metavar="PNG", help="write the new image to this file")
+    parser.add_argument("--out", type=Path, help="where runs lie: a figure is taken from its run, if that is there")
+    parser.add_argument(
+        "--trust", action="store_true", help="open the files and call the functions that the record names"
+    )
+    args = parser.parse_args()
+
+    from segresearch import reproduce as module
+
+    with one_line_errors():
+        record = module.recorded(args.image)  # a slip shows before anything heavy is imported
+        reproduction = module.reproduce(args.image, args.model, args.device, args.out, args.trust)
+        if args.save is not None:
+            from segresearch.records import save_png
+
+            save_png(reproduction.image, args.save, record)
+    print(reproduction)
+
+
+def dashboard() -> None:
+    parser = argparse.ArgumentParser(description="A W&B workspace or report of an experiment, as code.")
+    parser.add_argument("name", help="the experiment, as the runs' folder is called")
+    parser.add_argument("--kind", choices=["workspace", "report"], default="workspace")
+    parser.add_argument("--out", default="runs", help="where runs lie (default: runs)")
+    parser.add_argument("--project", default="segresearch", help="of W&B, as in wandb.project of the runs")
+    parser.add_argument("--entity", default="", help="of W&B: a user or a team")
+    parser.add_argument("--save", type=Path, metavar="JSON", help="write it to this file instead of printing it")
+    parser.add_argument("--publish", action="store_true", help="save it at W&B (needs an account)")
+    args = parser.parse_args()
+
+    from segresearch import runs
+    from segresearch.dashboard import build, metrics_of, publish, spec
+
+    with one_line_errors():
+        view = build(args.kind, args.name, metrics_of(args.name, args.out), args.project, args.entity)
+        text = json.dumps(spec(view), indent=1, ensure_ascii=False) + "\n"
+        if args.save is not None:
+            runs.write(args.save, text)
+        if args.publish:
+            print(publish(view))
+        elif args.save is None:
+            print(text, end="")
+
+
+def train_mini() -> None:
+    root = Path(__file__).resolve().parent.parent
+    folder = root / "experiments" / "mini"
+    parts = sorted(path.stem for path in folder.glob("*.py") if "def main" in path.read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(description="Trains a part of the embedded model (experiments/mini/README.md).")
+    parser.add_argument("part", choices=parts or None, help="what to run; PART --help has its options")
+    with one_line_errors():
+        if not parts:
+            raise ConfigError(f"{folder}: no training scripts here; they are in the repository, not in the wheel")
+        part = parser.parse_args(sys.argv[1:2]).part
+        sys.path.insert(0, str(root))
+        sys.argv = [f"{parser.prog} {part}", *sys.argv[2:]]
+        runpy.run_module(f"experiments.mini.{part}", run_name="__main__")
+
+
+def models() -> None:
+    parser = argparse.ArgumentParser(
+        description="The models that can be named here: model=NAME of the configs, and model.path=ID of the hub cache."
+    )
+    parser.add_argument("--cache", type=Path, help="the folder of the hub cache (default: that of huggingface_hub)")
+    args = parser.parse_args()
+    with one_line_errors():
+        from segresearch.model_list import cached, configured
+
+        print("\n".join([*configured(), *cached(args.cache)]))

@@ -1,0 +1,206 @@
+"""`segresearch fid A B`, and kid, prdc, clip, lpips: metrics of two folders of images, each with N and its error.
+
+Thin: the numbers are those of segresearch.metrics, so they agree with an evaluation's. Imports torch late.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segresearch.cli import one_line_errors
+from segresearch.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from segresearch.evaluation.aggregate import Reference
+
+ABOUT = {
+    "fid": "The Fréchet distance of the images of A to those of B, and its bootstrap error.",
+    "kid": "The kernel distance of the images of A to those of B (arXiv 1801.01401), not scaled.",
+    "prdc": "Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) of A against B.",
+    "clip": "The mean cosine of the images of A and their prompts, by CLIP.",
+    "lpips": "The mean perceptual distance of the images of A and B that have one name.",
+}
+RESIZING = {  # what the network is shown
+    "inception": "resized by torch-fidelity to 299×299 as TensorFlow 1 did it (bilinear, not antialiased)",
+    "dinov2": "resized as Pillow does it to 224×224 (bicubic, antialiased), squeezed",
+    "clip": "the middle square, resized as Pillow does it to 336×336 (bicubic, antialiased)",
+    "mini": "not resized",
+    "vgg": "not resized", "alex": "not resized",
+}  # fmt: skip
+
+
+def main(name: str) -> None:
+    """The command `name`, a key of ABOUT."""
+    parser = argparse.ArgumentParser(description=ABOUT[name])
+    parser.add_argument("a", metavar="A", help='a folder of images, or scenes of mini such as "scene:0-999"')
+    if name == "clip":
+        text = "a .txt file, a line an image in the order of names; default: the prompts in the images' records"
+        parser.add_argument("b", metavar="PROMPTS", nargs="?", help=text)
+    else:
+        parser.add_argument("b", metavar="B", help="the same; of fid, kid and prdc the reference")
+    if name in ("fid", "kid", "prdc"):
+        usual = ["inception", "dinov2", "clip", "mini"]
+        parser.add_argument("--features", choices=usual, default="inception", help="of which network (inception)")
+    elif name == "lpips":
+        parser.add_argument("--net", choices=["vgg", "alex", "mini"], default="vgg", help="whose distance (vgg)")
+    parser.add_argument("--weights", help="the network; default: where its publisher's tools put it")
+    parser.add_argument("--sha256", help="of these weights, where they are not the published ones")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    if name == "fid":
+        parser.add_argument("--bootstrap", type=int, default=100, help="resamples of the error (100)")
+        parser.add_argument("--force", action="store_true", help="allow fewer images than features: biased upwards")
+    elif name == "kid":
+        parser.add_argument("--subsets", type=int, default=100, help="subsets (100)")
+        parser.add_argument("--size", type=int, default=1000, help="images a subset (1000, at most all)")
+    elif name == "prdc":
+        parser.add_argument("--neighbour", type=int, default=5, help="k of the k-th nearest neighbour (5)")
+    args = parser.parse_args()
+    with one_line_errors():
+        print(CALLS[name](args))
+
+
+def images(text: str) -> "Reference":
+    """The images of a folder or of scenes. ConfigError in one line."""
+    from segresearch.evaluation.aggregate import reference
+
+    try:
+        return reference(text)
+    except ConfigError as error:
+        raise ConfigError(str(error).removeprefix("reference: ")) from error
+
+
+def both_features(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The features of A and of B, and their network."""
+    import torch
+
+    from segresearch.config.build import usable_device
+    from segresearch.metrics.features import load_extractor
+    from segresearch.progress import Bar
+
+    sides = [images(text) for text in (args.a, args.b)]
+    extractor = load_extractor(args.features, args.weights, args.sha256, usable_device(args.device))
+    found = []
+    with Bar(sum(map(len, sides))) as bar:
+        for text, side in zip((args.a, args.b), sides, strict=True):
+            bar.describe(text)
+            parts = []
+            for batch in side.batches():
+                try:
+                    parts.append(extractor.of(batch).float())
+                except InputError as error:
+                    raise ConfigError(f"{text}: {error}") from error
+                bar.add(len(batch))
+            found.append(torch.cat(parts))
+    return found[0], found[1], extractor
+
+
+def fid(args: argparse.Namespace) -> str:
+    from segresearch.metrics.frechet import frechet_distance, gaussian
+
+    a, b, extractor = both_features(args)
+    distance = frechet_distance(a, gaussian(b, args.force), args.bootstrap, args.force)
+    biased = "; fewer images than features: biased far upwards" if min(len(a), len(b)) <= extractor.dim else ""
+    name = {"inception": "FID", "dinov2": "FD-DINOv2"}.get(extractor.name, f"FD-{extractor.name}")
+    return f"{name} {distance}{biased}\n{note(extractor.name, extractor.weights)}"
+
+
+def kid(args: argparse.Namespace) -> str:
+    from segresearch.metrics.nonparametric import kid as kernel_distance
+
+    a, b, extractor = both_features(args)
+    size = min(args.size, len(a), len(b))
+    value, spread = kernel_distance(a, b, args.subsets, size)
+    mean = spread / math.sqrt(args.subsets)
+    text = f"KID {value:.4g} ± {mean:.2g} (N = {len(a)} against {len(b)}, {args.subsets} subsets of {size})"
+    return f"{text}\n{note(extractor.name, extractor.weights)}"
+
+
+def prdc(args: argparse.Namespace) -> str:
+    from segresearch.metrics.nonparametric import density_coverage, precision_recall
+
+    a, b, extractor = both_features(args)
+    values = (*precision_recall(a, b, args.neighbour), *density_coverage(a, b, args.neighbour))
+    names = ("precision", "recall", "density", "coverage")
+    lines = [f"{name} {value:.3f}" for name, value in zip(names, values, strict=True)]
+    lines.append(f"N = {len(a)} against {len(b)}, k = {args.neighbour}; compared at equal N alone, no error")
+    return "\n".join([*lines, note(extractor.name, extractor.weights)])
+
+
+def clip(args: argparse.Namespace) -> str:
+    import torch
+
+    from segresearch.config.build import usable_device
+    from segresearch.config.expand import from_text
+    from segresearch.metrics.text_alignment import CLIP, load_clip, text_alignment
+    from segresearch.records import read_record
+
+    side = images(args.a)
+    if args.b is not None:
+        texts = list(from_text(Path(args.b), "PROMPTS"))
+    elif side.files:
+        texts = [str((read_record(path) or {}).get("prompt", "")) for path in side.files]
+        if missing := [path for path, text in zip(side.files, texts, strict=True) if not text]:
+            raise ConfigError(f"{missing[0]}: no prompt in a record; give a .txt file of prompts")
+    else:
+        raise ConfigError(f"{args.a}: no prompts; give a .txt file, a line an image")
+    if len(texts) != len(side):
+        raise ConfigError(f"{args.b}: {len(texts)} prompts for the {len(side)} images of {args.a}")
+    network = load_clip(args.weights or CLIP, args.sha256, usable_device(args.device))
+    values, count = [], 0
+    for batch in side.batches():
+        values.append(text_alignment(network, batch, texts[count : count + len(batch)]))
+        count += len(batch)
+    cosines = torch.cat(values)
+    return f"CLIP score {average(cosines)}\nby the network's own image processor; weights {network.weights[:12]}"
+
+
+def lpips(args: argparse.Namespace) -> str:
+    import torch
+
+    from segresearch.config.build import usable_device
+
+    a, b = images(args.a), images(args.b)
+    names = [[str(path.relative_to(Path(side.text).expanduser())) for path in side.files] for side in (a, b)]
+    if names[0] != names[1] or len(a) != len(b):
+        only = sorted(set(names[0]) ^ set(names[1]))
+        raise ConfigError(f"{args.a}, {args.b}: not the same names ({', '.join(only[:3]) or 'of scenes'})")
+    distances, weights = perceptual(args, usable_device(args.device))
+    values = []
+    for first, second, path in zip(a.batches(), b.batches(), a.files or a.scenes):
+        try:
+            values.append(distances(first, second))
+        except InputError as error:
+            raise ConfigError(f"{path}: {error}") from error
+    return f"LPIPS-{args.net} {average(torch.cat(values))}\n{note(args.net, weights)}"
+
+
+def perceptual(args: argparse.Namespace, device: Any) -> tuple[Callable[[Any, Any], Any], str]:
+    """The distance of two batches of images pair by pair, and the weights that it is of."""
+    if args.net == "mini":
+        from segresearch.metrics.mini_vision import load_vision, perceptual_distances
+        from segresearch.pretrained import frozen
+
+        tower = frozen(load_vision(args.weights or "mini"), device)
+        return lambda x, y: perceptual_distances(tower.vision, x, y).cpu(), "of mini"
+    from segresearch.metrics.lpips import load_lpips, lpips_distances
+
+    network = load_lpips(args.net, args.weights, None, (args.sha256, None), device)
+    return lambda x, y: lpips_distances(network, x, y), "of the package lpips"
+
+
+def average(values: Any) -> str:
+    """The mean with its standard error, and N."""
+    n = len(values)
+    error = values.double().std().item() / math.sqrt(n) if n > 1 else math.nan
+    return f"{values.double().mean().item():.4f} ± {error:.2g} (N = {n})"
+
+
+def note(network: str, weights: str) -> str:
+    """What the numbers depend on beside the images."""
+    return f"{RESIZING[network]}; network {network}, weights {weights[:12]}"
+
+
+Call = Callable[[argparse.Namespace], str]
+CALLS: dict[str, Call] = {"fid": fid, "kid": kid, "prdc": prdc, "clip": clip, "lpips": lpips}

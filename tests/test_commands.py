@@ -1,0 +1,235 @@
+"""`segresearch COMMAND`: every command is there, outside the repository too; signals, pipes and poor terminals."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from segresearch import __main__ as entry
+from segresearch import commands, measure
+from segresearch.cli import explained
+from segresearch.config import help as help_text
+from segresearch.errors import Ended, NotFinite, Stopped
+from segresearch.evaluation.shards import Damaged
+
+ROOT = Path(entry.__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """What pyproject.toml puts into the wheel, as `pip install --target` lays it out."""
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    site = tmp_path_factory.mktemp("site")
+    (site / "segresearch").mkdir()
+    for name in wheel["only-include"]:
+        to = wheel["sources"].get(name, name)
+        if to == name:
+            for path in (ROOT / name).iterdir():
+                (site / name / path.name).symlink_to(path) if path.is_dir() else (site / name / path.name).write_bytes(
+                    path.read_bytes()
+                )
+        else:
+            (site / to).symlink_to(ROOT / name)
+    config = site / "segresearch" / "config"
+    files = {path.name: path.read_bytes() for path in config.glob("*.py")}
+    config.unlink()  # a copy: conf_dir looks beside the file itself
+    config.mkdir()
+    for name, data in files.items():
+        (config / name).write_bytes(data)
+    return site
+
+
+def run(installed, folder, *arguments, **environment):
+    env = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, "-P", "-m", "segresearch", *arguments], cwd=folder, env=env,
+                          capture_output=True, text=True)  # fmt: skip
+
+
+def test_the_wheel_holds_the_configs_and_makes_an_image_outside_the_repository(installed, tmp_path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"segresearch": "segresearch.__main__:main"}
+    assert (ROOT / "segresearch" / "py.typed").is_file()
+    (tmp_path / "mine.py").write_text("def halved(q, k, v, site, attend):\n    return attend(q / 2, k, v, site)\n")
+    target = "guidance.terms.custom.perturbation.target=mine.halved"
+    done = run(installed, tmp_path, "generate", "guidance=custom", target, "seeds=0", "steps=1", "device=cpu")
+    assert done.returncode == 0 and len([*tmp_path.glob("runs/generate/*/images/*/*.png")]) == 1, done.stderr
+
+
+def test_every_command_is_a_function_and_others_are_one_line(capsys, monkeypatch):
+    for name in entry.COMMANDS.keys() - {*entry.MEASURES}:
+        assert callable(getattr(commands, name.replace("-", "_")))
+    monkeypatch.setattr(sys, "argv", ["segresearch", "genrate"])
+    with pytest.raises(SystemExit) as end:
+        entry.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: genrate: no such command; did you mean generate?\n"
+    monkeypatch.setattr(sys, "argv", ["segresearch"])
+    entry.main()
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in entry.COMMANDS)
+
+
+def test_help_names_what_a_command_takes_and_explains_every_key():
+    generate, evaluate = help_text.groups("generate"), help_text.groups("evaluate")
+    assert "    demo " in generate and "    demo " not in evaluate and "    table1 " in evaluate
+    assert "experiment" not in help_text.groups("analyze") and "controlnet" not in help_text.groups("analyze")
+    for name in ("generate", "evaluate", "analyze"):
+        text = (ROOT / "conf" / f"{name}.yaml").read_text().partition("\nhydra:")[0]
+        keys = [line.partition(":")[0] for line in text.splitlines() if line[:1].isalpha()]
+        for key in set(keys) - {"defaults", "guidance"}:
+            assert f"\n  {key} " in "\n" + help_text.settings(name), f"conf/{name}.yaml: {key} has no comment"
+
+
+def test_models_lists_configs_and_the_cache(tmp_path, call):
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    broken = tmp_path / "hub" / "models--org--odd" / "snapshots" / "1"
+    broken.mkdir(parents=True)
+    (broken / "model_index.json").write_text("[" * 9000)
+    code, said = call(commands.models, "--cache", tmp_path / "hub")
+    assert code == 0 and "  mini " in said.out and "org/name " in said.out and "StableDiffusionXLPipeline" in said.out
+    assert "cannot be read" in said.out
+
+
+@pytest.mark.parametrize("error", [Ended(5, "no room"), NotFinite("nan"), Damaged("a.safetensors: damaged")])
+def test_errors_cross_a_process(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error) and again.code == error.code
+    assert explained(again) == explained(error)
+
+
+WAITING = """
+import time
+from segresearch.cli import one_line_errors
+with one_line_errors():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("kept", flush=True)
+        raise
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_signal_ends_a_run_as_an_interrupt_does(name):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", WAITING], env=env, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    number = getattr(signal, name)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert out == "kept\n" and err == f"error: stopped by {name}; the same command resumes\n"
+    assert process.returncode == 128 + number == Stopped(number, name).code
+
+
+def test_an_ignored_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        from segresearch.cli import stoppable
+
+        with stoppable():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+PRINTING = """
+from segresearch.cli import one_line_errors
+with one_line_errors():
+    for _ in range(100_000):
+        print("\u03c3 = \u221e")
+"""
+
+
+def test_a_closed_pipe_and_an_ascii_terminal():
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", PRINTING], env=env, **pipes)
+    assert process.stdout.readline() == b"\\u03c3 = \\u221e\n"
+    process.stdout.close()
+    assert process.wait(20) == 141 and process.stderr.read() == b""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two folders of scenes of mini, 24 and 20 images; the second in other colours."""
+    from segresearch.sample_images import save_images
+    from segresearch.scenes.scenes import scenes
+
+    root = tmp_path_factory.mktemp("images")
+    images = scenes(range(24)).images
+    save_images(images, root / "a")
+    save_images(images[:20].flip(1), root / "b")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("fid", ("a", "b", "--features", "mini", "--force", "--bootstrap", 3), "(N = 24 against 20, "),
+        ("kid", ("a", "b", "--features", "mini", "--subsets", 4), "(N = 24 against 20, 4 subsets of 20)"),
+        ("prdc", ("a", "b", "--features", "mini"), "coverage "),
+        ("lpips", ("a", "a", "--net", "mini"), "LPIPS-mini 0.0000 ± 0 (N = 24)"),
+    ],
+)
+def test_two_folders_are_measured_with_n_errors_and_the_resizing(name, arguments, words, folders, call, monkeypatch):
+    given = [folders / a if a in ("a", "b") else a for a in arguments]
+    monkeypatch.setattr(sys, "argv", [])
+    code, said = call(lambda: measure.main(name), *given, "--device", "cpu")
+    assert code == 0 and words in said.out and "not resized; network mini, weights " in said.out, said
+    if name == "fid":
+        assert "biased far upwards" in said.out and " ± " in said.out
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("fid", ("a", "b", "--features", "mini"), "20 images for 256 features"),
+        ("lpips", ("a", "b", "--net", "mini"), "not the same names (seed20.png"),
+        ("clip", ("a",), "no prompt in a record"),
+        ("kid", ("a", "nowhere"), "nowhere: no such folder"),
+    ],
+)
+def test_folders_that_cannot_be_compared_are_one_line(name, arguments, words, folders, call):
+    given = [folders / a if a in ("a", "b") else a for a in arguments]
+    code, said = call(lambda: measure.main(name), *given, "--device", "cpu")
+    assert code == 2 and words in said.err and said.err.count("\n") == 1 and said.out == "", said
+
+
+def test_the_command_agrees_with_the_metric(folders, call):
+    import torch
+
+    from segresearch.metrics.features import load_extractor
+    from segresearch.metrics.frechet import frechet_distance, gaussian
+    from segresearch.metrics.nonparametric import density_coverage
+    from segresearch.scenes.scenes import scenes
+
+    extractor, images = load_extractor("mini"), scenes(range(24)).images
+    order = sorted(range(24), key=lambda i: f"seed{i}.png")
+    a, b = extractor.of(images[order]), extractor.of(images[:20].flip(1))
+    expected = frechet_distance(a, gaussian(b, True), 0, True).distance
+    _, said = call(lambda: measure.main("fid"), folders / "a", folders / "b", "--features", "mini", "--force",
+                   "--bootstrap", 0, "--device", "cpu")  # fmt: skip
+    assert float(said.out.split()[1]) == pytest.approx(expected, rel=1e-3)
+    assert density_coverage(b, b, 5) == (pytest.approx(6 / 5), 1.0)  # each ball holds its 5 neighbours and its centre
+    x = torch.tensor([[0.0], [10.0]])
+    y = torch.tensor([[0.0], [1.0], [2.0], [9.9]])
+    assert density_coverage(x, y, 1) == (pytest.approx(3 / 2), 3 / 4)  # 0 in two balls, 10 in one; 2's ball is empty
+
+
+@pytest.mark.parametrize(("figure", "experiment"), [("fig8", "fig5"), ("fig11", "fig4"), ("fig17", "fig15")])
+def test_figures_that_show_what_another_shows_are_named(figure, experiment, call):
+    code, said = call(commands.generate, f"experiment={figure}")
+    assert code == 2 and f"take experiment={experiment}" in said.err and said.err.count("\n") == 1

@@ -1,0 +1,60 @@
+"""Tables and figures that leave a run: nothing of a label acts in them, they fit, they are rounded by the error."""
+
+import csv
+import io
+
+import pytest
+from matplotlib.figure import Figure
+
+from segresearch.evaluation import outputs
+from segresearch.evaluation.frame import Frame, Value, latex, markdown, table
+from segresearch.pages import render, to_csv
+from segresearch.plot_style import save
+
+HOSTILE = '<img src=x onerror="alert(1)"> [a](javascript:b) | `c`\n# d'
+
+
+def test_a_label_is_text_in_markdown_and_no_formula_in_csv():
+    frame = Frame((Value(HOSTILE, "n", 3), Value("=HYPERLINK(1)", "n", 3)))
+    lines = markdown(*table(frame)).splitlines()
+    assert len(lines) == 4 and "<img" not in lines[2] and r"\[a\](" in lines[2] and "&lt;img" in lines[2]
+    assert lines[2].replace(r"\|", "").count("|") == 3 and r"\`c\`" in lines[2]
+    texts = ["=1+1", "+1", "-1+2", "@x", "\t=1", "plain", "-inf"]
+    rows = list(csv.DictReader(io.StringIO(to_csv([{"label": text, "value": -1.5} for text in texts]))))
+    assert [row["label"] for row in rows] == ["'=1+1", "'+1", "'-1+2", "'@x", "'\t=1", "plain", "-inf"]
+    assert {row["value"] for row in rows} == {"-1.5"}
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [(7.2468, 0.25, "7.25 ± 0.25"), (123.456, 13.2, "123 ± 13"), (123.456, 0.0132, "123.456 ± 0.013"),
+     (-2.0, 0.0000001, "−2.000000 ± 0.000000"), (5.0, 0.0, "5.00 ± 0.00"), (5.0, None, "5.00"),
+     (5.0, float("nan"), "5.00 ± nan")],
+)  # fmt: skip
+def test_numbers_are_rounded_to_two_digits_of_the_error(value, error, text):
+    assert str(Value("a", "fd-mini", value, error)) == text
+
+
+def test_a_latex_table_is_no_wider_than_the_text():
+    made = latex(*table(Frame((Value("a", "n", 3),))))
+    assert r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%" in made
+    assert made.count("{") - made.count(r"\{") == made.count("}") - made.count(r"\}")
+
+
+def test_pages_made_with_force_say_so():
+    (text,) = outputs.forced(True)
+    assert outputs.forced(False) == []
+    page = render("title", ["quiet", text], head=[], rows=[])
+    assert f'<p class="warning">{text}</p>' in page and '<p class="quiet">quiet</p>' in page
+
+
+def test_figures_in_other_formats_are_the_same_bytes_again(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    figure.subplots().plot([1, 2])
+    made = []
+    for name in ("a", "b"):
+        save(figure, tmp_path / name / "quality.png", vector=("pdf", "svg"))
+        made.append([(tmp_path / name / f"quality.{kind}").read_bytes() for kind in ("pdf", "svg")])
+    assert made[0] == made[1] and made[0][0].startswith(b"%PDF") and b"<svg" in made[0][1]
+    save(figure, tmp_path / "c" / "quality.png")
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["quality.png"]
