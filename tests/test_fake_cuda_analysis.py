@@ -1,6 +1,8 @@
 """The analysis on a GPU that is not there: recorder, statistics, curvature, energies, claims, regimes, the table."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from fake_cuda import (
     check_same,
     fake_denoiser,
     on_the_cpu,
+    real_denoiser,
     real_inputs,
     sent,
     tensors_of,
@@ -17,8 +20,18 @@ from fake_cuda import (
 from segresearch.analysis import blur_operator, claims, energy, measurements
 from segresearch.analysis import logit_statistics as statistics
 from segresearch.analysis.blur_operator import BlurOperator
+from segresearch.analysis.branch_diagnostics import Real, diagnose
 from segresearch.analysis.recorder import Entry, Recorder, Recording
-from segresearch.guidance import SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
+from segresearch.config.schema import (
+    DiagnosticsConfig,
+    GuidanceConfig,
+    ModelConfig,
+    PerturbedTerm,
+    RunConfig,
+    SamplerConfig,
+    ScheduleConfig,
+)
+from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.guidance.blur import BOUNDARIES
 
 GRID = (3, 4)
@@ -162,3 +175,33 @@ def test_table(gpu, dtype):
         for key, value in theirs.items():
             assert ours[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-5)), key
     assert tensors_of(rows) == []
+
+
+def test_branch_diagnostics(gpu):
+    """Of two methods along a trajectory and on images with noise: the numbers of the CPU, none left on the device."""
+
+    def measured(denoiser, conds, truth, device):
+        sd = SimpleNamespace(
+            denoiser=denoiser, unet=denoiser.unet, device=torch.device(device), vae=denoiser.unet,
+            arithmetic=nullcontext, latent_shape=lambda size: (4, 8, 12), encode=lambda *_, **__: conds,
+            encode_images=lambda images: truth,
+        )  # fmt: skip
+        groups = ModelConfig("x", "x"), SamplerConfig("euler"), ScheduleConfig("leading")
+        config = RunConfig(*groups, steps=2, batch_size=2)
+        kinds = {"seg": SEG(1.0), "pag": PAG()}
+        methods = {"none": GuidanceConfig()} | {
+            name: GuidanceConfig(terms={name: PerturbedTerm("perturbed", kind, 1.0)}) for name, kind in kinds.items()
+        }
+        settings = DiagnosticsConfig(images=2, scenes=2, steps=(1,))
+        real = Real(torch.zeros(2, 3, 16, 24, dtype=torch.uint8), ["", ""])
+        return diagnose(sd, methods, config, settings, lambda rows: [""] * len(rows), real)
+
+    with on_the_cpu():
+        _, _, conds = real_inputs()
+        truth = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(5))
+        expected = measured(real_denoiser(), conds, truth, "cpu")
+    found = measured(fake_denoiser(), *sent((conds, truth)), "cuda")
+    assert len(found) == len(expected) > 20 and tensors_of(found) == []
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.method, ours.site, ours.quantity) == (theirs.method, theirs.site, theirs.quantity)
+        assert ours.value == pytest.approx(theirs.value, rel=1e-3, abs=1e-4), ours

@@ -20,6 +20,7 @@ from segresearch.metrics.lpips import HEADS, load_lpips
 from segresearch.metrics.nonparametric import (
     cmmd,
     covered,
+    density_coverage,
     discrepancy,
     gaussian_kernel,
     kid,
@@ -338,3 +339,17 @@ def test_official_lpips_heads_are_the_published_ones():
         held, known = pretrained.load_tensors(HEADS[net], Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth")
         assert known == HEADS[net].sha256
         assert [held[f"lin{i}.model.1.weight"].shape[1] for i in range(5)] == count
+
+
+def test_density_and_coverage_are_those_of_a_slow_count():
+    x, y = normal(30, 3, seed=4), normal(25, 3, seed=5)
+    between, among = torch.cdist(y.double(), x.double()), torch.cdist(y.double(), y.double())
+    for k in (1, 3, 5):
+        radii = [sorted(row.tolist())[k] for row in among]  # the first is itself
+        inside = [[float(d) < radius for d in row] for row, radius in zip(between, radii)]
+        density, coverage = sum(map(sum, inside)) / (k * 30), sum(map(any, inside)) / 25
+        assert density_coverage(x, y, k) == pytest.approx((density, coverage), abs=1e-12)
+    assert density_coverage(y + 1000, y) == (0, 0) and density_coverage(shuffled(y), y)[1] == 1
+    for features, reference, neighbour in ((x, y, 25), (x, y, 0)):
+        with pytest.raises(ValueError, match="must lie between 1 and 24"):
+            density_coverage(features, reference, neighbour)

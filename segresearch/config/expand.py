@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from segresearch.config.inputs import STRENGTH, InitConfig
+from segresearch.config.prompt_sets import SUFFIXES, from_set
 from segresearch.config.schema import (
     SCENE,
     ControlConfig,
@@ -244,7 +245,8 @@ def control_images(image: str | tuple[str, ...], count: int, at: str) -> tuple[s
 
 def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts", count: int = 1) -> tuple[str, ...]:
     """A list of prompts as it is; text ending in .txt is a file of one prompt a line, in .json one of COCO's captions;
-    "scene:0-7" are the captions of these scenes, and "scene:0-" of `count`; other text is one prompt."""
+    in .tsv, .csv or .jsonl one of a published set (`prompt_sets`); "scene:0-7" are the captions of these scenes, and
+    "scene:0-" of `count`; other text is one prompt."""
     if isinstance(prompts, tuple):
         texts = prompts
     elif numbers := scene_numbers(prompts, count, at):
@@ -253,6 +255,8 @@ def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts", count: int
         texts = tuple(captions([HELD_OUT + number for number in numbers]))
     elif prompts.lower().endswith((".txt", ".json")):
         texts = (from_text if prompts.lower().endswith(".txt") else from_coco)(Path(prompts), at)
+    elif prompts.lower().endswith(SUFFIXES):
+        texts = from_set(Path(prompts), _text(Path(prompts), at), at)
     elif os.sep in prompts and Path(prompts).expanduser().exists():
         raise ConfigError(f"{at}: {prompts} is not a .txt or .json file; a text that is meant as one goes into a list")
     else:

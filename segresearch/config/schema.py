@@ -324,6 +324,32 @@ class GenerateConfig(RunConfig):
 
 
 @dataclass(frozen=True)
+class DiagnosticsConfig(Record):
+    """What the weak branches of an evaluation change (`analysis.branch_diagnostics`).
+
+    images: of the trajectories. scenes: real images, of the prompts' scenes or else of `reference`, on which the
+    model's error is measured. steps: of the schedule at which all is measured. dtype: of the networks here; None is the
+    run's.
+    """
+
+    images: Annotated[int, within(2, 1_000_000, whole=True)] = 200
+    scenes: Annotated[int, within(0, 1_000_000, whole=True)] = 200
+    steps: tuple[Whole, ...] = (0,)
+    dtype: DType | None = None
+
+
+@dataclass(frozen=True)
+class SweepConfig(Record):
+    """Every method but the baseline at several scales: its own times each of `scales` (`config.sweep`)."""
+
+    scales: tuple[NonNegative, ...] = (0.5, 1.0, 2.0)
+
+    def __post_init__(self) -> None:
+        if len(self.scales) < 2 or len(set(self.scales)) < len(self.scales) or 0 in self.scales:
+            raise ConfigError(f"scales: {list(self.scales)}: give two different factors at least, none of them 0")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig(RunConfig):
     """An `evaluate` run, conf/evaluate.yaml: methods, measured on images of the same noise and prompts. Shards are
     identified by everything that images depend on to the last bit, so by `batch_size` and `shard` too; runs by their
@@ -348,8 +374,16 @@ class EvaluateConfig(RunConfig):
     n_examples: Annotated[int, within(1, 64, whole=True)] = 8
     stage: Literal["all", "shards", "verify", "reduce"] = "all"
     threads: Annotated[int, within(1, 1024, whole=True)] = 1
+    diagnostics: DiagnosticsConfig | None = None
+    sweep: SweepConfig | None = None
     vector: tuple[Literal["pdf", "svg"], ...] = ()
     wandb: Annotated[WandbConfig, Record] = WandbConfig()
+
+    def __post_init__(self) -> None:
+        steps = (0,) if self.diagnostics is None else self.diagnostics.steps
+        if not steps or not all(-self.steps <= step < self.steps for step in steps):
+            known = f"{self.steps} steps are 0 to {self.steps - 1}"
+            raise ConfigError(f"diagnostics.steps: {list(steps)}: each must be a step; {known}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from segresearch import runs
+from segresearch.analysis.branch_diagnostics import Number
 from segresearch.config.expand import HELD_OUT, SCENE, scene_numbers
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation import paper_numbers, shards
@@ -21,7 +22,7 @@ from segresearch.evaluation.sample_shards import COST, NORMS
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.metrics.features import Extractor
 from segresearch.metrics.frechet import Frechet, frechet_distance, gaussian
-from segresearch.metrics.nonparametric import cmmd, kid, precision_recall
+from segresearch.metrics.nonparametric import cmmd, density_coverage, kid, precision_recall
 from segresearch.progress import Bar
 from segresearch.scenes.scenes import scenes
 
@@ -101,11 +102,13 @@ def features(images: Reference, extractor: Extractor, out: str | Path) -> Float[
 
 @dataclass(frozen=True)
 class Result:
-    """norms: by method, the mean norm of its guidance at each evaluation. reference_images: how many."""
+    """norms: by method, the mean norm of its guidance at each evaluation. reference_images: how many. diagnostics: of
+    the weak branches, () where they were not asked for."""
 
     frame: Frame
     norms: Mapping[str, tuple[float, ...]]
     reference_images: int
+    diagnostics: tuple[Number, ...] = ()
 
 
 def aggregate(spec: EvaluationSpec, images: Reference) -> Result:
@@ -114,7 +117,7 @@ def aggregate(spec: EvaluationSpec, images: Reference) -> Result:
     extractors = {metric.name: metric.extractor for metric in spec.metrics if metric.extractor is not None}
     real = {name: features(images, extractor, config.out) for name, extractor in extractors.items()}
     fitted = {name: gaussian(x, config.force) for name, x in real.items()}
-    baselines: dict[str, Frechet] = {}
+    distances: dict[str, dict[str, Frechet]] = {metric.name: {} for metric in spec.metrics if metric.extractor}
     costs = {method: float(shards.load(spec.shard(method, spec.ranges[0]), COST)[0]) for method in spec.methods}
     for method, guidance in spec.methods.items():
         rows += [Value(method, "n", config.images), Value(method, "operations", costs[method])]
@@ -127,7 +130,8 @@ def aggregate(spec: EvaluationSpec, images: Reference) -> Result:
             if metric.extractor is not None:
                 x = torch.from_numpy(values)
                 distance = frechet_distance(x, fitted[metric.name], config.n_bootstrap, force=config.force)
-                baseline, net = baselines.setdefault(metric.name, distance), metric.extractor.name
+                baseline, net = distances[metric.name].get(spec.baseline, distance), metric.extractor.name
+                distances[metric.name][method] = distance
                 kinds = set_numbers(x, real[metric.name], distance, baseline, config.n_subsets, net == "clip")
                 numbers |= {f"{kind}-{net}": number for kind, number in kinds.items()}
             elif metric.columns:
@@ -141,7 +145,31 @@ def aggregate(spec: EvaluationSpec, images: Reference) -> Result:
         rows += [Value(method, f"paper-{c}", v) for c, v in paper_numbers.numbers(spec.paper, guidance).items()]
         if NORMS in shards.producers(spec.shard(method, spec.ranges[0])):
             norms[method] = tuple(float(f"{step:.7g}") for step in _joined(spec, method, NORMS).mean(0, np.float64))
+    for metric in (metric for metric in spec.metrics if metric.extractor is not None and spec.sweep):
+        rows += to_the_best(spec, distances[metric.name], metric.extractor.name)  # type: ignore[union-attr]
     return Result(Frame(tuple(rows)), norms, len(images) if real else 0)
+
+
+def to_the_best(spec: EvaluationSpec, distances: Mapping[str, Frechet], net: str) -> list[Value]:
+    """Of each method of a sweep the difference of its distance to the lowest of all, and to the lowest at any scale of
+    the same method, on the same resampled images."""
+    best = min(distances, key=lambda method: distances[method].distance)
+    rows = []
+    for method, distance in distances.items():
+        same = [other for other in distances if spec.sweep[other].of == spec.sweep[method].of]
+        own = min(same, key=lambda other: distances[other].distance)
+        for kind, other in (("fd_to_best", best), ("fd_to_own_best", own)):
+            value, error = paired(distance, distances[other])
+            numbers = (None if math.isnan(x) else float(f"{x:.7g}") for x in (value, error))
+            rows.append(Value(method, f"{kind}-{net}", *numbers))
+    return rows
+
+
+def paired(distance: Frechet, other: Frechet) -> tuple[float, float]:
+    """The difference of two Fréchet distances, and its error on the same resampled images; nan without resamples."""
+    differences = np.subtract(distance.resamples, other.resamples)
+    error = float(differences.std(ddof=1)) if len(differences) > 1 else math.nan
+    return distance.distance - other.distance, error
 
 
 def set_numbers(
@@ -157,11 +185,11 @@ def set_numbers(
     numbers: dict[str, tuple[float, ...]] = {
         "fd": (distance.distance, distance.error), "fd_to_baseline": (math.nan,),
         "fd_extrapolated": (distance.extrapolated,), "fd_means": (distance.mean_part,),
-    } | dict.fromkeys(("variance", "kd", "kd_spread", "precision", "recall"), (math.nan,))  # fmt: skip
+    } | dict.fromkeys(
+        ("variance", "kd", "kd_spread", "precision", "recall", "density", "coverage"), (math.nan,)
+    )  # fmt: skip
     if baseline is not distance:
-        differences = np.subtract(distance.resamples, baseline.resamples)
-        error = float(differences.std(ddof=1)) if len(differences) > 1 else math.nan
-        numbers["fd_to_baseline"] = (distance.distance - baseline.distance, error)
+        numbers["fd_to_baseline"] = paired(distance, baseline)
     if len(x) > 1:
         numbers["variance"] = (float(x.double().var(0).sum() / reference.double().var(0).sum()),)
     size = min(1000, len(x) // 2, len(reference) // 2)
@@ -174,6 +202,9 @@ def set_numbers(
     if min(n, m) > 3:
         precision, recall = precision_recall(x[:n], reference[:m])
         numbers |= {"precision": (precision,), "recall": (recall,)}
+    if m > 5:
+        density, coverage = density_coverage(x[:n], reference[:m])
+        numbers |= {"density": (density,), "coverage": (coverage,)}
     return numbers
 
 

@@ -3,7 +3,7 @@
     <out>/shards/<method>-<digest>/<rows>.safetensors    images, features and scores; there whole or not at all
     <out>/<name>/<id>/  index.html                 the page, which holds its figures and images and works offline
                         table.md, table.tex        metrics.csv, metrics.jsonl: a row a number
-                        figures/*.png  config.yaml
+                        figures/*.png  config.yaml    diagnostics.csv, where they are asked for
                         results.json               written last: which shards the results are of
     <out>/reference/    features of real images
 
@@ -13,19 +13,20 @@ whole). The same command resumes where it was stopped, and ends in the same file
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from segresearch import runs
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig
 from segresearch.config.build import configured_model, resolved, usable_device
 from segresearch.errors import ConfigError, Ended
-from segresearch.evaluation import outputs, shards
+from segresearch.evaluation import branches, outputs, shards
 from segresearch.evaluation.aggregate import Reference, Result, aggregate, reference
 from segresearch.evaluation.frame import RESULTS, Frame
 from segresearch.evaluation.image_metrics import image_metrics
@@ -81,22 +82,33 @@ def evaluate(config: EvaluateConfig, model: "StableDiffusion | None" = None, par
         spec = dataclasses.replace(spec, metrics=image_metrics(spec, device))
         _check_counts(spec, len(real))
 
-        def load() -> "StableDiffusion":
+        @functools.cache
+        def load(dtype: Any = None) -> "StableDiffusion":
+            if model is not None and dtype in (None, config.model.dtype):
+                return model
             nets = list({control.net: None for control in config.controls.values()})
-            return configured_model(config.model, device, nets, config.compute) if model is None else model
+            settings = config.model if dtype is None else dataclasses.replace(config.model, dtype=dtype)
+            return configured_model(settings, device, nets, config.compute)
 
         start = time.perf_counter()
         try:
             progress = Progress() if config.stage == "reduce" else sample_shards(spec, part, load)
+            diagnosed = None if config.diagnostics is None else branches.file_of(spec, real)
+            if diagnosed and config.stage != "reduce" and part.rank == 0 and not branches.read(diagnosed):
+                branches.write(spec, real, load, diagnosed)
         except KeyboardInterrupt:
             print("stopped: whole shards are kept; the same command resumes", file=sys.stderr)
             raise
         done = Evaluation(folder, progress.sampled, progress.existing, time.perf_counter() - start)
         if message := incomplete(spec, progress, part):
             return dataclasses.replace(done, message=message)
+        if diagnosed and not branches.read(diagnosed):
+            if part.world == 1:
+                raise Ended(4, f"{diagnosed}: the diagnostics are missing; the same command without stage= writes them")
+            return dataclasses.replace(done, message="the diagnostics are missing, which the first worker writes")
         if config.stage == "shards":
             return dataclasses.replace(done, message=f"all {count} shards exist")
-        result = _results(spec, real, folder)
+        result = _results(spec, real, folder, diagnosed)
         outputs.log_evaluation(spec, result, folder)
         return dataclasses.replace(done, result=result)
 
@@ -111,7 +123,7 @@ def _check_counts(spec: EvaluationSpec, real: int) -> None:
                               f"needs {extractor.dim + 1}; take more, or force=true for biased distances")  # fmt: skip
 
 
-def _results(spec: EvaluationSpec, real: Reference, folder: Path) -> Result:
+def _results(spec: EvaluationSpec, real: Reference, folder: Path, diagnosed: Path | None = None) -> Result:
     """The results and all files that show them; read where they are of just these shards and settings."""
     config, path = spec.config, folder / RESULTS
     for swept in [*spec.folders.values(), Path(config.out) / "reference", folder, folder / "figures"]:
@@ -121,14 +133,16 @@ def _results(spec: EvaluationSpec, real: Reference, folder: Path) -> Result:
         arrays = shards.header(spec.shard(method, rows))["arrays"]
         sums.append([arrays[name]["sha256"] for name in required_arrays(spec, method, rows)])
     names = [folder.name, config.name, config.model.name, config.n_examples]  # the folder's name is the run's identity
-    inputs = runs.digest([VERSION, runs.code_version(), names, [metric.producer for metric in spec.metrics], sums])
+    numbers = branches.read(diagnosed) if diagnosed else ()
+    made_of = [VERSION, runs.code_version(), names, [metric.producer for metric in spec.metrics], sums]
+    inputs = runs.digest([*made_of, *([branches.plain_rows(numbers)] if numbers else [])])
     drawn = all(any((folder / "figures").glob(f"*.{kind}")) for kind in config.vector)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         stored = json.loads(path.read_text())
         if stored["inputs"] == inputs and drawn and all((folder / name).is_file() for name in stored["files"]):
             norms = {method: tuple(steps) for method, steps in stored["norms"].items()}
-            return Result(Frame.of(stored["metrics"]), norms, stored["reference_images"])
-    result = aggregate(spec, real)
+            return Result(Frame.of(stored["metrics"]), norms, stored["reference_images"], numbers)
+    result = dataclasses.replace(aggregate(spec, real), diagnostics=numbers)
     content = {
         "inputs": inputs, "files": outputs.write(spec, result, folder), "metrics": result.frame.plain(),
         "norms": result.norms, "reference_images": result.reference_images,

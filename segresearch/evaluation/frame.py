@@ -111,9 +111,13 @@ def _metrics() -> Iterator[Metric]:
     for features, (frechet, kernel) in networks.items():
         yield Metric("fd", features, frechet, 2)
         yield Metric("fd_to_baseline", features, "− baseline", 2)  # on the same resampled images
+        yield Metric("fd_to_best", features, digits=2)  # to the lowest of all methods and scales, in a sweep
+        yield Metric("fd_to_own_best", features, digits=2)  # to the lowest of the scales of the same method
         yield Metric("kd", features, kernel, 1 if features == "mini" else 4)
         yield Metric("precision", features, "precision")
         yield Metric("recall", features, "recall")
+        yield Metric("density", features)
+        yield Metric("coverage", features)
         yield Metric("fd_extrapolated", features)  # with its first order in 1/N removed
         yield Metric("fd_means", features)  # its part from the means of the features
         yield Metric("variance", features)  # of the features, summed, over that of the reference
@@ -125,10 +129,11 @@ def _metrics() -> Iterator[Metric]:
         yield Metric("distance_to_truth", features, f"to truth ({head})")
     yield Metric("text_alignment", "mini", "cosine (mini)")
     yield Metric("text_alignment", "clip", "CLIP cosine")
-    heads = {"colors": "colours", "objects_chance": "(chance)", "brightness": "", "red": "", "green": "", "blue": ""}
+    heads = {"colors": "colours", "objects_chance": "(chance)", "brightness": "", "red": "", "green": "", "blue": "",
+             "objects_held": "", "pairs_held": ""}  # fmt: skip
     for kind in ("count", "colors", "shapes", "objects", "exact", "objects_chance", "edges", "saturation", "brightness",
-                 "contrast", "red", "green", "blue"):  # fmt: skip
-        yield Metric(kind, head=heads.get(kind, kind), group="content")
+                 "contrast", "sharpness", "red", "green", "blue", "objects_held", "pairs_held"):  # fmt: skip
+        yield Metric(kind, head=heads.get(kind, kind), digits=4 if kind == "sharpness" else 3, group="content")
     yield Metric("cost", head="cost", digits=2)  # operations over those of the baseline
     yield from (Metric("paper", column, f"paper: {head}", group="paper") for column, head in HEADS.items())
 

@@ -29,7 +29,8 @@ from segresearch.threads import one_thread
 
 WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "text_alignment")
 ATTRIBUTES = ("count", "colors", "shapes", "objects", "exact", "objects_chance")
-LOOK = ("saturation", "brightness", "contrast", "red", "green", "blue")
+HELD = ("objects_held", "pairs_held")
+LOOK = ("saturation", "brightness", "contrast", "red", "green", "blue", "sharpness")
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,13 @@ def image_metrics(spec: EvaluationSpec, device: str = "cpu") -> tuple[ImageMetri
         metrics.append(_text_alignment(spec, device))
     if spec.scenes and config.text_alignment == "mini":
         metrics.append(_attributes(spec.scenes))
+    if "mini" in config.features:
+        metrics.append(_held())
     if spec.controls and all(images[0].startswith(SCENE) for images in spec.controls):
         metrics.append(_edges([HELD_OUT + int(images[0].removeprefix(SCENE)) for images in spec.controls]))
     if spec.inits:
         metrics += _truths(spec, device)
-    return (*metrics, ImageMetric("look", "1", lambda samples: look(samples.images), LOOK))
+    return (*metrics, ImageMetric("look", "2", lambda samples: look(samples.images), LOOK))
 
 
 def check_size(metrics: Sequence[ImageMetric], size: tuple[int, int]) -> None:
@@ -194,6 +197,17 @@ def _attributes(indices: Sequence[int]) -> ImageMetric:
     return ImageMetric("attributes", producer, match, ATTRIBUTES)
 
 
+def _held() -> ImageMetric:
+    """The number of objects in an image, and of different (shape, colour) among them, whatever its prompt."""
+    classifier = load_part("mini", "attributes", AttributeClassifier)
+
+    def count(samples: Samples) -> Tensor:
+        found = classify(classifier, samples.images)
+        return torch.stack([found.count, found.pairs.sum((1, 2))], dim=1).float()  # -> (b, 2)
+
+    return ImageMetric("held", digest([1, fingerprint(resolve_model("mini") / "attributes")]), count, HELD)
+
+
 def _edges(indices: Sequence[int]) -> ImageMetric:
     """How well contrasts lie on the edges of the scenes that the first control's images are of."""
 
@@ -205,12 +219,15 @@ def _edges(indices: Sequence[int]) -> ImageMetric:
 
 
 @one_thread
-def look(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 6"]:
+def look(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 7"]:
     """Saturation (HSV) and brightness, means over the image in [0, 1]; contrast, the deviation of its luminance; mean
-    red, green and blue."""
+    red, green and blue; sharpness, the mean |∇²| of the luminance (5 points, inside the border)."""
     x = images.float() / 255
     high, low = x.amax(1), x.amin(1)
     saturation = ((high - low) / high.clamp(min=1e-6)).mean((1, 2))  # (b, h, w) -> (b,)
     luminance = 0.2126 * x[:, 0] + 0.7152 * x[:, 1] + 0.0722 * x[:, 2]
     middle = [saturation, luminance.mean((1, 2)), luminance.std((1, 2), correction=0)]
-    return torch.cat([torch.stack(middle, 1), x.mean((2, 3))], dim=1)
+    inner = luminance[:, 1:-1, 1:-1]
+    around = luminance[:, :-2, 1:-1] + luminance[:, 2:, 1:-1] + luminance[:, 1:-1, :-2] + luminance[:, 1:-1, 2:]
+    sharpness = (around - 4 * inner).abs().mean((1, 2))
+    return torch.cat([torch.stack(middle, 1), x.mean((2, 3)), sharpness[:, None]], dim=1)

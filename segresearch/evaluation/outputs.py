@@ -1,7 +1,7 @@
 """What a finished evaluation leaves: tables, plots, the page with its images in one HTML file, W&B runs."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from segresearch.config.compose import written_config
 from segresearch.config.expand import slug
 from segresearch.config.schema import PerturbedTerm
 from segresearch.control_images.identify import control_records, identify_controls
-from segresearch.evaluation import plots, shards
+from segresearch.evaluation import branch_plots, branches, plots, ranking, ranking_plots, shards
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import latex, markdown, table, to_jsonl
 from segresearch.evaluation.sample_shards import IMAGES
@@ -42,9 +42,17 @@ def write(spec: EvaluationSpec, result: Result, folder: Path) -> list[str]:
         "metrics.csv": to_csv(result.frame.plain()),
         "metrics.jsonl": to_jsonl(result.frame, spec.facts(folder.name, result.reference_images)),
     }  # fmt: skip
+    if result.diagnostics:
+        texts["diagnostics.csv"] = to_csv(branches.plain_rows(result.diagnostics))
     for name, text in texts.items():
         runs.write(folder / name, text)
-    figures = plots.draw(spec, result)
+    where, ranked = spec.describe(result.reference_images), ranking.ranking(spec, result.frame)
+    if ranked:
+        figures = ranking_plots.draw_ranking(spec, result.frame, ranked, where)
+    else:
+        figures = plots.draw(spec, result)
+    if result.diagnostics:
+        figures |= branch_plots.draw_branches(result.frame, result.diagnostics, where)
     paths = {name: folder / "figures" / f"{name}.png" for name in figures}
     for name, figure in figures.items():
         save(figure, paths[name], figure_record(name, "evaluate", config, OF_A_CALL), config.vector)
@@ -58,8 +66,8 @@ def forced(force: bool) -> list[str]:
     return [text] * force
 
 
-def examples(spec: EvaluationSpec, run: str) -> dict[str, list[Example]]:
-    """Of each method the images of the first seeds. run: the name of the run's folder."""
+def examples(spec: EvaluationSpec, run: str, methods: Sequence[str]) -> dict[str, list[Example]]:
+    """Of each of these methods the images of the first seeds. run: the name of the run's folder."""
     config, model = spec.config, resolve_model(spec.config.model.path)
     shared = run_record(config, runs.fingerprint(model), run)
     seeds = range(min(config.n_examples, config.images))
@@ -68,8 +76,9 @@ def examples(spec: EvaluationSpec, run: str) -> dict[str, list[Example]]:
     controls, texts = [control_records(identified, row) for row in control_images], spec.texts(seeds)
     starts = [spec.inits[i] if spec.inits else () for i in seeds]
     init = identify_init(config.init, starts)
-    shown: dict[str, list[Example]] = {method: [] for method in spec.methods}
-    for method, guidance in spec.methods.items():
+    shown: dict[str, list[Example]] = {method: [] for method in methods}
+    for method in methods:
+        guidance = spec.methods[method]
         for path, rows in ((spec.shard(method, rows), rows) for rows in spec.ranges if rows.start in seeds):
             sampled = {**shared, **shards.header(path)["versions"]}
             for i, pixels in zip(seeds[rows.start : rows.stop], shards.load(path, IMAGES)):
@@ -83,16 +92,36 @@ def examples(spec: EvaluationSpec, run: str) -> dict[str, list[Example]]:
 
 def page(spec: EvaluationSpec, result: Result, figures: list[Path], run: str) -> str:
     """The whole page. figures: PNG files. run: the name of the run's folder."""
-    config, frame, shown = spec.config, result.frame, examples(spec, run)
+    config, frame, ranked = spec.config, result.frame, ranking.ranking(spec, result.frame)
+    shown = examples(spec, run, [spec.baseline, *(one.at_best for one in ranked)] if ranked else [*spec.methods])
     paper = f"{spec.paper} of arXiv 2408.00760, on {config.model.name}" if spec.paper else ""
     title = paper if config.name == spec.paper else ": ".join(filter(None, (config.name, paper)))
     return render(
         title, [spec.describe(result.reference_images), *forced(config.force)], "evaluation", spec=spec, run=run,
         code=runs.code_version(),
-        quality=table(frame, groups=("quality", "paper")), content=table(frame, groups=("content",)), plots=figures,
+        quality=table(frame, groups=("quality", "paper")), content=table(frame, groups=("content",)),
+        plots=[path for path in figures if not path.stem.startswith("branch_")],
         methods=list(shown), rows=[[_shown(*image) for image in row] for row in zip(*shown.values(), strict=True)],
-        sampled_by=sampled_by(spec),
+        sampled_by=sampled_by(spec), branches=branch_sections(result, {path.stem: path for path in figures}),
+        ranking=ranking.ranking_table(spec, frame, ranked) if ranked else [], protocol=ranking.protocol(spec),
+        settings=ranking.settings_table(spec),
     )  # fmt: skip
+
+
+def branch_sections(result: Result, figures: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """What the page says of weak branches: of each question its title, how to read it, its table and its figure."""
+    numbers = result.diagnostics
+    if not numbers:
+        return []
+    parts = [
+        ("alone", "Is the branch alone a worse model?", branches.ALONE, branches.alone_table(result.frame, numbers))
+    ]
+    parts += [(q.key, q.title, q.text, branches.table_of(q, numbers)) for q in branches.QUESTIONS]
+    return [
+        {"title": title, "text": text, "head": lines[0], "rows": lines[1:], "plots": shown}
+        for key, title, text, lines in parts
+        if (shown := [figures[name] for name in [f"branch_{key}"] if name in figures]) or len(lines) > 1
+    ]
 
 
 def sampled_by(spec: EvaluationSpec) -> str:
@@ -124,7 +153,7 @@ def log_evaluation(spec: EvaluationSpec, result: Result, folder: Path) -> bool:
         rows[row.method] |= {row.metric: row.value, f"{row.metric}-error": row.error}
 
     def wandb_runs(temporary: Path) -> list[WandbRun]:
-        shown = examples(spec, folder.name)
+        shown = examples(spec, folder.name, [*spec.methods])
         seeds, texts = range(min(map(len, shown.values()))), spec.texts(range(config.n_examples))
         files = {method: [temporary / slug(method) / f"seed{i}.png" for i in seeds] for method in shown}
         for method, some in shown.items():

@@ -38,6 +38,8 @@ def key(guidance: GuidanceConfig) -> Key | None:
 
     terms = list(guidance.terms.values())
     match terms, guidance.sag:
+        case _ if guidance.every or guidance.conditionings or guidance.networks or guidance.post:
+            return None
         case _ if GuidanceConfig(label=guidance.label, terms=guidance.terms, sag=guidance.sag) != guidance:
             return None
         case [], sag:

@@ -101,12 +101,12 @@ def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
     for m, point in points.items():
         right.errorbar(*point, errors[m], fmt="o", markersize=5, color=colors[m])
     right.margins(x=0.12)
-    _name_points(right, points)
+    name_points(right, points)
     label(right, x=f"{distance.head} to “{spec.baseline}”", y=name, grid="both")
     return figure
 
 
-def _name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+def name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
     """A name beside every (x, y): inward, so that it stays inside, and above a name it would lie on."""
     axes.autoscale_view()
     scale = 72 / axes.figure.dpi  # points a pixel

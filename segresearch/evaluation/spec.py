@@ -20,6 +20,7 @@ from segresearch.config.expand import (
     slug,
 )
 from segresearch.config.schema import SCENE, EvaluateConfig, GuidanceConfig
+from segresearch.config.sweep import Swept, swept
 from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError
 from segresearch.evaluation import paper_numbers
@@ -41,8 +42,8 @@ class EvaluationSpec:
     too, () where all have the config's. scenes:
     the procedural scenes whose captions the prompts are, or (). controls: of image i its control images, one for each
     of the config's controls. inits: of image i the image that it starts from, and its mask. paper: the table of the
-    paper to compare with. folders: of the shards of each method, {} until `with_folders`. metrics: of each image, ()
-    until `image_metrics` has loaded their networks.
+    paper to compare with. folders: of the shards of each method, {} until `with_folders`. sweep: of what each method is
+    a scale, {} without a sweep. metrics: of each image, () until `image_metrics` has loaded their networks.
     """
 
     config: EvaluateConfig
@@ -54,6 +55,7 @@ class EvaluationSpec:
     inits: tuple[tuple[str, ...], ...] = ()
     paper: str | None = None
     folders: Mapping[str, Path] = field(default_factory=dict)
+    sweep: Mapping[str, Swept] = field(default_factory=dict)
     metrics: tuple["ImageMetric", ...] = ()
 
     @property
@@ -112,9 +114,11 @@ def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:
         if len(set(names)) < len(names):
             raise ConfigError(f"{key}: {list(names)} names one twice")
     paper = paper_numbers.table_for(config.paper, config.name, by_name, prompts)
+    sweep = {} if config.sweep is None else swept(by_name, config.sweep.scales)
+    by_name = {name: one.guidance for name, one in sweep.items()} or by_name
     controls, inits = control_rows(config.controls, config.images), init_rows(config, config.images)
     _, negatives = read_negatives(config.negative, len(prompts))
-    return EvaluationSpec(config, by_name, prompts, negatives, scenes, controls, inits, paper)
+    return EvaluationSpec(config, by_name, prompts, negatives, scenes, controls, inits, paper, sweep=sweep)
 
 
 def with_folders(spec: EvaluationSpec, model: Path) -> EvaluationSpec:
@@ -148,7 +152,10 @@ def run_identity(spec: EvaluationSpec, reference: str) -> dict[str, Any]:
     """
     settings = {key: getattr(spec.config, key) for key in OF_RESULTS}
     named = [[method, folder.name] for method, folder in spec.folders.items()]
-    return {"methods": named, "reference": reference, "paper": spec.paper, **settings}
+    added = {
+        key: getattr(spec.config, key) for key in ("diagnostics", "sweep") if getattr(spec.config, key) is not None
+    }
+    return {"methods": named, "reference": reference, "paper": spec.paper, **settings, **added}
 
 
 def _open_ended(text: str | tuple[str, ...]) -> bool:
