@@ -297,11 +297,14 @@ def test_texts(encoders, gpu, dtype):
         real = StableDiffusion(real_denoiser(dtype).unet, vae, TextEncoders(tokenizers, networks), real_denoiser(dtype))
         asked = [{}, {"negative": "a cube"}, {"negative": ["a cube", "red"], "clip_skip": 1, "size": (24, 32)}]
         expected = [real.encode(["a red cube", "cubes"], **more) for more in asked]
+        weighted = ["a (red:1.5) cube BREAK cubes", "cubes"]
+        expected.append(real.encode(weighted, syntax="weighted"))
     on_gpu = TextEncoders(tokenizers, tuple(map(moved, networks)))
     fake = StableDiffusion(fake_denoiser(dtype).unet, vae_there, on_gpu, fake_denoiser(dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = [fake.encode(["a red cube", "cubes"], **more) for more in asked]
+        found.append(fake.encode(weighted, syntax="weighted"))
     for ours, theirs in zip(found, expected):
         for name in ("cond", "uncond"):
             a, b = ours[name], theirs[name]

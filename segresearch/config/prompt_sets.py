@@ -12,6 +12,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from segresearch.errors import ConfigError
 
@@ -38,7 +39,7 @@ def _known(keys: Sequence[str], where: str) -> str:
 
 
 def _table(path: Path, text: str, separator: str, at: str) -> list[str]:
-    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL  # quotes in a .tsv are those of a prompt
+    quoting: Any = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL  # quotes in a .tsv are those of a prompt
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting)
     prompts: list[str] = []
     try:
