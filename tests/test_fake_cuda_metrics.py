@@ -74,7 +74,7 @@ def extractors(monkeypatch, tmp_path, gpu):
 
     monkeypatch.setattr(features.pretrained, "hub_weights", lambda path, sha256: (tmp_path, "0" * 64))
     monkeypatch.setattr(
-        features.pretrained, "configured_model", lambda kind, folder, device, **more: frozen(networks[kind], device)
+        features.pretrained, "load_pretrained", lambda kind, folder, device, **more: frozen(networks[kind], device)
     )
     monkeypatch.setattr(features.pretrained, "frozen", frozen)
     monkeypatch.setattr(features, "load_vision", lambda path: tower)

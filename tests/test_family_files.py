@@ -53,8 +53,9 @@ def sources(module, source):
 def assert_equal(one, other):
     nets = [(sd.unet, sd.vae, *sd.text.encoders) for sd in (one, other)]
     for a, b in zip(*nets, strict=True):
-        assert a.state_dict().keys() == b.state_dict().keys()
-        assert all(torch.equal(value, b.state_dict()[key]) for key, value in a.state_dict().items())
+        weights, others = a.state_dict(), b.state_dict()
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(value, others[key]) for key, value in weights.items())
     assert one.unet.config == other.unet.config and one.vae.config == other.vae.config
     assert one.zero_negative == other.zero_negative
 

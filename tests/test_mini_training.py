@@ -303,7 +303,7 @@ def short_form(runs, stopped_at=None):
         lines = []
         for line in process.stdout:
             lines.append(line)
-            if stopped_at is not None and line.split()[-1] == stopped_at:
+            if stopped_at is not None and line.split()[-1:] == [stopped_at]:
                 process.send_signal(signal.SIGTERM)
     return process.returncode, "".join(lines)
 
