@@ -1,11 +1,14 @@
 """Mutated model files: each must load or end in one line of the package's own errors.
 
-    python benchmarks/fuzz.py 1000000 --seed 0        prints counts, the first failures, the slowest case, the memory
+    python benchmarks/fuzz.py 1000000 --kinds headers configs      # the readers alone: about a millisecond a case
+    python benchmarks/fuzz.py 10000                                # whole models too: about 0.1 s a case
 
 A case is one mutation of a tiny random model, drawn from its number alone, so a run goes on from any `--seed`. Kinds:
-header (bytes and fields of a safetensors header), keys (names and shapes of tensors), json (a value in a config),
-index (the list of shards), tokenizer, part (model.vae, model.unet, model.text_encoder), controlnet. A failure is any
-other exception, a message of several lines, a case of more than 10 s, or of more memory than MEMORY.
+headers (of a safetensors file, opened, its parts told apart), configs (of every network, scheduler and index, checked
+as far as the networks' sizes). The others load the whole model: header (bytes and fields of a header), keys (names and
+shapes of tensors), json (a value in a config), index (the list of shards), tokenizer, part (model.vae, model.unet,
+model.text_encoder), controlnet. A failure is any other exception, a message of several lines, a case of more than
+10 s, or of more memory than MEMORY. Printed are counts, the first failures, the slowest case, and the memory.
 """
 
 import argparse
@@ -28,12 +31,20 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from segresearch.checkpoints.folder import build_networks
+from segresearch.checkpoints.declared import file_scheduler
+from segresearch.checkpoints.folder import build_networks, building, naming_path, read_json, refuse_other_folder
 from segresearch.checkpoints.key_maps import clip_map, open_clip_map, unet_map, vae_map
+from segresearch.checkpoints.parts import NONE
+from segresearch.checkpoints.single_file import find_parts
+from segresearch.checkpoints.tensors import open_file
 from segresearch.errors import InputError
 from segresearch.models import load_model
+from segresearch.models.denoiser import alphas_cumprod
+from segresearch.models.network_configs import ControlNetConfig, UNetConfig
+from segresearch.models.scheduler import folder_scheduler, own_schedule, prediction_of
+from segresearch.models.vae import VAEConfig
 
-KINDS = ("header", "keys", "json", "index", "tokenizer", "part", "controlnet")
+KINDS = ("headers", "configs", "header", "keys", "json", "index", "tokenizer", "part", "controlnet")
 SECONDS, MEMORY = 10.0, 256 << 10  # of one case; ru_maxrss counts KiB
 UNET = {
     "_class_name": "UNet2DConditionModel", "sample_size": 8, "block_out_channels": [32, 64], "layers_per_block": 1,
@@ -80,6 +91,14 @@ STARTS = ("model.", "", "first_stage_model.", "cond_stage_model.", "double_block
 MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "scaled_fp8")
 
 
+NET, NET_ONLY = "controlnet/net/config.json", {
+    "_class_name": "ControlNetModel", "conditioning_embedding_out_channels": [8, 16]
+}  # fmt: skip
+READERS: dict[str, Any] = {
+    "unet/config.json": UNetConfig.from_dict, "vae/config.json": VAEConfig.from_dict, NET: ControlNetConfig.from_dict
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Of one case: "opened", "refused" or "failed"; what failed; seconds."""
@@ -99,6 +118,9 @@ class Fuzz:
         self.scratch = folder / "mutant.safetensors"
         write_model(self.folder, self.file)
         self.header, self.data = parsed(self.file)
+        few = dict(list(self.header.items())[::8])  # names of all parts, without the bytes of their tensors
+        empty = {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}
+        self.few = {key: dict(empty) for key in few}
         self.files = {name: (self.folder / name).read_bytes() for name in (*CONFIGS, "tokenizer/vocab.json",
                       "tokenizer/merges.txt", "controlnet/net/config.json")}  # fmt: skip
 
@@ -120,7 +142,8 @@ class Fuzz:
             except BaseException:  # a panic of a Rust extension is no Exception
                 failure = traceback.format_exc()
             finally:
-                self._restore()
+                if kind not in KINDS[:2]:
+                    self._restore()
         seconds = time.monotonic() - start
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
         if not failure and (seconds > SECONDS or grown > MEMORY):
@@ -140,6 +163,31 @@ class Fuzz:
 
     def _load(self, path: Path, **options: Any) -> None:
         load_model(path, **({} if path.is_dir() else {"tokenizer": self.folder}), **options)
+
+    def _headers(self, draw: random.Random) -> None:
+        header = renamed_keys(draw, self.few) if draw.random() < 0.4 else self.few
+        content = packed(header, b"") if header is not self.few else broken_header(draw, header, b"")
+        self.scratch.write_bytes(content)
+        entries, metadata = open_file(self.scratch)
+        find_parts(entries, self.scratch, NONE)
+        file_scheduler(self.scratch, entries, metadata)
+
+    def _configs(self, draw: random.Random) -> None:
+        name = draw.choice([*CONFIGS, NET])
+        path = self.scratch.with_suffix(".json")
+        text = mutated_json(draw, CONFIGS[name] if name != NET else {**UNET, **NET_ONLY})
+        path.write_text(text, encoding="utf-8", errors="surrogatepass")
+        config = read_json(path)
+        with building(path), naming_path(path):
+            if name in READERS:
+                READERS[name](config)
+            elif name == "model_index.json":
+                refuse_other_folder(self.folder, config, UNET)
+                folder_scheduler(config, SCHEDULER)
+            elif name.startswith("scheduler"):
+                checked = folder_scheduler(INDEX, config)
+                own_schedule(checked), prediction_of(checked)
+                alphas_cumprod(checked)
 
     def _header(self, draw: random.Random) -> None:
         self.scratch.write_bytes(broken_header(draw, self.header, self.data))
@@ -204,7 +252,7 @@ def write_model(folder: Path, file: Path) -> None:
         (folder / name / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
         (folder / name / "merges.txt").write_text("#version: 0.2\n")
     (folder / "controlnet" / "net").mkdir(parents=True)
-    net = {**UNET, "_class_name": "ControlNetModel", "conditioning_embedding_out_channels": [8, 16]}
+    net = {**UNET, **NET_ONLY}
     (folder / "controlnet" / "net" / "config.json").write_text(json.dumps(net))
     networks = build_networks([copy.deepcopy(config) for config in (UNET, VAE, TEXT, TEXT_2)], folder)
     maps = (unet_map(networks[0].config), vae_map(2), clip_map, open_clip_map)
