@@ -16,13 +16,16 @@ OLDEST := 3.11
 PYTHONS := python3.14 python3.13 python3.12 python3.11 python3 python
 SUITS := import sys, ensurepip, venv; sys.exit(sys.version_info[:2] < tuple(map(int, "$(OLDEST)".split("."))))
 
-.PHONY: demo test test-gpu reproduce check clean
+.PHONY: demo test test-slow test-gpu reproduce check clean
 
 demo: $(READY)
 	$(VENV)/bin/python experiments/generate.py experiment=demo
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n $(WORKERS)
+
+test-slow: $(READY)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m slow
 
 test-gpu: $(READY)
 	@$(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

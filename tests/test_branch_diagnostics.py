@@ -203,6 +203,7 @@ def test_a_branch_that_is_the_model_has_no_direction_and_changes_nothing(base, m
     assert not [n for n in found if n.quantity in diagnostics.DIRECTION]
 
 
+@pytest.mark.slow
 def test_methods_that_remember_see_every_step(base, model):
     emag = {"label": "EMAG", "terms": {"emag": {"kind": "perturbed", "scale": 1, "perturbation": {"kind": "emag"}}}}
     previous = {"kind": "difference", "pos": "cond", "neg": "cond", "scale": 1, "shape": {"kind": "sg_prev"}}
@@ -251,6 +252,7 @@ def test_a_run_has_its_diagnostics_as_a_part_of_the_page(base, whole, model, mon
     assert evaluate(base, model, Worker()).result == whole.result  # the same command measures nothing again
 
 
+@pytest.mark.slow
 def test_diagnostics_are_there_whole_or_not_at_all(base, whole, model, tmp_path, monkeypatch):
     config = dataclasses.replace(base, out=str(tmp_path))
     measured = diagnostics.Diagnosis.numbers
@@ -258,6 +260,8 @@ def test_diagnostics_are_there_whole_or_not_at_all(base, whole, model, tmp_path,
     def stopped(self):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(run.outputs.plots, "draw", one_figure)
+    monkeypatch.setattr(run.outputs.branch_plots, "draw_branches", lambda *_: {})
     monkeypatch.setattr(diagnostics.Diagnosis, "numbers", stopped)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config, model, Worker())

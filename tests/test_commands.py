@@ -51,6 +51,7 @@ def run(installed, folder, *arguments, **environment):
                           capture_output=True, text=True)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_configs_and_makes_an_image_outside_the_repository(installed, tmp_path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"segresearch": "segresearch.__main__:main"}

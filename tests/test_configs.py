@@ -56,7 +56,7 @@ def test_every_experiment_composes_and_samples(experiment, sd):
     assert plan and all(panel.rows and panel.methods for panel in plan)
     noise = initial_noise([0], sd.latent_shape((16, 32)))
     for panel in plan:
-        for guidance in panel.methods.values():
+        for guidance in list(panel.methods.values())[:40]:  # a sweep has each method at several scales
             model = build_guidance(guidance, sd)
             latents = sample(model, noise, steps=1, conds=encode_conds(sd, model, ["a red cube"], size=(16, 32)))
             assert latents.shape == noise.shape and latents.isfinite().all()
@@ -100,6 +100,7 @@ def test_every_guidance_composes_and_samples(guidance, sd, vanilla):
     assert describe(config) != "vanilla" or guidance == "none"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "guidance", ["tpg", "tsg", "swg", "nag", "cads", "icg", "apg", "momentum", "sgg", "zigzag", "sag_cfg"]
 )
@@ -114,6 +115,7 @@ def test_methods_under_a_controlnet(guidance, steered):
     assert both.isfinite().all() and (alone - free).abs().max() > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("guidance", "sampler"),
     [("apg", "heun"), ("smc", "dpm_2"), ("adaptive_stop", "heun"), ("momentum", "dpmpp_2m"), ("higs", "heun"),

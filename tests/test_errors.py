@@ -63,6 +63,7 @@ def refused(q, k, v, site, attend):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, code, last", [
     ("broken", 1, "ValueError: invalid literal for int() with base 10: 'x1'"),
     ("refused", 2, "error: this method needs 2 heads"),

@@ -113,6 +113,7 @@ def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whol
     assert contents(base.out) == everything
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_picture_is_that_of_its_rows(config, model):
     """Whatever the workers; with CFG twice, each interval its steps; steps cost alike."""
     cfg = {"kind": "cfg", "weight": 3.0}
@@ -378,6 +379,7 @@ def test_reference_pictures_come_from_a_folder_too(config, tmp_path):
         features(reference(files), extractor, config.out)
 
 
+@pytest.mark.slow
 def test_processes_as_torchrun_starts_them_make_the_same_shards(config, base, whole, model, tmp_path):
     """Two at once, by the script, from the config.yaml that a run leaves."""
     (tmp_path / "mine.yaml").write_text(written_config(config, run.outputs.OF_A_CALL))

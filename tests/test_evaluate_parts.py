@@ -136,6 +136,7 @@ def folders(*overrides: str) -> dict[str, str]:
     return {method: folder.name for method, folder in with_folders(spec, resolve_model("mini")).folders.items()}
 
 
+@pytest.mark.slow
 def test_shards_lie_by_what_pictures_depend_on():
     one = folders("experiment=table2")
     assert one == folders("experiment=table2", "images=40")

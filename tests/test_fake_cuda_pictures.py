@@ -69,6 +69,7 @@ def test_weights_are_sent_to_the_device_in_its_dtype(gpu):
     assert float(net.conv_in.weight.to("cpu", torch.float32).abs().mean()) > 0
 
 
+@pytest.mark.slow
 def test_loras_and_embeddings_on_the_device(gpu, monkeypatch, tmp_path):
     """Merged weights and enlarged matrices lie there and are those of the CPU; so are a further network's."""
     layer, word = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_v", "<toy>"

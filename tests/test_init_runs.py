@@ -220,6 +220,7 @@ def test_errors_are_one_line(config, model, photo, tmp_path, init, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_evaluate_measures_against_the_truth(config, model, folder, monkeypatch):
     monkeypatch.setattr("segresearch.evaluation.plots.draw", one_figure)
     given = {
@@ -255,7 +256,8 @@ def test_psnr():
     assert found[0] == pytest.approx(10 * np.log10(255**2 / 100)) and 68 < found[1] < 68.2
 
 
-def test_analyze_from_an_image(config, model, photo):
+def test_analyze_from_an_image(config, model, photo, monkeypatch):
+    monkeypatch.setattr("segresearch.analysis.energy_plots.draw", lambda *_: {})
     given = {"measured_steps": [0], "where": "mid", "prompts": [""], "guidance": {}, "batch_size": 2, "seeds": 0}
     runs = [analyze(config(AnalyzeConfig, init=init, **given), model) for init in ({}, {"image": photo})]
     tables = [(run.folder / "table.csv").read_text() for run in runs]

@@ -342,6 +342,7 @@ for terms in methods:
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_unet_is_one_graph_for_every_step():
     """Through the attend argument, the fork and the projections. In a process without the checks of types."""
     done = subprocess.run(

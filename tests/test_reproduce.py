@@ -84,6 +84,7 @@ def test_other_weights_other_code_and_another_place_are_said(done, controlled_fo
     assert again.notes[1].startswith("other version of segresearch: 0.0.1 when it was made, ")
 
 
+@pytest.mark.slow
 def test_images_and_figures_of_an_evaluation_are_made_again(controlled_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(run.outputs.plots, "draw", one_figure)
     given = {

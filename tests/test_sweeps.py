@@ -80,6 +80,7 @@ def test_an_interrupt_ends_the_whole_sweep(call):
     assert code == 130 and seen == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_evaluations_its_resume_and_its_overview(call, folder, model, monkeypatch, tmp_path):
     monkeypatch.setattr(run.outputs.plots, "draw", one_figure)
     load, loaded = run.image_metrics, []

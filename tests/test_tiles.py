@@ -92,6 +92,7 @@ def test_no_seams_in_real_pictures():
     assert (alone - whole).abs().max() > 0.02
 
 
+@pytest.mark.slow
 def test_windows_save_memory(monkeypatch):
     """Counted on the meta device: two activations of the highest grid and a quarter, and a window."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))

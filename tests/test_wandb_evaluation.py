@@ -61,6 +61,7 @@ def test_an_evaluation_is_a_group_with_a_run_a_method_and_is_logged_once(config,
     assert len(list((tmp_path / "runs").glob("wandb/offline-run-*"))) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "words"),
     [("import time; time.sleep(60)", "given up"), ("raise ImportError('no wandb here')", "no wandb here")],

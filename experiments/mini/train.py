@@ -119,7 +119,8 @@ def run(every: Sequence[Part], runs: Path, cores: int) -> None:
     that fails; the others are stopped, and resume with the next call."""
     folder = runs / "parts"
     folder.mkdir(parents=True, exist_ok=True)
-    done = {part.name for part in every if _content(folder / f"{part.name}.json") == list(part.arguments)}
+    commands = {part.name: [text.replace(str(runs), "<runs>") for text in part.arguments] for part in every}
+    done = {name for name, command in commands.items() if _content(folder / f"{name}.json") == command}
     left = [part for part in every if part.name not in done]
     scripts = {part.script: importlib.import_module(f"experiments.mini.{part.script}") for part in left}  # then fork
     running: dict[str, list[Any]] = {}
@@ -148,8 +149,7 @@ def run(every: Sequence[Part], runs: Path, cores: int) -> None:
                 if all(process.exitcode == 0 for process in some):
                     del running[name]
                     done.add(name)
-                    arguments = next(part.arguments for part in every if part.name == name)
-                    replace_file(folder / f"{name}.json", json.dumps(arguments).encode())
+                    replace_file(folder / f"{name}.json", json.dumps(commands[name]).encode())
     finally:
         for process in (process for some in running.values() for process in some):
             process.terminate()
@@ -180,6 +180,7 @@ def main() -> None:
     if args.device == "cpu":
         os.nice(10)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command resumes"))
+    args.runs = str(Path(args.runs))
     run(parts(args), Path(args.runs), args.cores)
 
 
