@@ -211,7 +211,16 @@ def test_instruct_pix2pix_is_three_branches(made):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-@of("ssd1b", "koala700m")
+@of("sdxl", "koala1b")
+def test_euler_with_cfg_and_pag_of_sdxl_families(made):
+    pipeline, sd = made
+    noise, options = initial_noise([3, 4], (4, 8, 12)), {"guidance_scale": 4.0, "pag_scale": 2.0, "layers": ["mid"]}
+    expected = in_diffusers(pipeline, StableDiffusionXLPAGPipeline, noise, **options)
+    terms = {"cfg": cfg(4.0), "pag": perturbed("pag", PAG(where="mid"), 2.0)}
+    torch.testing.assert_close(here(sd, noise, terms), expected, rtol=1e-4, atol=1e-4)
+
+
+@of("ssd1b", "vega", "koala700m")
 def test_euler_with_cfg_and_pag_without_attention_in_the_middle(made):
     pipeline, sd = made
     noise = initial_noise([3, 4], (4, 8, 12))
