@@ -31,7 +31,7 @@ from segresearch.models import load_model
 from segresearch.models.controlnet import controlled
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.sample_images import encode_conds
-from segresearch.sampling import initial_noise, sample
+from segresearch.sampling import ImageStart, initial_noise, sample
 
 PROMPTS = ["a red cube", "", "Two cubes, left!"]
 SD = [name for name, family in FAMILIES.items() if not family.sized]
@@ -218,6 +218,24 @@ def test_euler_with_cfg_and_pag_of_sdxl_families(made):
     expected = in_diffusers(pipeline, StableDiffusionXLPAGPipeline, noise, **options)
     terms = {"cfg": cfg(4.0), "pag": perturbed("pag", PAG(where="mid"), 2.0)}
     torch.testing.assert_close(here(sd, noise, terms), expected, rtol=1e-4, atol=1e-4)
+
+
+@of("refiner")
+def test_the_refiner_refines(made):
+    """Its pipeline is image to image: the last three of four steps, from latents and one noise."""
+    pipeline, sd = made
+    latents, noise = draw(1, 2, 4, 8, 12), torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(5))
+    pipe = type(pipeline)(**pipeline.components, requires_aesthetics_score=True)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        PROMPTS[::2], negative_prompt=["", ""], image=latents, strength=0.75, num_inference_steps=4, guidance_scale=4.0,
+        output_type="latent", generator=torch.Generator().manual_seed(5),
+    ).images  # fmt: skip
+    conds = sd.encode(PROMPTS[::2], negative=["", ""], size=(16, 24))
+    guided, start = GuidedDenoiser(sd.denoiser, {"cfg": cfg(4.0)}), ImageStart(latents, 0.75)
+    ours = sample(guided, noise, schedule="leading", steps=4, conds=conds, start=start)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @of("ssd1b", "vega", "koala700m")
