@@ -4,7 +4,7 @@
     python benchmarks/fuzz.py 10000                                # whole models too: about 0.1 s a case
 
 A case is one mutation of a tiny random model, drawn from its number alone, so a run goes on from any `--seed`. Kinds:
-headers (of a safetensors file, opened, its parts told apart), configs (of every network, scheduler and index, checked
+headers (of a safetensors file, opened and divided into parts), configs (of every network, scheduler and index, checked
 as far as the networks' sizes). The others load the whole model: header (bytes and fields of a header), keys (names and
 shapes of tensors), json (a value in a config), index (the list of shards), tokenizer, part (model.vae, model.unet,
 model.text_encoder), controlnet. A failure is any other exception, a message of several lines, a case of more than

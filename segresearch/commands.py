@@ -7,6 +7,7 @@ import argparse
 import json
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +16,33 @@ from segresearch.errors import ConfigError
 from segresearch.run_index import note
 
 
-@command("generate")
-def generate(config: Any) -> None:
-    """Checks the settings, then makes what is missing of the run."""
-    from segresearch.config import settings
+def _run(config: Any, kind: str, module: str) -> None:
+    """Checks the settings, as those of a class of `config.schema`; then makes what is missing of the run, by the
+    function of `module` that has its name. A slip shows before anything heavy is imported."""
+    from segresearch.config import schema, settings
 
-    run = settings(config)  # a slip shows before anything heavy is imported
-
-    from segresearch import generate as module
-
-    done = module.generate(run)
+    run = settings(config, getattr(schema, kind))
+    done = getattr(import_module(module), module.rpartition(".")[2])(run)
     note(done.folder, run.out)
     print(done)
+
+
+@command("generate")
+def generate(config: Any) -> None:
+    """Images and their grid."""
+    _run(config, "GenerateConfig", "segresearch.generate")
 
 
 @command("evaluate")
 def evaluate(config: Any) -> None:
-    """Checks the settings, then samples and measures what is missing of the run."""
-    from segresearch.config import EvaluateConfig, settings
-
-    run = settings(config, EvaluateConfig)  # a slip shows before anything heavy is imported
-
-    from segresearch.evaluation import evaluate as module
-
-    done = module.evaluate(run)
-    note(done.folder, run.out)
-    print(done)
+    """Images of several methods, measured."""
+    _run(config, "EvaluateConfig", "segresearch.evaluation.evaluate")
 
 
 @command("analyze")
 def analyze(config: Any) -> None:
-    """Checks the settings, then measures what is not measured yet."""
-    from segresearch.config import AnalyzeConfig, settings
-
-    run = settings(config, AnalyzeConfig)  # a slip shows before anything heavy is imported
-
-    from segresearch.analysis import analyze as module
-
-    done = module.analyze(run)
-    note(done.folder, run.out)
-    print(done)
+    """The attention of some images, measured."""
+    _run(config, "AnalyzeConfig", "segresearch.analysis.analyze")
 
 
 def overview() -> None:

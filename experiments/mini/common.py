@@ -140,6 +140,11 @@ class Plan:
     stop: int | None = None
     seconds: float | None = None
 
+    @staticmethod
+    def of(args: argparse.Namespace, **settings: Any) -> "Plan":
+        """From `arguments`; settings: further fields."""
+        return Plan(args.steps, peak=args.peak, stop=args.stop, seconds=args.seconds, **settings)
+
     def rate(self, step: int, steps: int | None) -> float:
         """The learning rate of a step. steps: of the training, None before they are measured."""
         if steps is None or step < TIMED.stop:  # so that a training that starts again repeats it
@@ -158,8 +163,9 @@ def known_steps(folder: Path, plan: Plan, measured: int | None = None) -> int | 
     return json.loads(path.read_text())["steps"] if path.exists() else None
 
 
-def add_arguments(parser: argparse.ArgumentParser, steps: int, batch: int, peak: float) -> None:
-    """The arguments that every training has, with these defaults."""
+def arguments(parser: argparse.ArgumentParser, steps: int, batch: int, peak: float) -> argparse.Namespace:
+    """Those of `parser` and those that every training has, with these defaults, from the command line. torch runs with
+    the threads of them from here on."""
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--seconds", type=float, help="train for about this long, in place of --steps")
     parser.add_argument("--batch", type=int, default=batch)
@@ -168,6 +174,9 @@ def add_arguments(parser: argparse.ArgumentParser, steps: int, batch: int, peak:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--stop", type=int, help="end the process at this step; the same command goes on")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    return args
 
 
 def train(

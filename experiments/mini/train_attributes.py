@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.mini.common import Plan, add_arguments, batch_indices, generator, save_state, train
+from experiments.mini.common import Plan, arguments, batch_indices, generator, save_state, train
 from experiments.mini.render import SHARD, open_images, take
 from experiments.mini.train_vae import HELD_OUT
 from segresearch.metrics.agreement import (
@@ -66,9 +66,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=Path, default=Path("runs/mini/scenes"))
     parser.add_argument("--out", type=Path, default=Path("runs/mini/attributes"))
     parser.add_argument("--images", type=int, default=16 * SHARD)
-    add_arguments(parser, steps=2500, batch=64, peak=3e-3)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(parser, steps=2500, batch=64, peak=3e-3)
     shards, truth = open_images(args.scenes, args.images), scene_attributes(range(args.images))
     torch.manual_seed(args.seed)
     classifier = AttributeClassifier(WIDTH).to(args.device)
@@ -87,16 +85,7 @@ def main() -> None:
         value = attribute_loss(count, names, expected)
         return value, {"count": (count.argmax(1) + 1 == expected.count).float().mean()}
 
-    plan = Plan(
-        args.steps,
-        peak=args.peak,
-        warmup=100,
-        hold=0.3,
-        decay=0.998,
-        stop=args.stop,
-        seconds=args.seconds,
-        save_every=250,
-    )
+    plan = Plan.of(args, warmup=100, hold=0.3, decay=0.998, save_every=250)
     weights = train(args.out, classifier, loss, plan, {k: str(v) for k, v in vars(args).items()})
     print(json.dumps(finish(args.out, weights, WIDTH, min(2048, args.images)), indent=1))
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from experiments.mini.common import Plan, add_arguments, batch_indices, generator, save_state, train
+from experiments.mini.common import Plan, arguments, batch_indices, generator, save_state, train
 from experiments.mini.encode import load_shards
 from experiments.mini.render import SHARD, open_images, take
 from experiments.mini.tokenizer import LENGTH, load_tokenizer, second, tokenize
@@ -117,9 +117,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/mini/clip"))
     parser.add_argument("--weights", type=Path, help="a clip.pt to start from, instead of random weights")
     parser.add_argument("--images", type=int, default=16 * SHARD)
-    add_arguments(parser, steps=1800, batch=128, peak=1.5e-3)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(parser, steps=1800, batch=128, peak=1.5e-3)
     tokenizer_folder = args.runs / "tokenizers" / "tokenizer"
     tokenizer = load_tokenizer(tokenizer_folder)
     if (tokenizer.bos_token_id, tokenizer.eos_token_id) != (BEGIN_ID, END_ID):
@@ -147,17 +145,7 @@ def main() -> None:
             logged[f"accuracy{which + 1}"] = (logits.argmax(1) == target).float().mean()
         return loss, logged
 
-    plan = Plan(
-        args.steps,
-        peak=args.peak,
-        warmup=100,
-        hold=0.2,
-        decay=0.995,
-        weight_decay=0.02,
-        stop=args.stop,
-        seconds=args.seconds,
-        save_every=250,
-    )
+    plan = Plan.of(args, warmup=100, hold=0.2, decay=0.995, weight_decay=0.02, save_every=250)
     weights = train(args.out, model, loss_of, plan, {k: str(v) for k, v in vars(args).items()})
     print(json.dumps(finish(args.out, weights, tokenizer_folder, min(1024, args.images)), indent=1))
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.mini.common import Plan, add_arguments, batch_indices, generator, save_state, train
+from experiments.mini.common import Plan, arguments, batch_indices, generator, save_state, train
 from experiments.mini.encode import load_shards
 from experiments.mini.render import MAPS, SHARD, open_images, pick
 from experiments.mini.tokenizer import LENGTH
@@ -117,9 +117,7 @@ def main() -> None:
     parser.add_argument("--drop", type=float, default=0.5, help="fraction of rows without text")
     parser.add_argument("--gamma", type=float, default=5.0, help="loss weights min(SNR, gamma) / SNR")
     parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler")
-    add_arguments(parser, steps=2000, batch=32, peak=1e-3)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(parser, steps=2000, batch=32, peak=1e-3)
     device = torch.device(args.device)
     out = args.out or args.runs / f"controlnet_{args.kind}"
     latents = load_shards(args.runs / "latents", args.images, axis=0)
@@ -167,16 +165,7 @@ def main() -> None:
         packed = {"step": step, "weights": {k.removeprefix("net."): v for k, v in weights.items()}}
         save_state(out / "controlnet.pt", packed)
 
-    plan = Plan(
-        args.steps,
-        peak=args.peak,
-        warmup=100,
-        hold=0.5,
-        decay=0.995,
-        stop=args.stop,
-        seconds=args.seconds,
-        save_every=200,
-    )
+    plan = Plan.of(args, warmup=100, hold=0.5, decay=0.995, save_every=200)
     train(out, model, loss_of, plan, {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}, keep)
 
 

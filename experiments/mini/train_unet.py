@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from experiments.mini.common import Plan, add_arguments, batch_indices, generator, rank, save_state, train, world
+from experiments.mini.common import Plan, arguments, batch_indices, generator, rank, save_state, train, world
 from experiments.mini.encode import load_shards
 from experiments.mini.render import SHARD
 from experiments.mini.tokenizer import LENGTH, second
@@ -131,7 +131,6 @@ def diffusion_loss(
 
 
 def run(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
     count, device = args.images, torch.device(args.device)
@@ -169,16 +168,7 @@ def run(args: argparse.Namespace) -> None:
         packed = {"step": step, "weights": dict(weights), "config": json.dumps(config)}
         save_state(args.out / "unet.pt", packed)
 
-    plan = Plan(
-        args.steps,
-        peak=args.peak,
-        warmup=200,
-        hold=args.hold,
-        decay=0.9995,
-        stop=args.stop,
-        seconds=args.seconds,
-        save_every=args.save_every,
-    )
+    plan = Plan.of(args, warmup=200, hold=args.hold, decay=0.9995, save_every=args.save_every)
     metadata = {"config": config, **{k: str(v) for k, v in vars(args).items()}}
     train(args.out, unet, loss_of, plan, metadata, keep)
     if dist.is_initialized():
@@ -199,8 +189,7 @@ def main() -> None:
     parser.add_argument("--gamma", type=float, default=5.0)
     parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler")
     parser.add_argument("--save-every", type=int, default=200)
-    add_arguments(parser, steps=6000, batch=48, peak=1e-3)
-    args = parser.parse_args()
+    args = arguments(parser, steps=6000, batch=48, peak=1e-3)
     args.out.mkdir(parents=True, exist_ok=True)
     run(args)
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.mini.common import Plan, add_arguments, batch_indices, generator, save_state, train
+from experiments.mini.common import Plan, arguments, batch_indices, generator, save_state, train
 from experiments.mini.render import SHARD, open_images, take
 from segresearch.models.vae import VAE, VAEConfig
 from segresearch.scenes.scenes import scenes
@@ -98,9 +98,7 @@ def main() -> None:
     parser.add_argument("--kl", type=float, default=5e-4)
     parser.add_argument("--weights", type=Path, help="a vae.pt to start from, instead of random weights")
     parser.add_argument("--decoder-of", type=Path, help="a vae.pt to start from, whose encoder is kept")
-    add_arguments(parser, steps=2400, batch=16, peak=2e-3)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(parser, steps=2400, batch=16, peak=2e-3)
     shards = open_images(args.scenes, args.images)
     torch.manual_seed(args.seed)
     vae = VAE(VAEConfig.from_dict(CONFIG))
@@ -128,16 +126,7 @@ def main() -> None:
         mse = F.mse_loss(output.detach().float(), images)
         return reconstruction + args.kl * kl, {"kl": kl.detach(), "mse": mse}
 
-    plan = Plan(
-        args.steps,
-        peak=args.peak,
-        warmup=100,
-        hold=0.3,
-        decay=0.998,
-        stop=args.stop,
-        seconds=args.seconds,
-        save_every=250,
-    )
+    plan = Plan.of(args, warmup=100, hold=0.3, decay=0.998, save_every=250)
     metadata = {"config": CONFIG, **{k: str(v) for k, v in vars(args).items()}}
     weights = train(args.out, vae, loss_of, plan, metadata)
     print(json.dumps(finish(args.out, weights, scaling_factor, min(512, args.images)), indent=1))

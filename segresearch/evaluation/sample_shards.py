@@ -215,14 +215,13 @@ def sample_range(
     """Images of `rows`, in batches that start with the range, and the arrays NORMS (where all images were evaluated
     equally often) and COST (see `required_arrays`). Raises NotFinite.
 
-    controls: the active ControlNets of each batch, filled where it is empty. bar: told of each step and
-    each batch.
+    controls: the active ControlNets of each batch, filled where it is empty. bar: of the images, moved
+    at each step and each batch.
     """
     config, step = spec.config, int(spec.config.batch_size)
     batches = [rows[i : i + step] for i in range(0, len(rows), step)]
-    size = config.size or sd.default_size
+    size, sigmas = config.size or sd.default_size, run_sigmas(sd, config, config.init)
     if config.controls and not controls:
-        sigmas = run_sigmas(sd, config, config.init)
         for batch in batches:
             controls.append(controlled_batch(sd, config.controls, [spec.controls[i] for i in batch], size, sigmas))
     norms: list[list[Tensor]] = []  # of each batch and evaluation (b,)
@@ -239,8 +238,7 @@ def sample_range(
         conds = encode_conds(sd, model, spec.texts(batch), spec.negative(batch), config.size, config.text.given())
         init = init_images(config.init, [spec.inits[i] for i in batch] if spec.inits else (), size)
         with FlopCounterMode(display=False) if batch.start == 0 else contextlib.nullcontext() as counter:
-            steps = len(run_sigmas(sd, config, config.init)) - 1
-            report = None if bar is None else bar.callback(len(batch), len(batch), steps)
+            report = None if bar is None else bar.callback(len(batch), len(batch), len(sigmas) - 1)
             latents = sample_latents(sd, model, batch, conds, config, control, init=init, callback=report)
         if counter is not None:
             arrays[COST] = np.array([counter.get_total_flops() / len(batch)])

@@ -133,8 +133,8 @@ class StableDiffusion:
         """The numbers that the model reads beside the text: see `Cond.time_ids`. score: of SDXL's refiner. InputError
         for sizes of a model that is told none."""
         size = size or self.default_size
-        told, known = {"original_size": original_size, "target_size": target_size}, self.unet.config.size_ids
-        for name, value in told.items():
+        sizes, known = {"original_size": original_size, "target_size": target_size}, self.unet.config.size_ids
+        for name, value in sizes.items():
             if value is not None and (not known or known == 5 and name == "target_size"):
                 raise InputError(f"{name}={value}: this model is told no {name.replace('_', ' ')}; leave it out")
         if tuple(crop) != (0, 0) and not known:
