@@ -17,7 +17,7 @@ from segresearch.control_images.identify import control_records, identify_contro
 from segresearch.evaluation import branch_plots, branches, plots, ranking, ranking_plots, shards
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import latex, markdown, table, to_jsonl
-from segresearch.evaluation.sample_shards import IMAGES
+from segresearch.evaluation.sample_shards import IMAGES, Worker
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.init_images import identify_init
 from segresearch.pages import render, to_csv
@@ -142,6 +142,14 @@ def _shown(image: Image.Image, record: Mapping[str, Any]) -> dict[str, Any]:
         image = image.resize(size, Image.Resampling.LANCZOS)
     factor = max(1, SMALLEST // image.height)
     return {**record, "png": png(image, record), "width": image.width * factor, "height": image.height * factor}
+
+
+def mirrored(spec: EvaluationSpec, run: str, reference_images: int, worker: Worker) -> WandbRun:
+    """What W&B is told of a worker while it samples. run: the name of the run's folder."""
+    config = spec.config
+    name = f"{config.name} {run}" + ("" if worker.world == 1 else f" {worker}")
+    settings = {**spec.facts(run, reference_images), "images": config.images, "methods": list(spec.methods)}
+    return WandbRun(name, config.name, "", settings, tags=[config.model.name])
 
 
 def log_evaluation(spec: EvaluationSpec, result: Result, folder: Path) -> bool:
