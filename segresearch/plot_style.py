@@ -1,5 +1,6 @@
 """How every plot looks: a title, axes with units, and a caption in the image. pyplot's global state is not touched."""
 
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,21 @@ from segresearch.runs import replacing
 CHARACTERS = 15.5  # of a caption's line, an inch
 
 
+class Drawing(Figure):
+    """A figure that a notebook shows as a picture, although pyplot, which would ask for that, is not loaded."""
+
+    def _repr_png_(self) -> bytes:
+        data = io.BytesIO()
+        self.savefig(data, format="png", dpi=100)
+        return data.getvalue()
+
+
 def canvas(width: float, height: float, title: str, caption: str) -> Figure:
     """An empty figure (inches) with its title above and its caption below, and room for axes between."""
     lines = textwrap.wrap(caption, int((width - 0.4) * CHARACTERS))
     foot = 0.2 + 0.165 * len(lines)
     total = 0.42 + height + foot
-    figure = Figure(figsize=(width, total), dpi=130, layout="constrained", facecolor="white")
+    figure = Drawing(figsize=(width, total), dpi=130, layout="constrained", facecolor="white")
     figure.text(0.2 / width, 1 - 0.14 / total, title, ha="left", va="top", fontsize=12, weight="bold", color=INK)
     figure.text(0.2 / width, 0.1 / total, "\n".join(lines), ha="left", va="bottom", fontsize=8.5, color=QUIET)
     engine: Any = figure.get_layout_engine()
