@@ -32,6 +32,7 @@ from segresearch.records import (
     save_png,
     with_networks,
 )  # fmt: skip
+from segresearch.wandb_live import live
 from segresearch.wandb_log import WandbRun, log
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None"
     start = time.perf_counter()
     runs.write(run.folder / "config.yaml", written_config(config, OF_A_CALL))
     try:
-        with Bar(len(missing)) as bar:
+        with live(config.wandb, Path(config.out), mirrored(run)) as watch, Bar(len(missing), watch=watch) as bar:
             for panel, method, images, guided in columns:
                 bar.describe(method)
                 for numbers in batches(panel.rows, batch_size):
@@ -222,20 +223,25 @@ def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None"
     return time.perf_counter() - start
 
 
+def mirrored(run: Run) -> WandbRun:
+    """The run as W&B is told of it, without numbers and images."""
+    config = run.config
+    settings = {**config_record(config, OF_A_CALL), "run": run.folder.name, "code": runs.code_version()}
+    tags = [config.model.name, *(method for files in run.panels for method in files.images)][:20]
+    return WandbRun(f"{config.name} {run.folder.name}", config.name, "images", settings, tags=tags)
+
+
 def log_images(run: Run, result: RunResult) -> None:
     """In W&B: the grid, and the images of each method as a gallery. See `wandb_log.log`."""
-    config, name = run.config, f"{run.config.name} {run.folder.name}"
+    config, whole = run.config, mirrored(run)
     galleries: dict[str, list[tuple[Path, str]]] = {"grid": [(result.grid, "")]}
     for files in run.panels:
         for method, images in files.images.items():
             title = f"{files.panel.title}: {method}" if files.panel.title else method
             shown = [(p, f"seed {r['seed']}" + f": {r['prompt']}" * bool(r["prompt"])) for p, r in images.items()]
             galleries[slug(title)] = shown[: config.grid.rows]
-    values = {"images": result.sampled + result.existing}
-    tags = [config.model.name, *(method for files in run.panels for method in files.images)][:20]
-    settings = {**config_record(config, OF_A_CALL), "run": run.folder.name, "code": runs.code_version()}
-    logged = WandbRun(name, config.name, "images", settings, values, images=galleries, tags=tags)
-    log(config.wandb, Path(config.out), [name, sorted(galleries)], lambda _: [logged])
+    logged = replace(whole, values={"images": result.sampled + result.existing}, images=galleries)
+    log(config.wandb, Path(config.out), [whole.name, sorted(galleries)], lambda _: [logged])
 
 
 def save_control_images(run: Run, size: tuple[int, int]) -> None:

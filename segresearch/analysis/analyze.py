@@ -34,6 +34,7 @@ from segresearch.errors import ConfigError
 from segresearch.init_images import identify_init, init_images
 from segresearch.pages import Cell, render, to_csv
 from segresearch.plot_style import Shown, name_sigma, save, shown
+from segresearch.progress import Bar
 from segresearch.records import figure_record, sampling_identity, with_networks
 from segresearch.sample_images import sample_images
 from segresearch.wandb_log import WandbRun, log
@@ -122,13 +123,20 @@ def _capture(
     steps, branches = config.steps_from_0, [config.branch]
     recorder = Recorder(sd.unet.site_heads, config.where, config.heads, steps, branches, folder=folder)
     pixels, size = [], int(config.batch_size)
-    for batch in (images[start : start + size] for start in range(0, len(images), size)):
-        seeds, prompts = [image["seed"] for image in batch], [image["prompt"] for image in batch]
-        attend = recorder.attend(batch)
-        init = init_images(config.init, [starts.get(seed, ()) for seed in seeds], config.size or sd.default_size)
-        negatives = [image["negative"] for image in batch if "negative" in image]
-        negative = negatives or (config.negative if isinstance(config.negative, str | None) else None)
-        pixels.append(sample_images(sd, guided, seeds, prompts, config, negative, attend=attend, init=init))
+    with Bar(len(images)) as bar:
+        bar.describe("sampling")
+        bar.tell(f"sampling {len(images)} images")
+        for batch in (images[start : start + size] for start in range(0, len(images), size)):
+            seeds, prompts = [image["seed"] for image in batch], [image["prompt"] for image in batch]
+            attend = recorder.attend(batch)
+            init = init_images(config.init, [starts.get(seed, ()) for seed in seeds], config.size or sd.default_size)
+            negatives = [image["negative"] for image in batch if "negative" in image]
+            negative = negatives or (config.negative if isinstance(config.negative, str | None) else None)
+            report = bar.callback(len(batch), len(batch), config.init.steps(config.steps))
+            pixels.append(sample_images(
+                sd, guided, seeds, prompts, config, negative, attend=attend, init=init, callback=report
+            ))  # fmt: skip
+            bar.add(len(batch))
     if not recorder.entries:
         raise ConfigError(
             f"branch {config.branch!r} computes no attention at where={config.where!r} in steps {config.measured_steps}"

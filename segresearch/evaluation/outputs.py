@@ -17,7 +17,7 @@ from segresearch.control_images.identify import control_records, identify_contro
 from segresearch.evaluation import branch_plots, branches, plots, ranking, ranking_plots, shards
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import FORCED, Lines, latex_tables, markdown, table, to_jsonl
-from segresearch.evaluation.sample_shards import IMAGES
+from segresearch.evaluation.sample_shards import IMAGES, Worker
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.init_images import identify_init
 from segresearch.method_looks import look
@@ -160,6 +160,14 @@ def _shown(image: Image.Image, record: Mapping[str, Any]) -> dict[str, Any]:
     alt = ", ".join(filter(None, (str(record["method"]), f"seed {record['seed']}", record["prompt"])))
     return {"seed": record["seed"], "prompt": record["prompt"], "src": embedded(png(image, record)), "alt": alt,
             "small": image.height <= 192, "width": image.width * factor, "height": image.height * factor}  # fmt: skip
+
+
+def mirrored(spec: EvaluationSpec, run: str, reference_images: int, worker: Worker) -> WandbRun:
+    """What W&B is told of a worker while it samples. run: the name of the run's folder."""
+    config = spec.config
+    name = f"{config.name} {run}" + ("" if worker.world == 1 else f" {worker}")
+    settings = {**spec.facts(run, reference_images), "images": config.images, "methods": list(spec.methods)}
+    return WandbRun(name, config.name, "", settings, tags=[config.model.name])
 
 
 def log_evaluation(spec: EvaluationSpec, result: Result, folder: Path) -> bool:
