@@ -63,8 +63,8 @@ def of_verdicts(claims: Rows) -> dict[str, str]:
         return number(float(least["smallest_margin"]), digits), at
 
     lse, at = worst("lse_falls", ["reflect"], 3)
-    margins = [(name, *worst(claim, some)) for name, claim, some in (
-        ("eqs. (19)–(20), `exact`", "theorem_paper", ["exact"]), ("chain rule", "theorem_chain", BOUNDARIES))]  # fmt: skip
+    margins = [("eqs. (19)–(20), `exact`", *worst("theorem_paper", ["exact"])),
+               ("chain rule", *worst("theorem_chain", BOUNDARIES))]  # fmt: skip
     gap = max(-float(c["smallest_margin"]) for c in claims if c["claim"] == "blur_commutes")
     failing = 1 - min(float(c["share_holding"]) for c in chosen("lse_falls", ["reflect"]))
     half, one, infinite = (-float(chosen("diagonal_shrinks", ["exact"], [s])[0]["median_margin"])
