@@ -3,6 +3,8 @@
 # make test-gpu    the tests that need a GPU: images of CPU and GPU, the scripts, CUDA graphs, SDXL at full size
 # make reproduce   tables 1, 2 and figures 6, 12 of the paper on the embedded model, 1,000 images per method; in runs/
 # make docs    the site of the docs, in site/: static files
+# make notebooks      executes experiments/notebooks into docs/notebooks, a minute
+# make docs-numbers   measures the numbers of the docs again and compares them with the pages, minutes (docs/numbers.md)
 # make check   ruff and mypy
 # make clean   removes caches, builds and the environment; runs/ stays
 #
@@ -17,7 +19,7 @@ OLDEST := 3.11
 PYTHONS := python3.14 python3.13 python3.12 python3.11 python3 python
 SUITS := import sys, ensurepip, venv; sys.exit(sys.version_info[:2] < tuple(map(int, "$(OLDEST)".split("."))))
 
-.PHONY: demo test test-slow test-gpu reproduce docs check clean
+.PHONY: demo test test-slow test-gpu reproduce docs notebooks docs-numbers check clean
 
 demo: $(READY)
 	$(VENV)/bin/python experiments/generate.py experiment=demo
@@ -41,6 +43,13 @@ reproduce: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 	@echo "the docs: site/index.html"
+
+notebooks: $(READY)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	$(VENV)/bin/python -m experiments.docs.notebooks
+
+docs-numbers: $(READY)
+	$(VENV)/bin/python -m experiments.docs.numbers --check
 
 check: $(READY)
 	$(VENV)/bin/ruff check .
