@@ -2,6 +2,8 @@
 exists is not sampled again: the same command resumes a run, and a finished run loads no model."""
 
 import contextlib
+import itertools
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -98,7 +100,7 @@ def complete(run: Run, model: "StableDiffusion | None") -> RunResult:
     stored = {path: read_record(path) or {} for path in records}
     missing = {path for path, r in records.items() if any(stored[path].get(key) != r[key] for key in IDENTITY)}
     existing = len(records) - len(missing)
-    if others := {stored[path]["code"] for path in records.keys() - missing} - {runs.code_version()}:
+    if others := {str(stored[path].get("code")) for path in records.keys() - missing} - {runs.code_version()}:
         other = f"images by other code ({', '.join(sorted(others))}) are kept"
         print(f"{other}; remove {run.folder} to sample them again", flush=True)
     if missing and existing:
@@ -265,8 +267,30 @@ def save_control_images(run: Run, size: tuple[int, int]) -> None:
                 save_control_image(files.panel.controls[name], settings["image"], size, path, record)
 
 
+def alone(method: str, title: str, rows: Sequence[ImageSpec], paths: Sequence[Path]) -> Block:
+    """The table of one method: a row a prompt and a column a seed; of one prompt as close to a square as it gets; a row
+    an image where each has a prompt of its own."""
+    seeds, prompts = (list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("seed", "prompt"))
+    title = f"{method}: {title}" if title else method
+    if len(prompts) > 1 and [(row.prompt, row.seed) for row in rows] == list(itertools.product(prompts, seeds)):
+        lines = [paths[i : i + len(seeds)] for i in range(0, len(paths), len(seeds))]
+        return Block(title, [f"seed {seed}" for seed in seeds], [("", prompt) for prompt in prompts], lines)
+    if len(prompts) > 1:
+        return Block(title, [""], [(f"seed {row.seed}", row.prompt) for row in rows], [[path] for path in paths])
+    wide = max(min(4, len(paths)), math.ceil(math.sqrt(len(paths))))
+    parts = [range(i, min(i + wide, len(paths))) for i in range(0, len(paths), wide)]
+    if len(parts) == 1:
+        return Block(title, [f"seed {seed}" for seed in seeds], [("", "")], [list(paths)])
+    named = [", ".join(str(seeds[i]) for i in part) for part in parts]
+    ends = [f"{seeds[part[0]]} to {seeds[part[-1]]}" for part in parts]
+    rising = all(b == a + 1 for a, b in itertools.pairwise(seeds))
+    captions = [("seeds", text) for text in (ends if rising else named)]
+    return Block(title, [""] * wide, captions, [[paths[i] for i in part] for part in parts])
+
+
 def save_grid(run: Run) -> Path:
-    """grid.png: a block a panel, rows are seeds (and prompts), columns methods; kept if it is this grid already."""
+    """grid.png: a block a panel, rows are seeds (and prompts), columns methods (one method: see `alone`). Kept if it is
+    this grid already."""
     config, path, limit, blocks = run.config, run.folder / "grid.png", run.config.grid.rows, []
     for files in run.panels:
         heads = [f"control: {name}" if len(files.controls) > 1 else "control" for name in files.controls]
@@ -275,11 +299,16 @@ def save_grid(run: Run) -> Path:
         captions = [(f"seed {row.seed}", row.prompt) for row in rows]
         if not title and len({row.prompt for row in rows}) == 1 and rows[0].prompt:
             title, captions = f"“{rows[0].prompt}”", [(seed, "") for seed, _ in captions]
-        blocks.append(Block(title, (*heads, *files.images), captions, cells))
+        blocks.append(
+            Block(title, (*heads, *files.images), captions, cells) if len(files.images) > 1 or files.controls
+            else alone(next(iter(files.images)), title, rows, [path for (path,) in cells])
+        )  # fmt: skip
     sampling = f"{config.model.name}: {config.sampler.name}, {config.steps} steps, {config.schedule.name} schedule"
     more = f"; the first {limit} rows of more" if any(len(files.panel.rows) > limit for files in run.panels) else ""
     steered = " under one control image" if any(files.controls for files in run.panels) else ""
-    note = f"{sampling}. Every row starts from one noise{steered}; columns differ in guidance alone{more}."
+    several = any(len(files.images) > 1 or files.controls for files in run.panels)
+    text = f"Every row starts from one noise{steered}; columns differ in guidance alone" if several else "One method"
+    note = f"{sampling}. {text}{more}."
     title = config.grid.title or config.name
     texts = [(block.title, block.heads, block.captions) for block in blocks]
     drawn = runs.digest([GRID_VERSION, config.grid, texts, title, note])
