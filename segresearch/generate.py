@@ -2,8 +2,6 @@
 exists is not sampled again: the same command resumes a run, and a finished run loads no model."""
 
 import contextlib
-import itertools
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from segresearch import runs
+from segresearch import image_page, runs
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import GenerateConfig
 from segresearch.config.build import build_guidance, configured_model, device_kind, resolved
@@ -21,7 +19,8 @@ from segresearch.config.compose import written_config
 from segresearch.config.expand import ImageSpec, Panel, panels, slug
 from segresearch.control_images.identify import control_records, identify_controls
 from segresearch.errors import NotFinite
-from segresearch.image_grid import Block, cell_height, draw_grid, image_size
+from segresearch.image_grid import cell_height, draw_grid, image_size
+from segresearch.image_page import PanelFiles
 from segresearch.init_images import identify_init, init_images
 from segresearch.progress import Bar
 from segresearch.records import (
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from segresearch.models import StableDiffusion
 
 GRID_VERSION = 1
+PAGE = "index.html"
 OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}  # not of the run
 IDENTITY = ("run", "method", "prompt", "seed")  # tell one image's record from any other's
 
@@ -56,19 +56,10 @@ class RunResult:
 
     def __str__(self) -> str:
         if not self.sampled:
-            return f"all {self.existing} images exist already\ngrid: {self.grid}"
+            return f"all {self.existing} images exist already\ngrid: {self.grid}\npage: {self.folder / PAGE}"
         rate = f"{self.sampled / self.seconds:.2f} images/s"
         existing = f", {self.existing} existed already" if self.existing else ""
-        return f"{self.sampled} images sampled ({rate}){existing}\ngrid: {self.grid}"
-
-
-@dataclass(frozen=True)
-class PanelFiles:
-    """A panel and its files in the order of its rows: images and their records by method, control images by control."""
-
-    panel: Panel
-    images: Mapping[str, Mapping[Path, Mapping[str, Any]]]
-    controls: Mapping[str, list[Path]]
+        return f"{self.sampled} images sampled ({rate}){existing}\ngrid: {self.grid}\npage: {self.folder / PAGE}"
 
 
 @dataclass(frozen=True)
@@ -267,48 +258,18 @@ def save_control_images(run: Run, size: tuple[int, int]) -> None:
                 save_control_image(files.panel.controls[name], settings["image"], size, path, record)
 
 
-def alone(method: str, title: str, rows: Sequence[ImageSpec], paths: Sequence[Path]) -> Block:
-    """The table of one method: a row a prompt and a column a seed; of one prompt as close to a square as it gets; a row
-    an image where each has a prompt of its own."""
-    seeds, prompts = (list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("seed", "prompt"))
-    title = f"{method}: {title}" if title else method
-    if len(prompts) > 1 and [(row.prompt, row.seed) for row in rows] == list(itertools.product(prompts, seeds)):
-        lines = [paths[i : i + len(seeds)] for i in range(0, len(paths), len(seeds))]
-        return Block(title, [f"seed {seed}" for seed in seeds], [("", prompt) for prompt in prompts], lines)
-    if len(prompts) > 1:
-        return Block(title, [""], [(f"seed {row.seed}", row.prompt) for row in rows], [[path] for path in paths])
-    wide = max(min(4, len(paths)), math.ceil(math.sqrt(len(paths))))
-    parts = [range(i, min(i + wide, len(paths))) for i in range(0, len(paths), wide)]
-    if len(parts) == 1:
-        return Block(title, [f"seed {seed}" for seed in seeds], [("", "")], [list(paths)])
-    named = [", ".join(str(seeds[i]) for i in part) for part in parts]
-    ends = [f"{seeds[part[0]]} to {seeds[part[-1]]}" for part in parts]
-    rising = all(b == a + 1 for a, b in itertools.pairwise(seeds))
-    captions = [("seeds", text) for text in (ends if rising else named)]
-    return Block(title, [""] * wide, captions, [[paths[i] for i in part] for part in parts])
-
-
 def save_grid(run: Run) -> Path:
-    """grid.png: a block a panel, rows are seeds (and prompts), columns methods (one method: see `alone`). Kept if it is
-    this grid already."""
-    config, path, limit, blocks = run.config, run.folder / "grid.png", run.config.grid.rows, []
-    for files in run.panels:
-        heads = [f"control: {name}" if len(files.controls) > 1 else "control" for name in files.controls]
-        cells = list(zip(*files.controls.values(), *files.images.values(), strict=True))[:limit]
-        rows, title = files.panel.rows[:limit], files.panel.title
-        captions = [(f"seed {row.seed}", row.prompt) for row in rows]
-        if not title and len({row.prompt for row in rows}) == 1 and rows[0].prompt:
-            title, captions = f"“{rows[0].prompt}”", [(seed, "") for seed, _ in captions]
-        blocks.append(
-            Block(title, (*heads, *files.images), captions, cells) if len(files.images) > 1 or files.controls
-            else alone(next(iter(files.images)), title, rows, [path for (path,) in cells])
-        )  # fmt: skip
+    """grid.png: a block a panel, rows are seeds (and prompts), columns methods; kept if it is this grid already. The
+    page beside it."""
+    config, path, limit = run.config, run.folder / "grid.png", run.config.grid.rows
+    blocks = [block for files in run.panels for block in image_page.blocks(files, limit, config.grid.across)]
     sampling = f"{config.model.name}: {config.sampler.name}, {config.steps} steps, {config.schedule.name} schedule"
     more = f"; the first {limit} rows of more" if any(len(files.panel.rows) > limit for files in run.panels) else ""
     steered = " under one control image" if any(files.controls for files in run.panels) else ""
-    several = any(len(files.images) > 1 or files.controls for files in run.panels)
-    text = f"Every row starts from one noise{steered}; columns differ in guidance alone" if several else "One method"
-    note = f"{sampling}. {text}{more}."
+    compared = f"Every row starts from one noise{steered}; columns differ in guidance alone"
+    if all(map(image_page.alone, run.panels)):
+        compared = "Each image starts from the noise of its seed"
+    note = f"{sampling}. {compared}{more}."
     title = config.grid.title or config.name
     texts = [(block.title, block.heads, block.captions) for block in blocks]
     drawn = runs.digest([GRID_VERSION, config.grid, texts, title, note])
@@ -319,4 +280,6 @@ def save_grid(run: Run) -> Path:
         record["generate"] = config_record(config, OF_A_CALL)  # not compared: it names folders
         cell = config.grid.cell or cell_height(blocks[0].paths[0][0])
         save_png(draw_grid(blocks, title, note, cell, config.grid.across), path, record)
+    made = {"run": run.folder.name, "model": f"{config.model.name}, {config.model.dtype}"}
+    runs.write(run.folder / PAGE, image_page.page(run.panels, run.folder, title, note, made, limit))
     return path

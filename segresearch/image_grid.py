@@ -19,7 +19,7 @@ class Block:
     title: str
     heads: Sequence[str]
     captions: Sequence[tuple[str, str]]
-    paths: Sequence[Sequence[Path]]  # [row][column]
+    paths: Sequence[Sequence[Path]]  # [row][column]; the last row may be shorter
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -82,8 +82,7 @@ class Layout:
         if any(text for _, text in block.captions):
             self.indent = max(self.indent, min(self.image_width, 200))
         self.heads = [wrap(head, size + 1, self.image_width) for head in block.heads]
-        texts = [(label, wrap(text, size, self.indent - 8)) for label, text in block.captions]
-        self.captions = [[label, *lines] if label else lines for label, lines in texts]
+        self.captions = [[label, *wrap(text, size, self.indent - 8)] for label, text in block.captions]
         self.rows = [max(cell, len(lines) * line_height(size)) + GAP for lines in self.captions]
         width = self.indent + len(block.heads) * (self.image_width + GAP)
         self.width = max(width, text_width(block.title, size + 4))
@@ -106,7 +105,7 @@ class Layout:
         for lines, paths, height in zip(self.captions, self.block.paths, self.rows, strict=True):
             write(sheet, x, y, lines[:1], size, QUIET if lines[1:] else INK)
             write(sheet, x, y + line_height(size), lines[1:], size)
-            for left, path in zip(lefts, paths):  # the last row of one method may be shorter
+            for left, path in zip(lefts, paths):
                 image = Image.open(path).convert("RGB")  # enlarged by a whole factor, its pixels stay squares
                 resampling = Image.Resampling.LANCZOS if self.cell % image.height else Image.Resampling.NEAREST
                 width = max(1, round(self.cell * image.width / image.height))  # narrower than the widest: in the middle

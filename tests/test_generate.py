@@ -40,7 +40,7 @@ def test_twice_does_nothing_twice_and_does_not_load_the_model(config, model, mon
     first = generate(config, model)
     assert (first.sampled, first.existing) == (8, 0) and first.grid.is_file() and "images/s" in str(first)
     before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.is_file()}
-    assert len(before) == 8 + 2  # the grid and config.yaml
+    assert len(before) == 8 + 3  # the grid, the page and config.yaml
     monkeypatch.setattr("segresearch.generate.configured_model", None)
     second = generate(config)
     assert (second.sampled, second.existing) == (0, 8) and second.folder == first.folder
@@ -184,40 +184,3 @@ def test_a_full_disk_and_a_locked_folder_are_one_line(config, model, monkeypatch
         generate(dataclasses.replace(config, out=str(tmp_path / "file")), model)
     code, line = cli.explained(caught.value)
     assert code == 2 and line
-
-
-def rows(*pairs):
-    from segresearch.config.expand import ImageSpec
-
-    return [ImageSpec(prompt, seed) for prompt, seed in pairs], [Path(f"{prompt}{seed}.png") for prompt, seed in pairs]
-
-
-def test_one_method_makes_a_grid_that_is_wide_too():
-    from segresearch.generate import alone
-
-    block = alone("SEG", "“red”", *rows(*(("red", seed) for seed in range(10))))
-    assert block.title == "SEG: “red”" and [len(line) for line in block.paths] == [4, 4, 2]
-    assert block.captions == [("seeds", "0 to 3"), ("seeds", "4 to 7"), ("seeds", "8 to 9")]
-    assert [path for line in block.paths for path in line] == [Path(f"red{seed}.png") for seed in range(10)]
-    block = alone("SEG", "", *rows(("", 5), ("", 9)))
-    assert block.heads == ["seed 5", "seed 9"] and len(block.paths) == 1 and block.title == "SEG"
-    assert alone("SEG", "", *rows(*(("", seed) for seed in (1, 4, 7, 9, 11)))).captions[1] == ("seeds", "11")
-    block = alone("SEG", "", *rows(*((text, seed) for text in ("red", "blue", "ring") for seed in (3, 4))))
-    assert block.heads == ["seed 3", "seed 4"] and block.captions == [("", "red"), ("", "blue"), ("", "ring")]
-    assert block.paths[2] == [Path("ring3.png"), Path("ring4.png")]
-    block = alone("SEG", "", *rows(("red", 0), ("blue", 1)))  # a prompt a seed
-    assert block.captions == [("seed 0", "red"), ("seed 1", "blue")] and [len(line) for line in block.paths] == [1, 1]
-
-
-def test_the_grid_of_one_method_is_drawn(tmp_path):
-    from PIL import Image
-
-    from segresearch.generate import alone
-    from segresearch.image_grid import draw_grid
-
-    given, paths = rows(*(("red", seed) for seed in range(7)))
-    paths = [tmp_path / path for path in paths]
-    for path in paths:
-        Image.new("RGB", (64, 64), "red").save(path)
-    sheet = draw_grid([alone("SEG", "“red”", given, paths)], "title", "note", 64)
-    assert sum(count for count, colour in sheet.getcolors(1 << 20) if colour == (255, 0, 0)) == 7 * 64 * 64
