@@ -32,7 +32,8 @@ import torch
 from safetensors.torch import save_file
 
 from segresearch.checkpoints.declared import file_scheduler
-from segresearch.checkpoints.folder import build_networks, building, naming_path, read_json, refuse_other_folder
+from segresearch.checkpoints.folder import build_networks, building, naming_path, refuse_other_folder
+from segresearch.checkpoints.json_files import read_json
 from segresearch.checkpoints.key_maps import clip_map, open_clip_map, unet_map, vae_map
 from segresearch.checkpoints.parts import NONE
 from segresearch.checkpoints.single_file import find_parts

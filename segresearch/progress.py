@@ -13,14 +13,21 @@ FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}"
 
 
 class Bar:
-    """Progress over `total` units, in parts of a unit: `callback` counts the steps of a batch, `add` its end."""
+    """Progress over `total` units, in parts of a unit: `callback` counts the steps of a batch, `add` its end.
+
+    watch: is given the numbers of each moment (`wandb_live`): what is done, the share, the speed, of each method what
+    is done of it.
+    """
 
     def __init__(
-        self, total: int, unit: str = "image", stream: Any = None, clock: Callable[[], float] = time.monotonic
-    ):
-        self.total, self.unit, self.clock = total, unit, clock
+        self, total: int, unit: str = "image", stream: Any = None, clock: Callable[[], float] = time.monotonic,
+        watch: Callable[[dict[str, float]], None] | None = None,
+    ):  # fmt: skip
+        self.total, self.unit, self.clock, self.watch = total, unit, clock, watch
+        self.numbers: dict[str, float] = {}  # what `watch` is told beside
         self.stream = sys.stderr if stream is None else stream
-        self.done, self.passed, self.name = 0, 0.0, ""  # whole units; with the parts of the batch that runs
+        self.done, self.passed = 0, 0.0  # whole units; with the parts of the batch that runs
+        self.name = self.of = ""
         self.start = self.last = clock()
         self.said = 0.0  # share of the last line
         terminal = self.stream.isatty()
@@ -33,10 +40,15 @@ class Bar:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.close()
 
-    def describe(self, name: str) -> None:
-        """What runs now, in front of the bar."""
-        self.name = name
-        self.bar.set_description(name)
+    def describe(self, name: str, by: str = "") -> None:
+        """What runs now, in front of the bar: a method, and by whom where there are several."""
+        self.of, self.name = name, f"{by}, {name}" if by else name
+        self.bar.set_description(self.name)
+
+    def tell(self, text: str) -> None:
+        """A line where there is no terminal, such as what begins now."""
+        if self.bar.disable:
+            print(text, file=self.stream, flush=True)
 
     def callback(self, count: int, rows: int, steps: int) -> Callable[[dict[str, Any]], None]:
         """For `sample`: the steps of a batch of `rows` images, which are `count` units. Nothing is read from x."""
@@ -51,11 +63,19 @@ class Bar:
     def add(self, count: int) -> None:
         """`count` more units are done."""
         self.done += count
+        if key := f"done/{self.of}" if self.of else "":
+            self.numbers[key] = self.numbers.get(key, 0) + count
         self._at(float(self.done))
 
     def _at(self, passed: float) -> None:
         self.passed = max(self.passed, passed)
         self.bar.update(max(0.0, self.passed - self.bar.n))
+        if self.watch is not None and self.total:
+            speed = self.passed / max(self.clock() - self.start, 1e-9)
+            self.watch({
+                f"{self.unit}s": round(self.passed, 3), "share": round(self.passed / self.total, 5),
+                f"{self.unit}s_per_second": round(speed, 5), **self.numbers,
+            })  # fmt: skip
         if not self.bar.disable or not self.total:
             return
         now, share = self.clock(), self.passed / self.total

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from segresearch import runs
-from segresearch.checkpoints.additions import identified, identified_additions
+from segresearch.checkpoints.additions import fingerprinted, identified, identified_additions
 from segresearch.checkpoints.resolve import part_paths, resolve_network
 from segresearch.config.build import device_kind
 from segresearch.config.inputs import IPAdapterConfig
@@ -70,18 +70,13 @@ def with_networks(guidance: GuidanceConfig, model: Path) -> GuidanceConfig:
             path = model if network.path is None else resolve_network(network.path, model)
         except CheckpointError as error:
             raise CheckpointError(f"guidance.networks.{key}.path: {error}") from error
-        fingerprint = runs.fingerprint(path)
-        if network.fingerprint not in (None, fingerprint):
-            text = f"{path} has weights {fingerprint}, not {network.fingerprint}"
-            raise ConfigError(f"guidance.networks.{key}: {text}; leave `fingerprint` out to take them")
-        loras = identified(network.loras, f"guidance.networks.{key}.loras")
-        networks[key] = dataclasses.replace(network, fingerprint=fingerprint, loras=loras)
+        at = f"guidance.networks.{key}"
+        network = fingerprinted(network, runs.fingerprint(path), at, f"{path} has the weights")
+        networks[key] = dataclasses.replace(network, loras=identified(network.loras, f"{at}.loras"))
     if (adapter := guidance.ip_adapter) is not None:
-        fingerprint = adapter_fingerprint(adapter)
-        if adapter.fingerprint not in (None, fingerprint):
-            text = f"its weights and its image are {fingerprint}, not {adapter.fingerprint}"
-            raise ConfigError(f"guidance.ip_adapter: {text}; leave `fingerprint` out to take them")
-        guidance = dataclasses.replace(guidance, ip_adapter=dataclasses.replace(adapter, fingerprint=fingerprint))
+        subject = "its weights and its image are"
+        adapter = fingerprinted(adapter, adapter_fingerprint(adapter), "guidance.ip_adapter", subject)
+        guidance = dataclasses.replace(guidance, ip_adapter=adapter)
     return dataclasses.replace(guidance, networks=networks) if networks else guidance
 
 

@@ -52,7 +52,7 @@ def caption(config: Mapping[str, Any]) -> str:
     text = f"{len(prompts)} prompts" if len(prompts) > 1 else f"“{prompts[0]}”" if prompts[0] else "no prompt"
     part = f"{config['model']['name']}, {config['sampler']['name']}, {config['steps']} steps"
     shown = ", ".join(list(named)[:6]) + (f" and {len(named) - 6} more" if len(named) > 6 else "")
-    return f"{shown}; {text[:80]}; {part}"
+    return f"{shown}; {text[:80]}; {part}" + "; made with force=true" * bool(config.get("force"))
 
 
 def _method(guidance: Mapping[str, Any]) -> str:

@@ -80,30 +80,58 @@ def log(
 def _in_process(arguments: tuple[WandbConfig, Path, Any], limit: float, temporary: Path) -> str:
     """`_write` in a process: what went wrong, in words; "" where all is written. Neither the process nor W&B's service
     outlives the call."""
-    import psutil
-
-    task, answer, data = temporary / "task", temporary / "answer", arguments[1] / "wandb"
+    task, answer = temporary / "task", temporary / "answer"
     task.write_bytes(pickle.dumps(arguments))
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path, "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true",
-           "WANDB_DATA_DIR": str(data / "data"),  # images in tables wait there until they are sent
-           "WANDB_CACHE_DIR": str(data / "cache")}  # fmt: skip
-    call = [sys.executable, "-P", "-m", "segresearch.wandb_log", str(task), str(answer)]
-    with (temporary / "log").open("wb") as output:  # a file: a pipe that W&B's service holds open would be waited for
-        process = subprocess.Popen(call, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   start_new_session=True)  # fmt: skip
+    process = start("segresearch.wandb_log", [str(task), str(answer)], arguments[1], temporary / "log")
     try:
         code = process.wait(limit)
         return answer.read_text() if answer.is_file() else f"its process ended with code {code}"
     except subprocess.TimeoutExpired:
         return f"not done in {limit:g} s, given up"
     finally:
-        with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
-                with contextlib.suppress(psutil.Error):
-                    child.kill()
-        process.kill()
-        process.wait()
+        kill(process)
+
+
+def start(
+    module: str, arguments: Sequence[str], folder: Path, log: Path, stdin: int = subprocess.DEVNULL
+) -> "subprocess.Popen[bytes]":
+    """A process of `module`, in a session of its own, whose W&B writes below `folder`/wandb. log: takes what it says; a
+    file, since a pipe that W&B's service holds open would be waited for."""
+    data = folder / "wandb"
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true",
+           "WANDB_DATA_DIR": str(data / "data"),  # images in tables wait there until they are sent
+           "WANDB_CACHE_DIR": str(data / "cache")}  # fmt: skip
+    call = [sys.executable, "-P", "-m", module, *arguments]
+    with log.open("wb") as output:
+        return subprocess.Popen(call, env=env, stdin=stdin, stdout=output, stderr=output, start_new_session=True)
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """End a process of `start`, and W&B's service with it."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    process.kill()
+    process.wait()
+
+
+def opened(config: WandbConfig, folder: Path, run_id: str, run: WandbRun) -> Any:
+    """The W&B run of `run`, open, without its values."""
+    import wandb
+
+    quiet = wandb.Settings(  # of each run anew: init writes into it
+        silent=True, console="off", init_timeout=30, disable_git=True, save_code=False, x_disable_meta=True,
+        x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
+    )  # fmt: skip
+    return wandb.init(
+        project=config.project, name=run.name, group=run.group, job_type=run.kind, id=run_id, dir=folder,
+        tags=[tag[:TAG] for tag in dict.fromkeys((run.group, run.kind, *run.tags, *config.tags)) if tag],
+        mode=cast(Any, config.mode), config=plain(run.settings), settings=quiet, reinit="finish_previous",
+    )  # fmt: skip
 
 
 def _write(config: WandbConfig, folder: Path, content: Sequence[tuple[str, WandbRun]]) -> None:
@@ -111,15 +139,7 @@ def _write(config: WandbConfig, folder: Path, content: Sequence[tuple[str, Wandb
     import wandb
 
     for run_id, run in content:
-        quiet = wandb.Settings(  # of each run anew: init writes into it
-            silent=True, console="off", init_timeout=30, disable_git=True, save_code=False, x_disable_meta=True,
-            x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
-        )  # fmt: skip
-        logged = wandb.init(
-            project=config.project, name=run.name, group=run.group, job_type=run.kind, id=run_id, dir=folder,
-            tags=[tag[:TAG] for tag in dict.fromkeys((run.group, run.kind, *run.tags, *config.tags)) if tag],
-            mode=cast(Any, config.mode), config=plain(run.settings), settings=quiet, reinit="finish_previous",
-        )  # fmt: skip
+        logged = opened(config, folder, run_id, run)
         for name in ("evaluation", *run.series):
             logged.define_metric(name, step_metric="evaluation" if name in run.series else None)
         for step, values in enumerate(zip(*run.series.values(), strict=True), 1):

@@ -133,10 +133,22 @@ def test_the_page_stands_alone_and_figures_are_pictures(run):
     assert names == ["attention", "energy", "field", "layers_exact", "layers_reflect", "limits", "regime_exact",
                      "regime_reflect", "sigma"]  # fmt: skip
     assert page.count('src="data:image/png;base64,') == len(names) and not re.search(r'(src|href)="(?!data:)', page)
-    assert "Theorem 3.1" in page and "eq. (22)" in page.lower() and "nan" not in re.sub(r'src="[^"]*"', "", page)
+    text = re.sub(r'src="[^"]*"', "", page)
+    assert "Theorem 3.1" in text and "eq. (22)" in text.lower() and not re.search(r"\bnan\b", text)
     for path in (run.folder / "figures").iterdir():
         image = np.asarray(Image.open(path).convert("L"))
         assert min(image.shape) > 300 and image.std() > 5
+
+
+def test_a_pipe_is_told_what_begins_and_how_far_it_is(config, model, undrawn, tmp_path, capfd, monkeypatch):
+    from segresearch import progress
+
+    monkeypatch.setattr(progress, "SHORTEST", 0.0)
+    analyze(dataclasses.replace(config, out=str(tmp_path)), model)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "sampling 2 images" and any(re.match(r"sampling: \d+% of 2 images, ", line) for line in lines)
+    (begins,) = [line for line in lines if re.fullmatch(r"measuring \d+ attentions under 4 blurs", line)]
+    assert any(re.match(r"measuring: \d+% of \d+ attentions, ", line) for line in lines[lines.index(begins) :])
 
 
 def test_twice_measures_nothing_twice_and_config_yaml_is_the_run(run, config, monkeypatch):

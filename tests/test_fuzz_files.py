@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from segresearch.checkpoints.folder import build_networks, building, read_json
+from segresearch.checkpoints.folder import build_networks, building
+from segresearch.checkpoints.json_files import read_json
 from segresearch.checkpoints.parts import NONE
 from segresearch.checkpoints.single_file import find_parts
 from segresearch.checkpoints.tensors import open_file, open_folder

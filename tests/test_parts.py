@@ -10,6 +10,7 @@ from make_models import make_pipeline, original_layout
 from safetensors.torch import load_file, save_file
 
 from segresearch.checkpoints.key_maps import CLIP, OPEN_CLIP, UNET, VAE
+from segresearch.checkpoints.load import load_network
 from segresearch.config.schema import ModelConfig
 from segresearch.errors import CheckpointError
 from segresearch.models import load_model
@@ -186,3 +187,19 @@ def test_parts_are_in_the_identity_of_a_run(made):
     assert part_fingerprints(ModelConfig(name="x", path=str(one), vae=str(one))) != of_vae
     texts = part_fingerprints(ModelConfig(name="x", path=str(one), text_encoder=(str(two),)))
     assert len(texts["text_encoder"]) == 2
+
+
+def test_a_further_network_comes_from_a_folder_a_file_or_a_whole_model(made, tmp_path):
+    """A whole model brings its own noise and prediction; a UNet alone has those of the model beside it."""
+    one, pipeline, folder, original = made
+    sd = load_model(one, prediction="v_prediction")
+    for path in places(made, tmp_path, "unet", UNET, pipeline.unet):
+        other = load_network(str(path), str(one), torch.float32, sd.device, sd.denoiser)
+        assert_same(other.unet, pipeline.unet)
+        assert other.unet.config == sd.unet.config and torch.equal(other.alphas, sd.denoiser.alphas)
+        whole = path in (folder, folder.with_suffix(".safetensors"))
+        assert other.prediction == ("epsilon" if whole else "v_prediction")
+    wide = {**original, f"{UNET}out.2.weight": torch.zeros(8, 32, 3, 3), f"{UNET}out.2.bias": torch.zeros(8)}
+    path = saved(renamed(wide, UNET, ""), tmp_path / "wide.safetensors")
+    with pytest.raises(CheckpointError, match="latents 8 wide; those of the model: .*latents 4 wide"):
+        load_network(str(path), str(one), torch.float32, sd.device, sd.denoiser)

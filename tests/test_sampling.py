@@ -420,3 +420,43 @@ def test_one_row_cuts_what_belongs_to_images():
     cut = one_row(value, 1, 3)
     assert cut["hint"].image.tolist() == [1.0] and cut["hint"].scale == 0.5 and len(cut["hint"].table) == 7
     assert cut["pair"][0].tolist() == [1] and cut["pair"][1] is None and cut["net"] is net and cut["scalar"] == 2
+
+
+def test_a_conditioning_of_another_size_than_the_noise_is_warned_of_once(model):
+    import warnings
+
+    conds = model.encode(["red"], size=(64, 64))
+    for chosen in (conds, {name: cond.expand(1).to(dtype=torch.float32) for name, cond in conds.items()}):
+        with pytest.warns(UserWarning, match="the noise is of .* the conditioning tells .* of an image") as said:
+            sample(model.denoiser, initial_noise([0], model.latent_shape((32, 64))), steps=1, conds=None,
+                   cond=chosen["cond"])  # fmt: skip
+        assert len(said) == 1 and str(said[0].message).count("\n") == 0
+    told_otherwise = model.encode(["red"], size=(64, 64), target_size=(1024, 1024))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for cond in (conds["cond"], told_otherwise["cond"]):  # a size that is told on purpose is no mistake
+            sample(model.denoiser, initial_noise([0], model.latent_shape((64, 64))), steps=1, conds=None, cond=cond)
+
+
+def test_two_calls_share_no_memory_of_a_post_processor(model):
+    from segresearch.guidance import GuidedDenoiser, cfg
+
+    class Steady:
+        def __call__(self, guided, step):
+            before = step.past.read()
+            step.past.write(guided)
+            return guided if before is None else torch.lerp(guided, before, 0.3)
+
+    class Kept:
+        before = None
+
+        def __call__(self, guided, step):
+            guided = guided if self.before is None else torch.lerp(guided, self.before, 0.3)
+            self.before = guided
+            return guided
+
+    conds, noise = model.encode(["red"]), initial_noise([0], model.latent_shape())
+    for post, same in ((Steady(), True), (Kept(), False)):
+        guided = GuidedDenoiser(model.denoiser, {"cfg": cfg(2.0)}, post=[post])
+        first, second = (sample(guided, noise, steps=3, conds=conds) for _ in range(2))
+        assert torch.equal(first, second) == same

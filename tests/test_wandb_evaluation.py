@@ -1,6 +1,7 @@
 """An evaluation in W&B: a group an experiment, a run a method; and nothing that happens there touches its files."""
 
 import dataclasses
+import json
 
 import pytest
 from helpers import contents, one_figure
@@ -59,6 +60,44 @@ def test_an_evaluation_is_a_group_with_a_run_a_method_and_is_logged_once(config,
     assert len(media) == 4 and {records.read_record(p)["method"] for p in media} == {"vanilla", "SEG"}
     assert evaluate(config, model, Worker()).result == done.result
     assert len(list((tmp_path / "runs").glob("wandb/offline-run-*"))) == 3
+
+
+FAKE = """
+import json
+class Run:
+    def __init__(self, name, kind): self.name, self.kind = name, kind
+    def log(self, numbers, **_):
+        if self.kind == "progress":
+            open({path!r}, "a").write(json.dumps([self.name, numbers]) + "\\n")
+    def __getattr__(self, name): return lambda *_, **__: None
+def init(**given): return Run(given["name"], given["job_type"])
+def Settings(*_, **__): return None
+Image = Table = Settings
+"""
+
+
+def test_evaluate_and_generate_are_seen_while_they_go_on(config, model, tmp_path, monkeypatch):
+    from segresearch import wandb_live
+    from segresearch.config import GenerateConfig
+    from segresearch.generate import generate
+
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "wandb.py").write_text(FAKE.format(path=str(tmp_path / "said")))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    monkeypatch.setattr(wandb_live, "FIRST", 0.0)
+    monkeypatch.setattr(wandb_live, "EVERY", 0.0)
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(GenerateConfig) if hasattr(config, f.name)}
+    runs = [evaluate(config, model, Worker()), generate(GenerateConfig(**shared), model)]
+    lines = [json.loads(line) for line in (tmp_path / "said").read_text().splitlines()]
+    for done in runs:
+        mine = [numbers for said, numbers in lines if said.startswith(f"study {done.folder.name} progress 2")]
+        shares = [numbers["share"] for numbers in mine]
+        assert len(mine) > 4 and shares == sorted(shares) and shares[-1] == 1 and 0 < shares[0] < 0.5
+        assert {"images_per_second", "done/SEG", "done/vanilla"} <= mine[-1].keys()
+    first = [numbers for said, numbers in lines if runs[0].folder.name in said]
+    assert first[-1]["shards"] == 2 or first[-2].get("shards") == 1
+    evaluate(config, model, Worker())  # nothing to do, so nothing is said
+    assert len((tmp_path / "said").read_text().splitlines()) == len(lines)
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.claims import ClaimResult, blur_commutes, check_claims, check_statistics, check_weighted
@@ -24,6 +23,7 @@ from segresearch.analysis.logit_statistics import PerColumn, statistics, wide
 from segresearch.analysis.recorder import Entry, Recording
 from segresearch.guidance.blur import INFINITE
 from segresearch.models.compute import arithmetic
+from segresearch.progress import Bar
 from segresearch.threads import one_thread_for
 
 Row = dict[str, Any]
@@ -88,7 +88,9 @@ def measure(
     blurs = list(itertools.product(boundaries, sigmas))
     rows: dict[tuple, list[Row]] = {}
     claims: dict[tuple, list[ClaimSummary]] = {}
-    bar = tqdm(total=len(recording), unit="site", disable=None, leave=False)
+    bar = Bar(len(recording), "attention")
+    bar.describe("measuring")
+    bar.tell(f"measuring {len(recording)} attentions under {len(blurs)} blurs")
     shapes = itertools.groupby(recording, lambda entry: (entry.grid, len(entry.heads), len(entry.images)))
     with bar, arithmetic("exact", torch.device(device)):
         for ((h, w), heads, images), entries in shapes:
@@ -98,7 +100,7 @@ def measure(
                     rows.setdefault(tuple(row[key] for key in KEYS), []).append(row)
                 for part in tested:
                     claims.setdefault((part.claim, part.axis, part.boundary, part.blur_sigma), []).append(part)
-                bar.update(len(batch))
+                bar.add(len(batch))
     return list(map(_mean, rows.values())), list(map(_merged, claims.values()))
 
 

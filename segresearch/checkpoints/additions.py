@@ -85,6 +85,7 @@ class Embedding:
 
 
 Addition = TypeVar("Addition", Lora, Embedding)
+Recorded = TypeVar("Recorded")  # a dataclass with a field `fingerprint`
 Loras = Sequence["Lora | str | Path | tuple[Any, ...]"] | Lora | str | Path | None
 Embeddings = Mapping[str, "str | Path | Sequence[str | Path]"] | Sequence["Embedding | str | Path"] | None
 
@@ -133,11 +134,17 @@ def identified(additions: Sequence[Addition], at: str) -> tuple[Addition, ...]:
             fingerprint = runs.fingerprint(path)
         except (CheckpointError, FileNotFoundError) as error:
             raise ConfigError(f"{at}.{i}: {error}") from error
-        if entry.fingerprint not in (None, fingerprint):
-            text = f"{path} has the content {fingerprint}, not {entry.fingerprint}"
-            raise ConfigError(f"{at}.{i}: {text}; leave `fingerprint` out to take it")
-        entries.append(dataclasses.replace(entry, fingerprint=fingerprint))
+        entries.append(fingerprinted(entry, fingerprint, f"{at}.{i}", f"{path} has the content"))
     return tuple(entries)
+
+
+def fingerprinted(entry: Recorded, fingerprint: str, at: str, subject: str) -> Recorded:
+    """With this fingerprint. subject: what has it, and a verb. ConfigError, beginning with the key `at`, where the
+    entry has another already, which it was sampled with."""
+    own = entry.fingerprint  # type: ignore[attr-defined]
+    if own not in (None, fingerprint):
+        raise ConfigError(f"{at}: {subject} {fingerprint}, not {own}; leave `fingerprint` out to take what is there")
+    return dataclasses.replace(entry, fingerprint=fingerprint)  # type: ignore[type-var]
 
 
 def identified_additions(model: Any) -> dict[str, tuple[Any, ...]]:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from segresearch.checkpoints.controlnet_file import open_controlnet_file
-from segresearch.checkpoints.folder import STEM, building, read_json
+from segresearch.checkpoints.folder import STEM, building
+from segresearch.checkpoints.json_files import read_json
 from segresearch.checkpoints.resolve import resolve_controlnet
 from segresearch.checkpoints.tensors import Weights, open_folder
 from segresearch.errors import CheckpointError

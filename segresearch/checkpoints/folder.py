@@ -1,6 +1,5 @@
 """The diffusers folder layout: a whole model or a ControlNet, opened with its networks on the meta device."""
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from segresearch.checkpoints.json_files import read_json, refuse_pointer
 from segresearch.checkpoints.parts import NONE, Given, Part, arranged, part_weights, with_unet_scheduler
 from segresearch.checkpoints.resolve import refuse_pickle
-from segresearch.checkpoints.tensors import Weights, open_folder, refuse_pointer, variants
+from segresearch.checkpoints.tensors import Weights, open_folder, variants
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.network_configs import UNetConfig, refuse_giant
 from segresearch.models.scheduler import folder_scheduler
@@ -80,23 +80,6 @@ def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[st
     }.items():
         if holds:
             raise CheckpointError(f"{folder} {fault}")
-
-
-def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    """A config; {} for an optional one that is missing. CheckpointError for another that is missing, a git-lfs pointer
-    or not a JSON object."""
-    if optional and not path.is_file():
-        return {}
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: fetch the model again, with its configs")
-    refuse_pointer(path)
-    try:
-        value = json.loads(path.read_text(errors="replace"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a config: fetch it again")
-    return value
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -195,14 +178,3 @@ def component_variants(folder: Path, variant: str | None, parts: Sequence[str]) 
         text = f"no variant {variant!r} of {', '.join(lacking)}, whose plain weights are taken"
         warnings.warn(f"{folder}: {text}", stacklevel=2)
     return {part: variant if part in having else None for part in parts}
-
-
-def open_unet(folder: Path, size_ids: int = 6) -> tuple[UNet, Weights]:
-    """A UNet alone, still on the meta device, with its weights. size_ids: numbers that it reads beside a pooled text.
-    CheckpointError for a folder of another network."""
-    config = read_json(folder / "config.json")
-    if config.get("_class_name") != "UNet2DConditionModel":
-        raise CheckpointError(f"{folder} is a {config.get('_class_name') or 'folder of no known network'}, not a UNet")
-    with building(folder):
-        unet = UNet(UNetConfig.from_dict({**config, "size_ids": size_ids}))
-    return unet, Weights(f"unet {folder.name}", open_folder(folder, STEM))

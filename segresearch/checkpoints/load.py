@@ -10,9 +10,11 @@ from transformers import CLIPTextConfig
 
 from segresearch.checkpoints.additions import Embeddings, Lora, Loras, as_embeddings, as_loras
 from segresearch.checkpoints.controlnets import Names, open_controlnets
-from segresearch.checkpoints.folder import Checkpoint, open_model_folder, open_unet
+from segresearch.checkpoints.folder import Checkpoint, building, naming_path, open_model_folder
 from segresearch.checkpoints.lora_merge import merges, with_loras
-from segresearch.checkpoints.part_files import Paths, open_parts
+from segresearch.checkpoints.own_schedule import scheduler_of
+from segresearch.checkpoints.part_files import Paths, is_whole, open_part, open_parts
+from segresearch.checkpoints.parts import part_weights, unet_sizes
 from segresearch.checkpoints.resolve import resolve_model, resolve_network
 from segresearch.checkpoints.single_file import open_model_file
 from segresearch.checkpoints.tensors import Weights, as_stored, fill
@@ -26,6 +28,7 @@ from segresearch.models.network_configs import ControlNetConfig, UNetConfig
 from segresearch.models.scheduler import overridden
 from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
+from segresearch.models.unet import UNet
 from segresearch.models.vae import VAEConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -156,28 +159,29 @@ def load_network(
     denoiser: Denoiser,
     loras: tuple[Lora, ...] = (),
 ) -> Denoiser:
-    """A further network as a denoiser that may stand beside `denoiser`: a UNet's folder, with the schedule and the
-    prediction of `denoiser`, or the denoiser of a whole model, each with the UNet part of `loras`; None is the UNet of
-    `denoiser`, with the `loras` added to its weights and those that none of them changes shared. model: the path or
-    name of the one that has `denoiser`.
+    """A further network as a denoiser that may stand beside `denoiser`: a UNet's folder or file, with the schedule and
+    the prediction of `denoiser`, or the UNet of a whole model, with that model's own; each with the UNet part of
+    `loras`. None is the UNet of `denoiser`, with the `loras` added to its weights and those that none of them changes
+    shared. model: the path or name of the one that has `denoiser`.
 
-    CheckpointError for a network of another text width, which cannot read the same conditionings.
+    CheckpointError for a network that cannot read the same latents and conditionings.
     """
-
     if name is None:
         return denoiser.of_network(with_loras(denoiser.unet, loras))
     path = resolve_network(name, resolve_model(model))
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        unet, weights = open_unet(path, denoiser.unet.config.size_ids)
-        fill(unet, weights, dtype, device, *merges(loras, unet, ()))
-        other = denoiser.of_network(unet)
-    else:
-        other = load_model(path, dtype, device, loras=loras, compute=denoiser.run.compute).denoiser
-    widths = [(net.unet.config.cross_attention_dim, net.unet.config.pooled_dim) for net in (denoiser, other)]
+    (part,), own = open_part("unet", path), denoiser.unet.config
+    known = {**vars(own), "attention_head_dim": own.heads}
+    with building(path):
+        unet = UNet(UNetConfig.from_dict(unet_sizes(part, known, own.pooled_dim if own.size_ids else None)))
+    widths = [(net.cross_attention_dim, net.pooled_dim, net.out_channels) for net in (unet.config, own)]
     if widths[0] != widths[1]:
-        text = f"its text is {widths[1]} wide, that of the model {widths[0]}"
-        raise CheckpointError(f"{path}: {text}: it belongs to other text encoders")
-    return other
+        its, models = ("text {}, pooled text {}, latents {} wide".format(*sizes) for sizes in widths)
+        raise CheckpointError(f"{path}: {its}; those of the model: {models}: it belongs to another model")
+    fill(unet, part_weights(part, unet), dtype, device, *merges(loras, unet, ()))
+    if not is_whole(path):
+        return denoiser.of_network(unet)
+    with naming_path(path):
+        return scheduled(unet, scheduler_of(path), denoiser.run.compute, device)
 
 
 def refuse_mixture(unet: UNetConfig, vae: VAEConfig, texts: Sequence[CLIPTextConfig]) -> None:

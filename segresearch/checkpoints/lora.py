@@ -8,13 +8,13 @@
     ….lora_mid.weight; ….diff, .diff_b; ….w_norm, .b_norm                               LoCon; whole differences
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from segresearch.checkpoints.json_files import mapping, read_json
 from segresearch.checkpoints.tensors import DTYPES, Entry, Shape, listed, mapped, open_file
 from segresearch.errors import CheckpointError
 
@@ -57,7 +57,7 @@ def open_lora(path: Path) -> LoraFile:
     CheckpointError for a file of another kind, by its name."""
     config: dict[str, Any] = {}
     if path.is_dir():
-        config = _json((path / "adapter_config.json").read_text(), path)
+        config = read_json(path / "adapter_config.json")
         path = next(path.glob("*.safetensors"))
     entries, header = open_file(path)
     for pattern, kind in REFUSED.items():
@@ -74,7 +74,7 @@ def open_lora(path: Path) -> LoraFile:
             unknown.append(key)
     if not any({"down", "weight", "bias"} & roles.keys() for roles in layers.values()):
         raise CheckpointError(f"{path} is not a LoRA (its first key is {min(entries)!r}): give a file of lora_ keys")
-    metadata = _json(header.get("lora_adapter_metadata", "{}"), path) or config
+    metadata = mapping(header.get("lora_adapter_metadata", "{}"), f"{path}: its metadata") or config
     file = LoraFile(path, entries, layers, {}, metadata)
     if unknown:
         family = made_for(file)
@@ -91,16 +91,6 @@ def open_lora(path: Path) -> LoraFile:
         hint = "give the folder with its adapter_config.json"
         raise CheckpointError(f"{path}: a file of peft without alphas ({key}): {hint}")
     return file._replace(alphas={name: float(alpha) for name, alpha in alphas.items()})
-
-
-def _json(text: str, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its metadata is not JSON ({error}): fetch the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: its metadata is not a mapping: fetch the file again")
-    return value
 
 
 def _refuse_incomplete(file: LoraFile, name: str, roles: Layer) -> None:

@@ -1,10 +1,10 @@
 """The schedule of a model on disk, read without its weights. Light for a folder: no torch."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+from segresearch.checkpoints.json_files import read_json
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models.scheduler import folder_scheduler, own_schedule
 
@@ -15,8 +15,8 @@ def schedule_of(path: Path, config: Path | None = None, unet: str | None = None)
     """The name that `auto` stands for at this model: of a folder, or of a single file with its folder of configs; unet:
     of another file or folder, which brings what it declares.
 
-    CheckpointError for a scheduler that is not supported. Configs that cannot be read count as missing, and no warning
-    is given: to load the model is what says these.
+    CheckpointError for a scheduler that is not supported or cannot be read. No warning is given: to load the model is
+    what says these.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -26,11 +26,12 @@ def schedule_of(path: Path, config: Path | None = None, unet: str | None = None)
             raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}") from error
 
 
-def scheduler_of(path: Path, config: Path | None, unet: str | None) -> dict[str, Any]:
+def scheduler_of(path: Path, config: Path | None = None, unet: str | None = None) -> dict[str, Any]:
     """The config of the scheduler of a model on disk."""
     if path.is_dir():
-        scheduler = folder_scheduler(_json(path / "model_index.json"), _json(path / FILE))
-    elif config is not None and (written := _json(config / FILE)):
+        index, own = (read_json(path / file, optional=True) for file in ("model_index.json", FILE))
+        scheduler = folder_scheduler(index, own)
+    elif config is not None and (written := read_json(config / FILE, optional=True)):
         scheduler = written
     else:
         from segresearch.checkpoints.declared import file_scheduler
@@ -43,11 +44,3 @@ def scheduler_of(path: Path, config: Path | None, unet: str | None) -> dict[str,
     from segresearch.checkpoints.parts import Given, with_unet_scheduler
 
     return dict(with_unet_scheduler(scheduler, Given(unet=open_part("unet", unet)[0])))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(errors="replace"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

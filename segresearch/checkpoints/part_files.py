@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from segresearch.checkpoints.declared import file_scheduler
-from segresearch.checkpoints.folder import STEM, folder_part, read_json
+from segresearch.checkpoints.folder import STEM, folder_part
+from segresearch.checkpoints.json_files import read_json
 from segresearch.checkpoints.other_files import refuse_other_file, refuse_quantised
 from segresearch.checkpoints.parts import Given, Part
 from segresearch.checkpoints.resolve import part_paths
@@ -37,6 +38,14 @@ def open_part(kind: str, name: str | Path, variant: str | None = None) -> list[P
     if paths[0].is_file():
         return open_part_file(kind, paths[0])
     return [open_part_folder(kind, folder, variant) for folder in paths]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether this is a whole model and not a component alone."""
+    if path.is_dir():
+        return (path / "model_index.json").is_file()
+    entries, _ = open_file(path)
+    return bool(prefixes("vae", entries) and prefixes("text_encoder", entries))
 
 
 def open_part_folder(kind: str, folder: Path, variant: str | None) -> Part:

@@ -1,7 +1,6 @@
 """Reading safetensors into modules that were built on the meta device: strictly, and with little memory. Pages of a
 mapped file count as the process's memory, so a file is opened anew after every MAPPED bytes."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from segresearch.checkpoints.json_files import read_json, refuse_pointer
 from segresearch.checkpoints.resolve import UNQUANTISED, refuse_pickle
 from segresearch.errors import CheckpointError
 
@@ -54,14 +54,6 @@ class Weights:
     name: str
     entries: Mapping[str, Entry]
     source: Callable[[str], Source] = Source
-
-
-def refuse_pointer(path: Path) -> None:
-    """CheckpointError for what git-lfs left in place of the file."""
-    with path.open("rb") as file:
-        if file.read(64).startswith(b"version https://git-lfs"):
-            hint = "run `git lfs pull` in its repository, or download the file itself"
-            raise CheckpointError(f"{path} is a git-lfs pointer: {hint}")
 
 
 def mapped(path: Path) -> Any:
@@ -117,10 +109,10 @@ def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str
     if path.suffix == ".safetensors":
         return open_file(path)[0]
     try:
-        shards = sorted(set(json.loads(path.read_text(errors="replace"))["weight_map"].values()))
+        shards = sorted(set(read_json(path)["weight_map"].values()))
         if odd := [name for name in shards or [""] if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)]:
             raise KeyError(odd[0][:100])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"{path}: not an index of shards ({reason[:300]}): fetch it again") from error
     if missing := listed((name for name in shards if not (folder / name).is_file()), "missing shard"):

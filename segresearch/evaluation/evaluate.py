@@ -92,7 +92,9 @@ def evaluate(config: EvaluateConfig, model: "StableDiffusion | None" = None, par
 
         start = time.perf_counter()
         try:
-            progress = Progress() if config.stage == "reduce" else sample_shards(spec, part, load)
+            progress = Progress() if config.stage == "reduce" else sample_shards(
+                spec, part, load, outputs.mirrored(spec, folder.name, len(real), part)
+            )
             diagnosed = None if config.diagnostics is None else branches.file_of(spec, real)
             if diagnosed and config.stage != "reduce" and part.rank == 0 and not branches.read(diagnosed):
                 branches.write(spec, real, load, diagnosed)

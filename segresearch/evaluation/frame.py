@@ -25,6 +25,8 @@ LATEX = str.maketrans({
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
 })  # fmt: skip
 RESULTS = "results.json"
+FORCED = "Warning: made with force=true. Fréchet distances of fewer images than features are biased far upwards."
+LATEX_LINES = 40  # of a table, so that it is no higher than a page
 GROUPS = ("quality", "content", "paper")
 SCORES = {"aesthetic": "aesthetic", "pickscore": "PickScore", "hpsv2": "HPSv2", "hpsv21": "HPSv2.1",
           "imagereward": "ImageReward"}  # heads of `metrics.scores`  # fmt: skip
@@ -197,6 +199,17 @@ def latex(head: Sequence[Cell], *rows: Sequence[Cell]) -> str:
     start = ["% booktabs, graphicx", fit, r"\begin{tabular}{" + form + "}", r"\toprule"]
     end = [r"\bottomrule", r"\end{tabular}}", ""]
     return "\n".join([*start, top, r"\midrule", *lines, *end])
+
+
+def latex_tables(frame: Frame) -> str:
+    """The table of a frame as LaTeX tables that fit a page: the contents of the images apart, LATEX_LINES methods each.
+    """
+    parts = [table(frame, groups=groups) for groups in (("quality", "paper"), ("content",))]
+    return "\n\\bigskip\n".join(
+        latex(head, *lines[start : start + LATEX_LINES])
+        for head, *lines in parts if len(head) > 1
+        for start in range(0, len(lines), LATEX_LINES)
+    )  # fmt: skip
 
 
 def to_jsonl(frame: Frame, common: Mapping[str, Any]) -> str:

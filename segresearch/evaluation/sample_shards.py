@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.init_images import init_images
 from segresearch.progress import Bar
 from segresearch.sample_images import decode_images, encode_conds, run_sigmas, sample_latents
+from segresearch.wandb_live import live
+from segresearch.wandb_log import WandbRun
 
 if TYPE_CHECKING:
     from segresearch.models import StableDiffusion
@@ -123,11 +126,13 @@ def incomplete(spec: EvaluationSpec, progress: Progress, worker: Worker) -> str:
     return f"{worker} has written its part; {message}, which others write" + (f"; {failed}" if failed else "")
 
 
-def sample_shards(spec: EvaluationSpec, worker: Worker, load: Callable[[], "StableDiffusion"]) -> Progress:
+def sample_shards(
+    spec: EvaluationSpec, worker: Worker, load: Callable[[], "StableDiffusion"], mirror: WandbRun | None = None
+) -> Progress:
     """Write every shard of this worker's ranges that lacks an array. Images that are stored are not sampled again.
 
     load: called when the first image is to be sampled. Then every method is built and every metric tried on a blank
-    image, so that what cannot work fails early.
+    image, so that what cannot work fails early. mirror: the W&B run that is told of the progress.
     """
 
     @cache
@@ -143,7 +148,10 @@ def sample_shards(spec: EvaluationSpec, worker: Worker, load: Callable[[], "Stab
     todo = {rows: len(missing) for rows in own if (missing := missing_arrays(spec, rows))}
     count = sum(len(rows) * methods for rows, methods in todo.items())
     progress = Progress(existing=sum(map(len, own)) * len(spec.methods) - count)
-    with Bar(count) as bar:
+    watched = contextlib.nullcontext() if mirror is None or not count else live(
+        spec.config.wandb, Path(spec.config.out), mirror
+    )  # fmt: skip
+    with watched as watch, Bar(count, watch=watch) as bar:
         left = []  # ranges that another process samples: the same command twice shares the work
         for rows in todo:
             with runs.locked(spec.config.out, _lock(spec, rows), wait=False) as held:
@@ -182,7 +190,7 @@ def _write_shards(
 
     for method, names in missing_arrays(spec, rows).items():  # another worker may have written some by now
         path = spec.shard(method, rows)
-        bar.describe(method if worker.world == 1 else f"{worker}, {method}")
+        bar.describe(method, "" if worker.world == 1 else str(worker))
         try:
             if baseline is None and method != spec.baseline and names & relative:
                 baseline, _ = images_of(spec.baseline, set(), None)
@@ -202,6 +210,7 @@ def _write_shards(
         versions = shards.header(path)["versions"] if IMAGES in kept else runs.versions()
         shards.write(path, kept | measured | sampled, versions)
         progress.sampled += len(rows)
+        bar.numbers["shards"] = bar.numbers.get("shards", 0) + 1
 
 
 def sample_range(

@@ -96,8 +96,9 @@ class EvaluationSpec:
         """The run in one line."""
         config = self.config
         real = f", against {reference_images} real ones" if reference_images else ""
+        forced = "; made with force=true" * config.force
         return (f"{config.model.name}, {config.sampler.name}, {config.steps} steps, {config.schedule.name} schedule; "
-                f"N = {config.images} images a method{real}")  # fmt: skip
+                f"N = {config.images} images a method{real}{forced}")  # fmt: skip
 
 
 def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:

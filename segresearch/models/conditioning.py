@@ -62,6 +62,7 @@ class Cond:
         (inpainting, 5), image latents (instruct-pix2pix, 4).
     guidance: the guidance weight that the UNet embeds (LCM), as diffusers' `guidance_scale` counts.
     projections: cached projections by network; see `projected` and `for_network`.
+    latent: (h, w) of the latents of the images that time_ids tell the model of; None where it reads no size.
     """
 
     context: Float[Tensor, "rows text dim"]
@@ -70,6 +71,7 @@ class Cond:
     image: Float[Tensor, "rows extra _h _w"] | None = None
     guidance: Float[Tensor, " rows"] | None = None
     projections: Mapping[Any, Projection] = field(default_factory=dict, repr=False, compare=False)
+    latent: tuple[int, int] | None = field(default=None, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -80,7 +82,8 @@ class Cond:
         exactly, and the latents beside the image are float32."""
         wide = dtype if dtype == torch.float64 else None
         ids, image, guidance = (optional(lambda z: z.to(device=device, dtype=wide), z) for z in self.beside)
-        return Cond(self.context.to(device, dtype), self.pooled.to(device, dtype), ids, image, guidance)  # type: ignore[arg-type]
+        context, pooled = self.context.to(device, dtype), self.pooled.to(device, dtype)
+        return Cond(context, pooled, ids, image, guidance, latent=self.latent)  # type: ignore[arg-type]
 
     @property
     def beside(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -98,7 +101,8 @@ class Cond:
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Cond":
         projections = {net: projection.each(change) for net, projection in self.projections.items()}
         ids, image, guidance = (optional(change, z) for z in self.beside)
-        return Cond(change(self.context), change(self.pooled), ids, image, guidance, projections)  # type: ignore[arg-type]
+        context, pooled = change(self.context), change(self.pooled)
+        return Cond(context, pooled, ids, image, guidance, projections, self.latent)  # type: ignore[arg-type]
 
     def projected(self, *nets: Any) -> "Cond":
         """With the projections of these networks (`UNet.project`), for as long as their weights stay as they are."""

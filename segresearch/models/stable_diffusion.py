@@ -89,7 +89,8 @@ class StableDiffusion:
                 raise InputError(f"{text!r} among the prompts is not a string")
         if negative is not None and not isinstance(negative, str) and len(negative) != len(prompts):
             raise InputError(f"negative has {len(negative)} texts for {len(prompts)} prompts: give one text or as many")
-        self.latent_shape(size)  # refuses a size that does not fit
+        shape = self.latent_shape(size)  # refuses a size that does not fit
+        latent = shape[1:] if self.unet.config.size_ids else None
         negatives = [negative or ""] if isinstance(negative, str | None) else negative
         read = self._reader(syntax, (*prompts, *negatives))
         device, rows, embedded = self.device, len(prompts), self.unet.config.time_cond_proj_dim is not None
@@ -102,7 +103,7 @@ class StableDiffusion:
                 context, pooled = read(texts, clip_skip, device if self.compute.offload else None)
             context, pooled = context.expand(rows, -1, -1), pooled.expand(rows, -1)  # (1, ...) -> (rows, ...)
             ids = self.time_ids(size, score, original_size, crop, target_size).expand(rows, -1)
-            whole = Cond(context, pooled, ids, guidance=weight if embedded else None)
+            whole = Cond(context, pooled, ids, guidance=weight if embedded else None, latent=latent)
             return whole.to(device, self.unet.conv_in.weight.dtype)
 
         positive = cond(prompts, aesthetic_score, clip_skip)

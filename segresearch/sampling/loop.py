@@ -15,6 +15,7 @@ Deviations from calling k-diffusion directly, each for a reason:
 import dataclasses
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -100,6 +101,7 @@ def sample(
         sampler, options = "euler", {}
     check_noise(noise)
     checked_rows("conds", conds, len(noise))
+    warn_of_size(conds if isinstance(conds, Mapping) else extra, noise)
     if start is not None:
         start.check(noise)
 
@@ -206,6 +208,16 @@ def checked_rows(name: str, value: Any, images: int) -> None:
     if rows is None and isinstance(value, Mapping):
         for key, item in value.items():
             checked_rows(f"{name}[{key!r}]", item, images)
+
+
+def warn_of_size(conds: Mapping[str, Any], noise: Tensor) -> None:
+    """A warning where a conditioning tells the model of images of another size than those of the noise."""
+    sizes: set[Any] = {getattr(cond, "latent", None) for cond in conds.values()} - {None}
+    if other := sorted(sizes - {tuple(noise.shape[2:])}):
+        given, expected = (" × ".join(map(str, size)) for size in (noise.shape[2:], other[0]))
+        text = f"the noise is of {given} latents, the conditioning tells the model of an image of {expected}"
+        hint = "take initial_noise(seeds, sd.latent_shape(size)) and sd.encode(prompts, size=size) of one size"
+        warnings.warn(f"{text}; {hint}", stacklevel=3)
 
 
 def one_row(value: Any, index: int, images: int) -> Any:
