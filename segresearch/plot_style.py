@@ -25,6 +25,15 @@ Number = float | int
 Point = tuple[Number, Number]
 
 
+class Drawing(Figure):
+    """A figure that a notebook shows as a picture, although pyplot, which would ask for that, is not loaded."""
+
+    def _repr_png_(self) -> bytes:
+        data = io.BytesIO()
+        self.savefig(data, format="png", dpi=130)
+        return data.getvalue()
+
+
 class Shown(NamedTuple):
     """A figure on a page: PNG bytes of its axes alone, and its texts. width: in pixels, at which its text is 9 pt."""
 
@@ -41,7 +50,7 @@ def canvas(height: float, title: str, caption: str, width: float = WIDTH) -> Fig
     heads = textwrap.wrap(title, int((width - 0.4) * TITLE), break_on_hyphens=False)
     top, foot = 0.2 + 0.22 * len(heads), 0.2 + 0.165 * len(lines)
     total = top + height + foot
-    figure = Figure(figsize=(width, total), dpi=DPI, layout="constrained", facecolor="white")
+    figure = Drawing(figsize=(width, total), dpi=DPI, layout="constrained", facecolor="white")
     at = 0.2 / width
     figure.text(at, 1 - 0.12 / total, "\n".join(heads), ha="left", va="top", fontsize=12, weight="bold", color=INK)
     figure.text(at, 0.1 / total, "\n".join(lines), ha="left", va="bottom", fontsize=8.5, color=QUIET)

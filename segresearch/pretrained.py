@@ -81,8 +81,8 @@ def model_folder(path_or_id: str | Path, files: Sequence[str], weights: Sequence
     """The folder of a model of transformers, given as a path or as a hub id in the local cache. files: names that must
     all be there. weights: patterns of which one must match. Raises CheckpointError."""
     path = Path(path_or_id).expanduser()
-    more = '"*.txt" "pytorch_model.bin" ' if "pytorch_model.bin" in weights else ""
-    folder = path if path.is_dir() else cached_folder(str(path_or_id), files[0], more=more)
+    more = ("*.txt", "pytorch_model.bin") if "pytorch_model.bin" in weights else ()
+    folder = path if path.is_dir() else cached_folder(str(path_or_id), files[0], files=(*more, "*.safetensors"))
     if folder is None:
         raise CheckpointError(f"{path_or_id}: no such folder; give one with {' and '.join(files)}, or a hub id")
     missing = [file for file in files if not (folder / file).is_file()]
