@@ -34,7 +34,7 @@ RECORDS = (schema.GuidanceConfig, schema.CFGTerm, schema.PerturbedTerm, schema.D
            schema.ControlConfig, schema.PanelConfig, schema.ModelConfig, schema.SamplerConfig, schema.ScheduleConfig,
            schema.DiagnosticsConfig, schema.SweepConfig, InitConfig, TextConfig, Compute, GridConfig, BlurConfig,
            schema.WandbConfig)  # fmt: skip
-NESTED = ("text", "init", "compute", "grid", "blur", "wandb")  # records that conf/ writes out
+NESTED = ("text", "init", "compute", "grid", "blur", "wandb", "guidance")  # records that conf/ writes out
 KINDS = {"perturbation": kinds.PERTURBATIONS, "shape": kinds.SHAPES, "post-processor": kinds.POSTS,
          "scale": kinds.SCALES, "conditioning": kinds.CONDITIONINGS}  # fmt: skip
 
