@@ -118,7 +118,7 @@ def leaves(values: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tupl
         here = (*above, str(key))
         if here[0] in ("defaults", "hydra"):
             continue
-        if isinstance(value, dict) and here[0] in NESTED:
+        if isinstance(value, dict) and value and here[0] in NESTED:
             yield from leaves(value, here)
         else:
             yield list(here), value
