@@ -113,6 +113,6 @@ def _made(guidance: Any, names: Iterable[str]) -> str:
 def line(guidance: Any) -> dict[str, Any]:
     """How a line of the method is drawn; a narrower blur of SEG is paler, so that lines of one figure differ."""
     color, mark, _ = look(guidance)
-    perturbations = [getattr(term, "perturbation", None) for term in guidance.terms.values()]
+    perturbations: list[Any] = [getattr(term, "perturbation", None) for term in guidance.terms.values()]
     sigma = min((p.sigma for p in perturbations if _kind(p) == "seg" and not isinstance(p, tuple)), default=math.inf)
     return {"color": color, "marker": mark, "alpha": 1.0 if math.isinf(sigma) else 0.45 + 0.5 * sigma / (1 + sigma)}

@@ -1,5 +1,6 @@
 """What several tests of runs call: composed settings, a script's module, the files of a run, a figure."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -8,7 +9,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 
-from segresearch.config import GenerateConfig, conf_dir, settings
+from segresearch.config import GenerateConfig, GuidanceConfig, conf_dir, settings
 from segresearch.plot_style import canvas
 
 
@@ -16,6 +17,15 @@ def composed(*overrides: str, name: str = "generate", kind: Any = GenerateConfig
     """The settings of conf/`name`.yaml with `overrides`, as the schema `kind`."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return settings(compose(name, overrides=list(overrides)), kind)
+
+
+def every_method(*overrides: str, custom: str) -> dict[str, GuidanceConfig]:
+    """Every method of conf/guidance by its name, from one composition. custom: the target of guidance=custom."""
+    own = {"custom": f", terms: {{custom: {{perturbation: {{target: {custom}}}}}}}"}
+    names = sorted(path.stem for path in (conf_dir() / "guidance").glob("*.yaml"))
+    entries = ",".join(f"{{guidance: {name}, label: {name}{own.get(name, '')}}}" for name in names)
+    config = composed(f"compare=[{entries}]", "guidance=none", "model.networks.weak=weak", *overrides)
+    return {method.label: dataclasses.replace(method, label=None) for method in config.compare}
 
 
 def script(name: str) -> ModuleType:

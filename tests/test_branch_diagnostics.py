@@ -158,9 +158,14 @@ def diagnosed(config, sd, **settings):
     return diagnostics.diagnose(sd, named, config, asked, lambda rows: [""] * len(rows))
 
 
+@pytest.fixture(scope="module")
+def measured(base, model):
+    return diagnosed(base, model)
+
+
 @torch.no_grad()
-def test_numbers_are_those_of_the_guided_model_at_the_first_step(base, model):
-    found = {(n.method, n.site, n.quantity, n.step): n for n in diagnosed(base, model)}
+def test_numbers_are_those_of_the_guided_model_at_the_first_step(base, model, measured):
+    found = {(n.method, n.site, n.quantity, n.step): n for n in measured}
     conds = model.encode([""], size=(64, 64))
     sigma = model.denoiser.sigmas.new_tensor([found["SEG", "", "rms", 0].sigma])
     x = torch.cat([initial_noise([seed], model.latent_shape((64, 64))) for seed in range(4)])
@@ -182,10 +187,10 @@ def test_numbers_are_those_of_the_guided_model_at_the_first_step(base, model):
     assert {n[1] for n in found if n[2] == "change"} == set(mid) and {n[3] for n in found} == {0, 2}
 
 
-def test_batches_do_not_change_what_is_measured(base, model):
+def test_batches_do_not_change_what_is_measured(base, model, measured):
     """But for the pairs, which are taken within a batch."""
-    two, four = (diagnosed(dataclasses.replace(base, batch_size=size), model) for size in (2, 4))
-    for a, b in zip(two, four, strict=True):
+    four = diagnosed(dataclasses.replace(base, batch_size=4), model)
+    for a, b in zip(measured, four, strict=True):
         assert (a.method, a.site, a.quantity, a.step) == (b.method, b.site, b.quantity, b.step)
         if a.quantity not in ("common", "position"):
             assert a.value == pytest.approx(b.value, rel=2e-3, abs=1e-5)
@@ -294,7 +299,7 @@ def test_a_run_without_diagnostics_has_the_name_it_had(base, whole, model, tmp_p
 def test_real_images_are_the_scenes_of_the_prompts_or_the_reference(base, tmp_path):
     from PIL import Image
 
-    from segresearch.evaluation.aggregate import reference
+    from segresearch.evaluation.reference_images import reference
     from segresearch.evaluation.spec import evaluation_spec
     from segresearch.scenes.scenes import captions, scenes
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import lru_cache
 
 import pytest
 import torch
@@ -17,9 +16,9 @@ from fake_cuda import (
     real_inputs,
     sent,
 )
-from hydra import compose, initialize_config_dir
+from helpers import every_method
 
-from segresearch.config import conf_dir, settings
+from segresearch.config import conf_dir
 from segresearch.config.build import build_guidance
 from segresearch.guidance import (
     PAG,
@@ -54,14 +53,10 @@ def from_the_cpu(q, k, v, site, attend):
     return v * torch.ones(len(v), 1, 1, 1, dtype=v.dtype)
 
 
-@lru_cache
-def config(name: str):
+@pytest.fixture(scope="module")
+def methods():
     sites = [f"model.sites.{method}=[mid]" for method in ("tpg", "ssg", "slg", "s2")]
-    asked = [f"guidance={name}", "model=mini", "model.networks.weak=weak", *sites]
-    if name == "custom":
-        asked.append("guidance.terms.custom.perturbation.target=test_fake_cuda_guidance.keep_values")
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return settings(compose("generate", overrides=asked)).guidance
+    return every_method("model=mini", *sites, custom="test_fake_cuda_guidance.keep_values")
 
 
 def step(model, rows: int = 2, dtype: torch.dtype = torch.float32, sigma=3.0, **more):
@@ -83,13 +78,13 @@ def both(build, dtype: torch.dtype = torch.float32, rows: int = 2, sigma: float 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "guidance").glob("*.yaml")))
-def test_every_config(gpu, name, dtype, monkeypatch):
+def test_every_config(methods, gpu, name, dtype, monkeypatch):
     """One step of a run. Conditionings of texts are stand-ins, and the weak network is the network itself."""
     networks = lambda config, model: dict.fromkeys(config.networks, model)  # noqa: E731
     monkeypatch.setattr("segresearch.config.build.build_networks", networks)
     sigma = 6.0 if name.endswith("swg") else 3.0
     with on_the_cpu():
-        guidance = config(name)
+        guidance = methods[name]
         x, sigmas, conds = real_inputs(2, dtype, sigma)
         others = [n for n, make in guidance.conditionings.items() if hasattr(make, "encode")]
         conds |= {n: conds["cond" if i else "uncond"] for i, n in enumerate(others)}

@@ -1,10 +1,13 @@
 """The training scripts of the embedded model: tokenizer, schedules, keyed batches, interrupted training, losses."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from experiments.mini import train_controlnet
 from experiments.mini.common import TIMED, Average, Plan, batch_indices, generator, learning_rate, replace_file, train
 from experiments.mini.render import SHARD, control_maps, open_images, shard_path, take
 from experiments.mini.tokenizer import END, LENGTH, learn_merges, load_tokenizer, second, tokenize, write_tokenizer
+from experiments.mini.train import Part, run
 from experiments.mini.train_clip import BEGIN_ID, END_ID, TwoCLIPs, trim
 from experiments.mini.train_controlnet import CONFIG as CONTROLNET_CONFIG
 from experiments.mini.train_controlnet import Trained, initial, maps
@@ -308,6 +312,7 @@ def short_form(runs, stopped_at=None):
     return process.returncode, "".join(lines)
 
 
+@pytest.mark.slow
 def test_the_whole_training_in_its_short_form_stopped_on_the_way(tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     code, text = short_form(runs, stopped_at="canny")
@@ -324,7 +329,33 @@ def test_the_whole_training_in_its_short_form_stopped_on_the_way(tmp_path, monke
     assert all(torch.equal(nets[0]["weights"][key], value) for key, value in nets[1]["weights"].items())
 
 
-def test_a_part_that_fails_is_named_with_its_log(tmp_path):
-    (tmp_path / "tokenizers").write_text("a file where a folder must be")
-    code, text = short_form(tmp_path)
-    assert code == 1 and "tokenizer failed" in text and "tokenizer.log" in text
+def written(folder, name, fails=False):
+    """A script of a part: its name goes to a file; one that fails does so without `repaired` beside it."""
+
+    def main():
+        with (folder / "order").open("a") as file:
+            file.write(f"{name}\n")
+        if fails and not (folder / "repaired").exists():
+            os.write(2, b"no scenes\n")
+            raise SystemExit(1)
+        if name == "slow" and not (folder / "repaired").exists():
+            time.sleep(60)
+
+    return SimpleNamespace(main=main)
+
+
+def test_parts_run_after_those_they_need_and_a_stopped_run_resumes(tmp_path, monkeypatch, capsys):
+    """The part that fails is named with its log; the one beside it is stopped, and what is done stays done."""
+    for name in ("first", "slow", "bad", "last"):
+        monkeypatch.setitem(sys.modules, f"experiments.mini.{name}", written(tmp_path, name, name == "bad"))
+    every = [Part("last", "last", (), ("bad", "slow")), Part("bad", "bad", (), ("first",)),
+             Part("slow", "slow", (), ("first",)), Part("first", "first", ("--out", str(tmp_path / "x")))]  # fmt: skip
+    with pytest.raises(SystemExit, match=r"bad failed \(exit code 1\): no scenes; its log is .*bad.log"):
+        run(every, tmp_path, 2)
+    assert (tmp_path / "order").read_text().split()[0] == "first"
+    assert sorted(path.name for path in (tmp_path / "parts").glob("*.json")) == ["first.json"]
+    (tmp_path / "repaired").touch()
+    capsys.readouterr()
+    run(every, tmp_path, 2)
+    started = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(started[:2]) == ["bad", "slow"] and started[2:] == ["last", "done"]

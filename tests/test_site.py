@@ -43,7 +43,8 @@ def config() -> dict:
 
 
 def test_the_nav_has_every_page_once():
-    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    found = [path for kind in ("*.md", "*.html") for path in (ROOT / "docs").rglob(kind)]
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in found]
     assert sorted(nav(config()["nav"])) == sorted([*pages, *GENERATED, *links.MOUNTED.values()])
 
 
@@ -53,8 +54,8 @@ def test_the_site_fetches_nothing():
 
 
 def test_links_out_of_docs_lead_to_pages_of_the_site():
-    text = "[a](../benchmarks/RESULTS.md#x) [b](gpu.md) [c](https://a.org/b) `[d](../README.md)` ![e](effects/fig4.png)"
-    assert set(links.targets(text, "docs/a.md")) == {"benchmarks/RESULTS.md", "docs/gpu.md", "docs/effects/fig4.png"}
+    text = "[`a`, a](../benchmarks/RESULTS.md#x) [b](gpu.md) [c](https://a.org) `[d](../README.md)` ![e](zoo.png)"
+    assert set(links.targets(text, "docs/a.md")) == {"benchmarks/RESULTS.md", "docs/gpu.md", "docs/zoo.png"}
     moved = links.rewritten(text, "docs/a.md", links.place_of)
     assert moved == text.replace("../benchmarks/RESULTS.md", "measured.md")
     assert links.place_of("README.md") == "index.md" and links.place_of("LICENSE") == "files/LICENSE"
@@ -102,6 +103,7 @@ def test_the_gallery_has_every_experiment_and_its_times_are_of_experiments():
 def test_the_api_pages_name_modules_that_are_there():
     names = re.findall(r"^::: ([\w.]+)$", "\n".join(GENERATED.values()), re.M)
     assert len(names) > 80 and len(set(names)) == len(names)
+    assert "segresearch.guidance.guided_denoiser" in names and "segresearch.checkpoints.load" in names
     for name in names:
         assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
 

@@ -9,11 +9,10 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "segresearch"
-EXPORTS = {  # packages that name their public objects; further modules whose objects the docs use
-    "guidance": ("terms", "perturbations", "step", "sites", "formula"),
-    "models": ("attention", "conditioning", "denoiser", "controlnet", "compute", "unet", "vae", "text"),
-    "sampling": ("loop", "schedules", "intervals", "start", "memory", "draws", "noise"),
-}
+EXPORTS = {  # packages that name their public objects, and further modules that the docs speak of
+    "guidance": ("step",), "models": ("attention", "conditioning", "denoiser", "controlnet", "compute"),
+    "sampling": ("memory", "draws"),
+}  # fmt: skip
 WHOLE = ("checkpoints", "analysis", "metrics", "evaluation", "control_images", "scenes", "config")  # every module
 TITLES = {"control_images": "Control images", "config": "Config"}
 
@@ -36,25 +35,31 @@ def block(name: str, level: int = 2, **options: Any) -> str:
 
 
 def package_page(package: str) -> str:
-    """The exports of a package, then the public objects of its modules."""
+    """The exports of a package by the modules that they are in, then further modules."""
     title = TITLES.get(package, package.capitalize())
-    exported = (PACKAGE / package / "__init__.py").read_text(encoding="utf-8")
     parts = [f"# {title}\n\n`segresearch.{package}`: {first_sentence(PACKAGE / package / '__init__.py')}"]
     if package in EXPORTS:
-        names = ", ".join(f"`{name}`" for name in exports(exported))
-        parts.append(f"Imported from `segresearch.{package}`: {names}.")
+        parts.append(f"Everything up to `segresearch.{package}.{EXPORTS[package][0]}` is imported from the package.")
+        parts += [block(home, members=f"[{', '.join(names)}]") for home, names in exports(package).items()]
+        parts += [block(f"{package}.{module}") for module in EXPORTS[package]]
     for module in sorted((PACKAGE / package).glob("*.py")):
-        if module.stem in EXPORTS.get(package, ()) or package in WHOLE and documented(module):
+        elsewhere = any(f"{package}.{module.stem}" in exports(other) for other in EXPORTS)
+        if package in WHOLE and documented(module) and not elsewhere:
             parts.append(block(f"{package}.{module.stem}"))
     return "\n\n".join(parts) + "\n"
 
 
-def exports(text: str) -> list[str]:
-    """The names of `__all__` in the source of a package."""
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            return sorted(ast.literal_eval(node.value), key=str.lower)
-    return []
+def exports(package: str) -> dict[str, list[str]]:
+    """The names of `__all__` of a package, by the modules that it imports them from."""
+    nodes = list(ast.walk(ast.parse((PACKAGE / package / "__init__.py").read_text(encoding="utf-8"))))
+    assigned = [node for node in nodes if isinstance(node, ast.Assign)]
+    (names,) = (ast.literal_eval(node.value) for node in assigned if ast.unparse(node.targets[0]) == "__all__")
+    homes: dict[str, list[str]] = {}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("segresearch."):
+            if own := [alias.name for alias in node.names if alias.name in names]:
+                homes.setdefault(str(node.module).removeprefix("segresearch."), []).extend(own)
+    return homes
 
 
 def methods_page() -> str:

@@ -6,23 +6,32 @@ from typing import Any
 import griffe
 
 ITEM = re.compile(r"( *)([\w*]+(?:, [\w*]+)*): (\S.*)")
+STARTS = ("- ", "  ")  # of a list and its further lines
 
 
 def listed(text: str, names: set[str]) -> str:
-    """The docstring with its lines `name: meaning`, of names that are parameters or fields, as a Markdown list."""
+    """The docstring with its lines `name: meaning`, of names that are parameters or fields, as a Markdown list. A list
+    that follows a paragraph gets the empty line that Markdown wants."""
     lines: list[str] = []
-    item: str | None = None
+    items: list[int] = []  # where in `lines`
+    item = False
     for line in text.splitlines():
         found = ITEM.fullmatch(line)
-        if found and names.issuperset(name.strip("*") for name in found[2].split(", ")):
-            if item is None and lines and lines[-1]:
-                lines.append("")
-            lines.append(item := f"- **`{found[2]}`**: {found[3]}")
-        elif item is not None and line.strip():
-            lines[-1] = item = f"{item} {line.strip()}"
+        named = found and names.issuperset(name.strip("*") for name in found[2].split(", "))
+        if lines and lines[-1].strip() and not item and (named or re.match("- ", line) and lines[-1][:2] not in STARTS):
+            lines.append("")
+        if found and named:
+            item = True
+            items.append(len(lines))
+            lines.append(f"- **`{found[2]}`**: {found[3]}")
+        elif item and line.strip():
+            lines[-1] = f"{lines[-1]} {line.strip()}"
         else:
-            item = None
+            item = False
             lines.append(line)
+    within = re.compile(rf"(?<=[.;]) ({'|'.join(map(re.escape, sorted(names))) or '$'}): ")  # further ones in a line
+    for place in items:
+        lines[place] = within.sub(r"\n- **`\1`**: ", lines[place])
     return "\n".join(lines)
 
 

@@ -35,11 +35,9 @@ def rewritten(text: str, home: str, change: Callable[[str], str]) -> str:
             return match[0]
         return match[1] + change(normpath(PurePosixPath(home).parent / path)) + mark + anchor + match[3]
 
-    parts, end = [], 0
-    for code in CODE.finditer(text):
-        parts += [LINK.sub(link, text[end : code.start()]), code[0]]
-        end = code.end()
-    return "".join([*parts, LINK.sub(link, text[end:])])
+    codes: list[str] = []
+    hidden = CODE.sub(lambda code: f"\0{(codes.append(code[0]), len(codes) - 1)[1]}\0", text)
+    return re.sub(r"\0(\d+)\0", lambda place: codes[int(place[1])], LINK.sub(link, hidden))
 
 
 def targets(text: str, home: str) -> Iterator[str]:

@@ -106,7 +106,8 @@ def command_page(name: str) -> str:
     about = values["hydra"]["help"]["header"].strip()
     types_of = f"`{COMMANDS[name].__name__}` in `segresearch/config/schema.py`"
     lines = [f"# {name}", f"{about} `segresearch {name} --help` has the same on a terminal. Types: {types_of}.",
-             "## Settings", "\n".join(rows), "## Groups", "Chosen by `group=name`.",
+             "## Settings", '<div class="settings" markdown>', "\n".join(rows), "</div>",
+             "## Groups", "Chosen by `group=name`.",
              f"```text\n{comments.groups(name)}```"]  # fmt: skip
     return "\n\n".join(lines) + "\n"
 

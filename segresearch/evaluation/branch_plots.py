@@ -124,8 +124,8 @@ def _dots(
     for place, mean, a, b, style, depth in points:
         whole = low <= mean <= high
         if whole:
-            ends = [max(a, low), min(b, high)]
-            axis.plot(ends, [place, place], color=style["color"], alpha=0.6 * depth, linewidth=0.9)
+            shown = [max(a, low), min(b, high)]
+            axis.plot(shown, [place, place], color=style["color"], alpha=0.6 * depth, linewidth=0.9)
         axis.plot(min(max(mean, low), high), place, style["marker"], color=style["color"], alpha=depth, markersize=3.6,
                   markerfacecolor=style["color"] if whole else "white", clip_on=whole)  # fmt: skip
     axis.set_xlim(low, high)
