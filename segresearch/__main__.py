@@ -14,10 +14,12 @@ COMMANDS = {
     "prdc": "precision, recall, density and coverage of two folders of images",
     "clip": "the cosine of images and their prompts, by CLIP",
     "lpips": "the perceptual distance of the images of the same name in two folders",
+    "is": "the inception score of a folder of images",
+    "score": "what networks fitted to people's preferences say of images: aesthetic, PickScore, HPSv2, ImageReward",
     "dashboard": "a W&B workspace or report of an experiment",
     "train-mini": "the training of the embedded model",
 }
-MEASURES = ("fid", "kid", "prdc", "clip", "lpips")  # one module
+MEASURES = ("fid", "kid", "prdc", "clip", "lpips", "is", "score")  # one module
 
 
 def main() -> None:

@@ -205,6 +205,7 @@ def folders(tmp_path_factory):
     images = scenes(range(24)).images
     save_images(images, root / "a")
     save_images(images[:20].flip(1), root / "b")
+    save_images(images[:3], root / "few")
     return root
 
 
@@ -232,13 +233,35 @@ def test_two_folders_are_measured_with_n_errors_and_the_resizing(name, arguments
         ("fid", ("a", "b", "--features", "mini"), "20 images for 256 features"),
         ("lpips", ("a", "b", "--net", "mini"), "not the same names (seed20.png"),
         ("clip", ("a",), "no prompt in a record"),
+        ("score", ("a",), "no prompt in a record"),
+        ("score", ("a", "--by", "aesthetic", "--weights", "none.pth"), "none.pth: no such file; download https://"),
+        ("is", ("few",), "few: 3 images; the inception score needs 10"),
+        ("is", ("a", "--weights", "none.pth"), "none.pth: no such file; download https://"),
         ("kid", ("a", "nowhere"), "nowhere: no such folder"),
     ],
 )
 def test_folders_that_cannot_be_compared_are_one_line(name, arguments, words, folders, call):
-    given = [folders / a if a in ("a", "b") else a for a in arguments]
+    given = [folders / a if a in ("a", "b", "few") else a for a in arguments]
     code, said = call(lambda: measure.main(name), *given, "--device", "cpu")
-    assert code == 2 and words in said.err and said.err.count("\n") == 1 and said.out == "", said
+    assert code == (3 if "no such file" in words else 2) and said.out == "", said
+    assert words in said.err and said.err.count("\n") == 1, said
+
+
+@pytest.mark.filterwarnings("ignore:CLIP reads 16 tokens")
+def test_images_are_scored_with_the_prompts_of_a_file(folders, call, tmp_path):
+    from score_files import TOKENIZER, clip_folder
+
+    from segresearch.metrics.scores import load_scorer
+    from segresearch.scenes.scenes import captions, scenes
+
+    clip_folder(tmp_path / "clip")
+    (tmp_path / "prompts.txt").write_text("\n".join(captions(range(3))))
+    _, said = call(lambda: measure.main("score"), folders / "few", tmp_path / "prompts.txt", "--by", "pickscore",
+                   "--weights", tmp_path / "clip", "--beside", TOKENIZER, "--device", "cpu")  # fmt: skip
+    values = load_scorer("pickscore", tmp_path / "clip", TOKENIZER).of(scenes(range(3)).images, captions(range(3)))
+    mean, error = values.mean().item(), values.std().item() / 3**0.5
+    assert said.out.startswith(f"pickscore {mean:.4f} ± {error:.2g} (N = 3)\nthe shorter side to 224"), said
+    assert error > 0
 
 
 def test_the_command_agrees_with_the_metric(folders, call):

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from segresearch.analysis.branch_diagnostics import Number
 from segresearch.evaluation import paper_numbers, shards
-from segresearch.evaluation.frame import Frame, Value
+from segresearch.evaluation.frame import METRICS, Frame, Value
 from segresearch.evaluation.reference_images import Reference, features
 from segresearch.evaluation.sample_shards import COST, NORMS
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.metrics.frechet import Frechet, frechet_distance, gaussian
+from segresearch.metrics.inception_score import inception_scores
 from segresearch.metrics.nonparametric import cmmd, density_coverage, kid, precision_recall
 
 MOST = 10_000  # images on either side for precision and recall, whose work grows with their product
+TENTHS, IS = 10, ("", "_to_baseline", "_spread")
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,17 @@ def aggregate(spec: EvaluationSpec, images: Reference) -> Result:
                 distances[metric.name][method] = distance
                 kinds = set_numbers(x, real[metric.name], distance, baseline, config.n_subsets, net == "clip")
                 numbers |= {f"{kind}-{net}": number for kind, number in kinds.items()}
+                if metric.extractor.classes is not None:
+                    first = None if method == spec.baseline else _joined(spec, spec.baseline, metric.array)
+                    numbers |= inception_numbers(values, first, metric.extractor.classes)
             elif metric.columns:
                 means = values.mean(0, dtype=np.float64)  # (n, columns) -> (columns,)
                 numbers |= {column: (float(mean),) for column, mean in zip(metric.columns, means, strict=True)}
             else:
-                deviation = values.std(ddof=1, dtype=np.float64) if len(values) > 1 else math.nan
-                numbers[metric.name] = float(values.mean(dtype=np.float64)), float(deviation / math.sqrt(len(values)))
+                numbers[metric.name] = mean_and_error(values)
+                if (difference := METRICS[metric.name].to_baseline) in METRICS and method != spec.baseline:
+                    first = _joined(spec, spec.baseline, metric.array)
+                    numbers[difference] = mean_and_error(values.astype(np.float64) - first)
         for name, number in numbers.items():
             rows.append(Value(method, name, *(None if math.isnan(x) else float(f"{x:.7g}") for x in number)))
         rows += [Value(method, f"paper-{c}", v) for c, v in paper_numbers.numbers(spec.paper, guidance).items()]
@@ -92,6 +99,28 @@ def paired(distance: Frechet, other: Frechet) -> tuple[float, float]:
     differences = np.subtract(distance.resamples, other.resamples)
     error = float(differences.std(ddof=1)) if len(differences) > 1 else math.nan
     return distance.distance - other.distance, error
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean of (n,) numbers and its standard error, nan of one number."""
+    deviation = values.std(ddof=1, dtype=np.float64) if len(values) > 1 else math.nan
+    return float(values.mean(dtype=np.float64)), float(deviation / math.sqrt(len(values)))
+
+
+def inception_numbers(
+    x: np.ndarray, baseline: np.ndarray | None, classes: Float[Tensor, "c dim"]
+) -> dict[str, tuple[float, ...]]:
+    """The inception score of features (n, dim) by name: its mean over tenths of the images with the standard error,
+    their deviation, and the difference to the baseline's on the same tenths; nan for fewer images than tenths."""
+    numbers: dict[str, tuple[float, ...]] = dict.fromkeys((f"is{kind}-inception" for kind in IS), (math.nan,))
+    if len(x) < TENTHS:
+        return numbers
+    scores = inception_scores(torch.from_numpy(x), classes.cpu(), TENTHS).numpy()
+    numbers |= {"is-inception": mean_and_error(scores), "is_spread-inception": (float(scores.std()),)}
+    if baseline is not None:
+        first = inception_scores(torch.from_numpy(baseline), classes.cpu(), TENTHS).numpy()
+        numbers["is_to_baseline-inception"] = mean_and_error(scores - first)
+    return numbers
 
 
 def set_numbers(
