@@ -6,11 +6,12 @@ from typing import Any
 
 from segresearch.config.expand import describe
 from segresearch.config.schema import CFGTerm, GuidanceConfig
-from segresearch.evaluation.frame import Frame, Metric, Value
+from segresearch.evaluation.frame import SCORES, Frame, Metric, Value
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.pages import Cell
 
-AGREEMENT = ("text_alignment", "objects", "exact", "edges")  # kinds of metrics that a ranking shows beside distances
+AGREEMENT = ("text_alignment", "objects", "exact", "edges", *SCORES, *(f"{kind}_to_baseline" for kind in SCORES))
+# kinds of metrics that a ranking shows beside distances
 
 
 @dataclass(frozen=True)
