@@ -107,14 +107,33 @@ def rows(axis: Any, names: Sequence[str], bold: Sequence[str] = ()) -> None:
         text.set_weight("bold" if text.get_text() in bold else "normal")
 
 
-def dot(axis: Any, at: Point, error: Number, style: Mapping[str, Any], size: float = 6.5) -> None:
-    """A mark at (x, y) with one error to both sides of x (dark) and two (light)."""
+def dot(
+    axis: Any, at: Point, error: Number, style: Mapping[str, Any], size: float = 6.5, ends: Point | None = None
+) -> None:
+    """A mark at (x, y) with one error to both sides of x (dark) and two (light). ends: of the axis; a mark beyond them
+    is an arrow at the edge with its value."""
     (x, y), color = at, style["color"]
+    if ends is not None and not ends[0] <= x <= ends[1]:
+        beyond(axis, x, y, ends, color, True)
+        return
     if error > 0 and math.isfinite(error):
         axis.plot([x - 2 * error, x + 2 * error], [y, y], color=color, alpha=0.35, linewidth=1.2, zorder=2.5)
         axis.plot([x - error, x + error], [y, y], color=color, linewidth=2.2, zorder=2.6)
     axis.plot([x], [y], style["marker"], color=color, markersize=size, markeredgecolor="white", markeredgewidth=0.5,
               zorder=3)  # fmt: skip
+
+
+def beyond(axis: Any, x: Number, y: Number, ends: Point, color: str, named: bool) -> None:
+    """An arrow at the edge for a mark that lies beyond the ends of the axis. named: with its value."""
+    right = x > ends[1]
+    edge = ends[1] if right else ends[0]
+    axis.plot(edge, y, ">" if right else "<", markersize=4, color=color, clip_on=False, zorder=3,
+              markerfacecolor=color if named else "white")  # fmt: skip
+    if named:
+        value = f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
+        text = axis.annotate(value.replace("-", "−"), (edge, y), (-7 if right else 7, 0), fontsize=8,
+                             textcoords="offset points", ha="right" if right else "left", va="center")  # fmt: skip
+        text.set_in_layout(False)
 
 
 def window(values: Sequence[Number], keep: Sequence[Number] = (), fences: float = 3.0) -> tuple[float, float]:

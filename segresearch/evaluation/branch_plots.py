@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from segresearch.analysis.branch_diagnostics import Number
 from segresearch.config.schema import GuidanceConfig
 from segresearch.evaluation.branches import QUESTIONS, Question, Row, rows_of
 from segresearch.evaluation.frame import Frame
-from segresearch.evaluation.plots import ROW
+from segresearch.evaluation.plots import ROW, within
 from segresearch.image_grid import INK, QUIET
 from segresearch.method_looks import line
 from segresearch.plot_style import canvas, dot, label, rows, window
@@ -46,22 +45,24 @@ def _alone(frame: Frame, numbers: Sequence[Number], methods: Methods, where: str
     height = -(-len(shown) // 2) * (0.75 + ROW * len(names))
     figure = canvas(height, "The images of each branch alone", caption)
     for axis, (name, text) in zip(_panels(figure, len(shown)), shown, strict=False):
-        for place, m in enumerate(names):
-            value = frame[m, name]
-            if value.value is not None:
-                dot(axis, (value.value, place), value.error or 0.0, _style(methods, m))
         baseline = 0 if name == distance.name else frame[frame.methods[0], name].value
+        values = {place: v for place, m in enumerate(names) if (v := frame[m, name]).value is not None}
+        known = [v.value for v in values.values() if v.value is not None]
+        ends = within(known, [v.error or 0.0 for v in values.values()], known[0] if baseline is None else baseline)
+        for place, value in values.items():
+            dot(axis, (value.value or 0.0, place), value.error or 0.0, _style(methods, names[place]), ends=ends)
         if baseline is not None:
             axis.axvline(baseline, color=QUIET, linewidth=1)
+        axis.set_xlim(*ends)
         label(axis, x=text, grid="x")
         axis.locator_params(axis="x", nbins=4)
         rows(axis, names)
     return figure
 
 
-def _panels(figure: Figure, count: int) -> list[Any]:
-    """Axes two beside each other, which share their rows."""
-    grid: Any = figure.subplots(-(-count // 2), min(2, count), sharey=True, squeeze=False)
+def _panels(figure: Figure, count: int, across: int = 2) -> list[Any]:
+    """Axes `across` beside each other, which share their rows."""
+    grid: Any = figure.subplots(-(-count // across), min(across, count), sharey=True, squeeze=False)
     for axis in list(grid.flat)[count:]:
         axis.set_axis_off()
     return list(grid.flat)[:count]
@@ -82,23 +83,25 @@ def _levels(question: Question, numbers: Sequence[Number], methods: Methods, whe
         f"{where}. In a row from top to bottom the noise levels σ = {levels}, the noisiest dark. Bars: "
         f"{bars}. What lies far out is at the edge, as an open mark."
     )
-    texts = [textwrap.fill(name, NAME) for name in names]
+    texts, across = [textwrap.fill(_brief(name), NAME) for name in names], 1 if len(names) <= 3 else 2
     row = max(0.06 * len(sigmas) + 0.06, 0.15 * max(text.count("\n") + 1 for text in texts) + 0.06, ROW)
-    figure = canvas(-(-len(quantities) // 2) * (0.75 + row * len(names)), question.title, caption)
-    for axis, quantity in zip(_panels(figure, len(quantities)), quantities, strict=True):
+    figure = canvas(0.3 + -(-len(quantities) // across) * (0.75 + row * len(names)), question.title, caption)
+    for axis, quantity in zip(_panels(figure, len(quantities), across), quantities, strict=True):
         signed = quantity in ("common", "cosine", "best_scale")
         _dots(axis, [r for r in found if r.quantity == quantity], names, sorted(sigmas), methods, signed)
         if signed:
             axis.axvline(0, color=INK, linewidth=0.8)
-        label(axis, x=question.labels[quantity], grid="x")
+        label(axis, x=textwrap.fill(question.labels[quantity], 28 if across == 2 else 60), grid="x")
         axis.locator_params(axis="x", nbins=4)
         rows(axis, texts)
-    marks = [Line2D([], [], marker="o", linestyle="", markersize=4, color=INK, alpha=_depth(i, len(sigmas)),
-                    label=f"{sigmas[step]:.3g}") for i, step in enumerate(sorted(sigmas))]  # fmt: skip
-    figure.axes[0].legend(handles=marks, title="σ", fontsize=7.5, title_fontsize=8, ncols=len(marks), frameon=False,
-                          loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, handletextpad=0.1,
-                          columnspacing=0.8)  # fmt: skip
     return figure
+
+
+def _brief(name: str) -> str:
+    """The name of a row of several methods: the first of them, how many others, and what they share."""
+    names, _, sites = name.partition(" (")
+    first, *others = names.split(", ")
+    return name if len(others) < 2 else f"{first} and {len(others)} others ({sites}"
 
 
 def _depth(i: int, count: int) -> float:

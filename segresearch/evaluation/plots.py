@@ -1,6 +1,7 @@
 """The plots of an evaluation: Fréchet distance by method or blur σ and against LPIPS to the baseline, colours, the size
 of the guidance."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from segresearch.plot_names import name_lines, name_points
 from segresearch.plot_style import Number, canvas, dot, label, name_sigma, rows, window
 
 ROW = 0.24  # inches of a method
+MOST_LINES = 12  # that one plot holds
 LINES = ("-", "--", "-.", ":")  # of scales of one method
 
 
@@ -75,18 +77,28 @@ def to_baseline(frame: Frame) -> tuple[dict[str, Number], dict[str, Number], str
     return values, errors, f"{fd.head} − that of “{frame.methods[0]}”"
 
 
+def within(values: Sequence[Number], errors: Sequence[Number], keep: Number = 0.0) -> tuple[float, float]:
+    """The ends of an axis that shows values with two errors, but for those far out; `keep` in any case."""
+    low, high = window(values, keep=[keep])
+    reach = [v + side * 2 * e for v, e in zip(values, errors) for side in (-1, 1) if low <= v <= high]
+    inside = [r for r in reach if low - (high - low) <= r <= high + (high - low)]
+    return window(inside, keep=[low, high], fences=math.inf)
+
+
 def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
     values, errors, name = to_baseline(frame)
     caption = (
         f"{where}. Left of 0 is better than “{spec.baseline}”. Bars are one paired bootstrap standard error of the "
-        "difference (dark) and two (light)."
+        "difference (dark) and two (light). Arrows: beyond the axis, with the value."
     )
     title = "Fréchet distance" + (f" of {len(values)} methods" if len(values) > 1 else "")
     figure = canvas(0.9 + ROW * len(values), title, caption)
     axis = figure.subplots()
+    ends = within([*values.values()], [*errors.values()])
     for place, m in enumerate(values):
-        dot(axis, (values[m], place), errors[m], line(spec.methods[m]))
+        dot(axis, (values[m], place), errors[m], line(spec.methods[m]), ends=ends)
     axis.axvline(0, color=INK, linewidth=0.9)
+    axis.set_xlim(*ends)
     label(axis, x=name, grid="x")
     rows(axis, [*values], bold=[spec.baseline])
     return figure
@@ -132,16 +144,18 @@ def _tradeoff(spec: EvaluationSpec, frame: Frame, distance: Metric, where: str) 
     values, errors, name = to_baseline(frame)
     caption = (
         f"{where}. Against the distance to the image of “{spec.baseline}” from the same noise: lower left is better at "
-        "less change. Bars are one paired bootstrap standard error."
+        "less change. Bars are one paired bootstrap standard error. What lies far out is beyond the axis."
     )
     figure = canvas(4.0, "Quality against change", caption)
     axis = figure.subplots()
-    points = {m: (frame[m, distance.name].value or 0.0, values[m]) for m in values}
+    ends = within([*values.values()], [e / 2 for e in errors.values()])
+    points = {m: (frame[m, distance.name].value or 0.0, values[m]) for m in values if ends[0] <= values[m] <= ends[1]}
     for m, (x, y) in points.items():
         style = line(spec.methods[m])
         axis.errorbar(x, y, errors[m], fmt=style["marker"], markersize=5, color=style["color"], elinewidth=1)
     axis.axhline(0, color=INK, linewidth=0.8)
-    axis.margins(x=0.1, y=0.12)
+    axis.margins(x=0.1)
+    axis.set_ylim(*ends)
     label(axis, x=f"{distance.head} to “{spec.baseline}”", y=name, grid="both")
     bars = [(x, y + share * errors[m]) for m, (x, y) in points.items() for share in np.linspace(-1, 1, 9) if errors[m]]
     name_points(axis, points, others=bars)
@@ -180,12 +194,36 @@ def _colour(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
     return figure
 
 
+def _norm_ranges(spec: EvaluationSpec, shown: Mapping[str, Sequence[float]], where: str) -> Figure:
+    """Of many methods the mean over the evaluations, and the range."""
+    caption = (
+        f"{where}. Root mean square over an image's latents of what guidance adds to the denoised prediction, mean "
+        "over images: the mean over the evaluations of the model, and from the lowest to the highest of them. Arrows: "
+        "beyond the axis."
+    )
+    figure = canvas(0.9 + ROW * len(shown), "How much guidance adds", caption)
+    axis = figure.subplots()
+    means = {method: float(np.mean(steps)) for method, steps in shown.items()}
+    ends = window([*means.values(), *(max(steps) for steps in shown.values())], keep=[0.0])
+    for place, (method, steps) in enumerate(shown.items()):
+        style = line(spec.methods[method])
+        span = [min(steps), min(max(steps), ends[1])]
+        axis.plot(span, [place, place], color=style["color"], linewidth=1.4, alpha=0.5)
+        dot(axis, (means[method], place), 0.0, style, ends=ends)
+    axis.set_xlim(*ends)
+    label(axis, x="RMS of D − D[base]", grid="x")
+    rows(axis, [*shown])
+    return figure
+
+
 def _norms(spec: EvaluationSpec, norms: Mapping[str, Sequence[float]], where: str) -> Figure:
     caption = (
         f"{where}. Root mean square over an image's latents of what guidance adds to the denoised prediction, mean "
         "over images, at each evaluation of the model from the noisiest on."
     )
     shown = {method: steps for method, steps in norms.items() if any(steps)}
+    if len(shown) > MOST_LINES:
+        return _norm_ranges(spec, shown, where)
     figure = canvas(max(3.4, 0.17 * len(shown)), "How much guidance adds, step by step", caption)
     axis, ends = _beside(figure), {}
     looks = {method: line(spec.methods[method]) for method in shown}

@@ -14,7 +14,7 @@ from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.image_grid import INK, QUIET
 from segresearch.method_looks import line
 from segresearch.plot_names import name_points
-from segresearch.plot_style import Number, Point, canvas, dot, label, rows, window
+from segresearch.plot_style import Number, Point, beyond, canvas, dot, label, rows, window
 
 ACROSS = 4  # small panels beside each other
 
@@ -84,7 +84,7 @@ def _ranking(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where
                 axis.plot(value, place, style["marker"], markersize=4, markerfacecolor="none", markeredgewidth=0.9,
                           color=style["color"], zorder=2)  # fmt: skip
             elif value > high or value < low:
-                _beyond(axis, value, place, (low, high), style["color"], method == one.at_best)
+                beyond(axis, value, place, (low, high), style["color"], method == one.at_best)
         if low <= best <= high:
             dot(axis, (best, place), _error(frame, one.at_best), style)
     axis.axvline(0, color=INK, linewidth=0.9)
@@ -92,17 +92,6 @@ def _ranking(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where
     label(axis, x=_axis(spec, frame), grid="x")
     rows(axis, [f"{place}  {one.name}" for place, one in enumerate(ranked, 1)])
     return figure
-
-
-def _beyond(axis: Any, value: Number, place: Number, ends: Point, color: str, named: bool) -> None:
-    right = value > ends[1]
-    edge = ends[1] if right else ends[0]
-    axis.plot(edge, place, ">" if right else "<", markersize=4, color=color, clip_on=False, zorder=3,
-              markerfacecolor=color if named else "white")  # fmt: skip
-    if named:
-        text = axis.annotate(f"{value:+.0f}".replace("-", "−"), (edge, place), (-7 if right else 7, 0), fontsize=8,
-                             textcoords="offset points", ha="right" if right else "left", va="center")  # fmt: skip
-        text.set_in_layout(False)
 
 
 def _scales(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where: str) -> Figure:
