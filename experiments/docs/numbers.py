@@ -45,6 +45,7 @@ def of_theory() -> dict[str, str]:
 
 PARTS = {
     "theory": Part("theory.md", of_theory),
+    "methods": Part("methods.md", lambda: {**weights(), **counted.agreement()}),
     "cost": Part("guidance.md", lambda: counted.cost(ROOT)),
     "plan": Part("evaluation.md", lambda: plan.plan((DOCS / "guidance.md").read_text(encoding="utf-8"))),
 }

@@ -18,8 +18,8 @@ class AdaptiveStop:
     never stops.
 
     cosine: published 0.991, of ε in models of the paper's own. space: "eps" (the paper), or "denoised" for D, as
-        ComfyUI's node has it. Of SDXL (and mini) ε is mostly the noise in x: its cosine is above 0.998 from the start,
-        so "eps" stops at the first step. In denoised space mini passes 0.991 after 8 to 12 of 25 steps.
+        ComfyUI's node has it. Of SDXL (and mini) ε is mostly the noise in x at first, so "eps" stops at the first step.
+        In denoised space mini passes 0.991 after 7 to 12 of 25 steps.
 
     Raises InputError for a cosine outside [0, 1] or an unknown space.
     """
