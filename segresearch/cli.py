@@ -181,7 +181,7 @@ def explained(error: BaseException) -> tuple[int | None, str]:
             group, _, choice = file.rpartition("/")
             if group == "experiment" and (same := next((n for n, others in FIGURES.items() if choice in others), "")):
                 return 2, f"experiment: {choice} of the paper is in the style of {same}; take experiment={same}"
-            if group == "experiment" and re.fullmatch(r"(fig|table)\d+", choice):
+            if group == "experiment" and re.fullmatch(r"fig\d+", choice):
                 also = {name: f" ({', '.join(others)} too)" for name, others in FIGURES.items()}
                 known = [name + also.get(name, "") for name in options if name[-1:].isdigit()]
                 text = f"{choice} of arXiv 2408.00760 has no experiment: nothing here has its settings"

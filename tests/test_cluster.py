@@ -46,6 +46,21 @@ def test_before_the_time_limit_the_workers_end_and_the_job_is_requeued(slurm):
                      "scontrol requeue 5_1"]  # fmt: skip
 
 
+def test_a_worker_that_does_not_end_is_not_waited_for_until_the_limit(slurm):
+    folder, env = slurm
+    (folder / "srun").write_text("#!/bin/bash\ntrap '' USR1\ntouch ready\nexec sleep 30\n")
+    process = subprocess.Popen(["bash", str(SCRIPT)], cwd=folder, env=env | {"GRACE": "1"}, start_new_session=True)
+    for _ in range(200):
+        if (folder / "ready").exists():
+            break
+        time.sleep(0.05)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 0 and time.monotonic() - begun < 20
+    os.killpg(process.pid, signal.SIGKILL)  # what Slurm does to a job that it requeues
+    assert (folder / "calls").read_text().splitlines() == ["scontrol requeue 5_1"]
+
+
 def test_the_results_are_made_again_until_all_shards_are_seen(slurm):
     folder, env = slurm
     done = subprocess.run(["bash", str(SCRIPT)], cwd=folder, env=env | {"QUICK": "0"})

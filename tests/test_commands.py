@@ -285,7 +285,7 @@ def test_the_command_agrees_with_the_metric(folders, call):
     assert density_coverage(x, y, 1) == (pytest.approx(3 / 2), 3 / 4)  # 0 in two balls, 10 in one; 2's ball is empty
 
 
-@pytest.mark.parametrize("name", ["fig7", "table3"])
+@pytest.mark.parametrize("name", ["fig7", "fig99"])
 def test_a_figure_without_an_experiment_names_those_that_have_one(name, call):
     code, said = call(commands.generate, f"experiment={name}")
     assert code == 2 and said.err.count("\n") == 1 and f"{name} of arXiv 2408.00760 has no experiment" in said.err

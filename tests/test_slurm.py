@@ -120,8 +120,8 @@ def test_before_the_time_limit_a_job_is_requeued_and_keeps_its_shards(cluster, p
 
 def test_slurm_itself_requeues_at_the_time_limit(cluster, tmp_path):
     """A limit of one minute, the least there is, and a run that takes longer."""
-    options = ("--time=1", "--signal=B:USR1@15")
-    number = f"{submit(cluster, tmp_path, *options, settings=['images=100000'])}_0"
+    options, hasty = ("--time=1", "--signal=B:USR1@40"), {**cluster, "GRACE": "10"}
+    number = f"{submit(hasty, tmp_path, *options, settings=['images=100000'])}_0"
     until(lambda: job(cluster, number)["Restarts"] == "1", lambda: f"{job(cluster, number)}\n{log(tmp_path)}")
     assert job(cluster, number)["JobState"] == "PENDING"
     whole_shards(tmp_path)
