@@ -1,7 +1,11 @@
 # make demo    images of the embedded model: unguided, SAG, PAG and SEG side by side; prints where they are
 # make test    all tests but those that need a GPU
 # make test-gpu    the tests that need a GPU: images of CPU and GPU, the scripts, CUDA graphs, SDXL at full size
+# make test-slurm  experiments/slurm.sbatch on a Slurm of one node; skipped, with the reason, where it is not installed
 # make reproduce   tables 1, 2 and figures 6, 12 of the paper on the embedded model, 1,000 images per method; in runs/
+# make docs    the site of the docs, in site/: static files
+# make notebooks      executes experiments/notebooks into docs/notebooks, a minute
+# make docs-numbers   measures the numbers of the docs again and compares them with the pages, minutes (docs/numbers.md)
 # make check   ruff and mypy
 # make clean   removes caches, builds and the environment; runs/ stays
 #
@@ -16,7 +20,7 @@ OLDEST := 3.11
 PYTHONS := python3.14 python3.13 python3.12 python3.11 python3 python
 SUITS := import sys, ensurepip, venv; sys.exit(sys.version_info[:2] < tuple(map(int, "$(OLDEST)".split("."))))
 
-.PHONY: demo test test-slow test-gpu reproduce check clean
+.PHONY: demo test test-slow test-gpu test-slurm reproduce docs notebooks docs-numbers check clean
 
 demo: $(READY)
 	$(VENV)/bin/python experiments/generate.py experiment=demo
@@ -32,10 +36,24 @@ test-gpu: $(READY)
 	    { echo "no GPU here: torch finds no CUDA device; make test runs what needs none" >&2; exit 1; }
 	$(VENV)/bin/python benchmarks/gpu.py --only tests
 
+test-slurm: $(READY)
+	$(VENV)/bin/python -m pytest -m slurm -rs
+
 reproduce: $(READY)
 	set -e; for name in table1 table2 fig6 fig12; do \
 	    OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node=$(WORKERS) experiments/evaluate.py experiment=$$name preset=quick images=$(IMAGES); \
 	done
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "the docs: site/index.html"
+
+notebooks: $(READY)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	$(VENV)/bin/python -m experiments.docs.notebooks
+
+docs-numbers: $(READY)
+	$(VENV)/bin/python -m experiments.docs.numbers --check
 
 check: $(READY)
 	$(VENV)/bin/ruff check .
@@ -61,5 +79,5 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from segresearch import runs
+from segresearch import image_page, runs
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import GenerateConfig
 from segresearch.config.build import build_guidance, configured_model, device_kind, resolved
@@ -19,7 +19,8 @@ from segresearch.config.compose import written_config
 from segresearch.config.expand import ImageSpec, Panel, panels, slug
 from segresearch.control_images.identify import control_records, identify_controls
 from segresearch.errors import NotFinite
-from segresearch.image_grid import Block, cell_height, draw_grid, image_size
+from segresearch.image_grid import cell_height, draw_grid, image_size
+from segresearch.image_page import PanelFiles
 from segresearch.init_images import identify_init, init_images
 from segresearch.progress import Bar
 from segresearch.records import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from segresearch.models import StableDiffusion
 
 GRID_VERSION = 1
+PAGE = "index.html"
 OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}  # not of the run
 IDENTITY = ("run", "method", "prompt", "seed")  # tell one image's record from any other's
 
@@ -54,19 +56,10 @@ class RunResult:
 
     def __str__(self) -> str:
         if not self.sampled:
-            return f"all {self.existing} images exist already\ngrid: {self.grid}"
+            return f"all {self.existing} images exist already\ngrid: {self.grid}\npage: {self.folder / PAGE}"
         rate = f"{self.sampled / self.seconds:.2f} images/s"
         existing = f", {self.existing} existed already" if self.existing else ""
-        return f"{self.sampled} images sampled ({rate}){existing}\ngrid: {self.grid}"
-
-
-@dataclass(frozen=True)
-class PanelFiles:
-    """A panel and its files in the order of its rows: images and their records by method, control images by control."""
-
-    panel: Panel
-    images: Mapping[str, Mapping[Path, Mapping[str, Any]]]
-    controls: Mapping[str, list[Path]]
+        return f"{self.sampled} images sampled ({rate}){existing}\ngrid: {self.grid}\npage: {self.folder / PAGE}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def complete(run: Run, model: "StableDiffusion | None") -> RunResult:
     stored = {path: read_record(path) or {} for path in records}
     missing = {path for path, r in records.items() if any(stored[path].get(key) != r[key] for key in IDENTITY)}
     existing = len(records) - len(missing)
-    if others := {stored[path]["code"] for path in records.keys() - missing} - {runs.code_version()}:
+    if others := {str(stored[path].get("code")) for path in records.keys() - missing} - {runs.code_version()}:
         other = f"images by other code ({', '.join(sorted(others))}) are kept"
         print(f"{other}; remove {run.folder} to sample them again", flush=True)
     if missing and existing:
@@ -266,20 +259,17 @@ def save_control_images(run: Run, size: tuple[int, int]) -> None:
 
 
 def save_grid(run: Run) -> Path:
-    """grid.png: a block a panel, rows are seeds (and prompts), columns methods; kept if it is this grid already."""
-    config, path, limit, blocks = run.config, run.folder / "grid.png", run.config.grid.rows, []
-    for files in run.panels:
-        heads = [f"control: {name}" if len(files.controls) > 1 else "control" for name in files.controls]
-        cells = list(zip(*files.controls.values(), *files.images.values(), strict=True))[:limit]
-        rows, title = files.panel.rows[:limit], files.panel.title
-        captions = [(f"seed {row.seed}", row.prompt) for row in rows]
-        if not title and len({row.prompt for row in rows}) == 1 and rows[0].prompt:
-            title, captions = f"“{rows[0].prompt}”", [(seed, "") for seed, _ in captions]
-        blocks.append(Block(title, (*heads, *files.images), captions, cells))
+    """grid.png: a block a panel, rows are seeds (and prompts), columns methods; kept if it is this grid already. The
+    page beside it."""
+    config, path, limit = run.config, run.folder / "grid.png", run.config.grid.rows
+    blocks = [block for files in run.panels for block in image_page.blocks(files, limit, config.grid.across)]
     sampling = f"{config.model.name}: {config.sampler.name}, {config.steps} steps, {config.schedule.name} schedule"
     more = f"; the first {limit} rows of more" if any(len(files.panel.rows) > limit for files in run.panels) else ""
     steered = " under one control image" if any(files.controls for files in run.panels) else ""
-    note = f"{sampling}. Every row starts from one noise{steered}; columns differ in guidance alone{more}."
+    compared = f"Every row starts from one noise{steered}; columns differ in guidance alone"
+    if all(map(image_page.alone, run.panels)):
+        compared = "Each image starts from the noise of its seed"
+    note = f"{sampling}. {compared}{more}."
     title = config.grid.title or config.name
     texts = [(block.title, block.heads, block.captions) for block in blocks]
     drawn = runs.digest([GRID_VERSION, config.grid, texts, title, note])
@@ -290,4 +280,6 @@ def save_grid(run: Run) -> Path:
         record["generate"] = config_record(config, OF_A_CALL)  # not compared: it names folders
         cell = config.grid.cell or cell_height(blocks[0].paths[0][0])
         save_png(draw_grid(blocks, title, note, cell, config.grid.across), path, record)
+    made = {"run": run.folder.name, "model": f"{config.model.name}, {config.model.dtype}"}
+    runs.write(run.folder / PAGE, image_page.page(run.panels, run.folder, title, note, made, limit))
     return path

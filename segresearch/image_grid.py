@@ -19,7 +19,7 @@ class Block:
     title: str
     heads: Sequence[str]
     captions: Sequence[tuple[str, str]]
-    paths: Sequence[Sequence[Path]]  # [row][column]
+    paths: Sequence[Sequence[Path]]  # [row][column]; the last row may be shorter
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -105,7 +105,7 @@ class Layout:
         for lines, paths, height in zip(self.captions, self.block.paths, self.rows, strict=True):
             write(sheet, x, y, lines[:1], size, QUIET if lines[1:] else INK)
             write(sheet, x, y + line_height(size), lines[1:], size)
-            for left, path in zip(lefts, paths, strict=True):
+            for left, path in zip(lefts, paths):
                 image = Image.open(path).convert("RGB")  # enlarged by a whole factor, its pixels stay squares
                 resampling = Image.Resampling.LANCZOS if self.cell % image.height else Image.Resampling.NEAREST
                 width = max(1, round(self.cell * image.width / image.height))  # narrower than the widest: in the middle

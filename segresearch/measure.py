@@ -1,4 +1,4 @@
-"""`segresearch fid A B`, and kid, prdc, clip, lpips: metrics of two folders of images, each with N and its error.
+"""`segresearch fid A B`, and kid, prdc, clip, lpips, is, score: metrics of folders of images, with N and errors.
 
 Thin: the numbers are those of segresearch.metrics, so they agree with an evaluation's. Imports torch late.
 """
@@ -13,7 +13,7 @@ from segresearch.cli import one_line_errors
 from segresearch.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from segresearch.evaluation.aggregate import Reference
+    from segresearch.evaluation.reference_images import Reference
 
 ABOUT = {
     "fid": "The Fréchet distance of the images of A to those of B, and its bootstrap error.",
@@ -21,6 +21,8 @@ ABOUT = {
     "prdc": "Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) of A against B.",
     "clip": "The mean cosine of the images of A and their prompts, by CLIP.",
     "lpips": "The mean perceptual distance of the images of A and B that have one name.",
+    "is": "The inception score of the images of A (arXiv 1606.03498), in ten parts.",
+    "score": "The mean of a network fitted to people's preferences over the images of A and their prompts.",
 }
 RESIZING = {  # what the network is shown
     "inception": "resized by torch-fidelity to 299×299 as TensorFlow 1 did it (bilinear, not antialiased)",
@@ -28,23 +30,31 @@ RESIZING = {  # what the network is shown
     "clip": "the middle square, resized as Pillow does it to 336×336 (bicubic, antialiased)",
     "mini": "not resized",
     "vgg": "not resized", "alex": "not resized",
+    **dict.fromkeys(("aesthetic", "pickscore", "imagereward"),
+                    "the shorter side to 224 by Pillow (bicubic), its middle"),
+    **dict.fromkeys(("hpsv2", "hpsv21"), "the longer side to 224 (bicubic, antialiased), black beside the shorter"),
 }  # fmt: skip
 
 
+@one_line_errors()
 def main(name: str) -> None:
     """The command `name`, a key of ABOUT."""
     parser = argparse.ArgumentParser(description=ABOUT[name])
     parser.add_argument("a", metavar="A", help='a folder of images, or scenes of mini such as "scene:0-999"')
-    if name == "clip":
+    if name in ("clip", "score"):
         text = "a .txt file, a line an image in the order of names; default: the prompts in the images' records"
         parser.add_argument("b", metavar="PROMPTS", nargs="?", help=text)
-    else:
+    elif name != "is":
         parser.add_argument("b", metavar="B", help="the same; of fid, kid and prdc the reference")
     if name in ("fid", "kid", "prdc"):
         usual = ["inception", "dinov2", "clip", "mini"]
         parser.add_argument("--features", choices=usual, default="inception", help="of which network (inception)")
     elif name == "lpips":
         parser.add_argument("--net", choices=["vgg", "alex", "mini"], default="vgg", help="whose distance (vgg)")
+    if name == "score":
+        scorers = ["aesthetic", "pickscore", "hpsv2", "hpsv21", "imagereward"]
+        parser.add_argument("--by", choices=scorers, default="hpsv21", help="the network (hpsv21)")
+        parser.add_argument("--beside", metavar="FOLDER", help="aesthetic: its CLIP; others: a tokenizer's folder")
     parser.add_argument("--weights", help="the network; default: where its publisher's tools put it")
     parser.add_argument("--sha256", help="of these weights, where they are not the published ones")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -57,13 +67,12 @@ def main(name: str) -> None:
     elif name == "prdc":
         parser.add_argument("--neighbour", type=int, default=5, help="k of the k-th nearest neighbour (5)")
     args = parser.parse_args()
-    with one_line_errors():
-        print(CALLS[name](args))
+    print(CALLS[name](args))
 
 
 def images(text: str) -> "Reference":
     """The images of a folder or of scenes. ConfigError in one line."""
-    from segresearch.evaluation.aggregate import reference
+    from segresearch.evaluation.reference_images import reference
 
     try:
         return reference(text)
@@ -128,15 +137,11 @@ def prdc(args: argparse.Namespace) -> str:
     return "\n".join([*lines, note(extractor.name, extractor.weights)])
 
 
-def clip(args: argparse.Namespace) -> str:
-    import torch
-
-    from segresearch.config.build import usable_device
+def prompts_of(side: "Reference", args: argparse.Namespace) -> list[str]:
+    """A prompt for each image, of the file B or of the images' records. ConfigError in one line."""
     from segresearch.config.expand import from_text
-    from segresearch.metrics.text_alignment import CLIP, load_clip, text_alignment
     from segresearch.records import read_record
 
-    side = images(args.a)
     if args.b is not None:
         texts = list(from_text(Path(args.b), "PROMPTS"))
     elif side.files:
@@ -147,13 +152,62 @@ def clip(args: argparse.Namespace) -> str:
         raise ConfigError(f"{args.a}: no prompts; give a .txt file, a line an image")
     if len(texts) != len(side):
         raise ConfigError(f"{args.b}: {len(texts)} prompts for the {len(side)} images of {args.a}")
-    network = load_clip(args.weights or CLIP, args.sha256, usable_device(args.device))
+    return texts
+
+
+def with_prompts(side: "Reference", texts: list[str], measure: Callable[[Any, list[str]], Any]) -> Any:
+    """A number of each image, a batch at a time."""
+    import torch
+
+    from segresearch.progress import Bar
+
     values, count = [], 0
-    for batch in side.batches():
-        values.append(text_alignment(network, batch, texts[count : count + len(batch)]))
-        count += len(batch)
-    cosines = torch.cat(values)
+    with Bar(len(side)) as bar:
+        bar.describe(side.text)
+        for batch in side.batches():
+            values.append(measure(batch, texts[count : count + len(batch)]))
+            count += len(batch)
+            bar.add(len(batch))
+    return torch.cat(values)
+
+
+def clip(args: argparse.Namespace) -> str:
+    from segresearch.config.build import usable_device
+    from segresearch.metrics.text_alignment import CLIP, load_clip, text_alignment
+
+    side = images(args.a)
+    texts = prompts_of(side, args)
+    network = load_clip(args.weights or CLIP, args.sha256, usable_device(args.device))
+    cosines = with_prompts(side, texts, lambda batch, some: text_alignment(network, batch, some))
     return f"CLIP score {average(cosines)}\nby the network's own image processor; weights {network.weights[:12]}"
+
+
+def score(args: argparse.Namespace) -> str:
+    from segresearch.config.build import usable_device
+    from segresearch.metrics.scores import load_scorer
+
+    side = images(args.a)
+    texts = [""] * len(side) if args.by == "aesthetic" else prompts_of(side, args)
+    scorer = load_scorer(args.by, args.weights, args.beside, args.sha256, usable_device(args.device))
+    values = with_prompts(side, texts, scorer.of)
+    return f"{args.by} {average(values)}\n{note(args.by, scorer.weights)}"
+
+
+def inception(args: argparse.Namespace) -> str:
+    from segresearch.config.build import usable_device
+    from segresearch.evaluation.aggregate import TENTHS, inception_numbers
+    from segresearch.metrics.features import load_extractor
+
+    side = images(args.a)
+    if len(side) < TENTHS:
+        raise ConfigError(f"{args.a}: {len(side)} images; the inception score needs {TENTHS}, and thousands to compare")
+    extractor = load_extractor("inception", args.weights, args.sha256, usable_device(args.device))
+    x = with_prompts(side, [""] * len(side), lambda batch, _: extractor.of(batch).float())
+    assert extractor.classes is not None
+    numbers = inception_numbers(x.numpy(), None, extractor.classes)
+    (value, error), (spread,) = numbers["is-inception"], numbers["is_spread-inception"]
+    text = f"IS {value:.3f} ± {error:.2g} (N = {len(side)}, {TENTHS} parts, whose standard deviation is {spread:.3g})"
+    return f"{text}\n{note('inception', extractor.weights)}"
 
 
 def lpips(args: argparse.Namespace) -> str:
@@ -203,4 +257,6 @@ def note(network: str, weights: str) -> str:
 
 
 Call = Callable[[argparse.Namespace], str]
-CALLS: dict[str, Call] = {"fid": fid, "kid": kid, "prdc": prdc, "clip": clip, "lpips": lpips}
+CALLS: dict[str, Call] = {
+    "fid": fid, "kid": kid, "prdc": prdc, "clip": clip, "lpips": lpips, "is": inception, "score": score,
+}  # fmt: skip

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 class Cell(NamedTuple):
     """Of a table. kind: CSS classes ("first" in a row's first cell draws a line above the row). strong: a bold line
-    above `text`. rows: how many it spans."""
+    above `text`. rows: how many it spans. mark: a character before the text, in `color`."""
 
     text: str = ""
     kind: str = ""
@@ -20,6 +20,8 @@ class Cell(NamedTuple):
     href: str = ""
     rows: int = 1
     style: str = ""
+    mark: str = ""
+    color: str = ""
 
 
 def embedded(png: Path | bytes) -> str:

@@ -1,10 +1,15 @@
-"""How every plot looks: a title, axes with units, and a caption in the image. pyplot's global state is not touched."""
+"""How every plot looks: a title, axes with units, and a caption in the image. pyplot's global state is not touched.
 
+A figure is as wide as a column of a page, so that it can be read on a telephone; a page shows it without title and
+caption, which it has as text.
+"""
+
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -12,20 +17,71 @@ from segresearch.image_grid import INK, QUIET, RULE
 from segresearch.records import KEY, encoded
 from segresearch.runs import replacing
 
+WIDTH = 5.0  # inches
+DPI = 160
 CHARACTERS = 15.5  # of a caption's line, an inch
+TITLE = 8.6  # characters of a title's line, an inch
+Number = float | int
+Point = tuple[Number, Number]
 
 
-def canvas(width: float, height: float, title: str, caption: str) -> Figure:
+class Drawing(Figure):
+    """A figure that a notebook shows as a picture, although pyplot, which would ask for that, is not loaded."""
+
+    def _repr_png_(self) -> bytes:
+        data = io.BytesIO()
+        self.savefig(data, format="png", dpi=130)
+        return data.getvalue()
+
+
+class Shown(NamedTuple):
+    """A figure on a page: PNG bytes of its axes alone, and its texts. width: in pixels, at which its text is 9 pt."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
+    width: int
+
+
+def canvas(height: float, title: str, caption: str, width: float = WIDTH) -> Figure:
     """An empty figure (inches) with its title above and its caption below, and room for axes between."""
-    lines = textwrap.wrap(caption, int((width - 0.4) * CHARACTERS))
-    foot = 0.2 + 0.165 * len(lines)
-    total = 0.42 + height + foot
-    figure = Figure(figsize=(width, total), dpi=130, layout="constrained", facecolor="white")
-    figure.text(0.2 / width, 1 - 0.14 / total, title, ha="left", va="top", fontsize=12, weight="bold", color=INK)
-    figure.text(0.2 / width, 0.1 / total, "\n".join(lines), ha="left", va="bottom", fontsize=8.5, color=QUIET)
+    lines = textwrap.wrap(caption, int((width - 0.4) * CHARACTERS), break_on_hyphens=False)
+    heads = textwrap.wrap(title, int((width - 0.4) * TITLE), break_on_hyphens=False)
+    top, foot = 0.2 + 0.22 * len(heads), 0.2 + 0.165 * len(lines)
+    total = top + height + foot
+    figure = Drawing(figsize=(width, total), dpi=DPI, layout="constrained", facecolor="white")
+    at = 0.2 / width
+    figure.text(at, 1 - 0.12 / total, "\n".join(heads), ha="left", va="top", fontsize=12, weight="bold", color=INK)
+    figure.text(at, 0.1 / total, "\n".join(lines), ha="left", va="bottom", fontsize=8.5, color=QUIET)
     engine: Any = figure.get_layout_engine()
     engine.set(rect=(0, foot / total, 1, height / total))
     return figure
+
+
+def shown(name: str, figure: Figure, where: str = "") -> Shown:
+    """`figure`, made by `canvas`, as a page shows it. The figure stays as it is. where: the start of its caption that
+    the page says already."""
+    title, caption = figure.texts[:2]
+    width, total = map(float, figure.get_size_inches())
+    engine: Any = figure.get_layout_engine()
+    rect = engine.get()["rect"]
+    png = io.BytesIO()
+    try:
+        title.set_visible(False)
+        caption.set_visible(False)
+        figure.set_size_inches(width, total * rect[3])
+        engine.set(rect=(0, 0, 1, 1))
+        figure.savefig(png, format="png", metadata={"Software": "segresearch"}, pil_kwargs={"optimize": True})
+    finally:
+        title.set_visible(True)
+        caption.set_visible(True)
+        figure.set_size_inches(width, total)
+        engine.set(rect=rect)
+    head, text = (text.get_text().replace("\n", " ") for text in (title, caption))
+    if where and text.startswith(f"{where}. "):
+        text = text.removeprefix(f"{where}. ")
+    return Shown(name, head, text, png.getvalue(), round(width * 118))
 
 
 def label(axis: Any, title: str = "", x: str = "", y: str = "", grid: str = "") -> None:
@@ -33,10 +89,45 @@ def label(axis: Any, title: str = "", x: str = "", y: str = "", grid: str = "") 
     axis.set_title(title, fontsize=9.5, color=INK, loc="left")
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
-    axis.tick_params(labelsize=8, colors=QUIET)
+    axis.tick_params(labelsize=8.5, colors=QUIET)
     axis.spines[["top", "right"]].set_visible(False)
     if grid:
         axis.grid(axis=grid, color=RULE, linewidth=0.6)
+        axis.set_axisbelow(True)
+
+
+def rows(axis: Any, names: Sequence[str], bold: Sequence[str] = ()) -> None:
+    """A row a name, the first on top, with a thin line to each; as many rows as names, so that none is left out."""
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.grid(axis="y", color=RULE, linewidth=0.4)
+    axis.tick_params(axis="y", length=0)
+    for text in axis.get_yticklabels():
+        text.set_color(INK)
+        text.set_weight("bold" if text.get_text() in bold else "normal")
+
+
+def dot(axis: Any, at: Point, error: Number, style: Mapping[str, Any], size: float = 6.5) -> None:
+    """A mark at (x, y) with one error to both sides of x (dark) and two (light)."""
+    (x, y), color = at, style["color"]
+    if error > 0 and math.isfinite(error):
+        axis.plot([x - 2 * error, x + 2 * error], [y, y], color=color, alpha=0.35, linewidth=1.2, zorder=2.5)
+        axis.plot([x - error, x + error], [y, y], color=color, linewidth=2.2, zorder=2.6)
+    axis.plot([x], [y], style["marker"], color=color, markersize=size, markeredgecolor="white", markeredgewidth=0.5,
+              zorder=3)  # fmt: skip
+
+
+def window(values: Sequence[Number], keep: Sequence[Number] = (), fences: float = 3.0) -> tuple[float, float]:
+    """The range of an axis that shows `values` but for those far out (Tukey's fences, in ranges of the middle half),
+    and `keep` in any case."""
+    ordered = sorted(v for v in values if math.isfinite(v))
+    if not ordered:
+        return (-1.0, 1.0)
+    low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.25, 0.75))
+    reach = fences * (high - low) if high > low else math.inf
+    inside = [v for v in ordered if low - reach <= v <= high + reach] + [v for v in keep if math.isfinite(v)]
+    space = 0.06 * (max(inside) - min(inside)) or 0.5
+    return float(min(inside) - space), float(max(inside) + space)
 
 
 def save(

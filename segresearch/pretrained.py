@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -44,23 +45,52 @@ def digest(path: Path, sha256: str | None = None) -> str:
 
 
 def load_tensors(asset: Asset, path: str | Path | None, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """The tensors of an asset, and the SHA-256 of the file. path: None looks in torch.hub's cache. Pickles are opened
-    by torch's weights-only reader, which runs no code of theirs. CheckpointError for a file that is missing, has
-    another checksum, or cannot be read."""
+    """The tensors of an asset, and the SHA-256 of the file. path: None looks in torch.hub's cache. CheckpointError for
+    a file that is missing, has another checksum, or cannot be read."""
     file = Path(path).expanduser() if path else Path(torch.hub.get_dir()) / "checkpoints" / asset.file
     url = asset.folder + asset.file
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; download {url} there, or give its path")
     actual = digest(file, sha256 or asset.sha256)
+    return read_tensors(file, f"{asset.file} is at {url}"), actual
+
+
+def read_tensors(file: Path, published: str) -> dict[str, Tensor]:
+    """The named tensors of a .safetensors file or of a pickle, there alone or as its `state_dict`. Pickles are opened
+    by torch's weights-only reader, which runs no code of theirs. published: where the right file is, for the message.
+    CheckpointError for a file that cannot be read or holds something else."""
     try:
         if file.suffix == ".safetensors":
-            return load_file(file), actual
+            return load_file(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises many kinds for a damaged file
         raise CheckpointError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{file}: does not hold named tensors only; {asset.file} is at {url}")
-    return dict(tensors), actual
+        raise CheckpointError(f"{file}: does not hold named tensors only; {published}")
+    return dict(tensors)
+
+
+def hub_file(repo: str, file: str, path: str | Path | None = None, more: str = "") -> Path:
+    """A file of a repository of the hub: at `path`, or in that folder; None looks in the hub's cache. more: other files
+    to fetch with it. CheckpointError names the file and the command that fetches it."""
+    found = Path(path).expanduser() if path else try_to_load_from_cache(repo, file)
+    at = Path(found) if isinstance(found, str | Path) else None
+    at = at / file if at is not None and at.is_dir() else at
+    if at is None or not at.is_file():
+        fetch = f"fetch it once with: hf download {repo} {file}{more}"
+        cache = f"{file} of {repo} is not in the local cache ({constants.HF_HUB_CACHE})"
+        where = f"{at}: no such file" if at else cache
+        raise CheckpointError(f"{where}; {fetch}, or give its path")
+    return at
+
+
+def hub_digest(file: Path, sha256: str | None = None) -> str:
+    """SHA-256 of a file, checked against `sha256`, else against the digest under which the hub's cache keeps it, where
+    it does. Raises CheckpointError."""
+    blob = Path(os.path.realpath(file)).name
+    return digest(file, sha256 or (blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None))
 
 
 @contextmanager
@@ -81,8 +111,8 @@ def model_folder(path_or_id: str | Path, files: Sequence[str], weights: Sequence
     """The folder of a model of transformers, given as a path or as a hub id in the local cache. files: names that must
     all be there. weights: patterns of which one must match. Raises CheckpointError."""
     path = Path(path_or_id).expanduser()
-    more = '"*.txt" "pytorch_model.bin" ' if "pytorch_model.bin" in weights else ""
-    folder = path if path.is_dir() else cached_folder(str(path_or_id), files[0], more=more)
+    more = ("*.txt", "pytorch_model.bin") if "pytorch_model.bin" in weights else ()
+    folder = path if path.is_dir() else cached_folder(str(path_or_id), files[0], files=(*more, "*.safetensors"))
     if folder is None:
         raise CheckpointError(f"{path_or_id}: no such folder; give one with {' and '.join(files)}, or a hub id")
     missing = [file for file in files if not (folder / file).is_file()]
@@ -98,8 +128,7 @@ def hub_weights(path_or_id: str | Path, sha256: str | None = None) -> tuple[Path
     digest under which the hub's cache keeps the file, where it does."""
     folder = model_folder(path_or_id, ["config.json"], HUB_WEIGHTS)
     file = next(folder / name for name in HUB_WEIGHTS if (folder / name).is_file())
-    blob = Path(os.path.realpath(file)).name
-    return folder, digest(file, sha256 or (blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None))
+    return folder, hub_digest(file, sha256)
 
 
 @contextmanager
@@ -124,16 +153,21 @@ def reading(folder: Path, problem: str) -> Iterator[None]:
 
 def load_pretrained(architecture: Any, folder: Path, device: Device = "cpu", kind: str = "", **options: Any) -> Any:
     """A model of transformers, `frozen`. architecture: its class, or an AutoModel class. kind: its name in messages.
+    options: with `config` and `state_dict` the model is of these, all of them, and `folder` only names them.
     CheckpointError where weights are missing or have other shapes."""
     kind = kind or architecture.__name__
     options |= {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if architecture.__name__.startswith("Auto"):  # a folder's auto_map names code of its own
         options["trust_remote_code"] = False
+    given = "state_dict" in options
     with reading(folder, f"not a {kind} of transformers"):
-        model, report = architecture.from_pretrained(str(folder), dtype=torch.float32, **options)
+        model, report = architecture.from_pretrained(None if given else str(folder), dtype=torch.float32, **options)
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{folder}: the {kind} misses {len(missing)} weights, such as {missing[0]}")
     if report["mismatched_keys"]:
         key, stored, expected = sorted(report["mismatched_keys"])[0]
-        raise CheckpointError(f"{folder}: {key} is {tuple(stored)}, its config.json needs {tuple(expected)}")
+        needs = "the others need" if given else "its config.json needs"
+        raise CheckpointError(f"{folder}: {key} is {tuple(stored)}, {needs} {tuple(expected)}")
+    if given and (unknown := sorted(report["unexpected_keys"])):
+        raise CheckpointError(f"{folder}: {len(unknown)} weights that the {kind} has not, such as {unknown[0]}")
     return frozen(model, device)

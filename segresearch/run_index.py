@@ -52,7 +52,7 @@ def caption(config: Mapping[str, Any]) -> str:
     text = f"{len(prompts)} prompts" if len(prompts) > 1 else f"“{prompts[0]}”" if prompts[0] else "no prompt"
     part = f"{config['model']['name']}, {config['sampler']['name']}, {config['steps']} steps"
     shown = ", ".join(list(named)[:6]) + (f" and {len(named) - 6} more" if len(named) > 6 else "")
-    return f"{shown}; {text[:80]}; {part}"
+    return f"{shown}; {text[:80]}; {part}" + "; made with force=true" * bool(config.get("force"))
 
 
 def _method(guidance: Mapping[str, Any]) -> str:
@@ -63,11 +63,11 @@ def _method(guidance: Mapping[str, Any]) -> str:
 def table(found: list[Line]) -> tuple[list[Cell], list[list[Cell]]]:
     """Head and rows; the words lead to the run."""
     rows = [
-        [Cell(line.name), Cell(line.words, href=f"{line.name}/{line.folder}/{line.opened}"),
-         Cell(time.strftime("%Y-%m-%d %H:%M", time.localtime(line.written))), Cell(line.folder, "quiet")]
+        [Cell(line.name), Cell(line.words, "run", href=f"{line.name}/{line.folder}/{line.opened}"),
+         Cell(time.strftime("%Y-%m-%d %H:%M", time.localtime(line.written))), Cell(line.folder, "quiet wide")]
         for line in found
     ]  # fmt: skip
-    return [Cell("experiment"), Cell("run"), Cell("written"), Cell("folder")], rows
+    return [Cell("experiment"), Cell("run"), Cell("written"), Cell("folder", "wide")], rows
 
 
 def note(folder: Path, out: str | Path) -> None:

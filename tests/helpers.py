@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 
 from segresearch.config import GenerateConfig, GuidanceConfig, conf_dir, settings
+from segresearch.plot_style import canvas
 
 
 def composed(*overrides: str, name: str = "generate", kind: Any = GenerateConfig) -> Any:
@@ -43,6 +44,6 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 
 def one_figure(*_: Any) -> dict[str, Figure]:
     """In place of the figures of an evaluation, which take most of its time."""
-    figure = Figure(figsize=(1, 1))
+    figure = canvas(1.0, "Quality", "A caption.", width=1.5)
     figure.subplots().plot([1, 2])
     return {"quality": figure}

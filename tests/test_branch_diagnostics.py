@@ -251,7 +251,7 @@ def test_a_run_has_its_diagnostics_as_a_part_of_the_page(base, whole, model, mon
     assert "What the branches change" in page and all(question.title in page for question in branches.QUESTIONS)
     drawn_figures = {path.stem for path in (whole.folder / "figures").iterdir()}
     assert drawn_figures == {"quality", "branch_alone", *(f"branch_{q.key}" for q in branches.QUESTIONS)}
-    assert page.count('alt="branch_') == 5 and page.count('alt="quality"') == 1
+    assert page.count('class="plot zoom"') == 6 and page.count('alt="Quality"') == 1
     monkeypatch.setattr(branches, "diagnose", None)
     monkeypatch.setattr(run, "aggregate", None)
     assert evaluate(base, model, Worker()).result == whole.result  # the same command measures nothing again
@@ -299,7 +299,7 @@ def test_a_run_without_diagnostics_has_the_name_it_had(base, whole, model, tmp_p
 def test_real_images_are_the_scenes_of_the_prompts_or_the_reference(base, tmp_path):
     from PIL import Image
 
-    from segresearch.evaluation.aggregate import reference
+    from segresearch.evaluation.reference_images import reference
     from segresearch.evaluation.spec import evaluation_spec
     from segresearch.scenes.scenes import captions, scenes
 

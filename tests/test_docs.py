@@ -12,12 +12,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from segresearch.__main__ import COMMANDS as INSTALLED
+from segresearch.__main__ import MEASURES
 from segresearch.config import AnalyzeConfig, EvaluateConfig, conf_dir, settings
 from segresearch.config.expand import panels
 from segresearch.evaluation.spec import evaluation_spec
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments" / "mini" / "README.md",
+PAGES = [*(ROOT / f"{page}.md" for page in ("README", "CHANGELOG", "CONTRIBUTING")),
+         *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments" / "mini" / "README.md",
          ROOT / "segresearch" / "weights" / "mini" / "README.md"]  # fmt: skip
 SCRIPTS = sorted((ROOT / "experiments").glob("*.py"))
 CONFIGS = sorted((ROOT / "conf").glob("*.yaml"))  # their --help texts hold commands
@@ -82,12 +85,18 @@ def commands(path: Path) -> Iterator[list[str]]:
     parts = {".md": [*fences(text), *spans(text), *indented], ".py": text.split('"""')[1::2], ".yaml": [text]}
     code = "\n".join(parts[path.suffix])
     for line in re.sub(r"\\\n\s*", " ", code).splitlines():
-        if re.search(r"(python|torchrun|srun) .*experiments[/.]|(python|/gpu.sh) ?.*benchmarks/|^benchmarks/\w", line):
+        script = r"(python|torchrun|srun) .*experiments[/.]|(python|/gpu.sh) ?.*benchmarks/|^benchmarks/\w"
+        if re.search(rf"{script}|^\s*segresearch [a-z]", line) and "COMMAND" not in line:
             yield shlex.split(line.strip(), comments=True)
 
 
 def called(words: list[str]) -> tuple[Path, list[str]]:
     """The file that a command runs, and its arguments."""
+    if words[0] == "segresearch":
+        assert words[1] in INSTALLED, f"segresearch has no command {words[1]}"
+        script = ROOT / "experiments" / f"{words[1]}.py"
+        module = ROOT / "segresearch" / ("measure.py" if words[1] in MEASURES else "commands.py")
+        return script if script.is_file() else module, words[2:]
     for i, word in enumerate(words):
         if word.startswith(("experiments.", "experiments/", "benchmarks/")):
             path = word if "/" in word else word.replace(".", "/") + ".py"

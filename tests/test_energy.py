@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from segresearch.analysis.blur_operator import BlurOperator
-from segresearch.analysis.energy import energies, gaussian_curvature, hessian, hopfield_energy, hopfield_update, surface
+from segresearch.analysis.energy import (
+    chain_log_pseudo_det,
+    energies,
+    gaussian_curvature,
+    hessian,
+    hopfield_energy,
+    hopfield_update,
+    surface,
+)
 from segresearch.analysis.logit_statistics import AXES, columns
 from segresearch.guidance.blur import BOUNDARIES
 
@@ -74,3 +82,21 @@ def test_surface_around_a_column(boundary, axis):
     dense = operator.dense()
     chain = dense.T @ hessian(operator.apply(a)) @ dense
     torch.testing.assert_close(second[0, 0], chain[tokens][:, tokens], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("peak", [4.0, 8.0])
+def test_the_curvature_of_a_slice_is_not_what_the_theorem_attenuates(peak):
+    """Under the blur the pseudo-determinant over all directions falls, the slope and the determinant of a slice too; at
+    a high peak the slope falls so far that the slice's Gaussian curvature rises all the same."""
+    a = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a[27] += peak
+    mean, blur = a.mean().expand_as(a), BlurOperator((8, 8), 1.0, "exact")
+    smooth = blur.apply(a) - mean
+    along, before_and_after = torch.stack([smooth, a - mean - smooth]), []
+    for operator in (BlurOperator((8, 8), 0.0), blur):
+        _, slope, second = surface(operator.apply(mean), operator.apply(along), torch.ones(1), torch.ones(1))
+        values = (chain_log_pseudo_det(a, operator), slope.norm(), torch.linalg.det(second))
+        before_and_after.append([*map(float, values), float(gaussian_curvature(slope, second))])
+    before, after = before_and_after
+    assert all(b < a for a, b in zip(before[:3], after[:3], strict=True))
+    assert (after[3] > 10 * before[3]) == (peak == 8.0) and (after[3] < before[3]) == (peak == 4.0)

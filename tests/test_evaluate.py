@@ -22,8 +22,8 @@ from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir, typed
 from segresearch.config.compose import written_config
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation import shards
-from segresearch.evaluation.aggregate import features, reference
 from segresearch.evaluation.evaluate import evaluate
+from segresearch.evaluation.reference_images import features, reference
 from segresearch.evaluation.sample_shards import Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")

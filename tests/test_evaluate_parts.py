@@ -226,7 +226,7 @@ def test_a_frame_is_read_back_and_looked_up():
     assert "− baseline" not in markdown(*table(alone)) and "FD (mini)" in markdown(*table(alone))
 
 
-def test_figures_are_drawn_of_bars_and_of_lines_over_sigma():
+def test_figures_have_a_row_a_method_and_a_line_over_sigma():
     from segresearch.config import GuidanceConfig, typed
 
     seg = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
@@ -235,16 +235,20 @@ def test_figures_are_drawn_of_bars_and_of_lines_over_sigma():
     spec = dataclasses.replace(evaluation_spec(config), methods=guided)
     norms = {"vanilla": (0.0, 0.0), "SEG 2 σ=∞": (0.5, 0.25)}
     found = plots.draw(spec, Result(FRAME, norms, 9))
-    assert set(found) == {"quality", "colour", "norms"}
-    assert [t.get_text() for t in found["quality"].axes[0].get_yticklabels()] == ["vanilla", "SEG 2 σ=∞"]
+    assert set(found) == {"quality", "tradeoff", "colour", "norms"}
+    rows = [t.get_text() for t in found["quality"].axes[0].get_yticklabels()]
+    assert rows == ["vanilla", "SEG 2 σ=∞"] == [t.get_text() for t in found["colour"].axes[0].get_yticklabels()]
+    marks = [tuple(mark.get_data()[0]) for mark in found["quality"].axes[0].lines if mark.get_marker() != "None"]
+    assert marks == [(0.0,), (-4.75,)] and "bar" not in str(found["quality"].axes[0].patches)
     narrow = {**seg, "perturbation": {"kind": "seg", "sigma": 1}}
     guided |= typed(dict[str, GuidanceConfig], {"SEG 2 σ=1": {"terms": {"seg": narrow}}})
     spec = dataclasses.replace(spec, methods=guided)
     more = [dataclasses.replace(row, method="SEG 2 σ=1") for row in FRAME.rows[13:]]
     more[2] = dataclasses.replace(more[2], value=-3.0)
     found = plots.draw(spec, Result(Frame((*FRAME.rows, *more)), {}, 9))
-    assert set(found) == {"quality", "colour"}
-    left = found["quality"].axes[0]
+    assert set(found) == {"quality", "blur", "tradeoff", "colour"}
+    assert {t.get_text() for t in found["tradeoff"].axes[0].texts} >= {"vanilla", "SEG 2 σ=∞", "SEG 2 σ=1"}
+    left = found["blur"].axes[0]
     assert [t.get_text() for t in left.get_xticklabels()] == ["1", "∞"]
     assert list(left.containers[0][0].get_ydata()) == [-3.0, -4.75]  # by rising σ
     assert plots.family(guided["SEG 2 σ=1"]) == ("SEG s = 2", 1.0) and plots.kind(guided["vanilla"]) == "vanilla"

@@ -7,9 +7,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from segresearch.evaluation import outputs
-from segresearch.evaluation.frame import Frame, Value, latex, markdown, table
+from segresearch.evaluation.compare_runs import Overview, Run
+from segresearch.evaluation.frame import LATEX_LINES, Frame, Value, latex, latex_tables, markdown, table
 from segresearch.pages import render, to_csv
 from segresearch.plot_style import save
+from segresearch.run_index import caption
 
 HOSTILE = '<img src=x onerror="alert(1)"> [a](javascript:b) | `c`\n# d'
 
@@ -41,11 +43,27 @@ def test_a_latex_table_is_no_wider_than_the_text():
     assert made.count("{") - made.count(r"\{") == made.count("}") - made.count(r"\}")
 
 
+def test_many_methods_are_several_latex_tables_of_a_page():
+    frame = Frame(tuple(Value(f"m{i}", metric, 1.0) for i in range(85) for metric in ("fd-mini", "saturation")))
+    made = latex_tables(frame)
+    tables = made.split(r"\begin{tabular}")[1:]
+    assert len(tables) == 6 and made.count(r"\end{tabular}}") == 6 and made.count(r"\bigskip") == 5
+    assert max(text.count(r"\\") for text in tables) == 1 + LATEX_LINES and made.count("m84 &") == 2
+    assert sum(text.count(r"\\") - 1 for text in tables) == 2 * 85
+    assert [("saturation" in text, "FD (mini)" in text) for text in tables] == [(False, True)] * 3 + [(True, False)] * 3
+    assert latex_tables(Frame((Value("a", "n", 3),))).count("tabular") == 2
+
+
 def test_pages_made_with_force_say_so():
     (text,) = outputs.forced(True)
     assert outputs.forced(False) == []
     page = render("title", ["quiet", text], head=[], rows=[])
     assert f'<p class="warning">{text}</p>' in page and '<p class="quiet">quiet</p>' in page
+    config = {"model": {"name": "m"}, "sampler": {"name": "s"}, "steps": 1, "prompts": [""]}
+    assert "force" not in caption(config) and caption({**config, "force": True}).endswith("; made with force=true")
+    runs = [Run("x" * 12, {"force": True}, Frame((Value("a", "n", 3),)))]
+    assert text in Overview("t", tuple(runs), (), ()).page() and text in Overview("t", tuple(runs), (), ()).markdown()
+    assert text not in Overview("t", (Run("x", {}, runs[0].frame),), (), ()).page()
 
 
 def test_figures_in_other_formats_are_the_same_bytes_again(tmp_path):

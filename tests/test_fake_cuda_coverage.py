@@ -45,7 +45,8 @@ COVERED = {
     "analysis.branch_diagnostics": "analysis",
     "metrics.features": "metrics", "metrics.frechet": "metrics", "metrics.lpips": "metrics",
     "metrics.mini_vision": "metrics", "metrics.nonparametric": "metrics", "metrics.agreement": "metrics",
-    "metrics.text_alignment": "metrics",
+    "metrics.text_alignment": "metrics", "metrics.scores": "metrics", "metrics.image_reward": "metrics",
+    "metrics.clip_pixels": "metrics", "metrics.open_clip_file": "metrics", "metrics.inception_score": "metrics",
 }  # fmt: skip
 # module -> why it has no tensor of the device, though it imports torch
 HOST = {
@@ -84,6 +85,8 @@ ALLOWED = {
     "analysis.energy_plots:landscape": "a plot, on the CPU",
     "metrics.agreement:scene_attributes": "of numbers of scenes, on the CPU",
     "metrics.agreement:contrast": "two 3×3 kernels, sent to the pictures",
+    "metrics.clip_pixels:cropped_squares": "pixels that Pillow has resized, sent to where the images lie",
+    "metrics.inception_score:inception_scores": "one fixed order, sent part by part",
     "metrics.frechet:bootstrap_indices": GENERATED,
     "metrics.frechet:frechet_distance": "numbers",
     "metrics.nonparametric:subset_indices": GENERATED,

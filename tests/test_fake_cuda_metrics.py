@@ -14,9 +14,12 @@ from fake_cuda import (
     sent,
 )
 from lpips import LPIPS
+from score_files import TOKENIZER, clip_folder, hps_file, image_reward_folder, linear_head
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from transformers import (
+    BlipTextModel,
+    BlipVisionModel,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -26,14 +29,17 @@ from transformers import (
     Dinov2Model,
 )
 
+from segresearch import pretrained
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.evaluation.image_metrics import look
-from segresearch.metrics import features, frechet
+from segresearch.metrics import features, frechet, open_clip_file
 from segresearch.metrics.agreement import AttributeClassifier, agreement, classify, edge_agreement, scene_attributes
 from segresearch.metrics.features import load_extractor
+from segresearch.metrics.inception_score import inception_scores
 from segresearch.metrics.lpips import lpips_distances
 from segresearch.metrics.mini_vision import VisionTower, perceptual_distances, unit_range
 from segresearch.metrics.nonparametric import cmmd, discrepancy, kid, polynomial, precision_recall
+from segresearch.metrics.scores import SCORERS, load_scorer
 from segresearch.metrics.text_alignment import Clip, MiniClip, text_alignment
 from segresearch.models.text import load_tokenizer
 
@@ -143,6 +149,54 @@ def test_text_alignment(gpu, dtype):
     assert clip.embed_images(images).device.type == clip.embed_texts(texts[:1]).device.type == "cuda"
 
 
+@pytest.fixture(scope="module")
+def score_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scores")
+    torch.save(linear_head(24), folder / "aesthetic.pth")
+    hps_file(folder)
+    hps_file(folder, "HPS_v2_compressed.pt")
+    clip_folder(folder / "clip")
+    return image_reward_folder(folder)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_scores(score_folder, gpu, monkeypatch, name):
+    """Networks are read on the CPU and moved. What Pillow resizes and what tokenizers read is of the CPU, then sent."""
+    path, beside, sha256 = score_folder, TOKENIZER, None
+    if name == "aesthetic":
+        path, beside = score_folder / "aesthetic.pth", score_folder / "clip"
+        sha256 = pretrained.digest(path)
+    elif name == "pickscore":
+        path = score_folder / "clip"
+    elif name == "imagereward":
+        beside = score_folder
+    images, texts = pictures(2, 40), ["a red cube", "a small green cone and a ring"]
+    with on_the_cpu():
+        expected = load_scorer(name, path, beside, sha256).of(images, texts)
+    frozen = pretrained.frozen
+
+    def sent_to(module, device):
+        with on_the_cpu():
+            module = frozen(module)
+        return moved(module) if torch.device(device).type == "cuda" else module
+
+    def read_on_the_cpu(read):
+        def inside(*given, **more):
+            with on_the_cpu():
+                return read(*given, **more)
+
+        return inside
+
+    monkeypatch.setattr(pretrained, "frozen", sent_to)
+    monkeypatch.setattr(pretrained, "read_tensors", read_on_the_cpu(pretrained.read_tensors))
+    monkeypatch.setattr(open_clip_file, "_taken", read_on_the_cpu(open_clip_file._taken))
+    for kind in (CLIPModel, CLIPVisionModelWithProjection, BlipVisionModel, BlipTextModel):
+        monkeypatch.setattr(kind, "from_pretrained", read_on_the_cpu(kind.from_pretrained))
+    found = load_scorer(name, path, beside, sha256, device="cuda:0")
+    assert found.network(images.to("cuda"), texts).device.type == "cuda"
+    check_same(found.of(images, texts, batch=1), expected, device="cpu", rtol=1e-4, atol=1e-4)
+
+
 def test_networks_of_mini(gpu):
     """Pictures are sent to where the network lies, the results stay there."""
     tower, classifier, images = real(VisionTower), real(AttributeClassifier), pictures()
@@ -188,6 +242,14 @@ def sets():
     with on_the_cpu():
         generator = torch.Generator().manual_seed(0)
         return torch.randn(40, 4, generator=generator), torch.randn(30, 4, generator=generator) * 0.9 + 0.2
+
+
+def test_inception_scores(gpu):
+    """Where the features lie; the scores of the parts are brought over."""
+    x, classes = sets()[0], sets()[1][:7]
+    with on_the_cpu():
+        expected = inception_scores(x, classes, 4)
+    check_same(inception_scores(x.to("cuda"), classes.to("cuda"), 4), expected, device="cpu")
 
 
 def test_frechet_is_of_the_cpu(gpu):

@@ -40,7 +40,7 @@ def test_twice_does_nothing_twice_and_does_not_load_the_model(config, model, mon
     first = generate(config, model)
     assert (first.sampled, first.existing) == (8, 0) and first.grid.is_file() and "images/s" in str(first)
     before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.is_file()}
-    assert len(before) == 8 + 2  # the grid and config.yaml
+    assert len(before) == 8 + 3  # the grid, the page and config.yaml
     monkeypatch.setattr("segresearch.generate.configured_model", None)
     second = generate(config)
     assert (second.sampled, second.existing) == (0, 8) and second.folder == first.folder

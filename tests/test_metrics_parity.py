@@ -138,13 +138,13 @@ def test_precision_and_recall(dtype, neighbour):
 # Inception-v3
 
 
-def reference_inception():
+def reference_inception(*layers):
     """torch-fidelity's network, as it is built but for its download."""
     with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.nn.Module.load_state_dict", lambda self, state: self)
         patch.setattr("torch.nn.Module.to", lambda self, dtype: self)
         patch.setattr("torch.load", lambda *a, **k: {})
-        return FeatureExtractorInceptionV3("theirs", ["2048"], "weights")
+        return FeatureExtractorInceptionV3("theirs", ["2048", *layers], "weights")
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +158,15 @@ def test_inception_features(inception_file):
     before = torch.get_rng_state()
     ours = load_extractor("inception", inception_file, pretrained.digest(inception_file))
     assert torch.equal(before, torch.get_rng_state())
-    theirs = reference_inception()
+    theirs = reference_inception("logits_unbiased")
     theirs.load_state_dict(torch.load(inception_file), assign=True)
     theirs.eval()
     images = pictures(2, 3, 40, 56)
-    (features,) = theirs(images)
+    features, logits = theirs(images)
     found = ours.of(images, batch=1)
     assert (features > 0).double().mean() > 0.2 and found.dtype == torch.float32
     close(found, features, 1e-5)
+    close(found @ ours.classes.T, logits, 1e-5)  # what the inception score reads
     assert str(ours).startswith("inception (2048 features, weights ")
 
 

@@ -3,7 +3,12 @@
 import base64
 import re
 
+import pytest
+
 from segresearch.pages import Cell, embedded, render
+from segresearch.plot_style import Shown
+
+HOSTILE = '"><script>alert(1)</script>'
 
 
 def test_a_page_escapes_text_embeds_images_and_is_the_same_each_time():
@@ -15,3 +20,41 @@ def test_a_page_escapes_text_embeds_images_and_is_the_same_each_time():
     assert '<td rowspan="2"><b>&lt;s&gt;</b><br>x &amp; y</td>' in page and '<th class="number">head</th>' in page
     assert embedded(b"png") == f"data:image/png;base64,{base64.b64encode(b'png').decode()}"
     assert not re.search(r"https?://|<script|<link|@import", page)
+
+
+def test_marks_stand_before_names_in_their_colour():
+    page = render("T", [], head=[], rows=[[Cell("PAG", "method", mark="●", color="#d55e00")]])
+    assert '<span class="mark" style="color:#d55e00" aria-hidden="true">●</span>PAG</td>' in page
+
+
+@pytest.mark.parametrize("template", ["images", "evaluation"])
+def test_nothing_of_a_prompt_or_a_label_acts_on_a_page(template):
+    image = {"src": "images/a.png", "width": 1, "height": 1, "small": True, "alt": HOSTILE, "seed": HOSTILE,
+             "prompt": HOSTILE}  # fmt: skip
+    cell = Cell(HOSTILE, "method", mark="●", color="#000000")
+    if template == "images":
+        panels = [{"title": HOSTILE, "heads": [cell], "alone": alone, "rows": [(image, [image])]} for alone in (0, 1)]
+        page = render(HOSTILE, [HOSTILE], template, panels=panels, made={HOSTILE: HOSTILE})
+    else:
+        figure = Shown(HOSTILE, HOSTILE, HOSTILE, b"png", 10)
+        lines = [[cell], [cell]]
+        spec = {"paper": None, "baseline": HOSTILE, "prompts": [HOSTILE], "metrics": [],
+                "config": {"prompts": HOSTILE, "reference": HOSTILE}}  # fmt: skip
+        page = render(
+            HOSTILE, [HOSTILE], template, spec=spec, run=HOSTILE, code=HOSTILE, quality=lines, content=lines,
+            plots=[figure] * 3, methods=[cell], rows=[[image]], sampled_by=HOSTILE, ranking=lines, headline=[HOSTILE],
+            protocol=[(HOSTILE, HOSTILE)], settings=lines,
+            branches=[{"title": HOSTILE, "text": HOSTILE, "table": lines, "plots": [figure]}],
+        )  # fmt: skip
+    assert page.count("<script") == 1 and HOSTILE not in page and page.count("&#34;&gt;&lt;script&gt;") > 8
+    assert not re.search(r"https?://|<link|@import", page)
+
+
+def test_images_zoom_by_the_page_itself_and_a_page_without_images_has_no_script():
+    image = {"src": "images/a.png", "width": 96, "height": 96, "small": True, "alt": "PAG, seed 3"}
+    row = {"seed": 3, "prompt": "a cube"}
+    panel = {"title": "", "heads": [Cell("PAG")], "alone": True, "rows": [(row, [image])]}
+    page = render("T", [], "images", panels=[panel], made={})
+    assert page.count("<script>") == 1 == page.count("<dialog") and 'loading="lazy" alt="PAG, seed 3"' in page
+    assert "<figcaption>seed 3: a cube</figcaption>" in page
+    assert "prefers-color-scheme: dark" in page and "<dialog" not in render("T", [], head=[], rows=[])

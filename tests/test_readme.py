@@ -1,4 +1,4 @@
-"""The Python examples of README, docs/guidance.md and docs/theory.md run, and print what the pages say."""
+"""The Python examples of README and the docs run, and print what the pages say."""
 
 import re
 from itertools import takewhile
@@ -22,6 +22,16 @@ def test_example_runs(example):
     names: dict = {}
     exec(example, names)
     assert names["x0"].isfinite().all()
+
+
+@pytest.mark.parametrize("page", ["quickstart", "cookbook"])
+def test_recipes_run_one_after_another(page):
+    names: dict = {}
+    for example in examples((ROOT / "docs" / f"{page}.md").read_text()):
+        before = names.pop("x0", None)
+        exec(example.replace("steps=10", "steps=2"), names)
+        assert "x0" not in names or names["x0"].isfinite().all() and (names["x0"] is not before), example
+    assert "sd" in names
 
 
 def test_guidance_examples_run_one_after_another(capsys):

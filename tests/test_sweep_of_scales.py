@@ -13,6 +13,7 @@ from segresearch.evaluation import ranking, ranking_plots
 from segresearch.evaluation.aggregate import to_the_best
 from segresearch.evaluation.frame import Frame, Value
 from segresearch.evaluation.spec import evaluation_spec, run_identity
+from segresearch.method_looks import look
 from segresearch.metrics.frechet import Frechet
 
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
@@ -145,5 +146,20 @@ def test_figures_name_every_method_and_place_its_scales(spec, frame):
     found = ranking_plots.draw_ranking(spec, frame, ranked, "here")
     (axis,) = found["ranking"].axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["1  PAG 1", "2  SAG 0.75"]
-    assert sum(len(scatter.get_offsets()) for scatter in axis.collections if len(scatter.get_offsets())) >= 4
-    assert len(found["tradeoffs"].axes) == 3
+    colors = {mark.get_color() for mark in axis.lines if mark.get_marker() not in ("None", ">", "<")}
+    assert colors == {look("pag").color, look("sag").color}
+    marks = [mark for mark in axis.lines if mark.get_marker() != "None"]
+    assert len(marks) == 6 and sum(mark.get_markerfacecolor() == "none" for mark in marks) >= 3  # two methods, 3 scales
+    assert [panel.get_title(loc="left") for panel in found["scales"].axes if panel.axison] == ["PAG 1", "SAG 0.75"]
+    assert set(found) == {"ranking", "scales", "tradeoff_distance", "tradeoff_cost", "tradeoff_recall"}
+    for name in list(found)[2:]:
+        assert {text.get_text() for text in found[name].axes[0].texts} >= {"PAG 1", "SAG 0.75"}
+
+
+def test_the_headline_tells_apart_by_two_errors(spec, frame):
+    ranked = ranking.ranking(spec, frame)
+    first, second, *others = ranking.headline(spec, frame, ranked)
+    assert first == ("The lowest distance has PAG 1 at scale 1: FD (mini) −20.0 ± 1.0 relative to “vanilla”. No other "
+                     "method is within two errors of it.")  # fmt: skip
+    assert "at their best scale: PAG 1 (1 of 2)" in second and second.endswith("at every scale tried: none (0).")
+    assert others == [] == ranking.headline(spec, frame, [])

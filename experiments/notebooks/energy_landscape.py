@@ -48,7 +48,7 @@ latents = sample(
     model, noise, steps=steps, conds=sd.encode([prompt]), attend=recorder.attend([{"prompt": prompt, "seed": seed}])
 )
 recording = recorder.recording
-print(len(recording), "calls recorded:", recording.branches, recording.sites)
+print(len(recording), "calls recorded:", recording.branches, "at", len(recording.sites), "sites")
 
 # %% [markdown]
 # ## Energy, before and after

@@ -33,7 +33,7 @@ from segresearch.config.expand import init_rows, parse_seeds, read_negatives, re
 from segresearch.errors import ConfigError
 from segresearch.init_images import identify_init, init_images
 from segresearch.pages import Cell, render, to_csv
-from segresearch.plot_style import name_sigma, save
+from segresearch.plot_style import Shown, name_sigma, save, shown
 from segresearch.progress import Bar
 from segresearch.records import figure_record, sampling_identity, with_networks
 from segresearch.sample_images import sample_images
@@ -151,19 +151,19 @@ def _write(
     device = sd.device if sd.device.type == "cuda" else torch.device("cpu")  # both have fp64
     sites = tuple(sd.unet.site_heads)
     rows, claims = measure(recording, config.blur.sigmas, config.blur.boundaries, sites, device)
-    paths = {}
+    paths, plots = {}, {}
     for name, figure in energy_plots.draw(config, recording, rows, pixels, images).items():
-        paths[name] = to / "figures" / f"{name}.png"
+        paths[name], plots[name] = to / "figures" / f"{name}.png", shown(name, figure)
         record = figure_record(name, "analyze", config, ("out", "device", "wandb", "vector"))
         save(figure, paths[name], record, config.vector)
     runs.write(to / "config.yaml", written_config(config, OF_A_CALL))
     tables = {"table": rows, "verdicts": [claim.row() for claim in claims]}
     for name, table in tables.items():
         runs.write(to / f"{name}.csv", to_csv(table, digits=7))
-    runs.write(to / PAGE, page(config, images, rows, claims, paths))
+    runs.write(to / PAGE, page(config, images, rows, claims, plots))
     metrics = shares(claims)
-    name, plots = f"{config.name}-{to.name}", {key: [(path, "")] for key, path in paths.items()}
-    logged = WandbRun(name, config.name, "analysis", config, metrics, tables=tables, images=plots,
+    name, pictures = f"{config.name}-{to.name}", {key: [(path, "")] for key, path in paths.items()}
+    logged = WandbRun(name, config.name, "analysis", config, metrics, tables=tables, images=pictures,
                       tags=[config.model.name])  # fmt: skip
     log(config.wandb, Path(config.out), [name, metrics], lambda _: [logged])
 
@@ -173,9 +173,9 @@ def shares(claims: Sequence[Any]) -> dict[str, float]:
     return {f"{c.claim}/{c.axis}/{c.boundary}/sigma_{c.blur_sigma:g}": c.share for c in claims}
 
 
-def page(config: AnalyzeConfig, images: Images, rows: Rows, claims: Claims, plots: Mapping[str, Path]) -> str:
-    """The whole page. plots: PNG files by the names that `energy_plots.draw` gives them."""
-    kinds = {kind: [path for name, path in plots.items() if name.partition("_")[0] == kind] for kind in PLOTS}
+def page(config: AnalyzeConfig, images: Images, rows: Rows, claims: Claims, plots: Mapping[str, Shown]) -> str:
+    """The whole page. plots: by the names that `energy_plots.draw` gives them."""
+    kinds = {kind: [one for name, one in plots.items() if name.partition("_")[0] == kind] for kind in PLOTS}
     queries = [c for c in claims if c.axis == "queries"]
     prompts = "; ".join(f"“{p}”" if p else "no prompt" for p in dict.fromkeys(image["prompt"] for image in images))
     sites, heads = len({r["site"] for r in rows}), len({(r["site"], r["head"]) for r in rows})

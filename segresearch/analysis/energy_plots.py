@@ -23,8 +23,8 @@ from segresearch.threads import one_thread
 
 Arrays = Mapping[str, np.ndarray]
 HOLDS, FAILS = "#2166ac", "#c4501b"
-LINES = {"reflect": ("-", "#c4501b"), "symmetric": ("--", "#2166ac"), "circular": (":", "#3a8f5c"),
-         "exact": ("-.", "#7a4ea3")}  # fmt: skip
+LINES = {"reflect": ("-", "#d55e00"), "symmetric": ("--", "#0072b2"), "circular": (":", "#009e73"),
+         "exact": ("-.", "#8c2fd8")}  # fmt: skip
 LIGHT = LinearSegmentedColormap.from_list("margin", ["#e58a5f", "#f8d9c6", "#ffffff", "#cfe0f0", "#7fb0dd"])
 MARKS: dict[float, tuple[str, dict[str, Any]]] = {  # how a head is drawn by its share of columns, from this on
     1.0: ("head: all columns", {"ms": 3, "mew": 0.4, "mec": "white", "mfc": HOLDS}),
@@ -91,18 +91,18 @@ def against_sigma(rows: Rows, model: str) -> Figure:
     sigmas = sorted({row["blur_sigma"] for row in rows})
     caption = (
         "Each line is the median over sites, heads and σ_t of a head's mean over keys and images; the bands (reflect, "
-        "exact) are the middle half. Left: shift of a column's mean over queries, in standard deviations of that "
+        "exact) are the middle half. Top: shift of a column's mean over queries, in standard deviations of that "
         "column (Lemma 3.1 says 0). Middle: variance after the blur over variance before (Lemma 3.1 says at most 1). "
-        "Right: fall of the log-sum-exp (Lemma 3.2; the fall is at least 0 for a doubly stochastic blur), with the "
+        "Bottom: fall of the log-sum-exp (Lemma 3.2; the fall is at least 0 for a doubly stochastic blur), with the "
         "second-order approximation, half the fall of the variance, as dots."
     )
-    figure = canvas(11.5, 3.4, f"What the query blur does to the logits of {model}", caption)
-    axes = figure.subplots(1, 3)
+    figure = canvas(7.2, f"What the query blur does to the logits of {model}", caption)
+    axes = figure.subplots(3, 1, sharex=True)
     panels = (("mean_shift", "shift of the mean (Lemma 3.1)", "shift / standard deviation"),
               ("variance_ratio", "variance after / before (Lemma 3.1)", "ratio"),
               ("lse_fall", "fall of the lse (Lemma 3.2)", "nats"))  # fmt: skip
     for axis, (column, title, unit) in zip(axes, panels):
-        label(axis, title, "blur σ (tokens)", unit, grid="y")
+        label(axis, title, "blur σ (tokens)" * (column == "lse_fall"), unit, grid="y")
         for boundary in dict.fromkeys(row["boundary"] for row in rows):
             at = [chosen(rows, boundary=boundary, blur_sigma=s) for s in sigmas]
             low, middle, high = np.array([np.quantile(values(r, column), (0.25, 0.5, 0.75)) for r in at]).T
@@ -144,15 +144,15 @@ def regime(rows: Rows, boundary: str, model: str) -> Figure:
         "model are smoother than white noise, so that a blur lowers their lse less: a point may hold where the noise "
         "around it fails."
     )
-    figure = canvas(11.5, 4.2, f"Regime map of Theorem 3.1: {model}", caption)
-    axes = figure.subplots(1, 2, sharey=True)
-    titles = {"eq20_holds": "as in eqs. (19) and (20): Π ξ(ã)ᵢ bᵢᵢ against Π ξ(a)ᵢ",
-              "chain_holds": "by the chain rule: pdet(BᵀH(ã)B) against pdet H(a)"}  # fmt: skip
+    figure = canvas(7.2, f"Regime map of Theorem 3.1: {model}, {boundary} boundary", caption)
+    axes = figure.subplots(2, 1, sharex=True)
+    titles = {"eq20_holds": "eqs. (19) and (20): Π ξ(ã)ᵢ bᵢᵢ against Π ξ(a)ᵢ",
+              "chain_holds": "chain rule: pdet BᵀH(ã)B against pdet H(a)"}  # fmt: skip
     jitter = np.random.default_rng(0)
     limit = float(np.quantile(np.abs(margins[np.isfinite(margins)]), 0.8))
     for index, (axis, (column, title)) in enumerate(zip(axes, titles.items())):
         margin = margins[..., index]
-        label(axis, title, "standard deviation of the logits over queries", "" if index else "blur σ (tokens)")
+        label(axis, title, "standard deviation of the logits over queries" * index, "blur σ (tokens)")
         mesh = axis.contourf(xs, ys, margin.clip(-limit, limit), np.linspace(-limit, limit, 25), cmap=LIGHT,
                              norm=TwoSlopeNorm(0, -limit, limit))  # fmt: skip
         if margin.min() < 0 < margin.max():
@@ -165,11 +165,12 @@ def regime(rows: Rows, boundary: str, model: str) -> Figure:
         ticks = sorted(set(blurs.tolist()))
         axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()
-    bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=28, ticks=MaxNLocator(7))
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=40, ticks=MaxNLocator(7))
     bar.set_label("margin (nats per token)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     marks = [Line2D([], [], marker="o", linestyle="", label=name, **look) for name, look in MARKS.values()]
-    figure.legend(handles=marks, fontsize=8.5, loc="upper right", ncols=4, frameon=False, handletextpad=0.1)
+    axes[0].legend(handles=marks, fontsize=8, ncols=4, frameon=False, handletextpad=0.1, columnspacing=0.8,
+                   loc="lower left", bbox_to_anchor=(-0.02, 1.08), borderaxespad=0)  # fmt: skip
     return figure
 
 
@@ -182,7 +183,7 @@ def limits(entry: Entry, boundaries: Sequence[str]) -> Figure:
         "exact Gaussian reaches it; the cut kernels, the official code's reflect among them, stop short at every "
         "finite σ, so that σ = ∞ is a jump for them."
     )
-    figure = canvas(9.5, 3.1, "The two limits of the blur", caption)
+    figure = canvas(3.0, "The two limits of the blur", caption)
     axes = figure.subplots(1, 2, sharey=True)
     label(axes[0], "distance to the original", "blur σ (tokens)", "rms / standard deviation", grid="y")
     label(axes[1], "distance to the mean", "blur σ (tokens)", grid="y")
@@ -203,22 +204,22 @@ def heat_maps(rows: Rows, sigma: float, boundary: str, model: str) -> Figure:
     noise = [f"{np.mean(values(chosen(rows, step=step), 'sigma_t')):.2g}" for step in steps]
     caption = (
         "One row a self-attention site, in the order of a forward pass; one column a measured step, at its σ_t. Means "
-        "over heads, keys and images. Columns of logits run over queries, as in Definition 2.1. The four panels on the "
-        f"right are for blur σ = {name_sigma(sigma)}, {boundary}: variance after / before, fall of the lse in nats, "
+        "over heads, keys and images. Columns of logits run over queries, as in Definition 2.1. The last four panels "
+        f"are for blur σ = {name_sigma(sigma)}, {boundary}: variance after / before, fall of the lse in nats, "
         "and the share of (head, key, image) where the conclusion of Theorem 3.1 holds, as in eqs. (19) and (20) and "
         "by the chain rule."
     )
-    figure = canvas(13.0, 1.5 + 0.2 * len(sites), f"Layer by layer, step by step: {model}", caption)
+    figure = canvas(2 * (1.3 + 0.17 * len(sites)), f"Layer by layer, step by step: {model}, {boundary}", caption)
     panels = {"spread": "logit std", "rank_share": "effective rank / n", "variance_ratio": "variance ratio",
               "lse_fall": "lse fall", "eq20_holds": "Thm 3.1, eq. (20)", "chain_holds": "Thm 3.1, chain rule"}
-    for axis, (column, title) in zip(figure.subplots(1, 6, sharey=True), panels.items()):
+    for axis, (column, title) in zip(figure.subplots(2, 3, sharey=True).flat, panels.items()):
         label(axis, title, "σ_t")
         means = np.array([[np.mean(values(chosen(rows, site=s, step=t), column)) for t in steps] for s in sites])
         top = max(float(means.max()), 1e-9) if column in ("spread", "lse_fall") else 1
         colors = "RdBu" if column.endswith("holds") else "viridis"
         image = axis.imshow(means, aspect="auto", cmap=colors, norm=Normalize(0, top))
         axis.set_xticks(range(len(steps)), noise, rotation=45)
-        axis.set_yticks(range(len(sites)), [short(s) for s in sites], fontsize=7.5, family="monospace")
+        axis.set_yticks(range(len(sites)), [short(s) for s in sites], fontsize=7, family="monospace")
         bar = figure.colorbar(image, ax=axis, orientation="horizontal", pad=0.02, aspect=14)
         bar.ax.tick_params(labelsize=7)
     return figure
@@ -246,39 +247,58 @@ def landscape(entry: Entry, row: int, head: int, blurs: Sequence[BlurOperator]) 
     smooth = BlurOperator(entry.grid, 1.0, "exact").apply(a) - mean
     along = torch.stack([smooth, a - mean - smooth])
     reach = torch.linspace(-REACH, REACH, 25, dtype=torch.float64)
-    surfaces = {}
+    surfaces, slices = {}, []
     for name, blur in (("original", BlurOperator(entry.grid, 0.0)), *((_name(blur), blur) for blur in blurs)):
         base, directions = blur.apply(mean), blur.apply(along)
-        _, gradient, second = energy.surface(base, directions, torch.ones(1), torch.ones(1))
-        name = f"{name}\nGaussian curvature {float(energy.gaussian_curvature(gradient, second)):.2g}"
+        log_pdet = float(energy.chain_log_pseudo_det(a, blur))
+        name = f"{name}\nlog pdet H = {log_pdet:.0f}".replace("-", "−").replace("inf", "∞")
         surfaces[name] = energy.surface(base, directions, reach, reach)[0].numpy().T
+        _, gradient, second = energy.surface(base, directions, torch.ones(1), torch.ones(1))
+        slices.append([float(z) for z in (energy.gaussian_curvature(gradient, second), torch.linalg.det(second),
+                                          gradient.norm())])  # fmt: skip
     caption = (
         f"Energy −lse(B a) of Definition 2.1 for the logits a = mean + s·smooth + t·rough of one column: key {key}, "
         f"{origin}. Smooth is what a blur of σ = 1 leaves of its variation, rough the rest; (1, 1) is the real column, "
-        "where the Gaussian curvature of the surface is given, and (0, 0) a uniform one. The blur flattens the "
-        "landscape along the rough direction first."
+        "(0, 0) a uniform one. Above: the log pseudo-determinant at (1, 1) of the Hessian over all "
+        f"{a.numel()} logits (chain rule), the curvature that Theorem 3.1 is about: lower is attenuated. "
+        + _of_slice(*zip(*slices, strict=True))
     )
     axes = {"s (smooth)": reach.numpy(), "t (rough)": reach.numpy()}
     return _surfaces(surfaces, axes, "energy (nats)", "The energy landscape around a column", caption)
 
 
+def _of_slice(curvature: Sequence[float], bend: Sequence[float], slope: Sequence[float]) -> str:
+    """What becomes of the Gaussian curvature of the slice that is drawn; first the original, then the blurs."""
+
+    def course(values: Sequence[float]) -> str:
+        return " → ".join(f"{value:.2g}" for value in values)
+
+    return (
+        f"The slice's own Gaussian curvature K = d/(1 + g²)² is another quantity, of two directions in units of this "
+        f"column's own parts, and may rise where that falls: K {course(curvature)}, its slope g {course(slope)}, the "
+        f"determinant d of its second derivatives {course(bend)}."
+    )
+
+
 def _surfaces(surfaces: Arrays, axes: Arrays, height: str, title: str, caption: str) -> Figure:
     """Surfaces (rows, columns) beside each other on one scale. axes: names and positions of columns, then of rows."""
-    figure = canvas(3.9 * len(surfaces), 3.6, title, caption)
+    across = min(2, len(surfaces))
+    down = -(-len(surfaces) // across)
+    figure = canvas(2.75 * down, title, caption)
     low, high = min(z.min() for z in surfaces.values()), max(z.max() for z in surfaces.values())
     (x_name, x), (y_name, y) = axes.items()
     for index, (name, z) in enumerate(surfaces.items()):
-        axis: Any = figure.add_subplot(1, len(surfaces), index + 1, projection="3d")
+        axis: Any = figure.add_subplot(down, across, index + 1, projection="3d")
         axis.plot_surface(*np.meshgrid(x, y), z, cmap="viridis", norm=Normalize(low, high), linewidth=0.2,
                           edgecolor="#ffffff80", rstride=1, cstride=1)  # fmt: skip
-        axis.set_title(name, fontsize=9.5, color=INK)
-        axis.set_xlabel(x_name, fontsize=8, labelpad=-4)
-        axis.set_ylabel(y_name, fontsize=8, labelpad=-4)
-        axis.set_zlabel(height, fontsize=8, labelpad=-2)
+        axis.set_title(name, fontsize=9, color=INK)
+        axis.set_xlabel(x_name, fontsize=8, labelpad=-6)
+        axis.set_ylabel(y_name, fontsize=8, labelpad=-6)
+        axis.set_zlabel(height, fontsize=8, labelpad=-4)
         axis.set_zlim(low, high if high > low else low + 1)
-        axis.tick_params(labelsize=7, pad=-1)
+        axis.tick_params(labelsize=7, pad=-2)
         axis.view_init(elev=28, azim=-58)
-        axis.set_box_aspect(None, zoom=0.88)
+        axis.set_box_aspect(None, zoom=0.8)
     return figure
 
 
@@ -301,22 +321,22 @@ def attention(entry: Entry, row: int, blurs: Sequence[BlurOperator], image: np.n
     )
     heads = min(4, len(entry.heads))
     title = "Attention of a query, before and after the blur"
-    figure = canvas(1.75 * (len(maps) + 1) + 0.8, 1.75 * heads, title, caption)
+    figure = canvas(5.0 / (len(maps) + 1) * heads + 0.35, title, caption)
     panels: Any = figure.subplots(heads, len(maps) + 1, squeeze=False)
     for head, (first, *others) in enumerate(panels):
         first.imshow(image)
         cross = (at[0] * image.shape[1] - 0.5, at[1] * image.shape[0] - 0.5, "+")
         first.plot(*cross, color="white", markersize=9, markeredgewidth=2.4)
         first.plot(*cross, color="black", markersize=8, markeredgewidth=1)
-        first.set_ylabel(f"head {entry.heads[head]}", fontsize=9)
+        first.set_ylabel(f"head {entry.heads[head]}", fontsize=8.5)
         scaled = [z[head, query].reshape(h, w).numpy() * (h * w) for z in maps.values()]
         norm = Normalize(0, max(float(z.max()) for z in scaled))
         for axis, z in zip(others, scaled):
             shown = axis.imshow(z, cmap="magma", norm=norm)
             axis.plot(at[0] * w - 0.5, at[1] * h - 0.5, "+", color="white", markersize=7)
-        figure.colorbar(shown, ax=others[-1], fraction=0.05, pad=0.02).ax.tick_params(labelsize=7)
+        figure.colorbar(shown, ax=others[-1], fraction=0.05, pad=0.04).ax.tick_params(labelsize=6.5)
     for axis, title in zip(panels[0], ["image", *maps]):
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title.replace(", ", "\n").replace("blur σ", "σ"), fontsize=8.5)
     for axis in panels.flat:
         axis.set(xticks=[], yticks=[])
     return figure

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from segresearch.errors import CheckpointError
@@ -35,7 +36,7 @@ def resolve_model(path_or_name: str | Path) -> Path:
     if path.exists():
         return path
     if path.suffix != ".safetensors":
-        if folder := cached_folder(name, "model_index.json", "a complete model ", '"*.txt" '):
+        if folder := cached_folder(name, "model_index.json", "a complete model ", ("*.txt", "*.fp16.safetensors")):
             return folder
     hint = 'give a diffusers folder, a .safetensors file, a hub id or "mini"'
     raise CheckpointError(f"{name}: no such file or folder; {hint}")
@@ -102,8 +103,9 @@ def part_paths(name: str | Path, kind: str) -> list[Path]:
     return folders
 
 
-def cached_folder(name: str, file: str, kind: str = "", more: str = "") -> Path | None:
-    """The folder of a hub id in the local cache, which has `file`; None for what is no hub id, else CheckpointError."""
+def cached_folder(name: str, file: str, kind: str = "", files: Sequence[str] = ("*.safetensors",)) -> Path | None:
+    """The folder of a hub id in the local cache, which has `file`; None for what is no hub id, else CheckpointError,
+    with the call that fetches its configs and `files` (patterns)."""
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -116,5 +118,10 @@ def cached_folder(name: str, file: str, kind: str = "", more: str = "") -> Path 
     if isinstance(path, str):
         return Path(path).parent
     problem = f"neither a path nor {kind}in the local cache ({constants.HF_HUB_CACHE})"
-    call = f'hf download {name} --include "*.json" {more}"*.safetensors"'
-    raise CheckpointError(f"{name!r} is {problem}; fetch it once with: {call}")
+    plain = "" if "*.safetensors" in files else ' (where it has no fp16 files, "*.safetensors")'
+    raise CheckpointError(f"{name!r} is {problem}; fetch it once with: {fetching(name, '*.json', *files)}{plain}")
+
+
+def fetching(name: str, *patterns: str) -> str:
+    """The call of `hf` (1.0 or newer, which takes an --include a pattern) for files of a repository."""
+    return " ".join([f"hf download {name}", *(f'--include "{pattern}"' for pattern in patterns)])

@@ -36,6 +36,7 @@ from segresearch.checkpoints.parts import (
     used_keys,
     with_unet_scheduler,
 )
+from segresearch.checkpoints.resolve import fetching
 from segresearch.checkpoints.tensors import Entry, listed, open_file, read_numbers, without_bookkeeping
 from segresearch.errors import CheckpointError
 from segresearch.models.text import TOKENIZERS
@@ -167,7 +168,7 @@ def _tokenizers(
     cached = [try_to_load_from_cache(name, "vocab.json") for name in TOKENIZERS]
     folders = [folder] if folder else [Path(file).parent for file in cached if isinstance(file, str)]
     if not folders:
-        hint = f'fetch it once with: hf download {TOKENIZERS[0]} --include "*.json" "*.txt"'
+        hint = f"fetch it once with: {fetching(TOKENIZERS[0], '*.json', '*.txt')}"
         problem = "a single file brings no tokenizer and none is in the local cache"
         raise CheckpointError(f"{problem}: pass tokenizer=<folder with vocab.json and merges.txt>, or {hint}")
     tokenizers = [read_tokenizer(folders[-1 if zero else 0]) for zero in open_clip]  # their vocabulary is the same

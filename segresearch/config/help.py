@@ -40,7 +40,7 @@ def groups(name: str) -> str:
         files = [file for file in sorted(folder.glob("*.yaml")) if fits(file, name)]
         if group == "experiment":
             lines.append("experiment:")
-            lines += [f"  {file.stem:12}{about(file)}" for file in files]
+            lines += [f"  {file.stem:17} {about(file)}" for file in files]
         else:
             lines += _wrapped(f"{group}: ", [file.stem for file in files])
     return "\n".join(f"  {line}" for line in lines) + "\n"
@@ -57,19 +57,24 @@ def about(file: Path) -> str:
     return textwrap.shorten(re.split(r"(?<=[a-z])\. (?=[A-Z])|\.$", text)[0], 105, placeholder=" ...")
 
 
-def settings(name: str) -> str:
-    """Every key of conf/`name`.yaml with its comment there."""
+def meanings(name: str) -> dict[str, str]:
+    """Every key of conf/`name`.yaml that has a comment there, with the comment."""
     text = (conf_dir() / f"{name}.yaml").read_text(encoding="utf-8").partition("\nhydra:")[0]
     keys: list[str] = []
-    meanings: dict[str, str] = {}
+    found: dict[str, str] = {}
     for line in text.splitlines():
-        if not (found := re.match(r"( *)(\w+):(?: +[^#]*| *)(?:# (.*))?$", line)):
+        if not (parts := re.match(r"( *)(\w+):(?: +[^#]*| *)(?:# (.*))?$", line)):
             continue
-        indent, key, meaning = len(found[1]), found[2], found[3]
+        indent, key, meaning = len(parts[1]), parts[2], parts[3]
         keys = [*keys[: indent // 2], key]
         if meaning and keys[0] != "defaults":
-            meanings[".".join(keys)] = meaning
-    return "\n".join(f"  {key:{WIDTH}} {meaning}" for key, meaning in meanings.items()) + "\n"
+            found[".".join(keys)] = meaning
+    return found
+
+
+def settings(name: str) -> str:
+    """Every key of conf/`name`.yaml with its comment there."""
+    return "\n".join(f"  {key:{WIDTH}} {meaning}" for key, meaning in meanings(name).items()) + "\n"
 
 
 def _wrapped(head: str, words: list[str], width: int = 110) -> list[str]:

@@ -363,6 +363,9 @@ class EvaluateConfig(RunConfig):
     features: tuple[Literal["mini", "inception", "dinov2", "clip"], ...] = ("mini",)
     distances: tuple[Literal["mini", "vgg", "alex"], ...] = ("mini",)
     text_alignment: Literal["none", "mini", "clip"] = "mini"
+    scores: tuple[Literal["aesthetic", "pickscore", "hpsv2", "hpsv21", "imagereward"], ...] = field(
+        default=(), metadata=LATER
+    )
     weights: dict[str, str | None] = field(default_factory=dict)
     checksums: dict[str, str | None] = field(default_factory=dict)
     reference: str = "scene:100000-109999"

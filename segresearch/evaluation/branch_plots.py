@@ -1,83 +1,131 @@
-"""The figures of the diagnostics: each branch alone, and each quantity over the noise level."""
+"""The figures of the diagnostics: each branch alone, and each quantity at every noise level; a row a method."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from segresearch.analysis.branch_diagnostics import Number
-from segresearch.evaluation.branches import QUESTIONS, Question, rows_of
+from segresearch.config.schema import GuidanceConfig
+from segresearch.evaluation.branches import QUESTIONS, Question, Row, rows_of
 from segresearch.evaluation.frame import Frame
-from segresearch.image_grid import INK
-from segresearch.plot_style import canvas, label
+from segresearch.evaluation.plots import ROW
+from segresearch.image_grid import INK, QUIET
+from segresearch.method_looks import line
+from segresearch.plot_style import canvas, dot, label, rows, window
 
-MARKS = "os^DvPX*<>"
-SHORT = 46  # characters of a name in a legend
+NAME = 30  # characters of a line of a row's name
+PLAIN = {"color": INK, "marker": "o"}  # of rows that are of several methods
+Methods = Mapping[str, GuidanceConfig]
 
 
-def draw_branches(frame: Frame, numbers: Sequence[Number], where: str) -> dict[str, Figure]:
-    """A figure for each question that has numbers, by name."""
-    figures = {"branch_alone": _alone(frame, numbers, where)} if frame.metrics("fd_to_baseline") else {}
+def draw_branches(frame: Frame, numbers: Sequence[Number], methods: Methods, where: str) -> dict[str, Figure]:
+    """A figure for each question that has numbers, by name. methods: of the run, by name."""
+    figures = {"branch_alone": _alone(frame, numbers, methods, where)} if frame.metrics("fd_to_baseline") else {}
     for question in QUESTIONS:
         if rows_of(question, numbers):
-            figures[f"branch_{question.key}"] = _levels(question, numbers, where)
+            figures[f"branch_{question.key}"] = _levels(question, numbers, methods, where)
     return figures
 
 
-def _alone(frame: Frame, numbers: Sequence[Number], where: str) -> Figure:
-    """Dots with whiskers: distance, precision, recall, sharpness of each diagnosed method against the baseline."""
+def _alone(frame: Frame, numbers: Sequence[Number], methods: Methods, where: str) -> Figure:
+    """Dots with their errors: distance, precision, recall, sharpness of each diagnosed method and the baseline's."""
     diagnosed = {n.method for n in numbers}
-    methods = [m for m in frame.methods[1:] if m in diagnosed]
+    names = [m for m in frame.methods[1:] if m in diagnosed]
     distance = frame.metrics("fd_to_baseline")[0]
-    shown = [(distance.name, "FD − that of the baseline"), (f"precision-{distance.features}", "precision"),
+    shown = [(distance.name, "FD − the baseline's"), (f"precision-{distance.features}", "precision"),
              (f"recall-{distance.features}", "recall"), ("sharpness", "sharpness")]  # fmt: skip
-    shown = [(name, text) for name, text in shown if any(frame[m, name].value is not None for m in methods)]
-    caption = f"{where}. Whiskers are one bootstrap standard error. Grey lines are the baseline, “{frame.methods[0]}”."
-    figure = canvas(11.5, max(2.6, 0.28 * len(methods) + 0.6), "The images of each method", caption)
-    for axis, (name, text) in zip(np.atleast_1d(figure.subplots(1, len(shown), sharey=True)), shown):
-        values = [frame[m, name] for m in methods]
-        x = [v.value if v.value is not None else np.nan for v in values]
-        axis.errorbar(x, range(len(methods)), xerr=[v.error or 0 for v in values], fmt="o", markersize=4, color=INK)
+    shown = [(name, text) for name, text in shown if any(frame[m, name].value is not None for m in names)]
+    caption = (
+        f"{where}. Bars are one bootstrap standard error (dark) and two (light). The grey line is the baseline, "
+        f"“{frame.methods[0]}”. A branch that guidance should point away from is worse than it."
+    )
+    height = -(-len(shown) // 2) * (0.75 + ROW * len(names))
+    figure = canvas(height, "The images of each branch alone", caption)
+    for axis, (name, text) in zip(_panels(figure, len(shown)), shown, strict=False):
+        for place, m in enumerate(names):
+            value = frame[m, name]
+            if value.value is not None:
+                dot(axis, (value.value, place), value.error or 0.0, _style(methods, m))
         baseline = 0 if name == distance.name else frame[frame.methods[0], name].value
         if baseline is not None:
-            axis.axvline(baseline, color="#9aa0aa", linewidth=1)
-        axis.set_yticks(range(len(methods)), methods)
+            axis.axvline(baseline, color=QUIET, linewidth=1)
         label(axis, x=text, grid="x")
-    figure.axes[0].invert_yaxis()
+        axis.locator_params(axis="x", nbins=4)
+        rows(axis, names)
     return figure
 
 
-def _levels(question: Question, numbers: Sequence[Number], where: str) -> Figure:
-    rows = rows_of(question, numbers)
-    quantities = [q for q in question.labels if any(row.quantity == q for row in rows)]
-    names = list(dict.fromkeys(row.name for row in rows))
-    whiskers = "the lowest and the highest site" if question.sites else "one standard error over images"
-    caption = f"{where}. Over the noise level σ, noisiest on the left. Whiskers are {whiskers}."
-    figure = canvas(11.5, 3.4 + 0.12 * max(0, len(names) - 14), question.title, caption)
-    tints = colormaps["turbo"](np.linspace(0.05, 0.95, max(len(names), 2)))
-    axes = np.atleast_1d(figure.subplots(1, len(quantities)))
-    for axis, quantity in zip(axes, quantities):
-        for row in (row for row in rows if row.quantity == quantity):
-            i, points = names.index(row.name), []
-            for step in sorted(row.by_step):
-                found = [n for n in row.by_step[step] if n.value is not None]
-                if not found:
-                    continue
-                values = [n.value for n in found if n.value is not None]
-                mean = float(np.mean(values))
-                spread = [mean - min(values), max(values) - mean] if len(values) > 1 else [found[0].error or 0.0] * 2
-                points.append((found[0].sigma, mean, *spread))
-            if points:
-                x, y, low, high = zip(*points)
-                axis.errorbar(x, y, yerr=[low, high], fmt=f"-{MARKS[i % len(MARKS)]}", markersize=3, linewidth=1,
-                              elinewidth=0.7, color=tints[i], label=row.name[:SHORT])  # fmt: skip
-        if quantity in ("common", "cosine", "best_scale"):
-            axis.axhline(0, color=INK, linewidth=0.8)
-        axis.set_xscale("log")
-        axis.invert_xaxis()
-        if quantity == "best_scale":
-            axis.set_yscale("symlog", linthresh=0.1)
-        label(axis, question.labels[quantity], x="σ", grid="y")
-    axes[-1].legend(fontsize=6.5, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
+def _panels(figure: Figure, count: int) -> list[Any]:
+    """Axes two beside each other, which share their rows."""
+    grid: Any = figure.subplots(-(-count // 2), min(2, count), sharey=True, squeeze=False)
+    for axis in list(grid.flat)[count:]:
+        axis.set_axis_off()
+    return list(grid.flat)[:count]
+
+
+def _style(methods: Methods, name: str) -> dict[str, Any]:
+    return line(methods[name]) if name in methods else PLAIN
+
+
+def _levels(question: Question, numbers: Sequence[Number], methods: Methods, where: str) -> Figure:
+    found = rows_of(question, numbers)
+    quantities = [q for q in question.labels if any(row.quantity == q for row in found)]
+    names = list(dict.fromkeys(row.name for row in found))
+    sigmas = {step: n.sigma for row in found for step, some in row.by_step.items() for n in some}
+    bars = "from the lowest to the highest site" if question.sites else "one standard error over images"
+    levels = ", ".join(f"{sigmas[step]:.3g}" for step in sorted(sigmas))
+    caption = (
+        f"{where}. In a row from top to bottom the noise levels σ = {levels}, the noisiest dark. Bars: "
+        f"{bars}. What lies far out is at the edge, as an open mark."
+    )
+    texts = [textwrap.fill(name, NAME) for name in names]
+    row = max(0.06 * len(sigmas) + 0.06, 0.15 * max(text.count("\n") + 1 for text in texts) + 0.06, ROW)
+    figure = canvas(-(-len(quantities) // 2) * (0.75 + row * len(names)), question.title, caption)
+    for axis, quantity in zip(_panels(figure, len(quantities)), quantities, strict=True):
+        signed = quantity in ("common", "cosine", "best_scale")
+        _dots(axis, [r for r in found if r.quantity == quantity], names, sorted(sigmas), methods, signed)
+        if signed:
+            axis.axvline(0, color=INK, linewidth=0.8)
+        label(axis, x=question.labels[quantity], grid="x")
+        axis.locator_params(axis="x", nbins=4)
+        rows(axis, texts)
+    marks = [Line2D([], [], marker="o", linestyle="", markersize=4, color=INK, alpha=_depth(i, len(sigmas)),
+                    label=f"{sigmas[step]:.3g}") for i, step in enumerate(sorted(sigmas))]  # fmt: skip
+    figure.axes[0].legend(handles=marks, title="σ", fontsize=7.5, title_fontsize=8, ncols=len(marks), frameon=False,
+                          loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, handletextpad=0.1,
+                          columnspacing=0.8)  # fmt: skip
     return figure
+
+
+def _depth(i: int, count: int) -> float:
+    """How dark the i-th noise level is drawn, from 1 for the noisiest to 0.35."""
+    return 1 - 0.65 * i / max(1, count - 1)
+
+
+def _dots(
+    axis: Any, found: Sequence[Row], names: Sequence[str], steps: Sequence[int], methods: Methods, signed: bool
+) -> None:
+    points = []  # place, value, lower and upper end, style, depth
+    for row in found:
+        for i, step in enumerate(steps):
+            some = [n for n in row.by_step.get(step, []) if n.value is not None]
+            if not some:
+                continue
+            values = [float(n.value) for n in some if n.value is not None]
+            mean, error = float(np.mean(values)), some[0].error or 0.0
+            ends = (min(values), max(values)) if len(values) > 1 else (mean - error, mean + error)
+            place = names.index(row.name) + 0.62 * ((i + 0.5) / len(steps) - 0.5)
+            points.append((place, mean, *ends, _style(methods, row.name), _depth(i, len(steps))))
+    low, high = window([v for _, mean, a, b, *_ in points for v in (mean, a, b)], keep=[0.0] * signed, fences=4.0)
+    for place, mean, a, b, style, depth in points:
+        whole = low <= mean <= high
+        if whole:
+            shown = [max(a, low), min(b, high)]
+            axis.plot(shown, [place, place], color=style["color"], alpha=0.6 * depth, linewidth=0.9)
+        axis.plot(min(max(mean, low), high), place, style["marker"], color=style["color"], alpha=depth, markersize=3.6,
+                  markerfacecolor=style["color"] if whole else "white", clip_on=whole)  # fmt: skip
+    axis.set_xlim(low, high)

@@ -12,7 +12,7 @@ import yaml
 from segresearch import runs
 from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError
-from segresearch.evaluation.frame import RESULTS, Frame, markdown, table
+from segresearch.evaluation.frame import FORCED, RESULTS, Frame, markdown, table
 from segresearch.pages import Cell, render, to_csv
 
 NOT_COMPARED = ("hydra", "defaults", "out", "device", "stage", "wandb", "n_examples", "name")
@@ -38,10 +38,11 @@ class Overview:
     differing: tuple[str, ...]
     unfinished: tuple[str, ...]
 
-    def table(self) -> list[list[Cell]]:
-        """The head, then a row a method: the run, which leads to its page; what differs; the method; its values."""
+    def table(self, words: bool = False) -> list[list[Cell]]:
+        """The head, then a row a method: the run, which leads to its page; what differs; the method; its values. words:
+        say what a run is, in place of the name of its folder."""
         leads = [
-            {"run": Cell(run.folder, href=f"{run.folder}/index.html"),
+            {"run": Cell(_words(run) if words else run.folder, "run" if words else "", href=f"{run.folder}/index.html"),
              **{key: Cell(_short(run.settings.get(key)) or "–") for key in self.differing}}
             for run in self.runs
         ]  # fmt: skip
@@ -60,12 +61,13 @@ class Overview:
 
     def page(self) -> str:
         """One HTML file."""
-        head, *rows = self.table()
+        head, *rows = self.table(words=True)
+        rows = [row if "first" in row[0].kind else [Cell("", "run"), *row[1:]] for row in rows]  # a run is said once
         return render(f"{self.name}: {len(self.runs)} runs", self.notes(), head=head, rows=rows)
 
     def notes(self) -> list[str]:
         """What has to be known to read it."""
-        lines = []
+        lines = [FORCED] if any(run.settings.get("force") for run in self.runs) else []
         if len({run.frame[method, "n"].value for run in self.runs for method in run.frame.methods}) > 1:
             lines.append("These runs differ in the number of images; Fréchet distances compare only at equal N.")
         if self.unfinished:
@@ -107,6 +109,14 @@ def write(overview: Overview, out: str | Path = "runs") -> list[Path]:
     for path, text in files.items():
         runs.write(path, text)
     return list(files)
+
+
+def _words(run: Run) -> str:
+    """A run in a few words: its model, sampler and number of images."""
+    said = [str(run.settings.get(key) or "") for key in ("model.name", "sampler.name")]
+    images = max((int(run.frame[method, "n"].value or 0) for method in run.frame.methods), default=0)
+    forced = "force=true" if run.settings.get("force") else ""
+    return ", ".join(filter(None, [*said, f"{images} images" * bool(images), forced])) or run.folder
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -27,9 +27,10 @@ from segresearch.config import EvaluateConfig
 from segresearch.config.build import configured_model, resolved, usable_device
 from segresearch.errors import ConfigError, Ended
 from segresearch.evaluation import branches, outputs, shards
-from segresearch.evaluation.aggregate import Reference, Result, aggregate, reference
+from segresearch.evaluation.aggregate import Result, aggregate
 from segresearch.evaluation.frame import RESULTS, Frame
 from segresearch.evaluation.image_metrics import image_metrics
+from segresearch.evaluation.reference_images import Reference, reference
 from segresearch.evaluation.sample_shards import Progress, Worker, incomplete, required_arrays, sample_shards, worker
 from segresearch.evaluation.spec import EvaluationSpec, evaluation_spec, run_identity, with_folders
 from segresearch.threads import threads
@@ -137,6 +138,7 @@ def _results(spec: EvaluationSpec, real: Reference, folder: Path, diagnosed: Pat
     names = [folder.name, config.name, config.model.name, config.n_examples]  # the folder's name is the run's identity
     numbers = branches.read(diagnosed) if diagnosed else ()
     made_of = [VERSION, runs.code_version(), names, [metric.producer for metric in spec.metrics], sums]
+    made_of += [real.content(config.out)] if real.files else []
     inputs = runs.digest([*made_of, *([branches.plain_rows(numbers)] if numbers else [])])
     drawn = all(any((folder / "figures").glob(f"*.{kind}")) for kind in config.vector)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -25,7 +25,11 @@ LATEX = str.maketrans({
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
 })  # fmt: skip
 RESULTS = "results.json"
+FORCED = "Warning: made with force=true. Fréchet distances of fewer images than features are biased far upwards."
+LATEX_LINES = 40  # of a table, so that it is no higher than a page
 GROUPS = ("quality", "content", "paper")
+SCORES = {"aesthetic": "aesthetic", "pickscore": "PickScore", "hpsv2": "HPSv2", "hpsv21": "HPSv2.1",
+          "imagereward": "ImageReward"}  # heads of `metrics.scores`  # fmt: skip
 Lines = list[list[Cell]]
 
 
@@ -48,6 +52,11 @@ class Metric:
     def name(self) -> str:
         """Its key in METRICS and in the frame."""
         return f"{self.kind}-{self.features}" if self.features else self.kind
+
+    @property
+    def to_baseline(self) -> str:
+        """The name of its difference to the baseline's on the same images, if METRICS has that."""
+        return f"{self.kind}_to_baseline" + (f"-{self.features}" if self.features else "")
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,10 @@ def _metrics() -> Iterator[Metric]:
         yield Metric("recall", features, "recall")
         yield Metric("density", features)
         yield Metric("coverage", features)
+        if features == "inception":
+            yield Metric("is", features, "IS", 2)  # the inception score
+            yield Metric("is_to_baseline", features, digits=2)  # on the same tenths of the images
+            yield Metric("is_spread", features)  # standard deviation between the tenths, as papers print it
         yield Metric("fd_extrapolated", features)  # with its first order in 1/N removed
         yield Metric("fd_means", features)  # its part from the means of the features
         yield Metric("variance", features)  # of the features, summed, over that of the reference
@@ -128,7 +141,12 @@ def _metrics() -> Iterator[Metric]:
     for features, head in (("mini", "mini"), ("vgg", "LPIPS vgg"), ("alex", "LPIPS alex")):
         yield Metric("distance_to_truth", features, f"to truth ({head})")
     yield Metric("text_alignment", "mini", "cosine (mini)")
+    yield Metric("text_alignment_to_baseline", "mini", digits=4)
     yield Metric("text_alignment", "clip", "CLIP cosine")
+    yield Metric("text_alignment_to_baseline", "clip", digits=4)
+    for kind, head in SCORES.items():
+        yield Metric(kind, head=head)
+        yield Metric(f"{kind}_to_baseline", head="− baseline")  # image by image
     heads = {"colors": "colours", "objects_chance": "(chance)", "brightness": "", "red": "", "green": "", "blue": "",
              "objects_held": "", "pairs_held": ""}  # fmt: skip
     for kind in ("count", "colors", "shapes", "objects", "exact", "objects_chance", "edges", "saturation", "brightness",
@@ -154,7 +172,8 @@ def table(*frames: Frame, leads: Sequence[Mapping[str, Cell]] = ({},), groups: C
         for method in frame.methods:
             kind = "first" if method == frame.methods[0] else ""
             numbers = [Cell(str(frame[method, m.name]), f"number {m.group}") for m in metrics]
-            lines.append([*(cell._replace(kind=kind) for cell in lead.values()), Cell(method, "method"), *numbers])
+            leading = [cell._replace(kind=f"{cell.kind} {kind}".strip()) for cell in lead.values()]
+            lines.append([*leading, Cell(method, "method"), *numbers])
     return lines
 
 
@@ -181,6 +200,17 @@ def latex(head: Sequence[Cell], *rows: Sequence[Cell]) -> str:
     start = ["% booktabs, graphicx", fit, r"\begin{tabular}{" + form + "}", r"\toprule"]
     end = [r"\bottomrule", r"\end{tabular}}", ""]
     return "\n".join([*start, top, r"\midrule", *lines, *end])
+
+
+def latex_tables(frame: Frame) -> str:
+    """The table of a frame as LaTeX tables that fit a page: the contents of the images apart, LATEX_LINES methods each.
+    """
+    parts = [table(frame, groups=groups) for groups in (("quality", "paper"), ("content",))]
+    return "\n\\bigskip\n".join(
+        latex(head, *lines[start : start + LATEX_LINES])
+        for head, *lines in parts if len(head) > 1
+        for start in range(0, len(lines), LATEX_LINES)
+    )  # fmt: skip
 
 
 def to_jsonl(frame: Frame, common: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from segresearch.metrics.agreement import AttributeClassifier, agreement, classi
 from segresearch.metrics.features import Extractor, load_extractor
 from segresearch.metrics.lpips import load_lpips, lpips_distances
 from segresearch.metrics.mini_vision import load_part, load_vision, perceptual_distances, unit_range
+from segresearch.metrics.scores import BESIDE, SCORERS, load_scorer
 from segresearch.metrics.text_alignment import CLIP, MiniClip, load_clip, text_alignment
 from segresearch.models import load_model
 from segresearch.models.compute import arithmetic
@@ -27,7 +28,8 @@ from segresearch.runs import digest, fingerprint
 from segresearch.scenes.scenes import scenes
 from segresearch.threads import one_thread
 
-WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "text_alignment")
+WEIGHTS = ("inception", "dinov2", "clip", "mini", "vgg", "alex", "vgg_heads", "alex_heads", "text_alignment", *SCORERS,
+           *dict.fromkeys(BESIDE.values()))  # fmt: skip
 ATTRIBUTES = ("count", "colors", "shapes", "objects", "exact", "objects_chance")
 HELD = ("objects_held", "pairs_held")
 LOOK = ("saturation", "brightness", "contrast", "red", "green", "blue", "sharpness")
@@ -80,6 +82,7 @@ def image_metrics(spec: EvaluationSpec, device: str = "cpu") -> tuple[ImageMetri
         metrics += [_distance(name, spec, device) for name in config.distances]
     if any(spec.prompts) and config.text_alignment != "none":
         metrics.append(_text_alignment(spec, device))
+    metrics += [_score(name, spec, device) for name in config.scores]
     if spec.scenes and config.text_alignment == "mini":
         metrics.append(_attributes(spec.scenes))
     if "mini" in config.features:
@@ -181,6 +184,14 @@ def _text_alignment(spec: EvaluationSpec, device: str) -> ImageMetric:
     mini = MiniClip(load_vision(folder).to(device), load_model(folder, device=device).text)
     producer = digest([fingerprint(folder / part) for part in ("vision", "text_encoder_2")])
     return ImageMetric("text_alignment-mini", producer, lambda s: text_alignment(mini, s.images, s.prompts, batch=250))
+
+
+def _score(name: str, spec: EvaluationSpec, device: str) -> ImageMetric:
+    weights, checksums = spec.config.weights, spec.config.checksums
+    scorer = load_scorer(name, weights.get(name), weights.get(BESIDE[name]), checksums.get(name), device)
+    if scorer.reads_prompts and not any(spec.prompts):
+        raise ConfigError(f"scores: {name} compares images with prompts, and there are none; leave it out")
+    return ImageMetric(name, scorer.weights, lambda s: scorer.of(s.images, s.prompts))
 
 
 def _attributes(indices: Sequence[int]) -> ImageMetric:

@@ -16,12 +16,13 @@ from segresearch.config.schema import PerturbedTerm
 from segresearch.control_images.identify import control_records, identify_controls
 from segresearch.evaluation import branch_plots, branches, plots, ranking, ranking_plots, shards
 from segresearch.evaluation.aggregate import Result
-from segresearch.evaluation.frame import latex, markdown, table, to_jsonl
+from segresearch.evaluation.frame import FORCED, Lines, latex_tables, markdown, table, to_jsonl
 from segresearch.evaluation.sample_shards import IMAGES, Worker
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.init_images import identify_init
-from segresearch.pages import render, to_csv
-from segresearch.plot_style import save
+from segresearch.method_looks import look
+from segresearch.pages import Cell, embedded, render, to_csv
+from segresearch.plot_style import Shown, save, shown
 from segresearch.records import figure_record, image_record, png, run_record, save_png
 from segresearch.wandb_log import GALLERY, GUIDANCE, SIDE_BY_SIDE, TABLE, WandbRun, log
 
@@ -38,7 +39,7 @@ def write(spec: EvaluationSpec, result: Result, folder: Path) -> list[str]:
     texts = {
         "config.yaml": written_config(config, OF_A_CALL),
         "table.md": markdown(*lines) + "".join(f"\n{text}\n" for text in forced(config.force)),
-        "table.tex": "".join(f"% {text}\n" for text in forced(config.force)) + latex(*lines),
+        "table.tex": "".join(f"% {text}\n" for text in forced(config.force)) + latex_tables(result.frame),
         "metrics.csv": to_csv(result.frame.plain()),
         "metrics.jsonl": to_jsonl(result.frame, spec.facts(folder.name, result.reference_images)),
     }  # fmt: skip
@@ -52,18 +53,17 @@ def write(spec: EvaluationSpec, result: Result, folder: Path) -> list[str]:
     else:
         figures = plots.draw(spec, result)
     if result.diagnostics:
-        figures |= branch_plots.draw_branches(result.frame, result.diagnostics, where)
+        figures |= branch_plots.draw_branches(result.frame, result.diagnostics, spec.methods, where)
     paths = {name: folder / "figures" / f"{name}.png" for name in figures}
     for name, figure in figures.items():
         save(figure, paths[name], figure_record(name, "evaluate", config, OF_A_CALL), config.vector)
-    runs.write(folder / PAGE, page(spec, result, list(paths.values()), folder.name))
+    runs.write(folder / PAGE, page(spec, result, [shown(*item, where) for item in figures.items()], folder.name))
     return [*texts, *(str(path.relative_to(folder)) for path in paths.values()), PAGE]
 
 
 def forced(force: bool) -> list[str]:
     """The warning of tables that were made with force=true."""
-    text = "Warning: made with force=true. Fréchet distances of fewer images than features are biased far upwards."
-    return [text] * force
+    return [FORCED] * force
 
 
 def examples(spec: EvaluationSpec, run: str, methods: Sequence[str]) -> dict[str, list[Example]]:
@@ -90,25 +90,41 @@ def examples(spec: EvaluationSpec, run: str, methods: Sequence[str]) -> dict[str
     return shown
 
 
-def page(spec: EvaluationSpec, result: Result, figures: list[Path], run: str) -> str:
-    """The whole page. figures: PNG files. run: the name of the run's folder."""
+def page(spec: EvaluationSpec, result: Result, figures: Sequence[Shown], run: str) -> str:
+    """The whole page. run: the name of the run's folder."""
     config, frame, ranked = spec.config, result.frame, ranking.ranking(spec, result.frame)
-    shown = examples(spec, run, [spec.baseline, *(one.at_best for one in ranked)] if ranked else [*spec.methods])
+    images = examples(spec, run, [spec.baseline, *(one.at_best for one in ranked)] if ranked else [*spec.methods])
     paper = f"{spec.paper} of arXiv 2408.00760, on {config.model.name}" if spec.paper else ""
     title = paper if config.name == spec.paper else ": ".join(filter(None, (config.name, paper)))
+    names = {one.name: spec.methods[one.at_best] for one in ranked} | dict(spec.methods)
     return render(
         title, [spec.describe(result.reference_images), *forced(config.force)], "evaluation", spec=spec, run=run,
         code=runs.code_version(),
-        quality=table(frame, groups=("quality", "paper")), content=table(frame, groups=("content",)),
-        plots=[path for path in figures if not path.stem.startswith("branch_")],
-        methods=list(shown), rows=[[_shown(*image) for image in row] for row in zip(*shown.values(), strict=True)],
-        sampled_by=sampled_by(spec), branches=branch_sections(result, {path.stem: path for path in figures}),
-        ranking=ranking.ranking_table(spec, frame, ranked) if ranked else [], protocol=ranking.protocol(spec),
-        settings=ranking.settings_table(spec),
+        quality=marked(table(frame, groups=("quality", "paper")), names),
+        content=marked(table(frame, groups=("content",)), names),
+        plots=[figure for figure in figures if not figure.name.startswith("branch_")],
+        methods=marked([[Cell(method, "method") for method in images]], names)[0],
+        rows=[[_shown(*image) for image in row] for row in zip(*images.values(), strict=True)],
+        sampled_by=sampled_by(spec), branches=branch_sections(result, {one.name: one for one in figures}, names),
+        ranking=marked(ranking.ranking_table(spec, frame, ranked), names) if ranked else [],
+        headline=ranking.headline(spec, frame, ranked), protocol=ranking.protocol(spec),
+        settings=marked(ranking.settings_table(spec), names),
     )  # fmt: skip
 
 
-def branch_sections(result: Result, figures: Mapping[str, Path]) -> list[dict[str, Any]]:
+def marked(lines: Lines, methods: Mapping[str, GuidanceConfig]) -> Lines:
+    """A table with the mark of each method before its name."""
+    looks = {name: look(guidance) for name, guidance in methods.items()}
+    return [
+        [cell._replace(mark=looks[cell.text].sign, color=looks[cell.text].color)
+         if "method" in cell.kind and cell.text in looks else cell for cell in line]
+        for line in lines
+    ]  # fmt: skip
+
+
+def branch_sections(
+    result: Result, figures: Mapping[str, Shown], methods: Mapping[str, GuidanceConfig]
+) -> list[dict[str, Any]]:
     """What the page says of weak branches: of each question its title, how to read it, its table and its figure."""
     numbers = result.diagnostics
     if not numbers:
@@ -118,9 +134,9 @@ def branch_sections(result: Result, figures: Mapping[str, Path]) -> list[dict[st
     ]
     parts += [(q.key, q.title, q.text, branches.table_of(q, numbers)) for q in branches.QUESTIONS]
     return [
-        {"title": title, "text": text, "head": lines[0], "rows": lines[1:], "plots": shown}
+        {"title": title, "text": text, "table": marked(lines, methods), "plots": some}
         for key, title, text, lines in parts
-        if (shown := [figures[name] for name in [f"branch_{key}"] if name in figures]) or len(lines) > 1
+        if (some := [figures[name] for name in [f"branch_{key}"] if name in figures]) or len(lines) > 1
     ]
 
 
@@ -141,14 +157,17 @@ def _shown(image: Image.Image, record: Mapping[str, Any]) -> dict[str, Any]:
         size = max(1, round(image.width * TALLEST / image.height)), TALLEST
         image = image.resize(size, Image.Resampling.LANCZOS)
     factor = max(1, SMALLEST // image.height)
-    return {**record, "png": png(image, record), "width": image.width * factor, "height": image.height * factor}
+    alt = ", ".join(filter(None, (str(record["method"]), f"seed {record['seed']}", record["prompt"])))
+    return {"seed": record["seed"], "prompt": record["prompt"], "src": embedded(png(image, record)), "alt": alt,
+            "small": image.height <= 192, "width": image.width * factor, "height": image.height * factor}  # fmt: skip
 
 
 def mirrored(spec: EvaluationSpec, run: str, reference_images: int, worker: Worker) -> WandbRun:
     """What W&B is told of a worker while it samples. run: the name of the run's folder."""
     config = spec.config
     name = f"{config.name} {run}" + ("" if worker.world == 1 else f" {worker}")
-    settings = {**spec.facts(run, reference_images), "images": config.images, "methods": list(spec.methods)}
+    facts = {key: value for key, value in spec.facts(run, reference_images).items() if key != "experiment"}
+    settings = {**facts, "images": config.images, "methods": list(spec.methods)}  # dashboards choose by `experiment`
     return WandbRun(name, config.name, "", settings, tags=[config.model.name])
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 from segresearch.config.expand import describe
 from segresearch.config.schema import CFGTerm, GuidanceConfig
-from segresearch.evaluation.frame import Frame, Metric, Value
+from segresearch.evaluation.frame import SCORES, Frame, Metric, Value
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.pages import Cell
 
-AGREEMENT = ("text_alignment", "objects", "exact", "edges")  # kinds of metrics that a ranking shows beside distances
+AGREEMENT = ("text_alignment", "objects", "exact", "edges", *SCORES, *(f"{kind}_to_baseline" for kind in SCORES))
+# kinds of metrics that a ranking shows beside distances
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,47 @@ def _span(factors: Sequence[float], within: Sequence[bool], best: float) -> tupl
     while high + 1 < len(factors) and within[high + 1]:
         high += 1
     return factors[low], factors[high]
+
+
+def headline(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked]) -> list[str]:
+    """What the ranking says, in sentences; two errors are told apart. Empty without a ranking."""
+    if not ranked:
+        return []
+    fd = frame.metrics("fd")[0]
+    to_baseline, to_best = f"fd_to_baseline-{fd.features}", f"fd_to_best-{fd.features}"
+    first, base = ranked[0], f"“{spec.baseline}”"
+    of_first = frame[first.at_best, to_baseline]
+    like = [one.name for one in ranked[1:] if _side(frame[one.at_best, to_best]) == 0]
+    better = [one.name for one in ranked if _side(frame[one.at_best, to_baseline]) < 0]
+    worse = [one.name for one in ranked if all(_side(frame[m, to_baseline]) > 0 for m in one.scales.values())]
+    ends = [one.name for one in ranked if len(one.scales) > 1 and one.best == max(one.scales)]
+    scale = scale_text(spec.methods[first.at_best])
+    best = f"{first.name}{f' at scale {scale}' if scale else ''}: {fd.head} {of_first} relative to {base}"
+    lines = [
+        f"The lowest distance has {best}. "
+        + (f"Within two errors of it: {_list(like)}." if like else "No other method is within two errors of it."),
+        f"Better than {base} by more than two errors at their best scale: {_list(better)} ({len(better)} of "
+        f"{len(ranked)}). Worse by more than two errors at every scale tried: {_list(worse)} ({len(worse)}).",
+    ]  # fmt: skip
+    if ends:
+        lines.append(f"Best at the largest scale tried, so that a larger one may be better: {_list(ends)}.")
+    costs = [(frame[one.at_best, "cost"].value, one.name) for one in ranked if one.name in [first.name, *like]]
+    counted = sorted((cost, name) for cost, name in costs if cost is not None)
+    if len(counted) > 1:
+        lines.append(f"Of the first and those within two errors of it {counted[0][1]} costs least: {counted[0][0]:.2f} "
+                     f"times an image of {base}, in counted operations.")  # fmt: skip
+    return lines
+
+
+def _side(difference: Value) -> int:
+    """−1 and 1 where it is below and above 0 by more than two errors, else 0."""
+    if difference.value is None or abs(difference.value) <= 2 * (difference.error or 0.0):
+        return 0
+    return 1 if difference.value > 0 else -1
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def ranking_table(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked]) -> list[list[Cell]]:

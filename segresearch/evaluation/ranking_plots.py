@@ -1,92 +1,182 @@
-"""The figures of a sweep: the ranking with its intervals, and what quality costs."""
+"""The figures of a sweep: the ranking with its intervals, how much the scale matters, and what quality changes and
+costs."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from segresearch.evaluation.frame import Frame
-from segresearch.evaluation.plots import COLORS, kind, name_points
+from segresearch.evaluation.plots import ROW
 from segresearch.evaluation.ranking import Ranked, metric_of
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.image_grid import INK, QUIET
-from segresearch.plot_style import canvas, label
+from segresearch.method_looks import line
+from segresearch.plot_names import name_points
+from segresearch.plot_style import Number, Point, canvas, dot, label, rows, window
+
+ACROSS = 4  # small panels beside each other
 
 
 def draw_ranking(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where: str) -> dict[str, Figure]:
-    """The ranking, and the trade-offs, by name."""
-    return {"ranking": _ranking(spec, frame, ranked, where), "tradeoffs": _tradeoffs(spec, frame, ranked, where)}
+    """The ranking, its scales, and the trade-offs, by name."""
+    fd = frame.metrics("fd")[0]
+    distance, agreement = metric_of(frame, "distance"), metric_of(frame, "text_alignment", "edges")
+    axes = {"cost": "cost of an image, relative to the baseline's"}
+    if distance:
+        axes = {distance.name: f"{distance.head} to “{spec.baseline}”, same noise"} | axes
+    if agreement:
+        axes[agreement.name] = agreement.head
+    axes[f"recall-{fd.features}"] = "recall"
+    titles = {"cost": "Quality against cost", f"recall-{fd.features}": "Quality against variety"}
+    titles |= {distance.name: "Quality against change"} if distance else {}
+    titles |= {agreement.name: "Quality against agreement"} if agreement else {}
+    figures = {"ranking": _ranking(spec, frame, ranked, where), "scales": _scales(spec, frame, ranked, where)}
+    for metric, text in axes.items():
+        if any(frame[one.at_best, metric].value is not None for one in ranked):
+            name = f"tradeoff_{metric.partition('-')[0]}"
+            figures[name] = _tradeoff(spec, frame, ranked, where, metric, (titles[metric], text))
+    return figures
+
+
+def _name(frame: Frame) -> str:
+    return f"fd_to_baseline-{frame.metrics('fd')[0].features}"
+
+
+def _axis(spec: EvaluationSpec, frame: Frame) -> str:
+    return f"{frame.metrics('fd')[0].head} − that of “{spec.baseline}”"
+
+
+def _value(frame: Frame, method: str) -> Number:
+    value = frame[method, _name(frame)].value
+    return math.nan if value is None else value
+
+
+def _error(frame: Frame, method: str) -> Number:
+    return frame[method, _name(frame)].error or 0.0
+
+
+def _ends(frame: Frame, ranked: Sequence[Ranked]) -> tuple[float, float]:
+    """The range of differences that figures show: all methods at their best scale but for those far out, and 0."""
+    bests = [_value(frame, one.at_best) for one in ranked]
+    whiskers = [b + side * 2 * _error(frame, one.at_best) for b, one in zip(bests, ranked) for side in (-1, 1)]
+    low, high = window(bests, keep=[0.0])
+    inside = [w for w in whiskers if low - (high - low) <= w <= high + (high - low)]
+    return window(inside, keep=[low, high], fences=math.inf)
 
 
 def _ranking(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where: str) -> Figure:
-    fd = frame.metrics("fd")[0]
     caption = (
         f"{where}. Distance less that of “{spec.baseline}” on the same resampled images; left of 0 is better. Filled: "
         "the best of a method's scales, with one bootstrap standard error (dark) and two (light). Rings: its other "
-        "scales. The best of several scales is lower by chance too, which the whiskers do not hold."
+        "scales; arrows: beyond the axis, with the value where the best is. The best of several scales is lower by "
+        "chance too, which the bars do not hold."
     )
-    figure = canvas(11.5, max(2.6, 0.3 * len(ranked) + 0.5), f"{len(ranked)} methods, each at its best scale", caption)
+    figure = canvas(0.9 + ROW * (len(ranked) + 1), f"{len(ranked)} methods, each at its best scale", caption)
     axis = figure.subplots()
+    low, high = _ends(frame, ranked)
     for place, one in enumerate(ranked):
-        best = frame[one.at_best, f"fd_to_baseline-{fd.features}"]
-        others = [frame[m, f"fd_to_baseline-{fd.features}"].value for m in one.scales.values() if m != one.at_best]
-        color = COLORS[kind(spec.methods[one.at_best])]
-        if best.value is None:
-            continue
-        axis.scatter([v for v in others if v is not None], [place] * sum(v is not None for v in others), s=18,
-                     facecolors="none", edgecolors=color, linewidths=0.9, zorder=2)  # fmt: skip
-        error = best.error or 0.0
-        axis.plot(
-            [best.value - 2 * error, best.value + 2 * error], [place, place], color=color, alpha=0.35, linewidth=1.2
-        )
-        axis.errorbar(best.value, place, xerr=error, fmt="o", markersize=5.5, color=color, elinewidth=2, zorder=3)
+        style, best = line(spec.methods[one.at_best]), _value(frame, one.at_best)
+        for method in one.scales.values():
+            value = _value(frame, method)
+            if low <= value <= high and method != one.at_best:
+                axis.plot(value, place, style["marker"], markersize=4, markerfacecolor="none", markeredgewidth=0.9,
+                          color=style["color"], zorder=2)  # fmt: skip
+            elif value > high or value < low:
+                _beyond(axis, value, place, (low, high), style["color"], method == one.at_best)
+        if low <= best <= high:
+            dot(axis, (best, place), _error(frame, one.at_best), style)
     axis.axvline(0, color=INK, linewidth=0.9)
-    axis.set_yticks(range(len(ranked)), [f"{place}  {one.name}" for place, one in enumerate(ranked, 1)])
-    axis.invert_yaxis()
-    bests = [frame[one.at_best, f"fd_to_baseline-{fd.features}"].value or 0.0 for one in ranked]
-    if bests and max(_largest(frame, ranked, fd.features)) > 20 * max(1.0, *map(abs, bests)):
-        axis.set_xscale("symlog", linthresh=max(1.0, float(np.median(np.abs(bests)))))
-    label(axis, x=f"{fd.head} − that of “{spec.baseline}”", grid="x")
+    axis.set_xlim(low, high)
+    label(axis, x=_axis(spec, frame), grid="x")
+    rows(axis, [f"{place}  {one.name}" for place, one in enumerate(ranked, 1)])
     return figure
 
 
-def _largest(frame: Frame, ranked: Sequence[Ranked], net: str) -> list[float]:
-    return [abs(frame[m, f"fd_to_baseline-{net}"].value or 0.0) for one in ranked for m in one.scales.values()]
+def _beyond(axis: Any, value: Number, place: Number, ends: Point, color: str, named: bool) -> None:
+    right = value > ends[1]
+    edge = ends[1] if right else ends[0]
+    axis.plot(edge, place, ">" if right else "<", markersize=4, color=color, clip_on=False, zorder=3,
+              markerfacecolor=color if named else "white")  # fmt: skip
+    if named:
+        text = axis.annotate(f"{value:+.0f}".replace("-", "−"), (edge, place), (-7 if right else 7, 0), fontsize=8,
+                             textcoords="offset points", ha="right" if right else "left", va="center")  # fmt: skip
+        text.set_in_layout(False)
 
 
-def _tradeoffs(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where: str) -> Figure:
-    fd = frame.metrics("fd")[0]
-    name = f"fd_to_baseline-{fd.features}"
-    distance, agreement = metric_of(frame, "distance"), metric_of(frame, "text_alignment", "edges")
-    axes = [(m.name, text) for m, text in ((distance, f"{distance.head} to “{spec.baseline}”" if distance else ""),
-                                           (agreement, agreement.head if agreement else "")) if m]  # fmt: skip
-    axes = [*axes, ("cost", "cost, relative to the baseline's"), (f"recall-{fd.features}", "recall")][:3]
+def _scales(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where: str) -> Figure:
     caption = (
-        f"{where}. Every method at all its scales, joined, the best scale filled; below 0 is better than the baseline. "
-        "Names are of the best scales of the first twelve."
+        f"{where}. {_axis(spec, frame)}, over the factor on a method's own scale; below the line is better. Bars "
+        "are two paired bootstrap standard errors. A flat curve is robust to its scale; a best at an end may lie "
+        "beyond it. Open marks at an edge lie beyond the axis."
     )
-    figure = canvas(11.5, 4.4, "Quality against what it changes and costs", caption)
-    for axis, (metric, text) in zip(np.atleast_1d(figure.subplots(1, len(axes), sharey=True)), axes):
-        points = {}
-        for place, one in enumerate(ranked):
-            color = COLORS[kind(spec.methods[one.at_best])]
-            pairs = [(frame[m, metric].value, frame[m, name].value) for m in one.scales.values()]
-            whole = [(x, y) for x, y in pairs if x is not None and y is not None]
-            if not whole:
-                continue
-            axis.plot(*zip(*whole), "-o", color=color, markersize=2.5, linewidth=0.7, alpha=0.6, markerfacecolor="none")
-            x, y = frame[one.at_best, metric].value, frame[one.at_best, name].value
-            if x is not None and y is not None:
-                axis.plot(x, y, "o", color=color, markersize=4.5)
-                if place < 12:
-                    points[one.name] = (x, y)
-        x = frame[spec.baseline, metric].value
-        axis.plot(0.0 if x is None else x, 0, "s", color=QUIET, markersize=5)
+    lines = -(-len(ranked) // ACROSS)
+    figure = canvas(1.05 * lines + 0.5, "How much the scale matters", caption)
+    panels: Any = figure.subplots(lines, ACROSS, sharex=True, sharey=True, squeeze=False)
+    factors = sorted({factor for one in ranked for factor in one.scales})
+    low, high = _ends(frame, ranked)
+    for axis, one in zip(panels.flat, ranked):
+        style = line(spec.methods[one.at_best])
+        x = [factors.index(factor) for factor in one.scales]
+        y = [_value(frame, method) for method in one.scales.values()]
+        errors = [2 * _error(frame, method) for method in one.scales.values()]
         axis.axhline(0, color=INK, linewidth=0.8)
-        bests = [abs(frame[one.at_best, name].value or 0.0) for one in ranked]
-        if bests and max(_largest(frame, ranked, fd.features)) > 20 * max(1.0, *bests):
-            axis.set_yscale("symlog", linthresh=max(1.0, float(np.median(bests))))
-        axis.margins(x=0.12)
-        name_points(axis, points)
-        label(axis, x=text, y=f"{fd.head} − that of “{spec.baseline}”" if axis is figure.axes[0] else "", grid="both")
+        axis.plot(x, y, "-", color=style["color"], linewidth=1.2)
+        for place, value, error in zip(x, y, errors):
+            whole = low <= value <= high
+            axis.errorbar(place, min(max(value, low), high), error if whole else 0, fmt=style["marker"], markersize=4,
+                          color=style["color"], markerfacecolor=style["color"] if whole else "white", elinewidth=1,
+                          clip_on=whole)  # fmt: skip
+        axis.set_title(one.name, fontsize=8.5, color=INK, loc="left", pad=3)
+        axis.set_xticks(range(len(factors)), [f"×{factor:g}" for factor in factors])
+        axis.set_xlim(-0.35, len(factors) - 0.65)
+        axis.set_ylim(low, high)
+        axis.tick_params(labelsize=7.5, colors=QUIET)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(panels.flat)[len(ranked) :]:
+        axis.set_axis_off()
+    for column in range(len(ranked) - (lines - 1) * ACROSS, ACROSS * (lines > 1)):  # columns whose last panel is empty
+        panels[-2][column].tick_params(labelbottom=True)
+    return figure
+
+
+def _tradeoff(
+    spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where: str, metric: str, texts: tuple[str, str]
+) -> Figure:
+    caption = (
+        f"{where}. Large: each method at its best scale; small and joined to it: its other scales. Below 0 is better "
+        f"than “{spec.baseline}” (the cross). What lies far out is beyond the axes."
+    )
+    figure = canvas(4.6 if len(ranked) > 12 else 4.0, texts[0], caption)
+    axis = figure.subplots()
+    low, high = _ends(frame, ranked)
+    pairs = {one.name: {m: (frame[m, metric].value, _value(frame, m)) for m in one.scales.values()} for one in ranked}
+    best = {one.name: x for one in ranked if (x := pairs[one.name][one.at_best][0]) is not None}
+    base = frame[spec.baseline, metric].value
+    origin = (0.0 if base is None else float(base), 0.0)
+    left, right = window([*map(float, best.values())], keep=[origin[0]])
+    points: dict[str, Point] = {}
+    small = [origin]
+    for one in ranked:
+        style = line(spec.methods[one.at_best])
+        inside = {m: (float(x), y) for m, (x, y) in pairs[one.name].items()
+                  if x is not None and left <= x <= right and low <= y <= high}  # fmt: skip
+        if inside:
+            axis.plot(*zip(*inside.values()), "-", color=style["color"], linewidth=0.7, alpha=0.5)
+        for method, point in inside.items():
+            large = method == one.at_best
+            axis.plot(*point, style["marker"], color=style["color"], markersize=6.5 if large else 3, zorder=3 + large,
+                      alpha=1 if large else 0.6, markeredgecolor="white" if large else style["color"],
+                      markeredgewidth=0.5)  # fmt: skip
+            if large:
+                points[one.name] = point
+            else:
+                small.append(point)
+    axis.plot(*origin, "x", color=INK, markersize=7, markeredgewidth=1.6, zorder=5)
+    axis.axhline(0, color=INK, linewidth=0.8)
+    axis.set_xlim(left, right)
+    axis.set_ylim(low, high)
+    label(axis, x=texts[1], y=_axis(spec, frame), grid="both")
+    name_points(axis, points, others=small)
     return figure

@@ -96,8 +96,9 @@ class EvaluationSpec:
         """The run in one line."""
         config = self.config
         real = f", against {reference_images} real ones" if reference_images else ""
+        forced = "; made with force=true" * config.force
         return (f"{config.model.name}, {config.sampler.name}, {config.steps} steps, {config.schedule.name} schedule; "
-                f"N = {config.images} images a method{real}")  # fmt: skip
+                f"N = {config.images} images a method{real}{forced}")  # fmt: skip
 
 
 def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:
@@ -110,7 +111,7 @@ def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:
         scenes = tuple(HELD_OUT + n for n in scene_numbers(config.prompts, config.images, "prompts") or ())
     if config.keep is not None and config.keep < config.n_examples:
         raise ConfigError(f"keep: {config.keep} images kept are fewer than n_examples, {config.n_examples}; lower it")
-    for key, names in {"features": config.features, "distances": config.distances}.items():
+    for key, names in {"features": config.features, "distances": config.distances, "scores": config.scores}.items():
         if len(set(names)) < len(names):
             raise ConfigError(f"{key}: {list(names)} names one twice")
     paper = paper_numbers.table_for(config.paper, config.name, by_name, prompts)
@@ -152,9 +153,8 @@ def run_identity(spec: EvaluationSpec, reference: str) -> dict[str, Any]:
     """
     settings = {key: getattr(spec.config, key) for key in OF_RESULTS}
     named = [[method, folder.name] for method, folder in spec.folders.items()]
-    added = {
-        key: getattr(spec.config, key) for key in ("diagnostics", "sweep") if getattr(spec.config, key) is not None
-    }
+    later = {key: getattr(spec.config, key) for key in ("diagnostics", "sweep", "scores")}
+    added = {key: setting for key, setting in later.items() if setting not in (None, ())}
     return {"methods": named, "reference": reference, "paper": spec.paper, **settings, **added}
 
 

@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +36,15 @@ OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.275777
 
 @dataclass(frozen=True)
 class Extractor:
-    """A frozen network from images to features of `dim` numbers; weights: SHA-256 of the file they come from."""
+    """A frozen network from images to features of `dim` numbers; weights: SHA-256 of the file they come from. classes:
+    of Inception the weights (1008, dim) of its last layer, for the inception score."""
 
     name: str
     dim: int
     weights: str
     network: Callable[[Tensor], Tensor] = field(repr=False)  # uint8 (b, 3, h, w) -> (b, dim)
     device: torch.device = torch.device("cpu")
+    classes: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.dim} features, weights {self.weights[:8]}...)"
@@ -99,7 +102,8 @@ def _inception(path: str | Path | None, sha256: str | None, device: torch.device
     with pretrained.fitting("inception"), torch.random.fork_rng(devices=[]):
         module = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=file)
     module = pretrained.frozen(module, device)
-    return Extractor("inception", module.fc.in_features, digest, lambda images: module(images)[0], device)
+    classes = module.fc.weight
+    return Extractor("inception", module.fc.in_features, digest, lambda images: module(images)[0], device, classes)
 
 
 def _dinov2(path: str | Path | None, sha256: str | None, device: torch.device) -> Extractor:
@@ -114,19 +118,24 @@ def _dinov2(path: str | Path | None, sha256: str | None, device: torch.device) -
 
 
 def _clip(path: str | Path | None, sha256: str | None, device: torch.device) -> Extractor:
-    from transformers import AutoConfig, CLIPVisionModelWithProjection
-
-    folder, digest = pretrained.hub_weights(path or CLIP_336, sha256)
-    with pretrained.reading(folder, "no config.json of CLIP"):
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    width = config.projection_dim  # a whole CLIP has it beside its towers, a vision tower among its own sizes
-    model = pretrained.load_pretrained(CLIPVisionModelWithProjection, folder, device, projection_dim=width)
+    model, digest = clip_tower(path or CLIP_336, sha256, device)
 
     def network(images: Tensor) -> Tensor:
         pixels = normalized_squares(images, model.config.image_size, OPENAI, crop=True)
         return F.normalize(model(pixel_values=pixels).image_embeds, dim=-1)
 
-    return Extractor("clip", width, digest, network, device)
+    return Extractor("clip", model.config.projection_dim, digest, network, device)
+
+
+def clip_tower(path: str | Path, sha256: str | None, device: torch.device) -> tuple[Any, str]:
+    """The vision tower of a CLIP of transformers with its projection, and the SHA-256 of its file."""
+    from transformers import AutoConfig, CLIPVisionModelWithProjection
+
+    folder, digest = pretrained.hub_weights(path, sha256)
+    with pretrained.reading(folder, "no config.json of CLIP"):
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    width = config.projection_dim  # a whole CLIP has it beside its towers, a vision tower among its own sizes
+    return pretrained.load_pretrained(CLIPVisionModelWithProjection, folder, device, projection_dim=width), digest
 
 
 def _mini(path: str | Path | None, sha256: str | None, device: torch.device) -> Extractor:

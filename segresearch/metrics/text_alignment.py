@@ -32,7 +32,11 @@ class Clip:
     def embed_images(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b dim"]:
         """Unit embeddings. The model's own processor resizes images and cuts them to the middle square."""
         inputs = self.processor(images=list(images.cpu()), input_data_format="channels_first", return_tensors="pt")
-        output = self.model.vision_model(pixel_values=inputs["pixel_values"].to(next(self.model.parameters())))
+        return self.embed_pixels(inputs["pixel_values"])
+
+    def embed_pixels(self, pixels: Float[Tensor, "b 3 side side"]) -> Float[Tensor, "b dim"]:
+        """Unit embeddings of what the vision tower reads."""
+        output = self.model.vision_model(pixel_values=pixels.to(next(self.model.parameters())))
         return F.normalize(self.model.visual_projection(output.pooler_output), dim=-1)
 
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b dim"]:

@@ -1,6 +1,6 @@
 """Samplers, noise schedules and per-image noise: the only import of k-diffusion.
 
-    noise = initial_noise(seeds, (4, 128, 128))
+    noise = initial_noise(seeds, sd.latent_shape())
     x0 = sample(model, noise, sampler="euler", schedule="auto", steps=25, conds=conds)
 """
 

@@ -212,8 +212,8 @@ def checked_rows(name: str, value: Any, images: int) -> None:
 
 def warn_of_size(conds: Mapping[str, Any], noise: Tensor) -> None:
     """A warning where a conditioning tells the model of images of another size than those of the noise."""
-    told = {getattr(cond, "latent", None) for cond in conds.values()} - {None}
-    if other := sorted(told - {tuple(noise.shape[2:])}):
+    sizes: set[Any] = {getattr(cond, "latent", None) for cond in conds.values()} - {None}
+    if other := sorted(sizes - {tuple(noise.shape[2:])}):
         given, expected = (" × ".join(map(str, size)) for size in (noise.shape[2:], other[0]))
         text = f"the noise is of {given} latents, the conditioning tells the model of an image of {expected}"
         hint = "take initial_noise(seeds, sd.latent_shape(size)) and sd.encode(prompts, size=size) of one size"

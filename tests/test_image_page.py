@@ -1,0 +1,66 @@
+"""The grid and the page of a generate run: a column a method, one method alone as a sheet, links that lead on."""
+
+import re
+from urllib.parse import unquote
+
+import pytest
+from PIL import Image
+
+from segresearch.config import GuidanceConfig
+from segresearch.config.expand import ImageSpec, Panel
+from segresearch.image_grid import draw_grid
+from segresearch.image_page import PanelFiles, blocks, page
+
+HOSTILE = '"><img src=x onerror=alert(1)>'
+
+
+def files(folder, rows, names=("PAG",), title="", controls=()) -> PanelFiles:
+    specs = tuple(ImageSpec(prompt, seed) for prompt, seed in rows)
+
+    def saved(name):
+        paths = [folder / "images" / f"{name}-{i} é#.png" for i in range(len(rows))]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (40, 80, 120)).save(path)
+        return paths
+
+    images = {name: {path: {} for path in saved(number)} for number, name in enumerate(names)}
+    panel = Panel(title, None, specs, dict.fromkeys(names, GuidanceConfig()))
+    return PanelFiles(panel, images, {name: saved(name) for name in controls})
+
+
+@pytest.mark.parametrize(("count", "shape"), [(2, [2]), (7, [3, 3, 1]), (64, [8] * 8), (70, [8] * 8 + [6])])
+def test_one_method_alone_is_about_as_wide_as_high(count, shape, tmp_path):
+    (block,) = blocks(files(tmp_path, [("a cube", i) for i in range(count)]), 80, 2)
+    assert [len(paths) for paths in block.paths] == shape and block.title == "PAG: “a cube”"
+    assert [path for paths in block.paths for path in paths] == sorted(tmp_path.rglob("*.png"), key=lambda p: int(
+        p.stem.split("-")[1].split()[0]))  # fmt: skip
+    sheet = draw_grid([block], "T", "", 96)
+    assert sheet.width < 3 * sheet.height and sheet.height < 3 * sheet.width
+
+
+def test_rows_are_prompts_where_all_have_the_same_seeds_and_pairs_stand_beside_each_other(tmp_path):
+    (block,) = blocks(files(tmp_path, [(p, s) for p in ("", "a cube") for s in (3, 9)]), 64, 2)
+    assert list(block.heads) == ["seed 3", "seed 9"] and block.captions == [("no prompt", ""), ("", "a cube")]
+    pairs = [(f"prompt {i}", i) for i in range(5)]
+    left, right = blocks(files(tmp_path, pairs, title="Alone"), 64, 2)
+    assert (left.title, right.title) == ("Alone: PAG", "") and [len(b.paths) for b in (left, right)] == [3, 2]
+    assert right.captions == [("seed 3", "prompt 3"), ("seed 4", "prompt 4")]
+    assert [b.captions for b in blocks(files(tmp_path, [("", 1), ("", 5), ("", 4)]), 64, 2)][0][0] == ("seeds 1, 5", "")
+
+
+@pytest.mark.parametrize("more", [{"names": ("PAG", "SEG")}, {"controls": ("canny",)}])
+def test_several_columns_are_a_row_an_image(more, tmp_path):
+    made = files(tmp_path, [("", 0), ("", 1)], **more)
+    (block,) = blocks(made, 1, 2)
+    assert list(block.heads) == ["control"] * ("controls" in more) + list(made.images)
+    assert [len(paths) for paths in block.paths] == [2] and block.captions == [("seed 0", "")]
+
+
+def test_the_page_links_its_images_and_names_what_they_are(tmp_path):
+    panels = [files(tmp_path, [(HOSTILE, 0), ("", 1)], names=("PAG", HOSTILE)), files(tmp_path, [("", 0), ("", 1)])]
+    text = page(panels, tmp_path, "T", "note", {"run": "x"}, 64)
+    links = [unquote(link) for link in re.findall(r'src="([^"]+)"', text)]
+    assert len(links) == 2 * 2 + 2 and all((tmp_path / link).is_file() for link in links)
+    assert HOSTILE not in text and "onerror=alert(1)>" not in text and 'alt="PAG, seed 1"' in text
+    assert text.count('class="gallery"') == 1 == text.count('class="images"')
