@@ -19,6 +19,7 @@ from segresearch.init_images import InitImages, strength
 from segresearch.models.attention import Attend
 from segresearch.models.controlnet import ActiveControlNet
 from segresearch.models.prompt_syntax import equal_lengths
+from segresearch.models.text_settings import AS_IT_IS, TextSettings
 from segresearch.sampling import initial_noise, sample, sigmas
 from segresearch.sampling.loop import Callback
 from segresearch.sampling.start import last_steps
@@ -40,7 +41,7 @@ def sample_images(
     `sd.encode`. attend: the innermost attention. init: the images that these start from. callback: of `sample`.
     Raises NotFinite, and what `sd.encode` and `sample` raise.
     """
-    conds = encode_conds(sd, model, prompts, negative, config.size, config.text.given())
+    conds = encode_conds(sd, model, prompts, negative, config.size, config.text)
     pixels = decode_images(sd, sample_latents(sd, model, seeds, conds, config, control, attend, init, callback))
     return pixels if init is None else init.paste(pixels)
 
@@ -51,14 +52,13 @@ def encode_conds(
     prompts: Sequence[str],
     negative: str | Sequence[str] | None = None,
     size: tuple[int, int] | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: TextSettings = AS_IT_IS,
 ) -> dict[str, Any]:
     """All conditionings that a guided denoiser needs: cond, uncond, and those that it makes from texts. settings:
-    further keywords of `sd.encode`."""
-    given = dict(settings or {})
-    conds = sd.encode(prompts, negative=negative, size=size, **given)
+    as of `sd.encode`."""
+    conds = sd.encode(prompts, negative, size, settings)
     makers = {n: make for n, make in getattr(model, "inner", model).conditionings.items() if hasattr(make, "encode")}
-    made = {name: make.encode(sd, prompts, negative, size, **given) for name, make in makers.items()}
+    made = {name: make.encode(sd, prompts, negative, size, settings) for name, make in makers.items()}
     return equal_lengths(conds | made)
 
 

@@ -15,6 +15,16 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
+def unchecked():
+    """Shapes are not checked, which takes a third of the time: for further runs of what another test runs checked."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def gpu():
     """`fake_cuda.fake_cuda` for the whole test."""
     from fake_cuda import fake_cuda

@@ -187,7 +187,7 @@ def test_numbers_are_those_of_the_guided_model_at_the_first_step(base, model, me
     assert {n[1] for n in found if n[2] == "change"} == set(mid) and {n[3] for n in found} == {0, 2}
 
 
-def test_batches_do_not_change_what_is_measured(base, model, measured):
+def test_batches_do_not_change_what_is_measured(base, model, measured, unchecked):
     """But for the pairs, which are taken within a batch."""
     four = diagnosed(dataclasses.replace(base, batch_size=4), model)
     for a, b in zip(measured, four, strict=True):

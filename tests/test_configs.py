@@ -55,6 +55,7 @@ def sampled():
     return set()
 
 
+@pytest.mark.usefixtures("unchecked")  # `test_fake_cuda_guidance` runs every method checked
 @pytest.mark.parametrize("experiment", names("experiment"))
 def test_every_experiment_composes_and_samples(experiment, sd, sampled):
     """A method that several experiments have is sampled once."""
@@ -98,6 +99,7 @@ def vanilla(sd):
     return latents_of(GuidanceConfig(), sd, [0, 1], PROMPTS)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("guidance", names("guidance"))
 def test_every_guidance_composes_and_samples(guidance, sd, vanilla):
     """On a non-square image; image 1 is the same alone."""

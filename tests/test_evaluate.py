@@ -82,7 +82,7 @@ def shard(config, rows) -> Path:
 
 
 @pytest.fixture
-def config(base, tmp_path):
+def config(base, tmp_path, unchecked):
     return dataclasses.replace(base, out=str(tmp_path / "runs"))
 
 

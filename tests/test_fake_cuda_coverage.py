@@ -52,7 +52,6 @@ COVERED = {
 HOST = {
     "models.compute": "settings; torch is imported for types",
     "checkpoints.single_file": "what is on disk: sizes and names",
-    "checkpoints.json_files": "what is on disk: configs",
     "analysis.analyze": "the run itself: sampling, decoding and the table, each covered, and files",
     "analysis.energy_plots": "plots of a recording, which lies on the CPU",
 }

@@ -33,6 +33,7 @@ from segresearch.models.denoiser import Denoiser, alphas_cumprod, scheduled
 from segresearch.models.network_configs import EncoderConfig
 from segresearch.models.preconditioning import Preconditioning
 from segresearch.models.text import TextEncoders, load_tokenizer
+from segresearch.models.text_settings import TextSettings
 from segresearch.models.vae import VAE, VAEConfig
 
 ROUNDING = {torch.float16: 5e-2, torch.bfloat16: 2e-1, torch.float32: 2e-5}
@@ -295,16 +296,16 @@ def test_texts(encoders, gpu, dtype):
     with on_the_cpu():
         networks = tuple(network.to(dtype) for network in networks)
         real = StableDiffusion(real_denoiser(dtype).unet, vae, TextEncoders(tokenizers, networks), real_denoiser(dtype))
-        asked = [{}, {"negative": "a cube"}, {"negative": ["a cube", "red"], "clip_skip": 1, "size": (24, 32)}]
+        asked = [{}, {"negative": "a cube"}, {"negative": ["a cube", "red"], "settings": TextSettings(clip_skip=1), "size": (24, 32)}]
         expected = [real.encode(["a red cube", "cubes"], **more) for more in asked]
         weighted = ["a (red:1.5) cube BREAK cubes", "cubes"]
-        expected.append(real.encode(weighted, syntax="weighted"))
+        expected.append(real.encode(weighted, settings=TextSettings(syntax="weighted")))
     on_gpu = TextEncoders(tokenizers, tuple(map(moved, networks)))
     fake = StableDiffusion(fake_denoiser(dtype).unet, vae_there, on_gpu, fake_denoiser(dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = [fake.encode(["a red cube", "cubes"], **more) for more in asked]
-        found.append(fake.encode(weighted, syntax="weighted"))
+        found.append(fake.encode(weighted, settings=TextSettings(syntax="weighted")))
     for ours, theirs in zip(found, expected):
         for name in ("cond", "uncond"):
             a, b = ours[name], theirs[name]
@@ -325,13 +326,13 @@ def test_one_text_encoder_and_no_sizes(encoders, gpu, offload):
         real = StableDiffusion(
             real_denoiser(config=config).unet, vae, text, real_denoiser(config=config), zero_negative=False
         )
-        expected = real.encode(["a red cube", "cubes"], clip_skip=1, guidance=7.5)
+        expected = real.encode(["a red cube", "cubes"], settings=TextSettings(clip_skip=1, guidance=7.5))
         x, sigma, _ = real_inputs()
         denoised = GuidedDenoiser(real.denoiser, {"cfg": cfg(3.0)})(x, sigma, expected)
     there = text if offload else TextEncoders(encoders[0][:1], (moved(network),))
     model = fake_denoiser(config=config)
     fake = StableDiffusion(model.unet, vae_there, there, model, "", False, compute=Compute(offload=offload))
-    found = fake.encode(["a red cube", "cubes"], clip_skip=1, guidance=7.5)
+    found = fake.encode(["a red cube", "cubes"], settings=TextSettings(clip_skip=1, guidance=7.5))
     check_same([found["uncond"].context, found["cond"].context, found["cond"].guidance],
                [expected["uncond"].context, expected["cond"].context, expected["cond"].guidance])  # fmt: skip
     check_same(GuidedDenoiser(model, {"cfg": cfg(3.0)})(*sent((x, sigma)), found), denoised)

@@ -29,6 +29,7 @@ from segresearch.guidance import PAG, SEG, Branch, GuidedDenoiser, SelfAttention
 from segresearch.guidance.sites import select_sites
 from segresearch.models import load_model
 from segresearch.models.controlnet import controlled
+from segresearch.models.text_settings import TextSettings
 from segresearch.models.unet import UNet, UNetConfig
 from segresearch.sample_images import encode_conds
 from segresearch.sampling import ImageStart, initial_noise, sample
@@ -63,7 +64,7 @@ def test_the_unet_is_that_of_diffusers(made):
     pipeline, sd = made
     theirs, c = pipeline.unet, sd.unet.config
     x, t = draw(1, 3, c.in_channels, 8, 12), torch.tensor([1.0, 340.5, 961.0])
-    cond = sd.encode(PROMPTS, guidance=7.5 if c.time_cond_proj_dim else None)["cond"]
+    cond = sd.encode(PROMPTS, settings=TextSettings(guidance=7.5 if c.time_cond_proj_dim else None))["cond"]
     extra = {"added_cond_kwargs": {"text_embeds": cond.pooled, "time_ids": cond.time_ids}} if c.size_ids else {}
     if c.time_cond_proj_dim:
         w = torch.full((3,), 6.5)
@@ -94,7 +95,7 @@ def test_the_autoencoder_is_that_of_diffusers(made):
 @torch.no_grad()
 def test_texts_of_one_encoder(made, clip_skip, monkeypatch):
     pipeline, sd = made
-    conds = sd.encode(PROMPTS, negative=["blue", "", "a"], clip_skip=clip_skip)
+    conds = sd.encode(PROMPTS, negative=["blue", "", "a"], settings=TextSettings(clip_skip=clip_skip))
     encoder = pipeline.text_encoder
     if not hasattr(encoder, "text_model"):  # diffusers finds the final norm in it, transformers 5.6 has dropped it
         monkeypatch.setitem(encoder.__dict__, "text_model", encoder)
@@ -125,7 +126,7 @@ def test_without_a_negative_prompt_the_empty_text_is_encoded(made):
 def test_texts_of_the_sdxl_families(made, negative):
     pipeline, sd = made
     skip = {} if "InstructPix2Pix" in type(pipeline).__name__ else {"clip_skip": 1}
-    conds = sd.encode(PROMPTS, negative=negative, **skip)
+    conds = sd.encode(PROMPTS, negative=negative, settings=TextSettings(**skip))
     context, uncond, pooled, uncond_pooled = pipeline.encode_prompt(PROMPTS, negative_prompt=negative, **skip)
     for ours, theirs in (
         (conds["cond"].context, context), (conds["cond"].pooled, pooled),
@@ -137,7 +138,7 @@ def test_texts_of_the_sdxl_families(made, negative):
 @of("refiner")
 def test_the_refiner_reads_aesthetic_scores(made):
     pipeline, sd = made
-    conds = sd.encode(["a", "b"], negative="c", size=(24, 16), aesthetic_score=7.0)
+    conds = sd.encode(["a", "b"], negative="c", size=(24, 16), settings=TextSettings(aesthetic_score=7.0))
     args = ((24, 16), (0, 0), (24, 16), 7.0, 2.5, (24, 16), (0, 0), (24, 16), torch.float32, 40)
     for cond, ids in zip(conds.values(), pipeline._get_add_time_ids(*args), strict=True):
         assert torch.equal(cond.time_ids, ids.expand(2, 5))
@@ -147,7 +148,7 @@ def test_the_refiner_reads_aesthetic_scores(made):
 @of("sd15")
 def test_only_lcm_embeds_a_guidance_weight(made):
     with pytest.raises(ValueError, match="guidance=7.5: this model embeds no guidance weight"):
-        made[1].encode(["a"], guidance=7.5)
+        made[1].encode(["a"], settings=TextSettings(guidance=7.5))
 
 
 # --- whole loops -------------------------------------------------------------------------------------

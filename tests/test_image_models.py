@@ -17,6 +17,7 @@ from segresearch.errors import ConfigError, InputError
 from segresearch.generate import generate
 from segresearch.guidance import PAG, GuidedDenoiser, cfg, perturbed
 from segresearch.models import load_model
+from segresearch.models.text_settings import TextSettings
 from segresearch.sample_images import to_uint8
 from segresearch.sampling import ImageStart, initial_noise, sample
 
@@ -163,7 +164,7 @@ def test_errors(family, model):
     sd, *_ = family("pix2pix")
     with pytest.raises(InputError, match="reads an image and no mask"):
         sd.encode(["a"], image=image, mask=mask)
-    with pytest.raises(InputError, match="crop=.2, 2.: this model is told no crop"):
-        sd.encode(["a"], crop=(2, 2))
-    with pytest.raises(InputError, match="original_size=.8, 8.: this model is told no original size"):
-        sd.encode(["a"], original_size=(8, 8))
+    with pytest.raises(InputError, match="crop=.2, 2.: this model reads no crop"):
+        sd.encode(["a"], settings=TextSettings(crop=(2, 2)))
+    with pytest.raises(InputError, match="original_size=.8, 8.: this model reads no original size"):
+        sd.encode(["a"], settings=TextSettings(original_size=(8, 8)))

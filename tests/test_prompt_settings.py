@@ -1,5 +1,6 @@
 """Settings of prompts in runs: negatives and sizes of each prompt, clip_skip, what SDXL is told, weights."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -17,8 +18,10 @@ from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.spec import evaluation_spec
 from segresearch.generate import expand, generate
 from segresearch.guidance import GuidedDenoiser, cfg
+from segresearch.guidance.methods.cdg import CDG
 from segresearch.guidance.methods.icg_text import ICGText
 from segresearch.guidance.methods.prompt import Prompt
+from segresearch.models.text_settings import TextSettings
 from segresearch.reproduce import reproduce
 from segresearch.sample_images import encode_conds
 
@@ -132,12 +135,17 @@ def test_methods_of_texts_are_told_the_same(model):
     guided = GuidedDenoiser(
         model.denoiser, {"cfg": cfg(3.0)}, conditionings={"other": Prompt("a (b:2)"), "random": ICGText()}
     )
-    told = {"syntax": "weighted", "original_size": (8, 8), "crop": (1, 2)}
+    told = TextSettings("weighted", original_size=(8, 8), crop=(1, 2))
     conds = encode_conds(model, guided, ["red BREAK blue", "green"], "cone", (16, 16), told)
     assert {c.context.shape[1] for c in conds.values()} == {2 * model.text.length}
     assert all(c.time_ids[0].tolist() == [8, 8, 1, 2, 16, 16] for c in conds.values())
-    alone = model.encode(["a (b:2)"], syntax="weighted")["cond"].context
+    alone = model.encode(["a (b:2)"], settings=TextSettings(syntax="weighted"))["cond"].context
     torch.testing.assert_close(conds["other"].context[0], alone[0].repeat(2, 1))
+    guided = GuidedDenoiser(model.denoiser, {"cfg": cfg(3.0)}, conditionings={"degraded": CDG()})
+    with pytest.raises(InputError, match="text.syntax=weighted is not supported"):
+        encode_conds(model, guided, ["red"], settings=told)
+    conds = encode_conds(model, guided, ["red"], None, (16, 16), dataclasses.replace(told, syntax="plain"))
+    assert conds["degraded"].time_ids.tolist() == [[8, 8, 1, 2, 16, 16]]
 
 
 @pytest.mark.parametrize(

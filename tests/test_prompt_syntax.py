@@ -7,6 +7,7 @@ import torch
 
 from segresearch.errors import InputError
 from segresearch.models.prompt_syntax import chunks, encode_weighted, equal_lengths, foreign_syntax, parsed
+from segresearch.models.text_settings import TextSettings
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_repeated_chunks_are_not_seen(model):
 
 
 def encoded(model, texts):
-    return model.encode(texts, syntax="weighted")["cond"]
+    return model.encode(texts, settings=TextSettings(syntax="weighted"))["cond"]
 
 
 @torch.no_grad()
@@ -151,12 +152,12 @@ def test_an_image_does_not_depend_on_its_batch(model):
 
 
 def test_negatives_have_their_own_weights(model):
-    conds = model.encode(["a BREAK b"], negative="(c:1.4)", syntax="weighted")
+    conds = model.encode(["a BREAK b"], negative="(c:1.4)", settings=TextSettings(syntax="weighted"))
     length = model.text.length
     assert conds["cond"].context.shape[1] == conds["uncond"].context.shape[1] == 2 * length
-    alone = model.encode(["(c:1.4)"], syntax="weighted")["cond"].context
+    alone = model.encode(["(c:1.4)"], settings=TextSettings(syntax="weighted"))["cond"].context
     torch.testing.assert_close(conds["uncond"].context, alone.repeat(1, 2, 1))
-    zeros = model.encode(["a BREAK b"], syntax="weighted")["uncond"]
+    zeros = model.encode(["a BREAK b"], settings=TextSettings(syntax="weighted"))["uncond"]
     assert zeros.context.shape[1] == 2 * length and not zeros.context.any()
 
 
@@ -181,4 +182,4 @@ def test_plain_says_what_it_reads_as_text(model, text, forms):
 
 def test_an_unknown_syntax(model):
     with pytest.raises(InputError, match="syntax='compel': choose plain or weighted"):
-        model.encode(["a"], syntax="compel")
+        model.encode(["a"], settings=TextSettings(syntax="compel"))

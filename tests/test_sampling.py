@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
+from segresearch.models.text_settings import TextSettings
 from segresearch.sampling import SAMPLERS, SCHEDULES, initial_noise, k_diffusion, sample, sigmas, start_scale
 from segresearch.sampling.kdiffusion import CONTENT, PRIVATE, VERSION
 from segresearch.sampling.loop import ANCESTRAL, CONSISTENCY, SDE, one_row
@@ -431,7 +432,7 @@ def test_a_conditioning_of_another_size_than_the_noise_is_warned_of_once(model):
             sample(model.denoiser, initial_noise([0], model.latent_shape((32, 64))), steps=1, conds=None,
                    cond=chosen["cond"])  # fmt: skip
         assert len(said) == 1 and str(said[0].message).count("\n") == 0
-    told_otherwise = model.encode(["red"], size=(64, 64), target_size=(1024, 1024))
+    told_otherwise = model.encode(["red"], size=(64, 64), settings=TextSettings(target_size=(1024, 1024)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for cond in (conds["cond"], told_otherwise["cond"]):  # a size that is told on purpose is no mistake

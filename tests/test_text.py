@@ -6,6 +6,7 @@ from make_models import LENGTH, make_pipeline
 
 from segresearch.models import load_model
 from segresearch.models.text import TextEncoders
+from segresearch.models.text_settings import TextSettings
 
 PROMPTS = ["a red cube", "", "Two cubes, left!"]
 
@@ -36,7 +37,8 @@ def test_encoding_is_that_of_diffusers(made, negative, clip_skip):
     if clip_skip == 2:  # the embeddings themselves
         assert made[1].text.layers == 3
     expected = made[0].encode_prompt(PROMPTS, negative_prompt=negative, clip_skip=clip_skip)
-    assert_equal_to_diffusers(made[1].encode(PROMPTS, negative=negative, clip_skip=clip_skip), expected)
+    found = made[1].encode(PROMPTS, negative, settings=TextSettings(clip_skip=clip_skip))
+    assert_equal_to_diffusers(found, expected)
 
 
 def test_no_negative_means_zeros_or_the_empty_text(made, tmp_path):
@@ -107,8 +109,8 @@ def test_what_does_not_fit_is_refused(made):
         ("negative has 1 texts for 2 prompts", lambda: sd.encode(["a", "b"], negative=["c"])),
         (r"size=\(16, 15\): .* multiples of 2", lambda: sd.encode(["a"], size=(16, 15))),
         (r"size=\(0, 16\)", lambda: sd.encode(["a"], size=(0, 16))),
-        ("clip_skip=3: must lie between 0 and 2", lambda: sd.encode(["a"], clip_skip=3)),
-        ("clip_skip=-1", lambda: sd.encode(["a"], clip_skip=-1)),
+        ("clip_skip=3: must lie between 0 and 2", lambda: sd.encode(["a"], settings=TextSettings(clip_skip=3))),
+        ("clip_skip=-1", lambda: sd.encode(["a"], settings=TextSettings(clip_skip=-1))),
     ):
         with pytest.raises(ValueError, match=match):
             call()

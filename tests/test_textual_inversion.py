@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from segresearch.errors import CheckpointError, InputError
 from segresearch.models import load_model
 from segresearch.models.text import expanded
+from segresearch.models.text_settings import TextSettings
 
 WIDTHS = {"clip_l": 64, "clip_g": 128}  # of the tiny model
 PROMPTS = ["a red <toy>, cu", "<toy> <one>", "", "a plain text"]
@@ -90,7 +91,8 @@ def test_pooled_at_the_end_of_the_text(loaded):
 
 def test_in_a_weighted_prompt(loaded):
     plain = loaded.encode(["a <toy> red"], size=(16, 16))["cond"]
-    weighted = loaded.encode(["a <toy> red", "a (<toy>:1.5) red"], size=(16, 16), syntax="weighted")["cond"]
+    texts, weighted = ["a <toy> red", "a (<toy>:1.5) red"], TextSettings(syntax="weighted")
+    weighted = loaded.encode(texts, size=(16, 16), settings=weighted)["cond"]
     torch.testing.assert_close(weighted.context[:1], plain.context)
     ratio = (weighted.context[1] / plain.context[0])[:, :64].median(dim=1).values  # of each token in the first encoder
     torch.testing.assert_close(ratio[2:5] / ratio[1], torch.full((3,), 1.5), rtol=1e-3, atol=1e-3)

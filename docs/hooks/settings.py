@@ -17,9 +17,10 @@ from mkdocs.structure.files import File, Files
 from segresearch.config import help as comments
 from segresearch.config import kinds, schema
 from segresearch.config.figures import BlurConfig, GridConfig
-from segresearch.config.inputs import InitConfig, IPAdapterConfig, TextConfig
+from segresearch.config.inputs import InitConfig, IPAdapterConfig
 from segresearch.fields import Boundary, Count, Flag, Fraction, NonNegative, Number, Whole
 from segresearch.models.compute import Compute
+from segresearch.models.text_settings import TextSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -32,7 +33,7 @@ WORDS = {Number: "number", NonNegative: "number from 0", Fraction: "number from 
 RECORDS = (schema.GuidanceConfig, schema.CFGTerm, schema.PerturbedTerm, schema.DifferenceTerm, schema.SAGConfig,
            schema.ZSamplingConfig, schema.EveryConfig, schema.NetworkConfig, IPAdapterConfig, schema.CustomConfig,
            schema.ControlConfig, schema.PanelConfig, schema.ModelConfig, schema.SamplerConfig, schema.ScheduleConfig,
-           schema.DiagnosticsConfig, schema.SweepConfig, InitConfig, TextConfig, Compute, GridConfig, BlurConfig,
+           schema.DiagnosticsConfig, schema.SweepConfig, InitConfig, TextSettings, Compute, GridConfig, BlurConfig,
            schema.WandbConfig)  # fmt: skip
 NESTED = ("text", "init", "compute", "grid", "blur", "wandb", "guidance")  # records that conf/ writes out
 KINDS = {"perturbation": kinds.PERTURBATIONS, "shape": kinds.SHAPES, "post-processor": kinds.POSTS,

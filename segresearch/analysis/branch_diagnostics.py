@@ -180,7 +180,7 @@ class Diagnosis:
 
     def conds(self, guided: Any, texts: Sequence[str], negative: Negative) -> dict[str, Any]:
         """The conditionings of a guided denoiser."""
-        return encode_conds(self.sd, guided, texts, negative, self.config.size, self.config.text.given())
+        return encode_conds(self.sd, guided, texts, negative, self.config.size, self.config.text)
 
     def batch(self, seeds: Sequence[int], texts: Sequence[str], negative: Negative, control: Any = ()) -> "Batch":
         """What the subjects need for these images."""

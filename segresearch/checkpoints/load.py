@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig
 
-from segresearch.checkpoints.additions import Embeddings, Lora, Loras, as_embeddings, as_loras
+from segresearch.checkpoints.additions import Embedding, Embeddings, Lora, Loras, as_embeddings, as_loras
 from segresearch.checkpoints.controlnets import Names, open_controlnets
 from segresearch.checkpoints.folder import Checkpoint, building, naming_path, open_model_folder
 from segresearch.checkpoints.lora_merge import merges, with_loras
@@ -96,37 +96,41 @@ def load_model(
         folders = [Path(folder) if folder else None for folder in (config, tokenizer)]
         checkpoint = open_model_file(path, folders[0], folders[1], given)
     opened = open_controlnets(controlnet, path, variant, checkpoint.networks[0].config)
-    own = (dtype, device, vae_dtype, prediction, compute, loras, embeddings)
-    return filled(checkpoint, opened, str(path_or_name), *own)
+    return filled(
+        checkpoint, opened, str(path_or_name), device, compute, dtype=dtype, vae_dtype=vae_dtype, prediction=prediction,
+        loras=as_loras(loras), embeddings=as_embeddings(embeddings),
+    )  # fmt: skip
 
 
 def filled(
     checkpoint: Checkpoint,
     opened: Mapping[str, tuple[ControlNet, Weights]],
-    path_or_name: str,
-    dtype: torch.dtype,
+    name: str,
     device: torch.device,
+    compute: Compute,
+    *,
+    dtype: torch.dtype,
     vae_dtype: torch.dtype | None,
     prediction: str | None,
-    compute: Compute,
-    loras: Loras = None,
-    embeddings: Embeddings = None,
+    loras: Sequence[Lora],
+    embeddings: Sequence[Embedding],
 ) -> StableDiffusion:
-    """The model of an opened checkpoint and its opened ControlNets, checked, with its weights read."""
-    controlnets = {name: net for name, (net, _) in opened.items()}
+    """The model of an opened checkpoint and its opened ControlNets, checked, with its weights read. Arguments as of
+    `load_model`; name: what the model was loaded by."""
+    controlnets = {key: net for key, (net, _) in opened.items()}
     encoders: list[Any]
     unet, vae, *encoders = checkpoint.networks
     text = TextEncoders(checkpoint.tokenizers, tuple(encoders))
     refuse_mixture(unet.config, vae.config, [encoder.config for encoder in encoders])
-    for name, net in controlnets.items():
-        check_fit(name, net.config, unet.config, vae.config.factor)
-    merge = dict(zip((unet, *encoders), merges(as_loras(loras), unet, encoders), strict=True))
-    words = open_embeddings(as_embeddings(embeddings), text)
+    for key, net in controlnets.items():
+        check_fit(key, net.config, unet.config, vae.config.factor)
+    merge = dict(zip((unet, *encoders), merges(loras, unet, encoders), strict=True))
+    words = open_embeddings(embeddings, text)
     try:
         scheduler = overridden(checkpoint.scheduler, prediction)
         denoiser = scheduled(unet, scheduler, compute, device)
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path_or_name}: {error}") from error
+        raise CheckpointError(f"{name}: {error}") from error
     if vae_dtype is None:
         vae_dtype = torch.float32 if dtype == torch.float16 and checkpoint.force_upcast else dtype
     resting = torch.device("cpu") if compute.offload else device  # of what is offloaded
@@ -141,7 +145,7 @@ def filled(
     if compute.offload and device.type == "cuda":
         for module in (vae, *encoders):
             pin(module)
-    return StableDiffusion(unet, vae, text, denoiser, path_or_name, checkpoint.zero_negative, controlnets, compute)
+    return StableDiffusion(unet, vae, text, denoiser, name, checkpoint.zero_negative, controlnets, compute)
 
 
 def number_positions(encoder: Any, device: torch.device) -> None:

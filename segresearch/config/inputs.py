@@ -1,12 +1,11 @@
-"""The settings of images that sampling starts from, of images as prompts, of how prompts are read. Light: no torch."""
+"""The settings of images that sampling starts from, of images as prompts. Light: no torch."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from segresearch.config.validate import Record
 from segresearch.errors import ConfigError
-from segresearch.fields import Count, Flag, Fraction, Number, Whole, within
+from segresearch.fields import Flag, Fraction, Number, Whole, within
 
 STRENGTH = 0.6  # where a config has none
 
@@ -41,25 +40,6 @@ class InitConfig(Record):
         if self.image is None:
             return steps
         return min(int(steps * (STRENGTH if self.strength is None else self.strength)), steps)
-
-
-@dataclass(frozen=True)
-class TextConfig(Record):
-    """How prompts are read, and what the model is told beside them: arguments of `StableDiffusion.encode`."""
-
-    syntax: Literal["plain", "weighted"] = "plain"
-    clip_skip: Annotated[int, within(0, 100, whole=True)] | None = None
-    original_size: tuple[Count, Count] | None = None
-    crop: tuple[Whole, Whole] = (0, 0)
-    target_size: tuple[Count, Count] | None = None
-    aesthetic_score: Number = 6.0
-    negative_aesthetic_score: Number = 2.5
-    guidance: Number | None = None
-
-    def given(self) -> dict[str, Any]:
-        """Those that are not what they are by default, by name."""
-        fields = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
-        return {name: value for name, value, default in fields if value != default}
 
 
 @dataclass(frozen=True)

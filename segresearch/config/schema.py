@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import Field, Tag
 
 from segresearch.config.figures import BlurConfig, GridConfig
-from segresearch.config.inputs import InitConfig, IPAdapterConfig, TextConfig
+from segresearch.config.inputs import InitConfig, IPAdapterConfig
 from segresearch.config.kinds import CONDITIONINGS, PERTURBATIONS, POSTS, SCALES, SHAPES, one_of_kinds
 from segresearch.config.networks import Embeddings, Loras, NetworkConfig
 from segresearch.config.validate import Record, nearest, of_guidance, of_record
 from segresearch.errors import ConfigError
 from segresearch.fields import Count, Flag, Fraction, NonNegative, Number, Whole, within
 from segresearch.models.compute import Compute
+from segresearch.models.text_settings import TextSettings
 from segresearch.runs import LATER
 from segresearch.wandb_log import WandbConfig
 
@@ -297,7 +298,7 @@ class RunConfig(Record):
     guidance: GuidanceConfig = GuidanceConfig()
     prompts: Prompts = ("",)
     negative: Prompts | None = None
-    text: Annotated[TextConfig, Record] = TextConfig()
+    text: Annotated[TextSettings, Record] = TextSettings()
     steps: Count = 25
     size: tuple[Count, Count] | None = None  # (height, width) in pixels; None: the model's own
     init: Annotated[InitConfig, Record] = InitConfig()

@@ -259,7 +259,7 @@ def sample_range(
     images, arrays = [], {}
     for batch, control in zip(batches, controls or [()] * len(batches), strict=True):
         norms.append([])
-        conds = encode_conds(sd, model, spec.texts(batch), spec.negative(batch), config.size, config.text.given())
+        conds = encode_conds(sd, model, spec.texts(batch), spec.negative(batch), config.size, config.text)
         init = init_images(config.init, [spec.inits[i] for i in batch] if spec.inits else (), size)
         with FlopCounterMode(display=False) if batch.start == 0 else contextlib.nullcontext() as counter:
             report = None if bar is None else bar.callback(len(batch), len(batch), len(sigmas) - 1)

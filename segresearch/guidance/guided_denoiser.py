@@ -64,7 +64,7 @@ class GuidedDenoiser:
         every: perturbations of every branch on a conditioning, by its name; "*" is all of them.
         conditionings: conditionings that are made from others, by name, at every evaluation or, where they are
             `static`, once a run; each a call (conds, sigma, keys) -> Cond. One of an existing name takes its place.
-            Those made from texts have `encode(sd, prompts, negative, size, **settings)` instead; `conds` must hold its
+            Those made from texts have `encode(sd, prompts, negative, size, settings)` instead; `conds` must hold its
             result.
         networks: denoisers of further networks, by the names that `Weak` uses.
 

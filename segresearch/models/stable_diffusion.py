@@ -20,6 +20,7 @@ from segresearch.models.controlnet import ControlNet
 from segresearch.models.denoiser import Denoiser
 from segresearch.models.prompt_syntax import SYNTAXES, encode_weighted, equal_lengths, foreign_syntax
 from segresearch.models.text import TextEncoders
+from segresearch.models.text_settings import AS_IT_IS, TextSettings
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE
 
@@ -62,21 +63,14 @@ class StableDiffusion:
 
     def encode(
         self, prompts: Sequence[str], negative: str | Sequence[str] | None = None,
-        size: tuple[int, int] | None = None, clip_skip: int | None = None,
-        syntax: str = "plain", original_size: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0),
-        target_size: tuple[int, int] | None = None, aesthetic_score: float | int = 6.0,
-        negative_aesthetic_score: float | int = 2.5, guidance: float | int | None = None,
+        size: tuple[int, int] | None = None, settings: TextSettings = AS_IT_IS, *,
         image: Float[Tensor, "b 3 H W"] | None = None, mask: Float[Tensor, "m c H W"] | None = None,
     ) -> dict[str, Cond]:  # fmt: skip
         """{"cond": ..., "uncond": ...}, one row a prompt, in the UNet's dtype and on its device.
 
         negative: one text for all rows or one a row; None: see `zero_negative`. size: (height, width) in pixels of the
-        image; None: `default_size`. clip_skip: as in diffusers, for the prompts only. syntax: "weighted" reads weights
-        and BREAK (`prompt_syntax`), "plain" the text as it is, with a warning where it holds such. original_size, crop,
-        target_size: what SDXL is told of the image in place of `size`, (0, 0) and `size`. aesthetic_score,
-        negative_aesthetic_score: of SDXL's refiner, which reads them in place of the target size. guidance: the weight
-        that an LCM UNet embeds, as diffusers' guidance_scale; None: 8. image, mask: for a UNet that reads them, see
-        `with_image`.
+        image; None: `default_size`. settings: how the prompts are read, and what the model reads beside them. image,
+        mask: for a UNet that reads them, see `with_image`.
 
         InputError for an empty list, a bare string, unequal lengths, a size that does not fit, a weighted prompt that
         has no meaning, or what this model does not read."""
@@ -92,8 +86,9 @@ class StableDiffusion:
         shape = self.latent_shape(size)  # refuses a size that does not fit
         latent = shape[1:] if self.unet.config.size_ids else None
         negatives = [negative or ""] if isinstance(negative, str | None) else negative
-        read = self._reader(syntax, (*prompts, *negatives))
+        read = self._reader(settings.syntax, (*prompts, *negatives))
         device, rows, embedded = self.device, len(prompts), self.unet.config.time_cond_proj_dim is not None
+        guidance = settings.guidance
         if guidance is not None and not embedded:
             raise InputError(f"guidance={guidance!r}: this model embeds no guidance weight (LCM's do): leave it out")
         weight = torch.full((rows,), LCM_GUIDANCE if guidance is None else float(guidance), device=device)
@@ -102,16 +97,16 @@ class StableDiffusion:
             with self.arithmetic():
                 context, pooled = read(texts, clip_skip, device if self.compute.offload else None)
             context, pooled = context.expand(rows, -1, -1), pooled.expand(rows, -1)  # (1, ...) -> (rows, ...)
-            ids = self.time_ids(size, score, original_size, crop, target_size).expand(rows, -1)
+            ids = self.time_ids(size, settings, score).expand(rows, -1)
             whole = Cond(context, pooled, ids, guidance=weight if embedded else None, latent=latent)
             return whole.to(device, self.unet.conv_in.weight.dtype)
 
-        positive = cond(prompts, aesthetic_score, clip_skip)
+        positive = cond(prompts, settings.aesthetic_score, settings.clip_skip)
         if negative is None and self.zero_negative:
             context, pooled = (torch.zeros_like(z) for z in (positive.context, positive.pooled))
             conds = {"cond": positive, "uncond": replace(positive, context=context, pooled=pooled)}
         else:
-            conds = equal_lengths({"cond": positive, "uncond": cond(negatives, negative_aesthetic_score)})
+            conds = equal_lengths({"cond": positive, "uncond": cond(negatives, settings.negative_aesthetic_score)})
         return conds if image is None and mask is None else self.with_image(conds, image, mask)
 
     def _reader(self, syntax: str, texts: Sequence[str]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -122,24 +117,23 @@ class StableDiffusion:
             return partial(encode_weighted, self.text)
         if forms := foreign_syntax(texts):
             what = f"prompts hold {', '.join(forms)}, read as plain text"
-            hint = 'text.syntax=weighted (syntax="weighted") reads weights and BREAK'
+            hint = 'text.syntax=weighted (TextSettings(syntax="weighted")) reads weights and BREAK'
             warnings.warn(f"{what}; {hint}", stacklevel=3)
         return self.text.encode
 
     def time_ids(
-        self, size: tuple[int, int] | None = None, score: float | int = 6.0,
-        original_size: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0),
-        target_size: tuple[int, int] | None = None,
-    ) -> Float[Tensor, "1 ids"]:  # fmt: skip
+        self, size: tuple[int, int] | None = None, settings: TextSettings = AS_IT_IS, score: float | int = 6.0
+    ) -> Float[Tensor, "1 ids"]:
         """The numbers that the model reads beside the text: see `Cond.time_ids`. score: of SDXL's refiner. InputError
-        for sizes of a model that is told none."""
-        size = size or self.default_size
-        sizes, known = {"original_size": original_size, "target_size": target_size}, self.unet.config.size_ids
+        for sizes that the model does not read."""
+        size, known = size or self.default_size, self.unet.config.size_ids
+        original_size, crop, target_size = settings.original_size, settings.crop, settings.target_size
+        sizes = {"original_size": original_size, "target_size": target_size}
         for name, value in sizes.items():
             if value is not None and (not known or known == 5 and name == "target_size"):
-                raise InputError(f"{name}={value}: this model is told no {name.replace('_', ' ')}; leave it out")
+                raise InputError(f"{name}={value}: this model reads no {name.replace('_', ' ')}; leave it out")
         if tuple(crop) != (0, 0) and not known:
-            raise InputError(f"crop={tuple(crop)}: this model is told no crop; leave it out")
+            raise InputError(f"crop={tuple(crop)}: this model reads no crop; leave it out")
         first = [*(original_size or size), *crop]
         ids = {0: [], 5: [*first, score], 6: [*first, *(target_size or size)]}
         return torch.tensor([ids[known]], dtype=torch.float32, device=self.device)

@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from segresearch.errors import InputError
 from segresearch.models.conditioning import Cond
 from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
+from segresearch.models.text_settings import AS_IT_IS, TextSettings
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,12 @@ class CDG:
         prompts: Sequence[str],
         negative: str | Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
+        settings: TextSettings = AS_IT_IS,
     ) -> Cond:
-        """The degraded conditioning of the prompts."""
-        conds = sd.encode(prompts, negative or "", size)
+        """The degraded conditioning of the prompts. InputError for another syntax than plain."""
+        if settings.syntax != "plain":
+            raise InputError(f"CDG finds the tokens of plain texts: text.syntax={settings.syntax} is not supported")
+        conds = sd.encode(prompts, negative or "", size, settings)
         cond, empty = conds["cond"], conds["uncond"]
         widths = [encoder.config.hidden_size for encoder in sd.text.encoders]
         content = [content_tokens(sd.text, prompts, i).to(cond.context.device) for i in range(len(widths))]

@@ -13,6 +13,7 @@ from segresearch.fields import NonNegative
 from segresearch.models.conditioning import Cond
 from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
+from segresearch.models.text_settings import AS_IT_IS, TextSettings
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,12 @@ class ERGText:
             raise InputError(f"ERGText tau must be a finite number >= 0, got {self.tau!r}")
 
     def encode(
-        self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None, **settings: Any
-    ) -> Cond:
+        self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None,
+        settings: TextSettings = AS_IT_IS,
+    ) -> Cond:  # fmt: skip
         """The prompts under temperature."""
         text = TemperedEncoders(sd.text.tokenizers, sd.text.encoders, self.tau)
-        return replace(sd, text=text).encode(prompts, size=size, **settings)["cond"]
+        return replace(sd, text=text).encode(prompts, None, size, settings)["cond"]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from segresearch.fields import Whole
 from segresearch.models.conditioning import Cond
 from segresearch.models.stable_diffusion import StableDiffusion
 from segresearch.models.text import TextEncoders
+from segresearch.models.text_settings import AS_IT_IS, TextSettings
 from segresearch.sampling.draws import bits, place
 
 
@@ -30,13 +31,14 @@ class ICGText:
     seed: Whole = 0
 
     def encode(
-        self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None, **settings: Any
-    ) -> Cond:
+        self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None,
+        settings: TextSettings = AS_IT_IS,
+    ) -> Cond:  # fmt: skip
         """The conditioning of a random text for each prompt."""
         text = RandomTokens(sd.text.tokenizers, sd.text.encoders, self.seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the prompts are keys here, nobody reads their syntax
-            return replace(sd, text=text).encode(prompts, size=size, **{**settings, "syntax": "plain"})["cond"]
+            return replace(sd, text=text).encode(prompts, None, size, replace(settings, syntax="plain"))["cond"]
 
 
 @dataclass(frozen=True)

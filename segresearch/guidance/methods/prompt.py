@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from segresearch.models.conditioning import Cond
 from segresearch.models.stable_diffusion import StableDiffusion
+from segresearch.models.text_settings import AS_IT_IS, TextSettings
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,10 @@ class Prompt:
     text: str | None = ""
 
     def encode(
-        self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None, **settings: Any
-    ) -> Cond:
+        self, sd: StableDiffusion, prompts: Sequence[str], negative: Any = None, size: Any = None,
+        settings: TextSettings = AS_IT_IS,
+    ) -> Cond:  # fmt: skip
         """The text, one row a prompt."""
         texts = (negative or "") if self.text is None else self.text
-        cond = sd.encode([texts] if isinstance(texts, str) else texts, size=size, **settings)["cond"]
+        cond = sd.encode([texts] if isinstance(texts, str) else texts, None, size, settings)["cond"]
         return cond.expand(len(prompts)) if cond.rows == 1 else cond
