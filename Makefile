@@ -1,6 +1,7 @@
 # make demo    images of the embedded model: unguided, SAG, PAG and SEG side by side; prints where they are
 # make test    all tests but those that need a GPU
 # make test-gpu    the tests that need a GPU: images of CPU and GPU, the scripts, CUDA graphs, SDXL at full size
+# make test-slurm  experiments/slurm.sbatch on a Slurm of one node; skipped, with the reason, where it is not installed
 # make reproduce   tables 1, 2 and figures 6, 12 of the paper on the embedded model, 1,000 images per method; in runs/
 # make docs    the site of the docs, in site/: static files
 # make notebooks      executes experiments/notebooks into docs/notebooks, a minute
@@ -19,7 +20,7 @@ OLDEST := 3.11
 PYTHONS := python3.14 python3.13 python3.12 python3.11 python3 python
 SUITS := import sys, ensurepip, venv; sys.exit(sys.version_info[:2] < tuple(map(int, "$(OLDEST)".split("."))))
 
-.PHONY: demo test test-slow test-gpu reproduce docs notebooks docs-numbers check clean
+.PHONY: demo test test-slow test-gpu test-slurm reproduce docs notebooks docs-numbers check clean
 
 demo: $(READY)
 	$(VENV)/bin/python experiments/generate.py experiment=demo
@@ -34,6 +35,9 @@ test-gpu: $(READY)
 	@$(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	    { echo "no GPU here: torch finds no CUDA device; make test runs what needs none" >&2; exit 1; }
 	$(VENV)/bin/python benchmarks/gpu.py --only tests
+
+test-slurm: $(READY)
+	$(VENV)/bin/python -m pytest -m slurm -rs
 
 reproduce: $(READY)
 	set -e; for name in table1 table2 fig6 fig12; do \

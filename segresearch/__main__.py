@@ -1,6 +1,5 @@
 """`segresearch COMMAND ...`, and `python -m segresearch COMMAND ...`. A command is imported when it is called."""
 
-import os
 import sys
 
 COMMANDS = {
@@ -27,9 +26,12 @@ def main() -> None:
     """Runs the command that the first argument names."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help", "help"):
-        print("usage: segresearch COMMAND ...\n")
-        print("\n".join(f"  {key:12}{text}" for key, text in COMMANDS.items()))
-        print("\n`segresearch COMMAND --help` has its settings. A quick look: segresearch generate experiment=demo")
+        from segresearch.cli import one_line_errors
+
+        with one_line_errors():
+            print("usage: segresearch COMMAND ...\n")
+            print("\n".join(f"  {key:12}{text}" for key, text in COMMANDS.items()))
+            print("\n`segresearch COMMAND --help` has its settings. A quick look: segresearch generate experiment=demo")
         return
     if name == "--version":
         from segresearch import __version__
@@ -43,8 +45,6 @@ def main() -> None:
         hint = f"; did you mean {close[0]}?" if close else f" (commands: {', '.join(COMMANDS)})"
         print(f"error: {name}: no such command{hint}", file=sys.stderr)
         raise SystemExit(2)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a perturbation of one's own lies in the current folder
     sys.argv = [f"segresearch {name}", *sys.argv[2:]]
     if name in MEASURES:
         from segresearch.measure import main as measure

@@ -141,8 +141,12 @@ def one_line_errors(full: bool = False) -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         with stoppable():
-            yield
-            sys.stdout.flush()
+            try:
+                yield
+            except SystemExit:  # argparse has shown its help
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()  # where it has gone, here and not at Python's end
     except BrokenPipeError:  # whoever read the output has gone, `| head` say
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more at its end
@@ -177,6 +181,11 @@ def explained(error: BaseException) -> tuple[int | None, str]:
             group, _, choice = file.rpartition("/")
             if group == "experiment" and (same := next((n for n, others in FIGURES.items() if choice in others), "")):
                 return 2, f"experiment: {choice} of the paper is in the style of {same}; take experiment={same}"
+            if group == "experiment" and re.fullmatch(r"(fig|table)\d+", choice):
+                also = {name: f" ({', '.join(others)} too)" for name, others in FIGURES.items()}
+                known = [name + also.get(name, "") for name in options if name[-1:].isdigit()]
+                text = f"{choice} of arXiv 2408.00760 has no experiment: nothing here has its settings"
+                return 2, f"experiment: {text}; there are {', '.join(known)}"
             if choice in RENAMED:
                 return 2, f"{group}: {choice!r} is now called {RENAMED[choice]}"
             return 2, f"{group}: no {choice!r}{nearest(choice, options)} (choices: {', '.join(options)})"

@@ -45,26 +45,27 @@ def analyze(config: Any) -> None:
     _run(config, "AnalyzeConfig", "segresearch.analysis.analyze")
 
 
+@one_line_errors()
 def overview() -> None:
     parser = argparse.ArgumentParser(description="All runs of an experiment in one table; without a name, all runs.")
     parser.add_argument("name", nargs="?", help="the experiment, as the runs' folder is called")
     parser.add_argument("--out", default="runs", help="where runs lie (default: runs)")
     args = parser.parse_args()
-    with one_line_errors():
-        from segresearch.evaluation import compare_runs
+    from segresearch.evaluation import compare_runs
 
-        if args.name is None:
-            from segresearch.run_index import lines
+    if args.name is None:
+        from segresearch.run_index import lines
 
-            for line in lines(args.out):
-                print(f"{args.out}/{line.name}/{line.folder}: {line.words}")
-            return
-        table = compare_runs.overview(args.name, args.out)
-        paths = compare_runs.write(table, args.out)
-        print(table.markdown())
-        print("\n".join(map(str, paths)))
+        for line in lines(args.out):
+            print(f"{args.out}/{line.name}/{line.folder}: {line.words}")
+        return
+    table = compare_runs.overview(args.name, args.out)
+    paths = compare_runs.write(table, args.out)
+    print(table.markdown())
+    print("\n".join(map(str, paths)))
 
 
+@one_line_errors()
 def reproduce() -> None:
     parser = argparse.ArgumentParser(description="Makes a PNG again from the record in it, and compares the two.")
     parser.add_argument("image", type=Path)
@@ -79,16 +80,16 @@ def reproduce() -> None:
 
     from segresearch import reproduce as module
 
-    with one_line_errors():
-        record = module.recorded(args.image)  # a slip shows before anything heavy is imported
-        reproduction = module.reproduce(args.image, args.model, args.device, args.out, args.trust)
-        if args.save is not None:
-            from segresearch.records import save_png
+    record = module.recorded(args.image)  # a slip shows before anything heavy is imported
+    reproduction = module.reproduce(args.image, args.model, args.device, args.out, args.trust)
+    if args.save is not None:
+        from segresearch.records import save_png
 
-            save_png(reproduction.image, args.save, record)
+        save_png(reproduction.image, args.save, record)
     print(reproduction)
 
 
+@one_line_errors()
 def dashboard() -> None:
     parser = argparse.ArgumentParser(description="A W&B workspace or report of an experiment, as code.")
     parser.add_argument("name", help="the experiment, as the runs' folder is called")
@@ -103,39 +104,38 @@ def dashboard() -> None:
     from segresearch import runs
     from segresearch.dashboard import build, metrics_of, publish, spec
 
-    with one_line_errors():
-        view = build(args.kind, args.name, metrics_of(args.name, args.out), args.project, args.entity)
-        text = json.dumps(spec(view), indent=1, ensure_ascii=False) + "\n"
-        if args.save is not None:
-            runs.write(args.save, text)
-        if args.publish:
-            print(publish(view))
-        elif args.save is None:
-            print(text, end="")
+    view = build(args.kind, args.name, metrics_of(args.name, args.out), args.project, args.entity)
+    text = json.dumps(spec(view), indent=1, ensure_ascii=False) + "\n"
+    if args.save is not None:
+        runs.write(args.save, text)
+    if args.publish:
+        print(publish(view))
+    elif args.save is None:
+        print(text, end="")
 
 
+@one_line_errors()
 def train_mini() -> None:
     root = Path(__file__).resolve().parent.parent
     folder = root / "experiments" / "mini"
     parts = sorted(path.stem for path in folder.glob("*.py") if "def main" in path.read_text(encoding="utf-8"))
     parser = argparse.ArgumentParser(description="Trains a part of the embedded model (experiments/mini/README.md).")
     parser.add_argument("part", choices=parts or None, help="what to run; PART --help has its options")
-    with one_line_errors():
-        if not parts:
-            raise ConfigError(f"{folder}: no training scripts here; they are in the repository, not in the wheel")
-        part = parser.parse_args(sys.argv[1:2]).part
-        sys.path.insert(0, str(root))
-        sys.argv = [f"{parser.prog} {part}", *sys.argv[2:]]
-        runpy.run_module(f"experiments.mini.{part}", run_name="__main__")
+    if not parts:
+        raise ConfigError(f"{folder}: no training scripts here; they are in the repository, not in the wheel")
+    part = parser.parse_args(sys.argv[1:2]).part
+    sys.path.insert(0, str(root))
+    sys.argv = [f"{parser.prog} {part}", *sys.argv[2:]]
+    runpy.run_module(f"experiments.mini.{part}", run_name="__main__")
 
 
+@one_line_errors()
 def models() -> None:
     parser = argparse.ArgumentParser(
         description="The models that can be named here: model=NAME of the configs, and model.path=ID of the hub cache."
     )
     parser.add_argument("--cache", type=Path, help="the folder of the hub cache (default: that of huggingface_hub)")
     args = parser.parse_args()
-    with one_line_errors():
-        from segresearch.model_list import cached, configured
+    from segresearch.model_list import cached, configured
 
-        print("\n".join([*configured(), *cached(args.cache)]))
+    print("\n".join([*configured(), *cached(args.cache)]))

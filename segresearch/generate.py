@@ -91,7 +91,7 @@ def complete(run: Run, model: "StableDiffusion | None") -> RunResult:
     stored = {path: read_record(path) or {} for path in records}
     missing = {path for path, r in records.items() if any(stored[path].get(key) != r[key] for key in IDENTITY)}
     existing = len(records) - len(missing)
-    if others := {stored[path]["code"] for path in records.keys() - missing} - {runs.code_version()}:
+    if others := {str(stored[path].get("code")) for path in records.keys() - missing} - {runs.code_version()}:
         other = f"images by other code ({', '.join(sorted(others))}) are kept"
         print(f"{other}; remove {run.folder} to sample them again", flush=True)
     if missing and existing:

@@ -13,7 +13,7 @@ from segresearch.cli import one_line_errors
 from segresearch.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from segresearch.evaluation.aggregate import Reference
+    from segresearch.evaluation.reference_images import Reference
 
 ABOUT = {
     "fid": "The Fréchet distance of the images of A to those of B, and its bootstrap error.",
@@ -36,6 +36,7 @@ RESIZING = {  # what the network is shown
 }  # fmt: skip
 
 
+@one_line_errors()
 def main(name: str) -> None:
     """The command `name`, a key of ABOUT."""
     parser = argparse.ArgumentParser(description=ABOUT[name])
@@ -66,13 +67,12 @@ def main(name: str) -> None:
     elif name == "prdc":
         parser.add_argument("--neighbour", type=int, default=5, help="k of the k-th nearest neighbour (5)")
     args = parser.parse_args()
-    with one_line_errors():
-        print(CALLS[name](args))
+    print(CALLS[name](args))
 
 
 def images(text: str) -> "Reference":
     """The images of a folder or of scenes. ConfigError in one line."""
-    from segresearch.evaluation.aggregate import reference
+    from segresearch.evaluation.reference_images import reference
 
     try:
         return reference(text)

@@ -63,11 +63,11 @@ def _method(guidance: Mapping[str, Any]) -> str:
 def table(found: list[Line]) -> tuple[list[Cell], list[list[Cell]]]:
     """Head and rows; the words lead to the run."""
     rows = [
-        [Cell(line.name), Cell(line.words, href=f"{line.name}/{line.folder}/{line.opened}"),
-         Cell(time.strftime("%Y-%m-%d %H:%M", time.localtime(line.written))), Cell(line.folder, "quiet")]
+        [Cell(line.name), Cell(line.words, "run", href=f"{line.name}/{line.folder}/{line.opened}"),
+         Cell(time.strftime("%Y-%m-%d %H:%M", time.localtime(line.written))), Cell(line.folder, "quiet wide")]
         for line in found
     ]  # fmt: skip
-    return [Cell("experiment"), Cell("run"), Cell("written"), Cell("folder")], rows
+    return [Cell("experiment"), Cell("run"), Cell("written"), Cell("folder", "wide")], rows
 
 
 def note(folder: Path, out: str | Path) -> None:

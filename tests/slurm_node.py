@@ -83,7 +83,11 @@ def node(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
             time.sleep(0.2)
         yield env
     finally:
+        client(env, "scancel", "--signal=KILL", "--full", "--user", user)
         client(env, "scancel", "--user", user)
+        until = time.monotonic() + 20
+        while client(env, "squeue", "-h").stdout.strip() and time.monotonic() < until:
+            time.sleep(0.2)
         for name in ("slurmd", "slurmctld", "munge"):
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int((folder / f"{name}.pid").read_text()), signal.SIGTERM)

@@ -299,7 +299,7 @@ def test_a_run_without_diagnostics_has_the_name_it_had(base, whole, model, tmp_p
 def test_real_images_are_the_scenes_of_the_prompts_or_the_reference(base, tmp_path):
     from PIL import Image
 
-    from segresearch.evaluation.aggregate import reference
+    from segresearch.evaluation.reference_images import reference
     from segresearch.evaluation.spec import evaluation_spec
     from segresearch.scenes.scenes import captions, scenes
 

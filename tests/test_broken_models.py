@@ -67,3 +67,51 @@ def test_prompts_and_sizes_that_are_none(folder):
         sd.encode(["a"], size=(9, 8))
     with pytest.raises(ValueError, match="channels"):
         sd.vae.decode(torch.zeros(1, sd.vae.config.latent_channels + 1, 8, 8))
+
+
+def broken_header(path, change):
+    """Rewrite the header of a safetensors file."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+def float_offsets(header):
+    entry = next(value for key, value in header.items() if key != "__metadata__")
+    entry["data_offsets"] = [0.5, 1e300]
+
+
+def hostile(folder, kind):
+    unet = next((folder / "unet").glob("*.safetensors"))
+    if kind == "deep config":
+        (folder / "unet" / "config.json").write_text('{"a": ' + "[" * 100_000)
+    elif kind == "deep tokenizer":
+        (folder / "tokenizer" / "tokenizer_config.json").write_text("[" * 100_000)
+    elif kind == "float offsets":
+        broken_header(unet, float_offsets)
+    elif kind == "weight map":
+        (folder / "unet" / f"{unet.name}.index.json").write_text('{"weight_map": {"a": 5}}')
+        unet.unlink()
+    elif kind == "weight map elsewhere":
+        (folder / "unet" / f"{unet.name}.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}')
+        unet.unlink()
+    elif kind == "weight list":
+        (folder / "unet" / f"{unet.name}.index.json").write_text("[5]")
+        unet.unlink()
+    elif kind == "a number":
+        (folder / "scheduler" / "scheduler_config.json").write_text("5")
+
+
+KINDS = ["deep config", "deep tokenizer", "float offsets", "weight map", "weight map elsewhere", "weight list",
+         "a number"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_stranger_may_have_written_is_one_line(copied_folder, kind):
+    hostile(copied_folder, kind)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(copied_folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1100

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from segresearch import __main__ as entry
 from segresearch import commands, measure
@@ -76,15 +77,28 @@ def test_every_command_is_a_function_and_others_are_one_line(capsys, monkeypatch
     assert all(f"\n  {name} " in said for name in entry.COMMANDS)
 
 
+def leaves(node, at=""):
+    """Every key of a config, by its full name."""
+    for key, value in node.items():
+        if at + key != "defaults":
+            yield at + key
+            yield from leaves(value, f"{at}{key}.") if isinstance(value, dict) else ()
+
+
 def test_help_names_what_a_command_takes_and_explains_every_key():
     generate, evaluate = help_text.groups("generate"), help_text.groups("evaluate")
+    assert "  super_resolution  Restoration" in generate
     assert "    demo " in generate and "    demo " not in evaluate and "    table1 " in evaluate
     assert "experiment" not in help_text.groups("analyze") and "controlnet" not in help_text.groups("analyze")
     for name in ("generate", "evaluate", "analyze"):
         text = (ROOT / "conf" / f"{name}.yaml").read_text().partition("\nhydra:")[0]
-        keys = [line.partition(":")[0] for line in text.splitlines() if line[:1].isalpha()]
-        for key in set(keys) - {"defaults", "guidance"}:
-            assert f"\n  {key} " in "\n" + help_text.settings(name), f"conf/{name}.yaml: {key} has no comment"
+        written = list(leaves(OmegaConf.to_container(OmegaConf.create(text))))
+        explained = {line.split()[0] for line in help_text.settings(name).splitlines()}
+        for key in written:
+            parents = {key.rpartition(".")[0]} & {"weights", "checksums"}  # files by the name of a network
+            assert key in explained or parents, f"conf/{name}.yaml: {key} has no comment"
+        assert {"wandb.tags", "text.negative_aesthetic_score"} <= explained
+        assert ("guidance.rescale" in explained) == (name != "analyze")
 
 
 def test_models_lists_configs_and_the_cache(tmp_path, call):
@@ -161,6 +175,24 @@ def test_a_closed_pipe_and_an_ascii_terminal():
     assert process.stdout.readline() == b"\\u03c3 = \\u221e\n"
     process.stdout.close()
     assert process.wait(20) == 141 and process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["fid", "--help"], ["overview", "--help"], ["generate", "--help"], ["models"]], ids=" ".join
+)
+def test_every_script_bears_a_closed_pipe_and_an_ascii_terminal(words, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    env.pop("PYTHONUNBUFFERED", None)  # with it argparse itself passes over a closed pipe, and ends with 0
+    call = [sys.executable, "-m", "segresearch", *words]
+    done = subprocess.run(call, env=env, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and done.stderr == b"" and done.stdout.isascii() and done.stdout
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(call, env=env, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE)
+    finally:
+        os.close(write)
+    assert done.returncode == 141 and done.stderr == b""
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +283,26 @@ def test_the_command_agrees_with_the_metric(folders, call):
     x = torch.tensor([[0.0], [10.0]])
     y = torch.tensor([[0.0], [1.0], [2.0], [9.9]])
     assert density_coverage(x, y, 1) == (pytest.approx(3 / 2), 3 / 4)  # 0 in two balls, 10 in one; 2's ball is empty
+
+
+@pytest.mark.parametrize("name", ["fig7", "table3"])
+def test_a_figure_without_an_experiment_names_those_that_have_one(name, call):
+    code, said = call(commands.generate, f"experiment={name}")
+    assert code == 2 and said.err.count("\n") == 1 and f"{name} of arXiv 2408.00760 has no experiment" in said.err
+    assert "fig5 (fig8, fig9 too)" in said.err and "fig12" in said.err and "table1" in said.err
+    assert "demo" not in said.err
+
+
+def test_a_perturbation_in_the_current_folder_is_found_without_pythonpath(tmp_path, monkeypatch):
+    from segresearch.config.build import imported
+
+    code = "def halved(q, k, v, site, attend):\n    return attend(q / 2, k, v, site)\n"
+    (tmp_path / "my_own_module.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    assert imported("my_own_module.halved", "guidance").__name__ == "halved"
+    assert sys.path[-1] == str(tmp_path)  # behind all packages
+    sys.modules.pop("my_own_module")
 
 
 @pytest.mark.parametrize(("figure", "experiment"), [("fig8", "fig5"), ("fig11", "fig4"), ("fig17", "fig15")])

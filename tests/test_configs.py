@@ -233,9 +233,11 @@ def test_pairing_of_prompts_and_seeds():
     assert rows == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     rows = [(r.prompt, r.seed) for r in panels(composed(two, "seeds=0-2", "pairing=zip"))[0].rows]
     assert rows == [("a", 0), ("b", 1), ("a", 2)]
-    for wrong in ((two, "seeds=0", "pairing=zip"), ('prompts=["a","a"]',)):
-        with pytest.raises(ConfigError):
-            panels(composed(*wrong))
+    with pytest.warns(UserWarning, match="the first 1 of 2 prompts are taken"):
+        (row,) = panels(composed(two, "seeds=0", "pairing=zip"))[0].rows
+    assert row.prompt == panels(composed(two))[0].rows[0].prompt
+    with pytest.raises(ConfigError):
+        panels(composed('prompts=["a","a"]'))
 
 
 def test_types_are_strict_and_say_so():

@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from experiments.docs import marks, theory
+from experiments.docs import marks, plan, theory
 from experiments.docs.numbers import DOCS, PARTS, WEIGHTS, weights
+from segresearch.evaluation.sample_shards import Worker
 
 PAGE = """a <!-- =x -->< 0.1 %<!-- = --> b <!-- =y -->93.1 % to
 99.6 %<!-- = -->
@@ -116,3 +117,22 @@ def test_a_page_of_numbers_is_of_the_weights_that_are_there(page):
     text = (DOCS / page).read_text(encoding="utf-8")
     assert marks.texts(text).get(WEIGHTS, weights()[WEIGHTS]) == weights()[WEIGHTS]
     assert not re.search("^<!-- =", text, re.M)  # Markdown would take it for a paragraph of its own
+
+
+def test_the_plan_is_the_arithmetic_of_its_steps():
+    part = PARTS["plan"]
+    text = (DOCS / part.page).read_text(encoding="utf-8")
+    measured = part.measure()
+    assert marks.differences(text, measured, within=0) == [] and set(marks.texts(text)) == set(measured)
+    assert [plan.step(x) for x in (1.0, 1.67, 2.67)] == list(plan.STEP.values()) and 0.059 < plan.step(3) < 0.07
+    assert plan.picture(0.059) == pytest.approx(plan.WHOLE + plan.DECODE + plan.METRICS)
+
+
+@pytest.mark.parametrize("gpus", plan.GPUS)
+@pytest.mark.parametrize("shard", plan.SHARDS)
+def test_the_busiest_worker_of_the_plan_is_that_of_an_evaluation(gpus, shard):
+    ranges = [range(i, i + shard) for i in range(0, plan.IMAGES, shard)]
+    parts = [len(Worker(rank, gpus).part(ranges)) for rank in range(gpus)]
+    shared = plan.share(gpus, shard, seconds=1.0)
+    assert shared.ranges == max(parts) and shared.hours * 3600 == pytest.approx(max(parts) * shard * plan.METHODS)
+    assert shared.idle == pytest.approx(1 - sum(parts) / (gpus * max(parts)))

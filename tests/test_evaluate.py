@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,9 @@ from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir, typed
 from segresearch.config.compose import written_config
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation import shards
-from segresearch.evaluation.aggregate import features, reference
 from segresearch.evaluation.evaluate import evaluate
-from segresearch.evaluation.sample_shards import Worker
+from segresearch.evaluation.reference_images import features, reference
+from segresearch.evaluation.sample_shards import LATE, Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
@@ -149,6 +150,38 @@ def test_the_same_bytes_whatever_the_workers(config, base, whole, model, parts):
         assert early.result is None and "others write" in early.message
     last = evaluate(config, model, Worker(*parts[-1]))
     assert last.result == whole.result and contents(config.out) == contents(base.out)
+
+
+@pytest.mark.parametrize("spread, shown_after, waits", [(True, 3, 3), (True, 1000, 45), (False, 3, 0)])
+def test_the_last_worker_waits_for_shards_that_a_disk_shows_late(
+    config, base, whole, model, monkeypatch, spread, shown_after, waits
+):
+    """Shards of another machine look as if they were missing until so many looks later; a clock that is not real."""
+    evaluate(config, model, Worker(1, 2))
+    naps, header = [], shards.header
+
+    def late(path):
+        if path.stem == "0000001-0000002" and len(naps) < shown_after:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return header(path)
+
+    monkeypatch.setattr(shards, "header", late)
+    clock = SimpleNamespace(sleep=naps.append, monotonic=lambda: sum(naps))
+    monkeypatch.setattr("segresearch.evaluation.sample_shards.time", clock)
+    done = evaluate(config, model, Worker(0, 2, spread=spread))
+    assert len(naps) == waits and sum(naps) <= LATE
+    if waits == 3:
+        assert done.result == whole.result and contents(config.out) == contents(base.out)
+    else:
+        assert done.result is None and "2 of 6 shards are missing, which others write" in done.message
+
+
+def test_the_tables_are_made_by_one_worker(config, model):
+    finished = evaluate(config, model, Worker())
+    with runs.locked(config.out, f"the tables of {finished.folder}"):
+        other = evaluate(config, model, Worker(0, 2))
+    assert other.result is None and other.message == "all 6 shards exist; another worker makes the tables"
+    assert evaluate(config, model, Worker(0, 2)).result == finished.result
 
 
 def test_methods_that_remember_and_draw_resume_to_the_same_bytes(config, model):

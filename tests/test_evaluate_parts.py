@@ -76,6 +76,10 @@ def test_workers_share_all_ranges_and_each_has_one_owner():
     assert worker({}) == Worker(0, 1, 0)
     assert worker({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Worker(3, 4, 1)
     assert worker({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2"}) == Worker(2, 8, 2)
+    on_four = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "4"}
+    assert worker(on_four) == Worker(2, 8, 0, spread=True)
+    for local, spread in (("8", False), ("4", True)):
+        assert worker({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": local}).spread is spread
     assert worker({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == Worker()  # a batch script, not a step of 8
     for wrong in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "a", "WORLD_SIZE": "2"}):
         with pytest.raises(ConfigError, match="RANK="):

@@ -1,4 +1,4 @@
-"""The grid and the page of a generate run: a column a method, one method alone as a sheet, links that lead somewhere."""
+"""The grid and the page of a generate run: a column a method, one method alone as a sheet, links that lead on."""
 
 import re
 from urllib.parse import unquote

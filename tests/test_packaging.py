@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -28,6 +29,49 @@ def test_import_is_light():
     heavy = "import sys, segresearch; print(sorted({'torch', 'numpy', 'transformers', 'hydra'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A new environment with the wheel in it: the folder of its programs. Other packages are this environment's."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    offline = ["--no-deps", "--no-index"]
+    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", folder, ROOT], check=True)
+    (built,) = folder.glob("segresearch-*-py3-none-any.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], check=True)
+    python = folder / "env" / "bin" / "python"
+    subprocess.run([*pip, "--python", python, "install", *offline, built], check=True)
+    (site,) = (folder / "env").glob("lib/python3*/site-packages")
+    others = sysconfig.get_path("purelib")  # behind the wheel; no .pth in it is read, so no editable install either
+    (site / "others.pth").write_text(f"{others}\n")
+    return python.parent
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_a_new_environment_outside_the_repository(wheel, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+
+    def run(*words):
+        done = subprocess.run([wheel / words[0], *words[1:]], cwd=tmp_path, env=env, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    code, said, error = run("python", "-c", "import segresearch; print(segresearch.__file__)")
+    assert Path(said.strip()).is_relative_to(wheel.parent), error
+    assert Path(said.strip()).with_name("py.typed").is_file()
+    code, said, error = run("segresearch", "generate", "experiment=demo", "seeds=0", "steps=1", "device=cpu")
+    assert code == 0, error
+    (grid,) = tmp_path.glob("runs/demo/*/grid.png")
+    assert len([*grid.parent.glob("images/*/*/*.png")]) > 5 and (tmp_path / "runs" / "latest" / "grid.png").is_file()
+    assert run("segresearch", "generate", "experiment=demo", "seeds=0", "steps=1", "device=cpu")[1].startswith("all ")
+    code, said, error = run("segresearch", "models")
+    assert code == 0 and "  mini " in said, error
+    assert run("segresearch", "--help")[1] == run("python", "-m", "segresearch", "--help")[1] != ""
+    for command in ("generate", "evaluate", "analyze"):
+        code, said, error = run("segresearch", command, "--help")
+        assert code == 0 and f"segresearch {command} " in said and "python experiments/" not in said, error
+    code, said, error = run("segresearch", "train-mini", "train_unet")
+    assert code == 2 and "in the repository, not in the wheel" in error and error.count("\n") == 1
 
 
 def test_one_version():

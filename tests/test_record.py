@@ -1,5 +1,6 @@
 """The recorder sees exactly what the softmax sees, of every branch, and changes no output bit."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from guidance_models import denoiser, noisy
 
 from segresearch.analysis.recorder import Recorder, Recording
+from segresearch.errors import InputError
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, blur, cfg, perturbed
 from segresearch.models.attention import sdpa
 from segresearch.sampling import initial_noise, sample
@@ -126,3 +128,59 @@ def test_memory_is_bounded_and_slips_are_said(tmp_path):
     for wrong, message in (({"branch": "uncond"}, "was not recorded; there are cond"), ({"step": 1}, "step=1 ")):
         with pytest.raises(ValueError, match=message):
             streamed.recording.select(**wrong)
+
+
+HOSTILE = [
+    ("[" * 100_000 + "\n", "line 1: not JSON"),
+    ("5\n", "line 1: not a mapping with site"),
+    ("\xff", "not UTF-8 text"),
+    ({"file": "../../secret.safetensors"}, "file: '../../secret.safetensors' is not a file beside the index"),
+    ({"file": "/etc/passwd"}, "is not a file beside the index"),
+    ({"step": "0"}, "step: '0' is not int"),
+    ({"step": True}, "step: 'True' is not int"),
+    ({"grid": [2, "3"]}, "grid: \"[2, '3']\" is not a list of int"),
+    ({"grid": [2, 0]}, "not two sides of at least 1"),
+    ({"sigma": 5}, "sigma: '5' is not a list of number"),
+    ({"sigma": [float("nan")]}, "is not a list of number"),
+    ({"images": [5]}, "images: '[5]' is not a list of dict"),
+    ({"images": []}, "0 images, 1 sigmas"),
+    ({"heads": []}, "no head or branch"),
+    ({"more": 1}, "and nothing else"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), HOSTILE)
+def test_an_index_of_another_shape_is_one_line(change, words, tmp_path):
+    facts = {"site": "mid", "grid": [2, 3], "branches": ["cond"], "step": 0, "sigma": [1.5], "images": [{"seed": 0}],
+             "heads": [0], "file": "000000.safetensors"}  # fmt: skip
+    good = json.dumps(facts) + "\n"
+    (tmp_path / "index.jsonl").write_text(good)
+    (entry,) = Recording.open(tmp_path)
+    assert entry.site == "mid" and entry.grid == (2, 3)
+    text = change if isinstance(change, str) else good + json.dumps(facts | change) + "\n"
+    (tmp_path / "index.jsonl").write_bytes(text.encode("latin1"))
+    with pytest.raises(InputError) as error:
+        Recording.open(tmp_path)
+    assert words in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+    if not isinstance(change, str):
+        assert "line 2: " in str(error.value)
+
+
+def test_files_that_the_index_does_not_describe_are_one_line(tmp_path):
+    from safetensors.torch import save_file
+
+    facts = {"site": "mid", "grid": [2, 3], "branches": ["cond"], "step": 0, "sigma": [1.5], "images": [{"seed": 0}],
+             "heads": [0], "file": "000000.safetensors"}  # fmt: skip
+    (tmp_path / "index.jsonl").write_text(json.dumps(facts) + "\n")
+    (entry,) = Recording.open(tmp_path)
+    with pytest.raises(InputError, match="000000.safetensors: not there"):
+        _ = entry.q
+    file = tmp_path / "000000.safetensors"
+    file.write_bytes(b"not tensors")
+    with pytest.raises(InputError, match="not a file of a recording"):
+        _ = entry.q
+    save_file({"q": torch.zeros(1, 1, 5, 2), "k": torch.zeros(1, 1, 6, 2)}, file)
+    with pytest.raises(InputError, match=r"the index has rows, heads and tokens \(1, 1, 6\)"):
+        _ = entry.k
+    save_file({"q": torch.zeros(1, 1, 6, 2), "k": torch.ones(1, 1, 9, 2)}, file)
+    assert entry.k.shape == (1, 1, 9, 2)

@@ -43,7 +43,8 @@ def config() -> dict:
 
 
 def test_the_nav_has_every_page_once():
-    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    found = [path for kind in ("*.md", "*.html") for path in (ROOT / "docs").rglob(kind)]
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in found]
     assert sorted(nav(config()["nav"])) == sorted([*pages, *GENERATED, *links.MOUNTED.values()])
 
 

@@ -35,8 +35,8 @@ RECORDS = (schema.GuidanceConfig, schema.CFGTerm, schema.PerturbedTerm, schema.D
            schema.DiagnosticsConfig, schema.SweepConfig, InitConfig, TextConfig, Compute, GridConfig, BlurConfig,
            schema.WandbConfig)  # fmt: skip
 NESTED = ("text", "init", "compute", "grid", "blur", "wandb")  # records that conf/ writes out
-KINDS = {"perturbation": kinds.PERTURBATIONS, "shape": kinds.SHAPES, "post": kinds.POSTS, "scale": kinds.SCALES,
-         "conditioning": kinds.CONDITIONINGS}  # fmt: skip
+KINDS = {"perturbation": kinds.PERTURBATIONS, "shape": kinds.SHAPES, "post-processor": kinds.POSTS,
+         "scale": kinds.SCALES, "conditioning": kinds.CONDITIONINGS}  # fmt: skip
 
 
 def words(kind: Any) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.docs import marks, theory
+from experiments.docs import counted, marks, plan, theory
 from segresearch import runs
 from segresearch.checkpoints.resolve import MINI
 
@@ -45,6 +45,8 @@ def of_theory() -> dict[str, str]:
 
 PARTS = {
     "theory": Part("theory.md", of_theory),
+    "cost": Part("guidance.md", lambda: counted.cost(ROOT)),
+    "plan": Part("evaluation.md", lambda: plan.plan((DOCS / "guidance.md").read_text(encoding="utf-8"))),
 }
 
 

@@ -14,11 +14,14 @@ recorded as branch "<base>~sag". In memory `limit` bounds what is kept; streamed
 """
 
 import json
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,6 +31,11 @@ from segresearch.models.attention import Attend, Heads, Site, sdpa
 from segresearch.runs import plain, replacing
 
 INDEX = "index.jsonl"
+LARGEST = 1 << 28  # bytes of an index
+KINDS = {  # of a line of the index, each value's type and that of what it holds
+    "site": (str, str), "grid": (list, int), "branches": (list, str), "step": (int, int), "sigma": (list, int | float),
+    "images": (list, dict), "heads": (list, int), "file": (str, str),
+}  # fmt: skip
 Image = Mapping[str, Any]  # its prompt and seed
 Images = Sequence[Image]
 
@@ -73,12 +81,12 @@ class Recording(tuple[Entry, ...]):
 
     @classmethod
     def open(cls, folder: str | Path) -> "Recording":
-        """What a recorder streamed into `folder`; no tensor is read yet. ValueError where there is no recording."""
+        """What a recorder streamed into `folder`; no tensor is read yet. InputError where there is no recording, or its
+        index is not one."""
         folder = Path(folder)
         if not (folder / INDEX).is_file():
             raise InputError(f"{folder} holds no recording (no {INDEX})")
-        lines = (folder / INDEX).read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last one was cut off
-        return cls(_entry(json.loads(line), folder) for line in lines)
+        return cls(_entry(facts, folder) for facts in _read_index(folder / INDEX))
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -191,4 +199,61 @@ class Recorder:
 def _entry(facts: Mapping[str, Any], folder: Path) -> Entry:
     """An entry from its line of the index."""
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items() if key != "file"}
-    return Entry(**values, load=lambda: load_file(folder / facts["file"]))
+    shape = (len(facts["sigma"]), len(facts["heads"]), math.prod(facts["grid"]))
+
+    def load() -> Mapping[str, Tensor]:
+        """The tensors of the file. InputError where they are not those of the index."""
+        path = folder / facts["file"]
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            reason = "not a file of a recording" if path.is_file() else "not there, though the index names it"
+            raise InputError(f"{path}: {reason}") from error
+        q, k = (tensors.get(name) for name in "qk")
+        if q is None or k is None or q.shape[:3] != shape or k.ndim != 4 or k.shape[:2] != shape[:2]:
+            shapes = {name: tuple(z.shape) for name, z in tensors.items()}
+            raise InputError(f"{path}: holds {shapes}; the index has rows, heads and tokens {shape}")
+        return tensors
+
+    return Entry(**values, load=load)
+
+
+def _read_index(path: Path) -> list[Mapping[str, Any]]:
+    """The lines of an index, which may come from anywhere. InputError with the number of the line that is wrong."""
+    try:
+        if path.stat().st_size > LARGEST:
+            raise InputError(f"{path}: {path.stat().st_size} bytes; an index has {LARGEST} at most")
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last one was cut off
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text") from error
+    index = []
+    for number, line in enumerate(lines, 1):
+        try:
+            facts = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not JSON") from error
+        if wrong := _wrong(facts):
+            raise InputError(f"{path}, line {number}: {wrong}")
+        index.append(facts)
+    return index
+
+
+def _wrong(facts: Any) -> str:
+    """What keeps a line of an index from being an entry; "" for nothing."""
+    if not isinstance(facts, dict) or facts.keys() != KINDS.keys():
+        return f"not a mapping with {', '.join(KINDS)} and nothing else"
+    for key, (kind, of) in KINDS.items():
+        value = facts[key]
+        items = value if isinstance(value, list) else [value]
+        fits = all(isinstance(item, of) and not isinstance(item, bool) and item == item for item in items)  # no NaN
+        if type(value) is not kind or not fits:
+            noun = of.__name__ if isinstance(of, type) else "number"
+            return f"{key}: {str(value)[:60]!r} is not {noun if kind is of else f'a list of {noun}'}"
+    if len(facts["grid"]) != 2 or min(facts["grid"]) < 1 or facts["step"] < 0:
+        return f"grid: {facts['grid']}, step: {facts['step']}: not two sides of at least 1 and a number from 0 on"
+    if len(facts["images"]) != len(facts["sigma"]) or not facts["heads"] or not facts["branches"]:
+        counts = f"{len(facts['images'])} images, {len(facts['sigma'])} sigmas"
+        return f"{counts}: not one of each a row, or no head or branch"
+    if not re.fullmatch(r"\d{6,}\.safetensors", facts["file"]):
+        return f"file: {facts['file'][:60]!r} is not a file beside the index"
+    return ""

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -198,6 +199,8 @@ def build_custom(config: Any, at: str, signature: str) -> Any:
 def imported(target: str, at: str) -> Callable[..., Any]:
     """The function or class called `target`, package.module.name."""
     module_name, _, name = target.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a file of the user's own, last: it hides no package
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,8 @@ def _panel(config: GenerateConfig, panel: PanelConfig, at: str) -> Panel:
     if len(set(map(slug, run.controls))) < len(run.controls):
         raise ConfigError(f"controls: {', '.join(run.controls)}: too alike to tell their files apart; rename one")
     if run.pairing == "zip" and len(prompts) > len(seeds):
-        raise ConfigError(f"{at}pairing: zip gives each seed one prompt: {len(prompts)} prompts, {len(seeds)} seeds")
+        text = f"zip gives each seed one prompt, so the first {len(seeds)} of {len(prompts)} prompts are taken"
+        warnings.warn(f"{at}pairing: {text}; give as many seeds for all", stacklevel=2)
     product = run.pairing == "product"
     numbers = range(len(prompts))
     pairs = list(itertools.product(numbers, seeds) if product else zip(itertools.cycle(numbers), seeds))

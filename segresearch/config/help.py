@@ -40,7 +40,7 @@ def groups(name: str) -> str:
         files = [file for file in sorted(folder.glob("*.yaml")) if fits(file, name)]
         if group == "experiment":
             lines.append("experiment:")
-            lines += [f"  {file.stem:12}{about(file)}" for file in files]
+            lines += [f"  {file.stem:17} {about(file)}" for file in files]
         else:
             lines += _wrapped(f"{group}: ", [file.stem for file in files])
     return "\n".join(f"  {line}" for line in lines) + "\n"

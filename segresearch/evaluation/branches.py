@@ -16,8 +16,8 @@ from segresearch.config.schema import DiagnosticsConfig
 from segresearch.control_images.prepare import controlled_batch
 from segresearch.control_images.read import fit, open_image
 from segresearch.errors import ConfigError, InputError
-from segresearch.evaluation.aggregate import Reference
 from segresearch.evaluation.frame import Frame
+from segresearch.evaluation.reference_images import Reference
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.pages import Cell
 from segresearch.progress import Bar
@@ -93,7 +93,7 @@ def file_of(spec: EvaluationSpec, real: Reference) -> Path:
     """The file of the diagnostics of these methods, named by everything that they depend on."""
     settings = spec.config.diagnostics
     named = [[method, folder.name] for method, folder in spec.folders.items()]
-    of_images = list(spec.scenes[: settings.scenes]) if settings and spec.scenes else real.identity()
+    of_images = list(spec.scenes[: settings.scenes]) if settings and spec.scenes else real.content(spec.config.out)
     return Path(spec.config.out) / "shards" / f"diagnostics-{runs.digest([VERSION, named, settings, of_images])}.json"
 
 

@@ -42,7 +42,7 @@ class Overview:
         """The head, then a row a method: the run, which leads to its page; what differs; the method; its values. words:
         say what a run is, in place of the name of its folder."""
         leads = [
-            {"run": Cell(_words(run) if words else run.folder, href=f"{run.folder}/index.html"),
+            {"run": Cell(_words(run) if words else run.folder, "run" if words else "", href=f"{run.folder}/index.html"),
              **{key: Cell(_short(run.settings.get(key)) or "–") for key in self.differing}}
             for run in self.runs
         ]  # fmt: skip
@@ -62,6 +62,7 @@ class Overview:
     def page(self) -> str:
         """One HTML file."""
         head, *rows = self.table(words=True)
+        rows = [row if "first" in row[0].kind else [Cell("", "run"), *row[1:]] for row in rows]  # a run is said once
         return render(f"{self.name}: {len(self.runs)} runs", self.notes(), head=head, rows=rows)
 
     def notes(self) -> list[str]:

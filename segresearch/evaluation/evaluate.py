@@ -27,10 +27,19 @@ from segresearch.config import EvaluateConfig
 from segresearch.config.build import configured_model, resolved, usable_device
 from segresearch.errors import ConfigError, Ended
 from segresearch.evaluation import branches, outputs, shards
-from segresearch.evaluation.aggregate import Reference, Result, aggregate, reference
+from segresearch.evaluation.aggregate import Result, aggregate
 from segresearch.evaluation.frame import RESULTS, Frame
 from segresearch.evaluation.image_metrics import image_metrics
-from segresearch.evaluation.sample_shards import Progress, Worker, incomplete, required_arrays, sample_shards, worker
+from segresearch.evaluation.reference_images import Reference, reference
+from segresearch.evaluation.sample_shards import (
+    Progress,
+    Worker,
+    await_late,
+    incomplete,
+    required_arrays,
+    sample_shards,
+    worker,
+)
 from segresearch.evaluation.spec import EvaluationSpec, evaluation_spec, run_identity, with_folders
 from segresearch.threads import threads
 
@@ -102,6 +111,8 @@ def evaluate(config: EvaluateConfig, model: "StableDiffusion | None" = None, par
             print("stopped: whole shards are kept; the same command resumes", file=sys.stderr)
             raise
         done = Evaluation(folder, progress.sampled, progress.existing, time.perf_counter() - start)
+        if not progress.failures:
+            await_late(spec, part)
         if message := incomplete(spec, progress, part):
             return dataclasses.replace(done, message=message)
         if diagnosed and not branches.read(diagnosed):
@@ -110,8 +121,11 @@ def evaluate(config: EvaluateConfig, model: "StableDiffusion | None" = None, par
             return dataclasses.replace(done, message="the diagnostics are missing, which the first worker writes")
         if config.stage == "shards":
             return dataclasses.replace(done, message=f"all {count} shards exist")
-        result = _results(spec, real, folder, diagnosed)
-        outputs.log_evaluation(spec, result, folder)
+        with runs.locked(config.out, f"the tables of {folder}", wait=part.world == 1) as held:
+            if not held:
+                return dataclasses.replace(done, message=f"all {count} shards exist; another worker makes the tables")
+            result = _results(spec, real, folder, diagnosed)
+            outputs.log_evaluation(spec, result, folder)
         return dataclasses.replace(done, result=result)
 
 
@@ -137,6 +151,7 @@ def _results(spec: EvaluationSpec, real: Reference, folder: Path, diagnosed: Pat
     names = [folder.name, config.name, config.model.name, config.n_examples]  # the folder's name is the run's identity
     numbers = branches.read(diagnosed) if diagnosed else ()
     made_of = [VERSION, runs.code_version(), names, [metric.producer for metric in spec.metrics], sums]
+    made_of += [real.content(config.out)] if real.files else []
     inputs = runs.digest([*made_of, *([branches.plain_rows(numbers)] if numbers else [])])
     drawn = all(any((folder / "figures").glob(f"*.{kind}")) for kind in config.vector)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -172,7 +172,8 @@ def table(*frames: Frame, leads: Sequence[Mapping[str, Cell]] = ({},), groups: C
         for method in frame.methods:
             kind = "first" if method == frame.methods[0] else ""
             numbers = [Cell(str(frame[method, m.name]), f"number {m.group}") for m in metrics]
-            lines.append([*(cell._replace(kind=kind) for cell in lead.values()), Cell(method, "method"), *numbers])
+            leading = [cell._replace(kind=f"{cell.kind} {kind}".strip()) for cell in lead.values()]
+            lines.append([*leading, Cell(method, "method"), *numbers])
     return lines
 
 

@@ -166,7 +166,8 @@ def mirrored(spec: EvaluationSpec, run: str, reference_images: int, worker: Work
     """What W&B is told of a worker while it samples. run: the name of the run's folder."""
     config = spec.config
     name = f"{config.name} {run}" + ("" if worker.world == 1 else f" {worker}")
-    settings = {**spec.facts(run, reference_images), "images": config.images, "methods": list(spec.methods)}
+    facts = {key: value for key, value in spec.facts(run, reference_images).items() if key != "experiment"}
+    settings = {**facts, "images": config.images, "methods": list(spec.methods)}  # dashboards choose by `experiment`
     return WandbRun(name, config.name, "", settings, tags=[config.model.name])
 
 

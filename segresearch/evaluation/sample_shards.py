@@ -4,6 +4,7 @@ or Slurm's. Workers never talk to each other."""
 import contextlib
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -37,6 +38,7 @@ LAUNCHERS = (  # a step's tasks, not the job's: a batch script that calls the pr
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
+LATE = 90.0  # seconds in which a file of another machine is seen: NFS remembers up to 60 that it was not there
 DECODED = 10  # latents that are decoded together on a CPU, in whose cache small parts stay
 PIXELS = 2**23  # of images decoded together on a GPU, at least one image
 IMAGES, NORMS, COST = OF_SAMPLING = "images", "norms", "cost"  # arrays
@@ -45,11 +47,13 @@ SAMPLING = "sampled"  # their producer
 
 @dataclass(frozen=True)
 class Worker:
-    """Worker `rank` (from 0) of `world`; `local` is its number on its machine, and that of its GPU."""
+    """Worker `rank` (from 0) of `world`; `local` is its number on its machine, and that of its GPU. spread: the workers
+    are on several machines."""
 
     rank: int = 0
     world: int = 1
     local: int = 0
+    spread: bool = False
 
     def __str__(self) -> str:
         return f"worker {self.rank + 1} of {self.world}"
@@ -74,7 +78,9 @@ def worker(environ: Mapping[str, str] = os.environ) -> Worker:
     if not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[1]):
         listed = ", ".join(f"{name}={value}" for name, value in zip(names, values))
         raise ConfigError(f"{listed}: the rank must be a whole number below the number of workers")
-    return Worker(*map(int, values))
+    here = environ.get("LOCAL_WORLD_SIZE", values[1]) == values[1]  # torchrun
+    spread = not here if names[0] == "RANK" else environ.get("SLURM_STEP_NUM_NODES", "1") != "1"
+    return Worker(*map(int, values), spread=spread)
 
 
 @dataclass
@@ -124,6 +130,15 @@ def incomplete(spec: EvaluationSpec, progress: Progress, worker: Worker) -> str:
     if worker.world == 1:
         raise Ended(4, f"{message}; the same command without stage= writes them")
     return f"{worker} has written its part; {message}, which others write" + (f"; {failed}" if failed else "")
+
+
+def await_late(spec: EvaluationSpec, worker: Worker, seconds: float = LATE) -> None:
+    """Where the workers are on several machines, wait for shards that are not seen yet, at most so long. So the last
+    worker to write makes the tables although its disk shows it the others' last shards late."""
+    end = time.monotonic() + seconds
+    missing = spec.ranges if worker.spread else ()
+    while (missing := [rows for rows in missing if missing_arrays(spec, rows)]) and time.monotonic() < end:
+        time.sleep(2)
 
 
 def sample_shards(

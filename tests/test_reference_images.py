@@ -1,0 +1,81 @@
+"""Features of real images are computed once for the same images, and again where one changed."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from segresearch.errors import ConfigError
+from segresearch.evaluation.reference_images import CONTENTS, features, reference
+from segresearch.metrics.features import Extractor
+
+
+@pytest.fixture
+def extractor():
+    return counting("0123")
+
+
+def counting(weights):
+    """The mean colour of an image; `seen` lists the images that it was given."""
+    seen = []
+
+    def colour(images):
+        seen.extend(range(len(images)))
+        return images.double().mean((2, 3)).float()
+
+    made = Extractor("colour", 3, weights, colour)
+    object.__setattr__(made, "seen", seen)
+    return made
+
+
+def folder(path, colours):
+    path.mkdir(parents=True)
+    for i, colour in enumerate(colours):
+        Image.new("RGB", (8, 8), colour).save(path / f"{i}.png")
+    return str(path)
+
+
+def test_the_same_images_are_computed_once_whatever_they_are_called(extractor, tmp_path):
+    one = folder(tmp_path / "one", ["red", "blue", "lime"])
+    first = features(reference(one), extractor, tmp_path / "runs")
+    assert len(extractor.seen) == 3
+    two = tmp_path / "two"
+    two.mkdir()
+    for i in range(3):  # the same bytes, other names
+        shutil.copyfile(f"{one}/{i}.png", two / f"photo{i}.png")
+    for text in (one, str(two), os.path.relpath(one)):
+        assert torch.equal(features(reference(text), extractor, tmp_path / "runs"), first) and len(extractor.seen) == 3
+    other = counting("4567")  # another network computes its own
+    features(reference(one), other, tmp_path / "runs")
+    assert len(other.seen) == 3
+
+
+def test_a_file_that_changed_is_noticed_even_at_the_same_size(extractor, tmp_path):
+    one = folder(tmp_path / "one", ["red", "blue"])
+    features(reference(one), extractor, tmp_path / "runs")
+    before = os.path.getsize(f"{one}/1.png")
+    Image.new("RGB", (8, 8), "cyan").save(f"{one}/1.png")
+    again = features(reference(one), extractor, tmp_path / "runs")
+    assert len(extractor.seen) == 4 and again[1].tolist() == [0, 255, 255]
+    assert os.path.getsize(f"{one}/1.png") == before  # names and sizes alone would not have told
+    assert reference(one).identity() == reference(one).identity()
+
+
+def test_files_are_read_once_for_their_digests_and_an_odd_list_of_them_is_made_anew(extractor, tmp_path, monkeypatch):
+    one, out = folder(tmp_path / "one", ["red", "blue"]), tmp_path / "runs"
+    digest = reference(one).content(out)
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
+    assert reference(one).content(out) == digest
+    monkeypatch.undo()
+    for text in ("[", "5", "[" * 100_000, '{"' + str(tmp_path / "one" / "0.png") + '": 5}'):
+        (out / "reference" / CONTENTS).write_text(text)
+        assert reference(one).content(out) == digest
+    (tmp_path / "one" / "0.png").unlink()
+    images = reference(folder(tmp_path / "three", ["red", "blue"]))
+    (tmp_path / "three" / "1.png").unlink()
+    with pytest.raises(ConfigError, match="reference: .*1.png: No such file"):
+        images.content(out)
+    scenes = reference("scene:0-3")
+    assert scenes.content(out) == scenes.identity()  # of scenes nothing changed
