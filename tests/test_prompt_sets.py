@@ -20,6 +20,41 @@ def test_every_set_gives_its_prompts_in_order(name, tmp_path):
     assert read_prompts(str(path)) == ("bond", 'a "red" cube, left')
 
 
+# heads, keys and kinds of lines as they stand in the published files
+PUBLISHED = {
+    "PartiPrompts.tsv": (
+        "Prompt\tCategory\tChallenge\tNote\r\nbond\tAbstract\tBasic\tconcepts with multiple meanings\r\n"
+        'A sign that says "Diffusion"\tWorld Knowledge\tWriting & Symbols\t\r\n',
+        ("bond", 'A sign that says "Diffusion"'),
+    ),
+    "drawbench.csv": (
+        'Prompts,Category\nA red colored car.,Colors\n"A cat on the left, and a dog on the right.",Positional\n'
+        "Hovering cow abducting aliens.,Conflicting\n",
+        ("A red colored car.", "A cat on the left, and a dog on the right.", "Hovering cow abducting aliens."),
+    ),
+    "evaluation_metadata.jsonl": (
+        '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}\n'
+        '{"tag": "color_attr", "include": [{"class": "cup", "count": 1, "color": "red"}, {"class": "sink", "count": 1, '
+        '"color": "green"}], "prompt": "a photo of a red cup and a green sink"}\n',
+        ("a photo of a bench", "a photo of a red cup and a green sink"),
+    ),
+    "captions_val2014.json": (
+        '{"info": {"year": 2014}, "images": [{"id": 42, "file_name": "COCO_val2014_000000000042.jpg"}], '
+        '"licenses": [], "annotations": [{"image_id": 42, "id": 9, "caption": "A shoe rack."}, '
+        '{"image_id": 7, "id": 3, "caption": "A bike\\nby a wall. "}, '
+        '{"image_id": 42, "id": 2, "caption": "Shoes, and a dog."}]}',
+        ("A bike by a wall.", "Shoes, and a dog.", "A shoe rack."),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_are_read_as_they_are(name, tmp_path):
+    text, prompts = PUBLISHED[name]
+    (tmp_path / name).write_bytes(text.encode())
+    assert read_prompts(str(tmp_path / name)) == prompts
+
+
 WRONG = [
     ("a.tsv", "Category\tNote\nx\ty\n", "line 1: none of prompt, prompts, caption, text among 'Category', 'Note'"),
     ("a.csv", "", "line 1: none of prompt, prompts, caption, text among none"),
