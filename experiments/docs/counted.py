@@ -21,7 +21,9 @@ def agreement() -> dict[str, str]:
     """Of CFG 3 on mini, 25 Euler steps, four prompts with four seeds each: the cosine of its two predictions, the norm
     of their difference, and the largest value of the finished latents."""
     sd = load_model("mini")
-    eps, denoised, norms = [], [], []
+    eps: list[Tensor] = []
+    denoised: list[Tensor] = []
+    norms: list[Tensor] = []
 
     def note(guided: Tensor, step: Step) -> Tensor:
         """A post-processor that changes nothing."""

@@ -80,7 +80,8 @@ def worker(environ: Mapping[str, str] = os.environ) -> Worker:
         raise ConfigError(f"{listed}: the rank must be a whole number below the number of workers")
     here = environ.get("LOCAL_WORLD_SIZE", values[1]) == values[1]  # torchrun
     spread = not here if names[0] == "RANK" else environ.get("SLURM_STEP_NUM_NODES", "1") != "1"
-    return Worker(*map(int, values), spread=spread)
+    rank, world, local = map(int, [*values, "0"][:3])
+    return Worker(rank, world, local, spread)
 
 
 @dataclass
@@ -136,7 +137,7 @@ def await_late(spec: EvaluationSpec, worker: Worker, seconds: float = LATE) -> N
     """Where the workers are on several machines, wait for shards that are not seen yet, at most so long. So the last
     worker to write makes the tables although its disk shows it the others' last shards late."""
     end = time.monotonic() + seconds
-    missing = spec.ranges if worker.spread else ()
+    missing = list(spec.ranges) if worker.spread else []
     while (missing := [rows for rows in missing if missing_arrays(spec, rows)]) and time.monotonic() < end:
         time.sleep(2)
 
