@@ -80,7 +80,7 @@ def worker(environ: Mapping[str, str] = os.environ) -> Worker:
         raise ConfigError(f"{listed}: the rank must be a whole number below the number of workers")
     here = environ.get("LOCAL_WORLD_SIZE", values[1]) == values[1]  # torchrun
     spread = not here if names[0] == "RANK" else environ.get("SLURM_STEP_NUM_NODES", "1") != "1"
-    rank, world, local = map(int, [*values, "0"][:3])
+    rank, world, local = map(int, values)
     return Worker(rank, world, local, spread)
 
 
