@@ -296,7 +296,8 @@ def test_texts(encoders, gpu, dtype):
     with on_the_cpu():
         networks = tuple(network.to(dtype) for network in networks)
         real = StableDiffusion(real_denoiser(dtype).unet, vae, TextEncoders(tokenizers, networks), real_denoiser(dtype))
-        asked = [{}, {"negative": "a cube"}, {"negative": ["a cube", "red"], "settings": TextSettings(clip_skip=1), "size": (24, 32)}]
+        skipped = {"negative": ["a cube", "red"], "settings": TextSettings(clip_skip=1), "size": (24, 32)}
+        asked = [{}, {"negative": "a cube"}, skipped]
         expected = [real.encode(["a red cube", "cubes"], **more) for more in asked]
         weighted = ["a (red:1.5) cube BREAK cubes", "cubes"]
         expected.append(real.encode(weighted, settings=TextSettings(syntax="weighted")))
