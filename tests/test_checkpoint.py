@@ -321,6 +321,8 @@ def test_broken_folders(made, folder):
     weights.with_name(weights.name + ".index.json").write_text('{"weight_map": {"a": "one.safetensors"}}')
     refused(r"1 missing shard \(one.safetensors\)", folder)
     weights.with_name(weights.name + ".index.json").write_text("[]")
+    refused("not a mapping", folder)
+    weights.with_name(weights.name + ".index.json").write_text('{"weight_map": {"a": 5}}')
     refused("not an index of shards", folder)
     weights.with_name(weights.name + ".index.json").unlink()
     save_file(full, weights)

@@ -156,8 +156,18 @@ def check_analyze(config):
     assert settings(config, AnalyzeConfig)
 
 
+PROMPT_FILES = {
+    "captions_val2014.json": '{"annotations": [{"image_id": 1, "id": 1, "caption": "a cube"}]}',
+    "PartiPrompts.tsv": "Prompt\tCategory\na cube\tObjects\n", "drawbench.csv": "Prompts,Category\na cube,Colors\n",
+    "evaluation_metadata.jsonl": '{"tag": "single_object", "prompt": "a cube"}\n',
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("script", HYDRA)
-def test_commands_compose_and_fit_their_types(script):
+def test_commands_compose_and_fit_their_types(script, tmp_path, monkeypatch):
+    for name, text in PROMPT_FILES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
     check = {"generate": check_generate, "evaluate": check_evaluate, "analyze": check_analyze}[script]
     everything = overrides(script)
     assert len(everything) >= 5

@@ -180,6 +180,6 @@ def test_plain_says_what_it_reads_as_text(model, text, forms):
         model.encode(["3:2, <3"], negative="\\(text\\)")
 
 
-def test_an_unknown_syntax(model):
+def test_an_unknown_syntax(model, unchecked):
     with pytest.raises(InputError, match="syntax='compel': choose plain or weighted"):
         model.encode(["a"], settings=TextSettings(syntax="compel"))
