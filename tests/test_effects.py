@@ -6,7 +6,7 @@ import shlex
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.mini.effects import PARTS, replaced, table
+from experiments.mini.effects import PARTS, attention_table, direction_table, replaced, table
 from segresearch.config import EvaluateConfig, conf_dir, settings
 from segresearch.evaluation.spec import evaluation_spec
 
@@ -18,14 +18,18 @@ def test_every_part_is_an_evaluation(part):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = settings(compose("evaluate", overrides=part.command(20)), kind=EvaluateConfig)
     spec = evaluation_spec(config)
-    assert (config.images, config.steps, config.sampler.name) == (10 if part.half else 20, 10, "dpmpp_2m")
-    baseline = spec.methods[spec.baseline].terms
-    assert set(baseline) == ({"cfg"} if part.name.startswith("cfg") else set()) and len(spec.methods) > 1
+    assert (config.images, config.steps, config.sampler.name) == (20, 10, "dpmpp_2m")
+    assert not spec.methods[spec.baseline].terms and len(spec.methods) > 1
     assert ("control" in part.name) == bool(spec.controls)
-    assert (part.name[:3] == "cfg" or "text" in part.name) <= bool(spec.scenes)
+    assert (part.name == "fig15") == bool(spec.scenes)
     (section,) = re.findall(rf"<!-- {part.name}: begin -->\n(.*?)\n<!-- {part.name}: end -->", PAGE, re.S)
-    assert shlex.split(section.splitlines()[0].strip("`"))[2:-1] == part.command(2000)  # the numbers' own command
-    assert [row.split(" | ")[0][2:] for row in section.splitlines()[4:]] == list(spec.methods)
+    assert shlex.split(section.splitlines()[0].strip("`"))[2:-1] == part.command(300)  # the numbers' own command
+    rows = [row.split(" | ")[0][2:] for row in section.splitlines()[4:]]
+    if part.rank:
+        assert rows[0] == spec.baseline and len(rows) == len({one.of for one in spec.sweep.values()} or spec.methods)
+        assert set(rows) <= set(spec.methods)
+    else:
+        assert rows == list(spec.methods)
     assert f"effects/{part.name}.png" in PAGE
 
 
@@ -42,6 +46,36 @@ def test_tables_keep_the_run_s_numbers(tmp_path):
         "| vanilla | 512.3 ± 20.0 | – | – | 0.425 |",
         "| SEG σ=∞ | 500.0 ± 20.1 | −12.3 ± 3.2 | 0.096 ± 0.003 | 0.500 |",
     ]
+
+
+def test_a_ranking_has_a_row_a_method_at_its_best_scale(tmp_path):
+    distances = {"vanilla": 500, "PAG ×0.5": 480, "PAG": 470, "PAG ×2": 520, "SEG ×0.5": 510, "SEG": 530}
+    (tmp_path / "metrics.csv").write_text(
+        "method,metric,value,error\n" + "".join(f"{name},fd-mini,{value},1\n" for name, value in distances.items())
+    )
+    rows = table(tmp_path, rank=True, columns=["fd-mini"])[2:]
+    assert rows == ["| vanilla | 500.0 ± 1.0 |", "| PAG | 470.0 ± 1.0 |", "| SEG ×0.5 | 510.0 ± 1.0 |"]
+
+
+def test_diagnostics_are_means_over_the_sites(tmp_path):
+    (tmp_path / "diagnostics.csv").write_text(
+        "method,site,quantity,step,sigma,value,error,count\n"
+        ",mid.0,keys,0,14.6,50,1,8\n,mid.1,keys,0,14.6,54,1,8\n,up.0,keys,0,14.6,9,1,8\n"
+        + "".join(f",mid.0,{name},0,14.6,0.25,,8\n" for name in ("near", "own", "position", "varying"))
+        + "SEG alone,mid.0,change,0,14.6,0.2,,8\nSEG alone,mid.1,change,0,14.6,0.4,,8\n"
+        "SEG alone,,cosine,0,14.6,-0.125,0.01,8\nSEG alone,,size,0,14.6,,,8\n"
+    )
+    assert attention_table(tmp_path)[2] == "| effective keys, of 64 | 52.0 |"
+    assert direction_table(tmp_path)[2] == (
+        "| SEG | 0.30, 0.30, 0.30 | –, –, – | –, –, – | –, –, – | −0.12, −0.12, −0.12 |"
+    )
+
+
+def test_every_number_of_the_summary_is_in_a_table():
+    """A number with its error in the text stands in a table of the page."""
+    summary, tables = PAGE.split("## Method")[0], PAGE.split("## Method")[1]
+    numbers = re.findall(r"−?\d[\d.]* ± \d+(?:\.\d+)?", summary)
+    assert len(numbers) > 5 and [n for n in numbers if n not in tables] == []
 
 
 def test_a_part_replaces_its_own_section_only():

@@ -1,6 +1,6 @@
 """Measure the effects of guidance on mini: several evaluations, whose tables and figures go into docs/effects.md.
 
-    python -m experiments.mini.effects                    # 2,000 images per method; resumes a stopped run
+    python -m experiments.mini.effects                    # 300 images per setting; resumes a stopped run
     python -m experiments.mini.effects --only control     # some parts; the tables of the others stay
 """
 
@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,37 +33,37 @@ COLUMNS = {"fd-mini": "FD", "fd_to_baseline-mini": "− baseline", "fd_means-min
            "precision-mini": "precision", "recall-mini": "recall", "distance-mini": "distance",
            "text_alignment-mini": "cosine", "count": "count", "colors": "colours", "shapes": "shapes",
            "objects": "objects", "objects_chance": "(chance)", "exact": "exact", "edges": "edges", "cost": "cost",
-           "saturation": "saturation", "contrast": "contrast"}  # fmt: skip
+           "saturation": "saturation", "contrast": "contrast",
+           "sharpness": "sharpness", "objects_held": "objects in it", "pairs_held": "different objects"}  # fmt: skip
+
+
+Cells = Mapping[tuple[str, str], Mapping[str, str]]  # rows of metrics.csv, by method and metric
 
 
 @dataclass(frozen=True)
 class Part:
-    """One evaluation: its name on the page, its overrides, and whether it takes half the images (the wider sweeps)."""
+    """One evaluation: its name on the page and its overrides. rank: one row a method, at its best scale, the lowest
+    distance first. columns: metrics of the table, in place of all of COLUMNS that were measured."""
 
     name: str
     overrides: tuple[str, ...]
-    half: bool = False
+    rank: bool = False
+    columns: tuple[str, ...] = tuple(COLUMNS)
 
     def command(self, count: int) -> list[str]:
-        return [*self.overrides, "preset=quick", f"images={count // 2 if self.half else count}"]
+        return [*self.overrides, "preset=quick", f"images={count}"]
 
 
+SHORT = ("fd-mini", "fd_to_baseline-mini", "precision-mini", "recall-mini", "distance-mini", "sharpness",
+         "objects_held", "pairs_held", "text_alignment-mini", "objects", "exact", "cost")  # fmt: skip
 PARTS = (
-    Part("table1", ("experiment=table1",)),
-    Part("table2", ("experiment=table2",)),
-    Part("fig15", ("experiment=fig15",)),
-    Part("cfg2", ("guidance=seg_cfg", "guidance.terms.cfg.weight=2", "prompts=scene:0-", "name=cfg2",
-                  "compare=[{guidance:cfg,terms:{cfg:{weight:2}}}]")),
-    Part("cfg4", ("guidance=seg_cfg", "guidance.terms.cfg.weight=4", "prompts=scene:0-", "name=cfg4",
-                  "compare=[{guidance:cfg,terms:{cfg:{weight:4}}}]")),
-    Part("control-canny", ("experiment=control", "controlnet=canny")),
-    Part("control-canny-text", ("experiment=control", "controlnet=canny", "prompts=scene:0-", "name=control_text")),
-    Part("control-depth", ("experiment=control", "controlnet=depth")),
-    Part("control-depth-text", ("experiment=control", "controlnet=depth", "prompts=scene:0-", "name=control_text")),
-    Part("intervals", ("experiment=intervals",), half=True),
+    Part("methods", ("experiment=methods",), rank=True, columns=SHORT),
+    Part("branches", ("experiment=branches", "diagnostics.images=100", "diagnostics.scenes=100"), columns=SHORT),
     Part("fig6", ("experiment=fig6",)),
-    Part("fig12", ("experiment=fig12",), half=True),
-)  # fmt: skip
+    Part("fig15", ("experiment=fig15",)),
+    Part("control-canny", ("experiment=control", "controlnet=canny")),
+    Part("control-depth", ("experiment=control", "controlnet=depth")),
+)
 
 
 def evaluate(part: Part, count: int, workers: int, out: str, n_bootstrap: int) -> Path:
@@ -96,22 +96,76 @@ def floor(count: int) -> list[str]:
     return lines
 
 
-def table(folder: Path) -> list[str]:
-    """The metrics of COLUMNS, from the run's metrics.csv, as markdown, one row per method."""
+def table(folder: Path, rank: bool = False, columns: Sequence[str] = tuple(COLUMNS)) -> list[str]:
+    """Metrics of the run's metrics.csv as markdown, one row per method; with `rank` as `Part` says."""
     with (folder / "metrics.csv").open(newline="") as file:
         cells = {(row["method"], row["metric"]): row for row in csv.DictReader(file)}
-    methods = dict.fromkeys(method for method, _ in cells)
-    names = [name for name in COLUMNS if any((method, name) in cells for method in methods)]
+    methods = list(dict.fromkeys(method for method, _ in cells))
+    names = [name for name in columns if any((method, name) in cells for method in methods)]
     lines = [f"| method | {' | '.join(COLUMNS[name] for name in names)} |", f"| --- |{' ---: |' * len(names)}"]
-    for method in methods:
+    for method in ranked(cells, methods) if rank else methods:
         texts = [method]
         for name in names:
             value, error = cells[method, name]["value"], cells[method, name]["error"]
-            digits = 1 if METRICS[name].kind.startswith("fd") else 3
+            digits = 1 if METRICS[name].kind.startswith("fd") else 4 if name == "sharpness" else 3
             text = f"{float(value):.{digits}f}" + (f" ± {float(error):.{digits}f}" if error else "") if value else "–"
             texts.append(text.replace("-", "−"))
         lines.append(f"| {' | '.join(texts)} |")
     return lines
+
+
+def ranked(cells: Cells, methods: Sequence[str]) -> list[str]:
+    """The baseline, which is the first, then of each method its best scale ("PAG ×0.5" is one of "PAG"), the lowest
+    Fréchet distance first."""
+    distance = {method: float(cells[method, "fd-mini"]["value"]) for method in methods}
+    best: dict[str, str] = {}
+    for method in sorted(methods[1:], key=distance.__getitem__):
+        best.setdefault(method.split(" ×")[0], method)
+    return [methods[0], *best.values()]
+
+
+def attention_table(folder: Path) -> list[str]:
+    """What attention does at the mid sites without a perturbation, by level; mean over the sites."""
+    labels = {"keys": "effective keys, of 64", "near": "mass on the 3×3 around the query",
+              "own": "mass on the own token", "position": "query variance common to all images",
+              "varying": "output energy that differs between tokens"}  # fmt: skip
+    rows = [row for row in diagnostics(folder) if not row["method"] and row["site"].startswith("mid")]
+    levels = list(dict.fromkeys(row["sigma"] for row in rows))
+    lines = [f"| | {' | '.join(f'σ_t {float(sigma):.3g}' for sigma in levels)} |", f"| --- |{' ---: |' * len(levels)}"]
+    for quantity, label in labels.items():
+        means = [mean(rows, quantity, sigma) for sigma in levels]
+        lines.append(f"| {label} | {' | '.join(f'{value:.1f}' if value > 9 else f'{value:.3f}' for value in means)} |")
+    return lines
+
+
+def direction_table(folder: Path) -> list[str]:
+    """Of each branch: the change of attention's output, size and shares of the direction, and its angle to the error,
+    each at three levels."""
+    labels = {"change": "change of attention", "size": "size of Δ", "common": "common share", "dc": "DC share",
+              "cosine": "cosine with the error"}  # fmt: skip
+    rows = [row for row in diagnostics(folder) if row["method"]]
+    every = list(dict.fromkeys(row["sigma"] for row in rows))
+    levels = [every[0], every[len(every) // 2], every[-1]]
+    at = ", ".join(f"{float(sigma):.3g}" for sigma in levels)
+    lines = [f"| branch, at σ_t {at} | {' | '.join(labels.values())} |", f"| --- |{' ---: |' * len(labels)}"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        of_it = [row for row in rows if row["method"] == method]
+        texts = [", ".join("–" if (value := mean(of_it, name, sigma)) != value else f"{value:.2f}".replace("-", "−")
+                           for sigma in levels) for name in labels]  # fmt: skip
+        lines.append(f"| {method.removesuffix(' alone')} | {' | '.join(texts)} |")
+    return lines
+
+
+def diagnostics(folder: Path) -> list[dict[str, str]]:
+    with (folder / "diagnostics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def mean(rows: Sequence[Mapping[str, str]], quantity: str, sigma: str) -> float:
+    """Over the sites; nan where nothing acts."""
+    chosen = [row["value"] for row in rows if (row["quantity"], row["sigma"]) == (quantity, sigma)]
+    values = [float(value) for value in chosen if value]
+    return sum(values) / len(values) if values else float("nan")
 
 
 def replaced(text: str, name: str, lines: Sequence[str]) -> str:
@@ -125,7 +179,7 @@ def replaced(text: str, name: str, lines: Sequence[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000, help="images per method; half as many in the wider sweeps")
+    parser.add_argument("--count", type=int, default=300, help="images per setting")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="parts, by the start of a name: " + ", ".join(p.name for p in PARTS))
     parser.add_argument("--n-bootstrap", type=int, default=100, help="bootstrap samples")
@@ -144,8 +198,13 @@ def main() -> None:
         folder = evaluate(part, args.count, args.workers, args.out, args.n_bootstrap)
         words = shlex.join([*part.command(args.count), f"n_bootstrap={args.n_bootstrap}"])
         call = f"`python experiments/evaluate.py {words}`"
-        replace_file(page, replaced(page.read_text(), part.name, [call, "", *table(folder)]).encode())
-        shutil.copyfile(folder / "figures" / "quality.png", figures / f"{part.name}.png")
+        lines = {part.name: [call, "", *table(folder, part.rank, part.columns)]}
+        if part.name == "branches":
+            lines |= {"attention": attention_table(folder), "directions": direction_table(folder)}
+        for name, section in lines.items():
+            replace_file(page, replaced(page.read_text(), name, section).encode())
+        figure = next(path for name in ("ranking", "quality") if (path := folder / "figures" / f"{name}.png").exists())
+        shutil.copyfile(figure, figures / f"{part.name}.png")
         print(f"{part.name}: {folder}", flush=True)
 
 
