@@ -3,7 +3,7 @@
 import base64
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,20 @@ class Cell(NamedTuple):
     style: str = ""
     mark: str = ""
     color: str = ""
+
+
+def percent(share: float | int) -> str:
+    """Never 100 % or 0 % unless it is exactly so."""
+    if 0 < share < 0.001:
+        return "< 0.1 %"
+    if 0.999 < share < 1:
+        return "> 99.9 %"
+    return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.1f} %"
+
+
+def span(numbers: Sequence[float | int], text: Callable[[float], str]) -> str:
+    """The lowest and the highest as text, once where both are the same."""
+    return " to ".join(dict.fromkeys((text(min(numbers)), text(max(numbers)))))
 
 
 def embedded(png: Path | bytes) -> str:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-BLOCK = re.compile(r"<!-- (?P<name>[\w.-]+): begin -->\n(?P<text>.*?)\n<!-- (?P=name): end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (?P<name>[\w.-]+): begin -->\n(?P<text>.*?)\n?<!-- (?P=name): end -->", re.DOTALL)
 VALUE = re.compile(r"<!-- =(?P<name>[\w.-]+) -->(?P<text>(?:(?!<!--).)*)<!-- = -->", re.DOTALL)
 NUMBER = re.compile(r"(?:[<>] )?[−-]?\d[\d,]*(?:\.\d+)?(?:e[−-]?\d+)?")
 WITHIN = 0.005  # relative; or 1.5 units of a number's last printed digit, whichever is more
@@ -36,9 +36,14 @@ def texts(page: str) -> dict[str, str]:
     return found
 
 
+def block(name: str, text: str) -> str:
+    """Lines of their own between their marks."""
+    return f"<!-- {name}: begin -->\n{text}\n<!-- {name}: end -->"
+
+
 def written(page: str, measured: Mapping[str, str]) -> str:
     """The page with the measured texts between its marks; marks of other names stay as they are."""
-    page = BLOCK.sub(lambda m: m[0].replace(m["text"], measured.get(m["name"], m["text"])), page)
+    page = BLOCK.sub(lambda m: block(m["name"], measured[m["name"]]) if m["name"] in measured else m[0], page)
     return VALUE.sub(lambda m: f"<!-- ={m['name']} -->{measured.get(m['name'], m['text'])}<!-- = -->", page)
 
 

@@ -5,11 +5,12 @@ import csv
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from segresearch.pages import percent, span
 from segresearch.plot_style import name_sigma
 
 Row = Mapping[str, str]
@@ -114,7 +115,7 @@ def of_table(rows: Rows) -> dict[str, str]:
     names = "trace_before", "chain_trace_after"
     trace = {name: values(name, boundary="exact", blur_sigma=1.0) for name in names}
     return {
-        "spread": number(np.median(spread), 3), "spread.span": span(spread, lambda x: number(x, 3)),
+        "spread": number(np.median(spread), 3), "spread.span": span(spread.tolist(), lambda x: number(x, 3)),
         "shift": "\n".join([
             head(""), *(f"| {name} | {' | '.join(number(f(z), 2) for z in shift)} |"
                         for name, f in (("median head", np.median), ("largest", np.max)))]),
@@ -154,17 +155,3 @@ def number(x: float, digits: int) -> str:
 
 def three(x: float) -> str:
     return number(x, 3)
-
-
-def percent(share: float) -> str:
-    """Never 100 % or 0 % unless it is exactly so."""
-    if 0 < share < 0.001:
-        return "< 0.1 %"
-    if 0.999 < share < 1:
-        return "> 99.9 %"
-    return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.1f} %"
-
-
-def span(numbers: Iterable[float], text: Callable[[float], str]) -> str:
-    numbers = list(numbers)
-    return " to ".join(dict.fromkeys((text(min(numbers)), text(max(numbers)))))

@@ -7,7 +7,6 @@
 import argparse
 import csv
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.docs import marks
 from experiments.mini.common import replace_file
 from segresearch.config.expand import HELD_OUT
 from segresearch.evaluation.frame import METRICS
@@ -170,11 +170,9 @@ def mean(rows: Sequence[Mapping[str, str]], quantity: str, sigma: str) -> float:
 
 def replaced(text: str, name: str, lines: Sequence[str]) -> str:
     """`text` with `lines` between the markers of `name`."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"no {begin} … {end} to write between")
-    return pattern.sub(lambda _: "\n".join([begin, *lines, end]), text, count=1)
+    if name not in marks.texts(text):
+        raise ValueError(f"no <!-- {name}: begin --> … <!-- {name}: end --> to write between")
+    return marks.written(text, {name: "\n".join(lines)})
 
 
 def main() -> None:

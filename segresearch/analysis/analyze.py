@@ -12,7 +12,7 @@ The page is written last: a folder that has it is complete, and the same command
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from segresearch.config.compose import written_config
 from segresearch.config.expand import init_rows, parse_seeds, read_negatives, read_prompts
 from segresearch.errors import ConfigError
 from segresearch.init_images import identify_init, init_images
-from segresearch.pages import Cell, render, to_csv
+from segresearch.pages import Cell, percent, render, span, to_csv
 from segresearch.plot_style import Shown, name_sigma, save, shown
 from segresearch.progress import Bar
 from segresearch.records import figure_record, sampling_identity, with_networks
@@ -208,7 +208,7 @@ def findings(rows: Rows, claims: Claims) -> dict[str, Any]:
     worst = {claim: min(some, key=lambda c: c.share) for claim, some in by_claim.items()}
     spread = values(rows, "spread")
     return {
-        "shares": {claim: _span([c.share for c in some], _percent) for claim, some in by_claim.items()},
+        "shares": {claim: span([c.share for c in some], percent) for claim, some in by_claim.items()},
         "worst": {claim: f"{c.boundary}, blur σ = {name_sigma(c.blur_sigma)}" for claim, c in worst.items()},
         "shift": max(values(chosen(rows, boundary="reflect"), "mean_shift"), default=0),
         "spread": (np.median(spread), spread.min(), spread.max()),
@@ -232,7 +232,7 @@ def table(claims: Claims) -> tuple[list[Cell], list[list[Cell]]]:
             where = ", ".join(f"{key} {repr(v) if key == 'prompt' else v}" for key, v in worst.worst.items())
             lines.append([
                 *first, Cell(boundary), *(shares.get(sigma, Cell()) for sigma in sigmas),
-                Cell(_span([c.median for c in tested], _number)),
+                Cell(span([c.median for c in tested], _number)),
                 Cell(f"{_number(worst.smallest)} at σ = {name_sigma(worst.blur_sigma)}: {where}", "quiet where"),
             ])  # fmt: skip
             first = []
@@ -242,20 +242,7 @@ def table(claims: Claims) -> tuple[list[Cell], list[list[Cell]]]:
 def _share(share: float) -> Cell:
     color = "33,102,172" if share >= 0.5 else "196,80,27"
     depth = 0.08 + 0.42 * abs(2 * share - 1)
-    return Cell(_percent(share), "number", style=f"background:rgba({color},{depth:.2f})")
-
-
-def _span(numbers: Sequence[float], text: Callable[[float], str]) -> str:
-    return " to ".join(dict.fromkeys((text(min(numbers)), text(max(numbers)))))
-
-
-def _percent(share: float) -> str:
-    """Never 100 % or 0 % unless it is exactly so."""
-    if 0 < share < 0.001:
-        return "< 0.1 %"
-    if 0.999 < share < 1:
-        return "> 99.9 %"
-    return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.1f} %"
+    return Cell(percent(share), "number", style=f"background:rgba({color},{depth:.2f})")
 
 
 def _number(value: float) -> str:
