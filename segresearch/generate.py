@@ -280,6 +280,6 @@ def save_grid(run: Run) -> Path:
         record["generate"] = config_record(config, OF_A_CALL)  # not compared: it names folders
         cell = config.grid.cell or cell_height(blocks[0].paths[0][0])
         save_png(draw_grid(blocks, title, note, cell, config.grid.across), path, record)
-    made = {"run": run.folder.name, "model": f"{config.model.name}, {config.model.dtype}"}
-    runs.write(run.folder / PAGE, image_page.page(run.panels, run.folder, title, note, made, limit))
+    facts = {"run": run.folder.name, "model": f"{config.model.name}, {config.model.dtype}"}
+    runs.write(run.folder / PAGE, image_page.page(run.panels, run.folder, title, note, facts, limit))
     return path

@@ -79,10 +79,13 @@ def _named(seeds: Sequence[int]) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
-def page(panels: Sequence[PanelFiles], folder: Path, title: str, note: str, made: Mapping[str, str], limit: int) -> str:
-    """The page of a run in `folder`. note: what is the same for all images. made: how, by name. limit: rows shown."""
+def page(
+    panels: Sequence[PanelFiles], folder: Path, title: str, note: str, facts: Mapping[str, str], limit: int
+) -> str:
+    """The page of a run in `folder`. note: what is the same for all images. facts: how they were made, by
+    name. limit: rows shown."""
     tables = [_table(files, folder, limit) for files in panels]
-    return render(title, [note], "images", panels=tables, made=made)
+    return render(title, [note], "images", panels=tables, facts=facts)
 
 
 def _table(files: PanelFiles, folder: Path, limit: int) -> dict[str, Any]:

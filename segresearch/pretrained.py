@@ -75,8 +75,8 @@ def read_tensors(file: Path, published: str) -> dict[str, Tensor]:
 def hub_file(repo: str, file: str, path: str | Path | None = None, more: str = "") -> Path:
     """A file of a repository of the hub: at `path`, or in that folder; None looks in the hub's cache. more: other files
     to fetch with it. CheckpointError names the file and the command that fetches it."""
-    found = Path(path).expanduser() if path else try_to_load_from_cache(repo, file)
-    at = Path(found) if isinstance(found, str | Path) else None
+    place = Path(path).expanduser() if path else try_to_load_from_cache(repo, file)
+    at = Path(place) if isinstance(place, str | Path) else None
     at = at / file if at is not None and at.is_dir() else at
     if at is None or not at.is_file():
         fetch = f"fetch it once with: hf download {repo} {file}{more}"

@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 def lines(out: str | Path) -> list[Line]:
     """All runs in `out`, the newest first. A folder whose config cannot be read is left out."""
-    found = []
+    index = []
     for path in Path(out).glob("*/*/config.yaml"):
         if path.parent.parent.name in runs.RESERVED:
             continue
@@ -38,8 +38,8 @@ def lines(out: str | Path) -> list[Line]:
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError):
             continue
         opened = next((name for name in SHOWN if (path.parent / name).is_file()), "")
-        found.append(Line(path.parent.parent.name, path.parent.name, words, written, opened))
-    return sorted(found, key=lambda line: (-line.written, line.name, line.folder))
+        index.append(Line(path.parent.parent.name, path.parent.name, words, written, opened))
+    return sorted(index, key=lambda line: (-line.written, line.name, line.folder))
 
 
 def caption(config: Mapping[str, Any]) -> str:
@@ -60,12 +60,12 @@ def _method(guidance: Mapping[str, Any]) -> str:
     return str(guidance.get("label") or " + ".join(terms) or "no guidance")
 
 
-def table(found: list[Line]) -> tuple[list[Cell], list[list[Cell]]]:
+def table(index: list[Line]) -> tuple[list[Cell], list[list[Cell]]]:
     """Head and rows; the words lead to the run."""
     rows = [
         [Cell(line.name), Cell(line.words, "run", href=f"{line.name}/{line.folder}/{line.opened}"),
          Cell(time.strftime("%Y-%m-%d %H:%M", time.localtime(line.written))), Cell(line.folder, "quiet wide")]
-        for line in found
+        for line in index
     ]  # fmt: skip
     return [Cell("experiment"), Cell("run"), Cell("written"), Cell("folder", "wide")], rows
 

@@ -58,8 +58,8 @@ def encode_conds(
     as of `sd.encode`."""
     conds = sd.encode(prompts, negative, size, settings)
     makers = {n: make for n, make in getattr(model, "inner", model).conditionings.items() if hasattr(make, "encode")}
-    made = {name: make.encode(sd, prompts, negative, size, settings) for name, make in makers.items()}
-    return equal_lengths(conds | made)
+    others = {name: make.encode(sd, prompts, negative, size, settings) for name, make in makers.items()}
+    return equal_lengths(conds | others)
 
 
 @torch.no_grad()

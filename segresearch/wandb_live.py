@@ -92,8 +92,8 @@ class _Mirror:
             finally:
                 kill(self.process)
             if self.message:
-                said = (Path(self.temporary.name) / "log").read_text(errors="replace").split("\n")
-                reason = next((f" ({line.strip()[:150]})" for line in reversed(said) if line.strip()), "")
+                lines = (Path(self.temporary.name) / "log").read_text(errors="replace").split("\n")
+                reason = next((f" ({line.strip()[:150]})" for line in reversed(lines) if line.strip()), "")
                 print(f"wandb: progress: {self.message[:200]}{reason}; the run itself goes on", file=sys.stderr)
 
 

@@ -272,6 +272,21 @@ def test_more_pictures_and_other_metrics_keep_what_is_there(config, base, whole,
     assert contents(config.out) == contents(base.out)
 
 
+def test_a_run_may_begin_at_another_image_whose_shard_it_shares(config, base, whole, model):
+    """Image 1 is what it is in a run from image 0 on; the first shard of a run holds the cost."""
+    later = dataclasses.replace(config, first=1, images=2, n_examples=1, keep=1)
+    run = evaluate(later, model, Worker())
+    assert run.sampled == 4 and run.folder.name != whole.folder.name
+    for rows in ("0000001-0000002", "0000002-0000003"):
+        kept = shards.producers(shard(config, rows))
+        assert ("images" in kept, "cost" in kept) == (rows.startswith("0000001"),) * 2
+    one = "0000001-0000002"
+    assert (shards.load(shard(config, one), "images") == shards.load(shard(base, one), "images")).all()
+    page = (run.folder / "index.html").read_text()
+    assert "N = 2 images a method of seeds 1 to 2" in page and page.count("<img") == 1 + METHODS
+    assert run.result.frame["SEG", "cost"].value == whole.result.frame["SEG", "cost"].value
+
+
 def test_runs_that_measure_something_else_have_folders_of_their_own_and_share_pictures(config, model):
     one = evaluate(config, model, Worker())
     kept = contents(one.folder)

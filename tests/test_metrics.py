@@ -105,6 +105,10 @@ def test_precision_and_recall_of_identical_and_of_distant_sets():
     x = normal(50, 6)
     assert precision_recall(x, shuffled(x)) == (1, 1)
     assert precision_recall(x, x + 1000) == (0, 0)
+    for seed in range(8):  # what lies on the edge of a ball is in it, however a product of matrices is rounded
+        y = 100 + 3 * normal(51 + 7 * seed, 37, seed=seed)
+        density, coverage = density_coverage(y, y, 5)
+        assert (density, coverage) == (pytest.approx(6 / 5, abs=1e-9), 1)
 
 
 def test_precision_falls_with_stray_pictures_and_recall_with_a_lost_mode():

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 from helpers import composed
 
-from segresearch.config import EvaluateConfig, GuidanceConfig, typed
+from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir, typed
 from segresearch.config.sweep import at_scale, swept
 from segresearch.errors import ConfigError
 from segresearch.evaluation import ranking, ranking_plots
@@ -61,6 +62,33 @@ def test_the_baseline_stays_and_every_other_method_has_every_factor():
 def test_factors_that_make_no_sweep_are_refused(scales):
     with pytest.raises(ConfigError, match="sweep.scales"):
         composed(f"sweep.scales={scales}", "experiment=methods", name="evaluate", kind=EvaluateConfig)
+
+
+def test_a_named_method_has_its_one_factor():
+    named = {"none": guidance(), "SEG": guidance(terms={"seg": SEG}), "CFG": guidance(terms={"cfg": CFG})}
+    found = swept(named, (0.5, 1.0), {"SEG": 0.5})
+    assert list(found) == ["none", "SEG ×0.5", "CFG ×0.5", "CFG"]
+    assert found["SEG ×0.5"].guidance.terms["seg"].scale == 1 and found["SEG ×0.5"].factor == 0.5
+    with pytest.raises(ConfigError, match=r"sweep\.at: 'SEGG' is no method here; did you mean SEG\? \(SEG, CFG\)"):
+        swept(named, (1.0, 2.0), {"SEGG": 0.5})
+    with pytest.raises(ConfigError, match="at: .*none of the factors can be 0"):
+        composed("sweep={scales:[1,2],at:{SEG:0}}", name="evaluate", kind=EvaluateConfig)
+
+
+def test_chosen_scales_are_those_of_the_page_and_are_measured_on_other_images(spec, frame):
+    config = composed("experiment=methods_again", "images=9", name="evaluate", kind=EvaluateConfig)
+    again = evaluation_spec(config)
+    page = (conf_dir().parent / "docs" / "effects.md").read_text()
+    (best,) = re.findall(r"<!-- methods: begin -->(.*?)<!-- methods: end -->", page, re.S)
+    assert set(again.methods) == {line.split(" | ")[0][2:] for line in best.strip().splitlines()[4:]}
+    assert again.ranges[0].start >= 300  # images that did not choose
+    chosen = {name: one for name, one in spec.sweep.items() if name in ("vanilla", "PAG 1", "SAG 0.75")}
+    alone = dataclasses.replace(spec, sweep=chosen, methods={name: spec.methods[name] for name in chosen})
+    ranked = ranking.ranking(alone, frame)
+    assert ranking.one_scale(ranked) and not ranking.one_scale(ranking.ranking(spec, frame))
+    assert "at their one scale: PAG 1 (1 of 2)" in ranking.headline(alone, frame, ranked)[1]
+    figures = ranking_plots.draw_ranking(alone, frame, ranked, "here")
+    assert "scales" not in figures and "one scale" in figures["ranking"].texts[0].get_text()
 
 
 EXPERIMENTS = [("methods", 64), ("methods_text", 85), ("methods_cfg", 98), ("methods_control", 64)]

@@ -43,21 +43,25 @@ Cells = Mapping[tuple[str, str], Mapping[str, str]]  # rows of metrics.csv, by m
 @dataclass(frozen=True)
 class Part:
     """One evaluation: its name on the page and its overrides. rank: one row a method, at its best scale, the lowest
-    distance first. columns: metrics of the table, in place of all of COLUMNS that were measured."""
+    distance first. columns: metrics of the table, in place of all of COLUMNS that were measured. images: of a setting,
+    in place of --count."""
 
     name: str
     overrides: tuple[str, ...]
     rank: bool = False
     columns: tuple[str, ...] = tuple(COLUMNS)
+    images: int | None = None
 
     def command(self, count: int) -> list[str]:
-        return [*self.overrides, "preset=quick", f"images={count}"]
+        return [*self.overrides, "preset=quick", f"images={self.images or count}"]
 
 
 SHORT = ("fd-mini", "fd_to_baseline-mini", "precision-mini", "recall-mini", "distance-mini", "sharpness",
          "objects_held", "pairs_held", "text_alignment-mini", "objects", "exact", "cost")  # fmt: skip
 PARTS = (
     Part("methods", ("experiment=methods",), rank=True, columns=SHORT),
+    Part("methods_again", ("experiment=methods_again",), rank=True, columns=SHORT, images=1000),
+    Part("methods_text", ("experiment=methods_text",), rank=True, columns=SHORT),
     Part("branches", ("experiment=branches", "diagnostics.images=100", "diagnostics.scenes=100"), columns=SHORT),
     Part("fig6", ("experiment=fig6",)),
     Part("fig15", ("experiment=fig15",)),
@@ -175,6 +179,12 @@ def replaced(text: str, name: str, lines: Sequence[str]) -> str:
     return marks.written(text, {name: "\n".join(lines)})
 
 
+def begun(text: str) -> list[str]:
+    """The part of this name, else those whose names begin so."""
+    names = [part.name for part in PARTS]
+    return [text] if text in names else [name for name in names if name.startswith(text)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=300, help="images per setting")
@@ -187,7 +197,7 @@ def main() -> None:
     torch.set_num_threads(1)
     page, figures = args.docs / "effects.md", args.docs / "effects"
     figures.mkdir(parents=True, exist_ok=True)
-    parts = [p for p in PARTS if args.only is None or any(p.name.startswith(o) for o in args.only)]
+    parts = [p for p in PARTS if args.only is None or any(p.name in begun(o) for o in args.only)]
     if not parts:
         parser.error(f"no part begins with {args.only}; there are {', '.join(p.name for p in PARTS)}")
     if args.only is None:

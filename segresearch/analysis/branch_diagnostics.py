@@ -199,7 +199,7 @@ class Diagnosis:
     def numbers(self) -> list[Number]:
         """Every estimate, in the order of methods and steps, and the chance of `near` at each site. Where a method adds
         nothing to any image there is none."""
-        found = []
+        estimates = []
         idle = {(method, step) for (method, _, quantity, step), shares in self.shares.items()
                 if quantity == "rms" and estimate(shares).value == 0}  # fmt: skip
         for (method, site, quantity, step), shares in self.shares.items():
@@ -207,14 +207,14 @@ class Diagnosis:
                 continue
             *numbers, count = estimate(shares)
             value, error = (None if math.isnan(x) else float(f"{x:.6g}") for x in numbers)
-            found.append(Number(method, site, quantity, step, float(self.sigmas[step]), value, error, count))
+            estimates.append(Number(method, site, quantity, step, float(self.sigmas[step]), value, error, count))
         for site, grid in self.grids.items():
             chances = {"tokens": float(grid[0] * grid[1]), "near_chance": float(f"{near_chance(grid):.6g}")}
-            found += [Number("", site, name, step, float(self.sigmas[step]), value, None, 0)
+            estimates += [Number("", site, name, step, float(self.sigmas[step]), value, None, 0)
                       for step in self.steps for name, value in chances.items()]  # fmt: skip
         order = {name: i for i, name in enumerate(["", *(s.name for s in self.subjects)])}
         places = {site: i for i, site in enumerate(["", *self.sd.unet.sites])}
-        return sorted(found, key=lambda n: (order[n.method], places[n.site], n.step))
+        return sorted(estimates, key=lambda n: (order[n.method], places[n.site], n.step))
 
 
 @dataclass(frozen=True)

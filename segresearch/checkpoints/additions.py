@@ -167,6 +167,6 @@ def _resolve(name: str, kind: str, file: str) -> Path:
         return folder / file
     weights = sorted(folder.glob("*.safetensors"))
     if len(weights) != 1:
-        found = f"{len(weights)} .safetensors files" if weights else "no .safetensors file"
-        raise CheckpointError(f"{folder}: {found} there: give the {kind}'s own file")
+        count = f"{len(weights)} .safetensors files" if weights else "no .safetensors file"
+        raise CheckpointError(f"{folder}: {count} there: give the {kind}'s own file")
     return folder if (folder / "adapter_config.json").is_file() else weights[0]

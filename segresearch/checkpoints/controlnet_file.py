@@ -96,7 +96,7 @@ def sizes(shapes: Shapes, unet: EncoderConfig) -> dict[str, Any]:
     projections = [len(shape) for key, shape in shapes.items() if key.endswith("proj_in.weight")]
     image = "controlnet_cond_embedding"
     steps = range(1, span(shapes, rf"{image}\.blocks\.(\d+)\."), 2)
-    found = {
+    facts = {
         "in_channels": shapes["conv_in.weight"][1],
         "block_out_channels": widths,
         "layers_per_block": tuple(span(shapes, rf"down_blocks\.{i}\.resnets\.(\d+)\.") for i in levels),
@@ -110,7 +110,7 @@ def sizes(shapes: Shapes, unet: EncoderConfig) -> dict[str, Any]:
             shapes[f"{image}.conv_in.weight"][0], *(shapes[f"{image}.blocks.{i}.weight"][0] for i in steps)
         ),
     }  # fmt: skip
-    return found | added_sizes(shapes.get("add_embedding.linear_1.weight"), unet)
+    return facts | added_sizes(shapes.get("add_embedding.linear_1.weight"), unet)
 
 
 def added_sizes(embedding: tuple[int, ...] | None, unet: EncoderConfig) -> dict[str, Any]:
@@ -129,9 +129,9 @@ def original_sizes(entries: Mapping[str, Entry], hints: list[int], unet: Encoder
     channels = entries["input_blocks.0.0.weight"].shape[1]
     widths = (image[0], *image[2::2])  # of conv_in, then of each convolution that halves the image
     added = entries.get("label_emb.0.0.weight")
-    found = {"in_channels": channels, "conditioning_embedding_out_channels": widths}
-    found |= added_sizes(added and added.shape, unet)
-    return found | ({"cross_attention_dim": max(texts)} if texts else {})
+    facts = {"in_channels": channels, "conditioning_embedding_out_channels": widths}
+    facts |= added_sizes(added and added.shape, unet)
+    return facts | ({"cross_attention_dim": max(texts)} if texts else {})
 
 
 def original_map(config: ControlNetConfig, hints: list[int], prefix: str) -> Any:

@@ -34,13 +34,13 @@ def file_scheduler(path: Path, entries: Mapping[str, Entry], metadata: Mapping[s
         stored = [read_numbers(entries[key]) if key in entries else () for key in EDM_V]
         low, high = ([*values, usual][0] for values, usual in zip(stored, EDM_V.values(), strict=True))
         return edm("EDMEulerScheduler", "v_prediction", 1.0, (low, high)) | {"sigma_schedule": "exponential"}
-    said = {"its key v_pred": "v_prediction"} if "v_pred" in entries else {}
-    said |= _yaml(path.with_suffix(".yaml")) | _metadata(metadata)
-    if len(set(said.values())) > 1:
-        sides = ", ".join(f"{place} says {prediction}" for place, prediction in said.items())
-        taken = f"{next(iter(said.values()))} is taken; prediction= (model.prediction) decides otherwise"
+    predictions = {"its key v_pred": "v_prediction"} if "v_pred" in entries else {}
+    predictions |= _yaml(path.with_suffix(".yaml")) | _metadata(metadata)
+    if len(set(predictions.values())) > 1:
+        sides = ", ".join(f"{place} says {prediction}" for place, prediction in predictions.items())
+        taken = f"{next(iter(predictions.values()))} is taken; prediction= (model.prediction) decides otherwise"
         warnings.warn(f"{path}: {sides}: {taken}", stacklevel=2)
-    prediction = next(iter(said.values()), None) or _guessed(path, entries)
+    prediction = next(iter(predictions.values()), None) or _guessed(path, entries)
     zero = "ztsnr" in entries or metadata.get("ss_zero_terminal_snr", "").lower() in TRUE
     facts: dict[str, Any] = {} if prediction is None else {"prediction_type": prediction}
     if zero:
@@ -91,5 +91,5 @@ def _yaml(path: Path) -> dict[str, str]:
     scaling = re.search(r"^[^#\n]*\bdenoiser_scaling\.(\w+)", text, re.MULTILINE)
     if word is None and scaling is None:
         return {}
-    said = _prediction(word[1].lower()) if word else SCALINGS.get(scaling[1], scaling[1]) if scaling else ""
-    return {f"{path.name} beside it": said}
+    prediction = _prediction(word[1].lower()) if word else SCALINGS.get(scaling[1], scaling[1]) if scaling else ""
+    return {f"{path.name} beside it": prediction}

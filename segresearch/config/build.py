@@ -119,7 +119,7 @@ def build_guidance(config: GuidanceConfig, model: Any, post: Sequence[Callable[.
     if config.ip_adapter is not None:
         for name, prompt in build_image_prompts(config.ip_adapter, model).items():
             every[name] = (*prompt, *every.get(name, ()))
-    made = {
+    makers = {
         name: build_custom(maker, f"guidance.conditionings.{name}", "conds, sigma, keys")
         for name, maker in config.conditionings.items()
     }
@@ -127,7 +127,7 @@ def build_guidance(config: GuidanceConfig, model: Any, post: Sequence[Callable[.
     guided = GuidedDenoiser(
         getattr(model, "denoiser", model), terms, config.base, config.rescale,
         [*filter(None, [config.apg]), *own_post, *post],
-        every=every, conditionings=made, networks=build_networks(config, model),
+        every=every, conditionings=makers, networks=build_networks(config, model),
     )  # fmt: skip
     if config.zigzag is not None:
         return ZSampling(guided, config.zigzag.base, config.zigzag.interval or EVERYWHERE)

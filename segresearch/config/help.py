@@ -61,15 +61,15 @@ def meanings(name: str) -> dict[str, str]:
     """Every key of conf/`name`.yaml that has a comment there, with the comment."""
     text = (conf_dir() / f"{name}.yaml").read_text(encoding="utf-8").partition("\nhydra:")[0]
     keys: list[str] = []
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for line in text.splitlines():
         if not (parts := re.match(r"( *)(\w+):(?: +[^#]*| *)(?:# (.*))?$", line)):
             continue
         indent, key, meaning = len(parts[1]), parts[2], parts[3]
         keys = [*keys[: indent // 2], key]
         if meaning and keys[0] != "defaults":
-            found[".".join(keys)] = meaning
-    return found
+            comments[".".join(keys)] = meaning
+    return comments
 
 
 def settings(name: str) -> str:

@@ -341,11 +341,15 @@ class DiagnosticsConfig(Record):
 
 @dataclass(frozen=True)
 class SweepConfig(Record):
-    """Every method but the baseline at several scales: its own times each of `scales` (`config.sweep`)."""
+    """Every method but the baseline at several scales: its own times each of `scales` (`config.sweep`). at: by name the
+    one factor of a method in their place, such as the best of an earlier sweep."""
 
     scales: tuple[NonNegative, ...] = (0.5, 1.0, 2.0)
+    at: dict[str, NonNegative] = field(default_factory=dict, metadata=LATER)
 
     def __post_init__(self) -> None:
+        if 0 in self.at.values():
+            raise ConfigError(f"at: {self.at}: none of the factors can be 0")
         if len(self.scales) < 2 or len(set(self.scales)) < len(self.scales) or 0 in self.scales:
             raise ConfigError(f"scales: {list(self.scales)}: give two different factors at least, none of them 0")
 
@@ -359,6 +363,7 @@ class EvaluateConfig(RunConfig):
     name: str = "evaluate"
     compare: tuple[GuidanceConfig, ...] = ()
     images: Count = 1000
+    first: Whole = field(default=0, metadata=LATER)
     shard: Count = 100
     keep: Annotated[int, within(0, whole=True)] | None = None
     features: tuple[Literal["mini", "inception", "dinov2", "clip"], ...] = ("mini",)

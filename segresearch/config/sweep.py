@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from segresearch.config.schema import CFGTerm, GuidanceConfig
+from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError
 
 
@@ -17,22 +18,29 @@ class Swept(NamedTuple):
     factor: float | int = 1.0
 
 
-def swept(methods: Mapping[str, GuidanceConfig], factors: Sequence[float | int]) -> dict[str, Swept]:
+def swept(
+    methods: Mapping[str, GuidanceConfig], factors: Sequence[float | int], at: Mapping[str, float | int] | None = None
+) -> dict[str, Swept]:
     """`methods` by name, all but the first (the baseline) once for each factor: "PAG ×0.5", "PAG", "PAG ×2".
 
-    A method without a scale (a post-processor of plain CFG has that of the CFG) stays once. ConfigError where two come
-    to have one name.
+    at: by the name of a method the one factor that it has in place of these. A method without a scale (a
+    post-processor of plain CFG has that of the CFG) stays once. ConfigError where two come to have one name, and for
+    a factor of no method.
     """
-    found: dict[str, Swept] = {}
+    at, known = at or {}, list(methods)[1:]
+    for name in (name for name in at if name not in known):
+        raise ConfigError(f"sweep.at: {name!r} is no method here{nearest(name, known)} ({', '.join(known)})")
+    sweep: dict[str, Swept] = {}
     for number, (name, guidance) in enumerate(methods.items()):
-        scaled = {} if not number else {factor: at_scale(guidance, factor) for factor in sorted(factors)}
+        own = [at[name]] if name in at else sorted(factors)
+        scaled = {} if not number else {factor: at_scale(guidance, factor) for factor in own}
         versions = {factor: one for factor, one in scaled.items() if one is not None} or {1.0: guidance}
         for factor, one in versions.items():
             label = name if factor == 1 else f"{name} ×{factor:g}"
-            if label in found:
+            if label in sweep:
                 raise ConfigError(f"sweep: two methods would be called {label!r}; give one of them another label")
-            found[label] = Swept(replace(one, label=label), name, factor)
-    return found
+            sweep[label] = Swept(replace(one, label=label), name, factor)
+    return sweep
 
 
 def at_scale(guidance: GuidanceConfig, factor: float | int) -> GuidanceConfig | None:

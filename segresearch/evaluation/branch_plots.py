@@ -73,10 +73,10 @@ def _style(methods: Methods, name: str) -> dict[str, Any]:
 
 
 def _levels(question: Question, numbers: Sequence[Number], methods: Methods, where: str) -> Figure:
-    found = rows_of(question, numbers)
-    quantities = [q for q in question.labels if any(row.quantity == q for row in found)]
-    names = list(dict.fromkeys(row.name for row in found))
-    sigmas = {step: n.sigma for row in found for step, some in row.by_step.items() for n in some}
+    table = rows_of(question, numbers)
+    quantities = [q for q in question.labels if any(row.quantity == q for row in table)]
+    names = list(dict.fromkeys(row.name for row in table))
+    sigmas = {step: n.sigma for row in table for step, some in row.by_step.items() for n in some}
     bars = "from the lowest to the highest site" if question.sites else "one standard error over images"
     levels = ", ".join(f"{sigmas[step]:.3g}" for step in sorted(sigmas))
     caption = (
@@ -88,7 +88,7 @@ def _levels(question: Question, numbers: Sequence[Number], methods: Methods, whe
     figure = canvas(0.3 + -(-len(quantities) // across) * (0.75 + row * len(names)), question.title, caption)
     for axis, quantity in zip(_panels(figure, len(quantities), across), quantities, strict=True):
         signed = quantity in ("common", "cosine", "best_scale")
-        _dots(axis, [r for r in found if r.quantity == quantity], names, sorted(sigmas), methods, signed)
+        _dots(axis, [r for r in table if r.quantity == quantity], names, sorted(sigmas), methods, signed)
         if signed:
             axis.axvline(0, color=INK, linewidth=0.8)
         label(axis, x=textwrap.fill(question.labels[quantity], 28 if across == 2 else 60), grid="x")
@@ -110,10 +110,10 @@ def _depth(i: int, count: int) -> float:
 
 
 def _dots(
-    axis: Any, found: Sequence[Row], names: Sequence[str], steps: Sequence[int], methods: Methods, signed: bool
+    axis: Any, table: Sequence[Row], names: Sequence[str], steps: Sequence[int], methods: Methods, signed: bool
 ) -> None:
     points = []  # place, value, lower and upper end, style, depth
-    for row in found:
+    for row in table:
         for i, step in enumerate(steps):
             some = [n for n in row.by_step.get(step, []) if n.value is not None]
             if not some:

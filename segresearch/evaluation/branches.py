@@ -165,18 +165,18 @@ class Row(NamedTuple):
 
 def rows_of(question: Question, numbers: Numbers) -> list[Row]:
     """The rows of a question: for each method, or where they are of attention alone for each group of sites."""
-    found: dict[tuple[str, str], dict[int, list[Number]]] = {}
+    by_row: dict[tuple[str, str], dict[int, list[Number]]] = {}
     if question.key == "attention":
         for name, sites in site_groups(numbers).items():
             for quantity in question.labels:
                 for number in (n for n in numbers if n.quantity == quantity and not n.method and n.site in sites):
-                    found.setdefault((name, quantity), {}).setdefault(number.step, []).append(number)
+                    by_row.setdefault((name, quantity), {}).setdefault(number.step, []).append(number)
     else:
         for number in (n for n in numbers if n.method and n.quantity in question.labels):
-            found.setdefault((number.method, number.quantity), {}).setdefault(number.step, []).append(number)
+            by_row.setdefault((number.method, number.quantity), {}).setdefault(number.step, []).append(number)
     order = [*question.labels]
-    names = list(dict.fromkeys(name for name, _ in found))
-    return [Row(*key, found[key]) for key in sorted(found, key=lambda k: (names.index(k[0]), order.index(k[1])))]
+    names = list(dict.fromkeys(name for name, _ in by_row))
+    return [Row(*key, by_row[key]) for key in sorted(by_row, key=lambda k: (names.index(k[0]), order.index(k[1])))]
 
 
 def site_groups(numbers: Numbers) -> dict[str, tuple[str, ...]]:

@@ -113,10 +113,10 @@ def write(overview: Overview, out: str | Path = "runs") -> list[Path]:
 
 def _words(run: Run) -> str:
     """A run in a few words: its model, sampler and number of images."""
-    said = [str(run.settings.get(key) or "") for key in ("model.name", "sampler.name")]
+    parts = [str(run.settings.get(key) or "") for key in ("model.name", "sampler.name")]
     images = max((int(run.frame[method, "n"].value or 0) for method in run.frame.methods), default=0)
     forced = "force=true" if run.settings.get("force") else ""
-    return ", ".join(filter(None, [*said, f"{images} images" * bool(images), forced])) or run.folder
+    return ", ".join(filter(None, [*parts, f"{images} images" * bool(images), forced])) or run.folder
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

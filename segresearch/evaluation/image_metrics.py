@@ -213,8 +213,8 @@ def _held() -> ImageMetric:
     classifier = load_part("mini", "attributes", AttributeClassifier)
 
     def count(samples: Samples) -> Tensor:
-        found = classify(classifier, samples.images)
-        return torch.stack([found.count, found.pairs.sum((1, 2))], dim=1).float()  # -> (b, 2)
+        content = classify(classifier, samples.images)
+        return torch.stack([content.count, content.pairs.sum((1, 2))], dim=1).float()  # -> (b, 2)
 
     return ImageMetric("held", digest([1, fingerprint(resolve_model("mini") / "attributes")]), count, HELD)
 

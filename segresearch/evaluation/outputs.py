@@ -70,18 +70,19 @@ def examples(spec: EvaluationSpec, run: str, methods: Sequence[str]) -> dict[str
     """Of each of these methods the images of the first seeds. run: the name of the run's folder."""
     config, model = spec.config, resolve_model(spec.config.model.path)
     shared = run_record(config, runs.fingerprint(model), run)
-    seeds = range(min(config.n_examples, config.images))
-    control_images = [spec.controls[i] if spec.controls else () for i in seeds]
-    identified = identify_controls(config.controls, control_images, model)
-    controls, texts = [control_records(identified, row) for row in control_images], spec.texts(seeds)
-    starts = [spec.inits[i] if spec.inits else () for i in seeds]
-    init = identify_init(config.init, starts)
+    seeds = spec.numbers[: config.n_examples]
+    control_images = {i: spec.controls[i] if spec.controls else () for i in seeds}
+    identified = identify_controls(config.controls, list(control_images.values()), model)
+    controls = {i: control_records(identified, row) for i, row in control_images.items()}
+    texts = dict(zip(seeds, spec.texts(seeds)))
+    starts = {i: spec.inits[i] if spec.inits else () for i in seeds}
+    init = identify_init(config.init, list(starts.values()))
     shown: dict[str, list[Example]] = {method: [] for method in methods}
     for method in methods:
         guidance = spec.methods[method]
         for path, rows in ((spec.shard(method, rows), rows) for rows in spec.ranges if rows.start in seeds):
             sampled = {**shared, **shards.header(path)["versions"]}
-            for i, pixels in zip(seeds[rows.start : rows.stop], shards.load(path, IMAGES)):
+            for i, pixels in zip(rows[: seeds.stop - rows.start], shards.load(path, IMAGES)):
                 negative = spec.negatives[i % len(spec.negatives)] if spec.negatives else config.negative
                 image = {"prompt": texts[i], "negative": negative, "seed": i, **controls[i]}
                 image |= init.record(starts[i])
@@ -107,8 +108,8 @@ def page(spec: EvaluationSpec, result: Result, figures: Sequence[Shown], run: st
         rows=[[_shown(*image) for image in row] for row in zip(*images.values(), strict=True)],
         sampled_by=sampled_by(spec), branches=branch_sections(result, {one.name: one for one in figures}, names),
         ranking=marked(ranking.ranking_table(spec, frame, ranked), names) if ranked else [],
-        headline=ranking.headline(spec, frame, ranked), protocol=ranking.protocol(spec),
-        settings=marked(ranking.settings_table(spec), names),
+        headline=ranking.headline(spec, frame, ranked), single=ranking.one_scale(ranked),
+        protocol=ranking.protocol(spec), settings=marked(ranking.settings_table(spec), names),
     )  # fmt: skip
 
 

@@ -72,8 +72,8 @@ def draw(spec: EvaluationSpec, result: Result) -> dict[str, Figure]:
 def to_baseline(frame: Frame) -> tuple[dict[str, Number], dict[str, Number], str]:
     """Of each method the first Fréchet distance less the baseline's, its paired error, and the name of the axis."""
     fd = frame.metrics("fd")[0]
-    found = {m: frame[m, f"fd_to_baseline-{fd.features}"] for m in frame.methods}
-    values, errors = ({m: getattr(row, key) or 0.0 for m, row in found.items()} for key in ("value", "error"))
+    differences = {m: frame[m, f"fd_to_baseline-{fd.features}"] for m in frame.methods}
+    values, errors = ({m: getattr(row, key) or 0.0 for m, row in differences.items()} for key in ("value", "error"))
     return values, errors, f"{fd.head} − that of “{frame.methods[0]}”"
 
 

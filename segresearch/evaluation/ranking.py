@@ -36,6 +36,11 @@ class Ranked:
         return self.scales.get(1.0)
 
 
+def one_scale(ranked: Sequence[Ranked]) -> bool:
+    """Whether no method has a second scale, so that none is the best of several."""
+    return all(len(one.scales) == 1 for one in ranked)
+
+
 def ranking(spec: EvaluationSpec, frame: Frame) -> list[Ranked]:
     """All methods but the baseline, the lowest Fréchet distance first; () without a sweep or a distance."""
     if not spec.sweep or not frame.metrics("fd"):
@@ -45,13 +50,13 @@ def ranking(spec: EvaluationSpec, frame: Frame) -> list[Ranked]:
     for name, one in spec.sweep.items():
         if name != spec.baseline:
             families.setdefault(one.of, {})[one.factor] = name
-    found = []
+    best_of_each = []
     for name, scales in families.items():
         ordered = dict(sorted(scales.items()))
         best = min(ordered, key=lambda factor: _value(frame, ordered[factor], fd.name))  # noqa: B023
         within = [_within(frame[ordered[factor], f"fd_to_own_best-{fd.features}"]) for factor in ordered]
-        found.append(Ranked(name, ordered, best, _span([*ordered], within, best)))
-    return sorted(found, key=lambda ranked: _value(frame, ranked.at_best, fd.name))
+        best_of_each.append(Ranked(name, ordered, best, _span([*ordered], within, best)))
+    return sorted(best_of_each, key=lambda ranked: _value(frame, ranked.at_best, fd.name))
 
 
 def _value(frame: Frame, method: str, metric: str) -> float:
@@ -87,11 +92,12 @@ def headline(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked]) -> li
     ends = [one.name for one in ranked if len(one.scales) > 1 and one.best == max(one.scales)]
     scale = scale_text(spec.methods[first.at_best])
     best = f"{first.name}{f' at scale {scale}' if scale else ''}: {fd.head} {of_first} relative to {base}"
+    chosen, tried = ("one scale", "") if one_scale(ranked) else ("best scale", " at every scale tried")
     lines = [
         f"The lowest distance has {best}. "
         + (f"Within two errors of it: {_list(like)}." if like else "No other method is within two errors of it."),
-        f"Better than {base} by more than two errors at their best scale: {_list(better)} ({len(better)} of "
-        f"{len(ranked)}). Worse by more than two errors at every scale tried: {_list(worse)} ({len(worse)}).",
+        f"Better than {base} by more than two errors at their {chosen}: {_list(better)} ({len(better)} of "
+        f"{len(ranked)}). Worse by more than two errors{tried}: {_list(worse)} ({len(worse)}).",
     ]  # fmt: skip
     if ends:
         lines.append(f"Best at the largest scale tried, so that a larger one may be better: {_list(ends)}.")
@@ -161,7 +167,8 @@ def protocol(spec: EvaluationSpec) -> list[tuple[str, str]]:
     options = ", ".join(f"{key}={value}" for key, value in config.sampler.options.items())
     texts = "none" if not any(spec.prompts) else config.prompts if isinstance(config.prompts, str) else "a list"
     return [
-        ("images of each setting", f"{config.images}, from the same noise: image i has seed i, prompt i"),
+        ("images of each setting", f"{config.images}{spec.seeds_text()}, from the same noise: image i has seed i, "
+                                   "prompt i"),
         ("sampler", f"{config.sampler.name}{f' ({options})' if options else ''}, {config.steps} steps, schedule "
                     f"{config.schedule.name}{'' if config.schedule.rho is None else f', rho {config.schedule.rho:g}'}"),
         ("model", f"{config.model.name}, networks in {config.model.dtype}"),
@@ -184,8 +191,8 @@ def settings_table(spec: EvaluationSpec) -> list[list[Cell]]:
         seen.add(one.of)
         guidance = spec.methods[name]
         places, levels = _places(guidance)
-        made = describe(guidance)
-        lines.append([Cell(one.of, "method"), Cell(made), Cell(places or "–"), Cell(levels or "all")])
+        formula = describe(guidance)
+        lines.append([Cell(one.of, "method"), Cell(formula), Cell(places or "–"), Cell(levels or "all")])
     return lines
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from segresearch.evaluation.frame import Frame
 from segresearch.evaluation.plots import ROW
-from segresearch.evaluation.ranking import Ranked, metric_of
+from segresearch.evaluation.ranking import Ranked, metric_of, one_scale
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.image_grid import INK, QUIET
 from segresearch.method_looks import line
@@ -32,7 +32,9 @@ def draw_ranking(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], w
     titles = {"cost": "Quality against cost", f"recall-{fd.features}": "Quality against variety"}
     titles |= {distance.name: "Quality against change"} if distance else {}
     titles |= {agreement.name: "Quality against agreement"} if agreement else {}
-    figures = {"ranking": _ranking(spec, frame, ranked, where), "scales": _scales(spec, frame, ranked, where)}
+    figures = {"ranking": _ranking(spec, frame, ranked, where)}
+    if not one_scale(ranked):
+        figures["scales"] = _scales(spec, frame, ranked, where)
     for metric, text in axes.items():
         if any(frame[one.at_best, metric].value is not None for one in ranked):
             name = f"tradeoff_{metric.partition('-')[0]}"
@@ -67,13 +69,17 @@ def _ends(frame: Frame, ranked: Sequence[Ranked]) -> tuple[float, float]:
 
 
 def _ranking(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where: str) -> Figure:
-    caption = (
-        f"{where}. Distance less that of “{spec.baseline}” on the same resampled images; left of 0 is better. Filled: "
-        "the best of a method's scales, with one bootstrap standard error (dark) and two (light). Rings: its other "
-        "scales; arrows: beyond the axis, with the value where the best is. The best of several scales is lower by "
-        "chance too, which the bars do not hold."
+    single, bars = one_scale(ranked), "with one bootstrap standard error (dark) and two (light)"
+    several = (
+        f"Filled: the best of a method's scales, {bars}. Rings: its other scales; arrows: beyond the axis, with the "
+        "value where the best is. The best of several scales is lower by chance too, which the bars do not hold."
     )
-    figure = canvas(0.9 + ROW * (len(ranked) + 1), f"{len(ranked)} methods, each at its best scale", caption)
+    caption = (
+        f"{where}. Distance less that of “{spec.baseline}” on the same resampled images; left of 0 is better. "
+        + (f"Each {bars}; arrows: beyond the axis." if single else several)
+    )
+    title = f"{len(ranked)} methods, each at {'one' if single else 'its best'} scale"
+    figure = canvas(0.9 + ROW * (len(ranked) + 1), title, caption)
     axis = figure.subplots()
     low, high = _ends(frame, ranked)
     for place, one in enumerate(ranked):
@@ -133,8 +139,9 @@ def _scales(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where:
 def _tradeoff(
     spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where: str, metric: str, texts: tuple[str, str]
 ) -> Figure:
+    several = "Large: each method at its best scale; small and joined to it: its other scales. "
     caption = (
-        f"{where}. Large: each method at its best scale; small and joined to it: its other scales. Below 0 is better "
+        f"{where}. {'' if one_scale(ranked) else several}Below 0 is better "
         f"than “{spec.baseline}” (the cross). What lies far out is beyond the axes."
     )
     figure = canvas(4.6 if len(ranked) > 12 else 4.0, texts[0], caption)

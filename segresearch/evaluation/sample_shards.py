@@ -98,12 +98,13 @@ def required_arrays(spec: EvaluationSpec, method: str, rows: range) -> dict[str,
 
     images: uint8 (n, 3, h, w), of the shards up to `keep`. norms: (n, evaluations), root mean square of what guidance
     adds, for samplers that evaluate all images equally often. cost: (1,), floating-point operations of the sampling of
-    one image, in the first shard. And an array of each metric, but the baseline's of those that compare with it.
+    one image, in the run's first shard. And an array of each metric, but the baseline's of those that compare with it.
     """
     config = spec.config
     steady = config.sampler.name != "dpm_adaptive" and not config.sampler.options.get("s_churn")
-    kept = config.keep is None or rows.start < config.keep
-    names = [name for name, held in ((IMAGES, kept), (NORMS, steady), (COST, rows.start == 0)) if held]
+    first = rows.start == spec.numbers.start
+    kept = config.keep is None or rows.start - spec.numbers.start < config.keep
+    names = [name for name, held in ((IMAGES, kept), (NORMS, steady), (COST, first)) if held]
     measured = [metric for metric in spec.metrics if not (metric.baseline and method == spec.baseline)]
     return dict.fromkeys(names, SAMPLING) | {metric.array: metric.producer for metric in measured}
 
@@ -262,7 +263,8 @@ def sample_range(
         norms.append([])
         conds = encode_conds(sd, model, spec.texts(batch), spec.negative(batch), config.size, config.text)
         init = init_images(config.init, [spec.inits[i] for i in batch] if spec.inits else (), size)
-        with FlopCounterMode(display=False) if batch.start == 0 else contextlib.nullcontext() as counter:
+        counted = batch.start == spec.numbers.start
+        with FlopCounterMode(display=False) if counted else contextlib.nullcontext() as counter:
             report = None if bar is None else bar.callback(len(batch), len(batch), len(sigmas) - 1)
             latents = sample_latents(sd, model, batch, conds, config, control, init=init, callback=report)
         if counter is not None:

@@ -64,10 +64,15 @@ class EvaluationSpec:
         return next(iter(self.methods))
 
     @property
+    def numbers(self) -> range:
+        """The images of each method. Image i has seed i."""
+        return range(self.config.first, self.config.first + self.config.images)
+
+    @property
     def ranges(self) -> tuple[range, ...]:
         """Ranges of images, a shard of each method for each range; the last may be shorter."""
-        count, size = self.config.images, self.config.shard
-        return tuple(range(start, min(start + size, count)) for start in range(0, count, size))
+        numbers, size = self.numbers, self.config.shard
+        return tuple(numbers[start : start + size] for start in range(0, len(numbers), size))
 
     def texts(self, rows: range) -> list[str]:
         """The prompts of some images."""
@@ -98,26 +103,31 @@ class EvaluationSpec:
         real = f", against {reference_images} real ones" if reference_images else ""
         forced = "; made with force=true" * config.force
         return (f"{config.model.name}, {config.sampler.name}, {config.steps} steps, {config.schedule.name} schedule; "
-                f"N = {config.images} images a method{real}{forced}")  # fmt: skip
+                f"N = {config.images} images a method{self.seeds_text()}{real}{forced}")  # fmt: skip
+
+    def seeds_text(self) -> str:
+        """Which seeds the images have, where they are not the first ones."""
+        return f" of seeds {self.numbers[0]} to {self.numbers[-1]}" if self.config.first else ""
 
 
 def evaluation_spec(config: EvaluateConfig) -> EvaluationSpec:
     """Expand the config. Raises ConfigError for methods that are alike, prompts that cannot be read, a table of the
     paper whose prompts do not match."""
     by_name = methods((*config.compare, config.guidance))
-    prompts = read_prompts(config.prompts, "prompts", config.images)
+    end = config.first + config.images
+    prompts = read_prompts(config.prompts, "prompts", end)
     scenes: tuple[int, ...] = ()
     if isinstance(config.prompts, str):
-        scenes = tuple(HELD_OUT + n for n in scene_numbers(config.prompts, config.images, "prompts") or ())
+        scenes = tuple(HELD_OUT + n for n in scene_numbers(config.prompts, end, "prompts") or ())
     if config.keep is not None and config.keep < config.n_examples:
         raise ConfigError(f"keep: {config.keep} images kept are fewer than n_examples, {config.n_examples}; lower it")
     for key, names in {"features": config.features, "distances": config.distances, "scores": config.scores}.items():
         if len(set(names)) < len(names):
             raise ConfigError(f"{key}: {list(names)} names one twice")
     paper = paper_numbers.table_for(config.paper, config.name, by_name, prompts)
-    sweep = {} if config.sweep is None else swept(by_name, config.sweep.scales)
+    sweep = {} if config.sweep is None else swept(by_name, config.sweep.scales, config.sweep.at)
     by_name = {name: one.guidance for name, one in sweep.items()} or by_name
-    controls, inits = control_rows(config.controls, config.images), init_rows(config, config.images)
+    controls, inits = control_rows(config.controls, end), init_rows(config, end)
     _, negatives = read_negatives(config.negative, len(prompts))
     return EvaluationSpec(config, by_name, prompts, negatives, scenes, controls, inits, paper, sweep=sweep)
 
@@ -153,8 +163,8 @@ def run_identity(spec: EvaluationSpec, reference: str) -> dict[str, Any]:
     """
     settings = {key: getattr(spec.config, key) for key in OF_RESULTS}
     named = [[method, folder.name] for method, folder in spec.folders.items()]
-    later = {key: getattr(spec.config, key) for key in ("diagnostics", "sweep", "scores")}
-    added = {key: setting for key, setting in later.items() if setting not in (None, ())}
+    later = {key: getattr(spec.config, key) for key in ("diagnostics", "sweep", "scores", "first")}
+    added = {key: setting for key, setting in later.items() if setting not in (None, (), 0)}
     return {"methods": named, "reference": reference, "paper": spec.paper, **settings, **added}
 
 

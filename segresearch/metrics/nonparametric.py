@@ -25,6 +25,7 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD, as published
 BLOCK = 2048  # rows and columns of a kernel matrix that are held at once
 ROWS = 1024  # of a matrix of distances that are held at once
+EDGE = 1 + 1e-9  # of a squared radius: what lies on the edge of a ball is in it however it is rounded
 ROUNDING = 1e-13  # squared distances below this times the squared lengths are rounding, and count as 0
 
 
@@ -123,7 +124,7 @@ def squared_radii(x: Float[Tensor, "n dim"], neighbour: int = 3) -> Float[Tensor
 
 def covered(x: Float[Tensor, "n dim"], centres: Float[Tensor, "m dim"], radii: Float[Tensor, " m"]) -> float:
     """Share of x that lies within one of the balls of squared radii, whose edge belongs to them."""
-    inside = [(_squared_distances(rows, centres) <= radii).any(1) for rows in x.split(ROWS)]
+    inside = [(_squared_distances(rows, centres) <= EDGE * radii).any(1) for rows in x.split(ROWS)]
     return torch.cat(inside).double().mean().item()
 
 
@@ -153,6 +154,6 @@ def density_coverage(features: Features, reference: Reference, neighbour: int = 
     radii = squared_radii(y, neighbour)
     balls, reached = 0, torch.zeros(len(y), dtype=torch.bool, device=y.device)
     for rows in x.split(ROWS):
-        inside = _squared_distances(rows, y) <= radii  # (rows, m)
+        inside = _squared_distances(rows, y) <= EDGE * radii  # (rows, m)
         balls, reached = balls + int(inside.sum()), reached | inside.any(0)
     return balls / (neighbour * len(x)), reached.double().mean().item()
