@@ -19,10 +19,15 @@ import torch
 
 from experiments.docs import marks
 from experiments.mini.common import replace_file
+from segresearch.checkpoints.resolve import MINI
 from segresearch.config.expand import HELD_OUT
+from segresearch.config.inputs import InitConfig
 from segresearch.evaluation.frame import METRICS
+from segresearch.evaluation.image_metrics import psnr
+from segresearch.init_images import init_images, pixels
 from segresearch.metrics.features import load_extractor
 from segresearch.metrics.frechet import frechet_distance, gaussian
+from segresearch.metrics.mini_vision import load_vision, perceptual_distances
 from segresearch.models import load_model
 from segresearch.sample_images import to_uint8
 from segresearch.scenes.scenes import scenes
@@ -33,7 +38,8 @@ COLUMNS = {"fd-mini": "FD", "fd_to_baseline-mini": "− baseline", "fd_means-min
            "precision-mini": "precision", "recall-mini": "recall", "distance-mini": "distance",
            "text_alignment-mini": "cosine", "count": "count", "colors": "colours", "shapes": "shapes",
            "objects": "objects", "objects_chance": "(chance)", "exact": "exact", "edges": "edges", "cost": "cost",
-           "saturation": "saturation", "contrast": "contrast",
+           "saturation": "saturation", "contrast": "contrast", "psnr": "PSNR",
+           "distance_to_truth-mini": "to truth",
            "sharpness": "sharpness", "objects_held": "objects in it", "pairs_held": "different objects"}  # fmt: skip
 
 
@@ -58,6 +64,8 @@ class Part:
 
 SHORT = ("fd-mini", "fd_to_baseline-mini", "precision-mini", "recall-mini", "distance-mini", "sharpness",
          "objects_held", "pairs_held", "text_alignment-mini", "objects", "exact", "cost")  # fmt: skip
+RESTORED = ("psnr", "distance_to_truth-mini", "fd-mini", "fd_to_baseline-mini", "precision-mini", "recall-mini",
+            "sharpness", "cost")  # fmt: skip
 PARTS = (
     Part("methods", ("experiment=methods",), rank=True, columns=SHORT),
     Part("methods_again", ("experiment=methods_again",), rank=True, columns=SHORT, images=1000),
@@ -67,6 +75,8 @@ PARTS = (
     Part("fig15", ("experiment=fig15",)),
     Part("control-canny", ("experiment=control", "controlnet=canny")),
     Part("control-depth", ("experiment=control", "controlnet=depth")),
+    Part("super_resolution", ("experiment=super_resolution",), columns=RESTORED),
+    Part("restoration", ("experiment=restoration",), columns=RESTORED),
 )
 
 
@@ -100,6 +110,30 @@ def floor(count: int) -> list[str]:
     return lines
 
 
+def unrestored(count: int) -> list[str]:
+    """A markdown table of what restored images are compared with: the reduced scenes as they are, and the masked part
+    of scenes through the VAE; `count` scenes of the evaluations."""
+    vision, vae = load_vision(MINI).vision, load_model("mini").vae
+    rows = [(f"scene:{i}", f"scene:{i}") for i in range(count)]
+    size, parts = (64, 64), [rows[i : i + 25] for i in range(0, count, 25)]
+    numbers: dict[str, list[torch.Tensor]] = {"enlarged, not sampled": [], "the scene through the VAE": []}
+    for part in parts:
+        truth, anew = (pixels([row[k] for row in part], size, masks=k == 1) for k in (0, 1))
+        enlarged = init_images(InitConfig(image="scene:0-", reduce=4), [row[:1] for row in part], size)
+        assert enlarged is not None
+        with torch.no_grad():
+            decoded = to_uint8(vae.decode(vae.encode(truth.float() / 127.5 - 1)))
+        for label, images, where in zip(numbers, (to_uint8(enlarged.images), decoded), (None, anew >= 128)):
+            pair = psnr(images, truth, where), perceptual_distances(vision, images, truth)
+            numbers[label].append(torch.stack(pair, dim=1))  # (b, 2)
+    lines = ["| images | PSNR | to truth |", "| --- | ---: | ---: |"]
+    for label, values in numbers.items():
+        error, mean = torch.std_mean(torch.cat(values), dim=0)
+        texts = [f"{m:.{d}f} ± {e / count**0.5:.{d}f}" for m, e, d in zip(mean, error, (2, 3), strict=True)]
+        lines.append(f"| {label} | {' | '.join(texts)} |")
+    return lines
+
+
 def table(folder: Path, rank: bool = False, columns: Sequence[str] = tuple(COLUMNS)) -> list[str]:
     """Metrics of the run's metrics.csv as markdown, one row per method; with `rank` as `Part` says."""
     with (folder / "metrics.csv").open(newline="") as file:
@@ -111,7 +145,7 @@ def table(folder: Path, rank: bool = False, columns: Sequence[str] = tuple(COLUM
         texts = [method]
         for name in names:
             value, error = cells[method, name]["value"], cells[method, name]["error"]
-            digits = 1 if METRICS[name].kind.startswith("fd") else 4 if name == "sharpness" else 3
+            digits = 1 if METRICS[name].kind.startswith("fd") else {"sharpness": 4, "psnr": 2}.get(name, 3)
             text = f"{float(value):.{digits}f}" + (f" ± {float(error):.{digits}f}" if error else "") if value else "–"
             texts.append(text.replace("-", "−"))
         lines.append(f"| {' | '.join(texts)} |")
@@ -201,7 +235,8 @@ def main() -> None:
     if not parts:
         parser.error(f"no part begins with {args.only}; there are {', '.join(p.name for p in PARTS)}")
     if args.only is None:
-        replace_file(page, replaced(page.read_text(), "floor", floor(args.count)).encode())
+        for name, measure in {"floor": floor, "unrestored": unrestored}.items():
+            replace_file(page, replaced(page.read_text(), name, measure(args.count)).encode())
     for part in parts:
         folder = evaluate(part, args.count, args.workers, args.out, args.n_bootstrap)
         words = shlex.join([*part.command(args.count), f"n_bootstrap={args.n_bootstrap}"])
