@@ -21,7 +21,8 @@ from segresearch.control_images.identify import control_records, identify_contro
 from segresearch.errors import NotFinite
 from segresearch.image_grid import cell_height, draw_grid, image_size
 from segresearch.image_page import PanelFiles
-from segresearch.init_images import identify_init, init_images
+from segresearch.init_images import identify_init, in_words, init_images, save_start
+from segresearch.pages import title_of
 from segresearch.progress import Bar
 from segresearch.records import (
     config_record,
@@ -104,7 +105,7 @@ def complete(run: Run, model: "StableDiffusion | None") -> RunResult:
                 run.folder.rmdir()  # if it is empty
             raise
     else:
-        save_control_images(run, image_size(next(iter(records))))
+        save_given_images(run, image_size(next(iter(records))))
     result = RunResult(run.folder, save_grid(run), len(missing), existing, seconds)
     log_images(run, result)
     return result
@@ -152,7 +153,9 @@ def expand(config: GenerateConfig) -> Run:
                 for path, row, image in zip(paths, panel.rows, more, strict=True)
             }
         files = {name: [folder / "controls" / subfolder / slug(name) / seed for seed in seeds] for name in controls}
-        expanded.append(PanelFiles(panel, images, files))
+        kinds = ("image", "mask")[: len(panel.rows[0].init)]
+        starts = {kind: [folder / "starts" / subfolder / kind / seed for seed in seeds] for kind in kinds}
+        expanded.append(PanelFiles(panel, images, files, starts))
     in_full = tuple(replace(table, **panel.in_full) for table, panel in zip(config.panels, plan))
     whole: Mapping[str, Any] = {"panels": in_full} if in_full else plan[0].in_full
     return Run(replace(config, **dict(whole)), identity, folder, expanded)
@@ -187,7 +190,7 @@ def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None"
         for files in run.panels
         for method, images in files.images.items()
     ]
-    save_control_images(run, config.size or sd.default_size)
+    save_given_images(run, config.size or sd.default_size)
     start = time.perf_counter()
     runs.write(run.folder / "config.yaml", written_config(config, OF_A_CALL))
     try:
@@ -244,9 +247,11 @@ def log_images(run: Run, result: RunResult) -> None:
     log(config.wandb, Path(config.out), [whole.name, sorted(galleries)], lambda _: [logged])
 
 
-def save_control_images(run: Run, size: tuple[int, int]) -> None:
-    """Write the control images as files, for the grid and for inspection."""
+def save_given_images(run: Run, size: tuple[int, int]) -> None:
+    """Write control images, starting images and masks as files, for the grid and for inspection."""
     for files in run.panels:
+        for row, *paths in zip(files.panel.rows, *files.starts.values()):
+            save_start(files.panel.init, row.init, row.size or size, paths)
         records = next(iter(files.images.values())).values()
         for name, paths in files.controls.items():
             from segresearch.control_images.prepare import save_control_image
@@ -266,11 +271,13 @@ def save_grid(run: Run) -> Path:
     sampling = f"{config.model.name}: {config.sampler.name}, {config.steps} steps, {config.schedule.name} schedule"
     more = f"; the first {limit} rows of more" if any(len(files.panel.rows) > limit for files in run.panels) else ""
     steered = " under one control image" if any(files.controls for files in run.panels) else ""
-    compared = f"Every row starts from one noise{steered}; columns differ in guidance alone"
+    started = "one image and its noise" if any(files.starts for files in run.panels) else "one noise"
+    compared = f"Every row starts from {started}{steered}; columns differ in guidance alone"
     if all(map(image_page.alone, run.panels)):
         compared = "Each image starts from the noise of its seed"
     note = f"{sampling}. {compared}{more}."
-    title = config.grid.title or config.name
+    methods = list(dict.fromkeys(method for files in run.panels for method in files.images))
+    title = config.grid.title or title_of(config.name, "generate", methods)
     texts = [(block.title, block.heads, block.captions) for block in blocks]
     drawn = runs.digest([GRID_VERSION, config.grid, texts, title, note])
     compute = config.compute.record(device_kind(config.device))
@@ -281,5 +288,7 @@ def save_grid(run: Run) -> Path:
         cell = config.grid.cell or cell_height(blocks[0].paths[0][0])
         save_png(draw_grid(blocks, title, note, cell, config.grid.across), path, record)
     facts = {"run": run.folder.name, "model": f"{config.model.name}, {config.model.dtype}"}
+    if starts := dict.fromkeys(in_words(files.panel.init) for files in run.panels if files.starts):
+        facts["start"] = "; ".join(starts)
     runs.write(run.folder / PAGE, image_page.page(run.panels, run.folder, title, note, facts, limit))
     return path

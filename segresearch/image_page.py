@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,11 +17,20 @@ WIDEST = 8  # images beside each other where there is one method
 
 @dataclass(frozen=True)
 class PanelFiles:
-    """A panel and its files in the order of its rows: images and their records by method, control images by control."""
+    """A panel and its files in the order of its rows: images and their records by method, control images by control,
+    and the images that sampling starts from ("image", and "mask" where there is one)."""
 
     panel: Panel
     images: Mapping[str, Mapping[Path, Mapping[str, Any]]]
     controls: Mapping[str, list[Path]]
+    starts: Mapping[str, list[Path]] = field(default_factory=dict)
+
+    @property
+    def given(self) -> dict[str, list[Path]]:
+        """The columns before the methods, by head: what the images start from, and the control images."""
+        heads = {"image": "start", "mask": "made anew: white"}
+        controls = {f"control: {name}" if len(self.controls) > 1 else "control": p for name, p in self.controls.items()}
+        return {heads[name]: paths for name, paths in self.starts.items()} | controls
 
 
 def blocks(files: PanelFiles, limit: int, across: int) -> list[Block]:
@@ -33,20 +42,16 @@ def blocks(files: PanelFiles, limit: int, across: int) -> list[Block]:
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     if alone(files):
         return _sheet(files, rows, prompts, across)
-    cells = list(zip(*files.controls.values(), *files.images.values(), strict=True))[:limit]
+    cells = list(zip(*files.given.values(), *files.images.values(), strict=True))[:limit]
     captions = [(f"seed {row.seed}", row.prompt) for row in rows]
     if not title and len(prompts) == 1 and prompts[0]:
         title, captions = f"“{prompts[0]}”", [(seed, "") for seed, _ in captions]
-    return [Block(title, (*_heads(files), *files.images), captions, cells)]
+    return [Block(title, (*files.given, *files.images), captions, cells)]
 
 
 def alone(files: PanelFiles) -> bool:
     """Whether there is one method, nothing beside it and more than one image."""
-    return len(files.images) == 1 and not files.controls and len(files.panel.rows) > 1
-
-
-def _heads(files: PanelFiles) -> list[str]:
-    return [f"control: {name}" if len(files.controls) > 1 else "control" for name in files.controls]
+    return len(files.images) == 1 and not files.given and len(files.panel.rows) > 1
 
 
 def _sheet(files: PanelFiles, rows: Sequence[ImageSpec], prompts: Sequence[str], across: int) -> list[Block]:
@@ -91,9 +96,9 @@ def page(
 def _table(files: PanelFiles, folder: Path, limit: int) -> dict[str, Any]:
     rows = files.panel.rows[:limit]
     marks = [look(files.panel.methods[method]) for method in files.images]
-    heads = [Cell(head) for head in _heads(files)]
+    heads = [Cell(head) for head in files.given]
     heads += [Cell(method, mark=one.sign, color=one.color) for method, one in zip(files.images, marks)]
-    columns = zip(heads, [*files.controls.values(), *map(list, files.images.values())], strict=True)
+    columns = zip(heads, [*files.given.values(), *map(list, files.images.values())], strict=True)
     shown = [[_image(path, folder, head.text, row) for path, row in zip(paths, rows)] for head, paths in columns]
     return {
         "title": files.panel.title, "heads": heads, "alone": alone(files),

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from segresearch.config.expand import HELD_OUT
 from segresearch.config.inputs import STRENGTH, InitConfig
 from segresearch.config.schema import SCENE
 from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.errors import ConfigError, InputError
-from segresearch.runs import plain
+from segresearch.runs import plain, replacing
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -176,3 +177,26 @@ def init_images(init: InitConfig, rows: Sequence[Sequence[str]], size: tuple[int
             if not one.any():
                 print(f"{row[1]}: a mask without white, so nothing is made anew", file=sys.stderr)
     return InitImages(init, images, mask)
+
+
+def save_start(init: InitConfig, row: Sequence[str], size: tuple[int, int], paths: Sequence[Path]) -> None:
+    """Write what an image starts from, reduced as the config says, and its mask as PNGs, unless they exist."""
+    if all(path.is_file() for path in paths):
+        return
+    from segresearch.sample_images import to_uint8
+
+    start = init_images(init, [row[:1]], size)
+    assert start is not None
+    masks = [(pixels([name], size, masks=True) >= 128).byte() * 255 for name in row[1:]]
+    images = [to_uint8(start.images), *masks]
+    for path, image in zip(paths, images, strict=True):
+        values = image[0].permute(1, 2, 0).numpy()
+        with replacing(path) as temporary:
+            Image.fromarray(values if values.shape[2] == 3 else values[..., 0]).save(temporary, format="png")
+
+
+def in_words(init: InitConfig) -> str:
+    """What images start from, as a page says it."""
+    strength = "default strength" if init.strength is None else f"strength {init.strength:g}"
+    smaller = f", made {init.reduce} times smaller first" if init.reduce > 1 else ""
+    return strength + smaller + ", a mask" * (init.mask is not None)

@@ -38,6 +38,13 @@ def span(numbers: Sequence[float | int], text: Callable[[float], str]) -> str:
     return " to ".join(dict.fromkeys((text(min(numbers)), text(max(numbers)))))
 
 
+def title_of(name: str, command: str, methods: Sequence[str]) -> str:
+    """The name of a run, or where that is the command's own, the methods."""
+    if name != command:
+        return name
+    return ", ".join(methods) if len(methods) <= 4 else f"{methods[0]} and {len(methods) - 1} more methods"
+
+
 def embedded(png: Path | bytes) -> str:
     """A PNG as a data URI."""
     data = png.read_bytes() if isinstance(png, Path) else png

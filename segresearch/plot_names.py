@@ -1,30 +1,33 @@
 """Names of points and lines inside a plot, which lie on nothing and on no other name, with a line to what they name."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.patheffects import withStroke
+from matplotlib.textpath import TextPath
 
 from segresearch.image_grid import INK, QUIET
-from segresearch.plot_style import Number, Point
+from segresearch.plot_style import SMALL, Number, Point
 
-SIZE = 8.0  # points
 RADII = (6.0, 10.0, 16.0, 24.0, 34.0, 46.0, 60.0, 78.0, 100.0)  # of a name about its point, in points
 ANGLES = [math.radians(a) for a in (0, 180, 90, 270, 45, 135, 315, 225, 20, 160, 340, 200, 65, 115, 245, 295)]
 MARK = 3.5  # points that a mark reaches to each side
+SPACE = np.array([5.0, 0.0])  # points between a name and the next, in x and y
 
 
 def name_points(axis: Any, points: Mapping[str, Point], colors: Mapping[str, str] | None = None,
-                others: Sequence[Point] = ()) -> None:  # fmt: skip
-    """A name for each (x, y). others: further points that names keep off. The layout of the figure is done before."""
+                others: Sequence[Point] = (), levels: Sequence[Number] = ()) -> None:  # fmt: skip
+    """A name for each (x, y). others: further points that names keep off. levels: y of horizontal lines that they keep
+    off likewise. The layout of the figure is done before."""
     if not points:
         return
     figure = axis.figure
     texts = {
         name: axis.annotate(
-            name, point, (0, 0), textcoords="offset points", fontsize=SIZE, ha="center", va="center", zorder=5,
+            name, point, (0, 0), textcoords="offset points", fontsize=SMALL, ha="center", va="center", zorder=5,
             color=(colors or {}).get(name, INK), path_effects=[withStroke(linewidth=2, foreground="white")],
         )
         for name, point in points.items()
@@ -39,6 +42,9 @@ def name_points(axis: Any, points: Mapping[str, Point], colors: Mapping[str, str
     inside = np.array([frame.x0, frame.y0, frame.x1, frame.y1]) / unit
     marks = [*at.values(), *(axis.transData.transform(other) / unit for other in others)]
     boxes = [np.array([x - MARK, y - MARK, x + MARK, y + MARK]) for x, y in marks]
+    for level in levels:
+        y = axis.transData.transform((points[next(iter(points))][0], level))[1] / unit
+        boxes += [np.array([x, y - 1, x + 2 * MARK, y + 1]) for x in np.arange(inside[0], inside[2], 2 * MARK)]
     placed: list[np.ndarray] = []
     paths: list[np.ndarray] = []
     crowd = {name: sum(math.dist(p, q) < 40 for q in at.values()) for name, p in at.items()}
@@ -46,8 +52,9 @@ def name_points(axis: Any, points: Mapping[str, Point], colors: Mapping[str, str
         best = _place(at[name], sizes[name], inside, boxes, placed, paths)
         offset = best - at[name]
         texts[name].set_position(tuple(offset))
-        placed.append(_box(best, sizes[name]))
-        end = np.clip(at[name], placed[-1][:2], placed[-1][2:])  # the nearest point of the name
+        box = _box(best, sizes[name])
+        placed.append(_box(best, sizes[name] + 2 * SPACE))
+        end = np.clip(at[name], box[:2], box[2:])  # the nearest point of the name
         if math.dist(end, at[name]) > 9:
             paths.append(_path(at[name], end))
             _leader(axis, points[name], end - at[name])
@@ -117,14 +124,19 @@ def name_lines(axis: Any, ends: Mapping[str, Point], colors: Mapping[str, str]) 
     heights = {name: float(axis.transData.transform(end)[1]) / unit for name, end in ends.items()}
     order = sorted(ends, key=lambda name: heights[name])
     low, high = frame.y0 / unit, frame.y1 / unit
-    step = min(SIZE * 1.3, (high - low) / max(1, len(order) - 1))
+    room = (figure.bbox.x1 - frame.x1) / unit - 20
+    widths = {name: TextPath((0, 0), name, SMALL).get_extents().width for name in order}
+    names = {name: textwrap.fill(name, max(8, int(len(name) * min(1, room / widths[name])))) for name in order}
+    step = min(SMALL * (0.1 + 1.2 * max(name.count("\n") + 1 for name in names.values())),
+               (high - low) / max(1, len(order) - 1))  # fmt: skip
     places = _spread([heights[name] for name in order], step, low, high)
     for name, place in zip(order, places, strict=True):
         x = frame.x1 / unit + 16 - float(axis.transData.transform(ends[name])[0]) / unit
         text = axis.annotate(
-            name, ends[name], (x, place - heights[name]), textcoords="offset points", fontsize=SIZE, va="center",
-            color=INK, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colors[name], "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2},
+            names[name], ends[name], (x, place - heights[name]), textcoords="offset points", fontsize=SMALL,
+            va="center", color=INK, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colors[name], "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2,
+                        "relpos": (0, 0.5)},
         )  # fmt: skip
         text.set_in_layout(False)
 

@@ -1,25 +1,29 @@
 """How every plot looks: a title, axes with units, and a caption in the image. pyplot's global state is not touched.
 
-A figure is as wide as a column of a page, so that it can be read on a telephone; a page shows it without title and
-caption, which it has as text.
+A figure is as wide as a column of a page, and its text is 12 CSS pixels high where it fills a telephone's 390; a page
+shows it without title and caption, which it has as text.
 """
 
 import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from segresearch.image_grid import INK, QUIET, RULE
 from segresearch.records import KEY, encoded
 from segresearch.runs import replacing
 
-WIDTH = 5.0  # inches
-DPI = 160
-CHARACTERS = 15.5  # of a caption's line, an inch
+WIDTH = 4.4  # inches
+DPI = 180
+TEXT, SMALL = 10.5, 10.0  # points: of names of axes and panels; of ticks, legends and names in a plot, the smallest
+PIXELS = 105  # of a page, an inch
+CHARACTERS = 13.2  # of a caption's line, an inch
 TITLE = 8.6  # characters of a title's line, an inch
 Number = float | int
 Point = tuple[Number, Number]
@@ -35,7 +39,7 @@ class Drawing(Figure):
 
 
 class Shown(NamedTuple):
-    """A figure on a page: PNG bytes of its axes alone, and its texts. width: in pixels, at which its text is 9 pt."""
+    """A figure on a page: PNG bytes of its axes alone, and its texts. width: in pixels of the page."""
 
     name: str
     title: str
@@ -48,12 +52,12 @@ def canvas(height: float, title: str, caption: str, width: float = WIDTH) -> Fig
     """An empty figure (inches) with its title above and its caption below, and room for axes between."""
     lines = textwrap.wrap(caption, int((width - 0.4) * CHARACTERS), break_on_hyphens=False)
     heads = textwrap.wrap(title, int((width - 0.4) * TITLE), break_on_hyphens=False)
-    top, foot = 0.2 + 0.22 * len(heads), 0.2 + 0.165 * len(lines)
+    top, foot = 0.2 + 0.22 * len(heads), 0.2 + 0.195 * len(lines)
     total = top + height + foot
     figure = Drawing(figsize=(width, total), dpi=DPI, layout="constrained", facecolor="white")
     at = 0.2 / width
     figure.text(at, 1 - 0.12 / total, "\n".join(heads), ha="left", va="top", fontsize=12, weight="bold", color=INK)
-    figure.text(at, 0.1 / total, "\n".join(lines), ha="left", va="bottom", fontsize=8.5, color=QUIET)
+    figure.text(at, 0.1 / total, "\n".join(lines), ha="left", va="bottom", fontsize=SMALL, color=QUIET)
     engine: Any = figure.get_layout_engine()
     engine.set(rect=(0, foot / total, 1, height / total))
     return figure
@@ -81,15 +85,15 @@ def shown(name: str, figure: Figure, where: str = "") -> Shown:
     head, text = (text.get_text().replace("\n", " ") for text in (title, caption))
     if where and text.startswith(f"{where}. "):
         text = text.removeprefix(f"{where}. ")
-    return Shown(name, head, text, png.getvalue(), round(width * 118))
+    return Shown(name, head, text, png.getvalue(), round(width * PIXELS))
 
 
 def label(axis: Any, title: str = "", x: str = "", y: str = "", grid: str = "") -> None:
     """Title and axis names in the plots' sizes and colours, no upper and right border. grid: "x", "y" or "both"."""
-    axis.set_title(title, fontsize=9.5, color=INK, loc="left")
-    axis.set_xlabel(x, fontsize=9)
-    axis.set_ylabel(y, fontsize=9)
-    axis.tick_params(labelsize=8.5, colors=QUIET)
+    axis.set_title(title, fontsize=TEXT, color=INK, loc="left")
+    axis.set_xlabel(x, fontsize=TEXT)
+    axis.set_ylabel(y, fontsize=TEXT)
+    axis.tick_params(labelsize=SMALL, colors=QUIET)
     axis.spines[["top", "right"]].set_visible(False)
     if grid:
         axis.grid(axis=grid, color=RULE, linewidth=0.6)
@@ -105,6 +109,16 @@ def rows(axis: Any, names: Sequence[str], bold: Sequence[str] = ()) -> None:
     for text in axis.get_yticklabels():
         text.set_color(INK)
         text.set_weight("bold" if text.get_text() in bold else "normal")
+
+
+def thin_ticks(figure: Figure) -> None:
+    """Fewer ticks on the x axes whose labels would touch."""
+    for most in (3, 2, 1):
+        figure.draw_without_rendering()
+        for axis in figure.axes:
+            spans = sorted((e.x0, e.x1) for t in axis.get_xticklabels() if (e := t.get_window_extent()).width > 1)
+            if any(left < right + 5 for (_, right), (left, _) in pairwise(spans)):
+                axis.xaxis.set_major_locator(MaxNLocator(most, min_n_ticks=1))
 
 
 def dot(
@@ -131,7 +145,7 @@ def beyond(axis: Any, x: Number, y: Number, ends: Point, color: str, named: bool
               markerfacecolor=color if named else "white")  # fmt: skip
     if named:
         value = f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
-        text = axis.annotate(value.replace("-", "−"), (edge, y), (-7 if right else 7, 0), fontsize=8,
+        text = axis.annotate(value.replace("-", "−"), (edge, y), (-7 if right else 7, 0), fontsize=SMALL,
                              textcoords="offset points", ha="right" if right else "left", va="center")  # fmt: skip
         text.set_in_layout(False)
 

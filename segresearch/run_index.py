@@ -56,8 +56,15 @@ def caption(config: Mapping[str, Any]) -> str:
 
 
 def _method(guidance: Mapping[str, Any]) -> str:
-    terms = [*(guidance.get("terms") or {}), *(key for key in ("sag", "zigzag") if guidance.get(key))]
+    named = [*(guidance.get("terms") or {}).items(), *((k, guidance[k]) for k in ("sag", "zigzag") if guidance.get(k))]
+    terms = [" ".join(filter(None, (name, _number(term)))) for name, term in named]
     return str(guidance.get("label") or " + ".join(terms) or "no guidance")
+
+
+def _number(term: Mapping[str, Any]) -> str:
+    """The scale or the weight of a term, where it is a plain number."""
+    value = term.get("scale", term.get("weight"))
+    return f"{value:g}" if isinstance(value, float | int) else ""
 
 
 def table(index: list[Line]) -> tuple[list[Cell], list[list[Cell]]]:

@@ -126,6 +126,17 @@ def test_paste_gives_the_kept_pixels_back(config, model, photo, mask):
     assert np.array_equal(pasted[:, :, 6:], plain[:, :, 6:]) and not np.array_equal(pasted, plain)
 
 
+def test_the_page_shows_what_images_start_from(config, model, photo, mask):
+    init = {"image": photo, "mask": mask, "strength": 0.75}
+    folder = generate(config(init=init), model).folder
+    whites = [np.asarray(Image.open(path)) for path in sorted((folder / "starts" / "mask").glob("*.png"))]
+    assert len(whites) == 2 and (whites[0] == np.where(np.arange(16) < 6, 0, 255)).all()
+    assert (np.asarray(Image.open(folder / "starts" / "image" / "seed0.png")) == np.asarray(Image.open(photo))).all()
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert page.count('src="starts/') == 4 and "<th>start</th><th>made anew: white</th>" in page
+    assert "strength 0.75, a mask" in page and "starts from one image and its noise" in page
+
+
 def test_panels_have_their_own(config, model, photo, mask):
     panels = [
         {"title": "a", "init": {"image": photo, "strength": 0.5}},

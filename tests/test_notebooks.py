@@ -36,6 +36,7 @@ def test_the_page_in_docs_is_of_this_notebook_and_these_weights(path):
     assert page.count(PICTURE) == len(figures(path)) > 0
     assert len(page) < 1e6 and "sigma_t" in page and "nan" not in page.split(PICTURE)[0]
     assert "Warning:" not in page and "IProgress" not in page
+    assert page.count('class="plot zoom" alt="') == len(figures(path)) and "No description" not in page
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from segresearch.pages import Cell, embedded, render
-from segresearch.plot_style import Shown
+from segresearch.pages import TEMPLATES, Cell, embedded, render, title_of
+from segresearch.plot_style import SMALL, WIDTH, Shown
 
 HOSTILE = '"><script>alert(1)</script>'
 
@@ -34,7 +34,7 @@ def test_nothing_of_a_prompt_or_a_label_acts_on_a_page(template):
     cell = Cell(HOSTILE, "method", mark="●", color="#000000")
     if template == "images":
         panels = [{"title": HOSTILE, "heads": [cell], "alone": alone, "rows": [(image, [image])]} for alone in (0, 1)]
-        page = render(HOSTILE, [HOSTILE], template, panels=panels, made={HOSTILE: HOSTILE})
+        page = render(HOSTILE, [HOSTILE], template, panels=panels, facts={HOSTILE: HOSTILE})
     else:
         figure = Shown(HOSTILE, HOSTILE, HOSTILE, b"png", 10)
         lines = [[cell], [cell]]
@@ -42,7 +42,8 @@ def test_nothing_of_a_prompt_or_a_label_acts_on_a_page(template):
                 "config": {"prompts": HOSTILE, "reference": HOSTILE}}  # fmt: skip
         page = render(
             HOSTILE, [HOSTILE], template, spec=spec, run=HOSTILE, code=HOSTILE, quality=lines, content=lines,
-            plots=[figure] * 3, methods=[cell], rows=[[image]], sampled_by=HOSTILE, ranking=lines, headline=[HOSTILE],
+            plots=[figure] * 3, methods=[cell], rows=[[image]], sampled_by=HOSTILE, ranking=lines,
+            headline=[HOSTILE], single=False,
             protocol=[(HOSTILE, HOSTILE)], settings=lines,
             branches=[{"title": HOSTILE, "text": HOSTILE, "table": lines, "plots": [figure]}],
         )  # fmt: skip
@@ -54,7 +55,21 @@ def test_images_zoom_by_the_page_itself_and_a_page_without_images_has_no_script(
     image = {"src": "images/a.png", "width": 96, "height": 96, "small": True, "alt": "PAG, seed 3"}
     row = {"seed": 3, "prompt": "a cube"}
     panel = {"title": "", "heads": [Cell("PAG")], "alone": True, "rows": [(row, [image])]}
-    page = render("T", [], "images", panels=[panel], made={})
+    page = render("T", [], "images", panels=[panel], facts={})
     assert page.count("<script>") == 1 == page.count("<dialog") and 'loading="lazy" alt="PAG, seed 3"' in page
     assert "<figcaption>seed 3: a cube</figcaption>" in page
     assert "prefers-color-scheme: dark" in page and "<dialog" not in render("T", [], head=[], rows=[])
+
+
+def test_a_run_without_a_name_is_called_by_its_methods():
+    assert title_of("table1", "evaluate", ["a", "b"]) == "table1"
+    assert title_of("evaluate", "evaluate", ["a", "b"]) == "a, b"
+    assert title_of("evaluate", "evaluate", [*"abcde"]) == "a and 4 more methods"
+
+
+def test_no_text_of_a_page_is_smaller_than_12_pixels():
+    """On a telephone too, where tables are smaller; figures fill its width (`plot_style`)."""
+    style = TEMPLATES.loader.get_source(TEMPLATES, "page.html.j2")[0]
+    sizes = [float(size) * 16 for size in re.findall(r"font-size: ([\d.]+)rem", style)]
+    assert len(sizes) > 5 and min(sizes) >= 12
+    assert (390 - 6) / WIDTH / 72 * SMALL >= 12

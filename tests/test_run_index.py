@@ -36,7 +36,7 @@ def test_runs_are_listed_in_words_the_newest_first_and_odd_folders_are_left_out(
         run(tmp_path, "odd", str(i), text=text)
     found = lines(tmp_path)
     assert [(line.name, line.opened) for line in found] == [("shots", "index.html"), ("demo", "grid.png")]
-    assert found[0].words == "no guidance, cfg + sag, SEG <b>; “a red ring”; tiny, euler, 7 steps"
+    assert found[0].words == "no guidance, cfg 2 + sag 1, SEG <b>; “a red ring”; tiny, euler, 7 steps"
     note(old, tmp_path)
     note(new, tmp_path)
     assert (tmp_path / "latest").resolve() == new.resolve() and (tmp_path / "latest").is_symlink()

@@ -51,6 +51,8 @@ def test_the_nav_has_every_page_once():
 def test_the_site_fetches_nothing():
     theme = config()["theme"]
     assert theme["font"] is False and not config().get("extra_javascript")
+    (script,) = config()["extra"]["polyfills"]  # without it the plugin "offline" loads one from elsewhere
+    assert "iframe-worker" in script and (ROOT / "docs" / script).is_file()
 
 
 def test_links_out_of_docs_lead_to_pages_of_the_site():
@@ -188,6 +190,13 @@ def test_the_built_site_is_whole_and_fetches_nothing(built):
             there = (path.parent / file).resolve() if file else path
             assert there.exists(), f"{path.name}: {target}"
             assert not anchor or there.suffix != ".html" or anchor in anchors[there] or anchor == "__codelineno", target
+
+
+@pytest.mark.slow
+def test_the_search_of_the_built_site_needs_no_server(built):
+    """Opened as a file, a page takes the index from a script, since it may fetch nothing."""
+    assert (built / "search" / "search_index.js").read_text(encoding="utf-8").startswith("var __index = {")
+    assert 'src="iframe-worker.js"' in (built / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -7,23 +7,32 @@ A page names what it was made of, so that a test sees one that is older than its
 
 import argparse
 import hashlib
+import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from segresearch import runs
+from segresearch.analysis import energy_plots
 from segresearch.checkpoints.resolve import MINI
 from segresearch.pages import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = tuple(sorted((ROOT / "experiments" / "notebooks").glob("*.py")))
+# the last line of a cell that shows a figure
+FIGURE = re.compile(r"^energy_plots\.(?!example)(\w+)\(.*\)$", re.M)
 PAGE = """{% extends "page.html.j2" %}
 {% block body %}
 <!-- made of {{ made_of }} -->
+<p><a href="../index.html">All of the docs</a></p>
 <style>
 {{ colors | safe }}
+@media (prefers-color-scheme: dark) {
+{{ dark | safe }}
+}
 .highlight, .output_area pre { font-size: .85rem; overflow-x: auto; border-radius: 4px; padding: .5rem .8rem }
-.highlight { background: #f3f4f6; color: #16181d } .highlight pre { margin: 0 }
-.output_png img { max-width: 100%; height: auto; background: #fff } .output_prompt, .input_prompt { display: none }
+.highlight { background: var(--soft); color: var(--ink) } .highlight pre { margin: 0 }
+.output_prompt, .input_prompt { display: none }
 .text_cell a.anchor-link { display: none }
 </style>
 {{ cells | safe }}
@@ -60,8 +69,20 @@ def html(path: Path, notebook: Any) -> str:
     head, _, first.source = first.source.partition("\n")
     cells, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
     content = {"title": head.removeprefix("# "), "lead": [f"experiments/notebooks/{path.name}, executed"]}
-    colors = HtmlFormatter(style="default").get_style_defs(".highlight")
-    return TEMPLATES.from_string(PAGE).render(**content, cells=cells, colors=colors, made_of=made_of(path))
+    colors, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("xcode", "monokai"))
+    content |= {"cells": with_zoom(cells, path), "colors": colors, "dark": dark, "made_of": made_of(path)}
+    return TEMPLATES.from_string(PAGE).render(**content)
+
+
+def with_zoom(cells: str, path: Path) -> str:
+    """The cells with pictures that open, each described by what its function in `energy_plots` draws."""
+    names = iter(FIGURE.findall(path.read_text(encoding="utf-8")))
+
+    def picture(match: re.Match[str]) -> str:
+        about = (getattr(energy_plots, next(names)).__doc__ or "").split("\n")[0]
+        return f'<img class="plot zoom" alt="{escape(about)}" src="{match[1]}">'
+
+    return re.sub(r'<img\b[^>]*?\bsrc="(data:image/png[^"]*)"[^>]*>', picture, cells)
 
 
 def main() -> None:

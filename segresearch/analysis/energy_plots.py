@@ -18,7 +18,7 @@ from segresearch.analysis.measurements import Row, Rows, chosen, short, values
 from segresearch.analysis.recorder import Entry, Images, Recording
 from segresearch.config import AnalyzeConfig
 from segresearch.image_grid import INK
-from segresearch.plot_style import canvas, label, name_sigma
+from segresearch.plot_style import SMALL, TEXT, canvas, label, name_sigma
 from segresearch.threads import one_thread
 
 Arrays = Mapping[str, np.ndarray]
@@ -114,7 +114,7 @@ def against_sigma(rows: Rows, model: str) -> Figure:
                     axis.plot([np.median(values(r, "taylor_fall")) for r in at], "o", color=color, markersize=3.5)
         axis.set_xticks(range(len(sigmas)), [name_sigma(s) for s in sigmas])
     axes[1].axhline(1, color=INK, linewidth=0.8)
-    axes[0].legend(fontsize=8, frameon=False, title="boundary", title_fontsize=8)
+    axes[0].legend(fontsize=SMALL, frameon=False, title="boundary", title_fontsize=SMALL)
     return figure
 
 
@@ -144,15 +144,15 @@ def regime(rows: Rows, boundary: str, model: str) -> Figure:
         "model are smoother than white noise, so that a blur lowers their lse less: a point may hold where the noise "
         "around it fails."
     )
-    figure = canvas(7.2, f"Regime map of Theorem 3.1: {model}, {boundary} boundary", caption)
+    figure = canvas(8.0, f"Regime map of Theorem 3.1: {model}, {boundary} boundary", caption)
     axes = figure.subplots(2, 1, sharex=True)
-    titles = {"eq20_holds": "eqs. (19) and (20): Π ξ(ã)ᵢ bᵢᵢ against Π ξ(a)ᵢ",
-              "chain_holds": "chain rule: pdet BᵀH(ã)B against pdet H(a)"}  # fmt: skip
+    titles = {"eq20_holds": "eqs. (19) and (20):\nΠ ξ(ã)ᵢ bᵢᵢ against Π ξ(a)ᵢ",
+              "chain_holds": "chain rule:\npdet BᵀH(ã)B against pdet H(a)"}  # fmt: skip
     jitter = np.random.default_rng(0)
     limit = float(np.quantile(np.abs(margins[np.isfinite(margins)]), 0.8))
     for index, (axis, (column, title)) in enumerate(zip(axes, titles.items())):
         margin = margins[..., index]
-        label(axis, title, "standard deviation of the logits over queries" * index, "blur σ (tokens)")
+        label(axis, title, "deviation of the logits over queries" * index, "blur σ (tokens)")
         mesh = axis.contourf(xs, ys, margin.clip(-limit, limit), np.linspace(-limit, limit, 25), cmap=LIGHT,
                              norm=TwoSlopeNorm(0, -limit, limit))  # fmt: skip
         if margin.min() < 0 < margin.max():
@@ -165,12 +165,12 @@ def regime(rows: Rows, boundary: str, model: str) -> Figure:
         ticks = sorted(set(blurs.tolist()))
         axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()
-    bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=40, ticks=MaxNLocator(7))
-    bar.set_label("margin (nats per token)", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    bar = figure.colorbar(mesh, ax=axes, location="bottom", pad=0.02, aspect=40, ticks=MaxNLocator(5))
+    bar.set_label("margin (nats per token)", fontsize=TEXT)
+    bar.ax.tick_params(labelsize=SMALL)
     marks = [Line2D([], [], marker="o", linestyle="", label=name, **look) for name, look in MARKS.values()]
-    axes[0].legend(handles=marks, fontsize=8, ncols=4, frameon=False, handletextpad=0.1, columnspacing=0.8,
-                   loc="lower left", bbox_to_anchor=(-0.02, 1.08), borderaxespad=0)  # fmt: skip
+    axes[0].legend(handles=marks, fontsize=SMALL, ncols=2, frameon=False, handletextpad=0.1, columnspacing=0.8,
+                   loc="lower left", bbox_to_anchor=(-0.02, 1.17), borderaxespad=0)  # fmt: skip
     return figure
 
 
@@ -192,7 +192,7 @@ def limits(entry: Entry, boundaries: Sequence[str]) -> Figure:
         for axis, distances in zip(axes, claims.limits(entry.q, entry.k, entry.grid, SIGMAS, boundary)):
             axis.plot(SIGMAS, distances, style, color=color, label=boundary, linewidth=1.8)
             axis.set_xscale("log")
-    axes[1].legend(fontsize=8, frameon=False, title="boundary", title_fontsize=8)
+    axes[0].legend(fontsize=SMALL, frameon=False, title="boundary", title_fontsize=SMALL, loc="lower right")
     return figure
 
 
@@ -209,19 +209,19 @@ def heat_maps(rows: Rows, sigma: float, boundary: str, model: str) -> Figure:
         "and the share of (head, key, image) where the conclusion of Theorem 3.1 holds, as in eqs. (19) and (20) and "
         "by the chain rule."
     )
-    figure = canvas(2 * (1.3 + 0.17 * len(sites)), f"Layer by layer, step by step: {model}, {boundary}", caption)
+    figure = canvas(3 * (1.3 + 0.19 * len(sites)), f"Layer by layer, step by step: {model}, {boundary}", caption)
     panels = {"spread": "logit std", "rank_share": "effective rank / n", "variance_ratio": "variance ratio",
               "lse_fall": "lse fall", "eq20_holds": "Thm 3.1, eq. (20)", "chain_holds": "Thm 3.1, chain rule"}
-    for axis, (column, title) in zip(figure.subplots(2, 3, sharey=True).flat, panels.items()):
+    for axis, (column, title) in zip(figure.subplots(3, 2, sharey=True).flat, panels.items()):
         label(axis, title, "σ_t")
         means = np.array([[np.mean(values(chosen(rows, site=s, step=t), column)) for t in steps] for s in sites])
         top = max(float(means.max()), 1e-9) if column in ("spread", "lse_fall") else 1
         colors = "RdBu" if column.endswith("holds") else "viridis"
         image = axis.imshow(means, aspect="auto", cmap=colors, norm=Normalize(0, top))
         axis.set_xticks(range(len(steps)), noise, rotation=45)
-        axis.set_yticks(range(len(sites)), [short(s) for s in sites], fontsize=7, family="monospace")
-        bar = figure.colorbar(image, ax=axis, orientation="horizontal", pad=0.02, aspect=14)
-        bar.ax.tick_params(labelsize=7)
+        axis.set_yticks(range(len(sites)), [short(s) for s in sites], fontsize=SMALL, family="monospace")
+        bar = figure.colorbar(image, ax=axis, location="bottom", pad=0.02, aspect=14, ticks=MaxNLocator(3))
+        bar.ax.tick_params(labelsize=SMALL)
     return figure
 
 
@@ -284,21 +284,28 @@ def _surfaces(surfaces: Arrays, axes: Arrays, height: str, title: str, caption: 
     """Surfaces (rows, columns) beside each other on one scale. axes: names and positions of columns, then of rows."""
     across = min(2, len(surfaces))
     down = -(-len(surfaces) // across)
-    figure = canvas(2.75 * down, title, caption)
+    figure = canvas(2.5 * down + 0.6, title, caption)
     low, high = min(z.min() for z in surfaces.values()), max(z.max() for z in surfaces.values())
     (x_name, x), (y_name, y) = axes.items()
+    panels: list[Any] = []
     for index, (name, z) in enumerate(surfaces.items()):
         axis: Any = figure.add_subplot(down, across, index + 1, projection="3d")
-        axis.plot_surface(*np.meshgrid(x, y), z, cmap="viridis", norm=Normalize(low, high), linewidth=0.2,
-                          edgecolor="#ffffff80", rstride=1, cstride=1)  # fmt: skip
-        axis.set_title(name, fontsize=9, color=INK)
-        axis.set_xlabel(x_name, fontsize=8, labelpad=-6)
-        axis.set_ylabel(y_name, fontsize=8, labelpad=-6)
-        axis.set_zlabel(height, fontsize=8, labelpad=-4)
+        surface = axis.plot_surface(*np.meshgrid(x, y), z, cmap="viridis", norm=Normalize(low, high), linewidth=0.2,
+                                    edgecolor="#ffffff80", rstride=1, cstride=1)  # fmt: skip
+        axis.set_title(name, fontsize=TEXT, color=INK)
+        axis.set_xlabel(x_name, fontsize=SMALL, labelpad=-3)
+        axis.set_ylabel(y_name, fontsize=SMALL, labelpad=-3)
+        axis.xaxis.set_major_locator(MaxNLocator(3))
+        axis.yaxis.set_major_locator(MaxNLocator(3))
+        axis.set_zticks([])
         axis.set_zlim(low, high if high > low else low + 1)
-        axis.tick_params(labelsize=7, pad=-2)
+        axis.tick_params(labelsize=SMALL, pad=-2)
         axis.view_init(elev=28, azim=-58)
-        axis.set_box_aspect(None, zoom=0.8)
+        axis.set_box_aspect(None, zoom=0.92)
+        panels.append(axis)
+    bar = figure.colorbar(surface, ax=panels, location="bottom", pad=0.02, aspect=30, shrink=0.7, ticks=MaxNLocator(5))
+    bar.set_label(f"{height}: height and colour", fontsize=TEXT)
+    bar.ax.tick_params(labelsize=SMALL)
     return figure
 
 
@@ -328,15 +335,16 @@ def attention(entry: Entry, row: int, blurs: Sequence[BlurOperator], image: np.n
         cross = (at[0] * image.shape[1] - 0.5, at[1] * image.shape[0] - 0.5, "+")
         first.plot(*cross, color="white", markersize=9, markeredgewidth=2.4)
         first.plot(*cross, color="black", markersize=8, markeredgewidth=1)
-        first.set_ylabel(f"head {entry.heads[head]}", fontsize=8.5)
+        first.set_ylabel(f"head {entry.heads[head]}", fontsize=SMALL)
         scaled = [z[head, query].reshape(h, w).numpy() * (h * w) for z in maps.values()]
         norm = Normalize(0, max(float(z.max()) for z in scaled))
         for axis, z in zip(others, scaled):
             shown = axis.imshow(z, cmap="magma", norm=norm)
             axis.plot(at[0] * w - 0.5, at[1] * h - 0.5, "+", color="white", markersize=7)
-        figure.colorbar(shown, ax=others[-1], fraction=0.05, pad=0.04).ax.tick_params(labelsize=6.5)
+        bar = figure.colorbar(shown, ax=others[-1], fraction=0.05, pad=0.04, ticks=MaxNLocator(2))
+        bar.ax.tick_params(labelsize=SMALL)
     for axis, title in zip(panels[0], ["image", *maps]):
-        axis.set_title(title.replace(", ", "\n").replace("blur σ", "σ"), fontsize=8.5)
+        axis.set_title(title.replace(", ", "\n").replace("blur σ", "σ"), fontsize=SMALL)
     for axis in panels.flat:
         axis.set(xticks=[], yticks=[])
     return figure

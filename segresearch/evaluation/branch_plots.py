@@ -14,7 +14,7 @@ from segresearch.evaluation.frame import Frame
 from segresearch.evaluation.plots import ROW, within
 from segresearch.image_grid import INK, QUIET
 from segresearch.method_looks import line
-from segresearch.plot_style import canvas, dot, label, rows, window
+from segresearch.plot_style import canvas, dot, label, rows, thin_ticks, window
 
 NAME = 30  # characters of a line of a row's name
 PLAIN = {"color": INK, "marker": "o"}  # of rows that are of several methods
@@ -57,6 +57,7 @@ def _alone(frame: Frame, numbers: Sequence[Number], methods: Methods, where: str
         label(axis, x=text, grid="x")
         axis.locator_params(axis="x", nbins=4)
         rows(axis, names)
+    thin_ticks(figure)
     return figure
 
 
@@ -85,15 +86,16 @@ def _levels(question: Question, numbers: Sequence[Number], methods: Methods, whe
     )
     texts, across = [textwrap.fill(_brief(name), NAME) for name in names], 1 if len(names) <= 3 else 2
     row = max(0.06 * len(sigmas) + 0.06, 0.15 * max(text.count("\n") + 1 for text in texts) + 0.06, ROW)
-    figure = canvas(0.3 + -(-len(quantities) // across) * (0.75 + row * len(names)), question.title, caption)
+    figure = canvas(0.3 + -(-len(quantities) // across) * (0.85 + row * len(names)), question.title, caption)
     for axis, quantity in zip(_panels(figure, len(quantities), across), quantities, strict=True):
         signed = quantity in ("common", "cosine", "best_scale")
         _dots(axis, [r for r in table if r.quantity == quantity], names, sorted(sigmas), methods, signed)
         if signed:
             axis.axvline(0, color=INK, linewidth=0.8)
-        label(axis, x=textwrap.fill(question.labels[quantity], 28 if across == 2 else 60), grid="x")
+        label(axis, x=textwrap.fill(question.labels[quantity], 26), grid="x")
         axis.locator_params(axis="x", nbins=4)
         rows(axis, texts)
+    thin_ticks(figure)
     return figure
 
 

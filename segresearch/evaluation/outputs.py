@@ -21,7 +21,7 @@ from segresearch.evaluation.sample_shards import IMAGES, Worker
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.init_images import identify_init
 from segresearch.method_looks import look
-from segresearch.pages import Cell, embedded, render, to_csv
+from segresearch.pages import Cell, embedded, render, title_of, to_csv
 from segresearch.plot_style import Shown, save, shown
 from segresearch.records import figure_record, image_record, png, run_record, save_png
 from segresearch.wandb_log import GALLERY, GUIDANCE, SIDE_BY_SIDE, TABLE, WandbRun, log
@@ -96,7 +96,8 @@ def page(spec: EvaluationSpec, result: Result, figures: Sequence[Shown], run: st
     config, frame, ranked = spec.config, result.frame, ranking.ranking(spec, result.frame)
     images = examples(spec, run, [spec.baseline, *(one.at_best for one in ranked)] if ranked else [*spec.methods])
     paper = f"{spec.paper} of arXiv 2408.00760, on {config.model.name}" if spec.paper else ""
-    title = paper if config.name == spec.paper else ": ".join(filter(None, (config.name, paper)))
+    name = title_of(config.name, "evaluate", frame.methods)
+    title = paper if config.name == spec.paper else ": ".join(filter(None, (name, paper)))
     names = {one.name: spec.methods[one.at_best] for one in ranked} | dict(spec.methods)
     return render(
         title, [spec.describe(result.reference_images), *forced(config.force)], "evaluation", spec=spec, run=run,

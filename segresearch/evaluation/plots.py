@@ -17,7 +17,7 @@ from segresearch.guidance import PAG, SEG
 from segresearch.image_grid import INK, QUIET
 from segresearch.method_looks import line, look
 from segresearch.plot_names import name_lines, name_points
-from segresearch.plot_style import Number, canvas, dot, label, name_sigma, rows, window
+from segresearch.plot_style import Number, canvas, dot, label, name_sigma, rows, thin_ticks, window
 
 ROW = 0.24  # inches of a method
 MOST_LINES = 12  # that one plot holds
@@ -146,19 +146,21 @@ def _tradeoff(spec: EvaluationSpec, frame: Frame, distance: Metric, where: str) 
         f"{where}. Against the distance to the image of “{spec.baseline}” from the same noise: lower left is better at "
         "less change. Bars are one paired bootstrap standard error. What lies far out is beyond the axis."
     )
-    figure = canvas(4.0, "Quality against change", caption)
+    figure = canvas(5.4 if len(values) > MOST_LINES else 4.0, "Quality against change", caption)
     axis = figure.subplots()
     ends = within([*values.values()], [e / 2 for e in errors.values()])
-    points = {m: (frame[m, distance.name].value or 0.0, values[m]) for m in values if ends[0] <= values[m] <= ends[1]}
+    changes = {m: frame[m, distance.name].value or 0.0 for m in values}
+    left, right = window([*changes.values()], keep=[0.0])
+    points = {m: (x, values[m]) for m, x in changes.items() if left <= x <= right and ends[0] <= values[m] <= ends[1]}
     for m, (x, y) in points.items():
         style = line(spec.methods[m])
         axis.errorbar(x, y, errors[m], fmt=style["marker"], markersize=5, color=style["color"], elinewidth=1)
     axis.axhline(0, color=INK, linewidth=0.8)
-    axis.margins(x=0.1)
+    axis.set_xlim(left, right)
     axis.set_ylim(*ends)
     label(axis, x=f"{distance.head} to “{spec.baseline}”", y=name, grid="both")
     bars = [(x, y + share * errors[m]) for m, (x, y) in points.items() for share in np.linspace(-1, 1, 9) if errors[m]]
-    name_points(axis, points, others=bars)
+    name_points(axis, points, others=bars, levels=[0.0])
     return figure
 
 
@@ -184,13 +186,14 @@ def _colour(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
         values = np.array([frame[m, channel].value for m in methods], float)
         right.plot(values - values[0], np.arange(len(methods)) + shift, ".", color=color, markersize=6)
     right.axvline(0, color=QUIET, linewidth=0.9)
-    label(right, x="red, green, blue", grid="x")
+    label(right, x="R, G, B", grid="x")
     for axis in (*left, right):
-        axis.locator_params(axis="x", nbins=3)
+        axis.locator_params(axis="x", nbins=2)
     rows(left[0], methods, bold=[spec.baseline])
     for axis in (left[1], right):
         axis.grid(axis="y", linewidth=0.4)
         axis.tick_params(axis="y", length=0)
+    thin_ticks(figure)
     return figure
 
 

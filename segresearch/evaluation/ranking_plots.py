@@ -2,6 +2,7 @@
 costs."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.image_grid import INK, QUIET
 from segresearch.method_looks import line
 from segresearch.plot_names import name_points
-from segresearch.plot_style import Number, Point, beyond, canvas, dot, label, rows, window
+from segresearch.plot_style import SMALL, Number, Point, beyond, canvas, dot, label, rows, window
 
-ACROSS = 4  # small panels beside each other
+ACROSS = 3  # small panels beside each other
 
 
 def draw_ranking(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where: str) -> dict[str, Figure]:
@@ -106,9 +107,10 @@ def _scales(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where:
         "are two paired bootstrap standard errors. A flat curve is robust to its scale; a best at an end may lie "
         "beyond it. Open marks at an edge lie beyond the axis."
     )
-    lines = -(-len(ranked) // ACROSS)
-    figure = canvas(1.05 * lines + 0.5, "How much the scale matters", caption)
-    panels: Any = figure.subplots(lines, ACROSS, sharex=True, sharey=True, squeeze=False)
+    across = min(ACROSS, len(ranked))
+    lines = -(-len(ranked) // across)
+    figure = canvas(1.15 * lines + 0.5, "How much the scale matters", caption)
+    panels: Any = figure.subplots(lines, across, sharex=True, sharey=True, squeeze=False)
     factors = sorted({factor for one in ranked for factor in one.scales})
     low, high = _ends(frame, ranked)
     for axis, one in zip(panels.flat, ranked):
@@ -123,15 +125,15 @@ def _scales(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where:
             axis.errorbar(place, min(max(value, low), high), error if whole else 0, fmt=style["marker"], markersize=4,
                           color=style["color"], markerfacecolor=style["color"] if whole else "white", elinewidth=1,
                           clip_on=whole)  # fmt: skip
-        axis.set_title(one.name, fontsize=8.5, color=INK, loc="left", pad=3)
+        axis.set_title(textwrap.fill(one.name, 14), fontsize=SMALL, color=INK, loc="left", pad=5)
         axis.set_xticks(range(len(factors)), [f"×{factor:g}" for factor in factors])
         axis.set_xlim(-0.35, len(factors) - 0.65)
         axis.set_ylim(low, high)
-        axis.tick_params(labelsize=7.5, colors=QUIET)
+        axis.tick_params(labelsize=SMALL, colors=QUIET)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in list(panels.flat)[len(ranked) :]:
         axis.set_axis_off()
-    for column in range(len(ranked) - (lines - 1) * ACROSS, ACROSS * (lines > 1)):  # columns whose last panel is empty
+    for column in range(len(ranked) - (lines - 1) * across, across * (lines > 1)):  # columns whose last panel is empty
         panels[-2][column].tick_params(labelbottom=True)
     return figure
 
@@ -144,7 +146,7 @@ def _tradeoff(
         f"{where}. {'' if one_scale(ranked) else several}Below 0 is better "
         f"than “{spec.baseline}” (the cross). What lies far out is beyond the axes."
     )
-    figure = canvas(4.6 if len(ranked) > 12 else 4.0, texts[0], caption)
+    figure = canvas(5.4 if len(ranked) > 12 else 4.0, texts[0], caption)
     axis = figure.subplots()
     low, high = _ends(frame, ranked)
     pairs = {one.name: {m: (frame[m, metric].value, _value(frame, m)) for m in one.scales.values()} for one in ranked}
@@ -174,5 +176,5 @@ def _tradeoff(
     axis.set_xlim(left, right)
     axis.set_ylim(low, high)
     label(axis, x=texts[1], y=_axis(spec, frame), grid="both")
-    name_points(axis, points, others=small)
+    name_points(axis, points, others=small, levels=[0.0])
     return figure
