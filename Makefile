@@ -14,6 +14,8 @@
 
 VENV := .venv
 WORKERS := 2
+# Neighbours, which share what is made for them, go to one worker.
+SPREAD = -n $(WORKERS) --dist worksteal
 IMAGES := 1000
 READY := $(VENV)/.ready
 OLDEST := 3.11
@@ -26,10 +28,10 @@ demo: $(READY)
 	$(VENV)/bin/python experiments/generate.py experiment=demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n $(WORKERS)
+	$(VENV)/bin/python -m pytest $(SPREAD)
 
 test-slow: $(READY)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -m slow
+	$(VENV)/bin/python -m pytest $(SPREAD) -m slow
 
 test-gpu: $(READY)
 	@$(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from segresearch.config.build import build_guidance  # noqa: E402
 from segresearch.config.compose import conf_dir, settings  # noqa: E402
-from segresearch.config.schema import GuidanceConfig  # noqa: E402
+from segresearch.config.method import GuidanceConfig  # noqa: E402
 from segresearch.models.conditioning import Cond  # noqa: E402
 from segresearch.models.denoiser import Denoiser, alphas_cumprod  # noqa: E402
 from segresearch.models.unet import UNet, UNetConfig  # noqa: E402

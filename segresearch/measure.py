@@ -82,9 +82,8 @@ def images(text: str) -> "Reference":
 
 def both_features(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The features of A and of B, and their network."""
-    import torch
-
     from segresearch.config.build import usable_device
+    from segresearch.evaluation.reference_images import extracted
     from segresearch.metrics.features import load_extractor
     from segresearch.progress import Bar
 
@@ -94,14 +93,7 @@ def both_features(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     with Bar(sum(map(len, sides))) as bar:
         for text, side in zip((args.a, args.b), sides, strict=True):
             bar.describe(text)
-            parts = []
-            for batch in side.batches():
-                try:
-                    parts.append(extractor.of(batch).float())
-                except InputError as error:
-                    raise ConfigError(f"{text}: {error}") from error
-                bar.add(len(batch))
-            found.append(torch.cat(parts))
+            found.append(extracted(side, extractor, text, bar))
     return found[0], found[1], extractor
 
 

@@ -15,7 +15,8 @@ from segresearch.checkpoints.additions import fingerprinted, identified, identif
 from segresearch.checkpoints.resolve import part_paths, resolve_network
 from segresearch.config.build import device_kind
 from segresearch.config.inputs import IPAdapterConfig
-from segresearch.config.schema import GuidanceConfig, ModelConfig, RunConfig
+from segresearch.config.method import GuidanceConfig
+from segresearch.config.schema import ModelConfig, RunConfig
 from segresearch.control_images.read import open_image
 from segresearch.errors import CheckpointError, ConfigError, InputError
 

@@ -4,14 +4,29 @@ whatever OMP_NUM_THREADS says."""
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for subprocesses
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each subprocess compiles the package, which takes a second
 
 import shutil  # noqa: E402
 import sys  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import typecheck  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    typecheck.begin()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_figures():
+    """Figures of a quarter of the pixels."""
+    from segresearch import plot_style
+
+    plot_style.DPI = 80
 
 
 @pytest.fixture

@@ -154,6 +154,7 @@ def base(folder, tmp_path_factory):
 
 def diagnosed(config, sd, **settings):
     asked = dataclasses.replace(config.diagnostics, **{"scenes": 0, **settings})
+    config = dataclasses.replace(config, size=(32, 32))
     named = methods((*config.compare, config.guidance))
     return diagnostics.diagnose(sd, named, config, asked, lambda rows: [""] * len(rows))
 
@@ -166,9 +167,9 @@ def measured(base, model):
 @torch.no_grad()
 def test_numbers_are_those_of_the_guided_model_at_the_first_step(base, model, measured):
     found = {(n.method, n.site, n.quantity, n.step): n for n in measured}
-    conds = model.encode([""], size=(64, 64))
+    conds = model.encode([""], size=(32, 32))
     sigma = model.denoiser.sigmas.new_tensor([found["SEG", "", "rms", 0].sigma])
-    x = torch.cat([initial_noise([seed], model.latent_shape((64, 64))) for seed in range(4)])
+    x = torch.cat([initial_noise([seed], model.latent_shape((32, 32))) for seed in range(4)])
     sampled = build_guidance(base.compare[0], model)
     start = x * (sigma**2 + 1).sqrt()  # of the schedule `leading`
     plain = torch.cat([sampled(row[None], sigma, conds) for row in start])
@@ -193,7 +194,7 @@ def test_batches_do_not_change_what_is_measured(base, model, measured, unchecked
     for a, b in zip(measured, four, strict=True):
         assert (a.method, a.site, a.quantity, a.step) == (b.method, b.site, b.quantity, b.step)
         if a.quantity not in ("common", "position"):
-            assert a.value == pytest.approx(b.value, rel=2e-3, abs=1e-5)
+            assert a.value == pytest.approx(b.value, rel=2e-3, abs=3e-5)  # rounding, in a share of 1
     assert diagnostics.batches(5, 2).__next__() == range(0, 2)
     assert [list(rows) for rows in diagnostics.batches(5, 2)] == [[0, 1], [2, 3, 4]]  # none is left alone
     assert [list(rows) for rows in diagnostics.batches(1, 2)] == [[0]] and not list(diagnostics.batches(0, 2))

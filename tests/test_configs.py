@@ -25,7 +25,8 @@ from segresearch.config import (
 )
 from segresearch.config.build import build_guidance, configured_model, resolved
 from segresearch.config.expand import describe, panels, parse_seeds, read_prompts, slug
-from segresearch.config.schema import ModelConfig, PerturbedTerm, SamplerConfig, ScheduleConfig
+from segresearch.config.method import PerturbedTerm
+from segresearch.config.schema import ModelConfig, SamplerConfig, ScheduleConfig
 from segresearch.config.validate import modern
 from segresearch.errors import ConfigError
 from segresearch.guidance import SEG

@@ -86,6 +86,13 @@ def config(base, tmp_path, unchecked):
     return dataclasses.replace(base, out=str(tmp_path / "runs"))
 
 
+@pytest.fixture
+def sampled(config, base, whole):
+    """`config` in a folder that has the pictures of `whole` and none of its tables."""
+    shutil.copytree(base.out, config.out, ignore=shutil.ignore_patterns("study", ".locks"))
+    return config
+
+
 def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whole, monkeypatch):
     frame = whole.result.frame
     assert (whole.sampled, whole.existing) == (6, 0) and frame.methods == ("vanilla", "SEG")
@@ -154,10 +161,9 @@ def test_the_same_bytes_whatever_the_workers(config, base, whole, model, parts):
 
 @pytest.mark.parametrize("spread, shown_after, waits", [(True, 3, 3), (True, 1000, 45), (False, 3, 0)])
 def test_the_last_worker_waits_for_shards_that_a_disk_shows_late(
-    config, base, whole, model, monkeypatch, spread, shown_after, waits
+    sampled, base, whole, model, monkeypatch, spread, shown_after, waits
 ):
     """Shards of another machine look as if they were missing until so many looks later; a clock that is not real."""
-    evaluate(config, model, Worker(1, 2))
     naps, header = [], shards.header
 
     def late(path):
@@ -168,20 +174,19 @@ def test_the_last_worker_waits_for_shards_that_a_disk_shows_late(
     monkeypatch.setattr(shards, "header", late)
     clock = SimpleNamespace(sleep=naps.append, monotonic=lambda: sum(naps))
     monkeypatch.setattr("segresearch.evaluation.sample_shards.time", clock)
-    done = evaluate(config, model, Worker(0, 2, spread=spread))
+    done = evaluate(sampled, model, Worker(0, 2, spread=spread))
     assert len(naps) == waits and sum(naps) <= LATE
     if waits == 3:
-        assert done.result == whole.result and contents(config.out) == contents(base.out)
+        assert done.result == whole.result and contents(sampled.out) == contents(base.out)
     else:
         assert done.result is None and "2 of 6 shards are missing, which others write" in done.message
 
 
-def test_the_tables_are_made_by_one_worker(config, model):
-    finished = evaluate(config, model, Worker())
-    with runs.locked(config.out, f"the tables of {finished.folder}"):
-        other = evaluate(config, model, Worker(0, 2))
+def test_the_tables_are_made_by_one_worker(sampled, whole, model):
+    with runs.locked(sampled.out, f"the tables of {Path(sampled.out, 'study', whole.folder.name)}"):
+        other = evaluate(sampled, model, Worker(0, 2))
     assert other.result is None and other.message == "all 6 shards exist; another worker makes the tables"
-    assert evaluate(config, model, Worker(0, 2)).result == finished.result
+    assert evaluate(sampled, model, Worker(0, 2)).result == whole.result
 
 
 def test_methods_that_remember_and_draw_resume_to_the_same_bytes(config, model):
@@ -287,11 +292,11 @@ def test_a_run_may_begin_at_another_image_whose_shard_it_shares(config, base, wh
     assert run.result.frame["SEG", "cost"].value == whole.result.frame["SEG", "cost"].value
 
 
-def test_runs_that_measure_something_else_have_folders_of_their_own_and_share_pictures(config, model):
-    one = evaluate(config, model, Worker())
+def test_runs_that_measure_something_else_have_folders_of_their_own_and_share_pictures(sampled, model):
+    one = evaluate(sampled, model, Worker())
     kept = contents(one.folder)
     for change in ({"n_bootstrap": 3}, {"images": 2}, {"reference": "scene:100000-100004"}, {"text_alignment": "none"}):
-        other = evaluate(dataclasses.replace(config, **change), model, Worker())
+        other = evaluate(dataclasses.replace(sampled, **change), model, Worker())
         assert other.sampled == 0 and other.folder != one.folder and (other.folder / "index.html").is_file()
     assert contents(one.folder) == kept
 

@@ -22,15 +22,8 @@ from segresearch.analysis import logit_statistics as statistics
 from segresearch.analysis.blur_operator import BlurOperator
 from segresearch.analysis.branch_diagnostics import Real, diagnose
 from segresearch.analysis.recorder import Entry, Recorder, Recording
-from segresearch.config.schema import (
-    DiagnosticsConfig,
-    GuidanceConfig,
-    ModelConfig,
-    PerturbedTerm,
-    RunConfig,
-    SamplerConfig,
-    ScheduleConfig,
-)
+from segresearch.config.method import GuidanceConfig, PerturbedTerm
+from segresearch.config.schema import DiagnosticsConfig, ModelConfig, RunConfig, SamplerConfig, ScheduleConfig
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, SelfAttentionGuidance, cfg, perturbed
 from segresearch.guidance.blur import BOUNDARIES
 

@@ -15,7 +15,7 @@ from segresearch import runs
 from segresearch.checkpoints.ip_adapter_file import check_context, load_ip_adapter
 from segresearch.config.build import build_guidance
 from segresearch.config.expand import describe
-from segresearch.config.schema import GuidanceConfig
+from segresearch.config.method import GuidanceConfig
 from segresearch.config.validate import typed
 from segresearch.errors import CheckpointError, ConfigError, InputError
 from segresearch.guidance import PAG, SEG, GuidedDenoiser, cfg, perturbed

@@ -15,7 +15,7 @@ import yaml
 from mkdocs.structure.files import File, Files
 
 from segresearch.config import help as comments
-from segresearch.config import kinds, schema
+from segresearch.config import kinds, method, schema
 from segresearch.config.figures import BlurConfig, GridConfig
 from segresearch.config.inputs import InitConfig, IPAdapterConfig
 from segresearch.fields import Boundary, Count, Flag, Fraction, NonNegative, Number, Whole
@@ -26,12 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 COMMANDS = {"generate": schema.GenerateConfig, "evaluate": schema.EvaluateConfig, "analyze": schema.AnalyzeConfig}
 WORDS = {Number: "number", NonNegative: "number from 0", Fraction: "number from 0 to 1", Whole: "whole number",
-         Flag: "`true`, `false`", Count: "whole number from 1", schema.Where: "sites", schema.Seeds: "seeds",
+         Flag: "`true`, `false`", Count: "whole number from 1", method.Where: "sites", schema.Seeds: "seeds",
          schema.Prompts: "text, list or file", str: "text", float: "number", int: "whole number",
          bool: "`true`, `false`", Boundary: "`reflect`, `symmetric`, `circular`, `exact`", type(None): "`null`",
-         schema.Interval: "[low, high] or `null`"}  # fmt: skip
-RECORDS = (schema.GuidanceConfig, schema.CFGTerm, schema.PerturbedTerm, schema.DifferenceTerm, schema.SAGConfig,
-           schema.ZSamplingConfig, schema.EveryConfig, schema.NetworkConfig, IPAdapterConfig, schema.CustomConfig,
+         method.Interval: "[low, high] or `null`"}  # fmt: skip
+RECORDS = (method.GuidanceConfig, method.CFGTerm, method.PerturbedTerm, method.DifferenceTerm, method.SAGConfig,
+           method.ZSamplingConfig, method.EveryConfig, method.NetworkConfig, IPAdapterConfig, method.CustomConfig,
            schema.ControlConfig, schema.PanelConfig, schema.ModelConfig, schema.SamplerConfig, schema.ScheduleConfig,
            schema.DiagnosticsConfig, schema.SweepConfig, InitConfig, TextSettings, Compute, GridConfig, BlurConfig,
            schema.WandbConfig)  # fmt: skip

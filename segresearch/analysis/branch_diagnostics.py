@@ -29,7 +29,8 @@ from segresearch.analysis.attention_diagnostics import (
     relative_change,
 )
 from segresearch.config.build import build_guidance
-from segresearch.config.schema import CFGTerm, DiagnosticsConfig, GuidanceConfig, RunConfig
+from segresearch.config.method import CFGTerm, GuidanceConfig
+from segresearch.config.schema import DiagnosticsConfig, RunConfig
 from segresearch.errors import ConfigError
 from segresearch.guidance import GuidedDenoiser
 from segresearch.guidance.perturbations import site_kind

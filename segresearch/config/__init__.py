@@ -4,7 +4,8 @@
 """
 
 from segresearch.config.compose import conf_dir, settings
-from segresearch.config.schema import AnalyzeConfig, ControlConfig, EvaluateConfig, GenerateConfig, GuidanceConfig
+from segresearch.config.method import GuidanceConfig
+from segresearch.config.schema import AnalyzeConfig, ControlConfig, EvaluateConfig, GenerateConfig
 from segresearch.config.validate import typed
 
 __all__ = [

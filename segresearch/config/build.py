@@ -18,7 +18,8 @@ from segresearch.checkpoints.additions import identified_additions
 from segresearch.checkpoints.own_schedule import schedule_of
 from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config.inputs import IPAdapterConfig
-from segresearch.config.schema import CustomConfig, GuidanceConfig, ModelConfig, PerturbationConfig, RunConfig
+from segresearch.config.method import CustomConfig, GuidanceConfig, PerturbationConfig
+from segresearch.config.schema import ModelConfig, RunConfig
 from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError, InputError
 from segresearch.models.compute import PLAIN, Compute

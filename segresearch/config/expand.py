@@ -14,16 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from segresearch.config.inputs import STRENGTH, InitConfig
+from segresearch.config.method import GuidanceConfig, TermConfig
 from segresearch.config.prompt_sets import SUFFIXES, from_set
-from segresearch.config.schema import (
-    SCENE,
-    ControlConfig,
-    GenerateConfig,
-    GuidanceConfig,
-    PanelConfig,
-    RunConfig,
-    TermConfig,
-)
+from segresearch.config.schema import SCENE, ControlConfig, GenerateConfig, PanelConfig, RunConfig
 from segresearch.errors import ConfigError
 
 HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training

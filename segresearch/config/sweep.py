@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from segresearch.config.schema import CFGTerm, GuidanceConfig
+from segresearch.config.method import CFGTerm, GuidanceConfig
 from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from segresearch.analysis.branch_diagnostics import Number
-from segresearch.config.schema import GuidanceConfig
+from segresearch.config.method import GuidanceConfig
 from segresearch.evaluation.branches import QUESTIONS, Question, Row, rows_of
 from segresearch.evaluation.frame import Frame
 from segresearch.evaluation.plots import ROW, within

@@ -12,7 +12,7 @@ from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import GuidanceConfig
 from segresearch.config.compose import written_config
 from segresearch.config.expand import slug
-from segresearch.config.schema import PerturbedTerm
+from segresearch.config.method import PerturbedTerm
 from segresearch.control_images.identify import control_records, identify_controls
 from segresearch.evaluation import branch_plots, branches, plots, ranking, ranking_plots, shards
 from segresearch.evaluation.aggregate import Result

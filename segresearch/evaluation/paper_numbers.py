@@ -7,7 +7,7 @@ the same seed; SAG by DDIM, the others by Euler.
 import math
 from collections.abc import Mapping, Sequence
 
-from segresearch.config.schema import GuidanceConfig, PerturbedTerm
+from segresearch.config.method import GuidanceConfig, PerturbedTerm
 from segresearch.errors import ConfigError
 
 Key = str | float  # "vanilla", "SAG", "PAG", or SEG's sigma

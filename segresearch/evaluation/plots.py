@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from segresearch.config.schema import CFGTerm, GuidanceConfig, PerturbedTerm
+from segresearch.config.method import CFGTerm, GuidanceConfig, PerturbedTerm
 from segresearch.evaluation.aggregate import Result
 from segresearch.evaluation.frame import Frame, Metric
 from segresearch.evaluation.spec import EvaluationSpec

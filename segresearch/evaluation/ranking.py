@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from segresearch.config.expand import describe
-from segresearch.config.schema import CFGTerm, GuidanceConfig
+from segresearch.config.method import CFGTerm, GuidanceConfig
 from segresearch.evaluation.frame import SCORES, Frame, Metric, Value
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.pages import Cell

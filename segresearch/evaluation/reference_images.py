@@ -82,6 +82,18 @@ def reference(text: str) -> Reference:
     return images
 
 
+def extracted(images: Reference, extractor: Extractor, at: str, bar: Bar) -> Float[Tensor, "n dim"]:
+    """Of each image, in batches. at: what names the images in a ConfigError."""
+    parts = []
+    for batch in images.batches():
+        try:
+            parts.append(extractor.of(batch).float())
+        except InputError as error:
+            raise ConfigError(f"{at}: {error}") from error
+        bar.add(len(batch))
+    return torch.cat(parts)
+
+
 def features(images: Reference, extractor: Extractor, out: str | Path) -> Float[Tensor, "n dim"]:
     """Of each image, from <out>/reference where those of the same images are kept, else computed and kept there. Raises
     ConfigError."""
@@ -89,16 +101,9 @@ def features(images: Reference, extractor: Extractor, out: str | Path) -> Float[
     path = Path(out) / "reference" / f"{extractor.name}-{digest}.safetensors"
     if shards.producers(path).get(FEATURES) == extractor.weights:
         return torch.from_numpy(shards.load(path, FEATURES))
-    parts = []
     with Bar(len(images)) as bar:
         bar.describe(f"reference, {extractor.name}")
-        for batch in images.batches():
-            try:
-                parts.append(extractor.of(batch).float())
-            except InputError as error:
-                raise ConfigError(f"reference: {images.text}: {error}") from error
-            bar.add(len(batch))
-    values = torch.cat(parts)
+        values = extracted(images, extractor, f"reference: {images.text}", bar)
     shards.write(path, {FEATURES: shards.Array(values.numpy(), extractor.weights)})
     return values
 

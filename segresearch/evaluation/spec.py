@@ -19,7 +19,8 @@ from segresearch.config.expand import (
     scene_numbers,
     slug,
 )
-from segresearch.config.schema import SCENE, EvaluateConfig, GuidanceConfig
+from segresearch.config.method import GuidanceConfig
+from segresearch.config.schema import SCENE, EvaluateConfig
 from segresearch.config.sweep import Swept, swept
 from segresearch.control_images.identify import identify_control
 from segresearch.errors import ConfigError

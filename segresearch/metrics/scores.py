@@ -23,7 +23,7 @@ from segresearch.metrics.clip_pixels import cropped_squares, padded_squares
 from segresearch.metrics.features import clip_tower
 from segresearch.metrics.image_reward import LinearHead, load_image_reward
 from segresearch.metrics.open_clip_file import load_open_clip
-from segresearch.metrics.text_alignment import CLIP, Clip
+from segresearch.metrics.text_alignment import CLIP, Clip, pairs
 from segresearch.models.compute import arithmetic
 from segresearch.pretrained import Asset, Device
 
@@ -54,12 +54,9 @@ class Scorer:
     @torch.inference_mode()
     def of(self, images: UInt8[Tensor, "n 3 h w"], prompts: Sequence[str], batch: int = 16) -> Float[Tensor, " n"]:
         """A number of each image, on the CPU; fp32 products in fp32. InputError for unequal numbers or none."""
-        if isinstance(prompts, str) or len(images) != len(prompts):
-            count = "one string" if isinstance(prompts, str) else len(prompts)
-            raise InputError(f"{len(images)} images and {count} as prompts: give a list with one prompt for each image")
-        if not len(images):
+        parts = pairs(images, prompts, "prompt", batch)
+        if not parts:
             raise InputError("no images to score")
-        parts = [slice(i, i + batch) for i in range(0, len(images), batch)]
         with arithmetic("exact", self.device):
             return torch.cat([self.network(images[rows].to(self.device), prompts[rows]).cpu() for rows in parts])
 

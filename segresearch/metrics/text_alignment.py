@@ -80,16 +80,21 @@ class MiniClip:
         return F.normalize(self.text.encode(list(texts))[1].to(self.tower.vision.head.weight), dim=-1)
 
 
+def pairs(images: UInt8[Tensor, "n 3 h w"], texts: Sequence[str], noun: str, batch: int) -> list[slice]:
+    """The rows of each batch of images with their texts. noun: what a text is. InputError for unequal numbers."""
+    if isinstance(texts, str) or len(images) != len(texts):
+        count = "one string" if isinstance(texts, str) else len(texts)
+        raise InputError(f"{len(images)} images and {count} as {noun}s: give a list with one {noun} for each image")
+    return [slice(i, i + batch) for i in range(0, len(texts), batch)]
+
+
 @torch.inference_mode()
 def text_alignment(
     clip: Clip | MiniClip, images: UInt8[Tensor, "n 3 h w"], texts: Sequence[str], batch: int = 64
 ) -> Float[Tensor, " n"]:
     """Cosine of each image with its text, in [−1, 1], on the CPU. InputError for unequal numbers or none."""
-    if isinstance(texts, str) or len(images) != len(texts):
-        count = "one string" if isinstance(texts, str) else len(texts)
-        raise InputError(f"{len(images)} images and {count} as texts: give a list with one text for each image")
-    if not len(texts):
+    parts = pairs(images, texts, "text", batch)
+    if not parts:
         raise InputError("no images and texts to compare")
-    parts = [slice(i, i + batch) for i in range(0, len(texts), batch)]
     products = [clip.embed_images(images[rows]) * clip.embed_texts(texts[rows]) for rows in parts]
     return torch.cat([product.sum(1).cpu() for product in products])  # (b, dim) -> (b,)
