@@ -21,7 +21,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -44,6 +44,13 @@ DISK = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some room, then the s
 DISK |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "; choose another folder with out=")
 SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # a launcher's, a closed terminal's, Slurm's
 NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # a CPU, a GPU, CUDA's libraries
+
+
+class Arguments(argparse.ArgumentParser):
+    """A parser whose errors are one line with code 2, as those of settings are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `{self.prog} --help` has what it takes")
 
 
 def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:

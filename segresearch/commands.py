@@ -3,7 +3,6 @@
 The three of runs are Hydra's (`cli.command`), the others argparse's.
 """
 
-import argparse
 import json
 import runpy
 import sys
@@ -11,9 +10,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from segresearch.cli import command, one_line_errors
+from segresearch.cli import Arguments, command, one_line_errors
 from segresearch.errors import ConfigError
 from segresearch.run_index import note
+
+MINI = Path("experiments", "mini")  # in the repository; in a wheel below segresearch/training
 
 
 def _run(config: Any, kind: str, module: str) -> None:
@@ -47,7 +48,7 @@ def analyze(config: Any) -> None:
 
 @one_line_errors()
 def overview() -> None:
-    parser = argparse.ArgumentParser(description="All runs of an experiment in one table; without a name, all runs.")
+    parser = Arguments(description="All runs of an experiment in one table; without a name, all runs.")
     parser.add_argument("name", nargs="?", help="the experiment, as the runs' folder is called")
     parser.add_argument("--out", default="runs", help="where runs lie (default: runs)")
     args = parser.parse_args()
@@ -67,7 +68,7 @@ def overview() -> None:
 
 @one_line_errors()
 def reproduce() -> None:
-    parser = argparse.ArgumentParser(description="Makes a PNG again from the record in it, and compares the two.")
+    parser = Arguments(description="Makes a PNG again from the record in it, and compares the two.")
     parser.add_argument("image", type=Path)
     parser.add_argument("--model", help="the model, where it is not in the recorded place")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -91,7 +92,7 @@ def reproduce() -> None:
 
 @one_line_errors()
 def dashboard() -> None:
-    parser = argparse.ArgumentParser(description="A W&B workspace or report of an experiment, as code.")
+    parser = Arguments(description="A W&B workspace or report of an experiment, as code.")
     parser.add_argument("name", help="the experiment, as the runs' folder is called")
     parser.add_argument("--kind", choices=["workspace", "report"], default="workspace")
     parser.add_argument("--out", default="runs", help="where runs lie (default: runs)")
@@ -116,13 +117,14 @@ def dashboard() -> None:
 
 @one_line_errors()
 def train_mini() -> None:
-    root = Path(__file__).resolve().parent.parent
-    folder = root / "experiments" / "mini"
-    parts = sorted(path.stem for path in folder.glob("*.py") if "def main" in path.read_text(encoding="utf-8"))
-    parser = argparse.ArgumentParser(description="Trains a part of the embedded model (experiments/mini/README.md).")
-    parser.add_argument("part", choices=parts or None, help="what to run; PART --help has its options")
-    if not parts:
-        raise ConfigError(f"{folder}: no training scripts here; they are in the repository, not in the wheel")
+    package = Path(__file__).resolve().parent
+    root = next((root for root in (package.parent, package / "training") if (root / MINI / "train.py").is_file()), None)
+    if root is None:
+        raise ConfigError(f"no training scripts in {package.parent / MINI} or {package / 'training' / MINI}")
+    scripts = (root / MINI).glob("*.py")
+    parts = sorted(path.stem for path in scripts if "def main" in path.read_text(encoding="utf-8"))
+    parser = Arguments(description="Trains a part of the embedded model; `train` runs all of them in turn.")
+    parser.add_argument("part", choices=parts, help="what to run; PART --help has its options")
     part = parser.parse_args(sys.argv[1:2]).part
     sys.path.insert(0, str(root))
     sys.argv = [f"{parser.prog} {part}", *sys.argv[2:]]
@@ -131,7 +133,7 @@ def train_mini() -> None:
 
 @one_line_errors()
 def models() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         description="The models that can be named here: model=NAME of the configs, and model.path=ID of the hub cache."
     )
     parser.add_argument("--cache", type=Path, help="the folder of the hub cache (default: that of huggingface_hub)")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segresearch.cli import one_line_errors
+from segresearch.cli import Arguments, one_line_errors
 from segresearch.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ RESIZING = {  # what the network is shown
 @one_line_errors()
 def main(name: str) -> None:
     """The command `name`, a key of ABOUT."""
-    parser = argparse.ArgumentParser(description=ABOUT[name])
+    parser = Arguments(description=ABOUT[name])
     parser.add_argument("a", metavar="A", help='a folder of images, or scenes of mini such as "scene:0-999"')
     if name in ("clip", "score"):
         text = "a .txt file, a line an image in the order of names; default: the prompts in the images' records"
@@ -59,15 +59,26 @@ def main(name: str) -> None:
     parser.add_argument("--sha256", help="of these weights, where they are not the published ones")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     if name == "fid":
-        parser.add_argument("--bootstrap", type=int, default=100, help="resamples of the error (100)")
+        parser.add_argument("--bootstrap", type=whole(0), default=100, help="resamples of the error (100)")
         parser.add_argument("--force", action="store_true", help="allow fewer images than features: biased upwards")
     elif name == "kid":
-        parser.add_argument("--subsets", type=int, default=100, help="subsets (100)")
-        parser.add_argument("--size", type=int, default=1000, help="images a subset (1000, at most all)")
+        parser.add_argument("--subsets", type=whole(1), default=100, help="subsets (100)")
+        parser.add_argument("--size", type=whole(2), default=1000, help="images a subset (1000, at most half)")
     elif name == "prdc":
-        parser.add_argument("--neighbour", type=int, default=5, help="k of the k-th nearest neighbour (5)")
+        parser.add_argument("--neighbour", type=whole(1), default=5, help="k of the k-th nearest neighbour (5)")
     args = parser.parse_args()
     print(CALLS[name](args))
+
+
+def whole(lowest: int) -> Callable[[str], int]:
+    """The type of an option: whole numbers from `lowest` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} on")
+        return int(text)
+
+    return number
 
 
 def images(text: str) -> "Reference":
@@ -111,7 +122,9 @@ def kid(args: argparse.Namespace) -> str:
     from segresearch.metrics.nonparametric import kid as kernel_distance
 
     a, b, extractor = both_features(args)
-    size = min(args.size, len(a), len(b))
+    size = min(args.size, min(len(a), len(b)) // 2)  # of all images the subsets would be one, and differ in nothing
+    if size < 2:
+        raise ConfigError(f"{args.a}, {args.b}: {len(a)} and {len(b)} images; a kernel distance needs four of each")
     value, spread = kernel_distance(a, b, args.subsets, size)
     mean = spread / math.sqrt(args.subsets)
     text = f"KID {value:.4g} ± {mean:.2g} (N = {len(a)} against {len(b)}, {args.subsets} subsets of {size})"

@@ -25,6 +25,7 @@ from segresearch.runs import code_version
 
 CONFIGS: dict[str, Any] = {"generate": GenerateConfig, "evaluate": EvaluateConfig, "analyze": AnalyzeConfig}
 EXACT = {"precision": "exact"}  # the arithmetic of records without `compute`: they are of a CPU
+GROWTH = 16  # how much smaller than the image of its record, by the side, a file may be
 OF_AN_IMAGE = ("sampler", "schedule", "guidance", "steps", "size", "negative")
 
 
@@ -58,6 +59,7 @@ def reproduce(
     refuse_foreign_targets(record, path, trust)
     if not trust:
         refuse_foreign_files(record, path, model)
+    _refuse_growth(record, path)
     with tempfile.TemporaryDirectory(prefix="segresearch-") as temporary:
         try:
             image, now = _again(record, device, str(out or temporary))
@@ -80,7 +82,7 @@ def reproduce(
 def recorded(path: Path) -> dict[str, Any]:
     """The record in a PNG. ConfigError where there is none that could be followed."""
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
+        raise ConfigError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     _refuse_bomb(path)
     record = read_record(path)
     if not isinstance(record, dict):
@@ -104,6 +106,19 @@ def _refuse_bomb(path: Path) -> None:
         raise ConfigError(f"{path}: more pixels than the limit of {Image.MAX_IMAGE_PIXELS:,}") from error
     except (OSError, SyntaxError, ValueError):
         pass  # `read_record` has a word for it
+
+
+def _refuse_growth(record: Mapping[str, Any], path: Path) -> None:
+    """ConfigError for a record that would make an image far larger than the file. Sizes of wrong types are refused
+    where the settings are read."""
+    with Image.open(path) as image:
+        most = GROWTH * max(image.size)
+    for holder in filter(lambda holder: isinstance(holder, Mapping), (record, *map(record.get, CONFIGS))):
+        several = holder.get("sizes")
+        for size in [holder.get("size"), *(several if isinstance(several, list) else ())]:
+            if isinstance(size, list) and any(isinstance(side, int) and side > most for side in size):
+                made, here = (" × ".join(str(side)[:20] for side in sides[:2]) for sides in (size, image.size[::-1]))
+                raise ConfigError(f"{path}: its record makes images of {made} pixels, the file has {here}")
 
 
 def _again(record: Mapping[str, Any], device: str, out: str) -> tuple[Image.Image, Mapping[str, Any]]:

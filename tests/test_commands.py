@@ -97,7 +97,9 @@ def test_help_names_what_a_command_takes_and_explains_every_key():
         for key in written:
             parents = {key.rpartition(".")[0]} & {"weights", "checksums"}  # files by the name of a network
             assert key in explained or parents, f"conf/{name}.yaml: {key} has no comment"
-        assert {"wandb.tags", "text.negative_aesthetic_score"} <= explained
+        assert {"wandb.tags", "text.negative_aesthetic_score", "sampler.options", "schedule.rho"} <= explained
+        model = OmegaConf.load(ROOT / "conf" / "model" / "sdxl.yaml")
+        assert {f"model.{key}" for key in model} <= explained
         assert ("guidance.rescale" in explained) == (name != "analyze")
 
 
@@ -213,7 +215,7 @@ def folders(tmp_path_factory):
     ("name", "arguments", "words"),
     [
         ("fid", ("a", "b", "--features", "mini", "--force", "--bootstrap", 3), "(N = 24 against 20, "),
-        ("kid", ("a", "b", "--features", "mini", "--subsets", 4), "(N = 24 against 20, 4 subsets of 20)"),
+        ("kid", ("a", "b", "--features", "mini", "--subsets", 4), "(N = 24 against 20, 4 subsets of 10)"),
         ("prdc", ("a", "b", "--features", "mini"), "coverage "),
         ("lpips", ("a", "a", "--net", "mini"), "LPIPS-mini 0.0000 ± 0 (N = 24)"),
     ],
@@ -238,6 +240,12 @@ def test_two_folders_are_measured_with_n_errors_and_the_resizing(name, arguments
         ("is", ("few",), "few: 3 images; the inception score needs 10"),
         ("is", ("a", "--weights", "none.pth"), "none.pth: no such file; download https://"),
         ("kid", ("a", "nowhere"), "nowhere: no such folder"),
+        ("kid", ("few", "a", "--features", "mini"), "3 and 24 images; a kernel distance needs four of each"),
+        ("fid", ("a", "b", "--bootstrap", -3), "--bootstrap: '-3' is not a whole number from 0 on"),
+        ("kid", ("a", "b", "--subsets", 0), "--subsets: '0' is not a whole number from 1 on"),
+        ("prdc", ("a", "b", "--neighbour", "x"), "--neighbour: 'x' is not a whole number from 1 on"),
+        ("fid", ("a",), "required: B; "),
+        ("lpips", ("a", "b", "--nett", "mini"), "unrecognized arguments: --nett mini; "),
     ],
 )
 def test_folders_that_cannot_be_compared_are_one_line(name, arguments, words, folders, call):
@@ -291,6 +299,12 @@ def test_a_figure_without_an_experiment_names_those_that_have_one(name, call):
     assert code == 2 and said.err.count("\n") == 1 and f"{name} of arXiv 2408.00760 has no experiment" in said.err
     assert "fig5 (fig8, fig9 too)" in said.err and "fig12" in said.err and "table1" in said.err
     assert "demo" not in said.err
+
+
+@pytest.mark.parametrize("name", ["overview", "reproduce", "dashboard", "models", "train_mini"])
+def test_arguments_that_are_wrong_are_one_line(name, call):
+    code, said = call(getattr(commands, name), "--no-such-option", "x", "y", "z")
+    assert code == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1 and "--help" in said.err
 
 
 def test_a_perturbation_in_the_current_folder_is_found_without_pythonpath(tmp_path, monkeypatch):

@@ -53,6 +53,8 @@ def test_captions_come_from_a_coco_file_each_image_once_before_any_twice(tmp_pat
     wrong = [
         ('{"annotations": [\n  {"id": 1,,}]}', "line 2: not JSON"),
         ('{"images": []}', "no list `annotations`"),
+        ("[" * 100_000, "not JSON that can be read"),
+        (f'{{"annotations": {"9" * 5000}}}', "not JSON that can be read"),
         ('{"annotations": [{"id": 1, "image_id": 2, "caption": "a"}, {"id": 2}]}', r"annotations\.1: no image_id"),
         ('{"annotations": [{"id": 1, "image_id": 2, "caption": " "}]}', r"annotations\.0: the caption is empty"),
     ]

@@ -63,6 +63,8 @@ WRONG = [
     ("a.jsonl", "[1]\n", "line 1: not an object but list"),
     ("a.jsonl", '{"prompt": 3}\n', "line 1: its prompt is 3, not a text"),
     ("a.csv", "prompt\n", "no prompt in"),
+    ("a.jsonl", "[" * 100_000, "line 1: not JSON that can be read"),
+    ("a.jsonl", '{"prompt": 1' + "0" * 5000 + "}", "line 1: not JSON that can be read"),
 ]
 
 

@@ -251,6 +251,21 @@ def test_a_pixel_bomb_is_refused_before_it_is_decoded(call, tmp_path, monkeypatc
     assert code == 2 and "more pixels than" in said.err and said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("change", [{"size": [16, 2**40]}, {"size": [2**19, 2**19]}])
+def test_a_record_of_an_image_far_larger_than_the_file_is_refused(change, done, controlled_folder, tmp_path):
+    record = records.read_record(done.folder / FILES[0]) | change
+    with pytest.raises(ConfigError, match="its record makes images of .* pixels, the file has 16 × 16"):
+        reproduce(sent(tmp_path / "sent.png", json.dumps(record)), str(controlled_folder), "cpu")
+    record = {"generate": {"sizes": [[16, 16], [16, 2**30]]}, "settings": {}}
+    with pytest.raises(ConfigError, match="its record makes images of 16 × 1073741824 pixels"):
+        reproduce(sent(tmp_path / "sent.png", json.dumps(record)), str(controlled_folder), "cpu")
+
+
+def test_what_is_no_file_is_said(call, tmp_path):
+    assert f"{tmp_path}: not a file" in call(script("reproduce").main, tmp_path)[1].err
+    assert "none.png: no such file" in call(script("reproduce").main, "none.png")[1].err
+
+
 @pytest.mark.parametrize("kind", ["evaluate", "analyze"])
 def test_a_record_starts_no_tracking(kind, tmp_path, monkeypatch):
     part = {"name": "mini"}

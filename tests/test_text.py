@@ -90,6 +90,9 @@ def test_a_long_prompt_is_cut_with_a_warning_that_names_what_is_lost(made):
     assert len(caught) == 2  # one for each encoder
     assert conds["cond"].context.shape == (1, LENGTH, 192)
     assert_equal_to_diffusers(conds, made[0].encode_prompt([prompt]))
+    with pytest.warns(UserWarning, match="cut off") as caught:
+        made[1].encode(["red " * 5000])
+    assert max(len(str(warning.message)) for warning in caught) < 500
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made[1].encode(["a a a a a a a a a a a a a red"])

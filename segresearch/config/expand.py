@@ -17,7 +17,7 @@ from segresearch.config.inputs import STRENGTH, InitConfig
 from segresearch.config.method import GuidanceConfig, TermConfig
 from segresearch.config.prompt_sets import SUFFIXES, from_set
 from segresearch.config.schema import SCENE, ControlConfig, GenerateConfig, PanelConfig, RunConfig
-from segresearch.errors import ConfigError
+from segresearch.errors import ConfigError, one_line
 
 HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training
 TITLES = {  # of methods whose name is not their kind in capitals
@@ -290,6 +290,8 @@ def from_coco(path: Path, at: str = "prompts") -> tuple[str, ...]:
         entries = list(json.loads(_text(path, at))["annotations"])
     except json.JSONDecodeError as error:
         raise ConfigError(f"{at}: {path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too deep
+        raise ConfigError(f"{at}: {path}: not JSON that can be read ({one_line(error)})") from error
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{at}: {path}: no list `annotations` in it, which COCO's captions_*.json have") from error
     for i, entry in enumerate(entries):

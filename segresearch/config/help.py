@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from segresearch.config.compose import conf_dir
 
 WIDTH = 24  # letters of a key, then its meaning
+COMMENTED = {"model": "sdxl", "sampler": "euler", "schedule": "karras"}  # groups, and the file that explains their keys
 
 
 def fill(config: Any, name: str) -> None:
@@ -59,7 +60,11 @@ def about(file: Path) -> str:
 
 def meanings(name: str) -> dict[str, str]:
     """Every key of conf/`name`.yaml that has a comment there, with the comment."""
-    text = (conf_dir() / f"{name}.yaml").read_text(encoding="utf-8").partition("\nhydra:")[0]
+    return comments_of((conf_dir() / f"{name}.yaml").read_text(encoding="utf-8").partition("\nhydra:")[0])
+
+
+def comments_of(text: str) -> dict[str, str]:
+    """Every key of a config that has a comment beside it, with the comment."""
     keys: list[str] = []
     comments: dict[str, str] = {}
     for line in text.splitlines():
@@ -73,8 +78,12 @@ def meanings(name: str) -> dict[str, str]:
 
 
 def settings(name: str) -> str:
-    """Every key of conf/`name`.yaml with its comment there."""
-    return "\n".join(f"  {key:{WIDTH}} {meaning}" for key, meaning in meanings(name).items()) + "\n"
+    """Every key of conf/`name`.yaml with its comment there, and those of the groups in COMMENTED."""
+    found = meanings(name)
+    for group, choice in COMMENTED.items():
+        text = (conf_dir() / group / f"{choice}.yaml").read_text(encoding="utf-8")
+        found |= {f"{group}.{key}": meaning for key, meaning in comments_of(text).items() if "." not in key}
+    return "\n".join(f"  {key:{WIDTH}} {meaning}" for key, meaning in found.items()) + "\n"
 
 
 def _wrapped(head: str, words: list[str], width: int = 110) -> list[str]:

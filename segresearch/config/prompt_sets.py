@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segresearch.errors import ConfigError
+from segresearch.errors import ConfigError, one_line
 
 NAMES = ("prompt", "prompts", "caption", "text")  # of the column or key, in any case
 SEPARATORS = {".tsv": "\t", ".csv": ","}
@@ -64,6 +64,8 @@ def _objects(path: Path, text: str, at: str) -> list[str]:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{where}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too deep
+            raise ConfigError(f"{where}: not JSON that can be read ({one_line(error)})") from error
         if not isinstance(entry, dict):
             raise ConfigError(f"{where}: not an object but {type(entry).__name__}")
         prompt = entry[_known([*entry], where)]

@@ -103,7 +103,7 @@ def read(path: Path) -> tuple[Number, ...]:
         content = json.loads(path.read_text(encoding="utf-8"))
         numbers = tuple(Number(**row) for row in content["numbers"])
         return numbers if content["digest"] == runs.digest(content["numbers"]) else ()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ()
 
 

@@ -75,7 +75,7 @@ def load_part(path_or_name: str | Path, part: str, build: Callable[..., Module])
     folder = resolve_model(path_or_name) / part
     try:
         config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = f"no readable config.json and model.safetensors ({error}); this model brings no {part} weights"
         raise CheckpointError(f'{folder}: {problem}, use "mini", or export them (experiments/mini)') from error
     with fitting(folder), torch.device("meta"):  # no random numbers are drawn for what the weights replace

@@ -1,6 +1,7 @@
 """The text conditioning: one or two CLIP text encoders, each with its tokenizer."""
 
 import re
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from segresearch.errors import InputError
 from segresearch.models.calls import on_device
 
+QUOTED = 300  # letters of a text in a warning
 TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")  # of SDXL, on the hub
 
 
@@ -64,7 +66,7 @@ class TextEncoders:
         tokenizer, texts = self.tokenizers[which], [expanded(text, self.words) for text in texts]
         for ids in tokenizer(texts, verbose=False).input_ids:
             if len(ids) > self.length:
-                lost = tokenizer.decode(ids[self.length - 1 : -1])
+                lost = textwrap.shorten(tokenizer.decode(ids[self.length - 1 : -1]), QUOTED, placeholder=" ...")
                 warnings.warn(
                     f"text encoder {which + 1} reads {self.length} tokens, cut off: {lost!r} (of {len(ids)} tokens)",
                     stacklevel=6,  # of whoever calls StableDiffusion.encode
