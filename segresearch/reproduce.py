@@ -113,12 +113,12 @@ def _refuse_growth(record: Mapping[str, Any], path: Path) -> None:
     where the settings are read."""
     with Image.open(path) as image:
         most = GROWTH * max(image.size)
-    for holder in filter(lambda holder: isinstance(holder, Mapping), (record, *map(record.get, CONFIGS))):
-        several = holder.get("sizes")
-        for size in [holder.get("size"), *(several if isinstance(several, list) else ())]:
-            if isinstance(size, list) and any(isinstance(side, int) and side > most for side in size):
-                made, here = (" × ".join(str(side)[:20] for side in sides[:2]) for sides in (size, image.size[::-1]))
-                raise ConfigError(f"{path}: its record makes images of {made} pixels, the file has {here}")
+    configs = [config for config in (record, *map(record.get, CONFIGS)) if isinstance(config, Mapping)]
+    lists = [sizes for config in configs if isinstance(sizes := config.get("sizes"), list)]
+    for size in (*(config.get("size") for config in configs), *(size for sizes in lists for size in sizes)):
+        if isinstance(size, list) and any(isinstance(side, int) and side > most for side in size):
+            new, old = (" × ".join(str(side)[:20] for side in sides[:2]) for sides in (size, image.size[::-1]))
+            raise ConfigError(f"{path}: its record makes images of {new} pixels, the file has {old}")
 
 
 def _again(record: Mapping[str, Any], device: str, out: str) -> tuple[Image.Image, Mapping[str, Any]]:

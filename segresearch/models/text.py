@@ -66,7 +66,7 @@ class TextEncoders:
         tokenizer, texts = self.tokenizers[which], [expanded(text, self.words) for text in texts]
         for ids in tokenizer(texts, verbose=False).input_ids:
             if len(ids) > self.length:
-                lost = textwrap.shorten(tokenizer.decode(ids[self.length - 1 : -1]), QUOTED, placeholder=" ...")
+                lost = textwrap.shorten(str(tokenizer.decode(ids[self.length - 1 : -1])), QUOTED, placeholder=" ...")
                 warnings.warn(
                     f"text encoder {which + 1} reads {self.length} tokens, cut off: {lost!r} (of {len(ids)} tokens)",
                     stacklevel=6,  # of whoever calls StableDiffusion.encode
