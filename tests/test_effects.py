@@ -6,7 +6,7 @@ import shlex
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.mini.effects import PARTS, attention_table, direction_table, replaced, table
+from experiments.mini.effects import PARTS, attention_table, begun, direction_table, replaced, table, unrestored
 from segresearch.config import EvaluateConfig, conf_dir, settings
 from segresearch.evaluation.spec import evaluation_spec
 
@@ -18,10 +18,10 @@ def test_every_part_is_an_evaluation(part):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = settings(compose("evaluate", overrides=part.command(20)), kind=EvaluateConfig)
     spec = evaluation_spec(config)
-    assert (config.images, config.steps, config.sampler.name) == (20, 10, "dpmpp_2m")
+    assert (config.images, config.steps, config.sampler.name) == (part.images or 20, 10, "dpmpp_2m")
     assert not spec.methods[spec.baseline].terms and len(spec.methods) > 1
     assert ("control" in part.name) == bool(spec.controls)
-    assert (part.name == "fig15") == bool(spec.scenes)
+    assert (part.name in ("fig15", "methods_text")) == bool(spec.scenes)
     (section,) = re.findall(rf"<!-- {part.name}: begin -->\n(.*?)\n<!-- {part.name}: end -->", PAGE, re.S)
     assert shlex.split(section.splitlines()[0].strip("`"))[2:-1] == part.command(300)  # the numbers' own command
     rows = [row.split(" | ")[0][2:] for row in section.splitlines()[4:]]
@@ -69,6 +69,17 @@ def test_diagnostics_are_means_over_the_sites(tmp_path):
     assert direction_table(tmp_path)[2] == (
         "| SEG | 0.30, 0.30, 0.30 | –, –, – | –, –, – | –, –, – | −0.12, −0.12, −0.12 |"
     )
+
+
+def test_a_name_chooses_its_part_alone_and_a_beginning_all_that_begin_so():
+    assert begun("methods") == ["methods"] and begun("control") == ["control-canny", "control-depth"]
+    assert begun("method") == ["methods", "methods_again", "methods_text"] and begun("x") == []
+
+
+def test_what_is_not_restored_is_measured_as_the_restored_images_are():
+    head, _, enlarged, decoded = unrestored(4)
+    assert head == "| images | PSNR | to truth |"
+    assert 20 < float(enlarged.split("|")[2].split()[0]) < float(decoded.split("|")[2].split()[0]) < 40
 
 
 def test_every_number_of_the_summary_is_in_a_table():

@@ -68,7 +68,7 @@ RESTORED = ("psnr", "distance_to_truth-mini", "fd-mini", "fd_to_baseline-mini", 
             "sharpness", "cost")  # fmt: skip
 PARTS = (
     Part("methods", ("experiment=methods",), rank=True, columns=SHORT),
-    Part("methods_again", ("experiment=methods_again",), rank=True, columns=SHORT, images=1000),
+    Part("methods_again", ("experiment=methods_again",), rank=True, columns=SHORT, images=500),
     Part("methods_text", ("experiment=methods_text",), rank=True, columns=SHORT),
     Part("branches", ("experiment=branches", "diagnostics.images=100", "diagnostics.scenes=100"), columns=SHORT),
     Part("fig6", ("experiment=fig6",)),
