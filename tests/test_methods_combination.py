@@ -135,7 +135,7 @@ def test_cfg_zero_and_tcfg_are_diffusers_guiders_in_eps(size):
     for near in (0.3, 1e-2, 5.0):  # also where the unconditional one is the longer of the two, or almost the same
         u = c + near * latents(2, 3, *size)
         expected = TangentialClassifierFreeGuidance(W).forward(c.float(), u.float()).pred.double()
-        torch.testing.assert_close(in_eps(TCFG(), c, u, W), expected, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(in_eps(TCFG(), c, u, W), expected, atol=5e-5, rtol=5e-5)  # an SVD in fp32
 
 
 @pytest.mark.parametrize(("h", "w"), [(8, 8), (8, 16), (32, 4)])
