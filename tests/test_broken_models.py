@@ -29,6 +29,10 @@ def test_pointers_among_the_configs(copied_folder, name):
     [
         ("unet", "config.json", {"norm_num_groups": 0}),
         ("unet", "config.json", {"norm_num_groups": None}),
+        ("unet", "config.json", {"norm_num_groups": True}),
+        ("vae", "config.json", {"norm_num_groups": True}),
+        ("tokenizer", "tokenizer_config.json", {"model_max_length": -1}),
+        ("tokenizer", "tokenizer_config.json", {"model_max_length": 2}),
         ("unet", "config.json", {"block_out_channels": None}),
         ("unet", "config.json", {"cross_attention_dim": [8, 16, 24]}),
         ("unet", "config.json", {"sample_size": [8, 16]}),

@@ -120,7 +120,8 @@ def filled(
     controlnets = {key: net for key, (net, _) in opened.items()}
     encoders: list[Any]
     unet, vae, *encoders = checkpoint.networks
-    text = TextEncoders(checkpoint.tokenizers, tuple(encoders))
+    with naming_path(Path(name)):
+        text = TextEncoders(checkpoint.tokenizers, tuple(encoders))
     refuse_mixture(unet.config, vae.config, [encoder.config for encoder in encoders])
     for key, net in controlnets.items():
         check_fit(key, net.config, unet.config, vae.config.factor)

@@ -78,7 +78,7 @@ def largest(value: Any) -> float | int:
 def counts(value: Any, n: int, name: str, network: str, least: int = 1) -> tuple[int, ...]:
     """`value`, or each of its `n` values, as whole numbers from `least` up. InputError for anything else."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * n
-    if len(values) != n or not all(isinstance(v, int) and v >= least for v in values):
+    if len(values) != n or not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
         each = f", or one for each of {n} blocks" if n > 1 else ""
         raise InputError(f"{network} config: {name}={value!r} must be an integer from {least} up{each}")
     return values

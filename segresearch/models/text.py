@@ -17,6 +17,7 @@ from segresearch.errors import InputError
 from segresearch.models.calls import on_device
 
 QUOTED = 300  # letters of a text in a warning
+LEAST = 3  # tokens of a text: its begin, one word, its end
 TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")  # of SDXL, on the hub
 
 
@@ -39,6 +40,9 @@ class TextEncoders:
                     f"tokenizer {i} knows {len(tokenizer)} tokens, text encoder {i} has {encoder.config.vocab_size}: "
                     "they are of different models, give the tokenizer of this checkpoint"
                 )
+            if not tokenizer.model_max_length >= LEAST:
+                limit = f"model_max_length={tokenizer.model_max_length!r}"
+                raise InputError(f"tokenizer {i}: {limit} leaves no room for a text; it must be {LEAST} or more")
 
     @property
     def length(self) -> int:
