@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -108,7 +109,8 @@ def built(guidance: GuidanceConfig, denoiser: Denoiser, networks: dict[str, Deno
     own = build.build_networks
     build.build_networks = lambda config, sd: networks
     try:
-        return build_guidance(guidance, Model(denoiser))
+        with unset_fake_temporarily():  # the checks of intervals read the denoiser's sigmas
+            return build_guidance(guidance, Model(denoiser))
     finally:
         build.build_networks = own
 
