@@ -87,8 +87,8 @@ def _named(seeds: Sequence[int]) -> str:
 def page(
     panels: Sequence[PanelFiles], folder: Path, title: str, note: str, facts: Mapping[str, str], limit: int
 ) -> str:
-    """The page of a run in `folder`. note: what is the same for all images. facts: how they were made, by
-    name. limit: rows shown."""
+    """The page of a run in `folder`. note: what is the same for all images. facts: how they were made, by name. limit:
+    rows shown."""
     tables = [_table(files, folder, limit) for files in panels]
     return render(title, [note], "images", panels=tables, facts=facts)
 

@@ -43,7 +43,7 @@ def name_points(axis: Any, points: Mapping[str, Point], colors: Mapping[str, str
     marks = [*at.values(), *(axis.transData.transform(other) / unit for other in others)]
     boxes = [np.array([x - MARK, y - MARK, x + MARK, y + MARK]) for x, y in marks]
     for level in levels:
-        y = axis.transData.transform((points[next(iter(points))][0], level))[1] / unit
+        y = axis.get_yaxis_transform().transform((0, level))[1] / unit
         boxes += [np.array([x, y - 1, x + 2 * MARK, y + 1]) for x in np.arange(inside[0], inside[2], 2 * MARK)]
     placed: list[np.ndarray] = []
     paths: list[np.ndarray] = []

@@ -113,12 +113,18 @@ def rows(axis: Any, names: Sequence[str], bold: Sequence[str] = ()) -> None:
 
 def thin_ticks(figure: Figure) -> None:
     """Fewer ticks on the x axes whose labels would touch."""
+
+    def touches(axis: Any) -> bool:
+        spans = sorted((e.x0, e.x1) for t in axis.get_xticklabels() if (e := t.get_window_extent()).width > 1)
+        return any(left < right + 5 for (_, right), (left, _) in pairwise(spans))
+
     for most in (3, 2, 1):
         figure.draw_without_rendering()
-        for axis in figure.axes:
-            spans = sorted((e.x0, e.x1) for t in axis.get_xticklabels() if (e := t.get_window_extent()).width > 1)
-            if any(left < right + 5 for (_, right), (left, _) in pairwise(spans)):
-                axis.xaxis.set_major_locator(MaxNLocator(most, min_n_ticks=1))
+        crowded = [axis for axis in figure.axes if touches(axis)]
+        if not crowded:
+            return
+        for axis in crowded:
+            axis.xaxis.set_major_locator(MaxNLocator(most, min_n_ticks=1))
 
 
 def dot(

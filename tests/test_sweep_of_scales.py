@@ -71,6 +71,8 @@ def test_a_named_method_has_its_one_factor():
     assert found["SEG ×0.5"].guidance.terms["seg"].scale == 1 and found["SEG ×0.5"].factor == 0.5
     with pytest.raises(ConfigError, match=r"sweep\.at: 'SEGG' is no method here; did you mean SEG\? \(SEG, CFG\)"):
         swept(named, (1.0, 2.0), {"SEGG": 0.5})
+    with pytest.raises(ConfigError, match="first: -1 is out of range"):
+        composed("first=-1", name="evaluate", kind=EvaluateConfig)
     with pytest.raises(ConfigError, match="at: .*none of the factors can be 0"):
         composed("sweep={scales:[1,2],at:{SEG:0}}", name="evaluate", kind=EvaluateConfig)
 

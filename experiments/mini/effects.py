@@ -38,8 +38,7 @@ COLUMNS = {"fd-mini": "FD", "fd_to_baseline-mini": "− baseline", "fd_means-min
            "precision-mini": "precision", "recall-mini": "recall", "distance-mini": "distance",
            "text_alignment-mini": "cosine", "count": "count", "colors": "colours", "shapes": "shapes",
            "objects": "objects", "objects_chance": "(chance)", "exact": "exact", "edges": "edges", "cost": "cost",
-           "saturation": "saturation", "contrast": "contrast", "psnr": "PSNR",
-           "distance_to_truth-mini": "to truth",
+           "saturation": "saturation", "contrast": "contrast", "psnr": "PSNR", "distance_to_truth-mini": "to truth",
            "sharpness": "sharpness", "objects_held": "objects in it", "pairs_held": "different objects"}  # fmt: skip
 
 
@@ -114,16 +113,15 @@ def unrestored(count: int) -> list[str]:
     """A markdown table of what restored images are compared with: the reduced scenes as they are, and the masked part
     of scenes through the VAE; `count` scenes of the evaluations."""
     vision, vae = load_vision(MINI).vision, load_model("mini").vae
-    rows = [(f"scene:{i}", f"scene:{i}") for i in range(count)]
-    size, parts = (64, 64), [rows[i : i + 25] for i in range(0, count, 25)]
+    names, size = [f"scene:{i}" for i in range(count)], (64, 64)
     numbers: dict[str, list[torch.Tensor]] = {"enlarged, not sampled": [], "the scene through the VAE": []}
-    for part in parts:
-        truth, anew = (pixels([row[k] for row in part], size, masks=k == 1) for k in (0, 1))
-        enlarged = init_images(InitConfig(image="scene:0-", reduce=4), [row[:1] for row in part], size)
+    for part in (names[i : i + 25] for i in range(0, count, 25)):
+        truth, anew = pixels(part, size), pixels(part, size, masks=True) >= 128
+        enlarged = init_images(InitConfig(image="scene:0-", reduce=4), [(name,) for name in part], size)
         assert enlarged is not None
         with torch.no_grad():
             decoded = to_uint8(vae.decode(vae.encode(truth.float() / 127.5 - 1)))
-        for label, images, where in zip(numbers, (to_uint8(enlarged.images), decoded), (None, anew >= 128)):
+        for label, images, where in zip(numbers, (to_uint8(enlarged.images), decoded), (None, anew)):
             pair = psnr(images, truth, where), perceptual_distances(vision, images, truth)
             numbers[label].append(torch.stack(pair, dim=1))  # (b, 2)
     lines = ["| images | PSNR | to truth |", "| --- | ---: | ---: |"]

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import itertools
-import json
 import math
 import os
 import re
@@ -15,9 +14,9 @@ from typing import Any
 
 from segresearch.config.inputs import STRENGTH, InitConfig
 from segresearch.config.method import GuidanceConfig, TermConfig
-from segresearch.config.prompt_sets import SUFFIXES, from_set
+from segresearch.config.prompt_sets import SUFFIXES, from_set, parsed
 from segresearch.config.schema import SCENE, ControlConfig, GenerateConfig, PanelConfig, RunConfig
-from segresearch.errors import ConfigError, one_line
+from segresearch.errors import ConfigError
 
 HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training
 TITLES = {  # of methods whose name is not their kind in capitals
@@ -287,11 +286,7 @@ def from_coco(path: Path, at: str = "prompts") -> tuple[str, ...]:
     """Captions of a COCO file (captions_val2014.json): the first of each image by image id, then the second of each,
     and so on, "first" by annotation id. ConfigError has the line or the annotation that is wrong."""
     try:
-        entries = list(json.loads(_text(path, at))["annotations"])
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{at}: {path}, line {error.lineno}: not JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too deep
-        raise ConfigError(f"{at}: {path}: not JSON that can be read ({one_line(error)})") from error
+        entries = list(parsed(_text(path, at), f"{at}: {path}")["annotations"])
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{at}: {path}: no list `annotations` in it, which COCO's captions_*.json have") from error
     for i, entry in enumerate(entries):

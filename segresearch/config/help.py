@@ -79,11 +79,11 @@ def comments_of(text: str) -> dict[str, str]:
 
 def settings(name: str) -> str:
     """Every key of conf/`name`.yaml with its comment there, and those of the groups in COMMENTED."""
-    found = meanings(name)
+    comments = meanings(name)
     for group, choice in COMMENTED.items():
         text = (conf_dir() / group / f"{choice}.yaml").read_text(encoding="utf-8")
-        found |= {f"{group}.{key}": meaning for key, meaning in comments_of(text).items() if "." not in key}
-    return "\n".join(f"  {key:{WIDTH}} {meaning}" for key, meaning in found.items()) + "\n"
+        comments |= {f"{group}.{key}": meaning for key, meaning in comments_of(text).items() if "." not in key}
+    return "\n".join(f"  {key:{WIDTH}} {meaning}" for key, meaning in comments.items()) + "\n"
 
 
 def _wrapped(head: str, words: list[str], width: int = 110) -> list[str]:

@@ -54,18 +54,25 @@ def _table(path: Path, text: str, separator: str, at: str) -> list[str]:
     return prompts
 
 
+def parsed(text: str, place: str, line: int | None = None) -> Any:
+    """A text of JSON. place: of the text, for the ConfigError of one that cannot be read; line: its only line's number
+    there."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place}, line {line or error.lineno}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too deep
+        where = place if line is None else f"{place}, line {line}"
+        raise ConfigError(f"{where}: not JSON that can be read ({one_line(error)})") from error
+
+
 def _objects(path: Path, text: str, at: str) -> list[str]:
     prompts = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{at}: {path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{where}: not JSON ({error.msg})") from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too deep
-            raise ConfigError(f"{where}: not JSON that can be read ({one_line(error)})") from error
+        entry = parsed(line, f"{at}: {path}", number)
         if not isinstance(entry, dict):
             raise ConfigError(f"{where}: not an object but {type(entry).__name__}")
         prompt = entry[_known([*entry], where)]

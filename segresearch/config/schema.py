@@ -189,7 +189,7 @@ class EvaluateConfig(RunConfig):
     name: str = "evaluate"
     compare: tuple[GuidanceConfig, ...] = ()
     images: Count = 1000
-    first: Whole = field(default=0, metadata=LATER)
+    first: Annotated[int, within(0, 100_000_000, whole=True)] = field(default=0, metadata=LATER)
     shard: Count = 100
     keep: Annotated[int, within(0, whole=True)] | None = None
     features: tuple[Literal["mini", "inception", "dinov2", "clip"], ...] = ("mini",)
