@@ -90,8 +90,9 @@ def running(cluster, folder, number):
 
 
 def again(cluster, number):
-    """Start a requeued job now; Slurm lets it wait for two minutes."""
-    assert client(cluster, "scontrol", "update", f"jobid={number}", "StartTime=now").returncode == 0
+    """Start a requeued job in two seconds; Slurm lets it wait for two minutes. The node takes a launch in the second of
+    the requeue for one of the job that it ended, and refuses it."""
+    assert client(cluster, "scontrol", "update", f"jobid={number}", "StartTime=now+2").returncode == 0
 
 
 def test_an_array_of_experiments_makes_the_bytes_of_plain_runs(cluster, plain, tmp_path):
