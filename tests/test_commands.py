@@ -123,7 +123,8 @@ def test_errors_cross_a_process(error):
 
 
 WAITING = """
-import time
+import signal, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup it would be inherited as ignored
 from segresearch.cli import one_line_errors
 with one_line_errors():
     try:
