@@ -16,21 +16,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import contents, one_figure, script
+from evaluations import COUNT, SEG, study
+from helpers import contents, one_figure
 
 from segresearch import cli, runs, sample_images
-from segresearch.config import EvaluateConfig, GuidanceConfig, conf_dir, typed
+from segresearch.config import GuidanceConfig, conf_dir, typed
 from segresearch.config.compose import written_config
 from segresearch.evaluation import evaluate as run
 from segresearch.evaluation import shards
 from segresearch.evaluation.evaluate import evaluate
-from segresearch.evaluation.reference_images import features, reference
 from segresearch.evaluation.sample_shards import LATE, Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
-SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
 HELD = 10_000_000
-COUNT, METHODS = 3, 2
+METHODS = 2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,18 +54,7 @@ def sketched():
 
 @pytest.fixture(scope="module")
 def base(folder, tmp_path_factory):
-    given = {
-        "model": {"name": "tiny", "path": str(folder)},
-        "sampler": {"name": "euler_ancestral"},
-        "schedule": {"name": "leading"},
-        "name": "study",
-        "compare": [{}, {"label": "SEG", "terms": {"seg": SEG}}],
-        "prompts": "scene:0-", "images": COUNT, "steps": 2, "size": [64, 64], "batch_size": 1, "shard": 1,
-        "n_examples": 2,
-        "reference": "scene:100000-100005", "n_bootstrap": 2, "n_subsets": 2, "force": True, "device": "cpu",
-        "out": str(tmp_path_factory.mktemp("whole")),
-    }  # fmt: skip
-    return typed(EvaluateConfig, given)
+    return study(folder, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="module")
@@ -366,72 +354,6 @@ def test_pictures_that_are_not_finite_spoil_their_shard_alone(config, model, mon
     assert evaluate(config, model, Worker()).sampled == 1
 
 
-def test_memory_and_weights_have_codes_of_their_own(config, model, monkeypatch):
-    def greedy(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    with pytest.raises(ValueError, match="not in|no such file") as caught:
-        evaluate(dataclasses.replace(config, weights={"vgg": "none.pth"}, distances=("vgg",)), model, Worker())
-    assert cli.explained(caught.value)[0] == 3
-    monkeypatch.setattr(sample_images, "sample", greedy)
-    with pytest.raises(torch.OutOfMemoryError) as caught:
-        evaluate(config, model, Worker())
-    code, line = cli.explained(caught.value)
-    assert code == 5 and "lower batch_size" in line
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"force": False}, "images: 3 are too few for 256 features"),
-        ({"size": (64, 32)}, "cannot be measured here: images of 64×32"),
-        ({"reference": "nowhere"}, "reference: nowhere: no such folder"),
-        ({"reference": "scene:3"}, "a distance needs many"),
-        ({"force": False, "images": 300, "reference": "scene:0-99"}, "100 images are too few for 256 features"),
-        ({"device": "cuda:7"} if not torch.cuda.is_available() else {"device": "cude"}, "device: "),
-        ({"checksums": {"vg": "x"}}, "checksums.vg: no such network; did you mean vgg?"),
-        ({"name": "../x"}, "name: '../x' cannot name the folder of a run"),
-        ({"name": ""}, "name: '' cannot"),
-        ({"name": "shards"}, "name: 'shards' cannot"),
-        ({"prompts": str(Path(__file__).parent)}, "is not a .txt or .json file"),
-        ({"prompts": "none.TXT"}, "cannot read none.TXT"),
-        ({"keep": 1}, "keep: 1 images kept are fewer than n_examples"),
-        ({"weights": {"vg": "x"}}, "weights.vg: no such network; did you mean vgg?"),
-        ({"paper": "table1"}, "table1 is of images without a prompt"),
-        ({"paper": "table2", "prompts": ("a", "")}, "1 here are empty"),
-        ({"features": ("mini", "mini")}, "names one twice"),
-    ],
-)
-def test_what_cannot_be_is_one_line_before_a_picture_is_made(config, model, monkeypatch, change, words):
-    monkeypatch.setattr(sample_images, "sample", None)
-    with pytest.raises(ValueError, match=words) as caught:
-        evaluate(dataclasses.replace(config, **change), model, Worker())
-    code, line = cli.explained(caught.value)
-    assert code == 2 and "\n" not in line
-
-
-def test_reference_pictures_come_from_a_folder_too(config, tmp_path):
-    from PIL import Image
-
-    from segresearch.metrics.features import load_extractor
-    from segresearch.scenes.scenes import scenes
-
-    (tmp_path / "real" / "deep").mkdir(parents=True)
-    numbers = range(10_100_000, 10_100_006)
-    for i, pixels in enumerate(scenes(numbers).images):
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(
-            tmp_path / "real" / ("deep" if i > 3 else "") / f"{i}.png"
-        )
-    extractor = load_extractor("mini")
-    files = str(tmp_path / "real")
-    found, rendered = (features(reference(text), extractor, config.out) for text in (files, config.reference))
-    order = torch.tensor([0, 1, 2, 3, 4, 5])
-    assert torch.allclose(found[order].sum(0), rendered.sum(0), atol=1e-3) and len(found) == 6
-    (tmp_path / "real" / "7.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match="7.png"):
-        features(reference(files), extractor, config.out)
-
-
 @pytest.mark.slow
 def test_processes_as_torchrun_starts_them_make_the_same_shards(config, base, whole, model, tmp_path):
     """Two at once, by the script, from the config.yaml that a run leaves."""
@@ -446,30 +368,3 @@ def test_processes_as_torchrun_starts_them_make_the_same_shards(config, base, wh
     done = evaluate(config, model, Worker())
     (Path(config.out) / "index.html").unlink()  # of all runs there, which the script writes
     assert done.sampled == 0 and contents(config.out) == contents(base.out)
-
-
-ARGUMENTS = [
-    ("imags=3", 2, "imags: no such setting; did you mean images?"),
-    ("experiment=table3", 2, "experiment: no 'table3'; did you mean table"),
-    ("weights.inceptoin=x", 2, "weights.inceptoin: no such setting; did you mean inception?"),
-    ("images=10000000000000000", 2, "images"),
-    ("threads=100000", 2, "threads"),
-    ("experiment=demo", 2, "panels: for generate.py"),
-    ("metrics=paper", 2, "reference: missing; it must be text"),
-    ("features=[incepton]", 2, "did you mean inception?"),
-    ("paper=table2", 2, "paper: table2 is of images with prompts"),
-    ("prompts=none.json", 2, "cannot read none.json"),
-    ("model.path=nowhere", 3, "nowhere: no such file or folder"),
-]
-
-
-@pytest.mark.parametrize(("argument", "code", "words"), ARGUMENTS)
-def test_a_slip_on_the_command_line_is_one_line_with_its_code(argument, code, words, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", argument])
-    with pytest.raises(SystemExit) as caught:
-        script("evaluate").main()
-    said = capsys.readouterr()
-    assert caught.value.code == code and said.out == "" and not list(tmp_path.iterdir())
-    assert words in said.err and said.err.startswith("error: ") and said.err.count("\n") == 1

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from combinations import POSTS, SHAPES_OF_TERMS, SIGMAS, branches, guided, plain_cfg, run_of, step_of
 from fake_cuda import MODE, check_same, fake_cuda, sent
-from test_methods_combination import POSTS, SHAPES_OF_TERMS, SIGMAS, branches, guided, plain_cfg, run_of, step_of
 
 from segresearch.guidance.frequencies import high_pass, smooth
 from segresearch.guidance.step import Step

@@ -1,9 +1,7 @@
 """Every family against diffusers: networks, texts, conditionings, on random models in the folder layout."""
 
-import csv
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -13,24 +11,17 @@ from diffusers import (
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPAGPipeline,
-    UNet2DConditionModel,
 )
 from helpers import composed
 from make_families import FAMILIES, make_family, write_family
 from make_models import make_controlnet
-from PIL import Image
 
-from segresearch.analysis.analyze import analyze
-from segresearch.config import AnalyzeConfig, conf_dir
 from segresearch.config.build import build_guidance
 from segresearch.errors import CheckpointError
-from segresearch.generate import generate
 from segresearch.guidance import PAG, SEG, Branch, GuidedDenoiser, SelfAttentionGuidance, Term, cfg, perturbed
-from segresearch.guidance.sites import select_sites
 from segresearch.models import load_model
 from segresearch.models.controlnet import controlled
 from segresearch.models.text_settings import TextSettings
-from segresearch.models.unet import UNet, UNetConfig
 from segresearch.sample_images import encode_conds
 from segresearch.sampling import ImageStart, initial_noise, sample
 
@@ -314,104 +305,3 @@ def test_a_controlnet_of_another_family_is_refused(tmp_path):
     write_family("sd15", tmp_path / "model")
     with pytest.raises(CheckpointError, match="level widths: .* it was made for another model"):
         load_model(tmp_path / "model", controlnet=tmp_path / "net")
-
-
-# --- full sizes --------------------------------------------------------------------------------------
-
-THREE = {
-    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2, "block_out_channels": (320, 640, 1280),
-    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048, "use_linear_projection": True, "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
-SIZES = {  # the real sizes, and how many weights and self-attention sites they make
-    "sd15": ({"attention_head_dim": 8, "cross_attention_dim": 768}, 859_520_964, 16),
-    "sd15_inpainting": ({"attention_head_dim": 8, "cross_attention_dim": 768, "in_channels": 9}, 859_535_364, 16),
-    "lcm": ({"attention_head_dim": 8, "cross_attention_dim": 768, "time_cond_proj_dim": 256}, 859_602_884, 16),
-    "sd21": (
-        {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True},
-        865_910_724, 16,
-    ),
-    "sdxl": (THREE | {"transformer_layers_per_block": (1, 2, 10)}, 2_567_463_684, 70),
-    "ssd1b": (
-        THREE | {
-            "transformer_layers_per_block": ((1,), (2, 2), (4, 4)), "mid_block_type": "UNetMidBlock2D",
-            "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
-        },
-        1_331_334_404, 34,
-    ),
-    "vega": (
-        THREE | {
-            "transformer_layers_per_block": ((1,), (1, 1), (2, 2)), "mid_block_type": "UNetMidBlock2D",
-            "reverse_transformer_layers_per_block": ((2, 2, 2), (1, 1, 1), 1),
-        },
-        745_225_604, 15,
-    ),
-    "koala700m": (
-        THREE | {"transformer_layers_per_block": (0, 2, 5), "layers_per_block": 1, "mid_block_type": None},
-        782_822_724, 21,
-    ),
-    "koala1b": (THREE | {"transformer_layers_per_block": (0, 2, 6), "layers_per_block": 1}, 1_161_184_324, 30),
-    "refiner": (
-        THREE | {
-            "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2, "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
-            "block_out_channels": (384, 768, 1536, 1536), "attention_head_dim": (6, 12, 24, 24),
-            "transformer_layers_per_block": 4, "cross_attention_dim": 1280,
-            "projection_class_embeddings_input_dim": 2560,
-        },
-        2_259_526_660, 44,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_full_sizes(name):
-    """The counts are those of diffusers' UNet of the same config, which has the same keys."""
-    config, count, sites = SIZES[name]
-    with torch.device("meta"):
-        theirs = UNet2DConditionModel(**config)
-        unet = UNet(UNetConfig.from_dict(dict(theirs.config) | ({"size_ids": 5} if name == "refiner" else {})))
-    shapes = {key: p.shape for key, p in theirs.state_dict().items()}
-    assert shapes == {key: p.shape for key, p in unet.state_dict().items()}
-    assert sum(p.numel() for p in unet.parameters()) == count and len(unet.sites) == sites
-    if (conf_dir() / "model" / f"{name}.yaml").is_file():  # the blocks that it names exist
-        model = composed(f"model={name}", "guidance=none").model
-        assert model.name == name and set(model.sites) == {"tpg", "ssg", "slg", "s2"}
-        assert all(select_sites(w, tuple(unet.sites_by_kind["block"]), "block") for w in model.sites.values())
-
-
-# --- commands ----------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def sd15_folder(tmp_path_factory):
-    """A tiny SD 1.5 with a ControlNet of its own."""
-    folder = tmp_path_factory.mktemp("sd15") / "folder"
-    make_controlnet(write_family("sd15", folder)).save_pretrained(folder / "controlnet" / "canny")
-    return folder
-
-
-def test_generate_runs_on_sd15_under_a_controlnet(sd15_folder, tmp_path):
-    config = composed(
-        "model=sd15", f"model.path={sd15_folder}", "model.dtype=float32", "model.controlnets.canny=canny",
-        "guidance=seg_cfg", "compare=[none,pag,sag]", "controlnet=canny", "seeds=0-1", "steps=2", "size=[16,32]",
-        "device=cpu", f"out={tmp_path}",
-    )  # fmt: skip
-    run = generate(config)
-    assert run.sampled == 8 and run.grid.is_file()
-    pixels = [np.asarray(Image.open(p)) for p in sorted((run.folder / "images").rglob("*seed0.png"))]
-    assert len(pixels) == 4 and all(p.shape == (16, 32, 3) for p in pixels)
-    assert generate(config).existing == 8
-
-
-def test_the_energy_bench_runs_on_sd15(sd15_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("segresearch.analysis.energy_plots.draw", lambda *_: {})
-    config = composed(
-        "model=sd15", f"model.path={sd15_folder}", "model.dtype=float32", "seeds=0", "steps=2", "size=[32,48]",
-        "measured_steps=[0]", "where=[mid,up.1.0]", "prompts=[red]", "blur.sigmas=[1,inf]", "blur.boundaries=[reflect]",
-        "device=cpu", f"out={tmp_path}", name="analyze", kind=AnalyzeConfig,
-    )  # fmt: skip
-    rows = list(csv.DictReader((analyze(config).folder / "table.csv").open(encoding="utf-8")))
-    assert {row["site"] for row in rows} == {
-        "mid_block.attentions.0.transformer_blocks.0.attn1", "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
-    }  # fmt: skip

@@ -9,7 +9,8 @@ from PIL import Image
 
 from segresearch.errors import ConfigError
 from segresearch.evaluation.reference_images import CONTENTS, features, reference
-from segresearch.metrics.features import Extractor
+from segresearch.metrics.features import Extractor, load_extractor
+from segresearch.scenes.scenes import scenes
 
 
 @pytest.fixture
@@ -79,3 +80,16 @@ def test_files_are_read_once_for_their_digests_and_an_odd_list_of_them_is_made_a
         images.content(out)
     scenes = reference("scene:0-3")
     assert scenes.content(out) == scenes.identity()  # of scenes nothing changed
+
+
+def test_a_folder_of_rendered_scenes_is_the_reference_of_these_scenes(tmp_path):
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    for i, pixels in enumerate(scenes(range(10_100_000, 10_100_006)).images):
+        path = tmp_path / "real" / ("deep" if i > 3 else "") / f"{i}.png"
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    mini, files = load_extractor("mini"), str(tmp_path / "real")
+    from_files, rendered = (features(reference(text), mini, str(tmp_path)) for text in (files, "scene:100000-100005"))
+    assert torch.allclose(from_files.sum(0), rendered.sum(0), atol=1e-3) and len(from_files) == 6
+    (tmp_path / "real" / "7.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="7.png"):
+        features(reference(files), mini, str(tmp_path))
