@@ -23,7 +23,8 @@ from segresearch.models.vae import VAEConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from fuzz import CONFIGS, KINDS, TEXT, TEXT_2, UNET, VAE, Fuzz, broken_header, mutated_json, packed, renamed_keys  # noqa: E402
+from fuzz import KINDS, Fuzz  # noqa: E402
+from mutants import CONFIGS, TEXT, TEXT_2, UNET, VAE, broken_header, mutated_json, packed, renamed_keys  # noqa: E402
 
 
 @pytest.fixture(scope="module")
