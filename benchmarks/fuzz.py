@@ -30,6 +30,7 @@ from mutants import (
     CONFIGS,
     INDEX,
     NET,
+    NET_CONFIG,
     SCHEDULER,
     UNET,
     broken_header,
@@ -136,7 +137,7 @@ class Fuzz:
     def _configs(self, draw: random.Random) -> None:
         name = draw.choice([*CONFIGS, NET])
         path = self.scratch.with_suffix(".json")
-        text = mutated_json(draw, CONFIGS[name] if name != NET else {**UNET, **NET_ONLY})
+        text = mutated_json(draw, CONFIGS[name] if name != NET else NET_CONFIG)
         path.write_text(text, encoding="utf-8", errors="surrogatepass")
         config = read_json(path)
         with building(path), naming_path(path):

@@ -56,9 +56,8 @@ METADATA = (
 NAMES = ("", "\n", "a" * 99999, "\ud800", "v_pred", "edm_vpred.sigma_max", "edm_mean")
 STARTS = ("model.", "", "first_stage_model.", "cond_stage_model.", "double_blocks.", "lora_unet_")
 MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "scaled_fp8")
-NET, NET_ONLY = "controlnet/net/config.json", {
-    "_class_name": "ControlNetModel", "conditioning_embedding_out_channels": [8, 16]
-}  # fmt: skip
+NET = "controlnet/net/config.json"
+NET_CONFIG = {**UNET, "_class_name": "ControlNetModel", "conditioning_embedding_out_channels": [8, 16]}
 
 
 def write_model(folder: Path, file: Path) -> None:
@@ -72,8 +71,7 @@ def write_model(folder: Path, file: Path) -> None:
         (folder / name / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
         (folder / name / "merges.txt").write_text("#version: 0.2\n")
     (folder / "controlnet" / "net").mkdir(parents=True)
-    net = {**UNET, **NET_ONLY}
-    (folder / "controlnet" / "net" / "config.json").write_text(json.dumps(net))
+    (folder / NET).write_text(json.dumps(NET_CONFIG))
     networks = build_networks([copy.deepcopy(config) for config in (UNET, VAE, TEXT, TEXT_2)], folder)
     maps = (unet_map(networks[0].config), vae_map(2), clip_map, open_clip_map)
     original: dict[str, Any] = {}
