@@ -100,12 +100,12 @@ def both_features(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     sides = [images(text) for text in (args.a, args.b)]
     extractor = load_extractor(args.features, args.weights, args.sha256, usable_device(args.device))
-    found = []
+    features = []
     with Bar(sum(map(len, sides))) as bar:
         for text, side in zip((args.a, args.b), sides, strict=True):
             bar.describe(text)
-            found.append(extracted(side, extractor, text, bar))
-    return found[0], found[1], extractor
+            features.append(extracted(side, extractor, text, bar))
+    return features[0], features[1], extractor
 
 
 def fid(args: argparse.Namespace) -> str:

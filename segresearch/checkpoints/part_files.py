@@ -65,11 +65,11 @@ def open_part_file(kind: str, path: Path) -> list[Part]:
     beside a component's own file counts."""
     entries, metadata = open_file(path)
     refuse_quantised(entries, path)
-    found = prefixes(kind, entries)
-    if not found:
+    networks = prefixes(kind, entries)
+    if not networks:
         refuse_other_file(entries, path, f"a {NOUNS[kind]}")
-    if len(found) > 1 and kind != "text_encoder":
-        places = " and ".join(f"{prefix}*" for prefix, _ in found)
+    if len(networks) > 1 and kind != "text_encoder":
+        places = " and ".join(f"{prefix}*" for prefix, _ in networks)
         raise CheckpointError(f"{path}: several {NOUNS[kind]}s ({places}): give a file with one")
     component = path.name.startswith((STEM, "model.")) and (path.parent / "config.json").is_file()
     config = read_json(path.parent / "config.json") if component else {}
@@ -77,15 +77,15 @@ def open_part_file(kind: str, path: Path) -> list[Part]:
     return [
         Part(kind, path, {k: e for k, e in entries.items() if k.startswith(prefix) and not COPIES.search(k)}, prefix,
              original, config, scheduler)
-        for prefix, original in found
+        for prefix, original in networks
     ]  # fmt: skip
 
 
 def prefixes(kind: str, entries: Mapping[str, Entry]) -> list[tuple[str, bool]]:
     """What the names of each network of a kind begin with, and whether they are of the original layout."""
-    found = set()
+    starts = set()
     for mark, original in MARKS[kind]:
         for key in entries:
             if (key == mark or key.endswith(f".{mark}")) and not COPIES.search(key):
-                found.add((key.removesuffix(mark).removesuffix("text_model."), original))
-    return sorted(found)
+                starts.add((key.removesuffix(mark).removesuffix("text_model."), original))
+    return sorted(starts)

@@ -115,7 +115,7 @@ def _digests(files: Sequence[Path], kept: Path) -> list[str]:
     with contextlib.suppress(OSError, ValueError, RecursionError):
         known = json.loads(kept.read_text(encoding="utf-8"))
     known = known if isinstance(known, dict) else {}
-    found, digests = dict(known), []
+    entries, digests = dict(known), []
     for path in files:
         try:
             name, stat = str(path.resolve()), path.stat()
@@ -125,8 +125,8 @@ def _digests(files: Sequence[Path], kept: Path) -> list[str]:
                     entry = [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
         except OSError as error:
             raise ConfigError(f"reference: {path}: {error.strerror}") from error
-        found[name] = entry
+        entries[name] = entry
         digests.append(str(entry[2]))
-    if found != known:
-        runs.write(kept, json.dumps(found))
+    if entries != known:
+        runs.write(kept, json.dumps(entries))
     return digests
