@@ -16,8 +16,8 @@ from PIL import Image
 from segresearch.config.expand import HELD_OUT
 from segresearch.config.inputs import STRENGTH, InitConfig
 from segresearch.config.schema import SCENE
-from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.errors import ConfigError, InputError
+from segresearch.image_files import fit, open_image, open_map
 from segresearch.runs import plain, replacing
 
 if TYPE_CHECKING:

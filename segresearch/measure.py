@@ -94,7 +94,7 @@ def images(text: str) -> "Reference":
 def both_features(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The features of A and of B, and their network."""
     from segresearch.config.build import usable_device
-    from segresearch.evaluation.reference_images import extracted
+    from segresearch.evaluation.reference_images import measured
     from segresearch.metrics.features import load_extractor
     from segresearch.progress import Bar
 
@@ -104,7 +104,7 @@ def both_features(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     with Bar(sum(map(len, sides))) as bar:
         for text, side in zip((args.a, args.b), sides, strict=True):
             bar.describe(text)
-            features.append(extracted(side, extractor, text, bar))
+            features.append(measured(side, lambda batch, _: extractor.of(batch), bar))
     return features[0], features[1], extractor
 
 
@@ -162,18 +162,12 @@ def prompts_of(side: "Reference", args: argparse.Namespace) -> list[str]:
 
 def with_prompts(side: "Reference", texts: list[str], measure: Callable[[Any, list[str]], Any]) -> Any:
     """A number of each image, a batch at a time."""
-    import torch
-
+    from segresearch.evaluation.reference_images import measured
     from segresearch.progress import Bar
 
-    values, count = [], 0
     with Bar(len(side)) as bar:
         bar.describe(side.text)
-        for batch in side.batches():
-            values.append(measure(batch, texts[count : count + len(batch)]))
-            count += len(batch)
-            bar.add(len(batch))
-    return torch.cat(values)
+        return measured(side, lambda batch, first: measure(batch, texts[first : first + len(batch)]), bar)
 
 
 def clip(args: argparse.Namespace) -> str:
@@ -207,7 +201,7 @@ def inception(args: argparse.Namespace) -> str:
     if len(side) < TENTHS:
         raise ConfigError(f"{args.a}: {len(side)} images; the inception score needs {TENTHS}, and thousands to compare")
     extractor = load_extractor("inception", args.weights, args.sha256, usable_device(args.device))
-    x = with_prompts(side, [""] * len(side), lambda batch, _: extractor.of(batch).float())
+    x = with_prompts(side, [""] * len(side), lambda batch, _: extractor.of(batch))
     assert extractor.classes is not None
     numbers = inception_numbers(x.numpy(), None, extractor.classes)
     (value, error), (spread,) = numbers["is-inception"], numbers["is_spread-inception"]
@@ -227,11 +221,11 @@ def lpips(args: argparse.Namespace) -> str:
         raise ConfigError(f"{args.a}, {args.b}: not the same names ({', '.join(only[:3]) or 'of scenes'})")
     distances, weights = perceptual(args, usable_device(args.device))
     values = []
-    for first, second, path in zip(a.batches(), b.batches(), a.files or a.scenes):
+    for (name, first), (_, second) in zip(a.batches(), b.batches()):
         try:
             values.append(distances(first, second))
         except InputError as error:
-            raise ConfigError(f"{path}: {error}") from error
+            raise InputError(f"{name}: {error}") from error
     return f"LPIPS-{args.net} {average(torch.cat(values))}\n{note(args.net, weights)}"
 
 

@@ -17,8 +17,8 @@ from segresearch.config.build import device_kind
 from segresearch.config.inputs import IPAdapterConfig
 from segresearch.config.method import GuidanceConfig
 from segresearch.config.schema import ModelConfig, RunConfig
-from segresearch.control_images.read import open_image
 from segresearch.errors import CheckpointError, ConfigError, InputError
+from segresearch.image_files import open_image
 
 KEY = "segresearch"
 PARTS = ("unet", "vae", "text_encoder")  # settings of a model that replace a network of it

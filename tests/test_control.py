@@ -12,8 +12,8 @@ from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 from segresearch.config import ControlConfig
 from segresearch.config.expand import HELD_OUT
 from segresearch.control_images.prepare import canny, control_image, depth, located_depth, scene_maps, to_tensor
-from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.errors import InputError
+from segresearch.image_files import fit, open_image, open_map
 from segresearch.scenes.scenes import depth_image, edge_image, scenes
 
 

@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import struct
+import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from segresearch.errors import ConfigError
+from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation.reference_images import CONTENTS, features, reference
 from segresearch.metrics.features import Extractor, load_extractor
 from segresearch.scenes.scenes import scenes
@@ -93,3 +97,35 @@ def test_a_folder_of_rendered_scenes_is_the_reference_of_these_scenes(tmp_path):
     (tmp_path / "real" / "7.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="7.png"):
         features(reference(files), mini, str(tmp_path))
+
+
+def test_files_of_any_mode_are_read_as_they_are_seen(tmp_path):
+    """16-bit grey is scaled, transparent parts are white, EXIF turns; all as 8-bit RGB."""
+    Image.fromarray(np.array([[0, 65535], [32768, 257]], dtype=np.uint16)).save(tmp_path / "0.png")
+    Image.new("RGBA", (1, 1), (255, 0, 0, 0)).save(tmp_path / "1.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (2, 1), "black").save(tmp_path / "2.jpg", exif=exif)
+    Image.new("P", (1, 1)).save(tmp_path / "3.bmp")
+    grey, transparent, turned, indexed = (batch for _, batch in reference(str(tmp_path)).batches())
+    assert grey.shape == (1, 3, 2, 2) and grey[0, 0].tolist() == [[0, 255], [128, 1]]
+    assert transparent[0, :, 0, 0].tolist() == [255, 255, 255]
+    assert turned.shape == (1, 3, 2, 1) and indexed.shape == (1, 3, 1, 1)
+
+
+def test_an_image_that_cannot_be_read_or_measured_is_named(extractor, tmp_path):
+    path = folder(tmp_path / "one", ["red", "blue"])
+    png = Path(path, "1.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + png[24:29]
+    bomb = png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+    for data, words in ((bomb, "more pixels than the limit"), (png[:40], "damaged or incomplete"), (b"text", "known format"), (b"", "empty")):
+        (tmp_path / "one" / "1.png").write_bytes(data)
+        with pytest.raises(InputError, match=f"^{path}/1.png: .*{words}"):
+            features(reference(path), extractor, tmp_path / "runs")
+
+    def tiny(images):
+        raise InputError("too small")
+
+    Image.new("RGB", (8, 8)).save(f"{path}/1.png")
+    with pytest.raises(InputError, match=f"^{path}/0.png: too small$"):
+        features(reference(path), Extractor("tiny", 1, "0", tiny), tmp_path / "runs")

@@ -163,7 +163,7 @@ def build_networks(config: GuidanceConfig, sd: Any) -> dict[str, Any]:
 def build_image_prompts(config: IPAdapterConfig, sd: Any) -> dict[str, Any]:
     """The image of an IP-Adapter as perturbations of the conditionings that it goes with."""
     from segresearch.checkpoints.ip_adapter_file import load_ip_adapter
-    from segresearch.control_images.read import open_image
+    from segresearch.image_files import open_image
 
     with naming("guidance.ip_adapter"):
         prompter = load_ip_adapter(config.path, config.image_encoder, sd.unet)

@@ -11,8 +11,8 @@ from typing import Any
 from segresearch.checkpoints.resolve import resolve_controlnet
 from segresearch.config import ControlConfig
 from segresearch.config.expand import SCENE
-from segresearch.control_images.read import open_image
 from segresearch.errors import CheckpointError, ConfigError, InputError
+from segresearch.image_files import open_image
 from segresearch.runs import fingerprint, plain
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from segresearch.config import ControlConfig
 from segresearch.config.expand import HELD_OUT, SCENE
-from segresearch.control_images.read import fit, open_image, open_map
 from segresearch.errors import CheckpointError, ConfigError, InputError
+from segresearch.image_files import fit, open_image, open_map
 from segresearch.models.controlnet import ActiveControlNet, controlled
 from segresearch.pretrained import load_pretrained, model_folder, reading
 from segresearch.records import read_record, save_png

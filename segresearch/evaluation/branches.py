@@ -14,11 +14,11 @@ from segresearch import runs
 from segresearch.analysis.branch_diagnostics import Number, Real, diagnose
 from segresearch.config.schema import DiagnosticsConfig
 from segresearch.control_images.prepare import controlled_batch
-from segresearch.control_images.read import fit, open_image
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation.frame import Frame
 from segresearch.evaluation.reference_images import Reference
 from segresearch.evaluation.spec import EvaluationSpec
+from segresearch.image_files import fit, open_image
 from segresearch.pages import Cell
 from segresearch.progress import Bar
 from segresearch.sample_images import run_sigmas

@@ -4,21 +4,21 @@ for the same images and the same network, whatever the run, and kept beside the 
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from PIL import Image
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from segresearch import runs
 from segresearch.config.expand import HELD_OUT, SCENE, scene_numbers
 from segresearch.errors import ConfigError, InputError
 from segresearch.evaluation import shards
+from segresearch.image_files import open_image
 from segresearch.metrics.features import Extractor
 from segresearch.progress import Bar
 from segresearch.scenes.scenes import scenes
@@ -26,6 +26,7 @@ from segresearch.scenes.scenes import scenes
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SCENES = 500  # rendered together
 FEATURES = "features"
+READING = "upright, on white"  # how files become pixels, on which their features depend
 CONTENTS = "contents.json"  # of files: path -> [bytes, time of change in ns, SHA-256]
 
 
@@ -49,20 +50,18 @@ class Reference:
     def content(self, out: str | Path) -> str:
         """A digest of the images themselves, in their order; of files their bytes, whatever they and their folder are
         called. out: where the digest of each file is kept, by its size and time of change."""
-        return runs.digest(_digests(self.files, Path(out) / "reference" / CONTENTS)) if self.files else self.identity()
+        if not self.files:
+            return self.identity()
+        return runs.digest([READING, *_digests(self.files, Path(out) / "reference" / CONTENTS)])
 
-    def batches(self) -> Iterator[Tensor]:
-        """uint8 (b, 3, h, w): scenes by the hundred, files one by one in their own size. Raises ConfigError."""
+    def batches(self) -> Iterator[tuple[str, UInt8[Tensor, "b 3 h w"]]]:
+        """What names a batch, and its images: scenes by the hundred, files one by one in their own size, read as
+        `open_image` reads them. InputError for a file that cannot be read."""
         for i in range(0, len(self.scenes), SCENES):
-            yield scenes(self.scenes[i : i + SCENES]).images
+            yield self.text, scenes(self.scenes[i : i + SCENES]).images
         for path in self.files:
-            try:
-                with Image.open(path) as image:
-                    pixels = np.asarray(image.convert("RGB"))
-            except (OSError, SyntaxError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or "not an image that can be read"
-                raise ConfigError(f"reference: {path}: {reason}") from error
-            yield torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w)
+            pixels = np.asarray(open_image(path))
+            yield str(path), torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w)
 
 
 def reference(text: str) -> Reference:
@@ -82,16 +81,18 @@ def reference(text: str) -> Reference:
     return images
 
 
-def extracted(images: Reference, extractor: Extractor, at: str, bar: Bar) -> Float[Tensor, "n dim"]:
-    """Of each image, in batches. at: what names the images in a ConfigError."""
-    parts = []
-    for batch in images.batches():
+def measured(images: Reference, of: Callable[[Tensor, int], Tensor], bar: Bar) -> Float[Tensor, "n *of"]:
+    """`of` each batch and the number of its first image, joined. InputError, with the name of the image."""
+    values: list[Tensor] = []
+    first = 0
+    for name, batch in images.batches():
         try:
-            parts.append(extractor.of(batch).float())
+            values.append(of(batch, first).float())
         except InputError as error:
-            raise ConfigError(f"{at}: {error}") from error
+            raise InputError(f"{name}: {error}") from error
+        first += len(batch)
         bar.add(len(batch))
-    return torch.cat(parts)
+    return torch.cat(values)
 
 
 def features(images: Reference, extractor: Extractor, out: str | Path) -> Float[Tensor, "n dim"]:
@@ -103,7 +104,7 @@ def features(images: Reference, extractor: Extractor, out: str | Path) -> Float[
         return torch.from_numpy(shards.load(path, FEATURES))
     with Bar(len(images)) as bar:
         bar.describe(f"reference, {extractor.name}")
-        values = extracted(images, extractor, f"reference: {images.text}", bar)
+        values = measured(images, lambda batch, _: extractor.of(batch), bar)
     shards.write(path, {FEATURES: shards.Array(values.numpy(), extractor.weights)})
     return values
 
