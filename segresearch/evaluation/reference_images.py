@@ -27,7 +27,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SCENES = 500  # rendered together
 FEATURES = "features"
 READING = "upright, on white"  # how files become pixels, on which their features depend
-CONTENTS = "contents.json"  # of files: path -> [bytes, time of change in ns, SHA-256]
+CONTENTS = "contents.json"  # of files: path -> [bytes, ctime in ns, SHA-256]; a copied mtime hides a change
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ def _digests(files: Sequence[Path], kept: Path) -> list[str]:
         try:
             name, stat = str(path.resolve()), path.stat()
             entry = known.get(name)
-            if not (isinstance(entry, list) and len(entry) == 3 and entry[:2] == [stat.st_size, stat.st_mtime_ns]):
+            if not (isinstance(entry, list) and len(entry) == 3 and entry[:2] == [stat.st_size, stat.st_ctime_ns]):
                 with path.open("rb") as file:
-                    entry = [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
+                    entry = [stat.st_size, stat.st_ctime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
         except OSError as error:
             raise ConfigError(f"reference: {path}: {error.strerror}") from error
         entries[name] = entry
