@@ -15,9 +15,9 @@ class ERG:
 
     `iterations` (K) times Q ← Q − γ·(Q − α·softmax(τ·Q Kᵀ/√d) V), from the query; the output is the last Q, per head.
     K = α = γ = 1 is `AttentionTemperature` with β = τ, and with τ = 1 plain attention. Published: K = γ = 1 (more bring
-    little), at chosen layers of DiTs after the step κ (here the interval of the term), with τ found on a grid. It has no
-    values for SDXL, so τ 0.5 and "mid" are this project's. The paper's D[c] + (w − 1)·(D[c] − D[c_τ~p]) has scale w − 1 and
-    takes the place of CFG; c_τ comes from the text encoder (C-ERG).
+    little), at chosen layers of DiTs after the step κ (here the interval of the term), with τ found on a grid. It has
+    no values for SDXL, so τ 0.5 and "mid" are this project's. The paper's D[c] + (w − 1)·(D[c] − D[c_τ~p]) has scale
+    w − 1 and takes the place of CFG; c_τ comes from the text encoder (C-ERG).
 
     Unchecked: neither the paper nor code of the authors could be read; the update is its Algorithm 2 by a summary.
     Raises InputError for values out of range.
