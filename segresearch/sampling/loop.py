@@ -15,6 +15,7 @@ Deviations from calling k-diffusion directly, each for a reason:
 import dataclasses
 import inspect
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,8 @@ SAMPLERS = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m", *ANCESTRAL, *SDE, *END_
 
 OURS = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable", "noise_sampler"}
 OURS |= {"return_info", "table"}
+SIGNED, POSITIVE = ("pcoeff", "icoeff", "dcoeff"), ("r", "h_init", "accept_safety")  # options that are numbers
+LARGEST = 1e6  # of an option
 ADAPTIVE_LIMIT = 10_000  # evaluations for one image; a model that returns NaN would otherwise never end
 
 Callback = Callable[[dict[str, Any]], None]
@@ -243,15 +246,30 @@ def one_row(value: Any, index: int, images: int) -> Any:
 
 
 def checked_options(sampler: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` where the sampler takes each of them, else a ValueError that lists what it takes."""
+    """`options` of the types of the sampler's own parameters, numbers as floats. InputError for one that it does not
+    take, and for a value with which it makes no step."""
     parameters = inspect.signature(sampler_function(sampler)).parameters
-    known = tuple(name for name in parameters if name not in OURS)
-    for name in options:
-        if name not in known:
-            raise InputError(f"sampler {sampler} has no option {name!r}; it takes {', '.join(known) or 'none'}")
-        if options[name] != options[name] or (name == "order" and options[name] < 1):
-            raise InputError(f"sampler {sampler}: option {name}={options[name]!r} makes no step")
-    return dict(options)
+    usual = {name: parameter.default for name, parameter in parameters.items() if name not in OURS}
+    checked: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in usual:
+            raise InputError(f"sampler {sampler} has no option {name!r}; it takes {', '.join(usual) or 'none'}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "solver_type":
+            noun, holds = "heun or midpoint", value in ("heun", "midpoint")
+        elif name == "order":
+            orders = (2, 3) if sampler == "dpm_adaptive" else tuple(range(1, 11))
+            noun, holds = f"one of {orders}", type(value) is int and value in orders
+        elif name in SIGNED:
+            noun, holds = f"from -{LARGEST:g} to {LARGEST:g}", is_number and abs(value) <= LARGEST
+        else:
+            noun = f"{'above' if name in POSITIVE else 'from'} 0, at most {LARGEST:g}"
+            holds = is_number and 0 <= value <= (math.inf if name == "s_tmax" else LARGEST)
+            holds = holds and (value > 0 or name not in POSITIVE)
+        if not holds:
+            raise InputError(f"sampler {sampler}: option {name}={value!r} makes no step; it must be {noun}")
+        checked[name] = float(value) if isinstance(usual[name], float) else value
+    return checked
 
 
 def check_noise(noise: Tensor) -> None:
