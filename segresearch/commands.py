@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segresearch.cli import Arguments, command, one_line_errors
+from segresearch.config.build import usable_device
 from segresearch.errors import ConfigError
 from segresearch.run_index import note
 
@@ -54,6 +55,8 @@ def overview() -> None:
     args = parser.parse_args()
     from segresearch.evaluation import compare_runs
 
+    if not Path(args.out).is_dir():
+        raise ConfigError(f"{args.out}: no such folder; --out is where runs lie")
     if args.name is None:
         from segresearch.run_index import lines
 
@@ -81,13 +84,28 @@ def reproduce() -> None:
 
     from segresearch import reproduce as module
 
+    if args.save is not None:
+        refuse_place(args.save, args.image)
     record = module.recorded(args.image)  # a slip shows before anything heavy is imported
+    if args.device != "auto":
+        usable_device(args.device)
     reproduction = module.reproduce(args.image, args.model, args.device, args.out, args.trust)
     if args.save is not None:
         from segresearch.records import save_png
 
         save_png(reproduction.image, args.save, record)
     print(reproduction)
+
+
+def refuse_place(path: Path, image: Path) -> None:
+    """ConfigError for a --save that is no .png file, lies in no folder, or is the image itself."""
+    for fault, holds in {
+        "a folder; give the name of a .png file": path.is_dir(),
+        "what is written is a PNG; give a name that ends in .png": path.suffix.lower() != ".png",
+        "the image itself; give another name": path.exists() and path.resolve() == image.resolve(),
+    }.items():
+        if holds:
+            raise ConfigError(f"--save {path}: {fault}")
 
 
 @one_line_errors()
@@ -138,6 +156,8 @@ def models() -> None:
     )
     parser.add_argument("--cache", type=Path, help="the folder of the hub cache (default: that of huggingface_hub)")
     args = parser.parse_args()
+    if args.cache is not None and not args.cache.is_dir():
+        raise ConfigError(f"{args.cache}: no such folder; --cache is the folder `hub` of the hub cache")
     from segresearch.model_list import cached, configured
 
     print("\n".join([*configured(), *cached(args.cache)]))

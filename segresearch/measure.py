@@ -5,12 +5,14 @@ Thin: the numbers are those of segresearch.metrics, so they agree with an evalua
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segresearch.cli import Arguments, one_line_errors
 from segresearch.errors import ConfigError, InputError
+from segresearch.rounding import rounded
 
 if TYPE_CHECKING:
     from segresearch.evaluation.reference_images import Reference
@@ -59,23 +61,24 @@ def main(name: str) -> None:
     parser.add_argument("--sha256", help="of these weights, where they are not the published ones")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     if name == "fid":
-        parser.add_argument("--bootstrap", type=whole(0), default=100, help="resamples of the error (100)")
+        parser.add_argument("--bootstrap", type=whole(0, 100_000), default=100, help="resamples of the error (100)")
         parser.add_argument("--force", action="store_true", help="allow fewer images than features: biased upwards")
     elif name == "kid":
-        parser.add_argument("--subsets", type=whole(1), default=100, help="subsets (100)")
+        parser.add_argument("--subsets", type=whole(1, 100_000), default=100, help="subsets (100)")
         parser.add_argument("--size", type=whole(2), default=1000, help="images a subset (1000, at most half)")
     elif name == "prdc":
-        parser.add_argument("--neighbour", type=whole(1), default=5, help="k of the k-th nearest neighbour (5)")
+        text = "k of the k-th nearest neighbour (of precision and recall 3, of density and coverage 5)"
+        parser.add_argument("--neighbour", type=whole(1), help=text)
     args = parser.parse_args()
     print(CALLS[name](args))
 
 
-def whole(lowest: int) -> Callable[[str], int]:
-    """The type of an option: whole numbers from `lowest` on."""
+def whole(lowest: int, highest: int = 10**9) -> Callable[[str], int]:
+    """The type of an option: whole numbers from `lowest` to `highest`."""
 
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} on")
+        if not re.fullmatch("[0-9]{1,10}", text) or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {lowest} to {highest}")
         return int(text)
 
     return number
@@ -112,7 +115,10 @@ def fid(args: argparse.Namespace) -> str:
     from segresearch.metrics.frechet import frechet_distance, gaussian
 
     a, b, extractor = both_features(args)
-    distance = frechet_distance(a, gaussian(b, args.force), args.bootstrap, args.force)
+    try:
+        distance = frechet_distance(a, gaussian(b, args.force), args.bootstrap, args.force)
+    except InputError as error:
+        raise InputError(str(error).replace("force=True", "--force")) from error
     biased = "; fewer images than features: biased far upwards" if min(len(a), len(b)) <= extractor.dim else ""
     name = {"inception": "FID", "dinov2": "FD-DINOv2"}.get(extractor.name, f"FD-{extractor.name}")
     return f"{name} {distance}{biased}\n{note(extractor.name, extractor.weights)}"
@@ -127,7 +133,7 @@ def kid(args: argparse.Namespace) -> str:
         raise ConfigError(f"{args.a}, {args.b}: {len(a)} and {len(b)} images; a kernel distance needs four of each")
     value, spread = kernel_distance(a, b, args.subsets, size)
     mean = spread / math.sqrt(args.subsets)
-    text = f"KID {value:.4g} ± {mean:.2g} (N = {len(a)} against {len(b)}, {args.subsets} subsets of {size})"
+    text = f"KID {rounded(value, mean)} (N = {len(a)} against {len(b)}, {args.subsets} subsets of {size})"
     return f"{text}\n{note(extractor.name, extractor.weights)}"
 
 
@@ -135,10 +141,11 @@ def prdc(args: argparse.Namespace) -> str:
     from segresearch.metrics.nonparametric import density_coverage, precision_recall
 
     a, b, extractor = both_features(args)
-    values = (*precision_recall(a, b, args.neighbour), *density_coverage(a, b, args.neighbour))
+    near, dense = args.neighbour or 3, args.neighbour or 5
+    values = (*precision_recall(a, b, near), *density_coverage(a, b, dense))
     names = ("precision", "recall", "density", "coverage")
     lines = [f"{name} {value:.3f}" for name, value in zip(names, values, strict=True)]
-    lines.append(f"N = {len(a)} against {len(b)}, k = {args.neighbour}; compared at equal N alone, no error")
+    lines.append(f"N = {len(a)} against {len(b)}, k = {near} and {dense}; compared at equal N alone, no error")
     return "\n".join([*lines, note(extractor.name, extractor.weights)])
 
 
@@ -205,7 +212,7 @@ def inception(args: argparse.Namespace) -> str:
     assert extractor.classes is not None
     numbers = inception_numbers(x.numpy(), None, extractor.classes)
     (value, error), (spread,) = numbers["is-inception"], numbers["is_spread-inception"]
-    text = f"IS {value:.3f} ± {error:.2g} (N = {len(side)}, {TENTHS} parts, whose standard deviation is {spread:.3g})"
+    text = f"IS {rounded(value, error)} (N = {len(side)}, {TENTHS} parts, whose standard deviation is {spread:.3g})"
     return f"{text}\n{note('inception', extractor.weights)}"
 
 
@@ -246,8 +253,8 @@ def perceptual(args: argparse.Namespace, device: Any) -> tuple[Callable[[Any, An
 def average(values: Any) -> str:
     """The mean with its standard error, and N."""
     n = len(values)
-    error = values.double().std().item() / math.sqrt(n) if n > 1 else math.nan
-    return f"{values.double().mean().item():.4f} ± {error:.2g} (N = {n})"
+    error = values.double().std().item() / math.sqrt(n) if n > 1 else None
+    return f"{rounded(values.double().mean().item(), error, 4)} (N = {n})"
 
 
 def note(network: str, weights: str) -> str:

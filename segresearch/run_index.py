@@ -13,6 +13,7 @@ from segresearch import runs
 from segresearch.pages import Cell, render
 
 LATEST, INDEX = "latest", "index.html"
+MARK = "the newest first"  # in the index; a file without it is the user's own
 SHOWN = ("index.html", "grid.png")  # what a run is looked at by
 
 
@@ -78,11 +79,17 @@ def table(index: list[Line]) -> tuple[list[Cell], list[list[Cell]]]:
 
 
 def note(folder: Path, out: str | Path) -> None:
-    """Point <out>/latest at a run and write the index anew. Whatever fails here does not touch the run."""
+    """Point <out>/latest at a run and write the index anew, but where such names are files of the user's own. Whatever
+    fails here does not touch the run."""
+    index, latest = Path(out) / INDEX, Path(out) / LATEST
     with contextlib.suppress(OSError):
-        head, rows = table(lines(out))
-        runs.write(Path(out) / INDEX, render("Runs", [f"{len(rows)} runs, the newest first."], head=head, rows=rows))
-        temporary = Path(out) / f".{LATEST}.{os.getpid()}.tmp"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(folder.resolve().relative_to(Path(out).resolve()), target_is_directory=True)
-        os.replace(temporary, Path(out) / LATEST)
+        if not index.exists() or MARK in index.read_text(encoding="utf-8", errors="replace"):
+            head, rows = table(lines(out))
+            count = f"{len(rows)} run{'s' * (len(rows) != 1)}, {MARK}."
+            runs.write(index, render("Runs", [count], head=head, rows=rows))
+    with contextlib.suppress(OSError, ValueError):
+        if latest.is_symlink() or not latest.exists():
+            temporary = Path(out) / f".{LATEST}.{os.getpid()}.tmp"
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(folder.resolve().relative_to(Path(out).resolve()), target_is_directory=True)
+            os.replace(temporary, latest)

@@ -50,8 +50,8 @@ def run_folder(out: str | Path, name: str, identity: Mapping[str, Any]) -> Path:
     """The folder `out`/`name`/<digest of `identity`>, created where it is missing. OSError where it cannot be written,
     ConfigError for a name that cannot name a folder, or that of a folder with another use (RESERVED)."""
     parts = name.split("/")
-    if parts[0] in RESERVED or not all(re.fullmatch(r"\w[\w.+ -]*", part) for part in parts):
-        raise ConfigError(f"name: {name!r} cannot name the folder of a run; use letters, digits, _ and -")
+    if parts[0] in RESERVED or not all(re.fullmatch(r"\w[\w.+ -]{0,99}", part) for part in parts):
+        raise ConfigError(f"name: {name!r} cannot name the folder of a run; use at most 100 letters, digits, _ and -")
     folder = Path(out) / name / digest(identity)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):

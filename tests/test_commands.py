@@ -18,6 +18,7 @@ from segresearch.cli import explained
 from segresearch.config import help as help_text
 from segresearch.errors import Ended, NotFinite, Stopped
 from segresearch.evaluation.shards import Damaged
+from segresearch.rounding import rounded
 
 ROOT = Path(entry.__file__).resolve().parents[1]
 
@@ -218,7 +219,7 @@ def folders(tmp_path_factory):
         ("fid", ("a", "b", "--features", "mini", "--force", "--bootstrap", 3), "(N = 24 against 20, "),
         ("kid", ("a", "b", "--features", "mini", "--subsets", 4), "(N = 24 against 20, 4 subsets of 10)"),
         ("prdc", ("a", "b", "--features", "mini"), "coverage "),
-        ("lpips", ("a", "a", "--net", "mini"), "LPIPS-mini 0.0000 ± 0 (N = 24)"),
+        ("lpips", ("a", "a", "--net", "mini"), "LPIPS-mini 0.0000 ± 0.0000 (N = 24)"),
     ],
 )
 def test_two_folders_are_measured_with_n_errors_and_the_resizing(name, arguments, words, folders, call, monkeypatch):
@@ -242,9 +243,9 @@ def test_two_folders_are_measured_with_n_errors_and_the_resizing(name, arguments
         ("is", ("a", "--weights", "none.pth"), "none.pth: no such file; download https://"),
         ("kid", ("a", "nowhere"), "nowhere: no such folder"),
         ("kid", ("few", "a", "--features", "mini"), "3 and 24 images; a kernel distance needs four of each"),
-        ("fid", ("a", "b", "--bootstrap", -3), "--bootstrap: '-3' is not a whole number from 0 on"),
-        ("kid", ("a", "b", "--subsets", 0), "--subsets: '0' is not a whole number from 1 on"),
-        ("prdc", ("a", "b", "--neighbour", "x"), "--neighbour: 'x' is not a whole number from 1 on"),
+        ("fid", ("a", "b", "--bootstrap", -3), "--bootstrap: '-3' is not a whole number from 0 to"),
+        ("kid", ("a", "b", "--subsets", 0), "--subsets: '0' is not a whole number from 1 to"),
+        ("prdc", ("a", "b", "--neighbour", "x"), "--neighbour: 'x' is not a whole number from 1 to"),
         ("fid", ("a",), "required: B; "),
         ("lpips", ("a", "b", "--nett", "mini"), "unrecognized arguments: --nett mini; "),
     ],
@@ -269,7 +270,7 @@ def test_images_are_scored_with_the_prompts_of_a_file(folders, call, tmp_path):
                    "--weights", tmp_path / "clip", "--beside", TOKENIZER, "--device", "cpu")  # fmt: skip
     values = load_scorer("pickscore", tmp_path / "clip", TOKENIZER).of(scenes(range(3)).images, captions(range(3)))
     mean, error = values.mean().item(), values.std().item() / 3**0.5
-    assert said.out.startswith(f"pickscore {mean:.4f} ± {error:.2g} (N = 3)\nthe shorter side to 224"), said
+    assert said.out.startswith(f"pickscore {rounded(mean, error, 4)} (N = 3)\nthe shorter side to 224"), said
     assert error > 0
 
 

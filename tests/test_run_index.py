@@ -47,6 +47,19 @@ def test_runs_are_listed_in_words_the_newest_first_and_odd_folders_are_left_out(
     note(new, "/proc/nowhere")  # what cannot be written is left
 
 
+def test_files_of_the_users_own_are_left_alone(tmp_path):
+    new = run(tmp_path, "demo", "1" * 12)
+    (tmp_path / "index.html").write_text("mine")
+    (tmp_path / "latest").write_text("mine")
+    note(new, tmp_path)
+    assert (tmp_path / "index.html").read_text() == (tmp_path / "latest").read_text() == "mine"
+    (tmp_path / "latest").unlink()
+    (tmp_path / "index.html").unlink()
+    note(new, tmp_path)
+    assert "1 run, the newest first" in (tmp_path / "index.html").read_text()
+    assert (tmp_path / "latest").resolve() == new.resolve()
+
+
 def test_captions_of_panels_and_of_many_methods():
     config = yaml.safe_load(written_config(typed(GenerateConfig, GIVEN), OF_A_CALL))
     config["panels"] = [{"compare": [{"label": f"m{i}"} for i in range(9)]}]

@@ -73,7 +73,10 @@ def usable_device(device: str) -> Any:
         chosen = torch.device(device_kind(device) if device == "auto" else device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if reason.startswith("Expected one of"):  # all devices that torch has a name for
+            reason = "give auto, cpu, cuda, cuda:1 or mps"
+        raise ConfigError(f"device: {device[:40]!r} cannot be used here: {reason}") from error
     return chosen
 
 
@@ -202,14 +205,20 @@ def imported(target: str, at: str) -> Callable[..., Any]:
     module_name, _, name = target.rpartition(".")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a file of the user's own, last: it hides no package
+    if not all(target.split(".")) or not module_name:
+        raise ConfigError(f"{at}.target: {target!r} names no function; write package.module.function")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        hint = "write package.module.function"
-        raise ConfigError(f"{at}.target: {target!r} cannot be imported ({error}); {hint}") from error
+    except ModuleNotFoundError as error:
+        if module_name == error.name or module_name.startswith(f"{error.name}."):
+            raise ConfigError(f"{at}.target: {target!r}: there is no module {error.name}") from error
+        raise ConfigError(f"{at}.target: {target!r}: {module_name} itself imports {error.name}, not here") from error
+    except ImportError as error:
+        raise ConfigError(f"{at}.target: {target!r} cannot be imported ({error})") from error
     function = getattr(module, name, None)
     if function is None:
-        raise ConfigError(f"{at}.target: {module_name} has no {name!r}{nearest(name, vars(module))}")
+        own = [key for key, item in vars(module).items() if getattr(item, "__module__", "") == module_name]
+        raise ConfigError(f"{at}.target: {module_name} has no {name!r}{nearest(name, own)}")
     if not callable(function):
         raise ConfigError(f"{at}.target: {target} is not a function or a class but {type(function).__name__}")
     return function

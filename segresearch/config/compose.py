@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from segresearch import runs
 from segresearch.config.schema import EvaluateConfig, GenerateConfig
 from segresearch.config.validate import nearest, typed
+from segresearch.config.yaml_files import check_yaml
 from segresearch.errors import ConfigError
 
 
@@ -47,6 +48,8 @@ def settings(config: Mapping[str, Any], kind: Any = GenerateConfig) -> Any:
             parts = _named(table.pop("controlnet"), f"{at}controlnet", "controlnet")
             table.controls = OmegaConf.merge(*parts, table.get("controls") or {})
     plain: Any = OmegaConf.to_container(root, resolve=True)
+    if "experiment" in plain:
+        raise ConfigError("experiment: its file must begin with the line `# @package _global_`, as those of conf/ do")
     other = {GenerateConfig: EvaluateConfig, EvaluateConfig: GenerateConfig}.get(kind, kind)
     for key in {f.name for f in dataclasses.fields(other)} - {f.name for f in dataclasses.fields(kind)}:
         if plain.pop(key, None) and key == "panels":
@@ -66,6 +69,8 @@ def _named(names: str | Sequence[str], at: str, group: str = "guidance") -> list
         if name not in files:
             choices = f" (choices: {', '.join(sorted(files))})"
             raise ConfigError(f"{at}: no {group} {name!r}{nearest(str(name), files)}{choices}")
+        if conf_dir() not in files[name].parents:
+            check_yaml(files[name])
         node: Any = OmegaConf.load(files[name])
         nodes += [*_named([parent for parent in node.pop("defaults", []) if parent != "_self_"], at, group), node]
     return nodes

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from segresearch import runs
 from segresearch.config.inputs import STRENGTH, InitConfig
 from segresearch.config.method import GuidanceConfig, TermConfig
 from segresearch.config.prompt_sets import SUFFIXES, from_set, parsed
@@ -25,6 +26,7 @@ TITLES = {  # of methods whose name is not their kind in capitals
     "higs": "HiGS", "cfg++": "CFG++", "schedule": "schedule", "perp_neg": "Perp-Neg", "rescale": "rescale",
     "sg_prev": "SG-prev", "smc": "SMC", "swg_mask": "mask", "projected": "projected",
 }  # fmt: skip
+LONGEST = 100  # letters of a file's name
 COCO = {"id": (int, "a whole number"), "image_id": (int, "a whole number"), "caption": (str, "text")}  # an annotation
 
 
@@ -184,10 +186,12 @@ def _describe_term(name: str, term: TermConfig) -> str:
 
 
 def slug(text: str) -> str:
-    """`text` as a file name: "SEG σ=∞" is "seg-sigma-inf"."""
+    """`text` as a file name: "SEG σ=∞" is "seg-sigma-inf". Of a long one the beginning and a digest."""
+    whole = text
     for sign, word in (("σ", "sigma "), ("τ", "tau "), ("∞", "inf"), ("++", "pp"), ("²", "2")):
         text = text.lower().replace(sign, word)
-    return re.sub(r"[^a-z0-9.]+", "-", text).strip("-.") or "x"
+    name = re.sub(r"[^a-z0-9.]+", "-", text).strip("-.") or "x"
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 13]}-{runs.digest(whole)}"
 
 
 def parse_seeds(seeds: Any, at: str = "seeds") -> tuple[int, ...]:
@@ -202,6 +206,8 @@ def parse_seeds(seeds: Any, at: str = "seeds") -> tuple[int, ...]:
         if last >= 2**63 or last - first >= 1_000_000:
             raise ConfigError(f"{at}: {part!r}: seeds go up to 2^63 - 1, a range holds at most a million")
         numbers.extend(range(first, last + 1))
+    if not numbers:
+        raise ConfigError(f'{at}: no seed; write 3, "0-15", "1,4,7-9" or [1, 4]')
     for seed, count in collections.Counter(numbers).most_common(1):
         if count > 1:
             raise ConfigError(f"{at}: seed {seed} is given twice")
@@ -304,6 +310,8 @@ def from_coco(path: Path, at: str = "prompts") -> tuple[str, ...]:
 
 def _text(path: Path, at: str) -> str:
     """The text of a UTF-8 file. ConfigError with the line and the byte in it that is wrong."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{at}: cannot read {path}: not a file")  # a pipe would never end
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:

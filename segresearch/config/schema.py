@@ -247,7 +247,7 @@ class AnalyzeConfig(RunConfig):
         for step in self.measured_steps:
             if not -steps <= step < steps:
                 known = f"{steps} steps are 0 to {steps - 1}"
-                raise ConfigError(f"measured_steps: there is no step {step}; {known}")
+                raise ConfigError(f"measured_steps: there is no step {step}; {known}; give measured_steps=[0], say")
 
     @property
     def steps_from_0(self) -> tuple[int, ...]:

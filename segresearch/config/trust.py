@@ -8,10 +8,12 @@ job of a sweep, --cfg, --help. Light: no torch.
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from segresearch.config.yaml_files import check_yaml
 from segresearch.errors import ConfigError
 
 OWN = "hydra._internal.core_plugins."  # Hydra's launcher and sweeper
@@ -21,6 +23,8 @@ MOST = 200  # levels of nesting
 def name_of_a_file(path: str) -> None:
     """ConfigError for a config's path ("guidance/seg") that is not of names alone, and so could leave its folder."""
     parts = re.split(r"[/\\]", path.removesuffix(".yaml").removesuffix(".yml"))
+    if path.endswith("/"):
+        raise ConfigError(f"{path.rstrip('/')}: empty; give the name of a file in the config folders")
     if parts[0].endswith(":") or any(part in ("", ".", "..") or part.startswith("~") for part in parts):
         group, _, choice = path.partition("/")
         at = f"{group}: {choice!r}" if choice and group not in ("", "..") else repr(path)
@@ -86,11 +90,19 @@ def guarded(change: Callable[[Any], None] = lambda _: None) -> Iterator[None]:
     is then given it."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.config_repository import ConfigRepository
+    from hydra.core.object_type import ObjectType
+
+    from segresearch.config.compose import conf_dir
 
     load, compose = ConfigRepository.load_config, ConfigLoaderImpl.load_configuration
 
     def load_named(self: Any, config_path: str) -> Any:
         name_of_a_file(config_path)
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        if source is not None and source.scheme() == "file":
+            file = Path(source.path, f"{config_path.removesuffix('.yaml')}.yaml")
+            if conf_dir() not in file.parents:
+                check_yaml(file)
         return load(self, config_path)
 
     def compose_checked(self: Any, *arguments: Any, **keywords: Any) -> Any:

@@ -63,7 +63,8 @@ class Overview:
         """One HTML file."""
         head, *rows = self.table(words=True)
         rows = [row if "first" in row[0].kind else [Cell("", "run"), *row[1:]] for row in rows]  # a run is said once
-        return render(f"{self.name}: {len(self.runs)} runs", self.notes(), head=head, rows=rows)
+        title = f"{self.name}: {len(self.runs)} run{'s' * (len(self.runs) != 1)}"
+        return render(title, self.notes(), head=head, rows=rows)
 
     def notes(self) -> list[str]:
         """What has to be known to read it."""
@@ -92,7 +93,8 @@ def overview(name: str, out: str | Path = "runs") -> Overview:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
             unfinished.append(folder.name)
     if not finished:
-        raise ConfigError(f"{name}: none of the {len(unfinished)} runs in {parent} has results yet")
+        text = "has results; those of `generate` and `analyze` never have, those of `evaluate` at their end"
+        raise ConfigError(f"{name}: none of the {len(unfinished)} runs in {parent} {text}")
     keys = dict.fromkeys(key for run in finished for key in run.settings)
     differing = [key for key in keys if len({json.dumps(run.settings.get(key)) for run in finished}) > 1]
     if len({run.frame.methods for run in finished}) == len(finished):  # the names of the methods tell runs apart

@@ -10,7 +10,6 @@ On disk: metrics.csv and metrics.jsonl (one row a line), and "metrics" of result
 
 import html
 import json
-import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +17,12 @@ from typing import Any, Literal
 
 from segresearch.evaluation.paper_numbers import HEADS
 from segresearch.pages import Cell
+from segresearch.rounding import rounded
 
 LATEX = str.maketrans({
     "σ": r"$\sigma$", "∞": r"$\infty$", "±": r"$\pm$", "−": r"$-$", "τ": r"$\tau$", "γ": r"$\gamma$", "→": r"$\to$",
     "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "\"": r"\textquotedbl{}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
 })  # fmt: skip
 RESULTS = "results.json"
@@ -72,11 +73,7 @@ class Value:
         """As a table shows it, rounded by the error where there is one: "7.25 ± 0.25"; "–" for no number."""
         if self.value is None:
             return "–"
-        digits = METRICS[self.metric].digits
-        if self.error and math.isfinite(self.error):  # to two digits of the error
-            digits = min(max(1 - math.floor(math.log10(self.error)), 0), 6)
-        error = "" if self.error is None else f" ± {self.error:.{digits}f}"
-        return f"{self.value:.{digits}f}".replace("-", "−") + error
+        return rounded(self.value, self.error, METRICS[self.metric].digits).replace("-", "−")
 
 
 @dataclass(frozen=True)

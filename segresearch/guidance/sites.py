@@ -43,8 +43,10 @@ def select_sites(where: Where, sites: Sequence[str], kind: str = "self") -> tupl
     Raises ValueError, listing real site names, if any part of `where` matches nothing.
     """
     parts = [where] if isinstance(where, str | int) else list(where)
+    if not parts:
+        raise InputError(f"where={where!r}: empty; name a group ({_groups(sites)}), or leave the method out")
     chosen: set[str] = set()
-    for part in parts or [""]:
+    for part in parts:
         matches = _matches(part, sites)
         if not matches:
             raise InputError(

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from segresearch.errors import InputError
+from segresearch.rounding import rounded
 from segresearch.threads import few_features, one_thread_for
 
 
@@ -55,8 +56,8 @@ class Frechet:
     resamples: tuple[float, ...]
 
     def __str__(self) -> str:
-        error = "" if math.isnan(self.error) else f" ± {self.error:.3g}"
-        return f"{self.distance:.4g}{error} (N = {self.n} against {self.n_reference}, {self.dim} features)"
+        number = rounded(self.distance, None if math.isnan(self.error) else self.error)
+        return f"{number} (N = {self.n} against {self.n_reference}, {self.dim} features)"
 
 
 def _check_rank(count: int, dim: int, force: bool) -> None:
