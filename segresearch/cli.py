@@ -40,6 +40,7 @@ FIGURES = {  # an experiment, and the figures of arXiv 2408.00760 that show the 
     "fig4": ("fig10", "fig11"), "fig5": ("fig8", "fig9"), "fig15": ("fig16", "fig17", "fig18", "fig19"),
 }  # fmt: skip
 FULL = "HYDRA_FULL_ERROR"
+INTERPOLATION = "`${` begins an interpolation; a prompt with it goes into a .txt file"
 DISK = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some room, then the same command resumes")
 DISK |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "; choose another folder with out=")
 SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # a launcher's, a closed terminal's, Slurm's
@@ -82,7 +83,7 @@ def _run(main: Callable[[Any], None], config_name: str) -> None:
             print(f"error: job {len(codes)} ({overrides}): {text}", file=sys.stderr)
 
     try:
-        with one_line_errors(full), lazy_help(), guarded(lambda config: fill(config, config_name)):
+        with one_line_errors(full), hydra_arguments(), guarded(lambda config: fill(config, config_name)):
             _refuse_pickles(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
             failed = [overrides for overrides, code in codes.items() if code]
@@ -108,11 +109,16 @@ def _one_line(message: Warning | str, category: type[Warning], *source: Any) -> 
 
 
 @contextlib.contextmanager
-def lazy_help() -> Iterator[None]:
-    """Lets argparse read help texts that are strings alone: Hydra 1.3 adds one that is none until it is shown, and
-    Python 3.14 reads each when it is added."""
+def hydra_arguments() -> Iterator[None]:
+    """Within the block argparse serves Hydra's parser: options may stand between settings, a slip is a ConfigError, and
+    help texts that are strings alone are read (Hydra 1.3 adds one that is none until it is shown, and Python 3.14 reads
+    each when it is added)."""
     holder: Any = argparse._ActionsContainer  # the base of parsers and their groups
+    parser: Any = argparse.ArgumentParser
     with contextlib.ExitStack() as stack:
+        for name, other in (("error", Arguments.error), ("parse_args", parser.parse_intermixed_args)):
+            stack.callback(setattr, parser, name, getattr(parser, name))
+            setattr(parser, name, other)
         if check := getattr(holder, "_check_help", None):
             stack.callback(setattr, holder, "_check_help", check)
             holder._check_help = lambda parser, action: isinstance(action.help, str) and check(parser, action)
@@ -150,10 +156,9 @@ def one_line_errors(full: bool = False) -> Iterator[None]:
         with stoppable():
             try:
                 yield
-            except SystemExit:  # argparse has shown its help
-                sys.stdout.flush()
-                raise
-            sys.stdout.flush()  # where it has gone, here and not at Python's end
+            finally:
+                if sys.stdout is not None:  # as with `>&-`
+                    sys.stdout.flush()  # where its reader has gone, the error is here and not at Python's end
     except BrokenPipeError:  # whoever read the output has gone, `| head` say
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more at its end
@@ -174,10 +179,9 @@ def explained(error: BaseException) -> tuple[int | None, str]:
         first = str(error).partition("\n")[0][:160] or text
         return 5, f"out of memory: {first}; lower batch_size, or take a smaller model.dtype"
     match error:
-        case Stopped(code=code):
-            return code, text
         case KeyboardInterrupt():
-            return 130, ""
+            code = error.code if isinstance(error, Stopped) else 130
+            return code, f"{str(error) or 'stopped'}; the same command resumes"
         case Ended(code=code):
             return code, text
         case CheckpointError():
@@ -208,6 +212,13 @@ def explained(error: BaseException) -> tuple[int | None, str]:
             key, value = several.groups()
             hint = f"for one value write '{key}=\"{value}\"', for a list {key}=[...], for a sweep add --multirun"
             return 2, f"{key}={value}: a bare comma could mean several things; {hint}"
+        case HydraException() if foreign := re.search("Could not override '(.+?)'. No match", str(error)):
+            taken = "only generate and evaluate take one" if foreign[1] == "experiment" else "no such group here"
+            return 2, f"{foreign[1]}: {taken}; --help has what this command takes"
+        case HydraException(__cause__=OmegaConfBaseException() as cause):
+            return 2, f"{text}: {str(cause).splitlines()[0]}; {INTERPOLATION}"
+        case OmegaConfBaseException(full_key=key) if key and "nterpolation" in text:
+            return 2, f"{key}: {str(error).splitlines()[0]}; {INTERPOLATION}"
         case HydraException() | OmegaConfBaseException() | InputError() | PackageError():
             return 2, text
         case OSError(strerror=reason, filename=file, errno=number):

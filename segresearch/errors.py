@@ -48,7 +48,7 @@ class Stopped(KeyboardInterrupt):
     """A signal that asks the process to end (SIGTERM, SIGHUP, SIGUSR1), handled as Ctrl-C is: what is whole stays."""
 
     def __init__(self, number: int, name: str):
-        super().__init__(f"stopped by {name}; the same command resumes")
+        super().__init__(f"stopped by {name}")
         self.code = 128 + number
 
 

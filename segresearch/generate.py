@@ -2,7 +2,6 @@
 exists is not sampled again: the same command resumes a run, and a finished run loads no model."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -220,8 +219,8 @@ def sample_missing(run: Run, missing: set[Path], model: "StableDiffusion | None"
                     bar.add(new)
     except NotFinite as error:
         raise NotFinite(f"{method}: {error}; try model.dtype=float32 or lower scales") from error
-    except KeyboardInterrupt:
-        print(f"stopped: {saved} of {len(missing)} images sampled, and kept; the same command resumes", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        stop.args = (f"{str(stop) or 'stopped'}: {saved} of {len(missing)} images sampled, and kept",)
         raise
     return time.perf_counter() - start
 

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from segresearch.cli import explained, lazy_help
+from segresearch.cli import explained, hydra_arguments
 from segresearch.config import (
     AnalyzeConfig,
     EvaluateConfig,
@@ -335,7 +335,7 @@ def test_hydra_starts_where_argparse_reads_every_help_text(monkeypatch):
     checked = []
     check = lambda self, action: checked.append(action.help)  # noqa: E731
     monkeypatch.setattr(argparse._ActionsContainer, "_check_help", check, raising=False)
-    with lazy_help():
+    with hydra_arguments():
         parser = get_args_parser()
         for action in parser._actions:
             parser._check_help(action)

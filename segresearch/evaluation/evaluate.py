@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +106,8 @@ def evaluate(config: EvaluateConfig, model: "StableDiffusion | None" = None, par
             diagnosed = None if config.diagnostics is None else branches.file_of(spec, real)
             if diagnosed and config.stage != "reduce" and part.rank == 0 and not branches.read(diagnosed):
                 branches.write(spec, real, load, diagnosed)
-        except KeyboardInterrupt:
-            print("stopped: whole shards are kept; the same command resumes", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            stop.args = (f"{str(stop) or 'stopped'}: whole shards are kept",)
             raise
         done = Evaluation(folder, progress.sampled, progress.existing, time.perf_counter() - start)
         if not progress.failures:
