@@ -41,7 +41,7 @@ FIGURES = {  # an experiment, and the figures of arXiv 2408.00760 that show the 
 }  # fmt: skip
 FULL = "HYDRA_FULL_ERROR"
 INTERPOLATION = "`${` begins an interpolation; a prompt with it goes into a .txt file"
-DISK = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some room, then the same command resumes")
+DISK = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "; free some room, then the same command resumes")
 DISK |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "; choose another folder with out=")
 SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # a launcher's, a closed terminal's, Slurm's
 NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # a CPU, a GPU, CUDA's libraries
@@ -69,7 +69,8 @@ def _run(main: Callable[[Any], None], config_name: str) -> None:
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             with one_line_errors(full):
                 return main(config)
-        overrides = " ".join(HydraConfig.get().overrides.task)
+        own = [override for override in HydraConfig.get().overrides.task if override not in sys.argv]  # of this job
+        overrides = " ".join(own) or f"job {len(codes) + 1}"
         codes[overrides] = 0
         try:
             main(config)
@@ -90,7 +91,8 @@ def _run(main: Callable[[Any], None], config_name: str) -> None:
             if failed:
                 text = f"{len(failed)} of {len(codes)} jobs failed ({'; '.join(failed)})"
                 code = max(codes.values()) if len(set(codes.values())) == 1 else 4
-                raise Ended(code, f"{text}; the same command makes what is missing")
+                again = "" if set(codes.values()) <= {0, 2, 3} else "; the same command makes what is missing"
+                raise Ended(code, text + again)
     finally:
         if not full:
             os.environ.pop(FULL)

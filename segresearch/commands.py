@@ -3,6 +3,7 @@
 The three of runs are Hydra's (`cli.command`), the others argparse's.
 """
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -24,6 +25,7 @@ def _run(config: Any, kind: str, module: str) -> None:
     from segresearch.config import schema, settings
 
     run = settings(config, getattr(schema, kind))
+    run = dataclasses.replace(run, out=str(Path(run.out).expanduser()))
     done = getattr(import_module(module), module.rpartition(".")[2])(run)
     note(done.folder, run.out)
     print(done)

@@ -1,5 +1,6 @@
 """How far a run is: a bar on a terminal; elsewhere (a pipe, a job's log) a line now and then. Light: no torch."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 EVERY_SECONDS, EVERY_SHARE, SHORTEST = 60.0, 0.05, 10.0  # of lines: after a minute or 5 %, never within 10 s
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}"
+FORMAT = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}"
 
 
 class Bar:
@@ -30,9 +31,8 @@ class Bar:
         self.name = self.of = ""
         self.start = self.last = clock()
         self.said = 0.0  # share of the last line
-        terminal = self.stream.isatty()
         self.bar = tqdm(total=total, unit=unit, file=self.stream, leave=False, smoothing=0.0, bar_format=FORMAT,
-                        disable=not terminal)  # fmt: skip
+                        disable=not has_columns(self.stream))  # fmt: skip
 
     def __enter__(self) -> "Bar":
         return self
@@ -43,7 +43,7 @@ class Bar:
     def describe(self, name: str, by: str = "") -> None:
         """What runs now, in front of the bar: a method, and by whom where there are several."""
         self.of, self.name = name, f"{by}, {name}" if by else name
-        self.bar.set_description(self.name)
+        self.bar.set_description(self.name)  # tqdm puts a colon behind it
 
     def tell(self, text: str) -> None:
         """A line where there is no terminal, such as what begins now."""
@@ -85,6 +85,14 @@ class Bar:
             left = _time((now - self.start) * (1 / share - 1)) if share else "unknown time"
             text = f"{share:.0%} of {self.total} {self.unit}s, {_time(now - self.start)}, about {left} left"
             print(f"{self.name}: {text}" if self.name else text, file=self.stream, flush=True)
+
+
+def has_columns(stream: Any) -> bool:
+    """Whether a bar can be drawn: on a terminal that has a width, which one that a job started may lack."""
+    try:
+        return bool(stream.isatty() and os.get_terminal_size(stream.fileno()).columns)
+    except (OSError, ValueError):
+        return bool(stream.isatty())
 
 
 def _time(seconds: float) -> str:

@@ -39,9 +39,9 @@ def test_a_sweep_goes_on_past_jobs_that_fail_and_its_code_says_so(call):
     code, said = call(main, "-m", "steps=1,2,3,4", "seeds=5")
     lines = said.err.splitlines()
     assert code == 4 and seen == [1, 2, 3, 4] and len(lines) == 3 and all(s.startswith("error: ") for s in lines)
-    assert lines[0] == "error: job 2 (steps=2 seeds=5): steps: 2 is odd"
+    assert lines[0] == "error: job 2 (steps=2): steps: 2 is odd"  # what is of this job
     assert "out of memory: none left" in lines[1]
-    assert lines[2].startswith("error: 2 of 4 jobs failed (steps=2 seeds=5; steps=3 seeds=5); the same command makes")
+    assert lines[2].startswith("error: 2 of 4 jobs failed (steps=2; steps=3); the same command makes")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,8 @@ def test_a_sweep_goes_on_past_jobs_that_fail_and_its_code_says_so(call):
         (MemoryError(), 5),
         (OSError(28, "No space left on device"), 5),
         (OSError(30, "Read-only file system", "runs"), 5),
+        (OSError(27, "File too large", "runs"), 5),
+        (PermissionError(13, "Permission denied", "runs"), 5),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 5),
         (FileNotFoundError(2, "No such file", "x"), 2),
     ],

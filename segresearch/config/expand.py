@@ -254,9 +254,9 @@ def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts", count: int
 
         texts = tuple(captions([HELD_OUT + number for number in numbers]))
     elif prompts.lower().endswith((".txt", ".json")):
-        texts = (from_text if prompts.lower().endswith(".txt") else from_coco)(Path(prompts), at)
+        texts = (from_text if prompts.lower().endswith(".txt") else from_coco)(Path(prompts).expanduser(), at)
     elif prompts.lower().endswith(SUFFIXES):
-        texts = from_set(Path(prompts), _text(Path(prompts), at), at)
+        texts = from_set(Path(prompts), _text(Path(prompts).expanduser(), at), at)
     elif os.sep in prompts and Path(prompts).expanduser().exists():
         raise ConfigError(f"{at}: {prompts} is not a .txt or .json file; a text that is meant as one goes into a list")
     else:
@@ -273,7 +273,7 @@ def read_negatives(
     or of a .txt file with one a line."""
     if negative is None or isinstance(negative, str) and not negative.lower().endswith(".txt"):
         return negative, ()
-    texts = negative if isinstance(negative, tuple) else from_text(Path(negative), at)
+    texts = negative if isinstance(negative, tuple) else from_text(Path(negative).expanduser(), at)
     if len(texts) != count:
         raise ConfigError(f"{at}: {len(texts)} for {count} prompts; give one text, or one for each prompt")
     return None, texts
