@@ -62,7 +62,6 @@ def command(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], 
 def _run(main: Callable[[Any], None], config_name: str) -> None:
     full, codes = FULL in os.environ, dict[str, int]()  # codes: of a sweep's jobs
     os.environ.setdefault(FULL, "1")  # Hydra raises its errors, and prints none
-    warnings.formatwarning = _one_line  # type: ignore[assignment]
 
     @functools.wraps(main)
     def job(config: Any) -> None:
@@ -151,6 +150,7 @@ def stoppable() -> Iterator[None]:
 def one_line_errors(full: bool = False) -> Iterator[None]:
     """Ends the process with a line and a code for errors that have one, unless `full` asks for tracebacks. Signals that
     ask for the end raise Stopped in it. A letter that the terminal lacks is printed as an escape."""
+    warnings.formatwarning = _one_line  # type: ignore[assignment]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

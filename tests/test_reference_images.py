@@ -115,6 +115,15 @@ def test_files_of_any_mode_are_read_as_they_are_seen(tmp_path):
     assert turned.shape == (1, 3, 2, 1) and indexed.shape == (1, 3, 1, 1)
 
 
+def test_files_that_are_left_out_are_counted(tmp_path):
+    one = folder(tmp_path / "one", ["red", "blue"])
+    (tmp_path / "one" / "2.png").symlink_to("nowhere")
+    (tmp_path / "one" / "a.gif").write_bytes(b"")
+    (tmp_path / "one" / "notes.txt").write_bytes(b"")
+    with pytest.warns(UserWarning, match="2 files are left out, 2.png among them; .png, .jpg"):
+        assert len(reference(one)) == 2
+
+
 def test_an_image_that_cannot_be_read_or_measured_is_named(extractor, tmp_path):
     path = folder(tmp_path / "one", ["red", "blue"])
     png = Path(path, "1.png").read_bytes()

@@ -4,6 +4,7 @@ for the same images and the same network, whatever the run, and kept beside the 
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from segresearch.progress import Bar
 from segresearch.scenes.scenes import scenes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OTHERS = (".gif", ".tif", ".tiff", ".avif", ".heic", ".jp2")  # of images that are not read
 SCENES = 500  # rendered together
 FEATURES = "features"
 READING = "upright, on white"  # how files become pixels, on which their features depend
@@ -72,7 +74,11 @@ def reference(text: str) -> Reference:
         folder = Path(text).expanduser()
         if not folder.is_dir():
             raise ConfigError(f'reference: {text}: no such folder; give one of real images, or "scene:100000-109999"')
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        alike = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES + OTHERS)
+        files = [path for path in alike if path.suffix.lower() in SUFFIXES and path.is_file()]
+        if files and (left := [path for path in alike if path not in set(files) and not path.is_dir()]):
+            text = f"{len(left)} files are left out, {left[0].name} among them; {', '.join(SUFFIXES)} are read"
+            warnings.warn(f"reference: {folder}: {text}", stacklevel=2)
         if not files:
             raise ConfigError(f"reference: {text}: no images in it ({', '.join(SUFFIXES)})")
         images = Reference(text, files=tuple(files))
