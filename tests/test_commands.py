@@ -309,6 +309,34 @@ def test_arguments_that_are_wrong_are_one_line(name, call):
     assert code == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1 and "--help" in said.err
 
 
+def test_places_that_cannot_be_are_refused_before_any_work(call, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    cases = [
+        (commands.reproduce, ("a.png", "--save", "a.jpg"), "--save a.jpg: what is written is a PNG"),
+        (commands.reproduce, ("a.png", "--save", "./a.png"), "--save a.png: the image itself"),
+        (commands.reproduce, ("a.png", "--save", "."), "--save .: a folder"),
+        (commands.overview, ("--out", "nosuch"), "nosuch: no such folder"),
+        (commands.models, ("--cache", "a.png"), "a.png: no such folder"),
+    ]
+    for main, arguments, words in cases:
+        code, said = call(main, *arguments)
+        assert code == 2 and words in said.err and said.err.count("\n") == 1
+
+
+def test_a_closed_output_is_no_error(tmp_path):
+    """As of daemons: `command >&-`."""
+    call = [sys.executable, "-m", "segresearch", "models"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *call], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0 and ended.stderr == ""
+
+
+def test_precision_and_density_have_neighbours_of_their_own(folders, call):
+    arguments = (folders / "a", folders / "b", "--features", "mini", "--device", "cpu")
+    assert "k = 3 and 5" in call(lambda: measure.main("prdc"), *arguments)[1].out
+    assert "k = 2 and 2" in call(lambda: measure.main("prdc"), *arguments, "--neighbour", 2)[1].out
+
+
 def test_a_perturbation_in_the_current_folder_is_found_without_pythonpath(tmp_path, monkeypatch):
     from segresearch.config.build import imported
 

@@ -43,6 +43,13 @@ def test_a_latex_table_is_no_wider_than_the_text():
     assert made.count("{") - made.count(r"\{") == made.count("}") - made.count(r"\}")
 
 
+def test_a_label_is_text_in_latex():
+    signs = "<b>&=1|$x_y\\ ~^ {#} %"
+    line = latex(*table(Frame((Value(signs, "n", 3),)))).splitlines()[6]
+    assert line.startswith(r"\textless{}b\textgreater{}\&=1\textbar{}\$x\_y\textbackslash{} \textasciitilde{}")
+    assert r"\textasciicircum{} \{\#\} \% &" in line
+
+
 def test_many_methods_are_several_latex_tables_of_a_page():
     frame = Frame(tuple(Value(f"m{i}", metric, 1.0) for i in range(85) for metric in ("fd-mini", "saturation")))
     made = latex_tables(frame)

@@ -1,8 +1,12 @@
 """The estimate of a run: by steps from the first batch on; where there is no terminal, a line now and then."""
 
+import fcntl
 import io
+import os
+import struct
+import termios
 
-from segresearch.progress import Bar
+from segresearch.progress import Bar, has_columns
 
 
 class Terminal(io.StringIO):
@@ -23,6 +27,15 @@ def run(stream, batches=4, rows=8, steps=10, seconds=1.0):
                 shares.append(bar.passed / bar.total)
             bar.add(rows)
     return shares
+
+
+def test_a_terminal_without_columns_gets_lines():
+    """As that of a job started by `script`: nothing can be drawn on it."""
+    _, end = os.openpty()
+    for columns, has in ((0, False), (80, True)):
+        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        with os.fdopen(os.dup(end), "w") as stream:
+            assert has_columns(stream) == has and Bar(3, stream=stream).bar.disable == (not has)
 
 
 def test_progress_is_in_steps_from_the_first_batch_on():

@@ -22,7 +22,7 @@ from segresearch.rounding import rounded
 LATEX = str.maketrans({
     "σ": r"$\sigma$", "∞": r"$\infty$", "±": r"$\pm$", "−": r"$-$", "τ": r"$\tau$", "γ": r"$\gamma$", "→": r"$\to$",
     "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "\"": r"\textquotedbl{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
 })  # fmt: skip
 RESULTS = "results.json"
