@@ -6,7 +6,7 @@ Light: imports nothing.
 
 from typing import Any
 
-LONGEST = 1000  # letters of a message about files
+LONGEST, WORD = 1000, 200  # letters of a message, and of a word in it
 
 
 class InputError(ValueError):
@@ -64,5 +64,7 @@ class PackageError(ImportError):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line; its class where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of an error on one line, long words and lines without their middle; its class where it has none."""
+    words = (word if len(word) <= WORD else f"{word[: WORD // 2]}...{word[-20:]}" for word in str(error).split())
+    line = " ".join(words) or type(error).__name__
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"

@@ -79,3 +79,9 @@ def test_a_defect_shows_its_traceback_and_a_refusal_one_line(tmp_path, name, cod
     assert done.returncode == code and lines[-1] == last
     assert ("Traceback" in done.stderr) == (name == "broken")
     assert name == "broken" or len(lines) == 1
+
+
+def test_a_line_is_short_whatever_is_in_it():
+    for text in ("x" * 9999, "a b " * 9999, "\n" * 9 + "y" * 500):
+        line = explained(errors.InputError(f"label: {text!r} cannot be; give another"))[1]
+        assert line.startswith("label: ") and line.endswith("give another") and len(line) <= 1010 and "..." in line
