@@ -223,6 +223,8 @@ def explained(error: BaseException) -> tuple[int | None, str]:
             return 2, f"{key}: {str(error).splitlines()[0]}; {INTERPOLATION}"
         case HydraException() | OmegaConfBaseException() | InputError() | PackageError():
             return 2, text
+        case FileNotFoundError(filename=None):
+            return 2, "the current folder is not there any more; go to another one"
         case OSError(strerror=reason, filename=file, errno=number):
             hint = DISK.get(number or 0, "")
             return 5 if hint else 2, f"{file or 'output'}: {reason}{hint}" if reason else text

@@ -6,7 +6,7 @@ Light: imports nothing.
 
 from typing import Any
 
-LONGEST, WORD = 1000, 200  # letters of a message, and of a word in it
+LONGEST, WORD = 1000, 300  # letters of a message, and of a word in it
 
 
 class InputError(ValueError):
@@ -22,8 +22,7 @@ class CheckpointError(InputError):
     which come from files of unknown origin."""
 
     def __init__(self, message: str):
-        line = " ".join(message.splitlines())
-        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
+        super().__init__(_short(" ".join(message.splitlines())))
 
 
 class Ended(InputError):
@@ -66,5 +65,9 @@ class PackageError(ImportError):
 def one_line(error: BaseException) -> str:
     """The message of an error on one line, long words and lines without their middle; its class where it has none."""
     words = (word if len(word) <= WORD else f"{word[: WORD // 2]}...{word[-20:]}" for word in str(error).split())
-    line = " ".join(words) or type(error).__name__
+    return _short(" ".join(words)) or type(error).__name__
+
+
+def _short(line: str) -> str:
+    """A line without its middle, where it is longer than LONGEST."""
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
