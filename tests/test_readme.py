@@ -13,6 +13,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Where the examples write."""
+    monkeypatch.chdir(tmp_path)
+
+
 def examples(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.S)
 
@@ -22,6 +28,9 @@ def test_example_runs(example):
     names: dict = {}
     exec(example, names)
     assert names["x0"].isfinite().all()
+    assert [path.name for path in sorted(Path().rglob("*.png"))] == [f"seed{i}.png" for i in range(4)] * (
+        "save_images" in example
+    )
 
 
 @pytest.mark.parametrize("page", ["quickstart", "cookbook"])
