@@ -110,16 +110,27 @@ def _one_line(message: Warning | str, category: type[Warning], *source: Any) -> 
 
 
 @contextlib.contextmanager
+def one_line_usage() -> Iterator[None]:
+    """Within the block a slip in the options of any parser is a ConfigError, as in those of Arguments."""
+    parser: Any = argparse.ArgumentParser
+    error, parser.error = parser.error, Arguments.error
+    try:
+        yield
+    finally:
+        parser.error = error
+
+
+@contextlib.contextmanager
 def hydra_arguments() -> Iterator[None]:
-    """Within the block argparse serves Hydra's parser: options may stand between settings, a slip is a ConfigError, and
-    help texts that are strings alone are read (Hydra 1.3 adds one that is none until it is shown, and Python 3.14 reads
-    each when it is added)."""
+    """Within the block argparse serves Hydra's parser: options may stand between settings, and help texts that are
+    strings alone are read (Hydra 1.3 adds one that is none until it is shown, and Python 3.14 reads each when it is
+    added)."""
     holder: Any = argparse._ActionsContainer  # the base of parsers and their groups
     parser: Any = argparse.ArgumentParser
     with contextlib.ExitStack() as stack:
-        for name, other in (("error", Arguments.error), ("parse_args", parser.parse_intermixed_args)):
-            stack.callback(setattr, parser, name, getattr(parser, name))
-            setattr(parser, name, other)
+        stack.enter_context(one_line_usage())
+        stack.callback(setattr, parser, "parse_args", parser.parse_args)
+        parser.parse_args = parser.parse_intermixed_args
         if check := getattr(holder, "_check_help", None):
             stack.callback(setattr, holder, "_check_help", check)
             holder._check_help = lambda parser, action: isinstance(action.help, str) and check(parser, action)

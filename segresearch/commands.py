@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from segresearch.cli import Arguments, command, one_line_errors
+from segresearch.cli import Arguments, command, one_line_errors, one_line_usage
 from segresearch.config.build import usable_device
 from segresearch.errors import ConfigError
 from segresearch.run_index import note
@@ -148,7 +148,8 @@ def train_mini() -> None:
     part = parser.parse_args(sys.argv[1:2]).part
     sys.path.insert(0, str(root))
     sys.argv = [f"{parser.prog} {part}", *sys.argv[2:]]
-    runpy.run_module(f"experiments.mini.{part}", run_name="__main__")
+    with one_line_usage():
+        runpy.run_module(f"experiments.mini.{part}", run_name="__main__")
 
 
 @one_line_errors()
