@@ -38,7 +38,7 @@ from segresearch.wandb_log import WandbRun, log
 if TYPE_CHECKING:
     from segresearch.models import StableDiffusion
 
-GRID_VERSION = 1
+GRID_VERSION = 2
 PAGE = "index.html"
 OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}}  # not of the run
 IDENTITY = ("run", "method", "prompt", "seed")  # tell one image's record from any other's

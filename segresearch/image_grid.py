@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 INK, QUIET, PAPER, RULE = "#16181d", "#5f6672", "#ffffff", "#d9dce1"
 GAP, MARGIN, BLOCK_GAP = 4, 24, 36  # pixels between images, around the sheet, between blocks
+MOST = 3  # lines of a title, and of a prompt beside an image that is lower
+TITLE = 480  # pixels that a block's title may be wide, or as wide as the images
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ def text_width(text: str, size: int) -> int:
     return math.ceil(font(size).getlength(text))
 
 
-def wrap(text: str, size: int, width: int) -> list[str]:
-    """Lines of `text` no wider than `width` pixels; a word that is wider alone is cut."""
+def wrap(text: str, size: int, width: int, most: int | None = None) -> list[str]:
+    """Lines of `text` no wider than `width` pixels; a word that is wider alone is cut. most: lines; what is left out is
+    an ellipsis."""
     lines: list[str] = []
     for word in text.split():
         if lines and text_width(f"{lines[-1]} {word}", size) <= width:
@@ -62,6 +65,11 @@ def wrap(text: str, size: int, width: int) -> list[str]:
             lines.append(word[:cut])
             word = word[cut:]
         lines.append(word)
+    if most and len(lines) > most:
+        last = lines[most - 1]
+        while last and text_width(f"{last}…", size) > width:
+            last = last[:-1]
+        lines = [*lines[: most - 1], f"{last.rstrip()}…"]
     return lines
 
 
@@ -82,19 +90,21 @@ class Layout:
         if any(text for _, text in block.captions):
             self.indent = max(self.indent, min(self.image_width, 200))
         self.heads = [wrap(head, size + 1, self.image_width) for head in block.heads]
-        self.captions = [[label, *wrap(text, size, self.indent - 8)] for label, text in block.captions]
+        most = max(MOST, cell // line_height(size) - 1)
+        self.captions = [[label, *wrap(text, size, self.indent - 8, most)] for label, text in block.captions]
         self.rows = [max(cell, len(lines) * line_height(size)) + GAP for lines in self.captions]
         width = self.indent + len(block.heads) * (self.image_width + GAP)
-        self.width = max(width, text_width(block.title, size + 4))
-        self.title_height = line_height(size + 4) + 10 if block.title else 0
+        self.title = wrap(block.title, size + 4, max(width, TITLE), MOST)
+        self.width = max([width, *(text_width(line, size + 4) for line in self.title)])
+        self.title_height = len(self.title) * line_height(size + 4) + 10 if self.title else 0
         self.head_height = max(map(len, self.heads)) * line_height(size + 1) + 8
 
     def draw(self, sheet: Image.Image, x: int, y: int, above: int) -> None:
         """At (x, y) of `sheet`, its first row of images `above` pixels lower."""
         size = self.size
-        if self.block.title:
-            write(sheet, x, y, [self.block.title], size + 4, bold=True)
-            rule = y + line_height(size + 4) + 2
+        if self.title:
+            write(sheet, x, y, self.title, size + 4, bold=True)
+            rule = y + len(self.title) * line_height(size + 4) + 2
             ImageDraw.Draw(sheet).line((x, rule, x + self.width - GAP, rule), fill=RULE)
         y += above
         lefts = [x + self.indent + column * (self.image_width + GAP) for column in range(len(self.heads))]

@@ -38,6 +38,11 @@ def span(numbers: Sequence[float | int], text: Callable[[float], str]) -> str:
     return " to ".join(dict.fromkeys((text(min(numbers)), text(max(numbers)))))
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 run", "2 runs"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def title_of(name: str, command: str, methods: Sequence[str]) -> str:
     """The name of a run, or where that is the command's own, the methods."""
     if name != command:

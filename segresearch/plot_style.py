@@ -6,16 +6,18 @@ shows it without title and caption, which it has as text.
 
 import io
 import math
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.path import Path as Path2D
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import AutoLocator
 
-from segresearch.image_grid import INK, QUIET, RULE
+from segresearch.image_grid import INK, QUIET, RULE, text_width, wrap
 from segresearch.records import KEY, encoded
 from segresearch.runs import replacing
 
@@ -25,6 +27,10 @@ TEXT, SMALL = 10.5, 10.0  # points: of names of axes and panels; of ticks, legen
 PIXELS = 105  # of a page, an inch
 CHARACTERS = 13.2  # of a caption's line, an inch
 TITLE = 8.6  # characters of a title's line, an inch
+QUOTED = 16  # characters of a name in the name of an axis
+EVEN, ANY = (1, 2, 2.5, 5, 10), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)  # steps between ticks
+APART = 6  # points between the numbers of an axis
+LINES = 3  # that a name in a figure may have; the table beside it has the whole
 Number = float | int
 Point = tuple[Number, Number]
 
@@ -56,8 +62,9 @@ def canvas(height: float, title: str, caption: str, width: float = WIDTH) -> Fig
     total = top + height + foot
     figure = Drawing(figsize=(width, total), dpi=DPI, layout="constrained", facecolor="white")
     at = 0.2 / width
-    figure.text(at, 1 - 0.12 / total, "\n".join(heads), ha="left", va="top", fontsize=12, weight="bold", color=INK)
-    figure.text(at, 0.1 / total, "\n".join(lines), ha="left", va="bottom", fontsize=SMALL, color=QUIET)
+    plain: dict[str, Any] = {"ha": "left", "parse_math": False}
+    figure.text(at, 1 - 0.12 / total, "\n".join(heads), va="top", fontsize=12, weight="bold", color=INK, **plain)
+    figure.text(at, 0.1 / total, "\n".join(lines), va="bottom", fontsize=SMALL, color=QUIET, **plain)
     engine: Any = figure.get_layout_engine()
     engine.set(rect=(0, foot / total, 1, height / total))
     return figure
@@ -88,16 +95,63 @@ def shown(name: str, figure: Figure, where: str = "") -> Shown:
     return Shown(name, head, text, png.getvalue(), round(width * PIXELS))
 
 
+def brief(names: Sequence[str], width: Number, lines: int = LINES) -> list[str]:
+    """Names as figures write them: wrapped to `width` inches, shortened after `lines`. Two that would then read the
+    same begin where they differ."""
+
+    def short(text: str) -> str:
+        return "\n".join(wrap(text, round(SMALL), int(72 * width), lines)).replace("$", r"\$")
+
+    texts = [short(name) for name in names]
+    distinct = [*texts]
+    for i, name in enumerate(names):
+        alike = [other for other, text in zip(names, texts) if text == texts[i] and other != name]
+        if alike:
+            same = max(len(os.path.commonprefix([name, other])) for other in alike)
+            distinct[i] = short(f"…{name[max(0, same - 6) :]}")
+    return distinct
+
+
+def quoted(name: str) -> str:
+    """A method as the name of an axis says it, where there is no room for a long one."""
+    return f"“{name}”" if len(name) <= QUOTED else "the baseline"
+
+
+class Ticks(AutoLocator):
+    """Ticks of an x axis whose numbers do not touch, however long they are."""
+
+    def __call__(self) -> Any:
+        axis: Any = self.axis
+        low, high = sorted(axis.get_view_interval())
+        room = axis.axes.bbox.width / axis.axes.figure.dpi * 72 / (high - low or 1)  # points a unit
+        even = [(most, EVEN) for most in range(max(2, min(9, int(room * (high - low) / 30))), 1, -1)]
+        for most, steps in [*even, (2, ANY), (1, ANY)]:
+            self.set_params(nbins=most, steps=steps, min_n_ticks=1)
+            ticks = [tick for tick in self.tick_values(low, high) if low <= tick <= high]
+            widths = [text_width(text, round(SMALL)) for text in axis.get_major_formatter().format_ticks(ticks)]
+            apart = (room * (b - a) > (v + w) / 2 + APART for a, b, v, w in zip(ticks, ticks[1:], widths, widths[1:]))
+            if len(ticks) > 1 and all(apart):
+                break
+        return ticks
+
+
 def label(axis: Any, title: str = "", x: str = "", y: str = "", grid: str = "") -> None:
     """Title and axis names in the plots' sizes and colours, no upper and right border. grid: "x", "y" or "both"."""
     axis.set_title(title, fontsize=TEXT, color=INK, loc="left")
     axis.set_xlabel(x, fontsize=TEXT)
     axis.set_ylabel(y, fontsize=TEXT)
     axis.tick_params(labelsize=SMALL, colors=QUIET)
+    if isinstance(axis.xaxis.get_major_locator(), AutoLocator):
+        axis.xaxis.set_major_locator(Ticks())
     axis.spines[["top", "right"]].set_visible(False)
     if grid:
         axis.grid(axis=grid, color=RULE, linewidth=0.6)
         axis.set_axisbelow(True)
+
+
+def row_height(texts: Sequence[str]) -> Number:
+    """Inches of a row of `rows`."""
+    return 0.24 + 0.16 * max(text.count("\n") for text in texts)
 
 
 def rows(axis: Any, names: Sequence[str], bold: Sequence[str] = ()) -> None:
@@ -109,22 +163,6 @@ def rows(axis: Any, names: Sequence[str], bold: Sequence[str] = ()) -> None:
     for text in axis.get_yticklabels():
         text.set_color(INK)
         text.set_weight("bold" if text.get_text() in bold else "normal")
-
-
-def thin_ticks(figure: Figure) -> None:
-    """Fewer ticks on the x axes whose labels would touch."""
-
-    def touches(axis: Any) -> bool:
-        spans = sorted((e.x0, e.x1) for t in axis.get_xticklabels() if (e := t.get_window_extent()).width > 1)
-        return any(left < right + 5 for (_, right), (left, _) in pairwise(spans))
-
-    for most in (3, 2, 1):
-        figure.draw_without_rendering()
-        crowded = [axis for axis in figure.axes if touches(axis)]
-        if not crowded:
-            return
-        for axis in crowded:
-            axis.xaxis.set_major_locator(MaxNLocator(most, min_n_ticks=1))
 
 
 def dot(
@@ -141,6 +179,13 @@ def dot(
         axis.plot([x - error, x + error], [y, y], color=color, linewidth=2.2, zorder=2.6)
     axis.plot([x], [y], style["marker"], color=color, markersize=size, markeredgecolor="white", markeredgewidth=0.5,
               zorder=3)  # fmt: skip
+
+
+def letter(text: str) -> Path2D:
+    """A letter as a mark."""
+    path = TextPath((0, 0), text, size=1)
+    box = path.get_extents()
+    return Path2D(path.vertices - [(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2], path.codes)
 
 
 def beyond(axis: Any, x: Number, y: Number, ends: Point, color: str, named: bool) -> None:

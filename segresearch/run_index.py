@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from segresearch import runs
-from segresearch.pages import Cell, render
+from segresearch.pages import Cell, counted, render
 
 LATEST, INDEX = "latest", "index.html"
 MARK = "the newest first"  # in the index; a file without it is the user's own
@@ -85,8 +85,8 @@ def note(folder: Path, out: str | Path) -> None:
     with contextlib.suppress(OSError):
         if not index.exists() or MARK in index.read_text(encoding="utf-8", errors="replace"):
             head, rows = table(lines(out))
-            count = f"{len(rows)} run{'s' * (len(rows) != 1)}, {MARK}."
-            runs.write(index, render("Runs", [count], head=head, rows=rows))
+            lead = [f"{counted(len(rows), 'run')}, {MARK}."]
+            runs.write(index, render("Runs", lead, head=head, rows=rows))
     with contextlib.suppress(OSError, ValueError):
         if latest.is_symlink() or not latest.exists():
             temporary = Path(out) / f".{LATEST}.{os.getpid()}.tmp"

@@ -47,3 +47,12 @@ def one_figure(*_: Any) -> dict[str, Figure]:
     figure = canvas(1.0, "Quality", "A caption.", width=1.5)
     figure.subplots().plot([1, 2])
     return {"quality": figure}
+
+
+def outside(figure: Figure) -> list[str]:
+    """What of a figure reaches beyond its edges: names in its axes, and anything else."""
+    names = [text for axis in figure.axes for text in axis.texts if text.get_text()]
+    boxes = {text.get_text(): text.get_window_extent() for text in names}
+    boxes |= {"all": figure.get_tightbbox().transformed(figure.dpi_scale_trans)}
+    (x0, y0), (x1, y1) = figure.bbox.min - 1, figure.bbox.max + 1
+    return [name for name, box in boxes.items() if box.x0 < x0 or box.y0 < y0 or box.x1 > x1 or box.y1 > y1]

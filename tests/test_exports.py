@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 
 import pytest
 from matplotlib.figure import Figure
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from segresearch.evaluation import outputs
 from segresearch.evaluation.compare_runs import Overview, Run
 from segresearch.evaluation.frame import LATEX_LINES, Frame, Value, latex, latex_tables, markdown, table
+from segresearch.method_looks import look
 from segresearch.pages import render, to_csv
 from segresearch.plot_style import save
 from segresearch.run_index import caption
@@ -83,3 +85,14 @@ def test_figures_in_other_formats_are_the_same_bytes_again(tmp_path):
     assert made[0] == made[1] and made[0][0].startswith(b"%PDF") and b"<svg" in made[0][1]
     save(figure, tmp_path / "c" / "quality.png")
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["quality.png"]
+
+
+def test_an_overview_marks_each_method_as_its_own_run_has_it():
+    frame = Frame((Value("a", "n", 3), Value("b", "n", 3)))
+    runs = (Run("x", {}, frame, {"a": "none", "b": "pag"}), Run("y", {}, frame, {"a": "seg"}), Run("old", {}, frame))
+    page = Overview("mine", runs, (), ()).page()
+    marks = re.findall(r'style="color:(#\w+)" aria-hidden="true">(.)</span>([ab])<', page)
+    looks = [(look(key), name) for key, name in (("none", "a"), ("pag", "b"), ("seg", "a"))]
+    assert marks == [(one.color, one.sign, name) for one, name in looks]
+    assert "<h1>mine: 3 runs</h1>" in page
+    assert "<h1>mine: 1 run</h1>" in Overview("mine", runs[:1], (), ()).page()

@@ -8,7 +8,7 @@ from PIL import Image
 
 from segresearch.config import GuidanceConfig
 from segresearch.config.expand import ImageSpec, Panel
-from segresearch.image_grid import draw_grid
+from segresearch.image_grid import draw_grid, text_width, wrap
 from segresearch.image_page import PanelFiles, blocks, page
 
 HOSTILE = '"><img src=x onerror=alert(1)>'
@@ -64,3 +64,26 @@ def test_the_page_links_its_images_and_names_what_they_are(tmp_path):
     assert len(links) == 2 * 2 + 2 and all((tmp_path / link).is_file() for link in links)
     assert HOSTILE not in text and "onerror=alert(1)>" not in text and 'alt="PAG, seed 1"' in text
     assert text.count('class="gallery"') == 1 == text.count('class="images"')
+
+
+LONG = "a red sphere left of a blue cube and " * 55
+
+
+def test_a_long_prompt_is_shortened_in_the_grid_and_unfolds_on_the_page(tmp_path):
+    several = files(tmp_path, [(LONG, 0), (f"{LONG} b", 1)], names=("PAG", "SEG"))
+    sheet = draw_grid(blocks(several, 8, 2), "T", "", 96)
+    assert sheet.height < 2 * 100 + 120 and sheet.width < 640 + 2 * 24
+    for panel in (several, files(tmp_path, [(LONG, 0), (LONG, 1)])):  # beside the images, and as the title of a sheet
+        sheet = draw_grid(blocks(panel, 8, 2), "T", "", 96)
+        assert sheet.height < 2 * 100 + 160 and sheet.width < 640 + 2 * 24
+        text = page([panel], tmp_path, "T", "note", {}, 8)
+        assert text.count('<details class="long"><summary>a red sphere left') == 2 == text.count("…</summary>a red")
+        assert f', {LONG}"' in text  # whole for who does not see the image
+    assert "<details" not in page([files(tmp_path, [("a cube", 0), ("", 1)])], tmp_path, "T", "note", {}, 8)
+
+
+@pytest.mark.parametrize("text", [LONG, "x" * 300, "σ " * 99])
+def test_what_a_line_has_no_room_for_is_an_ellipsis(text):
+    lines = wrap(text, 12, 90, 3)
+    assert len(lines) == 3 and lines[-1].endswith("…") and max(text_width(line, 12) for line in lines) <= 90
+    assert wrap("short", 12, 90, 3) == ["short"] and wrap("", 12, 90, 3) == []

@@ -2,10 +2,12 @@
 
 import base64
 import re
+from pathlib import Path
 
 import pytest
 
-from segresearch.pages import TEMPLATES, Cell, embedded, render, title_of
+from segresearch.method_looks import FAMILIES
+from segresearch.pages import TEMPLATES, Cell, counted, embedded, render, title_of
 from segresearch.plot_style import SMALL, WIDTH, Shown
 
 HOSTILE = '"><script>alert(1)</script>'
@@ -73,3 +75,34 @@ def test_no_text_of_a_page_is_smaller_than_12_pixels():
     sizes = [float(size) * 16 for size in re.findall(r"font-size: ([\d.]+)rem", style)]
     assert len(sizes) > 5 and min(sizes) >= 12
     assert (390 - 6) / WIDTH / 72 * SMALL >= 12
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two colours "#rrggbb" (WCAG 2), from 1 to 21."""
+
+    def light(color: str) -> float:
+        srgb = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in srgb]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05
+
+    dark, bright = sorted((light(one), light(other)))
+    return bright / dark
+
+
+def test_marks_have_an_edge_that_stands_out_where_their_colours_are_light():
+    style = TEMPLATES.loader.get_source(TEMPLATES, "page.html.j2")[0]
+    light, dark, _ = re.findall(r"--edge: ([^ ;}]+)", style)
+    assert contrast(light, "#ffffff") >= 3 and dark == "transparent" and "text-stroke: 1.6px var(--edge)" in style
+    (factor,) = re.findall(r"\.mark { filter: brightness\(([\d.]+)\)", style)
+    bright = [[min(255, round(int(color[i : i + 2], 16) * float(factor))) for i in (1, 3, 5)] for color in FAMILIES]
+    assert min(contrast("#" + bytes(color).hex(), "#15171c") for color in bright) >= 3
+
+
+def test_numbers_in_code_of_the_docs_are_legible_in_the_dark():
+    style = (Path(__file__).parents[1] / "docs/site.css").read_text()
+    (number,) = re.findall(r"--md-code-hl-number-color: (#\w+)", style)
+    assert contrast(number, "#272935") >= 5  # the theme's background of code: hsl(225, 15%, 18%)
+
+
+def test_one_is_not_plural():
+    assert [counted(number, "run") for number in (0, 1, 2)] == ["0 runs", "1 run", "2 runs"]

@@ -256,35 +256,34 @@ def landscape(entry: Entry, row: int, head: int, blurs: Sequence[BlurOperator]) 
         _, gradient, second = energy.surface(base, directions, torch.ones(1), torch.ones(1))
         slices.append([float(z) for z in (energy.gaussian_curvature(gradient, second), torch.linalg.det(second),
                                           gradient.norm())])  # fmt: skip
+    curvatures, bends, slopes = zip(*slices, strict=True)
     caption = (
-        f"Energy −lse(B a) of Definition 2.1 for the logits a = mean + s·smooth + t·rough of one column: key {key}, "
-        f"{origin}. Smooth is what a blur of σ = 1 leaves of its variation, rough the rest; (1, 1) is the real column, "
-        "(0, 0) a uniform one. Above: the log pseudo-determinant at (1, 1) of the Hessian over all "
-        f"{a.numel()} logits (chain rule), the curvature that Theorem 3.1 is about: lower is attenuated. "
-        + _of_slice(*zip(*slices, strict=True))
+        f"Energy of one column of logits (Definition 2.1): key {key}, {origin}. The column is its mean plus a smooth "
+        "part, what a blur of σ = 1 leaves of its variation, plus a rough part, the rest. The axes scale the parts: s "
+        "the smooth one, t the rough one. (1, 1) is the real column, (0, 0) a uniform one. H is the matrix of second "
+        f"derivatives of the energy over all {a.numel()} logits, by the chain rule. pdet H is the product of its "
+        "eigenvalues' sizes at (1, 1) but for the constant direction's, the curvature of Theorem 3.1. Where it falls, "
+        "the blur attenuates the curvature. "
+        "The surface has a curvature of its own at (1, 1), in two directions alone. It may rise where pdet H falls. "
+        f"From the original to the widest blur, the determinant d of the surface's second derivatives is "
+        f"{_course(bends)}. Its slope g is {_course(slopes)}. Its Gaussian curvature K = d/(1 + g²)² is "
+        f"{_course(curvatures)}."
     )
     axes = {"s (smooth)": reach.numpy(), "t (rough)": reach.numpy()}
     return _surfaces(surfaces, axes, "energy (nats)", "The energy landscape around a column", caption)
 
 
-def _of_slice(curvature: Sequence[float], bend: Sequence[float], slope: Sequence[float]) -> str:
-    """What becomes of the Gaussian curvature of the slice that is drawn; first the original, then the blurs."""
-
-    def course(values: Sequence[float]) -> str:
-        return " → ".join(f"{value:.2g}" for value in values)
-
-    return (
-        f"The slice's own Gaussian curvature K = d/(1 + g²)² is another quantity, of two directions in units of this "
-        f"column's own parts, and may rise where that falls: K {course(curvature)}, its slope g {course(slope)}, the "
-        f"determinant d of its second derivatives {course(bend)}."
-    )
+def _course(values: Sequence[float]) -> str:
+    return " → ".join(f"{value if abs(value) > 1e-12 else 0:.2g}" for value in values).replace("-", "−")
 
 
 def _surfaces(surfaces: Arrays, axes: Arrays, height: str, title: str, caption: str) -> Figure:
     """Surfaces (rows, columns) beside each other on one scale. axes: names and positions of columns, then of rows."""
     across = min(2, len(surfaces))
     down = -(-len(surfaces) // across)
-    figure = canvas(2.5 * down + 0.6, title, caption)
+    figure = canvas(2.6 * down + 0.6, title, caption)
+    engine: Any = figure.get_layout_engine()
+    engine.set(hspace=0.08)  # of names of axes, which the layout of a 3D axis leaves out
     low, high = min(z.min() for z in surfaces.values()), max(z.max() for z in surfaces.values())
     (x_name, x), (y_name, y) = axes.items()
     panels: list[Any] = []
@@ -301,7 +300,7 @@ def _surfaces(surfaces: Arrays, axes: Arrays, height: str, title: str, caption: 
         axis.set_zlim(low, high if high > low else low + 1)
         axis.tick_params(labelsize=SMALL, pad=-2)
         axis.view_init(elev=28, azim=-58)
-        axis.set_box_aspect(None, zoom=0.92)
+        axis.set_box_aspect(None, zoom=0.86)
         panels.append(axis)
     bar = figure.colorbar(surface, ax=panels, location="bottom", pad=0.02, aspect=30, shrink=0.7, ticks=MaxNLocator(5))
     bar.set_label(f"{height}: height and colour", fontsize=TEXT)

@@ -11,12 +11,11 @@ from segresearch.analysis.branch_diagnostics import Number
 from segresearch.config.method import GuidanceConfig
 from segresearch.evaluation.branches import QUESTIONS, Question, Row, rows_of
 from segresearch.evaluation.frame import Frame
-from segresearch.evaluation.plots import ROW, within
+from segresearch.evaluation.plots import NAMES, within
 from segresearch.image_grid import INK, QUIET
 from segresearch.method_looks import line
-from segresearch.plot_style import canvas, dot, label, rows, thin_ticks, window
+from segresearch.plot_style import brief, canvas, dot, label, row_height, rows, window
 
-NAME = 30  # characters of a line of a row's name
 PLAIN = {"color": INK, "marker": "o"}  # of rows that are of several methods
 Methods = Mapping[str, GuidanceConfig]
 
@@ -42,7 +41,8 @@ def _alone(frame: Frame, numbers: Sequence[Number], methods: Methods, where: str
         f"{where}. Bars are one bootstrap standard error (dark) and two (light). The grey line is the baseline, "
         f"“{frame.methods[0]}”. A branch that guidance should point away from is worse than it."
     )
-    height = -(-len(shown) // 2) * (0.75 + ROW * len(names))
+    texts = brief(names, NAMES)
+    height = -(-len(shown) // 2) * (0.75 + row_height(texts) * len(names))
     figure = canvas(height, "The images of each branch alone", caption)
     for axis, (name, text) in zip(_panels(figure, len(shown)), shown, strict=False):
         baseline = 0 if name == distance.name else frame[frame.methods[0], name].value
@@ -55,9 +55,7 @@ def _alone(frame: Frame, numbers: Sequence[Number], methods: Methods, where: str
             axis.axvline(baseline, color=QUIET, linewidth=1)
         axis.set_xlim(*ends)
         label(axis, x=text, grid="x")
-        axis.locator_params(axis="x", nbins=4)
-        rows(axis, names)
-    thin_ticks(figure)
+        rows(axis, texts)
     return figure
 
 
@@ -84,8 +82,9 @@ def _levels(question: Question, numbers: Sequence[Number], methods: Methods, whe
         f"{where}. In a row from top to bottom the noise levels σ = {levels}, the noisiest dark. Bars: "
         f"{bars}. What lies far out is at the edge, as an open mark."
     )
-    texts, across = [textwrap.fill(_brief(name), NAME) for name in names], 1 if len(names) <= 3 else 2
-    row = max(0.06 * len(sigmas) + 0.06, 0.15 * max(text.count("\n") + 1 for text in texts) + 0.06, ROW)
+    across = 1 if len(names) <= 3 else 2
+    texts = brief([_first(name) for name in names], NAMES * (1 if across == 2 else 1.5))
+    row = max(0.06 * len(sigmas) + 0.06, row_height(texts))
     figure = canvas(0.3 + -(-len(quantities) // across) * (0.85 + row * len(names)), question.title, caption)
     for axis, quantity in zip(_panels(figure, len(quantities), across), quantities, strict=True):
         signed = quantity in ("common", "cosine", "best_scale")
@@ -93,13 +92,11 @@ def _levels(question: Question, numbers: Sequence[Number], methods: Methods, whe
         if signed:
             axis.axvline(0, color=INK, linewidth=0.8)
         label(axis, x=textwrap.fill(question.labels[quantity], 26), grid="x")
-        axis.locator_params(axis="x", nbins=4)
         rows(axis, texts)
-    thin_ticks(figure)
     return figure
 
 
-def _brief(name: str) -> str:
+def _first(name: str) -> str:
     """The name of a row of several methods: the first of them, how many others, and what they share."""
     names, _, sites = name.partition(" (")
     first, *others = names.split(", ")

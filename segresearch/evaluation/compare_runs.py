@@ -3,7 +3,7 @@ torch."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import yaml
 from segresearch import runs
 from segresearch.config.validate import nearest
 from segresearch.errors import ConfigError
-from segresearch.evaluation.frame import FORCED, RESULTS, Frame, markdown, table
-from segresearch.pages import Cell, render, to_csv
+from segresearch.evaluation.frame import FORCED, RESULTS, Frame, markdown, marked, table
+from segresearch.pages import Cell, counted, render, to_csv
 
 NOT_COMPARED = ("hydra", "defaults", "out", "device", "stage", "wandb", "n_examples", "name")
 LONG = 40  # characters of a setting that a cell shows
@@ -21,11 +21,12 @@ LONG = 40  # characters of a setting that a cell shows
 
 @dataclass(frozen=True)
 class Run:
-    """A run with results. settings: by dotted key."""
+    """A run with results. settings: by dotted key. looks: the key of each method's look, by name."""
 
     folder: str
     settings: Mapping[str, Any]
     frame: Frame
+    looks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class Overview:
         """One HTML file."""
         head, *rows = self.table(words=True)
         rows = [row if "first" in row[0].kind else [Cell("", "run"), *row[1:]] for row in rows]  # a run is said once
-        title = f"{self.name}: {len(self.runs)} run{'s' * (len(self.runs) != 1)}"
-        return render(title, self.notes(), head=head, rows=rows)
+        looks = [run.looks for run in self.runs for _ in run.frame.methods]
+        rows = [marked([row], one)[0] for row, one in zip(rows, looks, strict=True)]
+        return render(f"{self.name}: {counted(len(self.runs), 'run')}", self.notes(), head=head, rows=rows)
 
     def notes(self) -> list[str]:
         """What has to be known to read it."""
@@ -88,8 +90,9 @@ def overview(name: str, out: str | Path = "runs") -> Overview:
         try:
             config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
             settings = _flat({key: value for key, value in config.items() if key not in NOT_COMPARED})
-            frame = Frame.of(json.loads((folder / RESULTS).read_text())["metrics"])
-            finished.append(Run(folder.name, settings, frame))
+            results = json.loads((folder / RESULTS).read_text())
+            frame = Frame.of(results["metrics"])
+            finished.append(Run(folder.name, settings, frame, results.get("looks", {})))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
             unfinished.append(folder.name)
     if not finished:

@@ -40,12 +40,13 @@ from segresearch.evaluation.sample_shards import (
     worker,
 )
 from segresearch.evaluation.spec import EvaluationSpec, evaluation_spec, run_identity, with_folders
+from segresearch.method_looks import key_of
 from segresearch.threads import threads
 
 if TYPE_CHECKING:
     from segresearch.models import StableDiffusion
 
-VERSION = 3  # of the results
+VERSION = 4  # of the results
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def _results(spec: EvaluationSpec, real: Reference, folder: Path, diagnosed: Pat
     content = {
         "inputs": inputs, "files": outputs.write(spec, result, folder), "metrics": result.frame.plain(),
         "norms": result.norms, "reference_images": result.reference_images,
+        "looks": {name: key_of(guidance) for name, guidance in spec.methods.items()},
     }  # fmt: skip
     runs.write(path, json.dumps(content, indent=1) + "\n")
     return result

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from segresearch.evaluation.paper_numbers import HEADS
+from segresearch.method_looks import look
 from segresearch.pages import Cell
 from segresearch.rounding import rounded
 
@@ -172,6 +173,16 @@ def table(*frames: Frame, leads: Sequence[Mapping[str, Cell]] = ({},), groups: C
             leading = [cell._replace(kind=f"{cell.kind} {kind}".strip()) for cell in lead.values()]
             lines.append([*leading, Cell(method, "method"), *numbers])
     return lines
+
+
+def marked(lines: Lines, methods: Mapping[str, Any]) -> Lines:
+    """A table with the mark of each method before its name. methods: guidance, or the key of a look, by name."""
+    looks = {name: look(guidance) for name, guidance in methods.items()}
+    return [
+        [cell._replace(mark=looks[cell.text].sign, color=looks[cell.text].color)
+         if "method" in cell.kind and cell.text in looks else cell for cell in line]
+        for line in lines
+    ]  # fmt: skip
 
 
 def markdown(*lines: Sequence[Cell]) -> str:

@@ -16,11 +16,10 @@ from segresearch.config.method import PerturbedTerm
 from segresearch.control_images.identify import control_records, identify_controls
 from segresearch.evaluation import branch_plots, branches, plots, ranking, ranking_plots, shards
 from segresearch.evaluation.aggregate import Result
-from segresearch.evaluation.frame import FORCED, Lines, latex_tables, markdown, table, to_jsonl
+from segresearch.evaluation.frame import FORCED, latex_tables, markdown, marked, table, to_jsonl
 from segresearch.evaluation.sample_shards import IMAGES, Worker
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.init_images import identify_init
-from segresearch.method_looks import look
 from segresearch.pages import Cell, embedded, render, title_of, to_csv
 from segresearch.plot_style import Shown, save, shown
 from segresearch.records import figure_record, image_record, png, run_record, save_png
@@ -112,16 +111,6 @@ def page(spec: EvaluationSpec, result: Result, figures: Sequence[Shown], run: st
         headline=ranking.headline(spec, frame, ranked), single=ranking.one_scale(ranked),
         protocol=ranking.protocol(spec), settings=marked(ranking.settings_table(spec), names),
     )  # fmt: skip
-
-
-def marked(lines: Lines, methods: Mapping[str, GuidanceConfig]) -> Lines:
-    """A table with the mark of each method before its name."""
-    looks = {name: look(guidance) for name, guidance in methods.items()}
-    return [
-        [cell._replace(mark=looks[cell.text].sign, color=looks[cell.text].color)
-         if "method" in cell.kind and cell.text in looks else cell for cell in line]
-        for line in lines
-    ]  # fmt: skip
 
 
 def branch_sections(

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from segresearch.config.method import CFGTerm, GuidanceConfig, PerturbedTerm
 from segresearch.evaluation.aggregate import Result
@@ -17,9 +16,21 @@ from segresearch.guidance import PAG, SEG
 from segresearch.image_grid import INK, QUIET
 from segresearch.method_looks import line, look
 from segresearch.plot_names import name_lines, name_points
-from segresearch.plot_style import Number, canvas, dot, label, name_sigma, rows, thin_ticks, window
+from segresearch.plot_style import (
+    Number,
+    brief,
+    canvas,
+    dot,
+    label,
+    letter,
+    name_sigma,
+    quoted,
+    row_height,
+    rows,
+    window,
+)
 
-ROW = 0.24  # inches of a method
+NAMES = 1.6  # inches of the names of rows
 MOST_LINES = 12  # that one plot holds
 LINES = ("-", "--", "-.", ":")  # of scales of one method
 
@@ -74,7 +85,7 @@ def to_baseline(frame: Frame) -> tuple[dict[str, Number], dict[str, Number], str
     fd = frame.metrics("fd")[0]
     differences = {m: frame[m, f"fd_to_baseline-{fd.features}"] for m in frame.methods}
     values, errors = ({m: getattr(row, key) or 0.0 for m, row in differences.items()} for key in ("value", "error"))
-    return values, errors, f"{fd.head} − that of “{frame.methods[0]}”"
+    return values, errors, f"{fd.head} − that of {quoted(frame.methods[0])}"
 
 
 def within(values: Sequence[Number], errors: Sequence[Number], keep: Number = 0.0) -> tuple[float, float]:
@@ -85,6 +96,11 @@ def within(values: Sequence[Number], errors: Sequence[Number], keep: Number = 0.
     return window(inside, keep=[low, high], fences=math.inf)
 
 
+def field_height(methods: int) -> Number:
+    """Inches of a plot of points with names."""
+    return 4.0 + 0.1 * max(0, methods - 8)
+
+
 def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
     values, errors, name = to_baseline(frame)
     caption = (
@@ -92,7 +108,8 @@ def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
         "difference (dark) and two (light). Arrows: beyond the axis, with the value."
     )
     title = "Fréchet distance" + (f" of {len(values)} methods" if len(values) > 1 else "")
-    figure = canvas(0.9 + ROW * len(values), title, caption)
+    texts = brief([*values], NAMES)
+    figure = canvas(0.9 + row_height(texts) * len(values), title, caption)
     axis = figure.subplots()
     ends = within([*values.values()], [*errors.values()])
     for place, m in enumerate(values):
@@ -100,7 +117,7 @@ def _quality(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
     axis.axvline(0, color=INK, linewidth=0.9)
     axis.set_xlim(*ends)
     label(axis, x=name, grid="x")
-    rows(axis, [*values], bold=[spec.baseline])
+    rows(axis, texts, bold=texts[:1])
     return figure
 
 
@@ -146,7 +163,7 @@ def _tradeoff(spec: EvaluationSpec, frame: Frame, distance: Metric, where: str) 
         f"{where}. Against the distance to the image of “{spec.baseline}” from the same noise: lower left is better at "
         "less change. Bars are one paired bootstrap standard error. What lies far out is beyond the axis."
     )
-    figure = canvas(5.4 if len(values) > MOST_LINES else 4.0, "Quality against change", caption)
+    figure = canvas(field_height(len(values)), "Quality against change", caption)
     axis = figure.subplots()
     ends = within([*values.values()], [e / 2 for e in errors.values()])
     changes = {m: frame[m, distance.name].value or 0.0 for m in values}
@@ -158,7 +175,7 @@ def _tradeoff(spec: EvaluationSpec, frame: Frame, distance: Metric, where: str) 
     axis.axhline(0, color=INK, linewidth=0.8)
     axis.set_xlim(left, right)
     axis.set_ylim(*ends)
-    label(axis, x=f"{distance.head} to “{spec.baseline}”", y=name, grid="both")
+    label(axis, x=f"{distance.head} to {quoted(spec.baseline)}", y=name, grid="both")
     bars = [(x, y + share * errors[m]) for m, (x, y) in points.items() for share in np.linspace(-1, 1, 9) if errors[m]]
     name_points(axis, points, others=bars, levels=[0.0])
     return figure
@@ -171,7 +188,8 @@ def _colour(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
         "shows here first."
     )
     methods = frame.methods
-    figure = canvas(0.9 + ROW * len(methods), "Saturation, contrast and colour", caption)
+    texts = brief(methods, 0.85 * NAMES)
+    figure = canvas(0.9 + row_height(texts) * len(methods), "Saturation, contrast and colour", caption)
     *left, right = figure.subplots(1, 3, sharey=True)
     for axis, key in zip(left, ("saturation", "contrast")):
         for place, m in enumerate(methods):
@@ -182,18 +200,18 @@ def _colour(spec: EvaluationSpec, frame: Frame, where: str) -> Figure:
         if base is not None:
             axis.axvline(base, color=QUIET, linewidth=0.9)
         label(axis, x=key, grid="x")
-    for channel, color, shift in (("red", "#c0392b", -0.2), ("green", "#2e7d4f", 0.0), ("blue", "#1f5fa8", 0.2)):
+    for channel, color, shift in (("red", "#c0392b", -0.31), ("green", "#2e7d4f", 0.0), ("blue", "#1f5fa8", 0.31)):
         values = np.array([frame[m, channel].value for m in methods], float)
-        right.plot(values - values[0], np.arange(len(methods)) + shift, ".", color=color, markersize=6)
+        right.plot(values - values[0], np.arange(len(methods)) + shift, marker=letter(channel[0].upper()), linestyle="",
+                   color=color, markersize=5.5, markeredgewidth=0)  # fmt: skip
     right.axvline(0, color=QUIET, linewidth=0.9)
     label(right, x="R, G, B", grid="x")
     for axis in (*left, right):
-        axis.locator_params(axis="x", nbins=2)
-    rows(left[0], methods, bold=[spec.baseline])
+        axis.margins(x=0.12)
+    rows(left[0], texts, bold=texts[:1])
     for axis in (left[1], right):
         axis.grid(axis="y", linewidth=0.4)
         axis.tick_params(axis="y", length=0)
-    thin_ticks(figure)
     return figure
 
 
@@ -204,7 +222,8 @@ def _norm_ranges(spec: EvaluationSpec, shown: Mapping[str, Sequence[float]], whe
         "over images: the mean over the evaluations of the model, and from the lowest to the highest of them. Arrows: "
         "beyond the axis."
     )
-    figure = canvas(0.9 + ROW * len(shown), "How much guidance adds", caption)
+    texts = brief([*shown], NAMES)
+    figure = canvas(0.9 + row_height(texts) * len(shown), "How much guidance adds", caption)
     axis = figure.subplots()
     means = {method: float(np.mean(steps)) for method, steps in shown.items()}
     ends = window([*means.values(), *(max(steps) for steps in shown.values())], keep=[0.0])
@@ -215,7 +234,7 @@ def _norm_ranges(spec: EvaluationSpec, shown: Mapping[str, Sequence[float]], whe
         dot(axis, (means[method], place), 0.0, style, ends=ends)
     axis.set_xlim(*ends)
     label(axis, x="RMS of D − D[base]", grid="x")
-    rows(axis, [*shown])
+    rows(axis, texts)
     return figure
 
 
@@ -238,7 +257,7 @@ def _norms(spec: EvaluationSpec, norms: Mapping[str, Sequence[float]], where: st
     top = max(max(steps) for steps in shown.values())
     if top > 0 and window([v for steps in shown.values() for v in steps])[1] < 0.5 * top:
         axis.set_ylim(0, 1.05 * window([v for steps in shown.values() for v in steps])[1])
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     label(axis, x="evaluation", y="RMS of D − D[base]", grid="y")
+    axis.locator_params(axis="x", integer=True)
     name_lines(axis, ends, {method: style["color"] for method, style in looks.items()})
     return figure

@@ -2,20 +2,33 @@
 costs."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from segresearch.evaluation.frame import Frame
-from segresearch.evaluation.plots import ROW
+from segresearch.evaluation.plots import NAMES, field_height
 from segresearch.evaluation.ranking import Ranked, metric_of, one_scale
 from segresearch.evaluation.spec import EvaluationSpec
-from segresearch.image_grid import INK, QUIET
+from segresearch.image_grid import INK, QUIET, text_width
 from segresearch.method_looks import line
 from segresearch.plot_names import name_points
-from segresearch.plot_style import SMALL, Number, Point, beyond, canvas, dot, label, rows, window
+from segresearch.plot_style import (
+    APART,
+    SMALL,
+    Number,
+    Point,
+    beyond,
+    brief,
+    canvas,
+    dot,
+    label,
+    quoted,
+    row_height,
+    rows,
+    window,
+)  # fmt: skip
 
 ACROSS = 3  # small panels beside each other
 
@@ -26,7 +39,7 @@ def draw_ranking(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], w
     distance, agreement = metric_of(frame, "distance"), metric_of(frame, "text_alignment", "edges")
     axes = {"cost": "cost of an image, relative to the baseline's"}
     if distance:
-        axes = {distance.name: f"{distance.head} to “{spec.baseline}”, same noise"} | axes
+        axes = {distance.name: f"{distance.head} to {quoted(spec.baseline)}, same noise"} | axes
     if agreement:
         axes[agreement.name] = agreement.head
     axes[f"recall-{fd.features}"] = "recall"
@@ -48,7 +61,7 @@ def _name(frame: Frame) -> str:
 
 
 def _axis(spec: EvaluationSpec, frame: Frame) -> str:
-    return f"{frame.metrics('fd')[0].head} − that of “{spec.baseline}”"
+    return f"{frame.metrics('fd')[0].head} − that of {quoted(spec.baseline)}"
 
 
 def _value(frame: Frame, method: str) -> Number:
@@ -80,7 +93,8 @@ def _ranking(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where
         + (f"Each {bars}; arrows: beyond the axis." if single else several)
     )
     title = f"{len(ranked)} methods, each at {'one' if single else 'its best'} scale"
-    figure = canvas(0.9 + ROW * (len(ranked) + 1), title, caption)
+    texts = brief([one.name for one in ranked], NAMES)
+    figure = canvas(1.1 + row_height(texts) * len(ranked), title, caption)
     axis = figure.subplots()
     low, high = _ends(frame, ranked)
     for place, one in enumerate(ranked):
@@ -97,7 +111,7 @@ def _ranking(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where
     axis.axvline(0, color=INK, linewidth=0.9)
     axis.set_xlim(low, high)
     label(axis, x=_axis(spec, frame), grid="x")
-    rows(axis, [f"{place}  {one.name}" for place, one in enumerate(ranked, 1)])
+    rows(axis, [f"{place}  {text}" for place, text in enumerate(texts, 1)])
     return figure
 
 
@@ -109,11 +123,14 @@ def _scales(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where:
     )
     across = min(ACROSS, len(ranked))
     lines = -(-len(ranked) // across)
-    figure = canvas(1.15 * lines + 0.5, "How much the scale matters", caption)
+    texts = brief([one.name for one in ranked], 3.1 / ACROSS)
+    figure = canvas((0.91 + row_height(texts)) * lines + 0.5, "How much the scale matters", caption)
     panels: Any = figure.subplots(lines, across, sharex=True, sharey=True, squeeze=False)
     factors = sorted({factor for one in ranked for factor in one.scales})
+    names = [f"×{factor:g}" for factor in factors]
+    every = -(-sum(text_width(name, round(SMALL)) + APART for name in names) // int(72 * 3.1 / across))
     low, high = _ends(frame, ranked)
-    for axis, one in zip(panels.flat, ranked):
+    for axis, one, text in zip(panels.flat, ranked, texts):
         style = line(spec.methods[one.at_best])
         x = [factors.index(factor) for factor in one.scales]
         y = [_value(frame, method) for method in one.scales.values()]
@@ -125,8 +142,8 @@ def _scales(spec: EvaluationSpec, frame: Frame, ranked: Sequence[Ranked], where:
             axis.errorbar(place, min(max(value, low), high), error if whole else 0, fmt=style["marker"], markersize=4,
                           color=style["color"], markerfacecolor=style["color"] if whole else "white", elinewidth=1,
                           clip_on=whole)  # fmt: skip
-        axis.set_title(textwrap.fill(one.name, 14), fontsize=SMALL, color=INK, loc="left", pad=5)
-        axis.set_xticks(range(len(factors)), [f"×{factor:g}" for factor in factors])
+        axis.set_title(text, fontsize=SMALL, color=INK, loc="left", pad=5)
+        axis.set_xticks(range(len(factors)), [name if i % every == 0 else "" for i, name in enumerate(names)])
         axis.set_xlim(-0.35, len(factors) - 0.65)
         axis.set_ylim(low, high)
         axis.tick_params(labelsize=SMALL, colors=QUIET)
@@ -146,7 +163,7 @@ def _tradeoff(
         f"{where}. {'' if one_scale(ranked) else several}Below 0 is better "
         f"than “{spec.baseline}” (the cross). What lies far out is beyond the axes."
     )
-    figure = canvas(5.4 if len(ranked) > 12 else 4.0, texts[0], caption)
+    figure = canvas(field_height(len(ranked)), texts[0], caption)
     axis = figure.subplots()
     low, high = _ends(frame, ranked)
     pairs = {one.name: {m: (frame[m, metric].value, _value(frame, m)) for m in one.scales.values()} for one in ranked}
