@@ -4,11 +4,12 @@
     python benchmarks/fuzz.py 10000                                # whole models too: about 0.1 s a case
 
 A case is one mutation of a tiny random model, drawn from its number alone, so a run goes on from any `--seed`. Kinds:
-headers (of a safetensors file, opened and divided into parts), configs (of every network, scheduler and index, checked
-as far as the networks' sizes). The others load the whole model: header (bytes and fields of a header), keys (names and
-shapes of tensors), json (a value in a config), index (the list of shards), tokenizer, part (model.vae, model.unet,
-model.text_encoder), controlnet. A failure is any other exception, a message of several lines, a case of more than
-10 s, or of more memory than MEMORY. Printed are counts, the first failures, the slowest case, and the memory.
+headers (of a safetensors file, opened and divided into parts), configs (of every network, scheduler and index,
+checked as far as the networks' sizes). The others load the whole model and encode two prompts: header (bytes and
+fields of a header), keys (names and shapes of tensors), json (a value in a config), index (the list of shards),
+tokenizer (bytes and values of its files), part (model.vae, model.unet, model.text_encoder), controlnet. A failure is
+any other exception, a message of several lines, a case of more than 10 s, or of more memory than MEMORY. Printed are
+counts, the first failures, the slowest case, and the memory.
 """
 import argparse
 import collections
@@ -32,6 +33,7 @@ from mutants import (
     NET,
     NET_CONFIG,
     SCHEDULER,
+    TOKENIZER,
     UNET,
     broken_header,
     mutated_json,
@@ -56,6 +58,7 @@ from segresearch.models.vae import VAEConfig
 
 KINDS = ("headers", "configs", "header", "keys", "json", "index", "tokenizer", "part", "controlnet")
 SECONDS, MEMORY = 10.0, 256 << 10  # of one case; ru_maxrss counts KiB
+LETTERS = 1000  # of a message
 READERS: dict[str, Any] = {
     "unet/config.json": UNetConfig.from_dict, "vae/config.json": VAEConfig.from_dict, NET: ControlNetConfig.from_dict
 }  # fmt: skip
@@ -97,7 +100,7 @@ class Fuzz:
                 getattr(self, f"_{kind}")(draw)
             except InputError as error:
                 result = "refused"
-                if "\n" in str(error) or not str(error) or len(str(error)) > 3000:
+                if not str(error) or not str(error).isprintable() or len(str(error)) > LETTERS:
                     failure = f"a message of {len(str(error))} letters, {str(error).count(chr(10)) + 1} lines: {error}"
             except (KeyboardInterrupt, SystemExit):
                 raise
@@ -114,6 +117,8 @@ class Fuzz:
         return Outcome("failed" if failure else result, what and f"{kind} {seed}: {what}", seconds)
 
     def _restore(self) -> None:
+        for name in TOKENIZER:
+            (self.folder / name).unlink(missing_ok=True)
         for name, content in self.files.items():
             path = self.folder / name
             path.parent.mkdir(exist_ok=True)
@@ -124,7 +129,7 @@ class Fuzz:
             moved.rename(weights)
 
     def _load(self, path: Path, **options: Any) -> None:
-        load_model(path, **({} if path.is_dir() else {"tokenizer": self.folder}), **options)
+        load_model(path, **({} if path.is_dir() else {"tokenizer": self.folder}), **options).encode(["ab", ""])
 
     def _headers(self, draw: random.Random) -> None:
         header = renamed_keys(draw, self.few) if draw.random() < 0.4 else self.few
@@ -174,8 +179,12 @@ class Fuzz:
         self._load(self.folder)
 
     def _tokenizer(self, draw: random.Random) -> None:
-        name = draw.choice(["tokenizer/vocab.json", "tokenizer/merges.txt"])
-        self._bytes(draw, name)
+        if draw.random() < 0.3:
+            self._bytes(draw, draw.choice(["tokenizer/vocab.json", "tokenizer/merges.txt"]))
+        else:
+            name = draw.choice(list(TOKENIZER))
+            text = mutated_json(draw, TOKENIZER[name])
+            (self.folder / name).write_text(text, encoding="utf-8", errors="surrogatepass")
         self._load(self.folder)
 
     def _bytes(self, draw: random.Random, name: str) -> None:

@@ -38,6 +38,26 @@ CONFIGS = {
     "unet/config.json": UNET, "vae/config.json": VAE, "text_encoder/config.json": TEXT, "model_index.json": INDEX,
     "text_encoder_2/config.json": TEXT_2, "scheduler/scheduler_config.json": SCHEDULER,
 }  # fmt: skip
+TOKENS = ("a", "a</w>", "b", "b</w>", "<|startoftext|>", "<|endoftext|>")
+END = {"content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+NAMED = {"bos_token": "<|startoftext|>", "eos_token": END, "pad_token": "<|endoftext|>", "unk_token": END}
+TOKENIZER: dict[str, dict[str, Any]] = {
+    "tokenizer/vocab.json": {token: i for i, token in enumerate(TOKENS)},
+    "tokenizer/tokenizer_config.json": {
+        **NAMED, "eos_token": {**END, "__type": "AddedToken"}, "unk_token": "<|endoftext|>", "model_max_length": 8,
+        "tokenizer_class": "CLIPTokenizer", "added_tokens_decoder": {"5": {**END, "special": True}},
+        "additional_special_tokens": [], "padding_side": "right",
+    },
+    "tokenizer/special_tokens_map.json": NAMED, "tokenizer/added_tokens.json": {"<|endoftext|>": 5},
+    "tokenizer/tokenizer.json": {
+        "version": "1.0", "added_tokens": [{**END, "id": 5, "special": True}], "normalizer": {"type": "Lowercase"},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "post_processor": {"type": "RobertaProcessing", "sep": ["<|endoftext|>", 5], "cls": ["<|startoftext|>", 4],
+                           "trim_offsets": False, "add_prefix_space": False},
+        "model": {"type": "BPE", "unk_token": "<|endoftext|>", "end_of_word_suffix": "</w>", "merges": [],
+                  "vocab": {token: i for i, token in enumerate(TOKENS)}},
+    },
+}  # fmt: skip
 STRANGE: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 7, 10**9, 10**18, 2**63, 10**400, -(10**30), 0.5, 1e308, float("nan"),
     float("inf"), "", "x", "UNet2DConditionModel", "\n", "../..", [], {}, [[]], [None], [1], [0, 0], [1] * 40,
@@ -65,10 +85,9 @@ def write_model(folder: Path, file: Path) -> None:
     for name, config in CONFIGS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(config))
-    tokens = ["a", "a</w>", "b", "b</w>", "<|startoftext|>", "<|endoftext|>"]
     for name in ("tokenizer", "tokenizer_2"):
         (folder / name).mkdir()
-        (folder / name / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        (folder / name / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(TOKENS)}))
         (folder / name / "merges.txt").write_text("#version: 0.2\n")
     (folder / "controlnet" / "net").mkdir(parents=True)
     (folder / NET).write_text(json.dumps(NET_CONFIG))

@@ -1,12 +1,15 @@
 """The errors that are a user's, not a defect: a script ends with their one line and a code of its own.
 
 Everything else that is raised is a defect of the program (or of a perturbation of one's own), and shows its traceback.
-Light: imports nothing.
+Light: no torch.
 """
 
+import reprlib
 from typing import Any
 
 LONGEST, WORD = 1000, 300  # letters of a message, and of a word in it
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class InputError(ValueError):
@@ -22,7 +25,7 @@ class CheckpointError(InputError):
     which come from files of unknown origin."""
 
     def __init__(self, message: str):
-        super().__init__(_short(" ".join(message.splitlines())))
+        super().__init__(_short(printable(" ".join(message.splitlines()))))
 
 
 class Ended(InputError):
@@ -60,6 +63,16 @@ class NotFinite(Ended):
 
 class PackageError(ImportError):
     """A package that is missing, or of a version that does not do."""
+
+
+def shown(value: Any) -> str:
+    """A value of unknown origin for a message: its repr, cut where it is long or nested."""
+    return _SHORT.repr(value)
+
+
+def printable(text: str) -> str:
+    """The text with an escape in place of each letter that a terminal cannot show, or would obey."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(error: BaseException) -> str:

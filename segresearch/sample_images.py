@@ -83,7 +83,7 @@ def sample_latents(
         )  # fmt: skip
     finite = latents.isfinite().flatten(1).all(1).tolist()  # (rows, channels, h, w) -> (rows)
     if failed := [seed for seed, row_is_finite in zip(seeds, finite, strict=True) if not row_is_finite]:
-        raise NotFinite(f"the latents of seeds {failed} are not finite")
+        raise NotFinite(f"the latents of seeds {failed} are not finite{broken_weights(sd)}")
     return latents
 
 
@@ -102,8 +102,21 @@ def finite_images(sd: "StableDiffusion", latents: Latents) -> Float[Tensor, "row
         warnings.warn(f"{text}; load it in fp32 (vae_dtype) to spare this", stacklevel=3)
         images = replace(sd, vae=copy.deepcopy(sd.vae).float()).decode(latents)
     if not images.isfinite().all():
-        raise NotFinite("the VAE decoded latents that are finite to values that are not")
+        raise NotFinite(f"the VAE decoded latents that are finite to values that are not{broken_weights(sd)}")
     return images
+
+
+def broken_weights(sd: "StableDiffusion") -> str:
+    """What a message of values that are not finite adds where a weight of the model is not finite either; else "".
+
+    Not looked for while weights are read: it would take a tenth of that time.
+    """
+    encoders = {f"text encoder {i}": encoder for i, encoder in enumerate(sd.text.encoders, 1)}
+    for name, network in ({"UNet": sd.unet, "VAE": sd.vae} | encoders | dict(sd.controlnets)).items():
+        for key, weight in network.named_parameters():
+            if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+                return f"; {name} holds NaN or inf in {key}: fetch the model again, or load it in float32"
+    return ""
 
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

@@ -323,7 +323,7 @@ def test_broken_folders(made, folder):
     weights.with_name(weights.name + ".index.json").write_text("[]")
     refused("not a mapping", folder)
     weights.with_name(weights.name + ".index.json").write_text('{"weight_map": {"a": 5}}')
-    refused("not an index of shards", folder)
+    refused("its weight_map names 5, not a", folder)
     weights.with_name(weights.name + ".index.json").unlink()
     save_file(full, weights)
     (folder / "vae" / "config.json").write_text("{")

@@ -24,7 +24,18 @@ from segresearch.models.vae import VAEConfig
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from fuzz import KINDS, Fuzz  # noqa: E402
-from mutants import CONFIGS, TEXT, TEXT_2, UNET, VAE, broken_header, mutated_json, packed, renamed_keys  # noqa: E402
+from mutants import (  # noqa: E402
+    CONFIGS,
+    TEXT,
+    TEXT_2,
+    TOKENIZER,
+    UNET,
+    VAE,
+    broken_header,
+    mutated_json,
+    packed,
+    renamed_keys,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +50,16 @@ def fuzz(tmp_path_factory):
 def test_whole_loads(fuzz, kind):
     outcomes = [fuzz.run(kind, seed) for seed in range(2)]
     assert not [outcome.failure for outcome in outcomes if outcome.failure]
+
+
+@pytest.mark.parametrize("names", [[name] for name in TOKENIZER] + [list(TOKENIZER)])
+def test_the_files_of_tokenizers_are_whole_before_they_are_mutated(fuzz, names):
+    try:
+        for name in names:
+            (fuzz.folder / name).write_text(json.dumps(TOKENIZER[name]))
+        fuzz._load(fuzz.folder)
+    finally:
+        fuzz._restore()
 
 
 def built(reader, path):

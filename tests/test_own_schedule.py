@@ -175,6 +175,7 @@ def test_lcm_and_tcd_are_at_the_timesteps_of_their_distillation(kind):
         ("sigma_min=3, sigma_max=2", {"_class_name": "EDMEulerScheduler", "sigma_min": 3, "sigma_max": 2}),
         ("sigma_schedule='cosine'", {"_class_name": "EDMEulerScheduler", "sigma_schedule": "cosine"}),
         ("original_inference_steps=0", {"_class_name": "LCMScheduler", "original_inference_steps": 0}),
+        ("original_inference_steps=1000", {"_class_name": "LCMScheduler", "original_inference_steps": 10**30}),
         ("timestep_scaling='x'", {"_class_name": "LCMScheduler", "timestep_scaling": "x"}),
         ("sigma_min=None", {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
         ("not on linspace timesteps", {

@@ -2,15 +2,18 @@
 
 import copy
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from segresearch.config.schema import GenerateConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from segresearch.errors import Ended, InputError, NotFinite
 from segresearch.guidance import GuidedDenoiser, cfg
+from segresearch.models import load_model
 from segresearch.models.vae import VAE
 from segresearch.sample_images import decode_images, sample_images, sample_latents, save_images, to_pil, to_uint8
 from segresearch.sampling import initial_noise, sample, sigmas
@@ -51,7 +54,23 @@ def test_latents_that_are_not_finite_are_named_by_their_seeds(model):
     guided = GuidedDenoiser(model.denoiser, {"cfg": cfg(3.0)}, post=[broken])
     with pytest.raises(NotFinite, match=r"the latents of seeds \[5\] are not finite") as caught:
         sample_latents(model, guided, SEEDS, model.encode(PROMPTS), config())
-    assert isinstance(caught.value, Ended) and caught.value.code == 4
+    assert isinstance(caught.value, Ended) and caught.value.code == 4 and "holds" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("part", "name", "key"), [
+    ("unet", "UNet", "conv_out.weight"), ("text_encoder_2", "text encoder 2", "text_projection.weight"),
+    ("vae", "VAE", "decoder.conv_in.bias"),
+])  # fmt: skip
+def test_weights_that_are_not_finite_are_named(folder, tmp_path, part, name, key):
+    copied = shutil.copytree(folder, tmp_path / "model")
+    path = next((copied / part).glob("*.safetensors"))
+    weights = load_file(path)
+    weights[key].view(-1)[0] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    sd = load_model(copied)
+    guided = GuidedDenoiser(sd.denoiser, {"cfg": cfg(3.0)})
+    with pytest.raises(NotFinite, match=f"; {name} holds NaN or inf in {key}: fetch the model again"):
+        sample_images(sd, guided, SEEDS, PROMPTS, config())
 
 
 class Overflowing(VAE):

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segresearch.checkpoints.json_files import read_json, refuse_pointer
+from segresearch.checkpoints.json_files import read_json
 from segresearch.checkpoints.parts import NONE, Given, Part, arranged, part_weights, with_unet_scheduler
 from segresearch.checkpoints.resolve import refuse_pickle
 from segresearch.checkpoints.tensors import Weights, open_folder, variants
+from segresearch.checkpoints.tokenizer_files import read_tokenizer
 from segresearch.errors import CheckpointError, InputError
-from segresearch.models.network_configs import UNetConfig, refuse_giant
+from segresearch.models.network_configs import UNetConfig
 from segresearch.models.scheduler import folder_scheduler
-from segresearch.models.text import load_tokenizer
+from segresearch.models.text_config import text_config
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAE, VAEConfig
 
@@ -46,7 +47,8 @@ def text_parts(index: Mapping[str, Any], unet: Mapping[str, Any]) -> tuple[str, 
     """The folders of the text encoders: one of SD 1.5 and 2.1, two of SDXL, the second alone of its refiner."""
     if not has_sizes(unet):
         return ("text_encoder",)
-    null = "text_encoder" in index and (index["text_encoder"] or [None])[-1] is None
+    entry = index.get("text_encoder", "missing")
+    null = not entry or (isinstance(entry, list) and entry[-1] is None)
     return ("text_encoder_2",) if null else ("text_encoder", "text_encoder_2")
 
 
@@ -82,20 +84,6 @@ def refuse_other_folder(folder: Path, index: Mapping[str, Any], unet: Mapping[st
             raise CheckpointError(f"{folder} {fault}")
 
 
-def read_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer of a folder. Raises CheckpointError where it is missing or cannot be read."""
-    names = sorted(path.name for path in folder.glob("*") if path.is_file())
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
-        raise CheckpointError(f"{folder}: no tokenizer here (vocab.json and merges.txt): fetch the model's tokenizers")
-    for name in names:
-        refuse_pointer(folder / name)
-    try:
-        return load_tokenizer(folder)
-    except Exception as error:  # the tokenizers' own errors have no common class
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({reason}): fetch its files again") from error
-
-
 @contextmanager
 def naming_path(path: Path) -> Iterator[None]:
     """An InputError within its block becomes a CheckpointError that begins with the path."""
@@ -123,15 +111,13 @@ def build_networks(configs: Sequence[dict[str, Any]], path: Path | str) -> Netwo
     """The networks of these configs, without weights: UNet, VAE, text encoders. Where the UNet reads a pooled text, it
     is that of the last encoder."""
     unet, vae, *texts = configs
-    for text in texts:
-        if text.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
-            raise CheckpointError(f"{path}: a text encoder is a {text['model_type']}, not CLIP's: not supported")
     with building(path):
-        for text in texts:
-            refuse_giant(text, "text encoder")
+        fields = [text_config(text, f"{path}: text encoder config") for text in texts]
+        # the other ids are not read, and those of transformers are beyond a small vocabulary, of which it warns
+        checked = [CLIPTextConfig(**each, bos_token_id=None, pad_token_id=None) for each in fields]
         image = UNet(UNetConfig.from_dict(unet)), VAE(VAEConfig.from_dict(vae))
         kinds = [CLIPTextModel] * (len(texts) - 1) + [CLIPTextModelWithProjection if has_sizes(unet) else CLIPTextModel]
-        return *image, *(kind(CLIPTextConfig.from_dict(text)) for kind, text in zip(kinds, texts, strict=True))
+        return *image, *(kind(text) for kind, text in zip(kinds, checked, strict=True))
 
 
 def open_model_folder(folder: Path, variant: str | None, given: Given = NONE) -> Checkpoint:

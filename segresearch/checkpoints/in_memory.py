@@ -23,7 +23,7 @@ from segresearch.models.compute import PLAIN, Compute
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.denoiser import scheduled
 from segresearch.models.stable_diffusion import StableDiffusion
-from segresearch.models.text import TextEncoders
+from segresearch.models.text import TextEncoders, check_tokens
 
 PARTS = {  # of a pipeline, with the classes that they may have
     "unet": "UNet2DConditionModel", "vae": "AutoencoderKL",
@@ -88,6 +88,7 @@ def from_diffusers(pipe: Any, compute: Compute = PLAIN) -> StableDiffusion:
         raise CheckpointError(f"pipe.scheduler: {error}") from error
     zero_negative = sized and bool(pipe.config.get("force_zeros_for_empty_prompt", True))
     text = TextEncoders(tokenizers, tuple(encoders))  # type: ignore[arg-type]
+    check_tokens(text)
     return StableDiffusion(unet, vae, text, denoiser, name, zero_negative, controlnets, compute)
 
 

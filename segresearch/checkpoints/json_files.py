@@ -1,10 +1,14 @@
 """The JSON files beside weights, and what git-lfs leaves in place of a file. Light: no torch."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from segresearch.errors import CheckpointError
+
+LARGEST = 64 << 20  # bytes
+DEEPEST = 60  # levels; configs have 3, a tokenizer.json 7
 
 
 def refuse_pointer(path: Path) -> None:
@@ -15,14 +19,22 @@ def refuse_pointer(path: Path) -> None:
             raise CheckpointError(f"{path} is a git-lfs pointer: {hint}")
 
 
+def refuse_large(path: Path) -> None:
+    """CheckpointError for a file that is larger than any that is read whole."""
+    if (size := path.stat().st_size) > LARGEST:
+        limit = f"{size:,} bytes, the largest such file has {LARGEST:,}"
+        raise CheckpointError(f"{path}: {limit}: it is something else, fetch it again")
+
+
 def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    """A config; {} for an optional one that is missing. CheckpointError for another that is missing, a git-lfs pointer
-    or not a JSON object."""
+    """A config; {} for an optional one that is missing. CheckpointError for another that is missing, a git-lfs pointer,
+    too large or nested, or not a JSON object."""
     if not path.is_file():
         if optional:
             return {}
         raise CheckpointError(f"{path} is missing: fetch the model again, with its configs")
     refuse_pointer(path)
+    refuse_large(path)
     return mapping(path.read_text(errors="replace"), str(path))
 
 
@@ -34,4 +46,15 @@ def mapping(text: str, place: str) -> dict[str, Any]:
         raise CheckpointError(f"{place} is not JSON ({error}): fetch it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{place} is not a mapping: fetch it again")
+    level: list[Any] = [value]
+    depth = 1
+    while level := [item for node in level for item in items(node) if isinstance(item, dict | list)]:
+        depth += 1
+        if depth > DEEPEST:
+            raise CheckpointError(f"{place} is nested in more than {DEEPEST} levels: fetch it again")
     return value
+
+
+def items(node: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    """The values of a JSON object or array."""
+    return node.values() if isinstance(node, dict) else node

@@ -27,7 +27,7 @@ from segresearch.models.denoiser import Denoiser, scheduled
 from segresearch.models.network_configs import ControlNetConfig, UNetConfig
 from segresearch.models.scheduler import overridden
 from segresearch.models.stable_diffusion import StableDiffusion
-from segresearch.models.text import TextEncoders
+from segresearch.models.text import TextEncoders, check_tokens
 from segresearch.models.unet import UNet
 from segresearch.models.vae import VAEConfig
 
@@ -122,6 +122,7 @@ def filled(
     unet, vae, *encoders = checkpoint.networks
     with naming_path(Path(name)):
         text = TextEncoders(checkpoint.tokenizers, tuple(encoders))
+        check_tokens(text)
     refuse_mixture(unet.config, vae.config, [encoder.config for encoder in encoders])
     for key, net in controlnets.items():
         check_fit(key, net.config, unet.config, vae.config.factor)

@@ -14,6 +14,7 @@ from segresearch.checkpoints.file_sizes import Shapes, clip_config, span, unet_c
 from segresearch.checkpoints.key_maps import clip_map, open_clip_map, unet_map, unet_source, vae_map
 from segresearch.checkpoints.tensors import Entry, Source, Weights, with_scales
 from segresearch.errors import CheckpointError
+from segresearch.models.text_config import text_config
 
 Config = Mapping[str, Any]
 Stored = TypeVar("Stored")  # an entry of a file, or a tensor in memory
@@ -151,9 +152,12 @@ def vae_sizes(part: Part, own: Config) -> dict[str, Any]:
 
 def text_sizes(part: Part, own: Config, sized: bool) -> dict[str, Any]:
     """The config of a text encoder. own: of the encoder whose place it takes, which says what shapes cannot; {}: a rule
-    of the families. sized: whether the model is SDXL's kind."""
-    if part.config or own:
-        return dict(part.config or own)
+    of the families. sized: whether the model is SDXL's kind. Raises CheckpointError for a config that cannot be."""
+    if part.config:
+        place = part.path / "config.json" if part.path.is_dir() else f"{part.path}: text encoder config"
+        return text_config(part.config, str(place))
+    if own:
+        return dict(own)
     config = _read(part, lambda: clip_config(part.shapes))
     if part.open_clip and not sized and config["num_hidden_layers"] == 24:
         config["num_hidden_layers"] = 23  # Stable Diffusion 2 does not use the last

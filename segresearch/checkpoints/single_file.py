@@ -20,7 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTokenizer
 
 from segresearch.checkpoints.declared import file_scheduler
-from segresearch.checkpoints.folder import Checkpoint, build_networks, read_tokenizer, tokenizer_of
+from segresearch.checkpoints.folder import Checkpoint, build_networks, tokenizer_of
 from segresearch.checkpoints.json_files import read_json
 from segresearch.checkpoints.key_maps import CLIP, OPEN_CLIP, UNET, VAE
 from segresearch.checkpoints.other_files import HINT, other_kind, refuse_other_file, refuse_quantised
@@ -38,6 +38,7 @@ from segresearch.checkpoints.parts import (
 )
 from segresearch.checkpoints.resolve import fetching
 from segresearch.checkpoints.tensors import Entry, listed, open_file, read_numbers, without_bookkeeping
+from segresearch.checkpoints.tokenizer_files import read_tokenizer
 from segresearch.errors import CheckpointError
 from segresearch.models.text import TOKENIZERS
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from segresearch.checkpoints.json_files import read_json, refuse_pointer
 from segresearch.checkpoints.resolve import UNQUANTISED, refuse_pickle
-from segresearch.errors import CheckpointError
+from segresearch.errors import CheckpointError, shown
 
 MAPPED = 16 * 2**20  # bytes
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # that a weight may be stored in
@@ -108,16 +108,23 @@ def open_folder(folder: Path, stem: str, variant: str | None = None) -> dict[str
         raise CheckpointError(f"{folder}: no {candidates[0]} here: fetch the model's weights again")
     if path.suffix == ".safetensors":
         return open_file(path)[0]
-    try:
-        shards = sorted(set(read_json(path)["weight_map"].values()))
-        if odd := [name for name in shards or [""] if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)]:
-            raise KeyError(odd[0][:100])
-    except (KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(f"{path}: not an index of shards ({reason[:300]}): fetch it again") from error
+    shards = shard_names(path)
     if missing := listed((name for name in shards if not (folder / name).is_file()), "missing shard"):
         raise CheckpointError(f"{folder}: {missing}: fetch the model's weights again")
     return {key: entry for name in shards for key, entry in open_file(folder / name)[0].items()}
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names. CheckpointError for an index of something else, or of files elsewhere."""
+    of_tensors = read_json(index).get("weight_map")
+    if not isinstance(of_tensors, dict) or not of_tensors:
+        raise CheckpointError(f"{index}: no weight_map from tensors to files: fetch it again")
+    for name in of_tensors.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
+            outside = isinstance(name, str) and ("/" in name or "\\" in name)
+            fault = "a file outside of its folder" if outside else "not a .safetensors file"
+            raise CheckpointError(f"{index}: its weight_map names {shown(name)}, {fault}: fetch it again")
+    return sorted(set(of_tensors.values()))
 
 
 def variants(files: Iterable[Path]) -> str:

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from segresearch import pretrained
-from segresearch.checkpoints.folder import read_tokenizer
+from segresearch.checkpoints.tokenizer_files import read_tokenizer
 from segresearch.errors import InputError
 from segresearch.metrics.clip_pixels import cropped_squares, padded_squares
 from segresearch.metrics.features import clip_tower

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segresearch.errors import InputError
+from segresearch.errors import InputError, shown
 from segresearch.models.attention import Attend, Fork, Wrap, plain, sdpa
 from segresearch.models.calls import Runner
 from segresearch.models.compute import PLAIN, Compute
@@ -16,15 +16,18 @@ from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ControlNet
 from segresearch.models.preconditioning import Preconditioning
 from segresearch.models.scheduler import (
+    MOST_STEPS,
     SPACINGS,
     OwnSchedule,
     beta_numbers,
     edm_numbers,
     is_edm,
     own_schedule,
+    positive,
     prediction_of,
     scheduler_class,
     steps_offset,
+    whole,
 )  # fmt: skip
 from segresearch.models.unet import ControlResiduals, UNet
 from segresearch.sampling import k_diffusion
@@ -42,14 +45,16 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Float[Tensor, " steps"]:
     """
     start, end, schedule = beta_numbers(config)
     steps, offset = config.get("num_train_timesteps", 1000), steps_offset(config)
-    if not (isinstance(steps, int) and isinstance(offset, int) and steps > 1):
-        numbers = f"num_train_timesteps={steps!r} and steps_offset={offset!r}"
-        raise InputError(f"scheduler config: {numbers} must be integers, with at least 2 timesteps")
-    if not (isinstance(start, float | int) and isinstance(end, float | int) and 0 < start <= end < 1):
-        raise InputError(f"scheduler config: beta_start={start!r}, beta_end={end!r}: numbers, 0 < start <= end < 1")
+    if not (whole(steps) and whole(offset) and 2 <= steps <= MOST_STEPS and 0 <= offset < steps):
+        numbers = f"num_train_timesteps={shown(steps)} and steps_offset={shown(offset)}"
+        limits = f"2 to {MOST_STEPS} timesteps, and an offset from 0 to below that"
+        raise InputError(f"scheduler config: {numbers} must be integers, {limits}")
+    if not (positive(start) and positive(end) and start <= end < 1):
+        given = f"beta_start={shown(start)}, beta_end={shown(end)}"
+        raise InputError(f"scheduler config: {given}: numbers, 0 < start <= end < 1")
     if schedule not in (*POWERS, COSINE):
         known = ", ".join((*POWERS, COSINE))
-        raise InputError(f"scheduler config: beta_schedule={schedule!r} is not supported, only {known}")
+        raise InputError(f"scheduler config: beta_schedule={shown(schedule)} is not supported, only {known}")
     if schedule == COSINE:
         cosines = [math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 1)]
         pairs = zip(cosines[1:], cosines[:-1], strict=True)

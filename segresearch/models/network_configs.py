@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from segresearch.errors import InputError
+from segresearch.errors import InputError, shown
 
 CROSSED_MID, PLAIN_MID = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
 
@@ -56,7 +56,7 @@ def check_fixed(config: Mapping[str, Any], fixed: Allowed, network: str) -> None
     for key, allowed in fixed.items():
         if key in config and config[key] not in allowed:
             only = " or ".join(map(repr, allowed))
-            raise InputError(f"{network} config: {key}={config[key]!r} is not supported, only {only}")
+            raise InputError(f"{network} config: {key}={shown(config[key])} is not supported, only {only}")
 
 
 def refuse_giant(config: Mapping[str, Any], network: str) -> None:
@@ -80,7 +80,7 @@ def counts(value: Any, n: int, name: str, network: str, least: int = 1) -> tuple
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * n
     if len(values) != n or not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
         each = f", or one for each of {n} blocks" if n > 1 else ""
-        raise InputError(f"{network} config: {name}={value!r} must be an integer from {least} up{each}")
+        raise InputError(f"{network} config: {name}={shown(value)} must be an integer from {least} up{each}")
     return values
 
 
@@ -88,7 +88,7 @@ def depths(value: Any, n: int, name: str, network: str) -> tuple[int | tuple[int
     """The depth of the transformers in each of `n` blocks: a number, or one for each of its layers."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * n
     if len(values) != n:
-        raise InputError(f"{network} config: {name}={value!r} must be an integer, or one for each of {n} blocks")
+        raise InputError(f"{network} config: {name}={shown(value)} must be an integer, or one for each of {n} blocks")
     return tuple(
         counts(v, len(v), name, network, least=0)
         if isinstance(v, list | tuple) and v
@@ -102,10 +102,10 @@ def block_types(config: Mapping[str, Any], kind: str, network: str) -> tuple[str
     key, known = f"{kind.lower()}_block_types", (f"{kind}Block2D", f"CrossAttn{kind}Block2D")
     types = config.get(key, MISSING[key])
     if not isinstance(types, list | tuple):
-        raise InputError(f"{network} config: {key}={types!r} must be a list of block types")
+        raise InputError(f"{network} config: {key}={shown(types)} must be a list of block types")
     for name in types:
         if name not in known:
-            raise InputError(f"{network} config: {key} has {name!r}, supported are {known}")
+            raise InputError(f"{network} config: {key} has {shown(name)}, supported are {known}")
     return tuple(types)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from segresearch.errors import InputError
+from segresearch.errors import InputError, shown
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
@@ -38,6 +38,9 @@ BETAS = {  # of classes whose defaults are not diffusers' usual ones
 }
 
 
+MOST_STEPS = 100_000  # of the training; all published models have 1000
+
+
 @dataclass(frozen=True)
 class OwnSchedule:
     """The schedule that `auto` stands for: a name for `sampling.sigmas`, with the numbers that are the model's.
@@ -59,13 +62,13 @@ def scheduler_class(config: Mapping[str, Any]) -> str:
     if kind and kind not in (*TABLES, *CONSISTENCY, *EDM):
         family = "flow matching (" if "Flow" in kind else "("
         known = "supported are schedulers on betas (Euler, DDIM, DPMSolver, PNDM, LCM, ...) and EDM's"
-        raise InputError(f"scheduler config: {family}_class_name={kind!r}) is not supported; {known}")
+        raise InputError(f"scheduler config: {family}_class_name={shown(kind)}) is not supported; {known}")
     for option, family in REFUSED.items():
         if config.get(option):
             raise InputError(f"scheduler config: {option} ({family}) is not supported")
     interpolation = config.get("interpolation_type", "linear")
     if interpolation != "linear" and kind not in EDM:
-        raise InputError(f"scheduler config: interpolation_type={interpolation!r} is not supported, only linear")
+        raise InputError(f"scheduler config: interpolation_type={shown(interpolation)} is not supported, only linear")
     return kind
 
 
@@ -102,7 +105,7 @@ def prediction_of(config: Mapping[str, Any]) -> str:
     known = PREDICTIONS[:2] if edm else PREDICTIONS
     if prediction not in known:
         where = " for EDM" if edm else ""
-        raise InputError(f"prediction {prediction!r} is not supported{where}, only {' and '.join(known)}")
+        raise InputError(f"prediction {shown(prediction)} is not supported{where}, only {' and '.join(known)}")
     return str(prediction)
 
 
@@ -118,12 +121,20 @@ def edm_numbers(config: Mapping[str, Any]) -> tuple[float, float, float]:
     default = (0.002, 80.0, 0.5) if scheduler_class(config) in EDM else (None, None, 1.0)
     names = ("sigma_min", "sigma_max", "sigma_data")
     low, high, data = (config.get(name, value) for name, value in zip(names, default, strict=True))
-    if not all(isinstance(value, int | float) and value > 0 for value in (low, high, data)) or low >= high:
-        raise InputError(
-            f"scheduler config: sigma_min={low!r}, sigma_max={high!r}, sigma_data={data!r}: an EDM model needs "
-            "positive numbers, sigma_min < sigma_max"
-        )
+    if not all(map(positive, (low, high, data))) or low >= high:
+        given = f"sigma_min={shown(low)}, sigma_max={shown(high)}, sigma_data={shown(data)}"
+        raise InputError(f"scheduler config: {given}: an EDM model needs positive numbers, sigma_min < sigma_max")
     return float(low), float(high), float(data)
+
+
+def positive(value: Any) -> bool:
+    """Whether this is a number above 0 that fp32 can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 < value < 1e30
+
+
+def whole(value: Any) -> bool:
+    """Whether this is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def own_schedule(config: Mapping[str, Any]) -> OwnSchedule:
@@ -136,26 +147,29 @@ def own_schedule(config: Mapping[str, Any]) -> OwnSchedule:
     kind = scheduler_class(config)
     if kind in EDM:
         curve, rho = config.get("sigma_schedule", "karras"), config.get("rho", 7.0)
-        if curve not in CURVES[:2] or not (isinstance(rho, int | float) and rho > 0):
-            raise InputError(f"scheduler config: sigma_schedule={curve!r}, rho={rho!r}: karras or exponential, above 0")
+        if curve not in CURVES[:2] or not positive(rho):
+            given = f"sigma_schedule={shown(curve)}, rho={shown(rho)}"
+            raise InputError(f"scheduler config: {given}: karras or exponential, above 0")
         return OwnSchedule(f"edm-{curve}", rho=float(rho))
     if kind in CONSISTENCY:
         steps = config.get("original_inference_steps", 50)
-        if not isinstance(steps, int) or steps < 1:
-            raise InputError(f"scheduler config: original_inference_steps={steps!r} must be a whole number, at least 1")
+        if not whole(steps) or not 1 <= steps <= MOST_STEPS:
+            given = f"original_inference_steps={shown(steps)}"
+            raise InputError(f"scheduler config: {given} must be a whole number from 1 to {MOST_STEPS}")
         return OwnSchedule("lcm", lcm_steps=steps)
     missing = "linspace" if kind else "trailing" if config.get("rescale_betas_zero_snr") else "leading"
     spacing = config.get("timestep_spacing", missing)
     if spacing not in SPACINGS:
-        raise InputError(f"scheduler config: timestep_spacing={spacing!r} is not one of {', '.join(SPACINGS)}")
+        raise InputError(f"scheduler config: timestep_spacing={shown(spacing)} is not one of {', '.join(SPACINGS)}")
     curves = [curve for curve in CURVES if config.get(f"use_{curve}_sigmas")]
     if len(curves) > 1:
         raise InputError(f"scheduler config: use_{curves[0]}_sigmas and use_{curves[1]}_sigmas cannot both be true")
     if not curves:
         return OwnSchedule(spacing)
     low, high = (config.get(name) for name in ("sigma_min", "sigma_max"))
-    if not all(end is None or isinstance(end, int | float) and end > 0 for end in (low, high)):
-        raise InputError(f"scheduler config: sigma_min={low!r}, sigma_max={high!r} must be positive numbers, or null")
+    if not all(end is None or positive(end) for end in (low, high)):
+        given = f"sigma_min={shown(low)}, sigma_max={shown(high)}"
+        raise InputError(f"scheduler config: {given} must be positive numbers, or null")
     plain = spacing == "linspace" and (low, high) == (None, None) and curves[0] != "beta"
     return OwnSchedule(curves[0] if plain else f"{spacing}-{curves[0]}", low, high)
 

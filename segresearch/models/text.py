@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segresearch.errors import InputError
+from segresearch.errors import InputError, shown
 from segresearch.models.calls import on_device
 
 QUOTED = 300  # letters of a text in a warning
+ANY_END = 2  # the eos_token_id of configs whose encoders pool at the highest id of a text
 LEAST = 3  # tokens of a text: its begin, one word, its end
 TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")  # of SDXL, on the hub
 
@@ -40,8 +41,9 @@ class TextEncoders:
                     f"tokenizer {i} knows {len(tokenizer)} tokens, text encoder {i} has {encoder.config.vocab_size}: "
                     "they are of different models, give the tokenizer of this checkpoint"
                 )
-            if not tokenizer.model_max_length >= LEAST:
-                limit = f"model_max_length={tokenizer.model_max_length!r}"
+            length = tokenizer.model_max_length
+            if not isinstance(length, int) or length < LEAST:
+                limit = f"model_max_length={shown(length)}"
                 raise InputError(f"tokenizer {i}: {limit} leaves no room for a text; it must be {LEAST} or more")
 
     @property
@@ -122,6 +124,22 @@ class TextEncoders:
             states.append((norm if device is None else on_device(norm, device))(out.hidden_states[-(skip + 1)]))
         context = torch.cat(states, dim=-1)  # (rows, text, d1 + d2)
         return context, out.text_embeds if self.pooled else context.new_zeros(len(context), 0)
+
+
+def check_tokens(text: TextEncoders) -> None:
+    """InputError where a tokenizer gives ids that its encoder has no embedding of, or another end of the text than the
+    one at which its encoder pools."""
+    for i, (tokenizer, encoder) in enumerate(zip(text.tokenizers, text.encoders, strict=True), 1):
+        size, ids = encoder.config.vocab_size, tokenizer.get_vocab().values()
+        if outside := [one for one in ids if not 0 <= one < size]:
+            known = f"tokenizer {i} has the id {max(outside)}, text encoder {i} those below {size}"
+            raise InputError(f"{known}: they are of different models, give the tokenizer of this checkpoint")
+        if tokenizer.pad_token_id is None:
+            raise InputError(f"tokenizer {i} has no token to pad texts with: give the tokenizer of this checkpoint")
+    own, end = encoder.config.eos_token_id, tokenizer.eos_token_id
+    if text.pooled and own not in (ANY_END, end):
+        fault = f"text encoder {i} config: eos_token_id={shown(own)}, where its tokenizer ends a text with {end}"
+        raise InputError(f"{fault}: they are of different models, give the tokenizer of this checkpoint")
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segresearch.errors import InputError
+from segresearch.errors import InputError, shown
 from segresearch.models import tiles
 from segresearch.models.layers import Downsample, Resnet, Upsample
 from segresearch.models.network_configs import check_fixed, counts, refuse_giant
@@ -48,7 +48,7 @@ class VAEConfig:
         check_fixed(config, {"act_fn": ("silu",)}, "vae")
         for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if set(config.get(key, [known])) != {known}:
-                raise InputError(f"vae config: {key}={config[key]!r} is not supported, only {known}")
+                raise InputError(f"vae config: {key}={shown(config[key])} is not supported, only {known}")
         values = ((f.name, config.get(f.name)) for f in fields(VAEConfig))
         own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values if v is not None}
         for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
@@ -61,7 +61,7 @@ class VAEConfig:
         for name in ("scaling_factor", "shift_factor"):
             value = own.get(name, 1.0)
             if not isinstance(value, int | float) or not abs(value) < 1e6 or (name == "scaling_factor" and value <= 0):
-                raise InputError(f"vae config: {name}={value!r} must be a number")
+                raise InputError(f"vae config: {name}={shown(value)} must be a number")
             own |= {name: float(value)} if name in own else {}
         return VAEConfig(**own)
 
@@ -72,7 +72,7 @@ class VAEConfig:
                 raise InputError(f"vae config: width {width} is not a multiple of norm_num_groups {groups}")
         mean, std, n = self.latents_mean, self.latents_std, self.latent_channels
         if {mean, std} != {None} and not (mean and std and len(mean) == len(std) == n and min(std) > 0):
-            both = f"latents_mean={mean!r} and latents_std={std!r}"
+            both = f"latents_mean={shown(mean)} and latents_std={shown(std)}"
             raise InputError(f"vae config: {both} must be {n} numbers each, one for each latent channel, or both null")
 
     @property
