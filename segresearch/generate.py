@@ -97,6 +97,7 @@ def complete(run: Run, model: "StableDiffusion | None") -> RunResult:
     if missing and existing:
         print(f"{existing} of {len(records)} images exist already, {len(missing)} are sampled", flush=True)
     if missing:
+        runs.create(run.folder)
         try:
             seconds = sample_missing(run, missing, model)
         except BaseException:
@@ -111,7 +112,7 @@ def complete(run: Run, model: "StableDiffusion | None") -> RunResult:
 
 
 def expand(config: GenerateConfig) -> Run:
-    """The run of `config`; its folder is created. ConfigError and CheckpointError for files that are missing."""
+    """The run of `config`; its folder is not created. ConfigError and CheckpointError for files that are missing."""
     weights = resolve_model(config.model.path)
     plan = [
         replace(panel, methods={name: with_networks(g, weights) for name, g in panel.methods.items()})

@@ -47,16 +47,19 @@ def digest(value: Any) -> str:
 
 
 def run_folder(out: str | Path, name: str, identity: Mapping[str, Any]) -> Path:
-    """The folder `out`/`name`/<digest of `identity`>, created where it is missing. OSError where it cannot be written,
-    ConfigError for a name that cannot name a folder, or that of a folder with another use (RESERVED)."""
+    """The folder `out`/`name`/<digest of `identity`>, not created. ConfigError for a name that cannot name a folder, or
+    that of a folder with another use (RESERVED)."""
     parts = name.split("/")
     if parts[0] in RESERVED or not all(re.fullmatch(r"\w[\w.+ -]{0,99}", part) for part in parts):
         raise ConfigError(f"name: {name!r} cannot name the folder of a run; use at most 100 letters, digits, _ and -")
-    folder = Path(out) / name / digest(identity)
+    return Path(out) / name / digest(identity)
+
+
+def create(folder: Path) -> None:
+    """A folder that is to be written to, created where it is missing. OSError where it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(13, "not writable", str(folder))
-    return folder
 
 
 def abandoned(temporary: Path) -> bool:
@@ -67,11 +70,14 @@ def abandoned(temporary: Path) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, moved onto it at the end of the block; removed if the block fails."""
+    """A temporary path beside `path`, at the end of the block synced to the disk and moved onto it, so that a loss of
+    power leaves no empty file; removed if the block fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -116,6 +122,15 @@ def write(path: Path, content: str | bytes) -> None:
     if not path.is_file() or path.read_bytes() != data:
         with replacing(path) as temporary:
             temporary.write_bytes(data)
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file; "" where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def fingerprint(path: str | Path) -> str:

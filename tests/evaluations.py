@@ -1,5 +1,7 @@
 """A small evaluation, for the tests of whole runs."""
 
+from pathlib import Path
+
 from segresearch.config import EvaluateConfig, typed
 
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
@@ -20,3 +22,9 @@ def study(folder, out):
         "out": str(out),
     }  # fmt: skip
     return typed(EvaluateConfig, given)
+
+
+def shard(config, rows) -> Path:
+    """Of the second method."""
+    (folder,) = Path(config.out, "shards").glob("seg-*")
+    return folder / f"{rows}.safetensors"

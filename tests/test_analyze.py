@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import composed, script
+from helpers import composed, contents, script
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -149,6 +149,21 @@ def test_a_pipe_is_told_what_begins_and_how_far_it_is(config, model, undrawn, tm
     assert lines[0] == "sampling 2 images" and any(re.match(r"sampling: \d+% of 2 images, ", line) for line in lines)
     (begins,) = [line for line in lines if re.fullmatch(r"measuring \d+ attentions under 4 blurs", line)]
     assert any(re.match(r"measuring: \d+% of \d+ attentions, ", line) for line in lines[lines.index(begins) :])
+
+
+@pytest.mark.parametrize("name", ["table.csv", "index.html", "files.json"])
+def test_a_file_of_a_finished_run_that_changes_is_named_and_written_again(
+    config, run, model, undrawn, tmp_path, capsys, name
+):
+    few = dataclasses.replace(config, out=str(tmp_path), prompts=("",), keep=False)
+    first = analyze(few, model)
+    before = contents(first.folder)
+    (first.folder / name).write_text("")
+    again = analyze(few, model)
+    assert not again.reused and contents(first.folder) == before and analyze(few, model).reused
+    assert f"{first.folder / name}: changed or missing; all is measured again" in capsys.readouterr().err
+    (first.folder / "files.json").unlink()  # as a run of an earlier version
+    assert analyze(few, model).reused
 
 
 def test_twice_measures_nothing_twice_and_config_yaml_is_the_run(run, config, monkeypatch):

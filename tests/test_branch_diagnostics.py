@@ -254,7 +254,7 @@ def test_a_run_has_its_diagnostics_as_a_part_of_the_page(base, whole, model, mon
     assert drawn_figures == {"quality", "branch_alone", *(f"branch_{q.key}" for q in branches.QUESTIONS)}
     assert page.count('class="plot zoom"') == 6 and page.count('alt="Quality"') == 1
     monkeypatch.setattr(branches, "diagnose", None)
-    monkeypatch.setattr(run, "aggregate", None)
+    monkeypatch.setattr(run.results, "aggregate", None)
     assert evaluate(base, model, Worker()).result == whole.result  # the same command measures nothing again
 
 

@@ -35,10 +35,7 @@ def slurm(tmp_path):
 def test_before_the_time_limit_the_workers_end_and_the_job_is_requeued(slurm):
     folder, env = slurm
     process = subprocess.Popen(["bash", str(SCRIPT), "images=9"], cwd=folder, env=env)
-    for _ in range(200):
-        if (folder / "ready").exists():
-            break
-        time.sleep(0.05)
+    ready(folder)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == 0
     calls = (folder / "calls").read_text().splitlines()
@@ -46,14 +43,61 @@ def test_before_the_time_limit_the_workers_end_and_the_job_is_requeued(slurm):
                      "scontrol requeue 5_1"]  # fmt: skip
 
 
+def ready(folder):
+    for _ in range(200):
+        if (folder / "ready").exists():
+            return
+        time.sleep(0.05)
+
+
+WAITING = """#!/bin/bash
+trap "echo stopped >> calls; exit 138" USR1
+touch ready
+while true; do read -t 0.05 <> <(:); done
+"""
+
+
+@pytest.mark.parametrize("waiting", ["python", "sleep"])
+def test_the_signal_counts_after_the_workers_too(slurm, waiting):
+    """While the results are made, and in the pause before they are tried again, here of an hour."""
+    folder, env = slurm
+    (folder / "python").write_text("#!/bin/bash\nexit 4\n")
+    (folder / waiting).write_text(WAITING)
+    (folder / waiting).chmod(0o755)
+    env = env | {"QUICK": "0", "PAUSE": "3600", "GRACE": "5" if waiting == "python" else "0"}
+    process = subprocess.Popen(["bash", str(SCRIPT)], cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+    ready(folder)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 0 and said == ""
+    calls = (folder / "calls").read_text().splitlines()
+    assert "stopped" in calls[1:] and "scontrol requeue 5_1" in calls[1:] and len(calls) == 3
+
+
+def test_a_job_that_is_not_requeued_says_so_and_does_not_end_well(slurm):
+    """As with --no-requeue."""
+    folder, env = slurm
+    (folder / "scontrol").write_text("#!/bin/bash\nexit 1\n")
+    process = subprocess.Popen(["bash", str(SCRIPT)], cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+    ready(folder)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 4 and said.count("\n") == 1 and "job 5_1 was not requeued" in said
+
+
+def test_an_array_that_is_longer_than_the_experiments_ends_in_one_line(slurm):
+    folder, env = slurm
+    env = env | {"EXPERIMENTS": "table1 fig6", "SLURM_ARRAY_TASK_ID": "2"}
+    done = subprocess.run(["bash", str(SCRIPT)], cwd=folder, env=env, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (folder / "calls").exists()
+    assert "EXPERIMENTS has 2 (table1 fig6) and none for task 2" in done.stderr and "--array=0-1" in done.stderr
+
+
 def test_a_worker_that_does_not_end_is_not_waited_for_until_the_limit(slurm):
     folder, env = slurm
     (folder / "srun").write_text("#!/bin/bash\ntrap '' USR1\ntouch ready\nexec sleep 30\n")
     process = subprocess.Popen(["bash", str(SCRIPT)], cwd=folder, env=env | {"GRACE": "1"}, start_new_session=True)
-    for _ in range(200):
-        if (folder / "ready").exists():
-            break
-        time.sleep(0.05)
+    ready(folder)
     begun = time.monotonic()
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == 0 and time.monotonic() - begun < 20

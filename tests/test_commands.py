@@ -116,7 +116,7 @@ def test_models_lists_configs_and_the_cache(tmp_path, call):
     assert "cannot be read" in said.out
 
 
-@pytest.mark.parametrize("error", [Ended(5, "no room"), NotFinite("nan"), Damaged("a.safetensors: damaged")])
+@pytest.mark.parametrize("error", [Ended(5, "no room"), NotFinite("nan"), Damaged(Path("a.safetensors"), "damaged")])
 def test_errors_cross_a_process(error):
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error) and str(again) == str(error) and again.code == error.code

@@ -10,19 +10,21 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from evaluations import COUNT, SEG, study
+from evaluations import COUNT, SEG, shard, study
 from helpers import contents, one_figure
 
 from segresearch import cli, runs, sample_images
 from segresearch.config import GuidanceConfig, conf_dir, typed
 from segresearch.config.compose import written_config
 from segresearch.evaluation import evaluate as run
+from segresearch.evaluation import sample_shards as module
 from segresearch.evaluation import shards
 from segresearch.evaluation.evaluate import evaluate
 from segresearch.evaluation.sample_shards import LATE, Worker
@@ -63,12 +65,6 @@ def whole(base, model):
     return evaluate(base, model, Worker())
 
 
-def shard(config, rows) -> Path:
-    """Of the second method."""
-    (folder,) = Path(config.out, "shards").glob("seg-*")
-    return folder / f"{rows}.safetensors"
-
-
 @pytest.fixture
 def config(base, tmp_path, unchecked):
     return dataclasses.replace(base, out=str(tmp_path / "runs"))
@@ -103,7 +99,7 @@ def test_a_run_holds_all_it_should_and_the_same_command_makes_nothing(base, whol
     page = found["index.html"].decode()
     assert page.count("<img") == 1 + 2 * METHODS and "http" not in page
     monkeypatch.setattr(run, "configured_model", None)
-    monkeypatch.setattr(run, "aggregate", None)
+    monkeypatch.setattr(run.results, "aggregate", None)
     again = evaluate(base, part=Worker())
     assert (again.sampled, again.existing) == (0, 6) and again.result == whole.result
     assert contents(base.out) == everything
@@ -224,32 +220,31 @@ def test_a_stopped_run_resumes_to_the_same_bytes(config, base, whole, model, mon
     assert moment == "the reduction" or 0 < resumed.existing < 6
 
 
-def test_damage_is_found_said_and_mended(config, base, whole, model):
-    shutil.copytree(base.out, config.out)
-    folder = Path(config.out) / "study" / whole.folder.name
-    path = shard(config, "0000001-0000002")
-    for harm in ("cut", "gone", "header"):
-        data = path.read_bytes()
-        path.unlink()
-        if harm != "gone":
-            path.write_bytes(data[:-40] if harm == "cut" else data.replace(b"producer", b"pruducer", 1))
-        with pytest.raises(cli.Ended) as caught:
-            evaluate(dataclasses.replace(config, stage="verify"), model)
-        assert caught.value.code == 4 and "1 of 6 shards" in str(caught.value) and str(path) in str(caught.value)
-        with pytest.raises(cli.Ended, match="1 of 6 shards are missing") as caught:
-            evaluate(dataclasses.replace(config, stage="reduce"), model, Worker())
-        assert cli.explained(caught.value)[0] == 4
-        mended = evaluate(config, model, Worker())
-        assert (mended.sampled, mended.existing) == (1, 5) and contents(config.out) == contents(base.out)
-    path.write_bytes(path.read_bytes()[:-1] + b"\x7e")  # sizes say nothing
-    (folder / "results.json").unlink()
-    for stage in ("verify", "reduce"):
-        with pytest.raises(cli.Ended, match="not the bytes that were written") as caught:
-            evaluate(dataclasses.replace(config, stage=stage), model, Worker())
-        assert cli.explained(caught.value)[0] == 4 and str(path) in str(caught.value)
-    path.unlink()
+def test_the_same_command_twice_at_once_shares_the_ranges(config, base, model, monkeypatch):
+    """While the first samples range 0, the second samples all others; no image is sampled twice."""
+    calls, other, done = [], [], threading.Event()
+    sample_range = module.sample_range
+
+    def second():
+        other.append(threading.get_ident())
+        evaluate(config, model, Worker())
+
+    thread = threading.Thread(target=second)
+
+    def noting(spec, method, rows, *rest):
+        calls.append((method, rows.start))
+        if threading.get_ident() in other and len(calls) > METHODS * (COUNT - 1):
+            done.set()
+        if len(calls) == 1:
+            thread.start()
+            done.wait(60)
+        return sample_range(spec, method, rows, *rest)
+
+    monkeypatch.setattr(module, "sample_range", noting)
     evaluate(config, model, Worker())
-    assert "all 6 shards are whole" in str(evaluate(dataclasses.replace(config, stage="verify")))
+    thread.join(60)
+    assert not thread.is_alive() and done.is_set()
+    assert sorted(calls) == sorted((method, i) for method in ("vanilla", "SEG") for i in range(COUNT))
     assert contents(config.out) == contents(base.out)
 
 

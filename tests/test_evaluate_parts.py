@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 
@@ -83,9 +84,31 @@ def test_workers_share_all_ranges_and_each_has_one_owner():
     for local, spread in (("8", False), ("4", True)):
         assert worker({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": local}).spread is spread
     assert worker({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == Worker()  # a batch script, not a step of 8
-    for wrong in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "a", "WORLD_SIZE": "2"}):
-        with pytest.raises(ConfigError, match="RANK="):
-            worker(wrong)
+
+
+TORCHRUN, SLURM = {"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        (TORCHRUN | {"RANK": "2"}, "RANK=2, WORLD_SIZE=2: the rank must be below the number of workers"),
+        (TORCHRUN | {"RANK": "a"}, "RANK=a: not a whole number"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK=-1: not a whole number"),
+        (TORCHRUN | {"RANK": "²"}, "RANK=²: not a whole number"),
+        (TORCHRUN | {"RANK": "9" * 5000, "WORLD_SIZE": "9" * 5001}, f"RANK={'9' * 40}...: not a whole number"),
+        (TORCHRUN | {"WORLD_SIZE": ""}, "WORLD_SIZE=: not a whole number"),
+        (TORCHRUN | {"LOCAL_RANK": "x"}, "LOCAL_RANK=x: not a whole number"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "a"}, "LOCAL_WORLD_SIZE=a: not a whole number"),
+        (SLURM | {"SLURM_PROCID": "2"}, "SLURM_PROCID=2, SLURM_STEP_NUM_TASKS=2: the rank"),
+        (SLURM | {"SLURM_LOCALID": "x"}, "SLURM_LOCALID=x: not a whole number"),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "x"}, "SLURM_STEP_NUM_NODES=x: not a whole number"),
+    ],
+)
+def test_a_launchers_variable_that_is_no_number_is_one_line(environ, words):
+    with pytest.raises(ConfigError, match=f"^{re.escape(words)}") as caught:
+        worker(environ)
+    assert len(str(caught.value)) < 200
 
 
 def test_a_shard_is_whole_or_not_there_and_a_later_one_takes_its_place(tmp_path):

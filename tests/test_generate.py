@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import os
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,11 @@ from helpers import contents
 from omegaconf import OmegaConf
 from PIL import Image
 
-from segresearch import cli, records
+from segresearch import cli, records, runs
 from segresearch.config import GenerateConfig, settings, typed
 from segresearch.generate import generate
+
+module = sys.modules["segresearch.generate"]  # the package has a function of that name
 
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
 
@@ -45,6 +49,45 @@ def test_twice_does_nothing_twice_and_does_not_load_the_model(config, model, mon
     second = generate(config)
     assert (second.sampled, second.existing) == (0, 8) and second.folder == first.folder
     assert before == {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_command_twice_at_once_samples_each_image_once(config, model, monkeypatch):
+    """The second waits until the first has ended, and finds all its images."""
+    sampled, ended, second = [], [], threading.Event()
+    sample_missing = module.sample_missing
+    thread = threading.Thread(target=lambda: ended.append(generate(config, model)))
+
+    def noting(run, missing, *rest):
+        sampled.append(len(missing))
+        if len(sampled) > 1:
+            second.set()
+        else:
+            thread.start()
+            second.wait(60)
+        return sample_missing(run, missing, *rest)
+
+    monkeypatch.setattr(module, "sample_missing", noting)
+    monkeypatch.setattr(runs, "print", lambda *_, **__: second.set(), raising=False)  # that it waits
+    first = generate(config, model)
+    thread.join(60)
+    assert sampled == [8] and second.is_set() and (ended[0].sampled, ended[0].existing) == (0, 8)
+    assert ended[0].folder == first.folder
+
+
+def test_a_finished_run_is_shown_where_nothing_can_be_written(config, model, monkeypatch):
+    first = generate(config, model)
+
+    def locked(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for owner, name in ((os, "replace"), (Path, "mkdir"), (Path, "unlink"), (Path, "write_bytes")):
+        monkeypatch.setattr(owner, name, locked)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(module, "configured_model", None)
+    again = generate(config)
+    assert (again.sampled, again.existing, again.folder) == (0, 8, first.folder)
+    with pytest.raises(PermissionError):  # before a model is loaded
+        generate(dataclasses.replace(config, seeds="0-2"))
 
 
 def test_each_png_says_how_it_was_made(config, model):

@@ -35,6 +35,15 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "new"
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a loss of power may leave an empty file."""
+    steps, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: steps.append(f"sync {os.fstat(file).st_size}") or sync(file))
+    monkeypatch.setattr(os, "replace", lambda *names: steps.append("rename") or replace(*names))
+    runs.write(tmp_path / "table.md", "text")
+    assert steps == ["sync 4", "rename"] and (tmp_path / "table.md").read_text() == "text"
+
+
 def model(folder: Path, fill: float, size: int = 200_000) -> Path:
     import numpy as np
 
@@ -89,6 +98,6 @@ def test_grid_is_drawn_with_every_image_in_its_place(tmp_path):
 def test_a_run_folder_that_cannot_be_made_is_an_oserror(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
-        runs.run_folder(tmp_path / "file", "x", {"a": 1})
+        runs.create(runs.run_folder(tmp_path / "file", "x", {"a": 1}))
     folder = runs.run_folder(tmp_path, "x", {"a": 1})
     assert folder == runs.run_folder(tmp_path, "x", {"a": 1}) and folder.parent == tmp_path / "x"

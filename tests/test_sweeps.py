@@ -2,6 +2,7 @@
 runs."""
 
 import csv
+import errno
 import io
 import json
 import re
@@ -52,9 +53,11 @@ def test_a_sweep_goes_on_past_jobs_that_fail_and_its_code_says_so(call):
         (cli.Ended(4, "no"), 4),
         (MemoryError(), 5),
         (OSError(28, "No space left on device"), 5),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "runs"), 5),
         (OSError(30, "Read-only file system", "runs"), 5),
-        (OSError(27, "File too large", "runs"), 5),
-        (PermissionError(13, "Permission denied", "runs"), 5),
+        (OSError(errno.EFBIG, "File too large", "runs"), 5),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), 5),
+        (PermissionError(errno.EPERM, "Operation not permitted", "runs"), 5),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 5),
         (FileNotFoundError(2, "No such file", "x"), 2),
     ],

@@ -62,6 +62,20 @@ def test_an_evaluation_is_a_group_with_a_run_a_method_and_is_logged_once(config,
     assert len(list((tmp_path / "runs").glob("wandb/offline-run-*"))) == 3
 
 
+def test_seeds_and_prompts_are_those_of_the_images(config, model, monkeypatch):
+    """Of a run that begins at another image."""
+    logged = []
+    monkeypatch.setattr(run.outputs, "log", lambda config, out, key, made: logged.extend(made(out)) or True)
+    evaluate(dataclasses.replace(config, first=3, prompts=("red", "", "blue", "lime")), model, Worker())
+    method, whole = logged[1], logged[2]
+    (images,) = method.images.values()
+    assert [caption for _, caption in images] == ["seed 3: lime", "seed 4: red"]
+    for rows in (method.tables["image table"], whole.tables["side by side"]):
+        assert [(row["seed"], row["prompt"]) for row in rows] == [(3, "lime"), (4, "red")]
+    said = [records.read_record(path) for path, _ in images]
+    assert [(one["seed"], one["prompt"]) for one in said] == [(3, "lime"), (4, "red")]
+
+
 FAKE = """
 import json
 class Run:

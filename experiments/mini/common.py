@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from segresearch.errors import Ended
+
 
 def replace_file(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
     """Write a file atomically: under a temporary name, then renamed. `content` is its bytes, or a function that writes
@@ -44,6 +46,48 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     replace_file(path, lambda file: torch.save(dict(state), file))
+
+
+AGAIN = "remove it, and the same command resumes"
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Ended(4) for one that is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Ended(4, f"{path}: damaged, not JSON; {AGAIN}") from error
+
+
+def load_state(path: Path, hint: str = "", device: Any = None) -> dict[str, Any]:
+    """What `save_state` wrote. Ended(4) for a damaged file; hint: what to do then. OSError where it is missing."""
+    try:
+        state = torch.load(path, weights_only=True, map_location=device)
+        if isinstance(state, dict):
+            return state
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch has many for a file that is not its own
+        raise Ended(4, f"{path}: damaged; {hint or PRODUCT}") from error
+    raise Ended(4, f"{path}: not of a training; {hint or PRODUCT}")
+
+
+PRODUCT = "remove it and the file of its part in RUNS/parts, and the same command makes it again from its checkpoint"
+
+
+def logged_lines(log: Path, step: int) -> list[str]:
+    """The lines of a log up to a step; a last line that a loss of power cut is left out. Ended(4) for another that is
+    damaged."""
+    kept, lines = [], log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            if json.loads(line).get("step", 0) <= step:
+                kept.append(line)
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            if number < len(lines):
+                raise Ended(4, f"{log}, line {number}: damaged, not JSON; remove the line, "
+                               "and the same command resumes") from error  # fmt: skip
+    return kept
 
 
 def generator(*key: int) -> torch.Generator:
@@ -160,7 +204,10 @@ def known_steps(folder: Path, plan: Plan, measured: int | None = None) -> int | 
     path = folder / "steps.json"
     if measured is not None and not path.exists():
         replace_file(path, json.dumps({"steps": measured, "seconds": plan.seconds}).encode())
-    return json.loads(path.read_text())["steps"] if path.exists() else None
+    steps = read_json(path) if path.exists() else {"steps": None}
+    if not isinstance(steps, dict) or not isinstance(steps.get("steps"), int | None):
+        raise Ended(4, f"{path}: damaged, no number of steps; {AGAIN}")
+    return steps.get("steps")
 
 
 def arguments(parser: argparse.ArgumentParser, steps: int, batch: int, peak: float) -> argparse.Namespace:
@@ -201,16 +248,16 @@ def train(
     average = Average(model, plan.decay)
     checkpoint, log, start, earlier = folder / "checkpoint.pt", folder / "loss.jsonl", 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=next(iter(average.weights.values())).device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.weights = state["average"]
-        start, earlier = state["step"], state["seconds"]
-    lines = (
-        [line for line in log.read_text().splitlines() if json.loads(line).get("step", 0) <= start]
-        if log.exists()
-        else []
-    )
+        hint = "remove it, and the same command begins this training again"
+        state = load_state(checkpoint, hint, next(iter(average.weights.values())).device)
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            average.weights = state["average"]
+            start, earlier = state["step"], state["seconds"]
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise Ended(4, f"{checkpoint}: of another training than this; {hint}") from error
+    lines = logged_lines(log, start)
     lines.append(
         json.dumps({"step": start, "facts": {**metadata, "plan": vars(plan), "threads": torch.get_num_threads()}})
     )

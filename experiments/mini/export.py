@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from experiments.mini.common import replace_file
+from experiments.mini.common import load_state, replace_file
 from experiments.mini.train_clip import load_clips
 from experiments.mini.train_controlnet import CONFIG as CONTROLNET_CONFIG
 from experiments.mini.train_unet import CONFIG as UNET_CONFIG
 from experiments.mini.train_vae import load_vae
+from segresearch.cli import one_line_errors
 from segresearch.metrics.mini_vision import VisionTower
 from segresearch.models.unet import UNet, UNetConfig
 
@@ -89,7 +90,7 @@ def write_part(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str,
 
 def export_vision(out: Path, clip_file: Path) -> None:
     """Write <out>/vision from the vision tower of a trained clip.pt."""
-    trained: dict[str, Tensor] = torch.load(clip_file, weights_only=True)["weights"]
+    trained: dict[str, Tensor] = load_state(clip_file)["weights"]
     weights = {k: v for k, v in trained.items() if k.split(".")[0] in ("vision", "vision_projections")}
     projections = [len(weights[f"vision_projections.{i}.weight"]) for i in range(2)]
     config: dict[str, Any] = {
@@ -103,13 +104,13 @@ def export_vision(out: Path, clip_file: Path) -> None:
 
 def export_attributes(out: Path, classifier_file: Path) -> None:
     """Write <out>/attributes from a trained classifier.pt."""
-    packed = torch.load(classifier_file, weights_only=True)
+    packed = load_state(classifier_file)
     write_part(out / "attributes", packed["weights"], json.loads(packed["config"]))
 
 
 def export_weak(out: Path, unet_file: Path) -> int:
     """Write <out>/unet_weak from a trained unet.pt with its config; the steps of its training."""
-    packed = torch.load(unet_file, weights_only=True)
+    packed = load_state(unet_file)
     write_weights(out / "unet_weak" / WEIGHTS, packed["weights"])
     write_json(out / "unet_weak" / "config.json", json.loads(packed["config"]))
     return packed["step"]
@@ -121,7 +122,7 @@ def export(out: Path, runs: Path) -> dict[str, Any]:
     clips, _ = load_clips(runs / "clip" / "clip.pt")
     unet_file = runs / "unet" / "unet.pt"
     if unet_file.exists():
-        packed = torch.load(unet_file, weights_only=True)
+        packed = load_state(unet_file)
     else:
         packed = {"step": 0, "weights": UNet(UNetConfig.from_dict(UNET_CONFIG)).state_dict()}
     for name in ("tokenizer", "tokenizer_2"):
@@ -137,7 +138,7 @@ def export(out: Path, runs: Path) -> dict[str, Any]:
         trained = runs / f"controlnet_{name}" / "controlnet.pt"
         if trained.exists():
             target = out / "controlnet" / name
-            write_weights(target / WEIGHTS, torch.load(trained, weights_only=True)["weights"])
+            write_weights(target / WEIGHTS, load_state(trained)["weights"])
             write_json(target / "config.json", CONTROLNET_CONFIG)
     export_vision(out, runs / "clip" / "clip.pt")
     classifier = runs / "attributes" / "classifier.pt"
@@ -156,6 +157,7 @@ def export(out: Path, runs: Path) -> dict[str, Any]:
     return {"out": str(out), "unet_step": packed["step"], "megabytes": round(size / 1e6, 2)}
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"))

@@ -27,8 +27,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from experiments.mini.common import replace_file
+from experiments.mini.common import read_json, replace_file
 from experiments.mini.render import SHARD
+from segresearch.cli import one_line_errors
 
 # Share of the time that each training gets. VAE and CLIPs run side by side, and so do the last four, after the UNet.
 SHARES = {"vae": 0.15, "clip": 0.15, "unet": 0.48, "unet_weak": 0.2, "canny": 0.2, "depth": 0.2, "attributes": 0.2}
@@ -116,7 +117,7 @@ def free_port() -> int:
 
 def run(every: Sequence[Part], runs: Path, cores: int) -> None:
     """Run the parts that are not done, side by side where cores are free. SystemExit, with the end of its log, for one
-    that fails; the others are stopped, and resume with the next call."""
+    that fails; the others are stopped, and resume with the next call. Ended(4) for a damaged file of a part."""
     folder = runs / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     commands = {part.name: [text.replace(str(runs), "<runs>") for text in part.arguments] for part in every}
@@ -158,9 +159,10 @@ def run(every: Sequence[Part], runs: Path, cores: int) -> None:
 
 
 def _content(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", default="runs/mini", help="folder of all parts; the same folder resumes")

@@ -20,6 +20,7 @@ from torch import Tensor
 from experiments.mini.common import Plan, arguments, batch_indices, generator, save_state, train
 from experiments.mini.render import SHARD, open_images, take
 from experiments.mini.train_vae import HELD_OUT
+from segresearch.cli import one_line_errors
 from segresearch.metrics.agreement import (
     AttributeClassifier,
     Attributes,
@@ -61,6 +62,7 @@ def finish(out: Path, weights: Mapping[str, Tensor], width: int, count: int) -> 
     return measured
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=Path, default=Path("runs/mini/scenes"))

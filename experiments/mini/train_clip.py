@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from experiments.mini.common import Plan, arguments, batch_indices, generator, save_state, train
+from experiments.mini.common import Plan, arguments, batch_indices, generator, load_state, save_state, train
 from experiments.mini.encode import load_shards
 from experiments.mini.render import SHARD, open_images, take
 from experiments.mini.tokenizer import LENGTH, load_tokenizer, second, tokenize
 from experiments.mini.train_vae import HELD_OUT
+from segresearch.cli import one_line_errors
 from segresearch.metrics.mini_vision import Vision
 from segresearch.scenes.scenes import scenes
 
@@ -105,12 +106,13 @@ def finish(out: Path, weights: Mapping[str, Tensor], tokenizer_folder: Path, cou
 
 
 def load_clips(path: Path) -> tuple[TwoCLIPs, dict[str, Any]]:
-    packed = torch.load(path, weights_only=True)
+    packed = load_state(path)
     model = TwoCLIPs().eval()
     model.load_state_dict(packed["weights"])
     return model, json.loads(packed["measured"])
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of scenes/, tokens/, tokenizers/")

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.mini.common import Plan, arguments, batch_indices, generator, save_state, train
+from experiments.mini.common import Plan, arguments, batch_indices, generator, load_state, save_state, train
 from experiments.mini.encode import load_shards
 from experiments.mini.render import MAPS, SHARD, open_images, pick
 from experiments.mini.tokenizer import LENGTH
 from experiments.mini.train_clip import BEGIN_ID, END_ID, load_clips
 from experiments.mini.train_unet import CONFIG as UNET_CONFIG
 from experiments.mini.train_unet import alphas_cumprod, attention, conditioning, faster_backward
+from segresearch.cli import one_line_errors
 from segresearch.models.conditioning import Cond
 from segresearch.models.controlnet import ControlNet, ControlNetConfig
 from segresearch.models.unet import UNet, UNetConfig
@@ -108,6 +109,7 @@ def image_effect(model: Trained, latents: Tensor, own: Tensor, cond: Cond, alpha
     return result
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("canny", "depth"))
@@ -125,7 +127,7 @@ def main() -> None:
     clips, _ = load_clips(args.runs / "clip" / "clip.pt")
     clips.requires_grad_(False).to(device)
     unet = UNet(UNetConfig.from_dict(UNET_CONFIG))
-    unet.load_state_dict(torch.load(args.runs / "unet" / "unet.pt", weights_only=True)["weights"])
+    unet.load_state_dict(load_state(args.runs / "unet" / "unet.pt")["weights"])
     torch.manual_seed(args.seed)
     model = Trained(initial(unet, CONFIG), unet.to(device)).to(device)
     averaged = Trained(initial(unet, CONFIG), unet).to(device)

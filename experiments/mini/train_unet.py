@@ -27,11 +27,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from experiments.mini.common import Plan, arguments, batch_indices, generator, rank, save_state, train, world
+from experiments.mini.common import (
+    Plan,
+    arguments,
+    batch_indices,
+    generator,
+    load_state,
+    rank,
+    save_state,
+    train,
+    world,
+)
 from experiments.mini.encode import load_shards
 from experiments.mini.render import SHARD
 from experiments.mini.tokenizer import LENGTH, second
 from experiments.mini.train_clip import BEGIN_ID, END_ID, load_clips
+from segresearch.cli import one_line_errors
 from segresearch.models import load_model
 from segresearch.models.attention import Site, sdpa
 from segresearch.models.conditioning import Cond
@@ -145,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)  # the initial weights, the same in every worker
     unet = UNet(UNetConfig.from_dict(config))
     if args.weights:
-        unet.load_state_dict(torch.load(args.weights, weights_only=True)["weights"])
+        unet.load_state_dict(load_state(args.weights)["weights"])
     unet.to(device)
     share = slice(rank(), None, world())
     call = torch.compile(unet, dynamic=False) if args.compile else unet
@@ -175,6 +186,7 @@ def run(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of latents/, tokens/, clip/")

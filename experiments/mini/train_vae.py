@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.mini.common import Plan, arguments, batch_indices, generator, save_state, train
+from experiments.mini.common import Plan, arguments, batch_indices, generator, load_state, save_state, train
 from experiments.mini.render import SHARD, open_images, take
+from segresearch.cli import one_line_errors
 from segresearch.models.vae import VAE, VAEConfig
 from segresearch.scenes.scenes import scenes
 
@@ -82,13 +83,14 @@ def finish(out: Path, weights: Mapping[str, Tensor], scaling_factor: float | Non
 
 def load_vae(path: Path) -> tuple[VAE, dict[str, Any]]:
     """The trained VAE and its diffusers config."""
-    packed = torch.load(path, weights_only=True)
+    packed = load_state(path)
     config = json.loads(packed["config"])
     vae = VAE(VAEConfig.from_dict(config)).eval()
     vae.load_state_dict(packed["weights"])
     return vae, config
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=Path, default=Path("runs/mini/scenes"))

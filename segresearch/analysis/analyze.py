@@ -4,13 +4,17 @@
                         table.csv       site × head × σ_t × blur σ × boundary
                         verdicts.csv    claim × boundary × blur σ
                         figures/*.png   config.yaml
+                        files.json      the digests of all these
                         recording/      the captured q and k, if they are to be kept
 
-The page is written last: a folder that has it is complete, and the same command then measures nothing again.
+The page is written after all that it shows: a folder that has it is complete, and the same command then measures
+nothing again, unless a file is no longer what was written.
 """
 
 import dataclasses
+import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +50,7 @@ Claims = Sequence[ClaimSummary]
 Pixels = UInt8[np.ndarray, "images h w 3"]
 VERSION = 1  # of the measurement and the page: part of the identity
 PAGE = "index.html"
+FILES = "files.json"  # name -> SHA-256 of each file that shows the run
 PLOTS = ("sigma", "limits", "regime", "layers", "field", "energy", "attention")  # kinds, before "_boundary"
 OF_A_CALL = {"out": "runs", "device": "auto", "batch_size": "auto", "wandb": {"mode": "off"}, "vector": []}
 
@@ -88,8 +93,12 @@ def analyze(config: AnalyzeConfig, model: "StableDiffusion | None" = None) -> An
     folder = runs.run_folder(config.out, config.name, identity)
     recorded, html, partial = folder / "recording", folder / PAGE, folder / ".recording"
     drawn = all(any((folder / "figures").glob(f"*.{kind}")) for kind in config.vector)
-    if html.is_file() and drawn and (recorded.is_dir() or not config.keep):
+    damaged = damaged_files(folder) if html.is_file() else []
+    if damaged:
+        print(f"{folder / damaged[0]}: changed or missing; all is measured again", file=sys.stderr, flush=True)
+    elif html.is_file() and drawn and (recorded.is_dir() or not config.keep):
         return Analysis(folder, html, True, time.perf_counter() - start)
+    runs.create(folder)
     try:
         sd = configured_model(config.model, config.device, compute=config.compute) if model is None else model
         _write(config, sd, images, *_capture(config, sd, images, starts, partial), folder)
@@ -104,6 +113,18 @@ def analyze(config: AnalyzeConfig, model: "StableDiffusion | None" = None) -> An
             folder.rmdir()
         raise
     return Analysis(folder, html, False, time.perf_counter() - start)
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """The files of a complete run that are not those that were written; [] too where FILES is missing, as of a run of
+    an earlier version."""
+    try:
+        digests = json.loads((folder / FILES).read_text(encoding="utf-8"))
+        return [name for name, digest in digests.items() if runs.file_digest(folder / name) != digest]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return [FILES]
 
 
 def _capture(
@@ -161,6 +182,8 @@ def _write(
     for name, table in tables.items():
         runs.write(to / f"{name}.csv", to_csv(table, digits=7))
     runs.write(to / PAGE, page(config, images, rows, claims, plots))
+    names = ["config.yaml", *(f"{name}.csv" for name in tables), *(f"figures/{name}.png" for name in paths), PAGE]
+    runs.write(to / FILES, json.dumps({name: runs.file_digest(to / name) for name in names}, indent=1) + "\n")
     metrics = shares(claims)
     name, pictures = f"{config.name}-{to.name}", {key: [(path, "")] for key, path in paths.items()}
     logged = WandbRun(name, config.name, "analysis", config, metrics, tables=tables, images=pictures,

@@ -3,6 +3,7 @@ there whole or not at all; their tables on the page."""
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -111,6 +112,8 @@ def write(spec: EvaluationSpec, real: Reference, load: Callable[[Any], "StableDi
     """Measure, and write the file. load: the model, in this dtype where it is not None. Raises ConfigError."""
     config, settings = spec.config, spec.config.diagnostics
     assert settings is not None
+    if path.exists():
+        print(f"{path}: damaged; it is written again", file=sys.stderr, flush=True)
     sd = load(settings.dtype)
     size = config.size or sd.default_size
     images = real_images(spec, settings, real, size)

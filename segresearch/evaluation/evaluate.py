@@ -8,14 +8,13 @@
     <out>/reference/    features of real images
 
 Three stages: shards (any number of workers, each its part), verify (every byte), reduce (whoever finds all shards
-whole). The same command resumes where it was stopped, and ends in the same files.
+whole). The same command resumes where it was stopped, writes damaged files again, and ends in the same files.
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +24,9 @@ from segresearch.checkpoints.resolve import resolve_model
 from segresearch.config import EvaluateConfig
 from segresearch.config.build import configured_model, resolved, usable_device
 from segresearch.errors import ConfigError, Ended
-from segresearch.evaluation import branches, outputs, shards
-from segresearch.evaluation.aggregate import Result, aggregate
-from segresearch.evaluation.frame import RESULTS, Frame
+from segresearch.evaluation import branches, outputs, results, shards
+from segresearch.evaluation.aggregate import Result
+from segresearch.evaluation.frame import RESULTS
 from segresearch.evaluation.image_metrics import image_metrics
 from segresearch.evaluation.reference_images import Reference, reference
 from segresearch.evaluation.sample_shards import (
@@ -35,18 +34,14 @@ from segresearch.evaluation.sample_shards import (
     Worker,
     await_late,
     incomplete,
-    required_arrays,
     sample_shards,
     worker,
 )
 from segresearch.evaluation.spec import EvaluationSpec, evaluation_spec, run_identity, with_folders
-from segresearch.method_looks import key_of
 from segresearch.threads import threads
 
 if TYPE_CHECKING:
     from segresearch.models import StableDiffusion
-
-VERSION = 4  # of the results
 
 
 @dataclass(frozen=True)
@@ -86,10 +81,16 @@ def evaluate(config: EvaluateConfig, model: "StableDiffusion | None" = None, par
         if config.stage == "verify":
             if damaged := list(filter(None, map(shards.verify, spec.shards()))):
                 raise Ended(4, f"{len(damaged)} of {count} shards are not whole: {damaged[0]}")
-            return Evaluation(folder, message=f"all {count} shards are whole")
+            remark = shards.unplaced(spec.shards())
+            return Evaluation(folder, message=f"all {count} shards are whole" + (f"; {remark}" if remark else ""))
         device = str(usable_device(part.device(config.device)))
         spec = dataclasses.replace(spec, metrics=image_metrics(spec, device))
         _check_counts(spec, len(real))
+        if not (folder / RESULTS).is_file():  # a finished run is shown where nothing can be written
+            runs.create(folder)
+        if config.stage != "reduce":
+            for path in results.later_shards(part.part(spec.ranges), spec, folder):
+                results.drop_unless_whole(path)
 
         @functools.cache
         def load(dtype: Any = None) -> "StableDiffusion":
@@ -124,9 +125,11 @@ def evaluate(config: EvaluateConfig, model: "StableDiffusion | None" = None, par
         with runs.locked(config.out, f"the tables of {folder}", wait=part.world == 1) as held:
             if not held:
                 return dataclasses.replace(done, message=f"all {count} shards exist; another worker makes the tables")
-            result = _results(spec, real, folder, diagnosed)
+            result, more = _results(spec, real, folder, diagnosed, load)
+            if part.world == 1:
+                results.note_look(spec, folder)
             outputs.log_evaluation(spec, result, folder)
-        return dataclasses.replace(done, result=result)
+        return dataclasses.replace(done, result=result, sampled=done.sampled + more, existing=done.existing - more)
 
 
 def _check_counts(spec: EvaluationSpec, real: int) -> None:
@@ -139,31 +142,20 @@ def _check_counts(spec: EvaluationSpec, real: int) -> None:
                               f"needs {extractor.dim + 1}; take more, or force=true for biased distances")  # fmt: skip
 
 
-def _results(spec: EvaluationSpec, real: Reference, folder: Path, diagnosed: Path | None = None) -> Result:
-    """The results and all files that show them; read where they are of just these shards and settings."""
-    config, path = spec.config, folder / RESULTS
-    for swept in [*spec.folders.values(), Path(config.out) / "reference", folder, folder / "figures"]:
-        shards.sweep(swept)
-    sums = []
-    for method, rows in ((method, rows) for method in spec.methods for rows in spec.ranges):
-        arrays = shards.header(spec.shard(method, rows))["arrays"]
-        sums.append([arrays[name]["sha256"] for name in required_arrays(spec, method, rows)])
-    names = [folder.name, config.name, config.model.name, config.n_examples]  # the folder's name is the run's identity
-    numbers = branches.read(diagnosed) if diagnosed else ()
-    made_of = [VERSION, runs.code_version(), names, [metric.producer for metric in spec.metrics], sums]
-    made_of += [real.content(config.out)] if real.files else []
-    inputs = runs.digest([*made_of, *([branches.plain_rows(numbers)] if numbers else [])])
-    drawn = all(any((folder / "figures").glob(f"*.{kind}")) for kind in config.vector)
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        stored = json.loads(path.read_text())
-        if stored["inputs"] == inputs and drawn and all((folder / name).is_file() for name in stored["files"]):
-            norms = {method: tuple(steps) for method, steps in stored["norms"].items()}
-            return Result(Frame.of(stored["metrics"]), norms, stored["reference_images"], numbers)
-    result = dataclasses.replace(aggregate(spec, real), diagnostics=numbers)
-    content = {
-        "inputs": inputs, "files": outputs.write(spec, result, folder), "metrics": result.frame.plain(),
-        "norms": result.norms, "reference_images": result.reference_images,
-        "looks": {name: key_of(guidance) for name, guidance in spec.methods.items()},
-    }  # fmt: skip
-    runs.write(path, json.dumps(content, indent=1) + "\n")
-    return result
+def _results(
+    spec: EvaluationSpec, real: Reference, folder: Path, diagnosed: Path | None, load: Callable[[], "StableDiffusion"]
+) -> tuple[Result, int]:
+    """The results, and how many images were sampled again: those of shards that prove to be damaged as they are read.
+    Damaged where the stage does not sample."""
+    count = 0
+    for _ in spec.shards():
+        try:
+            return results.results(spec, real, folder, diagnosed), count
+        except shards.Damaged as error:
+            if spec.config.stage == "reduce":
+                raise
+            shards.drop(error)
+        progress = sample_shards(spec, Worker(), load)
+        incomplete(spec, progress, Worker())  # Ended where it cannot be written
+        count += progress.sampled
+    return results.results(spec, real, folder, diagnosed), count

@@ -139,6 +139,8 @@ def sampled_by(spec: EvaluationSpec) -> str:
     if sampled != texts[0]:
         hint = "not all images are of this code and torch; a new `out` samples them all again"
         print(f"{hint}: {sampled}", file=sys.stderr)
+    if remark := shards.unplaced(spec.shards()):
+        print(f"{remark}; they are used as they are, and a new `out` samples them all again", file=sys.stderr)
     return sampled
 
 
@@ -172,7 +174,8 @@ def log_evaluation(spec: EvaluationSpec, result: Result, folder: Path) -> bool:
 
     def wandb_runs(temporary: Path) -> list[WandbRun]:
         shown = examples(spec, folder.name, [*spec.methods])
-        seeds, texts = range(min(map(len, shown.values()))), spec.texts(range(config.n_examples))
+        seeds = spec.numbers[: min(map(len, shown.values()))]
+        texts = dict(zip(seeds, spec.texts(seeds)))
         files = {method: [temporary / slug(method) / f"seed{i}.png" for i in seeds] for method in shown}
         for method, some in shown.items():
             for path, (image, record) in zip(files[method], some, strict=True):

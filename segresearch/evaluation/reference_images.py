@@ -106,8 +106,12 @@ def features(images: Reference, extractor: Extractor, out: str | Path) -> Float[
     ConfigError."""
     digest = runs.digest([extractor.name, extractor.weights, images.content(out)])
     path = Path(out) / "reference" / f"{extractor.name}-{digest}.safetensors"
-    if shards.producers(path).get(FEATURES) == extractor.weights:
-        return torch.from_numpy(shards.load(path, FEATURES))
+    try:
+        shards.drop_damaged(path)
+        if shards.producers(path).get(FEATURES) == extractor.weights:
+            return torch.from_numpy(shards.load(path, FEATURES))
+    except shards.Damaged as error:
+        shards.drop(error)
     with Bar(len(images)) as bar:
         bar.describe(f"reference, {extractor.name}")
         values = measured(images, lambda batch, _: extractor.of(batch), bar)
@@ -135,5 +139,6 @@ def _digests(files: Sequence[Path], kept: Path) -> list[str]:
         entries[name] = entry
         digests.append(str(entry[2]))
     if entries != known:
-        runs.write(kept, json.dumps(entries))
+        with contextlib.suppress(OSError):  # a finished run in a folder that cannot be written is shown all the same
+            runs.write(kept, json.dumps(entries))
     return digests

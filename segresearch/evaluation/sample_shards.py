@@ -4,6 +4,7 @@ or Slurm's. Workers never talk to each other."""
 import contextlib
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from segresearch.control_images.prepare import controlled_batch
 from segresearch.errors import ConfigError, Ended, NotFinite
 from segresearch.evaluation import shards
 from segresearch.evaluation.image_metrics import Samples, check_size, measure
-from segresearch.evaluation.shards import Array
+from segresearch.evaluation.shards import Array, Damaged
 from segresearch.evaluation.spec import EvaluationSpec
 from segresearch.init_images import init_images
 from segresearch.progress import Bar
@@ -38,6 +39,7 @@ LAUNCHERS = (  # a step's tasks, not the job's: a batch script that calls the pr
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
+SHOWN = 40  # letters of a value that is no number
 LATE = 90.0  # seconds in which a file of another machine is seen: NFS remembers up to 60 that it was not there
 DECODED = 10  # latents that are decoded together on a CPU, in whose cache small parts stay
 PIXELS = 2**23  # of images decoded together on a GPU, at least one image
@@ -74,14 +76,20 @@ def worker(environ: Mapping[str, str] = os.environ) -> Worker:
     names = next((names for names in LAUNCHERS if environ.keys() >= set(names[:2])), None)
     if names is None:
         return Worker()
-    values = [environ.get(name, "0") for name in names]
-    if not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[1]):
-        listed = ", ".join(f"{name}={value}" for name, value in zip(names, values))
-        raise ConfigError(f"{listed}: the rank must be a whole number below the number of workers")
-    here = environ.get("LOCAL_WORLD_SIZE", values[1]) == values[1]  # torchrun
-    spread = not here if names[0] == "RANK" else environ.get("SLURM_STEP_NUM_NODES", "1") != "1"
-    rank, world, local = map(int, values)
-    return Worker(rank, world, local, spread)
+
+    def number(name: str, default: int = 0) -> int:
+        text = environ.get(name, str(default))
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+            raise ConfigError(f"{name}={shown}: not a whole number below 10⁹; the launcher sets it, else unset it")
+        return int(text)
+
+    rank, world, local = map(number, names)
+    if rank >= world:
+        raise ConfigError(f"{names[0]}={rank}, {names[1]}={world}: the rank must be below the number of workers")
+    if names[0] == "RANK":  # torchrun
+        return Worker(rank, world, local, spread=number("LOCAL_WORLD_SIZE", world) != world)
+    return Worker(rank, world, local, spread=number("SLURM_STEP_NUM_NODES", 1) != 1)
 
 
 @dataclass
@@ -164,6 +172,8 @@ def sample_shards(
     own = worker.part(spec.ranges)
     todo = {rows: len(missing) for rows in own if (missing := missing_arrays(spec, rows))}
     count = sum(len(rows) * methods for rows, methods in todo.items())
+    if todo:
+        runs.create(Path(spec.config.out) / "shards")
     progress = Progress(existing=sum(map(len, own)) * len(spec.methods) - count)
     watched = contextlib.nullcontext() if mirror is None or not count else live(
         spec.config.wandb, Path(spec.config.out), mirror
@@ -173,18 +183,30 @@ def sample_shards(
         for rows in todo:
             with runs.locked(spec.config.out, _lock(spec, rows), wait=False) as held:
                 if held:
-                    _write_shards(spec, rows, loaded, bar, progress, worker)
+                    _write_range(spec, rows, loaded, bar, progress, worker)
                 else:
                     left.append(rows)
         for rows in left:
             with runs.locked(spec.config.out, _lock(spec, rows)):
-                _write_shards(spec, rows, loaded, bar, progress, worker)  # what it did not write
+                _write_range(spec, rows, loaded, bar, progress, worker)  # what it did not write
     return progress
 
 
 def _lock(spec: EvaluationSpec, rows: range) -> str:
     methods = runs.digest([folder.name for folder in spec.folders.values()])
     return f"images {rows.start} to {rows.stop - 1} of {spec.config.name} ({methods})"
+
+
+def _write_range(spec: EvaluationSpec, rows: range, *rest: Any) -> None:
+    """`_write_shards`, where each shard that proves to be damaged is dropped, and so written again."""
+    for method in spec.methods:
+        shards.drop_damaged(spec.shard(method, rows))
+    for _ in spec.methods:
+        try:
+            return _write_shards(spec, rows, *rest)
+        except Damaged as error:
+            shards.drop(error)
+    _write_shards(spec, rows, *rest)
 
 
 def _write_shards(
@@ -224,8 +246,9 @@ def _write_shards(
         present = shards.producers(path)
         kept = {name: Array(shards.load(path, name), present[name]) for name in present.keys() - names}
         sampled = {name: Array(arrays[name], SAMPLING) for name in names.intersection(OF_SAMPLING)}
-        versions = shards.header(path)["versions"] if IMAGES in kept else runs.versions()
-        shards.write(path, kept | measured | sampled, versions)
+        before = shards.header(path) if kept else {}
+        versions = before["versions"] if IMAGES in kept else runs.versions()
+        shards.write(path, kept | measured | sampled, versions, placed="place" in before or not kept)
         progress.sampled += len(rows)
         bar.numbers["shards"] = bar.numbers.get("shards", 0) + 1
 
