@@ -158,13 +158,18 @@ def test_selectors(where, expected):
 
 
 @pytest.mark.parametrize(
-    "where", ["midd", "up.7", "down.0", "mid.1", "down.1.0.0.0", 30, -31, [], "", ["mid", "up.9"], "MID*"]
+    "where", ["midd", "up.7", "down.0", "mid.1", "down.1.0.0.0", 30, -31, "", ["mid", "up.9"], "MID*"]
 )
 def test_a_selector_without_match_lists_real_names(where):
     with pytest.raises(
         ValueError, match=r"matches no self-attention site.*mid_block.attentions.0.transformer_blocks.0.attn1"
     ):
         select_sites(where, SITES)
+
+
+def test_an_empty_selector_is_refused():
+    with pytest.raises(ValueError, match=r"^where=\[\]: empty; name a group \(down, mid, up\)"):
+        select_sites([], SITES)
 
 
 def test_heads_of_a_function_that_works_in_place():
