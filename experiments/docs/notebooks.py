@@ -46,7 +46,10 @@ def executed(path: Path) -> Any:
     from nbclient import NotebookClient
 
     notebook = jupytext.read(path)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    for number, cell in enumerate(notebook.cells):  # so that the same outputs are the same page
+        cell["id"] = f"cell-{number}"
+    place = {"metadata": {"path": str(ROOT)}}
+    NotebookClient(notebook, timeout=600, resources=place, coalesce_streams=True).execute()
     return notebook
 
 
