@@ -111,7 +111,7 @@ def test_before_the_time_limit_a_job_is_requeued_and_keeps_its_shards(cluster, p
     assert client(cluster, "scancel", "--signal=USR1", "--batch", number).returncode == 0
     until(lambda: job(cluster, number)["Restarts"] == "1", lambda: f"{job(cluster, number)}\n{log(tmp_path)}")
     kept = whole_shards(tmp_path)
-    assert "stopped by SIGUSR1; the same command resumes" in log(tmp_path) and len(kept) < 8
+    assert "stopped by SIGUSR1: whole shards are kept; the same command resumes" in log(tmp_path) and len(kept) < 8
     again(cluster, number)
     state = ended(cluster, number, LIMIT)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log(tmp_path)
