@@ -23,7 +23,15 @@ MEASURES = ("fid", "kid", "prdc", "clip", "lpips", "is", "score")  # one module
 
 
 def main() -> None:
-    """Runs the command that the first argument names."""
+    """Runs the command that the first argument names. Ctrl-C is one line from the first moment on."""
+    try:
+        _run()
+    except KeyboardInterrupt:
+        print("error: stopped; the same command resumes", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _run() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help", "help"):
         from segresearch.cli import one_line_errors

@@ -40,6 +40,8 @@ FIGURES = {  # an experiment, and the figures of arXiv 2408.00760 that show the 
     "fig4": ("fig10", "fig11"), "fig5": ("fig8", "fig9"), "fig15": ("fig16", "fig17", "fig18", "fig19"),
 }  # fmt: skip
 FULL = "HYDRA_FULL_ERROR"
+ADDED = ("guidance", "controlnet")  # groups of which several act together
+GROUPS = (*ADDED, "sampler", "schedule", "model", "metrics", "preset", "experiment")
 INTERPOLATION = "`${` begins an interpolation; a prompt with it goes into a .txt file"
 DISK = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "; free some room, then the same command resumes")
 DISK |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "; choose another folder with out=")
@@ -85,6 +87,7 @@ def _run(main: Callable[[Any], None], config_name: str) -> None:
     try:
         with one_line_errors(full), hydra_arguments(), guarded(lambda config: fill(config, config_name)):
             _refuse_pickles(sys.argv[1:])
+            _refuse_lists(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
             failed = [overrides for overrides, code in codes.items() if code]
             if failed:
@@ -101,6 +104,15 @@ def _refuse_pickles(arguments: list[str]) -> None:
     """ConfigError for Hydra's --experimental-rerun, which unpickles a file."""
     if any(word.startswith("--exp") for word in arguments):
         raise ConfigError("--experimental-rerun: it unpickles a file; the same command resumes a run")
+
+
+def _refuse_lists(arguments: list[str]) -> None:
+    """ConfigError for several choices of a group of which Hydra would silently take the last, and for null."""
+    for word in arguments:
+        if match := re.fullmatch(rf"({'|'.join(GROUPS)})=(\[.*|null|~)", word, re.S):
+            hint = "methods and ControlNets alone add up" if match[2][0] == "[" else "leave it out for the default"
+            if match[2][0] != "[" or match[1] not in ADDED:
+                raise ConfigError(f"{match[1]}: {match[2][:60]} is not the name of one file of conf/{match[1]}; {hint}")
 
 
 def _one_line(message: Warning | str, category: type[Warning], *source: Any) -> str:

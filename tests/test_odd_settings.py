@@ -18,7 +18,14 @@ LEVELS = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 'x'}
 FILES = {
     "bytes": (b"\xff\xfe", "bytes.yaml: not UTF-8 text"),
     "deep": (b"[" * 3000, "deep.yaml, line 1: nested in more than 50 levels"),
-    "bomb": (f"# @package _global_\n{LEVELS}\n".encode(), "bomb.yaml, line 13: more than 100 aliases"),
+    "bomb": (f"# @package _global_\n{LEVELS}\n".encode(), "bomb.yaml: its aliases stand for "),
+    "pairs": ("\n".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 2 if i else '1'}]" for i in range(49)).encode(), "stand for "),
+    "within": (b"a: &a [*a]\n", "within.yaml, line 1: an alias of a node within that node"),
+    "number": (b"steps: " + b"9" * 5000, "number.yaml, line 1: a number of 5,000 digits"),
+    "header": (b"# @package\nsteps: 1\n", "header.yaml: `# @package` without a name"),
+    "list": (b"# @package _global_\ndefaults: 5\n", "list.yaml: defaults: not a list of names"),
+    "nothing": (b"# @package _global_\ndefaults: [null]\n", "nothing.yaml: defaults: not a list of names"),
+    "itself": (b"# @package _global_\ndefaults: [itself]\n", "the defaults of these configs lead back to themselves"),
     "large": (b"#" * (1 << 20) + b"#", "large.yaml: 1,048,577 bytes; a config has at most 1,048,576"),
     "elsewhere": (b"seeds: [1]\n", "experiment: its file must begin with the line `# @package _global_`"),
 }
@@ -59,6 +66,10 @@ def test_honest_yaml_passes(tmp_path):
         ('prompts=["\udcff"]', "not valid Unicode"),
         ("prompts=pipe.txt", "prompts: cannot read pipe.txt: not a file"),
         (f"name={'n' * 101}", "cannot name the folder of a run; use at most 100 letters"),
+        ("sampler=[euler,heun]", "sampler: [euler,heun] is not the name of one file of conf/sampler; methods"),
+        ("guidance=null", "guidance: null is not the name of one file"),
+        ("negative=some.csv", "negative: some.csv is not a .txt file"),
+        ("compare=[{label: Seg},{guidance: seg, label: seg}]", "the files of 'Seg' and 'seg' have one name"),
         ("--foo", "unrecognized arguments: --foo; `script.py --help`"),
     ],
 )

@@ -120,8 +120,9 @@ def test_files_that_are_left_out_are_counted(tmp_path):
     (tmp_path / "one" / "2.png").symlink_to("nowhere")
     (tmp_path / "one" / "a.gif").write_bytes(b"")
     (tmp_path / "one" / "notes.txt").write_bytes(b"")
-    with pytest.warns(UserWarning, match="2 files are left out, 2.png among them; .png, .jpg"):
-        assert len(reference(one)) == 2
+    with pytest.warns(UserWarning, match="2.png is left out, of 2 files; readable .png, .jpg"):
+        images = reference(one)
+    assert len(images) == 2 and images.text == one and images.identity()
 
 
 def test_an_image_that_cannot_be_read_or_measured_is_named(extractor, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from gaussian import SHAPE, Gaussian
 
+from segresearch.errors import NotFinite
 from segresearch.sampling import SAMPLERS, SCHEDULES, initial_noise, k_diffusion, sample, sigmas, start_scale
 from segresearch.sampling.loop import ANCESTRAL, CONSISTENCY, SDE
 from segresearch.sampling.noise import brownian_noise, checked_seed, image_key, white_noise
@@ -183,7 +184,7 @@ def test_dpm_fast_spends_steps_evaluations_and_leaves_no_noise(noise):
 
 def test_dpm_adaptive_stops_on_what_is_not_finite(noise):
     with pytest.raises(
-        RuntimeError, match="^dpm_adaptive: the model returned a value that is not finite at sigma 11.676"
+        NotFinite, match="^dpm_adaptive: the model returned a value that is not finite at sigma 11.676"
     ):
         sample(Gaussian(), noise[:1], "dpm_adaptive", gain=math.nan)
 

@@ -17,6 +17,7 @@ from segresearch.config.inputs import STRENGTH, InitConfig
 from segresearch.config.method import GuidanceConfig, TermConfig
 from segresearch.config.prompt_sets import SUFFIXES, from_set, parsed
 from segresearch.config.schema import SCENE, ControlConfig, GenerateConfig, PanelConfig, RunConfig
+from segresearch.config.validate import refuse_broken_text
 from segresearch.errors import ConfigError
 
 HELD_OUT = 10_000_000  # scene:0 is the procedural scene of this index; below it are those of the training
@@ -131,8 +132,11 @@ def methods(compare: Sequence[GuidanceConfig], at: str = "") -> dict[str, Guidan
         if method is compare[-1] and dataclasses.replace(method, label=None) in others:
             continue
         label = method.label or describe(method)
-        if slug(label) in map(slug, by_label):
-            raise ConfigError(f"{at}compare: two methods are called {label!r}; give one of them a label")
+        for other in by_label:
+            if slug(label) == slug(other):
+                alike = f"the files of {other!r} and {label!r} have one name"
+                fault = f"two methods are called {label!r}" if label == other else alike
+                raise ConfigError(f"{at}compare: {fault}; give one of them another label")
         by_label[label] = method
     return by_label
 
@@ -190,7 +194,7 @@ def slug(text: str) -> str:
     whole = text
     for sign, word in (("σ", "sigma "), ("τ", "tau "), ("∞", "inf"), ("++", "pp"), ("²", "2")):
         text = text.lower().replace(sign, word)
-    name = re.sub(r"[^a-z0-9.]+", "-", text).strip("-.") or "x"
+    name = re.sub(r"[^a-z0-9.]+", "-", text).strip("-.") or f"x-{runs.digest(whole)[:6]}"
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 13]}-{runs.digest(whole)}"
 
 
@@ -261,6 +265,7 @@ def read_prompts(prompts: str | tuple[str, ...], at: str = "prompts", count: int
         raise ConfigError(f"{at}: {prompts} is not a .txt or .json file; a text that is meant as one goes into a list")
     else:
         texts = (prompts,)
+    refuse_broken_text(list(texts), at)
     if not texts:
         raise ConfigError(f'{at}: no prompt in {prompts!r}; "" is the one for images without a prompt')
     return texts
@@ -271,6 +276,9 @@ def read_negatives(
 ) -> tuple[str | None, tuple[str, ...]]:
     """The negative prompt of all (None for none) and (), or None and one for each of `count` prompts: those of a list
     or of a .txt file with one a line."""
+    if isinstance(negative, str) and not negative.lower().endswith(".txt"):
+        if negative.lower().endswith((".json", *SUFFIXES)) or os.sep in negative and Path(negative).exists():
+            raise ConfigError(f"{at}: {negative} is not a .txt file; a text that is meant as one goes into a list")
     if negative is None or isinstance(negative, str) and not negative.lower().endswith(".txt"):
         return negative, ()
     texts = negative if isinstance(negative, tuple) else from_text(Path(negative).expanduser(), at)

@@ -106,7 +106,10 @@ def guarded(change: Callable[[Any], None] = lambda _: None) -> Iterator[None]:
         return load(self, config_path)
 
     def compose_checked(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        config = compose(self, *arguments, **keywords)
+        try:
+            config = compose(self, *arguments, **keywords)
+        except RecursionError:
+            raise ConfigError("defaults: the defaults of these configs lead back to themselves") from None
         check_composed(config)
         change(config)
         return config

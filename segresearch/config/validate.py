@@ -65,7 +65,7 @@ def typed(kind: Any, value: Any, at: str = "") -> Any:
 
     at: its key in messages. Raises ConfigError (one line). What needs no torch is checked first.
     """
-    _refuse_broken_text(value, at)
+    refuse_broken_text(value, at)
     adapter = _adapter(Annotated[kind, Record] if dataclasses.is_dataclass(kind) else kind)
     try:
         adapter.validate_python(value, context=LIGHT)
@@ -74,15 +74,15 @@ def typed(kind: Any, value: Any, at: str = "") -> Any:
         raise ConfigError(_line(error, value, at)) from None
 
 
-def _refuse_broken_text(value: Any, at: str) -> None:
+def refuse_broken_text(value: Any, at: str) -> None:
     """ConfigError for text that no file can hold: half of a surrogate pair, as of bytes that are not UTF-8."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            _refuse_broken_text(str(key), at)
-            _refuse_broken_text(item, f"{at}.{key}" if at else str(key))
+            refuse_broken_text(str(key), at)
+            refuse_broken_text(item, f"{at}.{key}" if at else str(key))
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            _refuse_broken_text(item, f"{at}.{i}" if at else str(i))
+            refuse_broken_text(item, f"{at}.{i}" if at else str(i))
     elif isinstance(value, str) and re.search(r"[\ud800-\udfff]", value):
         raise ConfigError(ascii(f"{at or 'the config'}: {value[:60]}: not valid Unicode; write it in UTF-8")[1:-1])
 

@@ -77,8 +77,8 @@ def reference(text: str) -> Reference:
         alike = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES + OTHERS)
         files = [path for path in alike if path.suffix.lower() in SUFFIXES and path.is_file()]
         if files and (left := [path for path in alike if path not in set(files) and not path.is_dir()]):
-            text = f"{len(left)} files are left out, {left[0].name} among them; {', '.join(SUFFIXES)} are read"
-            warnings.warn(f"reference: {folder}: {text}", stacklevel=2)
+            readable = f"readable {', '.join(SUFFIXES)} alone count"
+            warnings.warn(f"{folder}: {left[0].name} is left out, of {len(left)} files; {readable}", stacklevel=2)
         if not files:
             raise ConfigError(f"reference: {text}: no images in it ({', '.join(SUFFIXES)})")
         images = Reference(text, files=tuple(files))

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from segresearch.errors import InputError
+from segresearch.errors import InputError, NotFinite
 from segresearch.sampling import schedules
 from segresearch.sampling.consistency import sample_lcm, sample_tcd
 from segresearch.sampling.kdiffusion import k_diffusion
@@ -85,8 +85,9 @@ def sample(
     What `conds` and `extra` hold for each image (tensors or objects with `rows`, in mappings, sequences or dataclasses)
     is cut to one image where images run one at a time. The global random state is not touched.
 
-    ValueError: unknown sampler, schedule or option, steps below 1, noise that is not 4-d, floating and finite, or a
-    count of seeds or of rows in `conds` that is not the count of images. RuntimeError: dpm_adaptive that does not end.
+    InputError: unknown sampler, schedule or option, steps below 1, noise that is not 4-d, floating and finite, a count
+    of seeds or of rows in `conds` that is not the count of images, or dpm_adaptive that does not end. NotFinite: a value
+    of the model in dpm_adaptive that is not finite.
     """
     choose(sampler, SAMPLERS, "sampler")
     if isinstance(schedule, str):
@@ -187,9 +188,9 @@ def limited(model: Any) -> Callable[..., Tensor]:
         denoised = model(x, sigma, **arguments)
         at = f"at sigma {float(sigma[0]):g}"
         if not denoised.isfinite().all():
-            raise RuntimeError(f"dpm_adaptive: the model returned a value that is not finite {at}")
+            raise NotFinite(f"dpm_adaptive: the model returned a value that is not finite {at}")
         if calls > ADAPTIVE_LIMIT:
-            raise RuntimeError(f"dpm_adaptive: no end after {ADAPTIVE_LIMIT} evaluations, {at}; raise rtol or atol")
+            raise InputError(f"dpm_adaptive: no end after {ADAPTIVE_LIMIT} evaluations, {at}; raise rtol or atol")
         return denoised
 
     return call
