@@ -86,8 +86,8 @@ def sample(
     is cut to one image where images run one at a time. The global random state is not touched.
 
     InputError: unknown sampler, schedule or option, steps below 1, noise that is not 4-d, floating and finite, a count
-    of seeds or of rows in `conds` that is not the count of images, or dpm_adaptive that does not end. NotFinite: a value
-    of the model in dpm_adaptive that is not finite.
+    of seeds or of rows in `conds` that is not the count of images, or dpm_adaptive that does not end. NotFinite: values
+    of the model in dpm_adaptive that are not finite.
     """
     choose(sampler, SAMPLERS, "sampler")
     if isinstance(schedule, str):
