@@ -118,6 +118,9 @@ def test_turbo_starts_one_step_at_the_largest_sigma():
 def test_a_file_without_a_class_is_sdxl():
     assert own_schedule({}) == OwnSchedule("leading") and scheduled(NET, {}).steps_offset == 1
     assert own_schedule({"rescale_betas_zero_snr": True}).name == "trailing"
+    for key in ("use_karras_sigmas", "rescale_betas_zero_snr", "use_flow_sigmas"):
+        with pytest.raises(InputError, match=f"^scheduler config: {key}='false' must be true or false$"):
+            own_schedule({key: "false"})
     assert torch.equal(scheduled(NET, {}).sigmas, Denoiser(NET, alphas_cumprod(SD)).sigmas)
     assert named(Denoiser(NET, alphas_cumprod({})), "auto") == "leading"
     sd15 = {  # the file of Stable Diffusion 1.5

@@ -61,10 +61,14 @@ def _numbers(result: Result) -> dict[str, Any]:
 
 def _stored(path: Path, inputs: str) -> dict[str, Any]:
     """What a whole file of results of these inputs holds; {} for any other."""
+    if not path.is_file():
+        return {}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored.pop("sha256") == runs.digest(stored) and stored["inputs"] == inputs:
-            return dict(stored)
+        whole = stored.pop("sha256", "") == runs.digest(stored)
+        if whole or stored["inputs"] != inputs:
+            return dict(stored) if stored["inputs"] == inputs else {}
+    print(f"{path}: changed or damaged; made again", file=sys.stderr)
     return {}
 
 

@@ -63,6 +63,9 @@ def scheduler_class(config: Mapping[str, Any]) -> str:
         family = "flow matching (" if "Flow" in kind else "("
         known = "supported are schedulers on betas (Euler, DDIM, DPMSolver, PNDM, LCM, ...) and EDM's"
         raise InputError(f"scheduler config: {family}_class_name={shown(kind)}) is not supported; {known}")
+    for key, value in config.items():
+        if (key.startswith("use_") or key == "rescale_betas_zero_snr") and not isinstance(value, bool | None):
+            raise InputError(f"scheduler config: {key}={shown(value)} must be true or false")
     for option, family in REFUSED.items():
         if config.get(option):
             raise InputError(f"scheduler config: {option} ({family}) is not supported")
