@@ -70,6 +70,7 @@ def test_honest_yaml_passes(tmp_path):
         ("guidance=null", "guidance: null is not the name of one file"),
         ("negative=some.csv", "negative: some.csv is not a .txt file"),
         ("compare=[{label: Seg},{guidance: seg, label: seg}]", "the files of 'Seg' and 'seg' have one name"),
+        ("--resolve", "--resolve: only with --cfg job"),
         ("--foo", "unrecognized arguments: --foo; `script.py --help`"),
     ],
 )
@@ -77,6 +78,13 @@ def test_a_slip_is_one_line_before_anything_is_sampled(argument, words, call, tm
     os.mkfifo(tmp_path / "pipe.txt")
     code, said = call(script("generate").main, argument)
     assert code == 2 and words in said.err and said.err.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("argument", ["model.path=pipe", "model.path=/dev/null", "model.vae=pipe"])
+def test_a_pipe_or_a_device_is_no_model(argument, call, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    code, said = call(script("generate").main, argument)
+    assert code == 3 and "not a file but a pipe or a device" in said.err and said.err.count("\n") == 1
 
 
 def test_an_experiment_is_not_for_analyze(call):

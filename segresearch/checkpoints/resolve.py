@@ -12,7 +12,9 @@ UNQUANTISED = "give its fp16, bf16, fp32 or fp8 weights in .safetensors files"
 
 
 def refuse_pickle(path: Path) -> None:
-    """CheckpointError for the file name of a pickled checkpoint, or of a quantised one."""
+    """CheckpointError for the file name of a pickled checkpoint, of a quantised one, and for a pipe or a device."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise CheckpointError(f"{path}: not a file but a pipe or a device; give a .safetensors file or a folder")
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
         convert = "where you trust its origin, load it once and save its tensors with safetensors.torch.save_file"
         fault = "pickle checkpoints can run code when opened and are refused: convert it to .safetensors"
@@ -78,7 +80,7 @@ def resolve_part(name: str | Path, kind: str) -> Path:
     """The file, or the folder of a component or of a whole model, that a part is taken from: a path, or a hub id in the
     local cache. kind: the setting, for messages."""
     path = Path(name).expanduser()
-    if path.exists():
+    if path.is_dir() or path.is_file():
         return path
     refuse_pickle(path)
     if path.suffix != ".safetensors":
