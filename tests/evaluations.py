@@ -1,8 +1,13 @@
 """A small evaluation, for the tests of whole runs."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+from helpers import one_figure
+
 from segresearch.config import EvaluateConfig, typed
+from segresearch.evaluation import evaluate as run
 
 SEG = {"kind": "perturbed", "scale": 2, "perturbation": {"kind": "seg", "sigma": "inf"}}
 COUNT = 3
@@ -28,3 +33,23 @@ def shard(config, rows) -> Path:
     """Of the second method."""
     (folder,) = Path(config.out, "shards").glob("seg-*")
     return folder / f"{rows}.safetensors"
+
+
+@contextmanager
+def empty_plots():
+    """Within the block an evaluation draws an empty plot in place of the real ones, and loads its metrics once."""
+    loaded = {}
+
+    def image_metrics(spec, device):
+        config = spec.config
+        named = (config.features, config.distances, config.text_alignment, str(config.weights), str(config.checksums))
+        key = (*named, spec.scenes, spec.folders[spec.baseline].name)
+        if key not in loaded:
+            loaded[key] = loading(spec, device)
+        return loaded[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        loading = run.image_metrics
+        patch.setattr(run, "image_metrics", image_metrics)
+        patch.setattr(run.outputs.plots, "draw", one_figure)
+        yield

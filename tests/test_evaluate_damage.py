@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from evaluations import shard, study
-from helpers import contents, one_figure
+from evaluations import empty_plots, shard, study
+from helpers import contents
 
 from segresearch import cli
 from segresearch.evaluation import evaluate as run
@@ -21,21 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:text encoder")
 
 @pytest.fixture(scope="module", autouse=True)
 def sketched():
-    """An empty plot in place of the real ones; metrics that are loaded once."""
-    loaded = {}
-
-    def image_metrics(spec, device):
-        config = spec.config
-        named = (config.features, config.distances, config.text_alignment, str(config.weights), str(config.checksums))
-        key = (*named, spec.scenes, spec.folders[spec.baseline].name)
-        if key not in loaded:
-            loaded[key] = loading(spec, device)
-        return loaded[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        loading = run.image_metrics
-        patch.setattr(run, "image_metrics", image_metrics)
-        patch.setattr(run.outputs.plots, "draw", one_figure)
+    with empty_plots():
         yield
 
 
