@@ -132,11 +132,11 @@ def methods(compare: Sequence[GuidanceConfig], at: str = "") -> dict[str, Guidan
         if method is compare[-1] and dataclasses.replace(method, label=None) in others:
             continue
         label = method.label or describe(method)
-        for other in by_label:
-            if slug(label) == slug(other):
-                alike = f"the files of {other!r} and {label!r} have one name"
-                fault = f"two methods are called {label!r}" if label == other else alike
-                raise ConfigError(f"{at}compare: {fault}; give one of them another label")
+        if label in by_label:
+            raise ConfigError(f"{at}compare: two methods are called {label!r}; give one of them a label")
+        if alike := [other for other in by_label if slug(other) == slug(label)]:
+            text = f"the files of {alike[0]!r} and {label!r} have one name"
+            raise ConfigError(f"{at}compare: {text}; give one of them another label")
         by_label[label] = method
     return by_label
 
