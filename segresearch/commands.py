@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from segresearch.cli import Arguments, command, one_line_errors, one_line_usage
-from segresearch.config.build import usable_device
 from segresearch.errors import ConfigError
 from segresearch.run_index import note
 
@@ -90,6 +89,8 @@ def reproduce() -> None:
         refuse_place(args.save, args.image)
     record = module.recorded(args.image)  # a slip shows before anything heavy is imported
     if args.device != "auto":
+        from segresearch.config.build import usable_device
+
         usable_device(args.device)
     reproduction = module.reproduce(args.image, args.model, args.device, args.out, args.trust)
     if args.save is not None:

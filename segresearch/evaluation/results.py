@@ -66,8 +66,10 @@ def _stored(path: Path, inputs: str) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         stored = json.loads(path.read_text(encoding="utf-8"))
         whole = stored.pop("sha256", "") == runs.digest(stored)
-        if whole or stored["inputs"] != inputs:
-            return dict(stored) if stored["inputs"] == inputs else {}
+        if stored["inputs"] != inputs:  # of other shards or settings
+            return {}
+        if whole:
+            return dict(stored)
     print(f"{path}: changed or damaged; made again", file=sys.stderr)
     return {}
 
