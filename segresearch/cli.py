@@ -86,9 +86,7 @@ def _run(main: Callable[[Any], None], config_name: str) -> None:
 
     try:
         with one_line_errors(full), hydra_arguments(), guarded(lambda config: fill(config, config_name)):
-            _refuse_pickles(sys.argv[1:])
-            _refuse_lists(sys.argv[1:])
-            _refuse_resolve(sys.argv[1:])
+            _refuse(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
             failed = [overrides for overrides, code in codes.items() if code]
             if failed:
@@ -101,20 +99,13 @@ def _run(main: Callable[[Any], None], config_name: str) -> None:
             os.environ.pop(FULL)
 
 
-def _refuse_pickles(arguments: list[str]) -> None:
-    """ConfigError for Hydra's --experimental-rerun, which unpickles a file."""
+def _refuse(arguments: list[str]) -> None:
+    """ConfigError for what Hydra would do without a word or with a traceback: unpickle a file (--experimental-rerun),
+    take the last of several choices of a group, or none (null), and --resolve without --cfg, of which it shows more."""
     if any(word.startswith("--exp") for word in arguments):
         raise ConfigError("--experimental-rerun: it unpickles a file; the same command resumes a run")
-
-
-def _refuse_resolve(arguments: list[str]) -> None:
-    """ConfigError for Hydra's --resolve by itself, which shows something of --cfg alone."""
     if "--resolve" in arguments and not {"--cfg", "-c"} & set(arguments):
         raise ConfigError("--resolve: only with --cfg job, which shows the settings")
-
-
-def _refuse_lists(arguments: list[str]) -> None:
-    """ConfigError for several choices of a group of which Hydra would silently take the last, and for null."""
     for word in arguments:
         if match := re.fullmatch(rf"({'|'.join(GROUPS)})=(\[.*|null|~)", word, re.S):
             hint = "methods and ControlNets alone add up" if match[2][0] == "[" else "leave it out for the default"
